@@ -1,0 +1,208 @@
+"""`uoe <command>`: reads the command line and the configuration before jax is imported, and turns errors to exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn, Sequence
+
+from uoe_jax import config as config_lib
+from uoe_jax.config import Config
+from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code (DESIGN: 0 done, 2 bad input, 75 stopped and saved, 76 bad numbers)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options, rest = _parser().parse_known_args(argv)
+        overrides = _overrides(rest, options)
+        return options.run(options, overrides) or EXIT_DONE
+    except UserError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"uoe: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("uoe: interrupted before everything was saved; the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except Exception as error:
+        return _unexpected(error, argv)
+
+
+def _unexpected(error: Exception, argv: list[str]) -> int:
+    """An error nobody foresaw: one line on the screen, the traceback in the workdir (or on the screen)."""
+    text = "".join(traceback.format_exception(error))
+    workdir = next((a.split("=", 1)[1] for a in argv if a.startswith("--workdir=")), None)
+    where = None
+    if workdir and Path(workdir).is_dir() and "--debug" not in argv:
+        try:
+            where = Path(workdir) / "error.txt"
+            where.write_text(text)
+        except OSError:
+            where = None
+    if where is None:
+        print(text, file=sys.stderr)
+    first = str(error).strip().splitlines()[:1]
+    print(f"uoe: {type(error).__name__}: {first[0] if first else ''}" + (f" (traceback in {where})" if where else ""), file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="uoe", description="Pretrain transformers whose blocks are unions of experts.", allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--workdir", required=True, metavar="DIR", help="directory of the run")
+        sub.add_argument("--debug", action="store_true", help="print tracebacks")
+        sub.set_defaults(run=run, takes_config=False)
+        return sub
+
+    train = command("train", _train, "train; resumes by itself where the workdir holds a checkpoint")
+    train.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file, or a shipped one by name")
+    train.set_defaults(takes_config=True)
+    train.epilog = "Any key can be overridden: --config.train.steps=100"
+
+    evaluate = command("eval", _eval, "one JSON line of measures; every row counted once")
+    evaluate.add_argument("--split", default="validation", choices=("train", "validation", "test"))
+    evaluate.add_argument("--step", default="latest", help="latest, best, or the step of a checkpoint")
+
+    generate = command("generate", _generate, "text from a trained language model")
+    generate.add_argument("--step", default="latest", help="latest, best, or the step of a checkpoint")
+    for name, value, meta in config_lib.leaves(config_lib.GenerateConfig()):
+        generate.add_argument(f"--{name}", metavar=type(value).__name__.upper(), help=meta["doc"])
+    return parser
+
+
+def _overrides(rest: list[str], options: argparse.Namespace) -> dict[str, str]:
+    """`--config.a.b=value` or `--config.a.b value` as {a.b: value}; anything else left over is an error."""
+    found, rest = {}, list(rest)
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        if not name.startswith("--config.") or not options.takes_config:
+            raise UserError(f"{name}: unknown argument; see uoe --help")
+        if not equals:
+            if not rest:
+                raise UserError(f"{name}: give it a value, {name}=…")
+            text = rest.pop(0)
+        found[name.removeprefix("--config.")] = text
+    return found
+
+
+def find_config(name: str) -> tuple[Path, str]:
+    """(file, variant) of `--config`: a path, or the name of a shipped config, with an optional `:variant`."""
+    stem, _, variant = name.partition(":")
+    here = Path(__file__).parent
+    shipped = [d / f"{stem}.py" for d in (here / "configs", here.parent / "configs")]
+    for path in [Path(stem).expanduser(), *(shipped if "/" not in stem and not stem.endswith(".py") else [])]:
+        if path.is_file():
+            return path, variant
+    names = sorted({p.stem for d in (here / "configs", here.parent / "configs") for p in d.glob("[!_]*.py")})
+    raise UserError(f"--config={name}: no such file; give a path, or a shipped config by name ({', '.join(names)})")
+
+
+def load_config(name: str, overrides: dict[str, str]) -> Config:
+    """Runs a config file's `get_config`, applies the overrides, validates.
+
+    Raises:
+      UserError: the file cannot be read or run; an unknown key; a value that cannot be used.
+    """
+    path, variant = find_config(name)
+    try:
+        source = compile(path.read_text(), str(path), "exec")
+        spec = importlib.util.spec_from_loader("uoe_config", None)
+        module = importlib.util.module_from_spec(spec)
+        exec(source, module.__dict__)  # a config file is a program by design: run only those you trust
+        given = module.get_config(variant) if variant else module.get_config()
+        values = given.to_dict()
+    except UserError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        line = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        at = f" line {line[-1]}" if line else ""
+        remedy = "it must define get_config() that returns uoe_jax.config.base() with your changes"
+        raise UserError(f"--config={name}:{at} cannot be used ({text}); {remedy}") from error
+    for key, text in overrides.items():
+        section = values
+        value = config_lib.parse_value(key, text)
+        *parents, last = key.split(".")
+        for part in parents:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return config_lib.from_dict(values)
+
+
+def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    config = load_config(options.config, overrides)
+    _check_workdir(options.workdir)
+    _start()
+    from uoe_jax.train.loop import train
+
+    return train(config, options.workdir)
+
+
+def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    config = _stored_config(options)
+    _start()
+    from uoe_jax.train.restore import restored
+    from uoe_jax.train.evaluate import evaluate
+
+    with restored(config, options.workdir, options.step) as run:
+        found = evaluate(run.program, run.state.params, getattr(run.data, options.split), config)
+        print(json.dumps({"step": run.step, "split": options.split, **found}))
+    return EXIT_DONE
+
+
+def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    import dataclasses
+
+    config = _stored_config(options)
+    values = config_lib.to_dict(config)
+    for name, _, _ in config_lib.leaves(config_lib.GenerateConfig()):
+        text = getattr(options, name)
+        if text is not None:
+            values["generate"][name] = config_lib.parse_value(f"generate.{name}", text)
+    config = dataclasses.replace(config, generate=config_lib.from_dict(values).generate)
+    _start()
+    from uoe_jax.infer.sample import Sampler
+    from uoe_jax.train.restore import restored
+
+    with restored(config, options.workdir, options.step) as run:
+        sampler = Sampler(config, run.program.model, run.state.params, run.data.tokenizer)
+        completion = sampler.complete([config.generate.prompt])[0]
+        print(completion.text)
+        end = "end of document" if completion.ended else f"limit of {completion.n_tokens} tokens"
+        rate = sampler.drawn / max(sampler.seconds, 1e-9)
+        print(f"[step {run.step}: {end}; {rate:.1f} tokens/s, compilation included]", file=sys.stderr)
+    return EXIT_DONE
+
+
+def _stored_config(options: argparse.Namespace) -> Config:
+    from uoe_jax.workdir import read_config
+
+    return read_config(options.workdir)
+
+
+def _check_workdir(path: str) -> None:
+    """Refuses a hopeless workdir before jax is imported."""
+    if "://" not in path and Path(path).expanduser().exists() and not Path(path).expanduser().is_dir():
+        raise UserError(f"--workdir={path}: is a file; give a directory")
+
+
+def _start() -> None:
+    from uoe_jax import runtime
+
+    runtime.start()

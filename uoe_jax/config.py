@@ -1,0 +1,367 @@
+"""The configuration: frozen dataclasses, one declaration per key, validated before jax is imported.
+
+A key is declared once, with its type, default, range and a line of documentation (`key`). From that come the
+`ConfigDict` a config file edits (`base`), the checks, the error sentences and the list of keys that may change when
+a run is resumed. Checks that need several keys are in the `check_*` functions at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from fractions import Fraction
+from typing import Any, Iterator, Mapping
+
+from uoe_jax.errors import ConfigError, UserError
+
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    free: bool = False,
+) -> Any:
+    """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`; `free` may change on resume."""
+    meta = dict(doc=doc, low=low, high=high, above=above, choices=choices, free=free)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """How one block (SMHA or UoME) routes. Letters as in DESIGN: N experts, K chosen, C slots, P tokens per patch."""
+
+    n_experts: int = key(8, "N, the number of equal partitions of the block", low=1)
+    k: int = key(4, "K, experts each patch chooses", low=1)
+    capacity_factor: float = key(1.0, "slots per expert, relative to a perfectly even load", above=0, high=1e6)
+    capacity_window: int = key(64, "patches per capacity window (priority='position')", low=1)
+    patch_size: int = key(1, "P, consecutive tokens routed together", low=1)
+    unit: str = key("patch", "who chooses experts", choices=("patch",))
+    priority: str = key("position", "who gets the slots: first come, or best score", choices=("position", "score"))
+    gate: str = key(
+        "sigmoid",
+        "combine weight of a chosen expert",
+        choices=("sigmoid", "normalized", "score", "straight_through", "none"),
+    )
+    order: str = key("gather", "gather slots, then project (the only order so far)", choices=("gather",))
+    router_bias: bool = key(False, "a bias b_g in the router")
+    balance_weight: float = key(0.01, "weight of the Switch balance loss", low=0, high=1e3)
+    z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
+    dispatch: str = key(
+        "auto", "how slots are gathered and combined", choices=("auto", "inverse", "scatter"), free=True
+    )
+
+    def window_capacity(self, window: int | None = None) -> int:
+        """Slots per expert in a window of `window` patches: ceil(cf * window * K / N), exact, at least 1, at most window.
+
+        The factor is read as the decimal the person wrote, so that no binary rounding adds or loses a slot.
+        """
+        window = self.capacity_window if window is None else window
+        return max(1, min(window, math.ceil(Fraction(str(self.capacity_factor)) * window * self.k / self.n_experts)))
+
+    def slots(self, n_patches: int) -> int:
+        """C, the static number of slots per expert and sequence of `n_patches` patches (M)."""
+        if self.priority == "score":
+            return self.window_capacity(n_patches)
+        # Every window has the capacity of a full one, the last too, so that neither padding nor later tokens matter.
+        cap = self.window_capacity()
+        full, rest = divmod(n_patches, self.capacity_window)
+        return full * cap + min(cap, rest)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture: D d_model, F d_hidden, H n_heads, L context_length, V vocab_size."""
+
+    vocab_size: int = key(0, "V; 0 takes the tokenizer's", low=0)
+    d_model: int = key(192, "D, width of the residual stream", low=1)
+    n_layers: int = key(4, "number of blocks (attention + MLP)", low=1)
+    n_heads: int = key(8, "H, attention heads", low=1)
+    n_kv_heads: int = key(0, "key/value heads; 0 means n_heads", low=0)
+    d_hidden: int = key(768, "F, hidden width of the whole MLP", low=1)
+    context_length: int = key(256, "L, tokens per row", low=1)
+    causal: bool = key(True, "decoder language model")
+    attention: str = key("smha", "attention block", choices=("smha", "dense"))
+    mlp: str = key("uome", "MLP block", choices=("uome", "dense"))
+    activation: str = key("gelu", "MLP activation", choices=("gelu", "gelu_tanh", "relu", "swiglu", "geglu"))
+    norm: str = key("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
+    norm_eps: float = key(1e-6, "added to the variance in the norm", above=0, high=1)
+    position: str = key("rope", "position information", choices=("rope", "learned", "none"))
+    rope_theta: float = key(10000.0, "base of the rotary frequencies", above=0, high=1e12)
+    bias: bool = key(False, "biases in projections")
+    tie_embeddings: bool = key(True, "the output head is the embedding")
+    dtype: str = key("float32", "compute dtype; parameters are float32", choices=("float32", "bfloat16", "float16"))
+    remat: str = key("none", "what the backward pass recomputes", choices=("none", "dots", "block"), free=True)
+    smha: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
+    uome: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    def routed(self) -> dict[str, RoutingConfig]:
+        """The routing of the blocks that route, by section name."""
+        blocks = {"smha": self.attention == "smha", "uome": self.mlp == "uome"}
+        return {name: getattr(self, name) for name, on in blocks.items() if on}
+
+    @property
+    def patch_multiple(self) -> int:
+        """Documents are padded to a multiple of this, so that no patch holds two documents."""
+        return math.lcm(*(r.patch_size for r in self.routed().values()), 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    source: str = key("stdlib", "where documents come from", choices=("stdlib",))
+    path: str = key("", "directory of the source; empty: the interpreter's own standard library", free=True)
+    tokenizer: str = key("bytes", "tokens are bytes", choices=("bytes",))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warmup and cosine decay."""
+
+    learning_rate: float = key(1e-3, "peak learning rate", above=0, high=1e3)
+    warmup_steps: int = key(100, "steps of linear warmup", low=0)
+    decay_steps: int = key(0, "step at which the cosine ends; 0 means train.steps", low=0)
+    final_fraction: float = key(0.1, "learning rate at the end, relative to the peak", low=0, high=1)
+    weight_decay: float = key(0.1, "on matrices only", low=0, high=1e3)
+    b1: float = key(0.9, "Adam's first moment", low=0, high=0.999999)
+    b2: float = key(0.95, "Adam's second moment", low=0, high=0.999999)
+    eps: float = key(1e-8, "Adam's epsilon", above=0, high=1)
+    clip_norm: float = key(1.0, "global gradient norm; 0 means no clipping", low=0, high=1e9)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = key(1000, "optimizer steps of the whole run", low=1)
+    batch_size: int = key(16, "global rows per step", low=1)
+    accumulation: int = key(1, "microbatches a step is cut into", low=1)
+    seed: int = key(0, "initialisation and data order", low=0, high=2**31 - 1)
+    log_every: int = key(10, "steps between lines of metrics", low=1, free=True)
+    stop_after: int = key(0, "end this sitting after so many steps of the run; 0 means train.steps", low=0, free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every: int = key(200, "steps between evaluations; 0 means only at the end", low=0, free=True)
+    batches: int = key(0, "batches per evaluation during training; 0 means the whole split", low=0, free=True)
+    batch_size: int = key(0, "global rows per batch; 0 means train.batch_size", low=0, free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = key(200, "steps between checkpoints; 0 means only at the end", low=0, free=True)
+    keep_latest: int = key(2, "newest checkpoints kept", low=1, free=True)
+    keep_best: int = key(1, "checkpoints kept for the lowest validation loss", low=0, free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and takes what is left."""
+
+    replica: int = key(1, "copies over the slow network", low=-1, free=True)
+    data: int = key(-1, "data parallelism", low=-1, free=True)
+    fsdp: int = key(1, "rows and weights sharded together", low=-1, free=True)
+    expert: int = key(1, "experts (tensor-parallel partitions)", low=-1, free=True)
+    sequence_parallel: bool = key(False, "activations sharded along L between blocks", free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How `uoe generate` and the sample at the end of training draw tokens."""
+
+    prompt: str = key("def ", "what the text starts with", free=True)
+    max_tokens: int = key(160, "tokens to generate at most; the context length bounds prompt and text together", low=1, free=True)
+    temperature: float = key(0.7, "0 is greedy", low=0, high=1e3, free=True)
+    top_k: int = key(0, "keep the k likeliest tokens; 0 keeps all", low=0, free=True)
+    top_p: float = key(0.95, "keep the likeliest tokens up to this probability", above=0, high=1, free=True)
+    seed: int = key(0, "of the draws", low=0, high=2**31 - 1, free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
+
+    @property
+    def decay_steps(self) -> int:
+        return self.optimizer.decay_steps or self.train.steps
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.eval.batch_size or self.train.batch_size
+
+
+def base() -> Any:
+    """An `ml_collections.ConfigDict` with every key at its default; what a config file starts from."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(to_dict(Config()))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Yields (dotted key, value, declaration) of every key of a dataclass instance or class default."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value, field.metadata
+
+
+ALL_KEYS = tuple(name for name, _, _ in leaves(Config()))
+
+
+def unknown_key(name: str) -> UserError:
+    """The error for a key that no section has, naming the nearest one that exists."""
+    near = difflib.get_close_matches(name, ALL_KEYS, n=1, cutoff=0.0)
+    last = name.rsplit(".", 1)[-1]
+    same = [k for k in ALL_KEYS if k.rsplit(".", 1)[-1] == last]
+    return UserError(f"config.{name}: unknown key; the nearest known key is config.{(same or near)[0]}")
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value of `--config.NAME=TEXT` in the type NAME was declared with; raises ConfigError or for an unknown key."""
+    kinds = {n: type(v) for n, v, _ in leaves(Config())}
+    if name not in kinds:
+        raise unknown_key(name)
+    kind = kinds[name]
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError, OverflowError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"config.{name}", text, f"give {wanted}") from None
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds and validates a Config from nested mappings; keys left out keep their default.
+
+    Raises:
+      UserError: an unknown key (with the nearest known one).
+      ConfigError: a value of the wrong type, out of range, or inconsistent with another.
+    """
+    config = _section(Config, values, "")
+    check_model(config.model)
+    check_run(config)
+    return config
+
+
+def _section(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config.{prefix[:-1]}", values, "this is a section; set the keys inside it")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    out = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise unknown_key(f"{prefix}{name}")
+        if dataclasses.is_dataclass(hints[name]):
+            out[name] = _section(hints[name], value, f"{prefix}{name}.")
+        else:
+            out[name] = _checked(f"config.{prefix}{name}", hints[name], value, fields[name].metadata)
+    return cls(**out)
+
+
+def _checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(name, value, f"give a value of type {kind.__name__}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(name, value, f"choose one of {', '.join(meta['choices'])}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(name, value, "give a finite number")
+    if meta["low"] is not None and value < meta["low"]:
+        raise ConfigError(name, value, f"give at least {meta['low']}")
+    if meta["above"] is not None and value <= meta["above"]:
+        raise ConfigError(name, value, f"give more than {meta['above']}")
+    if meta["high"] is not None and value > meta["high"]:
+        raise ConfigError(name, value, f"give at most {meta['high']}")
+    return value
+
+
+def divisors(n: int) -> str:
+    """The divisors of n, for error sentences."""
+    found = [d for d in range(1, n + 1) if n % d == 0]
+    return ", ".join(map(str, found[:12])) + (", …" if len(found) > 12 else "")
+
+
+def check_model(m: ModelConfig) -> None:
+    """Checks that need several model keys; raises ConfigError with the numbers and the remedy."""
+    if m.d_model % m.n_heads:
+        raise ConfigError("config.model.n_heads", m.n_heads, f"must divide d_model={m.d_model}: {divisors(m.d_model)}")
+    if m.n_heads % m.kv_heads:
+        raise ConfigError("config.model.n_kv_heads", m.n_kv_heads, f"must divide n_heads={m.n_heads}")
+    if m.position == "rope" and m.head_dim % 2:
+        raise ConfigError("config.model.n_heads", m.n_heads, f"gives heads of odd width {m.head_dim}; rope needs even")
+    for name, r in m.routed().items():
+        check_routing(f"config.model.{name}", r, m)
+    if m.context_length % m.patch_multiple:
+        remedy = f"must be a multiple of the patch sizes ({m.patch_multiple})"
+        raise ConfigError("config.model.context_length", m.context_length, remedy)
+
+
+def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
+    """Checks one routed block against the model it stands in."""
+    if r.k > r.n_experts:
+        raise ConfigError(f"{name}.k", r.k, f"a patch cannot choose more than n_experts={r.n_experts} experts")
+    if r.gate == "normalized" and r.k == 1:
+        remedy = "with k=1 the rescaled score is always 1 and the router would not learn; choose sigmoid or k >= 2"
+        raise ConfigError(f"{name}.gate", r.gate, remedy)
+    split = {"uome": [("d_hidden", m.d_hidden)], "smha": [("n_heads", m.n_heads), ("n_kv_heads", m.kv_heads)]}
+    for what, size in split[name.rsplit(".", 1)[-1]]:
+        if size % r.n_experts:
+            raise ConfigError(f"{name}.n_experts", r.n_experts, f"must divide {what}={size}: {divisors(size)}")
+    if m.causal and r.priority != "position":
+        remedy = "in a causal model a slot given by score depends on later patches; use priority='position'"
+        raise ConfigError(f"{name}.priority", r.priority, remedy)
+
+
+def check_run(c: Config) -> None:
+    """Checks across sections."""
+    if c.train.batch_size % c.train.accumulation:
+        remedy = f"must divide train.batch_size={c.train.batch_size}: {divisors(c.train.batch_size)}"
+        raise ConfigError("config.train.accumulation", c.train.accumulation, remedy)
+    axes = {a: getattr(c.mesh, a) for a in ("replica", "data", "fsdp", "expert")}
+    for axis, size in axes.items():
+        if size == 0:
+            raise ConfigError(f"config.mesh.{axis}", size, "give a positive size, or -1 for what is left")
+    free = [a for a, size in axes.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"config.mesh.{free[1]}", -1, f"only one axis may be -1, and mesh.{free[0]} already is")
+
+
+def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """Keys whose change would change a run: (key, old value, new value) for those not declared `free`."""
+    extendable = old.optimizer.decay_steps == new.optimizer.decay_steps > 0  # train.steps then only says when to stop
+    before = {name: value for name, value, _ in leaves(old)}
+    return [
+        (name, before[name], value)
+        for name, value, meta in leaves(new)
+        if before[name] != value and not meta["free"] and not (name == "train.steps" and extendable)
+    ]

@@ -1,0 +1,167 @@
+"""A tokenised split on disk: one flat memory-mapped array of ids, and where each document starts in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from uoe_jax.data.tokenizer import Tokenizer
+from uoe_jax.errors import RunError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+CHECKED_BYTES = 256 << 20  # above this, opening trusts the sizes and does not read every byte for the checksum
+
+
+class DamagedStore(Exception):
+    """The files of a store are not what its store.json says; `open_or_build` builds it again."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenStore:
+    """Documents as token ids, without separators.
+
+    Attributes:
+      tokens_T: the ids of all documents one after another, in the smallest unsigned type; memory-mapped.
+      offsets: int64 [n_docs + 1]; document d is tokens_T[offsets[d]:offsets[d + 1]].
+    Both are read-only.
+    """
+
+    tokens_T: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, d: int) -> np.ndarray:
+        """The ids of document d, a view."""
+        if not 0 <= d < len(self):
+            raise IndexError(f"document {d} of {len(self)}")
+        return self.tokens_T[self.offsets[d] : self.offsets[d + 1]]
+
+    @classmethod
+    def open(cls, directory: Path) -> TokenStore:
+        """Opens a store. Raises DamagedStore where a file is missing, cut short or altered."""
+        try:
+            meta = json.loads((directory / "store.json").read_text())
+            if meta["format"] != FORMAT:
+                raise DamagedStore(f"format {meta['format']}, this version reads {FORMAT}")
+            for name, size in meta["sizes"].items():
+                if (found := (directory / name).stat().st_size) != size:
+                    raise DamagedStore(f"{name} has {found} bytes where {size} were written")
+            offsets = np.load(directory / "offsets.npy")
+            # An array without elements cannot be memory-mapped.
+            tokens_T = np.load(directory / "tokens.npy", mmap_mode="r" if meta["n_tokens"] else None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+            raise DamagedStore(f"{type(error).__name__}: {error}") from error
+        if zlib.crc32(offsets) != meta["offsets_crc"]:
+            raise DamagedStore("offsets.npy does not have the checksum it was written with")
+        if tokens_T.nbytes <= CHECKED_BYTES and zlib.crc32(tokens_T) != meta["tokens_crc"]:
+            raise DamagedStore("tokens.npy does not have the checksum it was written with")
+        # A plain view of the mapping: slicing np.memmap itself costs microseconds in __array_finalize__.
+        tokens_T = tokens_T.view(np.ndarray)
+        for values in (tokens_T, offsets):
+            values.flags.writeable = False
+        return cls(tokens_T, offsets)
+
+    @staticmethod
+    def write(documents: Iterable[str | bytes], tokenizer: Tokenizer, directory: Path) -> None:
+        """Tokenises document by document into `directory`, which must exist; store.json is written last."""
+        dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+        ends = array("q", [0])  # eight bytes a document, where a list of ints takes forty
+        crc = 0
+        with open(directory / "tokens.npy", "wb") as file:
+            _write_header(file, dtype, 0)
+            start = file.tell()
+            for document in documents:
+                ids = np.ascontiguousarray(tokenizer.encode(document), dtype)
+                file.write(ids.data)
+                crc = zlib.crc32(ids, crc)
+                ends.append(ends[-1] + len(ids))
+            file.seek(0)
+            _write_header(file, dtype, ends[-1])  # numpy pads headers for exactly this: an axis that grew
+            if file.tell() != start:
+                raise AssertionError(f"the .npy header grew from {start} to {file.tell()} bytes")
+        offsets = np.frombuffer(ends, np.int64)
+        np.save(directory / "offsets.npy", offsets)
+        meta = {
+            "format": FORMAT,
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "n_documents": len(offsets) - 1,
+            "n_tokens": ends[-1],
+            "tokens_crc": crc,
+            "offsets_crc": zlib.crc32(offsets),
+            "sizes": {name: (directory / name).stat().st_size for name in ("tokens.npy", "offsets.npy")},
+        }
+        (directory / "store.json").write_text(json.dumps(meta, indent=1))
+
+
+def open_or_build(
+    documents: Callable[[], Iterable[str | bytes]], tokenizer: Tokenizer, cache_dir: Path, key: str, split: str
+) -> TokenStore:
+    """The store of one split from the cache, or built into it.
+
+    Args:
+      documents: called only where the store must be built.
+      key: names the source's content; with the tokenizer's fingerprint and the split it names the store.
+
+    Any number of processes may do this at once: each builds beside the final directory and renames; the first one wins.
+    Raises RunError where the cache cannot be written, or where what was written does not read back.
+    """
+    home = Path(cache_dir) / "tokens" / f"{key}-{tokenizer.fingerprint}-{split}"
+    if home.is_dir():
+        try:
+            return TokenStore.open(home)
+        except DamagedStore as error:
+            log.warning("%s: damaged (%s); it is built again", home, error)
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+        try:
+            new = work / "new"
+            new.mkdir()
+            TokenStore.write(documents(), tokenizer, new)
+            store = TokenStore.open(new)  # before the rename: the mapping stays ours whatever happens to the name
+            _install(new, home, aside=work / "old")
+            return store
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except (OSError, DamagedStore) as error:
+        raise RunError(
+            f"{home}: cannot write the tokenised data ({error}): free space there or set UOE_CACHE elsewhere."
+        ) from error
+
+
+def _install(new: Path, home: Path, aside: Path) -> None:
+    """Renames `new` to `home`, unless another process put a good store there first; moves a damaged one to `aside`."""
+    if home.is_dir():
+        try:
+            TokenStore.open(home)
+            return
+        except DamagedStore:
+            with contextlib.suppress(FileNotFoundError):  # another process moved it first
+                os.rename(home, aside)
+    try:
+        os.rename(new, home)
+    except OSError:
+        if not home.is_dir():  # else another process was first, and its store is the same as ours
+            raise
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, n_tokens: int) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n_tokens,)}
+    np.lib.format.write_array_header_1_0(file, header)

@@ -1,0 +1,96 @@
+"""The attention core shared by every head, and the dense attention block: the one an SMHA decomposes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from uoe_jax.layers.common import Tokens, along_last, rotate, scaled_normal, tokens_like, weight, zeros
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, causal: bool) -> jax.Array:
+    """Softmax attention [B,S,H,Dh] over k, v [B,S,G,Dh] (G divides H), scale 1/sqrt(Dh), softmax in float32.
+
+    Args:
+      segments: int32 [B,S]; a token attends to tokens of its own segment only. None: no restriction.
+      causal: a token attends to itself and those before it in the order given.
+    """
+    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+
+
+def attend_one(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
+    """One query [B,H,Dh] of each row over the cached k, v [B,S,G,Dh] at places 0..last (int32 [B])."""
+    mask = jnp.arange(k.shape[1])[None] <= last[:, None]
+    return jax.nn.dot_product_attention(q[:, None], k, v, mask=mask[:, None, None])[:, 0]
+
+
+class DenseCache(NamedTuple):
+    """Keys and values [B,context,G,Dh]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped key/value heads; letters in `layers.common`."""
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int = 0,
+        bias: bool = False,
+        causal: bool = False,
+        dtype: Any = jnp.float32,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> None:
+        d, h, g, dh = d_model, n_heads, n_kv_heads or n_heads, d_model // n_heads
+        self.causal, self.dtype = causal, dtype
+        self.w_q = weight(rngs, (d, h, dh), ("embed", "heads", None), scaled_normal(d))
+        self.w_k = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
+        self.w_v = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
+        self.w_o = weight(rngs, (h, dh, d), ("heads", None, "embed"), scaled_normal(d, out_scale))
+        self.b_q = weight(rngs, (h, dh), ("heads", None), zeros) if bias else None
+        self.b_k = weight(rngs, (g, dh), ("heads", None), zeros) if bias else None
+        self.b_v = weight(rngs, (g, dh), ("heads", None), zeros) if bias else None
+        self.b_o = weight(rngs, (d,), ("embed",), zeros) if bias else None
+
+    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
+        """Returns (y_BLD, None: nothing is routed)."""
+        return self._forward(x_BLD, tokens_like(x_BLD) if tokens is None else tokens)[0], None
+
+    def _forward(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = self._project(x_BLD.astype(self.dtype), tokens.rotary)
+        return self._out(attend(q, k, v, tokens.segments_BL, self.causal)), k, v
+
+    def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = (
+            self._biased(jnp.einsum("...d,dhk->...hk", x, w[...].astype(self.dtype)), b)
+            for w, b in ((self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v))
+        )
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def _out(self, o: jax.Array) -> jax.Array:
+        return self._biased(jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype)), self.b_o)
+
+    def _biased(self, y: jax.Array, b: nnx.Param | None) -> jax.Array:
+        return y if b is None else y + along_last(b[...].astype(self.dtype), y)
+
+    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, DenseCache]:
+        """The whole prompt, and its keys and values with room for `context` tokens."""
+        y_BLD, k, v = self._forward(x_BLD, tokens)
+        room = ((0, 0), (0, context - k.shape[1]), (0, 0), (0, 0))
+        return y_BLD, DenseCache(jnp.pad(k, room), jnp.pad(v, room))
+
+    def step(self, x_BD: jax.Array, cache: DenseCache, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, DenseCache]:
+        """Token `t_B` of each sequence; rotary tables are [B,Dh/2]."""
+        q, k, v = self._project(x_BD.astype(self.dtype), rotary)
+        rows = jnp.arange(x_BD.shape[0])
+        cache = DenseCache(cache.k.at[rows, t_B].set(k), cache.v.at[rows, t_B].set(v))
+        return self._out(attend_one(q, cache.k, cache.v, t_B)), cache

@@ -1,0 +1,105 @@
+"""What every block uses: the declaration of a weight, norms, activations, and the description of a batch of tokens.
+
+Letters: B batch, L length, M patches, P tokens per patch, D model width, N experts, C slots, S = C·P,
+F hidden width (f = F/N per expert), H heads (h = H/N), G key/value heads (g = G/N), Dh head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+zeros = nnx.initializers.zeros
+ones = nnx.initializers.ones
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer) -> nnx.Param:
+    """The one declaration of a weight: shape, logical axes (from which shardings follow) and initialiser.
+
+    Weight decay applies to matrices, which are what starts random: not to scales and biases, which start at 1 or 0.
+    """
+    assert len(shape) == len(axes), (shape, axes)
+    decay = init not in (zeros, ones)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes, decay=decay)
+
+
+def scaled_normal(fan_in: int, scale: float = 1.0) -> Initializer:
+    """Normal with standard deviation scale / sqrt(fan_in)."""
+    return nnx.initializers.normal(scale / fan_in**0.5)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last axis, computed in float32."""
+
+    def __init__(self, d_model: int, *, kind: str = "rmsnorm", eps: float = 1e-6, rngs: nnx.Rngs) -> None:
+        self.kind, self.eps = kind, eps
+        self.scale = weight(rngs, (d_model,), ("embed",), ones)
+        self.bias = weight(rngs, (d_model,), ("embed",), zeros) if kind == "layernorm" else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.bias is not None:
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        y = y * along_last(self.scale[...], y)
+        if self.bias is not None:
+            y = y + along_last(self.bias[...], y)
+        return y.astype(x.dtype)
+
+
+def along_last(v: jax.Array, like: jax.Array) -> jax.Array:
+    """v with leading axes of size 1, to broadcast over the last axes of `like` (rank promotion is never implicit)."""
+    return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
+
+
+GATED = {"swiglu": jax.nn.silu, "geglu": lambda x: jax.nn.gelu(x, approximate=False)}
+PLAIN = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def activate(name: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """The MLP's hidden values: act(up), or act(gate) * up for the gated kinds."""
+    return GATED[name](gate) * up if name in GATED else PLAIN[name](up)
+
+
+class Tokens(NamedTuple):
+    """What a block must know of its tokens beside their vectors.
+
+    Attributes:
+      segments_BL: int32, the document of a token, 0 for padding; None means one document without padding.
+      positions_BL: int32, counted inside the document.
+      rotary: (cos, sin), each float32 [B,L,Dh/2], or None without rotary positions.
+    """
+
+    segments_BL: jax.Array | None
+    positions_BL: jax.Array
+    rotary: tuple[jax.Array, jax.Array] | None = None
+
+
+def tokens_like(x_BLD: jax.Array) -> Tokens:
+    """One unpadded document per row."""
+    b, l = x_BLD.shape[:2]
+    return Tokens(None, jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l)))
+
+
+def rotary_tables(positions_BL: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, float32 [..., Dh/2] for positions [...]."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = along_last(frequency, positions_BL[..., None]) * positions_BL[..., None].astype(jnp.float32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """Applies rotary tables [..., Dh/2] to x [..., heads, Dh] (first half paired with second half, as in Llama)."""
+    if tables is None:
+        return x
+    cos, sin = (t[..., None, :] for t in tables)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

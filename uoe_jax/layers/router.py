@@ -1,0 +1,97 @@
+"""The router of one block: patch summaries to a Selection, for whole rows and token by token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from uoe_jax import routing as routing_lib
+from uoe_jax.config import RoutingConfig
+from uoe_jax.layers.common import along_last, scaled_normal, weight, zeros
+from uoe_jax.routing import RoutingStats, Selection
+
+
+class RouterCache(NamedTuple):
+    """What decoding must remember of the routing of each sequence and expert.
+
+    Attributes:
+      taken_BN: int32, slots taken in the current capacity window.
+      filled_BN: int32, slots taken in all; the current patch, where kept, is in slot filled - 1.
+      kept_BN: bool, whether the expert took the current patch. weight_BN: float32, with which combine weight.
+    """
+
+    taken_BN: jax.Array
+    filled_BN: jax.Array
+    kept_BN: jax.Array
+    weight_BN: jax.Array
+
+
+class Router(nnx.Module):
+    """s = softmax(summary·W_g + b_g) in float32; the summary of a patch is its first token if causal, else its mean."""
+
+    def __init__(self, d_model: int, routing: RoutingConfig, *, causal: bool, rngs: nnx.Rngs) -> None:
+        self.routing, self.causal = routing, causal
+        n = routing.n_experts
+        self.kernel = weight(rngs, (d_model, n), ("embed", None), scaled_normal(d_model, 0.3))
+        self.bias = weight(rngs, (n,), (None,), zeros) if routing.router_bias else None
+
+    def __call__(self, x_BMPD: jax.Array, valid_BMP: jax.Array) -> tuple[Selection, RoutingStats]:
+        """Routes whole rows. Args: x_BMPD patches; valid_BMP bool, False for padding tokens."""
+        if self.causal:
+            summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32)
+        else:
+            count_BM1 = jnp.maximum(valid_BMP.sum(axis=2, dtype=jnp.float32), 1)[..., None]
+            summary_BMD = jnp.where(valid_BMP[..., None], x_BMPD.astype(jnp.float32), 0).sum(axis=2) / count_BM1
+        return routing_lib.select(self._logits(summary_BMD), valid_BMP.any(axis=2), self.routing)
+
+    def _logits(self, summary: jax.Array) -> jax.Array:
+        logits = jnp.matmul(summary, self.kernel[...], precision=jax.lax.Precision.HIGHEST)
+        return logits if self.bias is None else logits + along_last(self.bias[...], logits)
+
+    def start_cache(self, selection: Selection, length_B: jax.Array) -> RouterCache:
+        """The cache after a prefill of `length_B` tokens, at least one in each sequence."""
+        kept_BMN = selection.kept_BMN
+        last_B = (length_B - 1) // self.routing.patch_size
+        window_M = jnp.arange(kept_BMN.shape[1]) // self.routing.capacity_window
+        here_BM = window_M[None] == (last_B // self.routing.capacity_window)[:, None]
+        slot_B1N = jnp.take_along_axis(selection.slot_of_BMN, last_B[:, None, None], axis=1)
+        kept_BN = slot_B1N[:, 0] < selection.slots_NBC.shape[-1]
+        slot_NB1 = jnp.where(kept_BN, slot_B1N[:, 0], 0).T[..., None]
+        weight_BN = jnp.take_along_axis(selection.weights_NBC, slot_NB1, axis=-1)[..., 0].T
+        return RouterCache(
+            taken_BN=(kept_BMN & here_BM[..., None]).sum(axis=1, dtype=jnp.int32),
+            filled_BN=kept_BMN.sum(axis=1, dtype=jnp.int32),
+            kept_BN=kept_BN,
+            weight_BN=jnp.where(kept_BN, weight_BN, 0),
+        )
+
+    def step(self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array) -> RouterCache:
+        """Routes token `t_B` of each sequence: the first token of a patch chooses, the others follow it."""
+        r = self.routing
+        first_B1 = (t_B % r.patch_size == 0)[:, None]
+        opens_window_B1 = first_B1 & (t_B // r.patch_size % r.capacity_window == 0)[:, None]
+        logits_BN = self._logits(x_BD.astype(jnp.float32))
+        scores_BN = jax.nn.softmax(logits_BN, axis=-1)
+        everyone = jnp.ones((x_BD.shape[0], 1), bool)
+        chosen_BN = routing_lib.choose_experts(scores_BN[:, None], everyone, r.k)[:, 0]
+        weight_BN = routing_lib.gate(r.gate, logits_BN, scores_BN, chosen_BN, r.k)
+        taken_BN = jnp.where(opens_window_B1, 0, cache.taken_BN)
+        accepted_BN = chosen_BN & (taken_BN < r.window_capacity()) & first_B1
+        kept_BN = jnp.where(first_B1, accepted_BN, cache.kept_BN)
+        return RouterCache(
+            taken_BN=taken_BN + accepted_BN.astype(jnp.int32),
+            filled_BN=cache.filled_BN + accepted_BN.astype(jnp.int32),
+            kept_BN=kept_BN,
+            weight_BN=jnp.where(kept_BN, jnp.where(first_B1, weight_BN, cache.weight_BN), 0),
+        )
+
+
+def patches(x_BLD: jax.Array, p: int) -> jax.Array:
+    """[B,L,…] cut in patches [B,M,P,…]; L must be a multiple of P."""
+    b, l = x_BLD.shape[:2]
+    if l % p:
+        raise ValueError(f"length {l} is not a multiple of the patch size {p}: pad the rows")
+    return x_BLD.reshape(b, l // p, p, *x_BLD.shape[2:])

@@ -1,0 +1,114 @@
+"""SMHA: selective multi-head attention. Dense attention cut in N groups of heads, each attending among its slots."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from uoe_jax.config import RoutingConfig
+from uoe_jax.layers.attention import attend, attend_one
+from uoe_jax.layers.common import Tokens, rotate, scaled_normal, weight, zeros
+from uoe_jax.layers.router import RouterCache
+from uoe_jax.layers.union import Slots, Union
+
+
+class SMHACache(NamedTuple):
+    """Keys and values of the tokens each expert selected, [N,B,S,g,Dh], and the routing state."""
+
+    k: jax.Array
+    v: jax.Array
+    router: RouterCache
+
+
+class SMHA(Union):
+    """Selective Multi-Head Attention: a slot neither queries nor is attended to in a head that did not select it.
+
+    Args:
+      d_model, n_heads, n_kv_heads: D, H and G of the whole block; an expert has h = H/N and g = G/N heads.
+      routing: N, K, capacity, patch size, gate.
+      bias: biases of q, k, v per expert, one output bias for the union.
+      causal: admit only what cannot see the future. dtype: of the computation; weights are float32.
+
+    Raises:
+      ValueError: N does not divide H or G.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        routing: RoutingConfig,
+        *,
+        n_kv_heads: int = 0,
+        bias: bool = False,
+        causal: bool = False,
+        dtype: Any = jnp.float32,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> None:
+        d, n, kv_heads = d_model, routing.n_experts, n_kv_heads or n_heads
+        if n_heads % n or kv_heads % n:
+            raise ValueError(f"n_heads={n_heads} and n_kv_heads={kv_heads} must both be multiples of n_experts={n}")
+        h, g, dh = n_heads // n, kv_heads // n, d // n_heads
+        super().__init__(d, routing, causal=causal, dtype=dtype, rngs=rngs)
+        into = ("expert", "embed", "heads", None)
+        self.w_q = weight(rngs, (n, d, h, dh), into, scaled_normal(d))
+        self.w_k = weight(rngs, (n, d, g, dh), into, scaled_normal(d))
+        self.w_v = weight(rngs, (n, d, g, dh), into, scaled_normal(d))
+        self.w_o = weight(rngs, (n, h, dh, d), ("expert", "heads", None, "embed"), scaled_normal(d, out_scale))
+        self.b_q = weight(rngs, (n, h, dh), ("expert", "heads", None), zeros) if bias else None
+        self.b_k = weight(rngs, (n, g, dh), ("expert", "heads", None), zeros) if bias else None
+        self.b_v = weight(rngs, (n, g, dh), ("expert", "heads", None), zeros) if bias else None
+        self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
+
+    def _experts(self, x_NBSD: jax.Array, slots: Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        n, b, s, _ = x_NBSD.shape
+        q, k, v = self._project(x_NBSD, slots.rotary)
+        # Empty slots come last, so the causal mask already hides them; without it they form a segment of their own.
+        segments_NBS = slots.segments_NBS
+        if not self.causal:
+            segments_NBS = jnp.where(slots.filled_NBS, 1 if segments_NBS is None else segments_NBS, -1)
+        rows = [a if a is None else a.reshape(n * b, *a.shape[2:]) for a in (q, k, v, segments_NBS)]
+        return self._out(attend(*rows, self.causal).reshape(q.shape), slots.weight_NBS), (k, v)
+
+    def _project(self, x_NBSD: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def project(w: nnx.Param, b: nnx.Param | None) -> jax.Array:
+            y = jnp.einsum("nbsd,ndhk->nbshk", x_NBSD, w[...].astype(self.dtype))
+            return y if b is None else y + b[...].astype(self.dtype)[:, None, None]
+
+        q, k, v = project(self.w_q, self.b_q), project(self.w_k, self.b_k), project(self.w_v, self.b_v)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def _out(self, o_NBShk: jax.Array, weight_NBS: jax.Array) -> jax.Array:
+        # On the heads' values, narrower than the outputs: the same sum, and no outputs kept for the gradient.
+        o_NBShk = o_NBShk * weight_NBS[..., None, None].astype(self.dtype)
+        return jnp.einsum("nbshk,nhkd->nbsd", o_NBShk, self.w_o[...].astype(self.dtype))
+
+    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, SMHACache]:
+        """The whole prompt, and a cache with a place for every token an expert may select among `context`."""
+        y_BLD, _, selection, (k, v) = self._forward(x_BLD, tokens)
+        p = self.routing.patch_size
+        room = ((0, 0), (0, 0), (0, self.routing.slots(context // p) * p - k.shape[2]), (0, 0), (0, 0))
+        router = self.router.start_cache(selection, (tokens.segments_BL > 0).sum(axis=1))
+        return y_BLD, SMHACache(jnp.pad(k, room), jnp.pad(v, room), router)
+
+    def step(self, x_BD: jax.Array, cache: SMHACache, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, SMHACache]:
+        """Token `t_B` of each sequence; rotary tables are [B,Dh/2]."""
+        n, b, s = cache.k.shape[:3]
+        x_BD = x_BD.astype(self.dtype)
+        router = self.router.step(x_BD, cache.router, t_B)
+        x_NB1D = jnp.broadcast_to(x_BD[None, :, None], (n, b, 1, x_BD.shape[1]))
+        q, k, v = self._project(x_NB1D, None if rotary is None else tuple(t[None, :, None] for t in rotary))
+        p = self.routing.patch_size
+        place_NB = ((router.filled_BN - 1) * p + (t_B % p)[:, None]).T
+        # Experts that did not take the patch write past the end, which drops the write.
+        into = (jnp.arange(n)[:, None], jnp.arange(b)[None], jnp.where(router.kept_BN.T, place_NB, s))
+        cache = SMHACache(
+            cache.k.at[into].set(k[:, :, 0], mode="drop"), cache.v.at[into].set(v[:, :, 0], mode="drop"), router
+        )
+        rows = [a.reshape(n * b, *a.shape[2:]) for a in (q[:, :, 0], cache.k, cache.v)]
+        o = attend_one(*rows, place_NB.reshape(-1)).reshape(q.shape)
+        return self._union(self._out(o, router.weight_BN.T[..., None])), cache

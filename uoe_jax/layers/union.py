@@ -1,0 +1,85 @@
+"""What SMHA and UoME share: route the patches, let every expert work on its slots, add the results back at their places."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from uoe_jax.config import RoutingConfig
+from uoe_jax.dispatch import combine_slots, gather_rows, gather_slots
+from uoe_jax.layers.common import Tokens, tokens_like
+from uoe_jax.layers.router import Router, patches
+from uoe_jax.routing import RoutingStats, Selection
+
+
+class Slots(NamedTuple):
+    """What the experts must know of the tokens in their slots (S = C·P).
+
+    Attributes:
+      weight_NBS: float32 combine weight, 0 for padding tokens and empty slots.
+      filled_NBS: bool, False in empty slots.
+      segments_NBS: int32 documents, or None where the row is one document without padding.
+      rotary: (cos, sin) float32 [N,B,S,Dh/2] at the tokens' true positions, or None.
+    """
+
+    weight_NBS: jax.Array
+    filled_NBS: jax.Array
+    segments_NBS: jax.Array | None
+    rotary: tuple[jax.Array, jax.Array] | None
+
+
+class Union(nnx.Module):
+    """A routed block. A subclass sets `bias_out` (the one output bias, or None) and computes `_experts`."""
+
+    def __init__(self, d_model: int, routing: RoutingConfig, *, causal: bool, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.routing, self.causal, self.dtype = routing, causal, dtype
+        self.router = Router(d_model, routing, causal=causal, rngs=rngs)
+
+    def _experts(self, x_NBSD: jax.Array, slots: Slots) -> tuple[jax.Array, Any]:
+        """Every expert on its own slots: ([N,B,S,D] weighted outputs, what a prefill keeps)."""
+        raise NotImplementedError
+
+    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats]:
+        """Returns (y_BLD, statistics). L must be a multiple of the patch size; padding tokens give zeros."""
+        y_BLD, stats, _, _ = self._forward(x_BLD, tokens_like(x_BLD) if tokens is None else tokens)
+        return y_BLD, stats
+
+    def _forward(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RoutingStats, Selection, Any]:
+        p = self.routing.patch_size
+        x_BMPD = patches(x_BLD.astype(self.dtype), p)
+        b, m, _, d = x_BMPD.shape
+        segments_BMP = None if tokens.segments_BL is None else patches(tokens.segments_BL, p)
+        valid_BMP = jnp.ones((b, m, p), bool) if segments_BMP is None else segments_BMP > 0
+        with jax.named_scope("route"):
+            selection, stats = self.router(x_BMPD, valid_BMP)
+        n, _, c = selection.slots_NBC.shape
+
+        def at_slots(values_BLX: jax.Array) -> jax.Array:
+            """Values of tokens, [B,L,…], at every expert's slots: [N,B,S,…]; nothing is differentiated."""
+            rows = gather_rows(values_BLX.reshape(b, m, -1), selection.slots_NBC)
+            return rows.reshape(n, b, c * p, *values_BLX.shape[2:])
+
+        slots = Slots(
+            weight_NBS=jnp.repeat(selection.weights_NBC, p, axis=-1) * at_slots(valid_BMP.reshape(b, m * p).astype(jnp.float32)),
+            filled_NBS=jnp.repeat(selection.valid_NBC, p, axis=-1),
+            segments_NBS=None if tokens.segments_BL is None else at_slots(tokens.segments_BL),
+            rotary=None if tokens.rotary is None else tuple(at_slots(t) for t in tokens.rotary),
+        )
+        with jax.named_scope("dispatch"):
+            x_NBCF = gather_slots(x_BMPD.reshape(b, m, p * d), selection, self.routing.dispatch)
+        with jax.named_scope("experts"):
+            y_NBSD, kept = self._experts(x_NBCF.reshape(n, b, c * p, d), slots)
+        with jax.named_scope("combine"):
+            y_BMF = combine_slots(y_NBSD.reshape(n, b, c, p * d), selection, self.routing.dispatch)
+        y_BLD = y_BMF.reshape(x_BLD.shape)
+        if self.bias_out is not None:
+            y_BLD = y_BLD + jnp.where(valid_BMP.reshape(b, m * p, 1), self.bias_out[...].astype(self.dtype)[None, None], 0)
+        return y_BLD, stats, selection, kept
+
+    def _union(self, y_NB1D: jax.Array) -> jax.Array:
+        """Sums the experts' outputs for one token of each sequence, [B,D]."""
+        y_BD = y_NB1D.sum(axis=0)[:, 0]
+        return y_BD if self.bias_out is None else y_BD + self.bias_out[...].astype(self.dtype)[None]

@@ -1,0 +1,81 @@
+"""UoME: a union of MLP experts. The dense MLP cut in N equal partitions of its hidden width, each working on its slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from uoe_jax.config import RoutingConfig
+from uoe_jax.layers.common import GATED, Tokens, activate, scaled_normal, weight, zeros
+from uoe_jax.layers.router import RouterCache
+from uoe_jax.layers.union import Slots, Union
+
+
+class UoME(Union):
+    """Union-of-MLP-Experts.
+
+    Args:
+      d_model, d_hidden: D and F of the whole MLP; every expert has f = F/N hidden columns and rows.
+      routing: N, K, capacity, patch size, gate.
+      activation: gelu, gelu_tanh, relu, swiglu or geglu. bias: hidden biases per expert, one output bias for the union.
+      causal: admit only what cannot see the future. dtype: of the computation; weights are float32.
+
+    Raises:
+      ValueError: N does not divide F.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        routing: RoutingConfig,
+        *,
+        activation: str = "gelu",
+        bias: bool = False,
+        causal: bool = False,
+        dtype: Any = jnp.float32,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> None:
+        d, n = d_model, routing.n_experts
+        f, rest = divmod(d_hidden, n)
+        if rest:
+            raise ValueError(f"d_hidden={d_hidden} cannot be cut in n_experts={n} equal partitions")
+        super().__init__(d, routing, causal=causal, dtype=dtype, rngs=rngs)
+        self.activation = activation
+        into, out = ("expert", "embed", "hidden"), ("expert", "hidden", "embed")
+        self.w_up = weight(rngs, (n, d, f), into, scaled_normal(d))
+        self.w_gate = weight(rngs, (n, d, f), into, scaled_normal(d)) if activation in GATED else None
+        self.w_down = weight(rngs, (n, f, d), out, scaled_normal(d_hidden, out_scale))
+        self.b_up = weight(rngs, (n, f), ("expert", "hidden"), zeros) if bias else None
+        self.b_gate = weight(rngs, (n, f), ("expert", "hidden"), zeros) if bias and self.w_gate is not None else None
+        self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
+
+    def _experts(self, x_NBSD: jax.Array, slots: Slots) -> tuple[jax.Array, tuple]:
+        return self._mlp(x_NBSD, slots.weight_NBS), ()
+
+    def _mlp(self, x_NBSD: jax.Array, weight_NBS: jax.Array) -> jax.Array:
+        up = self._into(x_NBSD, self.w_up, self.b_up)
+        gate = None if self.w_gate is None else self._into(x_NBSD, self.w_gate, self.b_gate)
+        # The combine weight goes on the hidden values: the same sum, and no need to keep the outputs for its gradient.
+        hidden_NBSf = activate(self.activation, up, gate) * weight_NBS[..., None].astype(self.dtype)
+        return jnp.einsum("nbsf,nfd->nbsd", hidden_NBSf, self.w_down[...].astype(self.dtype))
+
+    def _into(self, x_NBSD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+        y_NBSf = jnp.einsum("nbsd,ndf->nbsf", x_NBSD, kernel[...].astype(self.dtype))
+        return y_NBSf if bias is None else y_NBSf + bias[...].astype(self.dtype)[:, None, None]
+
+    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, RouterCache]:
+        """The whole prompt, and the cache for the tokens after it."""
+        y_BLD, _, selection, _ = self._forward(x_BLD, tokens)
+        return y_BLD, self.router.start_cache(selection, (tokens.segments_BL > 0).sum(axis=1))
+
+    def step(self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, RouterCache]:
+        """Token `t_B` of each sequence."""
+        x_BD = x_BD.astype(self.dtype)
+        cache = self.router.step(x_BD, cache, t_B)
+        x_NB1D = jnp.broadcast_to(x_BD[None, :, None], (self.routing.n_experts, x_BD.shape[0], 1, x_BD.shape[1]))
+        return self._union(self._mlp(x_NB1D, cache.weight_BN.T[..., None])), cache

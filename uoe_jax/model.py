@@ -1,0 +1,180 @@
+"""The decoder language model: tied embedding, pre-norm blocks scanned over layers, cached decoding.
+
+Letters in `layers.common`; T is the number of layers. The stack of layers is one `Block` whose weights have a leading
+layer axis, so that compile time does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.layers.attention import Attention
+from uoe_jax.layers.common import Norm, Tokens, rotary_tables, weight
+from uoe_jax.layers.mlp import MLP
+from uoe_jax.layers.smha import SMHA
+from uoe_jax.layers.uome import UoME
+from uoe_jax.routing import RoutingStats
+
+Stats = dict[str, RoutingStats]  # by block ("smha", "uome"); leaves stacked over layers
+
+
+class Cache(NamedTuple):
+    """Decoding state: one cache per block, stacked over layers, and the position int32 [B] of the next token."""
+
+    attention: Any
+    mlp: Any
+    next_B: jax.Array
+
+
+def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """The attention block that `model.attention` names."""
+    common = dict(bias=c.bias, causal=c.causal, dtype=c.dtype, out_scale=(2 * c.n_layers) ** -0.5, rngs=rngs)
+    if c.attention == "smha":
+        return SMHA(c.d_model, c.n_heads, c.smha, n_kv_heads=c.kv_heads, **common)
+    return Attention(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, **common)
+
+
+def make_mlp(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """The MLP block that `model.mlp` names."""
+    scale = (2 * c.n_layers) ** -0.5
+    common = dict(activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=scale, rngs=rngs)
+    if c.mlp == "uome":
+        return UoME(c.d_model, c.d_hidden, c.uome, causal=c.causal, **common)
+    return MLP(c.d_model, c.d_hidden, **common)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.names = (c.attention, c.mlp)
+        self.attention_norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+        self.attention = make_attention(c, rngs)
+        self.mlp_norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+        self.mlp = make_mlp(c, rngs)
+
+    def __call__(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
+        y_BLD, attention_stats = self.attention(self.attention_norm(x_BLD), tokens)
+        x_BLD = x_BLD + y_BLD
+        y_BLD, mlp_stats = self.mlp(self.mlp_norm(x_BLD), tokens)
+        stats = zip(self.names, (attention_stats, mlp_stats))
+        return x_BLD + y_BLD, {name: s for name, s in stats if s is not None}
+
+    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, tuple[Any, Any]]:
+        y_BLD, attention = self.attention.prefill(self.attention_norm(x_BLD), tokens, context)
+        x_BLD = x_BLD + y_BLD
+        y_BLD, mlp = self.mlp.prefill(self.mlp_norm(x_BLD), tokens, context)
+        return x_BLD + y_BLD, (attention, mlp)
+
+    def step(self, x_BD: jax.Array, caches: tuple[Any, Any], t_B: jax.Array, rotary: Any) -> tuple[jax.Array, Any]:
+        y_BD, attention = self.attention.step(self.attention_norm(x_BD), caches[0], t_B, rotary)
+        x_BD = x_BD + y_BD
+        y_BD, mlp = self.mlp.step(self.mlp_norm(x_BD), caches[1], t_B, rotary)
+        return x_BD + y_BD, (attention, mlp)
+
+
+# What the backward pass may keep of a layer; everything else is recomputed.
+REMAT = {
+    "none": lambda f: f,
+    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False),
+    "block": lambda f: jax.checkpoint(f, prevent_cse=False),
+}
+
+
+class Transformer(nnx.Module):
+    """A decoder language model of the blocks its configuration names."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        c = self.config = config
+        if c.vocab_size < 1:
+            raise ValueError("vocab_size must be set before the model is built")
+        small = nnx.initializers.normal(0.02)
+        self.embedding = weight(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), small)
+        learned = c.position == "learned"
+        self.positions = weight(rngs, (c.context_length, c.d_model), (None, "embed"), small) if learned else None
+        self.layers = _stack(lambda r: Block(c, rngs=r), c.n_layers, rngs.params())
+        self.norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+        self.head = None if c.tie_embeddings else weight(rngs, (c.d_model, c.vocab_size), ("embed", "vocab"), small)
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        segments_BL: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, Stats]:
+        """Logits of the next token.
+
+        Args:
+          tokens_BL: int32; L must be a multiple of the blocks' patch sizes.
+          segments_BL: int32, the document of each token, 0 for padding; None: one document per row.
+          positions_BL: int32, counted inside the document; None: from the start of the row.
+
+        Returns:
+          (logits float32 [B,L,V], routing statistics by block, stacked over layers).
+        """
+        if positions_BL is None:
+            positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
+        tokens = Tokens(segments_BL, positions_BL, self._rotary(positions_BL))
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x_BLD, weights):
+            return nnx.merge(graphdef, weights)(x_BLD, tokens)
+
+        x_BLD, stats = jax.lax.scan(REMAT[self.config.remat](layer), self._embed(tokens_BL, positions_BL), stacked)
+        return self._logits(x_BLD), stats
+
+    def prefill(self, tokens_BL: jax.Array, length_B: jax.Array, context: int) -> tuple[jax.Array, Cache]:
+        """Runs prompts padded on the right; returns (logits float32 [B,V] after each prompt, cache for `context` tokens)."""
+        b, l = tokens_BL.shape
+        positions_BL = jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
+        segments_BL = (positions_BL < length_B[:, None]).astype(jnp.int32)
+        tokens = Tokens(segments_BL, positions_BL, self._rotary(positions_BL))
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x_BLD, weights):
+            return nnx.merge(graphdef, weights).prefill(x_BLD, tokens, context)
+
+        x_BLD, caches = jax.lax.scan(layer, self._embed(tokens_BL, positions_BL), stacked)
+        last_BD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+        return self._logits(last_BD), Cache(*caches, length_B.astype(jnp.int32))
+
+    def step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Appends one token to each sequence; returns (logits float32 [B,V] of the one after it, cache)."""
+        rotary = self._rotary(cache.next_B)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x_BD, xs):
+            weights, caches = xs
+            return nnx.merge(graphdef, weights).step(x_BD, caches, cache.next_B, rotary)
+
+        x_BD = self._embed(tokens_B, cache.next_B)
+        x_BD, caches = jax.lax.scan(layer, x_BD, (stacked, (cache.attention, cache.mlp)))
+        return self._logits(x_BD), Cache(*caches, cache.next_B + 1)
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.embedding[...].astype(self.config.dtype)[tokens]
+        if self.positions is not None:
+            x = x + self.positions[...].astype(self.config.dtype)[positions]
+        return x
+
+    def _rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        if self.config.position != "rope":
+            return None
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        x = self.norm(x)
+        head = self.embedding[...].T if self.head is None else self.head[...]
+        return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, key: jax.Array) -> nnx.Module:
+    """One module with the weights of `n` independently initialised ones stacked on a leading layer axis."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    states = jax.vmap(lambda k: nnx.split(make(nnx.Rngs(params=k)))[1])(jax.random.split(key, n))
+    return nnx.merge(graphdef, states)

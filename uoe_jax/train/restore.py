@@ -1,0 +1,56 @@
+"""A trained run brought back for evaluation, generation and export."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Iterator, NamedTuple
+
+import jax
+
+from uoe_jax import mesh as mesh_lib
+from uoe_jax.config import Config
+from uoe_jax.data.pipeline import DataBundle
+from uoe_jax.errors import UserError
+from uoe_jax.train.checkpoint import CheckpointStore
+from uoe_jax.train.loop import load_data
+from uoe_jax.train.step import Program, TrainState, build
+from uoe_jax.workdir import check_record
+from etils import epath
+
+
+class Restored(NamedTuple):
+    """A run at one of its checkpoints."""
+
+    data: DataBundle
+    program: Program
+    state: TrainState
+    step: int
+
+
+@contextlib.contextmanager
+def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Restored]:
+    """Restores the checkpoint `which` (latest, best, or a step) of a run, on the configured mesh.
+
+    Raises:
+      UserError: no such checkpoint; the data are not those of the run.
+    """
+    config, data = load_data(config)
+    check_record(epath.Path(workdir), data.record)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    with jax.set_mesh(mesh), CheckpointStore(workdir, read_only=True) as store:
+        step = _step(store, which)
+        program = build(config, mesh)
+        yield Restored(data, program, store.restore(step, program.abstract), step)
+
+
+def _step(store: CheckpointStore, which: str) -> int:
+    steps = store.steps()
+    if not steps:
+        raise UserError(f"{store.directory}: holds no complete checkpoint yet; train the run first")
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        return steps[-1] if store.best_step() is None else store.best_step()
+    if which.isdigit() and int(which) in steps:
+        return int(which)
+    raise UserError(f"--step={which}: give latest, best, or one of {', '.join(map(str, steps))}")

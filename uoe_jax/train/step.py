@@ -1,0 +1,183 @@
+"""The compiled part of training: state, optimizer, the train step and the evaluation step."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from uoe_jax import mesh as mesh_lib
+from uoe_jax.config import Config, ModelConfig, OptimizerConfig
+from uoe_jax.model import Stats, Transformer
+
+Batch = dict[str, jax.Array]  # tokens, targets, segments, positions int32 [B,L]; n_bytes int32 [B]
+Params = dict[str, Any]  # nested, by module and weight name
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds. `step` is the number of updates done, int32."""
+
+    step: jax.Array
+    params: Params
+    opt: optax.OptState
+
+
+class Sums(NamedTuple):
+    """Sums over rows of a batch, so that microbatches and batches add up: float32, routing statistics per layer."""
+
+    nll: jax.Array
+    tokens: jax.Array
+    n_bytes: jax.Array
+    rows: jax.Array
+    routing: Stats
+
+
+class Program(NamedTuple):
+    """A configuration compiled for a mesh.
+
+    Attributes:
+      init: key -> TrainState, born with its shardings.
+      train_step: (state, batch) -> (state, metrics on device); donates the state.
+      eval_step: (params, batch) -> Sums.
+      abstract: TrainState of ShapeDtypeStructs with shardings.
+      model: params -> Transformer.
+    """
+
+    mesh: Mesh
+    init: Callable[[jax.Array], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    eval_step: Callable[[Params, Batch], Sums]
+    abstract: TrainState
+    model: Callable[[Params], Transformer]
+
+
+def learning_rate(c: OptimizerConfig, decay_steps: int) -> optax.Schedule:
+    """Linear warmup from the first step, then cosine to `final_fraction` of the peak at `decay_steps`."""
+    end = max(decay_steps, c.warmup_steps + 1)  # a run shorter than its warmup ends inside it
+    peak, last = c.learning_rate, c.learning_rate * c.final_fraction
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, c.warmup_steps, end, last)
+    return lambda count: schedule(count + 1)
+
+
+def make_optimizer(c: OptimizerConfig, decay_steps: int, decayed: Params) -> optax.GradientTransformation:
+    """AdamW with clipping by global norm; `decayed` is a tree of bool, True where weight decay applies."""
+    clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+    adam = optax.adamw(
+        learning_rate(c, decay_steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=lambda _: decayed
+    )
+    return optax.chain(clip, adam)
+
+
+def functional(c: ModelConfig) -> tuple[Callable[[jax.Array], Params], Callable[[Params], Transformer], nnx.State]:
+    """(key -> params, params -> module, abstract state with the weights' declarations)."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0))))
+
+    def init(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(Transformer(c, rngs=nnx.Rngs(params=key))))
+
+    def rebuild(params: Params) -> Transformer:
+        state = jax.tree.map(lambda x: x, abstract)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)
+
+    return init, rebuild, abstract
+
+
+def declared(abstract: nnx.State, read: Callable[[nnx.Param, tuple[int, ...]], Any]) -> Params:
+    """A tree shaped like the parameters holding `read(weight's declaration, its stacked shape)`."""
+    flat = {path: read(v, v.get_value().shape) for path, v in nnx.to_flat_state(abstract)}
+    out: Params = {}
+    for path, value in flat.items():
+        node = out
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = value
+    return out
+
+
+def batch_sums(model: Transformer, batch: Batch) -> Sums:
+    """Next-token losses of a batch, in nats, summed over valid tokens."""
+    logits, routing = model(batch["tokens"], batch["segments"], batch["positions"])
+    valid_BL = batch["segments"] > 0
+    nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return Sums(
+        nll=jnp.where(valid_BL, nll_BL, 0).sum(),
+        tokens=valid_BL.sum(dtype=jnp.float32),
+        n_bytes=batch["n_bytes"].sum(dtype=jnp.float32),
+        rows=valid_BL.any(axis=1).sum(dtype=jnp.float32),
+        routing=routing,
+    )
+
+
+def build(config: Config, mesh: Mesh) -> Program:
+    """Derives everything compiled from the configuration; nothing is allocated."""
+    init_params, rebuild, declarations = functional(config.model)
+    shardings = declared(declarations, lambda w, shape: mesh_lib.weight_sharding(mesh, w.logical_axes, shape))
+    optimizer = make_optimizer(config.optimizer, config.decay_steps, declared(declarations, lambda w, _: w.decay))
+    rate = learning_rate(config.optimizer, config.decay_steps)
+    mesh_lib.check_rows(mesh, config.train.batch_size // config.train.accumulation, "config.train.batch_size")
+    mesh_lib.check_rows(mesh, config.eval_batch_size, "config.eval.batch_size")
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    # Optimizer moments have the tree of the parameters and lie as they do; scalars are everywhere.
+    like_params = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, s: s, shapes.opt, shardings, transform_non_params=lambda _: mesh_lib.replicated(mesh)
+    )
+    placed = TrainState(mesh_lib.replicated(mesh), shardings, like_params)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        grads, sums = accumulated_gradients(config, rebuild, state.params, batch)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes float constants with integer counts
+            updates, opt = optimizer.update(grads, state.opt, state.params)
+            used_rate = jnp.asarray(rate(state.step), jnp.float32)
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt)
+        return new, {"sums": sums, "grad_norm": optax.global_norm(grads), "learning_rate": used_rate}
+
+    rows = mesh_lib.batch_sharding(mesh)
+    return Program(
+        mesh=mesh,
+        init=jax.jit(init, out_shardings=placed),
+        train_step=jax.jit(train_step, donate_argnums=0, in_shardings=(placed, rows), out_shardings=(placed, None)),
+        eval_step=jax.jit(lambda params, batch: batch_sums(rebuild(params), batch), in_shardings=(shardings, rows)),
+        abstract=abstract,
+        model=rebuild,
+    )
+
+
+def accumulated_gradients(
+    config: Config, rebuild: Callable[[Params], Transformer], params: Params, batch: Batch
+) -> tuple[Params, Sums]:
+    """Gradient of mean token loss plus balance losses over the whole batch, `accumulation` microbatches at a time.
+
+    Every microbatch divides by the global number of valid tokens and rows, so that the sum of their gradients is the
+    gradient of the whole batch however it is cut.
+    """
+    tokens = jnp.maximum((batch["segments"] > 0).sum(dtype=jnp.float32), 1)
+    rows = jnp.maximum((batch["segments"] > 0).any(axis=1).sum(dtype=jnp.float32), 1)
+
+    def loss(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
+        sums = batch_sums(rebuild(params), part)
+        total = sums.nll / tokens
+        for name, routing in config.model.routed().items():
+            stats = sums.routing[name]
+            total += (routing.balance_weight * stats.balance.sum() + routing.z_weight * stats.z.sum()) / rows
+        return total, sums
+
+    gradient = jax.grad(loss, has_aux=True)
+    parts = config.train.accumulation
+    if parts == 1:
+        return gradient(params, batch)
+    # Microbatch i takes rows i, i + parts, …: every device then keeps its own rows.
+    cut = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+    first = jax.tree.map(lambda a: a[0], cut)
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, first))
+    return jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, gradient(params, part)), None), zero, cut)[0]

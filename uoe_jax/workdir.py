@@ -1,0 +1,88 @@
+"""The directory of a run: whose it is, and the configuration and record stored in it. Imports no jax."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from uoe_jax.config import Config, changed_keys, from_dict, to_dict
+from uoe_jax.errors import UserError
+
+CONFIG, RECORD = "config.json", "record.json"
+
+
+def open_workdir(path: str, config: Config) -> tuple[epath.Path, bool]:
+    """Makes or enters a workdir and stores the resolved configuration; returns (path, whether a run is there already).
+
+    Raises:
+      UserError: it holds something else or another run, or cannot be written.
+    """
+    workdir = epath.Path(path).expanduser()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        there = sorted(p.name for p in workdir.iterdir() if p.name != "error.txt")
+        resumed = CONFIG in there
+        if there and not resumed:
+            raise UserError(f"--workdir={path}: holds other files ({there[0]}, …) and no run; give an empty directory")
+        if resumed:
+            _refuse_other_run(path, read_config(path), config)
+        write_json(workdir / CONFIG, to_dict(config))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--workdir={path}: cannot be written ({reason}); give a directory you may write to") from error
+    return workdir, resumed
+
+
+def _refuse_other_run(path: str, old: Config, new: Config) -> None:
+    changed = changed_keys(old, new)
+    if changed:
+        name, before, now = changed[0]
+        more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
+        raise UserError(
+            f"config.{name}={now!r}: the run in {path} was started with {before!r}{more}; "
+            "give the old value, or another --workdir"
+        )
+
+
+def check_record(workdir: epath.Path, record: dict[str, Any]) -> None:
+    """Stores what the run's data are, or on resume refuses data that are not the same.
+
+    Raises:
+      UserError: the content hash of the data differs from the stored one.
+    """
+    path = workdir / RECORD
+    if path.exists():
+        old = json.loads(path.read_text())["data"]
+        for name in ("content_sha256", "tokenizer"):
+            if old.get(name) != record.get(name):
+                raise UserError(
+                    f"data.{name}={record.get(name)!r}: the run in {workdir} was trained on {old.get(name)!r}; "
+                    "use the interpreter and files it was started with, or another --workdir"
+                )
+    else:
+        write_json(path, {"data": record})
+
+
+def read_config(path: str) -> Config:
+    """The resolved configuration of the run in a workdir.
+
+    Raises:
+      UserError: there is no run, or its config.json cannot be used.
+    """
+    file = epath.Path(path).expanduser() / CONFIG
+    if not file.exists():
+        raise UserError(f"--workdir={path}: no run there (config.json is missing); train one with uoe train")
+    try:
+        return from_dict(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); restore it, or start in another --workdir") from error
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
