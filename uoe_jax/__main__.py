@@ -1,8 +1,6 @@
 """`python -m uoe_jax` is `uoe`."""
 
-import sys
-
-from uoe_jax.cli import main
+from uoe_jax.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -15,6 +15,11 @@ from uoe_jax.config import Config
 from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, UserError
 
 
+def console() -> NoReturn:
+    """The `uoe` command."""
+    sys.exit(main())
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
@@ -161,7 +166,7 @@ def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from uoe_jax.train.evaluate import evaluate
 
     with restored(config, options.workdir, options.step) as run:
-        found = evaluate(run.program, run.state.params, getattr(run.data, options.split), config)
+        found, _ = evaluate(run.program, run.state.params, getattr(run.data, options.split), config)
         print(json.dumps({"step": run.step, "split": options.split, **found}))
     return EXIT_DONE
 

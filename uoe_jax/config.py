@@ -96,7 +96,12 @@ class ModelConfig:
     bias: bool = key(False, "biases in projections")
     tie_embeddings: bool = key(True, "the output head is the embedding")
     dtype: str = key("float32", "compute dtype; parameters are float32", choices=("float32", "bfloat16", "float16"))
-    remat: str = key("none", "what the backward pass recomputes", choices=("none", "dots", "block"), free=True)
+    remat: str = key(
+        "slots",
+        "what the backward pass recomputes: nothing; gathered slots and scores; all but matrix products; whole blocks",
+        choices=("none", "slots", "dots", "block"),
+        free=True,
+    )
     smha: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
     uome: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
 
@@ -154,7 +159,7 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     every: int = key(200, "steps between evaluations; 0 means only at the end", low=0, free=True)
-    batches: int = key(0, "batches per evaluation during training; 0 means the whole split", low=0, free=True)
+    batches: int = key(0, "batches per evaluation; 0 means the whole split, as the last one always does", low=0, free=True)
     batch_size: int = key(0, "global rows per batch; 0 means train.batch_size", low=0, free=True)
 
 
@@ -321,9 +326,6 @@ def check_model(m: ModelConfig) -> None:
         raise ConfigError("config.model.n_heads", m.n_heads, f"gives heads of odd width {m.head_dim}; rope needs even")
     for name, r in m.routed().items():
         check_routing(f"config.model.{name}", r, m)
-    if m.context_length % m.patch_multiple:
-        remedy = f"must be a multiple of the patch sizes ({m.patch_multiple})"
-        raise ConfigError("config.model.context_length", m.context_length, remedy)
 
 
 def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
@@ -333,6 +335,8 @@ def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
     if r.gate == "normalized" and r.k == 1:
         remedy = "with k=1 the rescaled score is always 1 and the router would not learn; choose sigmoid or k >= 2"
         raise ConfigError(f"{name}.gate", r.gate, remedy)
+    if m.context_length % r.patch_size:
+        raise ConfigError(f"{name}.patch_size", r.patch_size, f"must divide context_length={m.context_length}")
     split = {"uome": [("d_hidden", m.d_hidden)], "smha": [("n_heads", m.n_heads), ("n_kv_heads", m.kv_heads)]}
     for what, size in split[name.rsplit(".", 1)[-1]]:
         if size % r.n_experts:

@@ -11,10 +11,11 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import Attention
-from uoe_jax.layers.common import Norm, Tokens, rotary_tables, weight
+from uoe_jax.layers.common import KEPT, Norm, Tokens, rotary_tables, weight
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.uome import UoME
@@ -60,7 +61,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
         y_BLD, attention_stats = self.attention(self.attention_norm(x_BLD), tokens)
-        x_BLD = x_BLD + y_BLD
+        x_BLD = checkpoint_name(x_BLD + y_BLD, "block_out")
         y_BLD, mlp_stats = self.mlp(self.mlp_norm(x_BLD), tokens)
         stats = zip(self.names, (attention_stats, mlp_stats))
         return x_BLD + y_BLD, {name: s for name, s in stats if s is not None}
@@ -78,9 +79,12 @@ class Block(nnx.Module):
         return x_BD + y_BD, (attention, mlp)
 
 
+_keep_named = jax.checkpoint_policies.save_only_these_names(*KEPT)
+
 # What the backward pass may keep of a layer; everything else is recomputed.
 REMAT = {
     "none": lambda f: f,
+    "slots": lambda f: jax.checkpoint(f, policy=_keep_named, prevent_cse=False),
     "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False),
     "block": lambda f: jax.checkpoint(f, prevent_cse=False),
 }

@@ -56,7 +56,7 @@ def check_record(workdir: epath.Path, record: dict[str, Any]) -> None:
     path = workdir / RECORD
     if path.exists():
         old = json.loads(path.read_text())["data"]
-        for name in ("content_sha256", "tokenizer"):
+        for name in ("sha256", "tokenizer"):
             if old.get(name) != record.get(name):
                 raise UserError(
                     f"data.{name}={record.get(name)!r}: the run in {workdir} was trained on {old.get(name)!r}; "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.layers.common import Tokens, along_last, rotate, scaled_normal, tokens_like, weight, zeros
 
@@ -18,8 +19,32 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None,
       segments: int32 [B,S]; a token attends to tokens of its own segment only. None: no restriction.
       causal: a token attends to itself and those before it in the order given.
     """
-    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+    b, s, h, dh = q.shape
+    g = k.shape[2]
+    q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
+    # One plain batched product per step, heads folded into the batch and the h/g queries of a key head into its rows:
+    # measured twice as fast, forward and backward, as `jax.nn.dot_product_attention` on a CPU.
+    q_RTk = q.reshape(b, s, g, h // g, dh).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g * s, dh)
+    k_RSk, v_RSk = (a.transpose(0, 2, 1, 3).reshape(b * g, s, dh) for a in (k, v))
+    scores_RTS = jnp.einsum("rtk,rsk->rts", q_RTk * dh**-0.5, k_RSk, preferred_element_type=jnp.float32)
+    allowed = _allowed(s, segments, causal)
+    if allowed is not None:
+        rows = jnp.broadcast_to(allowed[:, None, None], (b, g, h // g, s, s)).reshape(scores_RTS.shape)
+        scores_RTS = jnp.where(rows, scores_RTS, -1e30)
+    weight_RTS = jnp.exp(scores_RTS - jax.lax.stop_gradient(scores_RTS.max(axis=-1, keepdims=True)))
+    total_RT1 = weight_RTS.sum(axis=-1, keepdims=True)
+    o_RTk = jnp.einsum("rts,rsk->rtk", weight_RTS.astype(v.dtype), v_RSk, preferred_element_type=jnp.float32) / total_RT1
+    o = o_RTk.astype(q.dtype).reshape(b, g, h // g, s, dh).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return checkpoint_name(o, "heads")
+
+
+def _allowed(s: int, segments: jax.Array | None, causal: bool) -> jax.Array | None:
+    """bool [B or 1,S,S], which key a query may attend to; None: any."""
+    triangle = jnp.tril(jnp.ones((s, s), bool))[None] if causal else None
+    if segments is None:
+        return triangle
+    same = segments[:, :, None] == segments[:, None, :]
+    return same if triangle is None else same & triangle
 
 
 def attend_one(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:

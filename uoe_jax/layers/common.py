@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# Names of the activations the default remat policy keeps for the backward pass (`model.REMAT`): the narrow ones.
+# Gathered slots, attention scores and activations are made again from these.
+KEPT = ("selection", "qkv", "heads", "hidden", "block_out")
+
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 zeros = nnx.initializers.zeros
 ones = nnx.initializers.ones

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.layers.common import GATED, Tokens, activate, along_last, scaled_normal, weight, zeros
 
@@ -37,8 +38,8 @@ class MLP(nnx.Module):
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
         """Every token by itself; returns (y_BLD, None: nothing is routed)."""
         x = x_BLD.astype(self.dtype)
-        up = self._linear(x, self.w_up, self.b_up)
-        gate = None if self.w_gate is None else self._linear(x, self.w_gate, self.b_gate)
+        up = checkpoint_name(self._linear(x, self.w_up, self.b_up), "hidden")
+        gate = None if self.w_gate is None else checkpoint_name(self._linear(x, self.w_gate, self.b_gate), "hidden")
         return self._linear(activate(self.activation, up, gate), self.w_down, self.b_down), None
 
     def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:

@@ -12,7 +12,7 @@ from uoe_jax.config import RoutingConfig
 from uoe_jax.layers.attention import attend, attend_one
 from uoe_jax.layers.common import Tokens, rotate, scaled_normal, weight, zeros
 from uoe_jax.layers.router import RouterCache
-from uoe_jax.layers.union import Slots, Union
+from uoe_jax.layers.union import Slots, Union, per_expert
 
 
 class SMHACache(NamedTuple):
@@ -76,7 +76,9 @@ class SMHA(Union):
 
     def _project(self, x_NBSD: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         def project(w: nnx.Param, b: nnx.Param | None) -> jax.Array:
-            y = jnp.einsum("nbsd,ndhk->nbshk", x_NBSD, w[...].astype(self.dtype))
+            n, d, heads, dh = w.shape
+            y = per_expert(x_NBSD, w[...].astype(self.dtype).reshape(n, d, heads * dh))
+            y = y.reshape(*y.shape[:3], heads, dh)
             return y if b is None else y + b[...].astype(self.dtype)[:, None, None]
 
         q, k, v = project(self.w_q, self.b_q), project(self.w_k, self.b_k), project(self.w_v, self.b_v)
@@ -85,7 +87,9 @@ class SMHA(Union):
     def _out(self, o_NBShk: jax.Array, weight_NBS: jax.Array) -> jax.Array:
         # On the heads' values, narrower than the outputs: the same sum, and no outputs kept for the gradient.
         o_NBShk = o_NBShk * weight_NBS[..., None, None].astype(self.dtype)
-        return jnp.einsum("nbshk,nhkd->nbsd", o_NBShk, self.w_o[...].astype(self.dtype))
+        n, h, dh, d = self.w_o.shape
+        o_NBSX = o_NBShk.reshape(*o_NBShk.shape[:3], h * dh)
+        return per_expert(o_NBSX, self.w_o[...].astype(self.dtype).reshape(n, h * dh, d))
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, SMHACache]:
         """The whole prompt, and a cache with a place for every token an expert may select among `context`."""

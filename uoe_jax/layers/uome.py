@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import RoutingConfig
 from uoe_jax.layers.common import GATED, Tokens, activate, scaled_normal, weight, zeros
 from uoe_jax.layers.router import RouterCache
-from uoe_jax.layers.union import Slots, Union
+from uoe_jax.layers.union import Slots, Union, per_expert
 
 
 class UoME(Union):
@@ -58,14 +59,15 @@ class UoME(Union):
         return self._mlp(x_NBSD, slots.weight_NBS), ()
 
     def _mlp(self, x_NBSD: jax.Array, weight_NBS: jax.Array) -> jax.Array:
-        up = self._into(x_NBSD, self.w_up, self.b_up)
+        up = checkpoint_name(self._into(x_NBSD, self.w_up, self.b_up), "hidden")
         gate = None if self.w_gate is None else self._into(x_NBSD, self.w_gate, self.b_gate)
+        gate = None if gate is None else checkpoint_name(gate, "hidden")
         # The combine weight goes on the hidden values: the same sum, and no need to keep the outputs for its gradient.
         hidden_NBSf = activate(self.activation, up, gate) * weight_NBS[..., None].astype(self.dtype)
-        return jnp.einsum("nbsf,nfd->nbsd", hidden_NBSf, self.w_down[...].astype(self.dtype))
+        return per_expert(hidden_NBSf, self.w_down[...].astype(self.dtype))
 
     def _into(self, x_NBSD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        y_NBSf = jnp.einsum("nbsd,ndf->nbsf", x_NBSD, kernel[...].astype(self.dtype))
+        y_NBSf = per_expert(x_NBSD, kernel[...].astype(self.dtype))
         return y_NBSf if bias is None else y_NBSf + bias[...].astype(self.dtype)[:, None, None]
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, RouterCache]:

@@ -11,20 +11,29 @@ from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config
 from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.pipeline import Prefetcher, eval_batches
-from uoe_jax.train.measures import measures
+from uoe_jax.train.measures import measures, token_measures
 from uoe_jax.train.step import Params, Program
 
 
-def evaluate(program: Program, params: Params, rows: PackedRows, config: Config, limit: int = 0) -> dict[str, Any]:
-    """`eval/…` measures of the first `limit` batches of a split (0: all of it)."""
+def evaluate(
+    program: Program, params: Params, rows: PackedRows, config: Config, limit: int = 0, whole: bool = True
+) -> tuple[dict[str, Any], float]:
+    """Measures a split, all of it or (`whole=False`) its first `limit` batches.
+
+    Returns:
+      (`eval/…` measures, the loss of the first `limit` batches, which is what ranks checkpoints: it is the same rows
+      at every evaluation of a run).
+    """
     size = config.eval_batch_size
     lo_hi = mesh_lib.local_rows(program.mesh, size)
-    total = None
-    for batch in _ahead(eval_batches(rows, size, limit, lo_hi)):
+    total = ranking = None
+    for i, batch in enumerate(_ahead(eval_batches(rows, size, 0 if whole else limit, lo_hi)), start=1):
         sums = program.eval_step(params, mesh_lib.put_batch(program.mesh, batch))
         total = sums if total is None else _add(total, sums)
+        ranking = total if i == limit else ranking
     host = jax.device_get(total)
-    return {**measures(host, config.model.routed(), "eval"), "eval/rows": int(host.rows)}
+    found = {**measures(host, config.model.routed(), "eval"), "eval/rows": int(host.rows)}
+    return found, token_measures(jax.device_get(ranking) if ranking is not None else host)["loss"]
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:

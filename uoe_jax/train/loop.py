@@ -99,7 +99,7 @@ class Run:
         self.start, self.step = start, start
         self.stop = min(config.train.stop_after or config.train.steps, config.train.steps)
         self.pending: tuple[int, Any] | None = None  # (step, measures still on the device)
-        self.validation: dict[str, Any] | None = None  # of the state at self.step
+        self.ranking_loss: float | None = None  # of the state at self.step, where it was evaluated
         self.clock = Clock(start)
 
     def go(self) -> int:
@@ -124,7 +124,7 @@ class Run:
                     batch = prefetcher.get(self.step)
                     self.state, on_device = program.train_step(self.state, batch)
                     self.step += 1
-                    self.validation = None
+                    self.ranking_loss = None
                     self.log_pending()
                     self.pending = (self.step, on_device)
                 if self.step > self.start:
@@ -138,11 +138,11 @@ class Run:
         """Measures the current state on the validation split."""
         self.log_pending()
         with self.clock.paused():
-            found = evaluate(
-                self.program, self.state.params, self.data.validation, self.config, self.config.eval.batches
+            limit, last = self.config.eval.batches, self.step == self.config.train.steps
+            found, self.ranking_loss = evaluate(
+                self.program, self.state.params, self.data.validation, self.config, limit, whole=last or not limit
             )
             self.writer.write(self.step, found)
-        self.validation = found
         self.progress.say(
             f"step {self.step}: validation loss {found['eval/loss']:.4f}, "
             f"{found['eval/bits_per_byte']:.4f} bits per byte ({found['eval/rows']} rows)"
@@ -153,8 +153,8 @@ class Run:
         self.log_pending()
         with self.clock.paused():
             self.writer.flush()
-            loss = {"loss": self.validation["eval/loss"]} if self.validation else None
-            self.store.save(self.step, self.state, loss, {"config": to_dict(self.config), "data": self.data.record})
+            metrics = None if self.ranking_loss is None else {"loss": self.ranking_loss}
+            self.store.save(self.step, self.state, metrics, {"config": to_dict(self.config), "data": self.data.record})
 
     def log_pending(self) -> None:
         """Reads and logs the measures of the step dispatched before this one."""
@@ -190,6 +190,8 @@ class Run:
     def welcome(self, workdir: str) -> str:
         c, n = self.config, sum(x.size for x in jax.tree.leaves(self.program.abstract.params))
         where = f"resuming at step {self.start}" if self.start else "starting"
+        if self.start >= c.train.steps:
+            where = f"nothing left to train, {self.start} of {c.train.steps} steps are done,"
         return (
             f"{where} in {workdir}: {c.model.attention} + {c.model.mlp}, {c.model.n_layers} layers, D={c.model.d_model}, "
             f"{n / 1e6:.2f}M parameters, {c.train.steps} steps of {c.train.batch_size} x {c.model.context_length} tokens "

@@ -1,0 +1,18 @@
+"""Tests run on 8 forced CPU devices, with strict dtype and rank promotion, and share one compilation cache."""
+
+import os
+import pathlib
+import tempfile
+
+CACHE = pathlib.Path(os.environ.get("UOE_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / f"uoe-tests-{os.getuid()}"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("UOE_CACHE", str(CACHE / "data"))
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+(CACHE / "jax").mkdir(mode=0o700, parents=True, exist_ok=True)
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,191 @@
+"""Bad input gets one sentence with the key, the value and the remedy, and exit code 2, before jax is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import TINY, environment, uoe, write_source
+from uoe_jax import cli, config
+from uoe_jax.config import Config, ModelConfig, RoutingConfig
+from uoe_jax.errors import UserError
+
+
+def sentence(capsys, *args):
+    """The one line that `uoe ARGS` prints on its way to exit code 2."""
+    assert cli.main(list(args)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("uoe: ") and err.count("\n") == 1, err
+    return err
+
+
+def train(*args):
+    return ("train", f"--config={TINY}", "--workdir=/nonexistent/never", *args)
+
+
+BAD = [
+    ("model.n_heads", "5", "must divide d_model=32"),
+    ("model.n_layers", "0", "at least 1"),
+    ("model.dtype", "float8", "choose one of"),
+    ("model.smha.k", "5", "n_experts=4"),
+    ("model.smha.n_experts", "3", "n_heads=4"),
+    ("model.smha.n_experts", "8", "1, 2, 4"),
+    ("model.uome.n_experts", "48", "d_hidden=64"),
+    ("model.uome.capacity_factor", "0", "more than 0"),
+    ("model.uome.capacity_factor", "nan", "finite"),
+    ("model.uome.capacity_window", "0", "at least 1"),
+    ("model.uome.priority", "score", "causal"),
+    ("model.uome.patch_size", "24", "context_length"),
+    ("model.n_kv_heads", "3", "must divide n_heads=4"),
+    ("train.steps", "1e3", "whole number"),
+    ("train.steps", "-4", "at least 1"),
+    ("train.accumulation", "3", "batch_size=8"),
+    ("train.seed", "99999999999", "at most"),
+    ("optimizer.learning_rate", "fast", "a number"),
+    ("optimizer.learning_rate", "inf", "finite"),
+    ("optimizer.b1", "1.5", "at most"),
+    ("mesh.sequence_parallel", "maybe", "true or false"),
+    ("mesh.data", "0", "positive size"),
+    ("mesh.fsdp", "-1", "mesh.data"),
+    ("data.source", "pile", "choose one of"),
+    ("generate.top_p", "0", "more than 0"),
+]
+
+
+@pytest.mark.parametrize("key,value,remedy", BAD)
+def test_values_out_of_range(capsys, key, value, remedy):
+    err = sentence(capsys, *train(f"--config.{key}={value}"))
+    assert f"config.{key}" in err and value.lstrip("-") in err and remedy in err, err
+
+
+@pytest.mark.parametrize(
+    "given,nearest",
+    [("train.stepz", "train.steps"), ("steps", "train.steps"), ("model.uome.experts", "model.uome.n_experts")],
+)
+def test_unknown_keys_name_the_nearest(capsys, given, nearest):
+    err = sentence(capsys, *train(f"--config.{given}=3"))
+    assert f"config.{given}" in err and f"config.{nearest}" in err
+
+
+def test_a_section_is_not_a_key(capsys):
+    assert "config.train" in sentence(capsys, *train("--config.train=3"))
+
+
+def test_gate_normalized_needs_two_experts(capsys):
+    err = sentence(capsys, *train("--config.model.uome.gate=normalized", "--config.model.uome.k=1"))
+    assert "would not learn" in err
+
+
+@pytest.mark.parametrize(
+    "text,complaint",
+    [
+        (None, "no such file"),
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "get_config"),
+        ("def get_config(): return 3", "to_dict"),
+        ("import nowhere_to_be_found", "nowhere_to_be_found"),
+        ("def get_config():\n    raise KeyError('boom')", "line 2"),
+    ],
+)
+def test_bad_config_files(capsys, tmp_path, text, complaint):
+    path = tmp_path / "c.py"
+    if text is not None:
+        path.write_text(text)
+    err = sentence(capsys, "train", f"--config={path}", "--workdir=/nonexistent/never")
+    assert str(path) in err and complaint in err
+
+
+def test_typo_inside_a_config_file(capsys, tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("from uoe_jax import config\ndef get_config():\n    c = config.base()\n    c.model.d_modle = 3\n    return c")
+    err = sentence(capsys, "train", f"--config={path}", "--workdir=/nonexistent/never")
+    assert "config.model.d_modle" in err and "config.model.d_model" in err
+
+
+def test_command_line_mistakes(capsys):
+    for args in (("trian",), (), ("train", "--config=quickstart"), train("--stepz=3"), train("--config.train.steps")):
+        sentence(capsys, *args)
+
+
+def test_errors_come_fast_and_without_jax():
+    """A wrong key is refused within a second of start-up, jax unimported."""
+    code = "import sys; from uoe_jax.cli import main; c = main(sys.argv[1:]); sys.exit(99 if 'jax' in sys.modules else c)"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *train("--config.model.uome.k=99")], env=environment(), timeout=60)
+    assert done.returncode == 2
+    assert time.monotonic() - start < 5  # a second of work; the margin is for a busy machine
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_source(tmp_path / "source")
+
+
+def test_workdirs_that_cannot_be_used(capsys, tmp_path, source, monkeypatch):
+    """A file, a directory of other things, another run, a place nobody can write."""
+    data = f"--config.data.path={source}"
+    (tmp_path / "file").write_text("")
+    assert "is a file" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={tmp_path / 'file'}", data)
+    assert "other files" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={source}", data)
+    under = tmp_path / "file" / "run"
+    assert "cannot be written" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={under}", data)
+    other = tmp_path / "other"
+    other.mkdir()
+    values = config.to_dict(cli.load_config(TINY, {"optimizer.learning_rate": "0.5"}))
+    values["model"]["vocab_size"] = 257
+    (other / "config.json").write_text(json.dumps(values))
+    err = sentence(capsys, "train", f"--config={TINY}", f"--workdir={other}", data)
+    assert "config.optimizer.learning_rate" in err and "0.5" in err and "0.01" in err
+    (other / "config.json").write_text("{")
+    assert "config.json" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={other}", data)
+    assert "no run there" in sentence(capsys, "eval", f"--workdir={tmp_path}")
+    assert "no run there" in sentence(capsys, "generate", f"--workdir={tmp_path / 'nowhere'}")
+
+
+def test_a_full_disk_while_saving_is_one_sentence(tmp_path, source):
+    """A file size limit stands in for a full disk: it needs no rights. The run stops with code 1 and says what to do."""
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    # No compilation cache: its files would meet the limit too.
+    env = environment(JAX_ENABLE_COMPILATION_CACHE="false")
+    assert uoe("train", f"--config={TINY}", f"--workdir={tmp_path / 'warm'}", f"--config.data.path={source}",
+               "--config.train.steps=1")[0] == 0  # the data are prepared before the limit holds
+    code, _, err = uoe("train", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={source}",
+                       preexec_fn=limit, env=env)
+    assert code == 1, err
+    last = [line for line in err.splitlines() if line.startswith("uoe: ")]
+    assert len(last) == 1 and "checkpoint" in last[0] and "run the same command again" in last[0], err
+    assert "Traceback" not in err
+
+
+def test_resume_refuses_what_would_change_the_run():
+    old = Config()
+    new = config.from_dict({"train": {"log_every": 3, "steps": 7}, "checkpoint": {"every": 9}})
+    assert [name for name, _, _ in config.changed_keys(old, new)] == ["train.steps"]
+    settled = {"optimizer": {"decay_steps": 500}}
+    longer = config.from_dict({**settled, "train": {"steps": 2000}})
+    assert not config.changed_keys(config.from_dict(settled), longer)  # the schedule is fixed, so the end may move
+
+
+def test_config_round_trip_and_defaults():
+    assert config.from_dict(json.loads(json.dumps(config.to_dict(Config())))) == Config()
+    assert cli.load_config("quickstart", {"train.steps": "1_0"}).train.steps == 10
+    for key, _, meta in config.leaves(Config()):
+        assert meta["doc"], key
+
+
+def test_capacity_is_exact():
+    """0.7 * 10 is 7.000000000000001 in floats nowhere near the decimal: the capacity follows the decimal."""
+    r = RoutingConfig(capacity_factor=1.1, k=1, n_experts=1, capacity_window=10_000)
+    assert r.window_capacity(1000) == 1000
+    r = RoutingConfig(capacity_factor=0.7, k=1, n_experts=1)
+    assert r.window_capacity(10) == 7
+    with pytest.raises(UserError):
+        config.check_model(ModelConfig(smha=RoutingConfig(n_experts=3)))
