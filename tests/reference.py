@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,25 @@ from flax import nnx
 # --- handling modules -------------------------------------------------------------------------------------------
 
 
-def random_state(module: nnx.Module, seed: int = 0, scale: float = 0.3) -> tuple[nnx.GraphDef, nnx.State]:
-    """The module split, with every parameter (biases and scales too) drawn anew, so that none is 0 or 1."""
-    graphdef, state = nnx.split(module)
-    leaves, tree = jax.tree.flatten(state)
+def build(make: Callable[[], nnx.Module], seed: int = 0, scale: float = 0.3) -> tuple[nnx.GraphDef, nnx.State]:
+    """The module that `make` describes, split, with every parameter (biases and scales too) drawn so that none is 0 or 1."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    leaves, tree = jax.tree.flatten(abstract)
     rng = np.random.default_rng(seed)
     return graphdef, jax.tree.unflatten(tree, [jnp.asarray(scale * rng.normal(size=a.shape), a.dtype) for a in leaves])
 
 
 def weights_of(state: nnx.State) -> dict:
     return nnx.to_pure_dict(state)
+
+
+def jit(f: Callable) -> Callable:
+    """jax.jit without the compiler's optimisations, which take longer than a reference runs."""
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def flat(tree) -> list[tuple[str, np.ndarray]]:
+    return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -46,9 +56,9 @@ def error(a, b) -> float:
 
 
 def norm_error(a, b) -> float:
-    """|a-b| / |b| in the 2-norm, the worst leaf."""
-    pairs = [(np.asarray(u, np.float64), np.asarray(v, np.float64)) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b))]
-    return max(float(np.linalg.norm(u - v) / (np.linalg.norm(v) or 1.0)) for u, v in pairs)
+    """|a-b| / |b| in the 2-norm over all leaves of two trees."""
+    u, v = (np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(t)]) for t in (a, b))
+    return float(np.linalg.norm(u - v) / np.linalg.norm(v))
 
 
 def merge(w: dict) -> dict:
@@ -73,10 +83,10 @@ def merge(w: dict) -> dict:
 
 def capacity(factor: float, patches: int, k: int, n: int) -> int:
     """The smallest whole number of slots that is at least factor·patches·k/n, between 1 and `patches`."""
-    slots = 0
-    while slots * n < Fraction(str(factor)) * patches * k:
+    wanted, slots = Fraction(str(factor)) * patches * k / n, 1
+    while slots < wanted and slots < patches:
         slots += 1
-    return min(max(slots, 1), patches)
+    return slots
 
 
 def choose(scores: np.ndarray, valid: np.ndarray, k: int) -> np.ndarray:
@@ -199,11 +209,9 @@ def visible(segments, causal: bool):
 
 def router_logits(w: dict, x, segments, p: int, causal: bool):
     """[M,N]: from the first token of a patch if causal, else from the mean of its valid tokens."""
-    rows = []
-    for i in range(0, x.shape[0], p):
-        ok = (segments[i : i + p] > 0).astype(x.dtype)[:, None]
-        rows.append(x[i] if causal else (x[i : i + p] * ok).sum(0) / jnp.maximum(ok.sum(), 1))
-    return jnp.matmul(jnp.stack(rows), w["router"]["kernel"], precision="highest") + bias(w["router"], "bias")
+    patches, ok = x.reshape(-1, p, x.shape[1]), (segments > 0).astype(x.dtype).reshape(-1, p, 1)
+    summary = patches[:, 0] if causal else (patches * ok).sum(1) / jnp.maximum(ok.sum(1), 1)
+    return jnp.matmul(summary, w["router"]["kernel"], precision="highest") + bias(w["router"], "bias")
 
 
 def gate(name: str, logits, chosen, k: int):

@@ -20,11 +20,11 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(source, tmp_path_factory):
-    """An undisturbed run of 20 steps, and what it printed."""
+    """An undisturbed run of 20 steps, and what it printed: (workdir, progress, result)."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     code, out, err = uoe("train", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={source}")
     assert code == 0, err
-    return workdir, err
+    return workdir, err, out
 
 
 def checkpoint_bytes(workdir, step):
@@ -46,9 +46,11 @@ def assert_same_run(one, other, step):
 
 
 def test_a_run_tells_its_story(finished):
-    workdir, err = finished
-    for word in ("starting", "validation loss", "bits per byte", "a sample:", "uoe generate", "tokens/s", "left"):
-        assert word in err, word
+    workdir, progress, result = finished
+    for word in ("starting", "step 20/20", "bits/byte", "tokens/s", "left", "validation loss"):
+        assert word in progress, word
+    for word in ("validation at step 20", "bits per byte", "a sample:", "uoe generate"):
+        assert word in result, word
     assert (workdir / "config.json").is_file() and (workdir / "tensorboard").is_dir()
     record = json.loads((workdir / "record.json").read_text())["data"]
     assert len(record["sha256"]) == 64
@@ -95,10 +97,11 @@ def test_keeps_latest_and_best(finished):
 
 
 def test_a_finished_run_says_so(finished, source):
-    workdir, _ = finished
+    workdir, _, result = finished
     before = (workdir / "metrics.jsonl").read_bytes()
-    code, _, err = uoe("train", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={source}")
+    code, out, err = uoe("train", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={source}")
     assert code == 0 and "20 of 20" in err, err
+    assert out == result
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
@@ -121,10 +124,10 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(finished, source, tmp_path,
     process = uoe_process(*args)
     wait_for_step(tmp_path / "run", random.randrange(1, 17), process)
     process.send_signal(sig)
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == expected, err
     if expected == 75:
-        assert "with everything saved" in err
+        assert "with everything saved" in out
     code, _, err = uoe(*args)
     assert code == 0, err
     assert_same_run(finished[0], tmp_path / "run", 20)
@@ -134,8 +137,8 @@ def test_two_sittings_and_accumulation(source, tmp_path):
     """stop_after ends a sitting; 4 microbatches a step; N then M steps are N + M steps bit for bit."""
     args = ("train", f"--config={TINY}:accumulate", f"--config.data.path={source}", "--config.train.steps=6")
     assert uoe(*args, f"--workdir={tmp_path / 'whole'}")[0] == 0
-    code, _, err = uoe(*args, f"--workdir={tmp_path / 'parts'}", "--config.train.stop_after=3")
-    assert code == 0 and "step 3 of 6" in err, err
+    code, out, err = uoe(*args, f"--workdir={tmp_path / 'parts'}", "--config.train.stop_after=3")
+    assert code == 0 and "step 3 of 6" in out, err
     assert uoe(*args, f"--workdir={tmp_path / 'parts'}")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
 
@@ -152,7 +155,7 @@ def test_accumulation_changes_nothing(finished, source, tmp_path):
 
 
 def test_eval_counts_every_row_once(finished, source):
-    workdir, _ = finished
+    workdir = finished[0]
     last = [line for line in metric_lines(workdir) if "eval/loss" in line][-1]
     code, out, err = uoe("eval", f"--workdir={workdir}")
     assert code == 0, err
@@ -165,7 +168,7 @@ def test_eval_counts_every_row_once(finished, source):
 
 
 def test_generate(finished):
-    workdir, _ = finished
+    workdir = finished[0]
     args = ("generate", f"--workdir={workdir}", "--prompt=def f1_1(x):", "--max_tokens=12")
     code, greedy, err = uoe(*args, "--temperature=0")
     assert code == 0, err

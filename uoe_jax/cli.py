@@ -28,6 +28,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (DESIGN: 0 done, 2 bad input, 75 stopped and saved, 76 bad numbers)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    options = None
     try:
         options, rest = _parser().parse_known_args(argv)
         overrides = _overrides(rest, options)
@@ -38,29 +39,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"uoe: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("uoe: interrupted before everything was saved; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("uoe: interrupted at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:
         return EXIT_FAILED
     except Exception as error:
-        return _unexpected(error, argv)
+        return _unexpected(error, None if options is None or options.debug else Path(options.workdir))
 
 
-def _unexpected(error: Exception, argv: list[str]) -> int:
-    """An error nobody foresaw: one line on the screen, the traceback in the workdir (or on the screen)."""
+def _unexpected(error: Exception, workdir: Path | None) -> int:
+    """An error nobody foresaw: one line on the screen, the traceback in the workdir, or on the screen where that fails."""
     text = "".join(traceback.format_exception(error))
-    workdir = next((a.split("=", 1)[1] for a in argv if a.startswith("--workdir=")), None)
-    where = None
-    if workdir and Path(workdir).is_dir() and "--debug" not in argv:
-        try:
-            where = Path(workdir) / "error.txt"
-            where.write_text(text)
-        except OSError:
-            where = None
-    if where is None:
+    place = "above"
+    try:
+        if workdir is None or not workdir.is_dir():
+            raise OSError
+        (workdir / "error.txt").write_text(text)
+        place = f"in {workdir / 'error.txt'}"
+    except OSError:
         print(text, file=sys.stderr)
-    first = str(error).strip().splitlines()[:1]
-    print(f"uoe: {type(error).__name__}: {first[0] if first else ''}" + (f" (traceback in {where})" if where else ""), file=sys.stderr)
+    first = (str(error).strip().splitlines() or [""])[0]
+    print(f"uoe: {type(error).__name__}: {first} (traceback {place})", file=sys.stderr)
     return EXIT_FAILED
 
 
@@ -162,11 +161,15 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = _stored_config(options)
     _start()
-    from uoe_jax.train.restore import restored
     from uoe_jax.train.evaluate import evaluate
+    from uoe_jax.train.loop import load_data
+    from uoe_jax.train.restore import restored
+    from uoe_jax.workdir import check_record
 
+    config, data = load_data(config)
+    check_record(options.workdir, data.record)
     with restored(config, options.workdir, options.step) as run:
-        found, _ = evaluate(run.program, run.state.params, getattr(run.data, options.split), config)
+        found, _ = evaluate(run.program, run.state.params, getattr(data, options.split), config)
         print(json.dumps({"step": run.step, "split": options.split, **found}))
     return EXIT_DONE
 
@@ -182,11 +185,12 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
             values["generate"][name] = config_lib.parse_value(f"generate.{name}", text)
     config = dataclasses.replace(config, generate=config_lib.from_dict(values).generate)
     _start()
+    from uoe_jax.data.pipeline import make_tokenizer
     from uoe_jax.infer.sample import Sampler
     from uoe_jax.train.restore import restored
 
     with restored(config, options.workdir, options.step) as run:
-        sampler = Sampler(config, run.program.model, run.state.params, run.data.tokenizer)
+        sampler = Sampler(config, run.program.model, run.state.params, make_tokenizer(config.data.tokenizer))
         completion = sampler.complete([config.generate.prompt])[0]
         print(completion.text)
         end = "end of document" if completion.ended else f"limit of {completion.n_tokens} tokens"

@@ -54,7 +54,7 @@ def _sum_slots(y_NBCF, slot_of_BMN):
     n, b, c, f = y_NBCF.shape
     m = slot_of_BMN.shape[1]
     y = y_NBCF.reshape(n * b * c, f)
-    total = jnp.zeros((b, m, f), jnp.promote_types(y.dtype, jnp.float32))
+    total = jnp.zeros((b, m, f), jnp.float32 if y.dtype.itemsize < 4 else y.dtype)
     # Unrolled over experts: one fused loop of gathers. A single gather would materialise [N,B,M,F].
     for i in range(n):
         slot_BM = slot_of_BMN[..., i]

@@ -47,13 +47,13 @@ def _refuse_other_run(path: str, old: Config, new: Config) -> None:
         )
 
 
-def check_record(workdir: epath.Path, record: dict[str, Any]) -> None:
+def check_record(workdir: epath.PathLike, record: dict[str, Any]) -> None:
     """Stores what the run's data are, or on resume refuses data that are not the same.
 
     Raises:
       UserError: the content hash of the data differs from the stored one.
     """
-    path = workdir / RECORD
+    path = epath.Path(workdir).expanduser() / RECORD
     if path.exists():
         old = json.loads(path.read_text())["data"]
         for name in ("sha256", "tokenizer"):

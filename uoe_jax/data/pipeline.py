@@ -64,7 +64,7 @@ def load(source: str, path: str, tokenizer_name: str, length: int, multiple: int
 
     Raises UserError for an unknown name, a source that cannot be read, and a split without rows.
     """
-    tokenizer = _known("data.tokenizer", tokenizer_name, TOKENIZERS)()
+    tokenizer = make_tokenizer(tokenizer_name)
     prepared = _known("data.source", source, SOURCES)(path, cache_dir)
     rows = {}
     for split in SPLITS:
@@ -80,6 +80,11 @@ def load(source: str, path: str, tokenizer_name: str, length: int, multiple: int
         "n_targets": {split: rows[split].n_targets for split in SPLITS},
     }
     return DataBundle(**rows, tokenizer=tokenizer, record=record)
+
+
+def make_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that data.tokenizer names."""
+    return _known("data.tokenizer", name, TOKENIZERS)()
 
 
 def _known(key: str, name: str, table: dict[str, Callable[..., T]]) -> Callable[..., T]:

@@ -18,7 +18,7 @@ from uoe_jax.runtime import describe_devices
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.measures import measures
-from uoe_jax.train.metrics import MetricsWriter, Progress
+from uoe_jax.train.metrics import MetricsWriter, Progress, read_metrics
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import Program, TrainState, build
 from uoe_jax.workdir import check_record, open_workdir
@@ -66,10 +66,10 @@ def train(config: Config, workdir_name: str) -> int:
         try:
             progress.say(run.welcome(workdir_name))
             exit_code = run.go()
-            progress.say(run.farewell(workdir_name, exit_code))
         finally:
             progress.close()
             writer.close()
+        print(run.farewell(workdir_name, exit_code))
     return exit_code
 
 
@@ -207,8 +207,11 @@ class Run:
 
         sampler = Sampler(self.config, self.program.model, self.state.params, self.data.tokenizer)
         sample = sampler.complete([self.config.generate.prompt])[0]
+        evaluated = [line for line in read_metrics(workdir) if "eval/loss" in line][-1]
         return "\n".join(
             [
+                f"validation at step {evaluated['step']}: loss {evaluated['eval/loss']:.4f}, "
+                f"{evaluated['eval/bits_per_byte']:.4f} bits per byte over {evaluated['eval/rows']} rows",
                 "a sample:",
                 *("  | " + line for line in sample.text.splitlines()),
                 "next:",

@@ -9,19 +9,14 @@ import jax
 
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config
-from uoe_jax.data.pipeline import DataBundle
 from uoe_jax.errors import UserError
 from uoe_jax.train.checkpoint import CheckpointStore
-from uoe_jax.train.loop import load_data
 from uoe_jax.train.step import Program, TrainState, build
-from uoe_jax.workdir import check_record
-from etils import epath
 
 
 class Restored(NamedTuple):
     """A run at one of its checkpoints."""
 
-    data: DataBundle
     program: Program
     state: TrainState
     step: int
@@ -32,15 +27,13 @@ def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Re
     """Restores the checkpoint `which` (latest, best, or a step) of a run, on the configured mesh.
 
     Raises:
-      UserError: no such checkpoint; the data are not those of the run.
+      UserError: no such checkpoint.
     """
-    config, data = load_data(config)
-    check_record(epath.Path(workdir), data.record)
     mesh = mesh_lib.make_mesh(config.mesh)
     with jax.set_mesh(mesh), CheckpointStore(workdir, read_only=True) as store:
         step = _step(store, which)
         program = build(config, mesh)
-        yield Restored(data, program, store.restore(step, program.abstract), step)
+        yield Restored(program, store.restore(step, program.abstract), step)
 
 
 def _step(store: CheckpointStore, which: str) -> int:

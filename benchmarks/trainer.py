@@ -1,0 +1,85 @@
+"""What the trainer adds to a step: `python -m benchmarks.trainer [--config=quickstart] [--rounds=5] [--steps=20]`.
+
+Interleaves two loops over the same compiled train step in one process: bare (one batch, already on the device, read once
+at the end) and the real `Run.go` (prefetch, metrics, progress lines to a pipe, signals, transfer guard; evaluations and
+saves are not due). Prints one JSON line: median seconds a step of each, and the median of the round-by-round ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import statistics
+import tempfile
+import time
+
+import jax
+
+from uoe_jax import mesh as mesh_lib
+from uoe_jax import runtime
+from uoe_jax.cli import load_config
+from uoe_jax.data.pipeline import TrainBatches
+from uoe_jax.train.checkpoint import CheckpointStore
+from uoe_jax.train.loop import Run, load_data
+from uoe_jax.train.metrics import MetricsWriter, Progress
+from uoe_jax.train.step import build
+
+
+class _NoSaves(CheckpointStore):
+    def save(self, *_args: object, **_kwargs: object) -> bool:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="quickstart")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    runtime.start()
+    config, data = load_data(load_config(options.config, {"eval.every": "0", "checkpoint.every": "0"}))
+    mesh = mesh_lib.make_mesh(config.mesh)
+    bare_times, trainer_times = [], []
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as workdir, _NoSaves(workdir) as store:
+        program = build(config, mesh)
+        state = program.init(jax.random.key(0))
+        batch = mesh_lib.put_batch(mesh, TrainBatches(data.train, config.train.batch_size, 0)[0])
+        state, metrics = program.train_step(state, batch)
+        jax.block_until_ready(metrics)
+        for round_ in range(options.rounds):
+            start = time.perf_counter()
+            for _ in range(options.steps):
+                state, metrics = program.train_step(state, batch)
+            jax.block_until_ready(state)
+            bare_times.append((time.perf_counter() - start) / options.steps)
+
+            first = round_ * options.steps
+            sitting = dataclasses.replace(config.train, stop_after=first + options.steps, steps=10**6)
+            writer = MetricsWriter(workdir)
+            run = Run(
+                dataclasses.replace(config, train=sitting), data, program, store, writer,
+                Progress(10**6, first, io.StringIO()), state, first,
+            )  # fmt: skip
+            start = time.perf_counter()
+            run.go()
+            jax.block_until_ready(run.state)
+            trainer_times.append((time.perf_counter() - start) / options.steps)
+            state = run.state
+            writer.close()
+    ratios = [t / b for t, b in zip(trainer_times, bare_times)]
+    print(
+        json.dumps(
+            {
+                "bare_seconds_per_step": statistics.median(bare_times),
+                "trainer_seconds_per_step": statistics.median(trainer_times),
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Causality of the model, bit for bit, and decoding against the full pass."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+
+from uoe_jax import RoutingConfig
+from uoe_jax.config import ConfigError, ModelConfig, check_model
+from uoe_jax.model import Transformer
+
+D, F, H, N, V, CONTEXT = 16, 32, 4, 4, 11, 48
+
+
+def model_config(smha: RoutingConfig, uome: RoutingConfig, **changes) -> ModelConfig:
+    base = dict(vocab_size=V, d_model=D, n_layers=2, n_heads=H, d_hidden=F, context_length=CONTEXT)
+    config = ModelConfig(**base | changes, smha=smha, uome=uome)
+    check_model(config)
+    return config
+
+
+def route(patch_size: int = 1, factor: float = 0.75, window: int = 6, k: int = 2, n: int = N, **changes) -> RoutingConfig:
+    return RoutingConfig(n_experts=n, k=k, capacity_factor=factor, capacity_window=window, patch_size=patch_size, **changes)
+
+
+def build(config: ModelConfig, scale: float = 0.3):
+    """(full pass, prefill, step), jitted, of a model whose weights are all random."""
+    graphdef, state = reference.build(lambda: Transformer(config, rngs=nnx.Rngs(0)), scale=scale)
+
+    def jitted(method, **kwargs):
+        return functools.partial(jax.jit(lambda state, *args: method(nnx.merge(graphdef, state), *args, **kwargs)), state)
+
+    return jitted(Transformer.__call__), jitted(Transformer.prefill, context=config.context_length), jitted(Transformer.step)
+
+
+def draw(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, V, shape, np.int32)
+
+
+# --- causality --------------------------------------------------------------------------------------------------
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "p, factor, dtype, backend",
+    [
+        (1, 0.5, "float32", "inverse"), (4, 0.75, "bfloat16", "scatter"), (16, 1.0, "float32", "scatter"), (4, 2.0, "bfloat16", "inverse"),
+        *(
+            slow(p, factor, dtype, "auto")
+            for p in (1, 4, 16) for factor in (0.5, 1.0, 2.0) for dtype in ("float32", "bfloat16")
+        ),
+    ],
+)  # fmt: skip
+def test_no_output_depends_on_a_later_token(p, factor, dtype, backend):
+    window = {1: 5, 4: 4, 16: 2}[p]  # several windows in a row, the last one short
+    routing = route(p, factor, window, dispatch=backend)
+    full, _, _ = build(model_config(routing, routing, dtype=dtype, bias=True, activation="swiglu"))
+    row = draw(0, 1, CONTEXT)
+    wanted, stats = full(row)
+    dropped = sum(float(s.chosen_N.sum() - s.kept_N.sum()) for s in stats.values())
+    assert dropped > 0 if factor < 1 else True
+    moved = 0
+    for t in range(CONTEXT):
+        changed = row.copy()
+        changed[0, t] = (row[0, t] + 1) % V
+        got = np.asarray(full(changed)[0])
+        np.testing.assert_array_equal(got[0, :t], wanted[0, :t])
+        assert (got[0, t] != np.asarray(wanted)[0, t]).any()
+        moved += int((got[0, t + 1 :] != np.asarray(wanted)[0, t + 1 :]).any())
+    assert moved > CONTEXT // 2  # and later outputs do depend on it
+
+
+@pytest.mark.parametrize("section", ["smha", "uome"])
+def test_what_could_see_the_future_is_refused(section):
+    routings = {"smha": route(), "uome": route()} | {section: route(priority="score")}
+    with pytest.raises(ConfigError, match=rf"config.model.{section}.priority.*causal"):
+        model_config(**routings)
+    assert model_config(**routings, causal=False)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------
+
+DECODING = {
+    # Windows of 4 patches of 4 tokens and of 6 tokens: a row of 48 has three and eight of them.
+    "smha P=4, uome P=1": dict(smha=route(4, window=4), uome=route(), bias=True, position="learned", norm="layernorm"),
+    "smha P=1, uome P=4, grouped": dict(
+        smha=route(n=2, k=1, factor=0.8, gate="score", router_bias=True), uome=route(4, 0.5, 3, gate="normalized"),
+        n_kv_heads=2, activation="swiglu", tie_embeddings=False,
+    ),
+    "dense, uome P=16": dict(smha=route(), uome=route(16, 0.5, 2), attention="dense", n_kv_heads=2, bias=True),
+    "smha P=16, dense": dict(smha=route(16, 0.5, 2, k=3), uome=route(), mlp="dense", bias=True, position="none"),
+    "dense, dense": dict(smha=route(), uome=route(), attention="dense", mlp="dense", bias=True, position="learned"),
+    "no capacity bound": dict(smha=route(4, 2.0, 64, gate="straight_through"), uome=route(1, 4.0, 64, gate="none")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding_gives_the_full_pass(name):
+    full, prefill, step = build(model_config(**DECODING[name]))
+    # Prompts end at the end of a patch, of a window and of the padded prompt, inside a patch, and after one token.
+    lengths = np.array([16, 13, 12, 7, 1], np.int32)
+    rows = draw(1, len(lengths), CONTEXT)
+    wanted, stats = full(rows)
+    scale = np.abs(wanted).max()
+    drops = [float(s.chosen_N.sum() - s.kept_N.sum()) for s in stats.values()]
+    assert (min(drops) > 0) if stats and name != "no capacity bound" else not any(drops)
+    got, cache = prefill(rows[:, :16], lengths)
+    each = np.arange(len(lengths))
+    for offset in range(CONTEXT - 16 + 1):
+        at = lengths + offset
+        np.testing.assert_allclose(got, np.asarray(wanted)[each, at - 1], rtol=0, atol=1e-5 * scale, err_msg=f"positions {at - 1}")
+        np.testing.assert_array_equal(cache.next_B, at)
+        if offset < CONTEXT - 16:
+            got, cache = step(rows[each, at], cache)
+
+
+def test_a_row_decodes_alone():
+    """What the other rows of a decoding batch hold, and what stands after a prompt, changes nothing."""
+    _, prefill, step = build(model_config(**DECODING["smha P=4, uome P=1"]))
+    rows, lengths = draw(1, 5, CONTEXT), np.array([16, 13, 12, 7, 1], np.int32)
+    others = np.where(np.arange(5)[:, None] == 3, rows, draw(2, 5, CONTEXT))
+    others[3, 7:16] = 0  # the padding of the prompt
+    got, cache = prefill(rows[:, :16], lengths)
+    same, other_cache = prefill(others[:, :16], lengths)
+    np.testing.assert_array_equal(got[3], same[3])
+    for t in range(7, 30):
+        feed, other_feed = draw(t, 5), draw(100 + t, 5)
+        other_feed[3] = feed[3]
+        got, cache = step(feed, cache)
+        same, other_cache = step(other_feed, other_cache)
+        np.testing.assert_array_equal(got[3], same[3])
+    assert np.abs(np.asarray(got) - np.asarray(same))[[0, 1, 2, 4]].min(axis=1).max() > 0
+
+
+def test_a_prompt_of_uneven_length_is_refused():
+    _, prefill, _ = build(model_config(**DECODING["smha P=4, uome P=1"]))
+    with pytest.raises(ValueError, match="length 14 is not a multiple of the patch size 4"):
+        prefill(draw(0, 1, 14), jnp.asarray([14], jnp.int32))
