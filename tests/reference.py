@@ -31,7 +31,7 @@ def weights_of(state: nnx.State) -> dict:
 
 
 def jit(f: Callable) -> Callable:
-    """jax.jit without the compiler's optimisations, which take longer than a reference runs."""
+    """jax.jit without machine-code optimisation, which takes much longer than these tiny programs run."""
     return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -72,10 +72,8 @@ def merge(w: dict) -> dict:
 
     how = {name: columns for name in ("w_up", "w_gate", "w_q", "w_k", "w_v")}
     how |= {name: rows for name in ("w_down", "w_o", "b_up", "b_gate", "b_q", "b_k", "b_v")}
-    out = {name: how[name](a) for name, a in w.items() if name in how}
-    if "bias_out" in w:
-        out["b_down" if "w_up" in w else "b_o"] = w["bias_out"]
-    return out
+    how["bias_out"] = lambda a: a
+    return {name: how[name](a) for name, a in w.items() if name in how}
 
 
 # --- selection, brute force -------------------------------------------------------------------------------------
@@ -172,7 +170,7 @@ def mlp(w: dict, x, activation: str):
     else:
         gated = x @ w["w_gate"] + bias(w, "b_gate")
         hidden = gated / (1 + jnp.exp(-gated)) * up  # swiglu
-    return hidden @ w["w_down"] + bias(w, "b_down")
+    return hidden @ w["w_down"] + bias(w, "bias_out")
 
 
 def rope(x, positions, theta: float = 1e4):
@@ -198,7 +196,7 @@ def attention(w: dict, x, allowed, positions):
             q, k = rope(q, positions), rope(k, positions)
         s = jax.nn.softmax(jnp.where(allowed, q @ k.T / math.sqrt(width), -jnp.inf), axis=1)
         y = y + s @ v @ w["w_o"][i]
-    return y + bias(w, "b_o")
+    return y + bias(w, "bias_out")
 
 
 def visible(segments, causal: bool):

@@ -11,7 +11,7 @@ import pytest
 import reference
 from flax import nnx
 
-from uoe_jax import RoutingConfig
+from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import ConfigError, ModelConfig, check_model
 from uoe_jax.model import Transformer
 
@@ -67,7 +67,7 @@ def test_no_output_depends_on_a_later_token(p, factor, dtype, backend):
     row = draw(0, 1, CONTEXT)
     wanted, stats = full(row)
     dropped = sum(float(s.chosen_N.sum() - s.kept_N.sum()) for s in stats.values())
-    assert dropped > 0 if factor < 1 else True
+    assert dropped > 0 or factor >= 1
     moved = 0
     for t in range(CONTEXT):
         changed = row.copy()
@@ -87,6 +87,12 @@ def test_what_could_see_the_future_is_refused(section):
     assert model_config(**routings, causal=False)
 
 
+@pytest.mark.parametrize("block, width", [(SMHA, H), (UoME, F)])
+def test_a_block_alone_refuses_it_too(block, width):
+    with pytest.raises(ValueError, match="priority='score' in a causal block"):
+        nnx.eval_shape(lambda: block(D, width, route(priority="score"), causal=True, rngs=nnx.Rngs(0)))
+
+
 # --- decoding ---------------------------------------------------------------------------------------------------
 
 DECODING = {
@@ -103,7 +109,7 @@ DECODING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [slow(name) if name == "no capacity bound" else name for name in DECODING])
 def test_decoding_gives_the_full_pass(name):
     full, prefill, step = build(model_config(**DECODING[name]))
     # Prompts end at the end of a patch, of a window and of the padded prompt, inside a patch, and after one token.
@@ -138,7 +144,8 @@ def test_a_row_decodes_alone():
         got, cache = step(feed, cache)
         same, other_cache = step(other_feed, other_cache)
         np.testing.assert_array_equal(got[3], same[3])
-    assert np.abs(np.asarray(got) - np.asarray(same))[[0, 1, 2, 4]].min(axis=1).max() > 0
+    moved = (np.asarray(got) != np.asarray(same)).any(axis=1)
+    assert moved.tolist() == [True, True, True, False, True]
 
 
 def test_a_prompt_of_uneven_length_is_refused():

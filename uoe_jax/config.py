@@ -337,10 +337,13 @@ def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
         raise ConfigError(f"{name}.gate", r.gate, remedy)
     if m.context_length % r.patch_size:
         raise ConfigError(f"{name}.patch_size", r.patch_size, f"must divide context_length={m.context_length}")
-    split = {"uome": [("d_hidden", m.d_hidden)], "smha": [("n_heads", m.n_heads), ("n_kv_heads", m.kv_heads)]}
-    for what, size in split[name.rsplit(".", 1)[-1]]:
-        if size % r.n_experts:
-            raise ConfigError(f"{name}.n_experts", r.n_experts, f"must divide {what}={size}: {divisors(size)}")
+    if name.endswith("uome") and m.d_hidden % r.n_experts:
+        remedy = f"must divide d_hidden={m.d_hidden}: {divisors(m.d_hidden)}"
+        raise ConfigError(f"{name}.n_experts", r.n_experts, remedy)
+    if name.endswith("smha") and m.kv_heads % r.n_experts:  # kv_heads divides n_heads
+        heads = f"n_heads={m.n_heads}" if m.kv_heads == m.n_heads else f"n_kv_heads={m.kv_heads}"
+        remedy = f"must divide {heads}, as every expert owns its heads: {divisors(m.kv_heads)}"
+        raise ConfigError(f"{name}.n_experts", r.n_experts, remedy)
     if m.causal and r.priority != "position":
         remedy = "in a causal model a slot given by score depends on later patches; use priority='position'"
         raise ConfigError(f"{name}.priority", r.priority, remedy)

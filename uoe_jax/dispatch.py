@@ -47,7 +47,7 @@ def gather_rows(x_BMF: jax.Array, slots_NBC: jax.Array) -> jax.Array:
     """Rows of patches at slots, [N,B,C,F]; for values that are not differentiated (masks, positions)."""
     b, m, f = x_BMF.shape
     rows_NBC = slots_NBC + m * jnp.arange(b, dtype=jnp.int32)[None, :, None]
-    return x_BMF.reshape(b * m, f).at[rows_NBC].get(mode="promise_in_bounds")
+    return jnp.asarray(x_BMF).reshape(b * m, f).at[rows_NBC].get(mode="promise_in_bounds")
 
 
 def _sum_slots(y_NBCF, slot_of_BMN):

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import Attention
-from uoe_jax.layers.common import KEPT, Norm, Tokens, rotary_tables, weight
+from uoe_jax.layers.common import KEPT, Norm, Tokens, rotary_tables, scaled_normal, weight
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.uome import UoME
@@ -32,9 +32,14 @@ class Cache(NamedTuple):
     next_B: jax.Array
 
 
+def out_scale(c: ModelConfig) -> float:
+    """Scale of the output projections: small, and smaller with depth, so that at first the embedding is heard."""
+    return 0.3 * (2 * c.n_layers) ** -0.5
+
+
 def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The attention block that `model.attention` names."""
-    common = dict(bias=c.bias, causal=c.causal, dtype=c.dtype, out_scale=(2 * c.n_layers) ** -0.5, rngs=rngs)
+    common = dict(bias=c.bias, causal=c.causal, dtype=c.dtype, out_scale=out_scale(c), rngs=rngs)
     if c.attention == "smha":
         return SMHA(c.d_model, c.n_heads, c.smha, n_kv_heads=c.kv_heads, **common)
     return Attention(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, **common)
@@ -42,8 +47,7 @@ def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 def make_mlp(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The MLP block that `model.mlp` names."""
-    scale = (2 * c.n_layers) ** -0.5
-    common = dict(activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=scale, rngs=rngs)
+    common = dict(activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=out_scale(c), rngs=rngs)
     if c.mlp == "uome":
         return UoME(c.d_model, c.d_hidden, c.uome, causal=c.causal, **common)
     return MLP(c.d_model, c.d_hidden, **common)
@@ -97,7 +101,7 @@ class Transformer(nnx.Module):
         c = self.config = config
         if c.vocab_size < 1:
             raise ValueError("vocab_size must be set before the model is built")
-        small = nnx.initializers.normal(0.02)
+        small = scaled_normal(c.d_model)  # also of the head: logits of the normed state start with variance 1
         self.embedding = weight(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), small)
         learned = c.position == "learned"
         self.positions = weight(rngs, (c.context_length, c.d_model), (None, "embed"), small) if learned else None

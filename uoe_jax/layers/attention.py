@@ -84,7 +84,7 @@ class Attention(nnx.Module):
         self.b_q = weight(rngs, (h, dh), ("heads", None), zeros) if bias else None
         self.b_k = weight(rngs, (g, dh), ("heads", None), zeros) if bias else None
         self.b_v = weight(rngs, (g, dh), ("heads", None), zeros) if bias else None
-        self.b_o = weight(rngs, (d,), ("embed",), zeros) if bias else None
+        self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
         """Returns (y_BLD, None: nothing is routed)."""
@@ -102,7 +102,7 @@ class Attention(nnx.Module):
         return rotate(q, rotary), rotate(k, rotary), v
 
     def _out(self, o: jax.Array) -> jax.Array:
-        return self._biased(jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype)), self.b_o)
+        return self._biased(jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype)), self.bias_out)
 
     def _biased(self, y: jax.Array, b: nnx.Param | None) -> jax.Array:
         return y if b is None else y + along_last(b[...].astype(self.dtype), y)

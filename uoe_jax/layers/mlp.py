@@ -33,14 +33,14 @@ class MLP(nnx.Module):
         self.w_down = weight(rngs, (f, d), ("hidden", "embed"), scaled_normal(f, out_scale))
         self.b_up = weight(rngs, (f,), ("hidden",), zeros) if bias else None
         self.b_gate = weight(rngs, (f,), ("hidden",), zeros) if bias and self.w_gate is not None else None
-        self.b_down = weight(rngs, (d,), ("embed",), zeros) if bias else None
+        self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
         """Every token by itself; returns (y_BLD, None: nothing is routed)."""
         x = x_BLD.astype(self.dtype)
         up = checkpoint_name(self._linear(x, self.w_up, self.b_up), "hidden")
         gate = None if self.w_gate is None else checkpoint_name(self._linear(x, self.w_gate, self.b_gate), "hidden")
-        return self._linear(activate(self.activation, up, gate), self.w_down, self.b_down), None
+        return self._linear(activate(self.activation, up, gate), self.w_down, self.bias_out), None
 
     def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
         y = x @ kernel[...].astype(self.dtype)

@@ -33,7 +33,7 @@ class SMHA(Union):
       causal: admit only what cannot see the future. dtype: of the computation; weights are float32.
 
     Raises:
-      ValueError: N does not divide H or G.
+      ValueError: N does not divide H or G; causal with a priority that sees the future.
     """
 
     def __init__(

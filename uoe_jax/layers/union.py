@@ -42,6 +42,8 @@ class Union(nnx.Module):
     """A routed block. A subclass sets `bias_out` (the one output bias, or None) and computes `_experts`."""
 
     def __init__(self, d_model: int, routing: RoutingConfig, *, causal: bool, dtype: Any, rngs: nnx.Rngs) -> None:
+        if causal and routing.priority != "position":
+            raise ValueError(f"priority={routing.priority!r} in a causal block depends on later patches; use 'position'")
         self.routing, self.causal, self.dtype = routing, causal, dtype
         self.router = Router(d_model, routing, causal=causal, rngs=rngs)
 

@@ -154,7 +154,9 @@ class Run:
         with self.clock.paused():
             self.writer.flush()
             metrics = None if self.ranking_loss is None else {"loss": self.ranking_loss}
-            self.store.save(self.step, self.state, metrics, {"config": to_dict(self.config), "data": self.data.record})
+            kept = {"config": to_dict(self.config), "data": self.data.record}
+            with jax.transfer_guard("allow"):  # Orbax copies to the host as it sees fit
+                self.store.save(self.step, self.state, metrics, kept)
 
     def log_pending(self) -> None:
         """Reads and logs the measures of the step dispatched before this one."""
@@ -184,7 +186,7 @@ class Run:
             found["perf/mfu"] = flops / peak / jax.device_count() if peak else "n/a"
         if step % self.config.train.log_every == 0 or last:
             self.writer.write(step, found)
-        speed = found.get("perf/tokens_per_second", 0.0)
+        speed = found.get("perf/tokens_per_second")
         self.progress.update(step, found["train/loss"], found["train/bits_per_byte"], speed)
 
     def welcome(self, workdir: str) -> str:
@@ -207,11 +209,14 @@ class Run:
 
         sampler = Sampler(self.config, self.program.model, self.state.params, self.data.tokenizer)
         sample = sampler.complete([self.config.generate.prompt])[0]
-        evaluated = [line for line in read_metrics(workdir) if "eval/loss" in line][-1]
+        evaluated = [line for line in read_metrics(workdir) if "eval/loss" in line][-1:]
         return "\n".join(
             [
-                f"validation at step {evaluated['step']}: loss {evaluated['eval/loss']:.4f}, "
-                f"{evaluated['eval/bits_per_byte']:.4f} bits per byte over {evaluated['eval/rows']} rows",
+                *(
+                    f"validation at step {line['step']}: loss {line['eval/loss']:.4f}, "
+                    f"{line['eval/bits_per_byte']:.4f} bits per byte over {line['eval/rows']} rows"
+                    for line in evaluated
+                ),
                 "a sample:",
                 *("  | " + line for line in sample.text.splitlines()),
                 "next:",

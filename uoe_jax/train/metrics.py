@@ -249,12 +249,14 @@ class Progress:
                 bar_format="step {n_fmt}/{total_fmt} |{bar}|{postfix}",
             )
 
-    def update(self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float) -> None:
-        """Shows the state after `step` steps; bits_per_byte None where it has no meaning."""
+    def update(self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float | None) -> None:
+        """Shows the state after `step` steps; None where a measure has no meaning or is not known yet."""
         facts = [f"loss {loss:.4f}"]
         if bits_per_byte is not None:
             facts.append(f"{bits_per_byte:.4f} bits/byte")
-        facts += [f"{tokens_per_second:,.0f} tokens/s", f"{self._time_left(step)} left"]
+        if tokens_per_second is not None:
+            facts.append(f"{tokens_per_second:,.0f} tokens/s")
+        facts.append(f"{self._time_left(step)} left")
         if self._bar is None:
             self.say(f"step {step}/{self._total}  " + "  ".join(facts))
         else:
