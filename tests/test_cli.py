@@ -49,6 +49,7 @@ BAD = [
     ("optimizer.learning_rate", "inf", "finite"),
     ("optimizer.b1", "1.5", "at most"),
     ("mesh.sequence_parallel", "maybe", "true or false"),
+    ("mesh.sequence_parallel", "True", "not built yet"),
     ("mesh.data", "0", "positive size"),
     ("mesh.fsdp", "-1", "mesh.data"),
     ("data.source", "pile", "choose one of"),

@@ -23,6 +23,9 @@ MODELS = {
     "smha P=4, swiglu": dataclasses.replace(
         BASE, activation="swiglu", smha=dataclasses.replace(R, patch_size=4, capacity_factor=1.5), uome=dataclasses.replace(R, k=2)
     ),
+    "project, then gather": dataclasses.replace(
+        BASE, activation="geglu", smha=dataclasses.replace(R, order="project"), uome=dataclasses.replace(R, order="project")
+    ),
     "grouped": dataclasses.replace(BASE, attention="dense", n_kv_heads=2, uome=dataclasses.replace(R, capacity_factor=0.5)),
 }
 

@@ -41,14 +41,20 @@ class RoutingConfig:
     capacity_factor: float = key(1.0, "slots per expert, relative to a perfectly even load", above=0, high=1e6)
     capacity_window: int = key(64, "patches per capacity window (priority='position')", low=1)
     patch_size: int = key(1, "P, consecutive tokens routed together", low=1)
-    unit: str = key("patch", "who chooses experts", choices=("patch",))
+    unit: str = key(
+        "patch",
+        "who chooses experts: each patch; the whole sequence; or the sequence, whose patches then compete for the slots",
+        choices=("patch", "sequence", "hierarchical"),
+    )
     priority: str = key("position", "who gets the slots: first come, or best score", choices=("position", "score"))
     gate: str = key(
         "sigmoid",
         "combine weight of a chosen expert",
         choices=("sigmoid", "normalized", "score", "straight_through", "none"),
     )
-    order: str = key("gather", "gather slots, then project (the only order so far)", choices=("gather",))
+    order: str = key(
+        "gather", "gather tokens, then project into the experts; or project, then gather", choices=("gather", "project")
+    )
     router_bias: bool = key(False, "a bias b_g in the router")
     balance_weight: float = key(0.01, "weight of the Switch balance loss", low=0, high=1e3)
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
@@ -59,10 +65,12 @@ class RoutingConfig:
     def window_capacity(self, window: int | None = None) -> int:
         """Slots per expert in a window of `window` patches: ceil(cf * window * K / N), exact, at least 1, at most window.
 
+        Where the whole sequence chooses, all patches come to a chosen expert, and the capacity is ceil(cf * window).
         The factor is read as the decimal the person wrote, so that no binary rounding adds or loses a slot.
         """
         window = self.capacity_window if window is None else window
-        return max(1, min(window, math.ceil(Fraction(str(self.capacity_factor)) * window * self.k / self.n_experts)))
+        share = Fraction(self.k, self.n_experts) if self.unit == "patch" else 1
+        return max(1, min(window, math.ceil(Fraction(str(self.capacity_factor)) * window * share)))
 
     def slots(self, n_patches: int) -> int:
         """C, the static number of slots per expert and sequence of `n_patches` patches (M)."""
@@ -344,6 +352,9 @@ def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
         heads = f"n_heads={m.n_heads}" if m.kv_heads == m.n_heads else f"n_kv_heads={m.kv_heads}"
         remedy = f"must divide {heads}, as every expert owns its heads: {divisors(m.kv_heads)}"
         raise ConfigError(f"{name}.n_experts", r.n_experts, remedy)
+    if m.causal and r.unit != "patch":
+        remedy = "in a causal model the whole sequence is not known yet when its first patch is routed; use unit='patch'"
+        raise ConfigError(f"{name}.unit", r.unit, remedy)
     if m.causal and r.priority != "position":
         remedy = "in a causal model a slot given by score depends on later patches; use priority='position'"
         raise ConfigError(f"{name}.priority", r.priority, remedy)
@@ -358,6 +369,8 @@ def check_run(c: Config) -> None:
     for axis, size in axes.items():
         if size == 0:
             raise ConfigError(f"config.mesh.{axis}", size, "give a positive size, or -1 for what is left")
+    if c.mesh.sequence_parallel:
+        raise ConfigError("config.mesh.sequence_parallel", True, "is not built yet; leave it False")
     free = [a for a, size in axes.items() if size == -1]
     if len(free) > 1:
         raise ConfigError(f"config.mesh.{free[1]}", -1, f"only one axis may be -1, and mesh.{free[0]} already is")

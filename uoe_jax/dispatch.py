@@ -28,6 +28,14 @@ def gather_slots(x_BMF: jax.Array, selection: Selection, backend: str = "auto") 
     return x_BMF.reshape(b * m, f).at[_rows_or_none(selection, b, m)].get(mode="fill", fill_value=0)
 
 
+def gather_own(f_NBMF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:
+    """Every expert's own values of its patches at its slots, [N,B,M,F] to [N,B,C,F]; empty slots are unspecified."""
+    slots_NBC1 = selection.slots_NBC[..., None]
+    if backend_for(backend, f_NBMF.dtype) == "inverse":
+        return _gather_own(f_NBMF, selection.slots_NBC, selection.slot_of_BMN)
+    return jnp.where(selection.valid_NBC[..., None], jnp.take_along_axis(f_NBMF, slots_NBC1, axis=2), 0)
+
+
 def combine_slots(y_NBCF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:
     """Sums the experts' results at their patches, [B,M,F]; empty slots and patches nobody took add nothing."""
     if backend_for(backend, y_NBCF.dtype) == "inverse":
@@ -67,6 +75,28 @@ def _sum_slots(y_NBCF, slot_of_BMN):
 @jax.custom_vjp
 def _gather(x_BMF, slots_NBC, slot_of_BMN):
     return gather_rows(x_BMF, slots_NBC)
+
+
+def _own_rows(f_NBXF: jax.Array, place_NBY: jax.Array) -> jax.Array:
+    n, b, x, f = f_NBXF.shape
+    rows_NBY = place_NBY + x * jnp.arange(n * b, dtype=jnp.int32).reshape(n, b, 1)
+    return f_NBXF.reshape(n * b * x, f).at[rows_NBY].get(mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def _gather_own(f_NBMF, slots_NBC, slot_of_BMN):
+    return _own_rows(f_NBMF, slots_NBC)
+
+
+def _gather_own_bwd(slot_of_BMN, d_NBCF):
+    """No sum over experts: each patch takes the gradient of its own slot in each expert, or none."""
+    c = d_NBCF.shape[2]
+    slot_NBM = jnp.transpose(slot_of_BMN, (2, 0, 1))
+    d_NBMF = jnp.where((slot_NBM < c)[..., None], _own_rows(d_NBCF, jnp.minimum(slot_NBM, c - 1)), 0)
+    return d_NBMF.astype(d_NBCF.dtype), None, None
+
+
+_gather_own.defvjp(lambda f, slots, slot_of: (_own_rows(f, slots), slot_of), _gather_own_bwd)
 
 
 @jax.custom_vjp

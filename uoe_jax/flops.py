@@ -30,17 +30,20 @@ def attention_flops(c: ModelConfig, length: int) -> float:
     r = c.smha
     m = length // r.patch_size
     n, s = r.n_experts, r.slots(m) * r.patch_size
-    return 2 * m * d * n + 2 * s * d * dh * (2 * h + 2 * g) + 4 * h * dh * s**2
+    entering = s if r.order == "gather" else length
+    return 2 * m * d * n + 2 * entering * d * dh * (h + 2 * g) + 2 * s * d * dh * h + 4 * h * dh * s**2
 
 
 def mlp_flops(c: ModelConfig, length: int) -> float:
     """Forward pass of one MLP block over one row."""
-    matrices = 3 if c.activation in ("swiglu", "geglu") else 2
+    into = 2 if c.activation in ("swiglu", "geglu") else 1
     if c.mlp == "dense":
-        return 2 * matrices * length * c.d_model * c.d_hidden
+        return 2 * (into + 1) * length * c.d_model * c.d_hidden
     r = c.uome
     m = length // r.patch_size
-    return 2 * m * c.d_model * r.n_experts + 2 * matrices * r.slots(m) * r.patch_size * c.d_model * c.d_hidden
+    slots = r.slots(m) * r.patch_size
+    entering = slots if r.order == "gather" else length
+    return 2 * m * c.d_model * r.n_experts + 2 * (into * entering + slots) * c.d_model * c.d_hidden
 
 
 def forward_flops(c: ModelConfig, length: int | None = None) -> float:

@@ -103,17 +103,32 @@ def gate(name: str, logits_BMN: jax.Array, scores_BMN: jax.Array, chosen_BMN: ja
     return jnp.ones_like(scores_BMN)  # "none"
 
 
-def select(logits_BMN: jax.Array, valid_BM: jax.Array, routing: RoutingConfig) -> tuple[Selection, RoutingStats]:
+def select(
+    logits_BMN: jax.Array | None,
+    valid_BM: jax.Array,
+    routing: RoutingConfig,
+    sequence_logits_BN: jax.Array | None = None,
+) -> tuple[Selection, RoutingStats]:
     """Routes every patch of every sequence; sequences do not see each other.
 
     Args:
-      logits_BMN: float32 router logits.
+      logits_BMN: float32 logits of the patches' router; None with unit="sequence", which has none.
       valid_BM: bool, False for patches of padding only; they never take a slot.
-      routing: N, K, capacity, priority and gate.
+      routing: N, K, unit, capacity, priority and gate.
+      sequence_logits_BN: float32 logits of the sequences' router, where the unit is not the patch.
     """
-    m = logits_BMN.shape[1]
-    scores_BMN = jax.nn.softmax(logits_BMN, axis=-1)
-    chosen_BMN = choose_experts(scores_BMN, valid_BM, routing.k)
+    m, k = valid_BM.shape[1], routing.k
+    own = logits_BMN  # the logits of whoever chooses experts
+    if routing.unit != "patch":
+        shape = (*valid_BM.shape, sequence_logits_BN.shape[-1])
+        own = jnp.broadcast_to(sequence_logits_BN[:, None], shape)
+    own_scores_BMN = scores_BMN = jax.nn.softmax(own, axis=-1)
+    chosen_BMN = choose_experts(own_scores_BMN, valid_BM, k)
+    weights_BMN = gate(routing.gate, own, own_scores_BMN, chosen_BMN, k)
+    if routing.unit == "hierarchical":
+        patch_scores_BMN = jax.nn.softmax(logits_BMN, axis=-1)
+        scores_BMN = own_scores_BMN * patch_scores_BMN
+        weights_BMN = weights_BMN * gate(routing.gate, logits_BMN, patch_scores_BMN, chosen_BMN, k)
     c = routing.slots(m)
     if routing.priority == "position":
         kept_BMN = first_come(chosen_BMN, routing.capacity_window, routing.window_capacity())
@@ -121,8 +136,10 @@ def select(logits_BMN: jax.Array, valid_BM: jax.Array, routing: RoutingConfig) -
         # Capacity follows the sequence's own number of valid patches; the table keeps that exact.
         table = np.array([routing.window_capacity(i) if i else 0 for i in range(m + 1)], np.int32)
         kept_BMN = best_first(chosen_BMN, scores_BMN, jnp.asarray(table)[valid_BM.sum(axis=1)], c)
-    weights_BMN = gate(routing.gate, logits_BMN, scores_BMN, chosen_BMN, routing.k)
-    return _pack(kept_BMN, weights_BMN, c), _stats(logits_BMN, scores_BMN, chosen_BMN, kept_BMN, valid_BM, routing.k)
+    stats = _stats(own, own_scores_BMN, chosen_BMN, kept_BMN, valid_BM, k)
+    if routing.unit == "hierarchical":  # both routers' logits are kept small; the load is the sequences' choice alone
+        stats = stats._replace(z=stats.z + _z(logits_BMN, valid_BM).sum())
+    return _pack(kept_BMN, weights_BMN, c), stats
 
 
 def _pack(kept_BMN: jax.Array, weights_BMN: jax.Array, c: int) -> Selection:
@@ -162,13 +179,18 @@ def _at_slot(values_NBC: jax.Array, slot_NBM: jax.Array) -> jax.Array:
 _to_slots.defvjp(_to_slots_fwd, _to_slots_bwd)
 
 
+def _z(logits_BMN: jax.Array, valid_BM: jax.Array) -> jax.Array:
+    """Mean squared logsumexp over the valid patches of each sequence, [B]."""
+    z_BM = jnp.where(valid_BM, jnp.square(jax.nn.logsumexp(logits_BMN, axis=-1)), 0)
+    return z_BM.sum(axis=1) / jnp.maximum(valid_BM.sum(axis=1, dtype=jnp.float32), 1)
+
+
 def _stats(logits_BMN, scores_BMN, chosen_BMN, kept_BMN, valid_BM, k: int) -> RoutingStats:
     n, m = logits_BMN.shape[-1], logits_BMN.shape[1]
     count_B = jnp.maximum(valid_BM.sum(axis=1), 1).astype(jnp.float32)
     share_BN = chosen_BMN.sum(axis=1, dtype=jnp.float32) / (count_B[:, None] * k)
     valid_f32_BM = valid_BM.astype(jnp.float32)
     mean_score_BN = (scores_BMN * valid_f32_BM[..., None]).sum(axis=1) / count_B[:, None]
-    z_BM = jnp.square(jax.nn.logsumexp(logits_BMN, axis=-1)) * valid_f32_BM
     entropy_BM = -(scores_BMN * jax.nn.log_softmax(logits_BMN, axis=-1)).sum(-1) * valid_f32_BM
     quarter_4M = (jnp.arange(m)[None] * 4 // m == jnp.arange(4)[:, None]).astype(jnp.float32)
 
@@ -179,7 +201,7 @@ def _stats(logits_BMN, scores_BMN, chosen_BMN, kept_BMN, valid_BM, k: int) -> Ro
     kept_N, kept_4 = sums(kept_BMN)
     return RoutingStats(
         balance=n * (share_BN * mean_score_BN).sum(),
-        z=(z_BM.sum(axis=1) / count_B).sum(),
+        z=_z(logits_BMN, valid_BM).sum(),
         patches=valid_BM.sum().astype(jnp.float32),
         untouched=(valid_BM & ~kept_BMN.any(axis=-1)).sum().astype(jnp.float32),
         entropy=jax.lax.stop_gradient(entropy_BM.sum()),

@@ -30,26 +30,38 @@ class RouterCache(NamedTuple):
 
 
 class Router(nnx.Module):
-    """s = softmax(summary·W_g + b_g) in float32; the summary of a patch is its first token if causal, else its mean."""
+    """s = softmax(summary·W_g + b_g) in float32; the summary of a patch is its first token if causal, else its mean.
+
+    `kernel` and `bias` route patches, `sequence_kernel` and `sequence_bias` whole sequences, by the mean of their valid
+    tokens; `routing.unit` says which of the two there are.
+    """
 
     def __init__(self, d_model: int, routing: RoutingConfig, *, causal: bool, rngs: nnx.Rngs) -> None:
         self.routing, self.causal = routing, causal
-        n = routing.n_experts
-        self.kernel = weight(rngs, (d_model, n), ("embed", None), scaled_normal(d_model, 0.3))
-        self.bias = weight(rngs, (n,), (None,), zeros) if routing.router_bias else None
+        n, unit = routing.n_experts, routing.unit
+
+        def kernel() -> nnx.Param:
+            return weight(rngs, (d_model, n), ("embed", None), scaled_normal(d_model, 0.3))
+
+        def bias() -> nnx.Param | None:
+            return weight(rngs, (n,), (None,), zeros) if routing.router_bias else None
+
+        self.kernel, self.bias = (None, None) if unit == "sequence" else (kernel(), bias())
+        self.sequence_kernel, self.sequence_bias = (None, None) if unit == "patch" else (kernel(), bias())
 
     def __call__(self, x_BMPD: jax.Array, valid_BMP: jax.Array) -> tuple[Selection, RoutingStats]:
         """Routes whole rows. Args: x_BMPD patches; valid_BMP bool, False for padding tokens."""
         if self.causal:
             summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32)
         else:
-            count_BM1 = jnp.maximum(valid_BMP.sum(axis=2, dtype=jnp.float32), 1)[..., None]
-            summary_BMD = jnp.where(valid_BMP[..., None], x_BMPD.astype(jnp.float32), 0).sum(axis=2) / count_BM1
-        return routing_lib.select(self._logits(summary_BMD), valid_BMP.any(axis=2), self.routing)
-
-    def _logits(self, summary: jax.Array) -> jax.Array:
-        logits = jnp.matmul(summary, self.kernel[...], precision=jax.lax.Precision.HIGHEST)
-        return logits if self.bias is None else logits + along_last(self.bias[...], logits)
+            summary_BMD = _mean(x_BMPD, valid_BMP)
+        patch_logits = None if self.kernel is None else _logits(summary_BMD, self.kernel, self.bias)
+        sequence_logits = None
+        if self.sequence_kernel is not None:
+            b, m, p, d = x_BMPD.shape
+            summary_BD = _mean(x_BMPD.reshape(b, m * p, d), valid_BMP.reshape(b, m * p))
+            sequence_logits = _logits(summary_BD, self.sequence_kernel, self.sequence_bias)
+        return routing_lib.select(patch_logits, valid_BMP.any(axis=2), self.routing, sequence_logits)
 
     def start_cache(self, selection: Selection, length_B: jax.Array) -> RouterCache:
         """The cache after a prefill of `length_B` tokens, at least one in each sequence."""
@@ -73,7 +85,7 @@ class Router(nnx.Module):
         r = self.routing
         first_B1 = (t_B % r.patch_size == 0)[:, None]
         opens_window_B1 = first_B1 & (t_B // r.patch_size % r.capacity_window == 0)[:, None]
-        logits_BN = self._logits(x_BD.astype(jnp.float32))
+        logits_BN = _logits(x_BD.astype(jnp.float32), self.kernel, self.bias)
         scores_BN = jax.nn.softmax(logits_BN, axis=-1)
         everyone = jnp.ones((x_BD.shape[0], 1), bool)
         chosen_BN = routing_lib.choose_experts(scores_BN[:, None], everyone, r.k)[:, 0]
@@ -87,6 +99,17 @@ class Router(nnx.Module):
             kept_BN=kept_BN,
             weight_BN=jnp.where(kept_BN, jnp.where(first_B1, weight_BN, cache.weight_BN), 0),
         )
+
+
+def _logits(summary: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+    logits = jnp.matmul(summary, kernel[...], precision=jax.lax.Precision.HIGHEST)
+    return logits if bias is None else logits + along_last(bias[...], logits)
+
+
+def _mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """float32 mean over the valid tokens of the second-last axis, 0 where there are none."""
+    total = jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum(axis=-2)
+    return total / jnp.maximum(valid.sum(axis=-1, dtype=jnp.float32), 1)[..., None]
 
 
 def patches(x_BLD: jax.Array, p: int) -> jax.Array:

@@ -64,25 +64,25 @@ class SMHA(Union):
         self.b_v = weight(rngs, (n, g, dh), ("expert", "heads", None), zeros) if bias else None
         self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
 
-    def _experts(self, x_NBSD: jax.Array, slots: Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        n, b, s, _ = x_NBSD.shape
-        q, k, v = self._project(x_NBSD, slots.rotary)
+    def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
+        def project(w: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+            n, d, heads, dh = w.shape
+            y = per_expert(x_NBSD, w[...].astype(self.dtype).reshape(n, d, heads * dh))
+            y = y.reshape(*y.shape[:3], heads, dh)
+            return y if bias is None else y + bias[...].astype(self.dtype)[:, None, None]
+
+        return project(self.w_q, self.b_q), project(self.w_k, self.b_k), project(self.w_v, self.b_v)
+
+    def _experts(self, entered: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        q, k, v = entered
+        q, k = rotate(q, slots.rotary), rotate(k, slots.rotary)
+        n, b = q.shape[:2]
         # Empty slots come last, so the causal mask already hides them; without it they form a segment of their own.
         segments_NBS = slots.segments_NBS
         if not self.causal:
             segments_NBS = jnp.where(slots.filled_NBS, 1 if segments_NBS is None else segments_NBS, -1)
         rows = [a if a is None else a.reshape(n * b, *a.shape[2:]) for a in (q, k, v, segments_NBS)]
         return self._out(attend(*rows, self.causal).reshape(q.shape), slots.weight_NBS), (k, v)
-
-    def _project(self, x_NBSD: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        def project(w: nnx.Param, b: nnx.Param | None) -> jax.Array:
-            n, d, heads, dh = w.shape
-            y = per_expert(x_NBSD, w[...].astype(self.dtype).reshape(n, d, heads * dh))
-            y = y.reshape(*y.shape[:3], heads, dh)
-            return y if b is None else y + b[...].astype(self.dtype)[:, None, None]
-
-        q, k, v = project(self.w_q, self.b_q), project(self.w_k, self.b_k), project(self.w_v, self.b_v)
-        return rotate(q, rotary), rotate(k, rotary), v
 
     def _out(self, o_NBShk: jax.Array, weight_NBS: jax.Array) -> jax.Array:
         # On the heads' values, narrower than the outputs: the same sum, and no outputs kept for the gradient.
@@ -104,8 +104,9 @@ class SMHA(Union):
         n, b, s = cache.k.shape[:3]
         x_BD = x_BD.astype(self.dtype)
         router = self.router.step(x_BD, cache.router, t_B)
-        x_NB1D = jnp.broadcast_to(x_BD[None, :, None], (n, b, 1, x_BD.shape[1]))
-        q, k, v = self._project(x_NB1D, None if rotary is None else tuple(t[None, :, None] for t in rotary))
+        q, k, v = self._enter(x_BD[None, :, None])
+        tables = None if rotary is None else tuple(t[None, :, None] for t in rotary)
+        q, k = rotate(q, tables), rotate(k, tables)
         p = self.routing.patch_size
         place_NB = ((router.filled_BN - 1) * p + (t_B % p)[:, None]).T
         # Experts that did not take the patch write past the end, which drops the write.

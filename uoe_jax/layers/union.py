@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import RoutingConfig
-from uoe_jax.dispatch import combine_slots, gather_rows, gather_slots
+from uoe_jax.dispatch import combine_slots, gather_own, gather_rows, gather_slots
 from uoe_jax.layers.common import Tokens, tokens_like
 from uoe_jax.layers.router import Router, patches
 from uoe_jax.routing import RoutingStats, Selection
@@ -33,22 +33,39 @@ class Slots(NamedTuple):
 
 
 def per_expert(x_NBSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
-    """Every expert's rows times its matrix, [N,B,S,Y]: one batched product over [N,B·S,X], the form that runs fastest."""
-    n, b, s, x = x_NBSX.shape
+    """Every expert's rows times its matrix, [N,B,S,Y]; with a leading 1 in place of N, the same rows for every expert.
+
+    One batched product over [N,B·S,X], the form that runs fastest.
+    """
+    rows, b, s, x = x_NBSX.shape
+    n = w_NXY.shape[0]
+    if rows == 1:
+        return jnp.einsum("tx,nxy->nty", x_NBSX.reshape(b * s, x), w_NXY).reshape(n, b, s, -1)
     return jnp.einsum("ntx,nxy->nty", x_NBSX.reshape(n, b * s, x), w_NXY).reshape(n, b, s, -1)
 
 
 class Union(nnx.Module):
-    """A routed block. A subclass sets `bias_out` (the one output bias, or None) and computes `_experts`."""
+    """A routed block.
+
+    A subclass sets `bias_out` (the one output bias, or None) and says what an expert computes, in two parts: `_enter`
+    projects tokens into every expert, `_experts` does the rest on the slots. `routing.order` says whether tokens are
+    gathered before the projection (`gather`) or after it (`project`): the same values, other costs.
+    """
 
     def __init__(self, d_model: int, routing: RoutingConfig, *, causal: bool, dtype: Any, rngs: nnx.Rngs) -> None:
+        if causal and routing.unit != "patch":
+            raise ValueError(f"unit={routing.unit!r} in a causal block depends on later patches; use 'patch'")
         if causal and routing.priority != "position":
             raise ValueError(f"priority={routing.priority!r} in a causal block depends on later patches; use 'position'")
         self.routing, self.causal, self.dtype = routing, causal, dtype
         self.router = Router(d_model, routing, causal=causal, rngs=rngs)
 
-    def _experts(self, x_NBSD: jax.Array, slots: Slots) -> tuple[jax.Array, Any]:
-        """Every expert on its own slots: ([N,B,S,D] weighted outputs, what a prefill keeps)."""
+    def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
+        """Every expert's projections of its tokens, each [N,B,S,…]; a leading 1 in place of N means the same tokens."""
+        raise NotImplementedError
+
+    def _experts(self, entered: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, Any]:
+        """From projections at the slots to ([N,B,S,D] weighted outputs, what a prefill keeps)."""
         raise NotImplementedError
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats]:
@@ -78,10 +95,17 @@ class Union(nnx.Module):
             segments_NBS=None if tokens.segments_BL is None else at_slots(tokens.segments_BL),
             rotary=None if tokens.rotary is None else tuple(at_slots(t) for t in tokens.rotary),
         )
-        with jax.named_scope("dispatch"):
-            x_NBCF = gather_slots(x_BMPD.reshape(b, m, p * d), selection, self.routing.dispatch)
+        if self.routing.order == "gather":
+            with jax.named_scope("dispatch"):
+                x_NBCF = gather_slots(x_BMPD.reshape(b, m, p * d), selection, self.routing.dispatch)
+            entered = self._enter(x_NBCF.reshape(n, b, c * p, d))
+        else:
+            projected = self._enter(x_BMPD.reshape(1, b, m * p, d))
+            with jax.named_scope("dispatch"):
+                rows = [gather_own(f.reshape(n, b, m, -1), selection, self.routing.dispatch) for f in projected]
+            entered = tuple(r.reshape(n, b, c * p, *f.shape[3:]) for r, f in zip(rows, projected))
         with jax.named_scope("experts"):
-            y_NBSD, kept = self._experts(x_NBCF.reshape(n, b, c * p, d), slots)
+            y_NBSD, kept = self._experts(entered, slots)
         with jax.named_scope("combine"):
             y_BMF = combine_slots(y_NBSD.reshape(n, b, c, p * d), selection, self.routing.dispatch)
         y_BLD = y_BMF.reshape(x_BLD.shape)

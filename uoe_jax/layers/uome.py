@@ -55,13 +55,15 @@ class UoME(Union):
         self.b_gate = weight(rngs, (n, f), ("expert", "hidden"), zeros) if bias and self.w_gate is not None else None
         self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
 
-    def _experts(self, x_NBSD: jax.Array, slots: Slots) -> tuple[jax.Array, tuple]:
-        return self._mlp(x_NBSD, slots.weight_NBS), ()
+    def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
+        into = ((self.w_up, self.b_up), (self.w_gate, self.b_gate))
+        return tuple(self._into(x_NBSD, kernel, bias) for kernel, bias in into if kernel is not None)
 
-    def _mlp(self, x_NBSD: jax.Array, weight_NBS: jax.Array) -> jax.Array:
-        up = checkpoint_name(self._into(x_NBSD, self.w_up, self.b_up), "hidden")
-        gate = None if self.w_gate is None else self._into(x_NBSD, self.w_gate, self.b_gate)
-        gate = None if gate is None else checkpoint_name(gate, "hidden")
+    def _experts(self, entered: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, tuple]:
+        return self._leave(entered, slots.weight_NBS), ()
+
+    def _leave(self, entered: tuple[jax.Array, ...], weight_NBS: jax.Array) -> jax.Array:
+        up, gate = (*(checkpoint_name(a, "hidden") for a in entered), None)[:2]
         # The combine weight goes on the hidden values: the same sum, and no need to keep the outputs for its gradient.
         hidden_NBSf = activate(self.activation, up, gate) * weight_NBS[..., None].astype(self.dtype)
         return per_expert(hidden_NBSf, self.w_down[...].astype(self.dtype))
@@ -79,5 +81,4 @@ class UoME(Union):
         """Token `t_B` of each sequence."""
         x_BD = x_BD.astype(self.dtype)
         cache = self.router.step(x_BD, cache, t_B)
-        x_NB1D = jnp.broadcast_to(x_BD[None, :, None], (self.routing.n_experts, x_BD.shape[0], 1, x_BD.shape[1]))
-        return self._union(self._mlp(x_NB1D, cache.weight_BN.T[..., None])), cache
+        return self._union(self._leave(self._enter(x_BD[None, :, None]), cache.weight_BN.T[..., None])), cache

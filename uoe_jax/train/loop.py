@@ -36,11 +36,15 @@ def load_data(config: Config) -> tuple[Config, DataBundle]:
     bundle = load(
         data.source, data.path, data.tokenizer, model.context_length, model.patch_multiple, default_cache_dir()
     )
-    if model.vocab_size and model.vocab_size < bundle.tokenizer.vocab_size:
-        remedy = f"the tokenizer has {bundle.tokenizer.vocab_size} tokens; give at least that, or 0"
-        raise ConfigError("config.model.vocab_size", model.vocab_size, remedy)
-    vocab_size = model.vocab_size or bundle.tokenizer.vocab_size
-    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=vocab_size)), bundle
+    return with_vocabulary(config, bundle.tokenizer.vocab_size), bundle
+
+
+def with_vocabulary(config: Config, size: int) -> Config:
+    """The configuration with the tokenizer's vocabulary size filled in; ConfigError where the model's is too small."""
+    given = config.model.vocab_size
+    if given and given < size:
+        raise ConfigError("config.model.vocab_size", given, f"the tokenizer has {size} tokens; give at least that, or 0")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or size))
 
 
 def train(config: Config, workdir_name: str) -> int:
