@@ -1,6 +1,13 @@
 """A byte-level language model of 1.4M parameters on the Python standard library: SMHA attention, UoME MLP.
 
-EXPECTED
+Command:   uoe train --config=configs/quickstart.py --workdir=runs/quickstart
+Hardware:  2 CPU cores.
+Time:      205 s in all, compilation and evaluation included (2026-11-22, Python 3.11.7, jax 0.10.2, two shared cores).
+Expected:  2.28 bits per byte on the whole validation split (seed 0; other seeds not measured yet).
+           To compare, on the same split: bigram model 3.57, interpolated trigram 2.68 (`python -m benchmarks.ngram`); the
+           dense model of the same sizes (`--config=configs/quickstart.py:dense`) 2.14 after the same 600 steps.
+
+The interpreter's own sources are the data, so another Python gives other figures.
 """
 
 from uoe_jax import config as uoe
@@ -14,8 +21,9 @@ def get_config(variant: str = ""):
     c.model.d_hidden = 768
     c.model.context_length = 256
 
-    # Attention: 4 experts of 2 heads. With K = 3 of 4 any two tokens share at least two experts, so that every token
-    # can be seen from every later one; with 4 of 8 the model was 9 % worse than the dense one after 200 steps.
+    # Attention: 4 experts of 2 heads. With K = 3 of 4 any two tokens share at least two experts (unless a slot was
+    # full), so that a token can be seen from every later one. With 4 of 8, validation was 2.94 instead of 2.76 bits per
+    # byte after 200 steps of a 4-layer model (dense: 2.69).
     c.model.smha.n_experts = 4
     c.model.smha.k = 3
     c.model.smha.capacity_factor = 1.1
