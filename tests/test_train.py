@@ -80,7 +80,7 @@ def test_perf_keys(finished):
     assert line["perf/mfu"] == "n/a"  # nobody knows the peak of this CPU
 
 
-REFERENCE = {1: 5.5746, 10: 3.5805, 20: 2.9672}
+REFERENCE = {1: 5.9783, 10: 2.4459, 20: 1.7509}
 
 
 def test_reference_numbers(finished):

@@ -57,6 +57,7 @@ class RoutingConfig:
     )
     router_bias: bool = key(False, "a bias b_g in the router")
     balance_weight: float = key(0.01, "weight of the Switch balance loss", low=0, high=1e3)
+    bias_rate: float = key(0.0, "step of the loss-free balancing bias; 0 turns it off", low=0, high=1)
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
     dispatch: str = key(
         "auto", "how slots are gathered and combined", choices=("auto", "inverse", "scatter"), free=True

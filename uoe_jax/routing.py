@@ -67,6 +67,16 @@ def choose_experts(scores_BMN: jax.Array, valid_BM: jax.Array, k: int) -> jax.Ar
     return (best_BMK[..., None] == jnp.arange(n)[None, None, None]).any(axis=-2) & valid_BM[..., None]
 
 
+def biased(scores: jax.Array, load_bias_N: jax.Array | None) -> jax.Array:
+    """What experts are chosen by: scores [...,N], shifted towards experts with little load."""
+    return scores if load_bias_N is None else scores + load_bias_N.reshape((1,) * (scores.ndim - 1) + (-1,))
+
+
+def rebalanced(load_bias_N: jax.Array, chosen_N: jax.Array, rate: float) -> jax.Array:
+    """The bias after a step in which experts were chosen `chosen_N` times (leading axes alike): up where below the mean."""
+    return load_bias_N + rate * jnp.sign(chosen_N.mean(axis=-1, keepdims=True) - chosen_N)
+
+
 def first_come(chosen_BMN: jax.Array, window: int, capacity: int) -> jax.Array:
     """Data selection by position: bool [B,M,N], the first `capacity` choices of an expert in every window of patches."""
     b, m, n = chosen_BMN.shape
@@ -108,6 +118,7 @@ def select(
     valid_BM: jax.Array,
     routing: RoutingConfig,
     sequence_logits_BN: jax.Array | None = None,
+    load_bias_N: jax.Array | None = None,
 ) -> tuple[Selection, RoutingStats]:
     """Routes every patch of every sequence; sequences do not see each other.
 
@@ -116,6 +127,7 @@ def select(
       valid_BM: bool, False for patches of padding only; they never take a slot.
       routing: N, K, unit, capacity, priority and gate.
       sequence_logits_BN: float32 logits of the sequences' router, where the unit is not the patch.
+      load_bias_N: added to the scores where experts are chosen, and nowhere else (loss-free balancing, DeepSeek-V3).
     """
     m, k = valid_BM.shape[1], routing.k
     own = logits_BMN  # the logits of whoever chooses experts
@@ -123,7 +135,7 @@ def select(
         shape = (*valid_BM.shape, sequence_logits_BN.shape[-1])
         own = jnp.broadcast_to(sequence_logits_BN[:, None], shape)
     own_scores_BMN = scores_BMN = jax.nn.softmax(own, axis=-1)
-    chosen_BMN = choose_experts(own_scores_BMN, valid_BM, k)
+    chosen_BMN = choose_experts(biased(own_scores_BMN, load_bias_N), valid_BM, k)
     weights_BMN = gate(routing.gate, own, own_scores_BMN, chosen_BMN, k)
     if routing.unit == "hierarchical":
         patch_scores_BMN = jax.nn.softmax(logits_BMN, axis=-1)

@@ -46,6 +46,8 @@ class Router(nnx.Module):
         def bias() -> nnx.Param | None:
             return weight(rngs, (n,), (None,), zeros) if routing.router_bias else None
 
+        # Not trained: no gradient reaches it, and the train step moves it by the load (`routing.rebalanced`).
+        self.load_bias = weight(rngs, (n,), (None,), zeros) if routing.bias_rate else None
         self.kernel, self.bias = (None, None) if unit == "sequence" else (kernel(), bias())
         self.sequence_kernel, self.sequence_bias = (None, None) if unit == "patch" else (kernel(), bias())
 
@@ -61,7 +63,11 @@ class Router(nnx.Module):
             b, m, p, d = x_BMPD.shape
             summary_BD = _mean(x_BMPD.reshape(b, m * p, d), valid_BMP.reshape(b, m * p))
             sequence_logits = _logits(summary_BD, self.sequence_kernel, self.sequence_bias)
-        return routing_lib.select(patch_logits, valid_BMP.any(axis=2), self.routing, sequence_logits)
+        valid_BM = valid_BMP.any(axis=2)
+        return routing_lib.select(patch_logits, valid_BM, self.routing, sequence_logits, self._load_bias())
+
+    def _load_bias(self) -> jax.Array | None:
+        return None if self.load_bias is None else jax.lax.stop_gradient(self.load_bias[...])
 
     def start_cache(self, selection: Selection, length_B: jax.Array) -> RouterCache:
         """The cache after a prefill of `length_B` tokens, at least one in each sequence."""
@@ -88,7 +94,8 @@ class Router(nnx.Module):
         logits_BN = _logits(x_BD.astype(jnp.float32), self.kernel, self.bias)
         scores_BN = jax.nn.softmax(logits_BN, axis=-1)
         everyone = jnp.ones((x_BD.shape[0], 1), bool)
-        chosen_BN = routing_lib.choose_experts(scores_BN[:, None], everyone, r.k)[:, 0]
+        ranked_BN = routing_lib.biased(scores_BN, self._load_bias())
+        chosen_BN = routing_lib.choose_experts(ranked_BN[:, None], everyone, r.k)[:, 0]
         weight_BN = routing_lib.gate(r.gate, logits_BN, scores_BN, chosen_BN, r.k)
         taken_BN = jnp.where(opens_window_B1, 0, cache.taken_BN)
         accepted_BN = chosen_BN & (taken_BN < r.window_capacity()) & first_B1

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config, ModelConfig, OptimizerConfig
 from uoe_jax.model import Stats, Transformer
+from uoe_jax.routing import rebalanced
 
 Batch = dict[str, jax.Array]  # tokens, targets, segments, positions int32 [B,L]; n_bytes int32 [B]
 Params = dict[str, Any]  # nested, by module and weight name
@@ -139,7 +140,8 @@ def build(config: Config, mesh: Mesh) -> Program:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes float constants with integer counts
             updates, opt = optimizer.update(grads, state.opt, state.params)
             used_rate = jnp.asarray(rate(state.step), jnp.float32)
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt)
+        params = rebalance(config.model, optax.apply_updates(state.params, updates), sums.routing)
+        new = TrainState(state.step + 1, params, opt)
         return new, {"sums": sums, "grad_norm": optax.global_norm(grads), "learning_rate": used_rate}
 
     rows = mesh_lib.batch_sharding(mesh)
@@ -151,6 +153,18 @@ def build(config: Config, mesh: Mesh) -> Program:
         abstract=abstract,
         model=rebuild,
     )
+
+
+def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
+    """Moves the loss-free balancing biases of every layer by the load of the whole batch."""
+    for section, block in (("smha", "attention"), ("uome", "mlp")):
+        r = c.routed().get(section)
+        if r is not None and r.bias_rate:
+            router = params["layers"][block]["router"]
+            bias = rebalanced(router["load_bias"], routing[section].chosen_N, r.bias_rate)
+            new = {**params["layers"][block], "router": {**router, "load_bias": bias}}
+            params = {**params, "layers": {**params["layers"], block: new}}
+    return params
 
 
 def accumulated_gradients(
