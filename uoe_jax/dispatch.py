@@ -30,10 +30,9 @@ def gather_slots(x_BMF: jax.Array, selection: Selection, backend: str = "auto") 
 
 def gather_own(f_NBMF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:
     """Every expert's own values of its patches at its slots, [N,B,M,F] to [N,B,C,F]; empty slots are unspecified."""
-    slots_NBC1 = selection.slots_NBC[..., None]
     if backend_for(backend, f_NBMF.dtype) == "inverse":
         return _gather_own(f_NBMF, selection.slots_NBC, selection.slot_of_BMN)
-    return jnp.where(selection.valid_NBC[..., None], jnp.take_along_axis(f_NBMF, slots_NBC1, axis=2), 0)
+    return jnp.where(selection.valid_NBC[..., None], jnp.take_along_axis(f_NBMF, selection.slots_NBC[..., None], axis=2), 0)
 
 
 def combine_slots(y_NBCF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:

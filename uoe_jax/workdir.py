@@ -14,8 +14,8 @@ from uoe_jax.errors import UserError
 CONFIG, RECORD = "config.json", "record.json"
 
 
-def open_workdir(path: str, config: Config) -> tuple[epath.Path, bool]:
-    """Makes or enters a workdir and stores the resolved configuration; returns (path, whether a run is there already).
+def open_workdir(path: str, config: Config) -> epath.Path:
+    """Makes or enters a workdir and stores the resolved configuration; returns its path.
 
     Raises:
       UserError: it holds something else or another run, or cannot be written.
@@ -24,16 +24,15 @@ def open_workdir(path: str, config: Config) -> tuple[epath.Path, bool]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         there = sorted(p.name for p in workdir.iterdir() if p.name != "error.txt")
-        resumed = CONFIG in there
-        if there and not resumed:
+        if there and CONFIG not in there:
             raise UserError(f"--workdir={path}: holds other files ({there[0]}, …) and no run; give an empty directory")
-        if resumed:
+        if CONFIG in there:
             _refuse_other_run(path, read_config(path), config)
         write_json(workdir / CONFIG, to_dict(config))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--workdir={path}: cannot be written ({reason}); give a directory you may write to") from error
-    return workdir, resumed
+    return workdir
 
 
 def _refuse_other_run(path: str, old: Config, new: Config) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from typing import Any
+from typing import Any, Iterator
 
 import jax
 
@@ -58,7 +59,7 @@ def train(config: Config, workdir_name: str) -> int:
     A metrics line of step s, a checkpoint s and `state.step` = s all speak of the state after s updates.
     """
     config, data = load_data(config)
-    workdir, _ = open_workdir(workdir_name, config)
+    workdir = open_workdir(workdir_name, config)
     check_record(workdir, data.record)
     mesh = mesh_lib.make_mesh(config.mesh)
     with jax.set_mesh(mesh), CheckpointStore(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best) as store:
@@ -104,7 +105,7 @@ class Run:
         self.stop = min(config.train.stop_after or config.train.steps, config.train.steps)
         self.pending: tuple[int, Any] | None = None  # (step, measures still on the device)
         self.ranking_loss: float | None = None  # of the state at self.step, where it was evaluated
-        self.clock = Clock(start)
+        self.clock = Clock()
 
     def go(self) -> int:
         """Runs until done (0) or asked to stop (75)."""
@@ -237,13 +238,18 @@ def _due(step: int, every: int) -> bool:
 class Clock:
     """Seconds per step between two readings, evaluations and saves left out."""
 
-    def __init__(self, start: int) -> None:
-        self._start = start
+    def __init__(self) -> None:
         self._last: tuple[int, float] | None = None
         self._pause = 0.0
 
-    def paused(self) -> Any:
-        return _Pause(self)
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside does not count."""
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._pause += time.perf_counter() - since
 
     def per_step(self, step: int) -> float | None:
         """Mean seconds a step since the last reading; None at the first, which only waited for the compiler."""
@@ -253,14 +259,3 @@ class Clock:
         if last is None or step <= last[0]:
             return None
         return max(now - last[1] - pause, 1e-9) / (step - last[0])
-
-
-class _Pause:
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._clock._pause += time.perf_counter() - self._since

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config, ModelConfig, OptimizerConfig
+from uoe_jax.decompose import BLOCKS
 from uoe_jax.model import Stats, Transformer
 from uoe_jax.routing import rebalanced
 
@@ -157,7 +158,7 @@ def build(config: Config, mesh: Mesh) -> Program:
 
 def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
     """Moves the loss-free balancing biases of every layer by the load of the whole batch."""
-    for section, block in (("smha", "attention"), ("uome", "mlp")):
+    for section, block in BLOCKS.items():
         r = c.routed().get(section)
         if r is not None and r.bias_rate:
             router = params["layers"][block]["router"]
