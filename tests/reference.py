@@ -72,7 +72,7 @@ def merge(w: dict) -> dict:
 
     how = {name: columns for name in ("w_up", "w_gate", "w_q", "w_k", "w_v")}
     how |= {name: rows for name in ("w_down", "w_o", "b_up", "b_gate", "b_q", "b_k", "b_v")}
-    how["bias_out"] = lambda a: a
+    how |= {name: lambda a: a for name in ("bias_out", "q_scale", "k_scale")}
     return {name: how[name](a) for name, a in w.items() if name in how}
 
 
@@ -116,17 +116,24 @@ def best_first(chosen: np.ndarray, scores: np.ndarray, cap: int) -> np.ndarray:
     return kept
 
 
-def select(logits: np.ndarray, valid: np.ndarray, r) -> tuple[np.ndarray, np.ndarray]:
-    """(chosen, kept), bool [M,N], of one sequence."""
-    logits = np.asarray(logits, np.float32)
-    chosen = choose(logits, valid, r.k)
+def select(logits: np.ndarray | None, valid: np.ndarray, r, sequence_logits=None) -> tuple[np.ndarray, np.ndarray]:
+    """(chosen, kept), bool [M,N], of one sequence; logits [M,N] of the patches, [N] of the sequence."""
+    scores = [softmax(a) for a in (logits, sequence_logits) if a is not None]
+    whole = r.unit != "patch"
+    own = np.broadcast_to(scores[-1], (len(valid), r.n_experts)) if whole else scores[0]
+    chosen = choose(own, valid, r.k)
+    k, n = (1, 1) if whole else (r.k, r.n_experts)
     if r.priority == "position":
-        cap = capacity(r.capacity_factor, r.capacity_window, r.k, r.n_experts)
+        cap = capacity(r.capacity_factor, r.capacity_window, k, n)
         return chosen, first_come(chosen, r.capacity_window, cap)
     if not valid.any():
         return chosen, chosen
-    cap = capacity(r.capacity_factor, int(valid.sum()), r.k, r.n_experts)
-    return chosen, best_first(chosen, np.asarray(jax.nn.softmax(jnp.asarray(logits), axis=-1)), cap)
+    cap = capacity(r.capacity_factor, int(valid.sum()), k, n)
+    return chosen, best_first(chosen, scores[0] * own if r.unit == "hierarchical" else own, cap)
+
+
+def softmax(logits) -> np.ndarray:
+    return np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32), axis=-1))
 
 
 def stats(logits_BMN: np.ndarray, valid_BM: np.ndarray, r) -> dict[str, np.ndarray]:
@@ -192,6 +199,8 @@ def attention(w: dict, x, allowed, positions):
     for i in range(heads):
         j = i * kv_heads // heads
         q, k, v = (x @ w["w_" + a][:, at] + (w["b_" + a][at][None] if "b_" + a in w else 0.0) for a, at in zip("qkv", (i, j, j)))
+        if "q_scale" in w:
+            q, k = (a / jnp.sqrt((a**2).mean(1, keepdims=True) + 1e-6) * w[f"{n}_scale"][None] for a, n in ((q, "q"), (k, "k")))
         if positions is not None:
             q, k = rope(q, positions), rope(k, positions)
         s = jax.nn.softmax(jnp.where(allowed, q @ k.T / math.sqrt(width), -jnp.inf), axis=1)
@@ -212,6 +221,24 @@ def router_logits(w: dict, x, segments, p: int, causal: bool):
     return jnp.matmul(summary, w["router"]["kernel"], precision="highest") + bias(w["router"], "bias")
 
 
+def sequence_logits(w: dict, x, segments):
+    """[N]: from the mean of the valid tokens of the whole row."""
+    ok = (segments > 0).astype(x.dtype)[:, None]
+    mean = (x * ok).sum(0) / jnp.maximum(ok.sum(), 1)
+    r = w["router"]
+    return jnp.matmul(mean, r["sequence_kernel"], precision="highest") + r.get("sequence_bias", 0.0)
+
+
+def combine_weights(w: dict, x, segments, chosen, r, causal: bool):
+    """[M,N]; with two routers the product of both gates."""
+    weight = jnp.ones(chosen.shape)
+    if r.unit != "sequence":
+        weight = weight * gate(r.gate, router_logits(w, x, segments, r.patch_size, causal), chosen, r.k)
+    if r.unit != "patch":
+        weight = weight * gate(r.gate, jnp.broadcast_to(sequence_logits(w, x, segments), chosen.shape), chosen, r.k)
+    return weight
+
+
 def gate(name: str, logits, chosen, k: int):
     s = jax.nn.softmax(logits, axis=-1)
     if name == "sigmoid":
@@ -226,12 +253,13 @@ def gate(name: str, logits, chosen, k: int):
 def union(w: dict, x, segments, positions, chosen, kept, r, *, causal: bool, activation: str = "gelu"):
     """One sequence through a UoME or SMHA, given who takes what ([M,N]); every expert works on everything, masked."""
     ok = segments > 0
-    weight = gate(r.gate, router_logits(w, x, segments, r.patch_size, causal), chosen, r.k)
+    weight = combine_weights(w, x, segments, chosen, r, causal)
     takes = jnp.repeat(kept, r.patch_size, axis=0) & ok[:, None]
     weight = jnp.where(takes, jnp.repeat(weight, r.patch_size, axis=0), 0)
     y = jnp.zeros_like(x)
     for e in range(r.n_experts):
         part = {name: a[e] for name, a in w.items() if name[:2] in ("w_", "b_")}
+        part |= {name: w[name] for name in ("q_scale", "k_scale") if name in w}
         if "w_up" in w:
             y_e = mlp(part, x, activation)
         else:

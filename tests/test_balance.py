@@ -29,9 +29,9 @@ def test_the_bias_evens_out_the_load():
     plain, _ = step(jnp.zeros(4))
     for n in range(4):
         both = set(np.flatnonzero(plain.kept_BMN[0, :, n])) & set(np.flatnonzero(selection.kept_BMN[0, :, n]))
-        slots = [{m: i for i, m in enumerate(np.asarray(s.slots_NBC[n, 0]))} for s in (plain, selection)]
+        slots = [{m: i for i, m in enumerate(np.asarray(s.slots_NRC[n, 0]))} for s in (plain, selection)]
         for m in both:
-            a, b = plain.weights_NBC[n, 0, slots[0][m]], selection.weights_NBC[n, 0, slots[1][m]]
+            a, b = plain.weights_NRC[n, 0, slots[0][m]], selection.weights_NRC[n, 0, slots[1][m]]
             assert m == 0 or a == b  # slot 0 is also what empty slots hold
 
 

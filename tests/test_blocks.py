@@ -283,8 +283,8 @@ def test_what_an_empty_slot_holds_is_never_seen(name, monkeypatch):
     gather, seen = union.gather_slots, []
 
     def gather_with_garbage(x_BMF, selection, backend):
-        seen.append(selection.valid_NBC.shape)
-        return jnp.where(selection.valid_NBC[..., None], gather(x_BMF, selection, backend), 1e3)
+        seen.append(selection.valid_NRC.shape)
+        return jnp.where(selection.valid_NRC[..., None], gather(x_BMF, selection, backend), 1e3)
 
     monkeypatch.setattr(union, "gather_slots", gather_with_garbage)
     dirty = backward.__wrapped__(graphdef)(state, x, tokens, d)

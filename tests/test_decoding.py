@@ -148,7 +148,13 @@ def test_a_row_decodes_alone():
     assert moved.tolist() == [True, True, True, False, True]
 
 
-def test_a_prompt_of_uneven_length_is_refused():
-    _, prefill, _ = build(model_config(**DECODING["smha P=4, uome P=1"]))
-    with pytest.raises(ValueError, match="length 14 is not a multiple of the patch size 4"):
-        prefill(draw(0, 1, 14), jnp.asarray([14], jnp.int32))
+@pytest.mark.parametrize("length", [14, 3])
+def test_a_prompt_whose_last_patch_is_not_full(length):
+    """Prefilled as it is, not padded to a multiple of 4, and shorter than a patch."""
+    _, prefill, step = build(model_config(**DECODING["smha P=4, uome P=1"]))
+    row, n = draw(0, 1, 16), np.array([length], np.int32)
+    got, cache = prefill(row[:, :length], n)
+    wanted, wanted_cache = prefill(row, n)
+    for t in range(6):
+        assert reference.error(got, wanted) < 1e-6
+        (got, cache), (wanted, wanted_cache) = step(draw(t, 1), cache), step(draw(t, 1), wanted_cache)

@@ -38,7 +38,7 @@ def dense_mlp(make, lead=(), d=3, f=8, gated=True, bias=True) -> dict:
 
 def dense_attention(make, lead=(), d=3, h=4, g=4, dh=2, bias=True) -> dict:
     shapes = dict(w_q=(d, h, dh), w_k=(d, g, dh), w_v=(d, g, dh), w_o=(h, dh, d))
-    shapes |= dict(b_q=(h, dh), b_k=(g, dh), b_v=(g, dh), bias_out=(d,)) if bias else {}
+    shapes |= dict(b_q=(h, dh), b_k=(g, dh), b_v=(g, dh), bias_out=(d,), q_scale=(dh,), k_scale=(dh,)) if bias else {}
     return {name: make(*lead, *shape) for name, shape in shapes.items()}
 
 
@@ -145,7 +145,7 @@ def routers_of(params: dict, c: ModelConfig) -> dict:
 
 MODELS = [
     *(model(activation=a, bias=a != "relu", smha=n, uome=n) for a, n in zip(ACTIVATIONS, (1, 2, 4, 2, 4))),
-    model(activation="geglu", n_kv_heads=2),
+    model(activation="geglu", n_kv_heads=2, qk_norm=True),
     model(smha=1, n_kv_heads=1, bias=True),
     model(attention="dense", bias=True),
     model(mlp="dense", tie_embeddings=False, position="learned", norm="layernorm"),

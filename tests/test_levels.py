@@ -61,9 +61,9 @@ def test_who_is_kept(unit, priority, factor):
         for b in range(B):
             filled = int(kept[b, :, n].sum())
             where = np.flatnonzero(kept[b, :, n])
-            np.testing.assert_array_equal(selection.slots_NBC[n, b, :filled], where)
-            np.testing.assert_allclose(selection.weights_NBC[n, b, :filled], gate[b, where, n], rtol=1e-5)
-            assert not np.asarray(selection.weights_NBC)[n, b, filled:].any()
+            np.testing.assert_array_equal(selection.slots_NRC[n, b, :filled], where)
+            np.testing.assert_allclose(selection.weights_NRC[n, b, :filled], gate[b, where, n], rtol=1e-5)
+            assert not np.asarray(selection.weights_NRC)[n, b, filled:].any()
 
 
 @pytest.mark.parametrize("unit", ["sequence", "hierarchical"])

@@ -1,9 +1,10 @@
-"""What README.md shows runs as it stands there."""
+"""What README.md shows runs as it stands there, and what the documents point to exists."""
 
 from __future__ import annotations
 
 import re
 
+import pytest
 from helpers import ROOT
 from uoe_jax import cli
 
@@ -22,6 +23,20 @@ def test_the_blocks_alone():
     exec(BLOCKS[1], names)
     assert names["y"].shape == (2, 64, 256)
     assert float(names["stats"].patches) == 128
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    """Files exist, and a name shown as a link to a source file is defined in it."""
+    links = re.findall(r"\[([^\]]*)\]\(([^)#]+)[^)]*\)", path.read_text())
+    assert links
+    for text, target in links:
+        if "://" in target:
+            continue
+        assert (path.parent / target).exists(), target
+        name = text.strip("`").split(".")[-1]
+        if target.endswith(".py") and text.startswith("`") and not text.endswith(".py`"):
+            assert re.search(rf"(def|class) {name}\b", (path.parent / target).read_text()), (text, target)
 
 
 def test_every_key_named_exists():

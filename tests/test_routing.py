@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from uoe_jax import config, dispatch, routing
 from uoe_jax.config import RoutingConfig
 from uoe_jax.errors import ConfigError
-from uoe_jax.routing import Selection
+from uoe_jax.dispatch import Selection, all_sequences
 
 B, M, N, C = 3, 13, 4, 5
 GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
@@ -125,7 +125,7 @@ def packed(kept_BMN: np.ndarray, weights_BMN: np.ndarray, c: int) -> Selection:
         for slot, patch in enumerate(np.flatnonzero(kept_BMN[row, :, e])):
             slots[e, row, slot], valid[e, row, slot], slot_of[row, patch, e] = patch, True, slot
             weights[e, row, slot] = weights_BMN[row, patch, e]
-    return Selection(*map(jnp.asarray, (slots, valid, weights, slot_of)))
+    return Selection(*map(jnp.asarray, (slots, valid, weights, slot_of)), *all_sequences(b, n))
 
 
 ROUTINGS = {
@@ -247,7 +247,7 @@ def test_dispatch(backend, dtype, seed, garbage):
     rng, f = np.random.default_rng(seed), 6
     kept = random_kept(rng)
     selection = packed(kept, np.ones(kept.shape, np.float32), C)
-    empty = ~np.asarray(selection.valid_NBC)
+    empty = ~np.asarray(selection.valid_NRC)
     x_BMF = np.asarray(jnp.asarray(rng.normal(size=(B, M, f)), dtype))
     y_NBCF = np.array(jnp.asarray(rng.normal(size=(N, B, C, f)), dtype))
     y_NBCF[empty] = garbage
@@ -277,7 +277,7 @@ def test_garbage_in_empty_slots_changes_nothing(backend, garbage):
 
     def loss(x, w, fill):
         y = jnp.einsum("nbcf,nfg->nbcg", dispatch.gather_slots(x, selection, backend), w)
-        y = jnp.where(selection.valid_NBC[..., None], y, fill)
+        y = jnp.where(selection.valid_NRC[..., None], y, fill)
         out = dispatch.combine_slots(y, selection, backend)
         return (out * d).sum(), out
 

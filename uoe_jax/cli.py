@@ -187,6 +187,7 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     _start()
     from uoe_jax.data.pipeline import make_tokenizer
     from uoe_jax.infer.sample import Sampler
+    from uoe_jax.memory import cache_bytes
     from uoe_jax.train.restore import restored
 
     with restored(config, options.workdir, options.step) as run:
@@ -196,6 +197,12 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         end = "end of document" if completion.ended else f"limit of {completion.n_tokens} tokens"
         rate = sampler.drawn / max(sampler.seconds, 1e-9)
         print(f"[step {run.step}: {end}; {rate:.1f} tokens/s, compilation included]", file=sys.stderr)
+        dense = cache_bytes(config.model, rows=1, dense=True)
+        print(
+            f"[cache of {config.model.context_length} tokens: {sampler.cache_bytes / 1e3:.1f} kB, "
+            f"{sampler.cache_bytes / dense:.2f} of the {dense / 1e3:.1f} kB of dense attention]",
+            file=sys.stderr,
+        )
     return EXIT_DONE
 
 

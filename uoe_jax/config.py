@@ -2,7 +2,7 @@
 
 A key is declared once, with its type, default, range and a line of documentation (`key`). From that come the
 `ConfigDict` a config file edits (`base`), the checks, the error sentences and the list of keys that may change when
-a run is resumed. Checks that need several keys are in the `check_*` functions at the end.
+a run is resumed. Checks that need several keys are in `checks`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ import typing
 from fractions import Fraction
 from typing import Any, Iterator, Mapping
 
+from uoe_jax.checks import check_model, check_run
 from uoe_jax.errors import ConfigError, UserError
+
+
+GATED_ACTIVATIONS = ("swiglu", "geglu")  # with a second projection into the hidden layer
 
 
 def key(
@@ -40,6 +44,10 @@ class RoutingConfig:
     k: int = key(4, "K, experts each patch chooses", low=1)
     capacity_factor: float = key(1.0, "slots per expert, relative to a perfectly even load", above=0, high=1e6)
     capacity_window: int = key(64, "patches per capacity window (priority='position')", low=1)
+    sequence_capacity_factor: float = key(
+        0.0, "in training, sequences per expert relative to an even load (unit not 'patch'); 0: no bound", low=0, high=1e6
+    )
+    sequence_group: int = key(8, "consecutive rows among which sequence_capacity_factor counts", low=1)
     patch_size: int = key(1, "P, consecutive tokens routed together", low=1)
     unit: str = key(
         "patch",
@@ -56,6 +64,9 @@ class RoutingConfig:
         "gather", "gather tokens, then project into the experts; or project, then gather", choices=("gather", "project")
     )
     router_bias: bool = key(False, "a bias b_g in the router")
+    router_noise: float = key(
+        0.0, "standard deviation of the noise on the logits that choose experts, in training", low=0, high=1e3
+    )
     balance_weight: float = key(0.01, "weight of the Switch balance loss", low=0, high=1e3)
     bias_rate: float = key(0.0, "step of the loss-free balancing bias; 0 turns it off", low=0, high=1)
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
@@ -73,6 +84,23 @@ class RoutingConfig:
         share = Fraction(self.k, self.n_experts) if self.unit == "patch" else 1
         return max(1, min(window, math.ceil(Fraction(str(self.capacity_factor)) * window * share)))
 
+    def sequence_capacity(self) -> int:
+        """Sequences per expert in a group of `sequence_group` rows: ceil(factor * group * K / N), exact, at least 1."""
+        share = Fraction(str(self.sequence_capacity_factor)) * self.sequence_group * self.k / self.n_experts
+        return max(1, min(self.sequence_group, math.ceil(share)))
+
+    def row_share(self) -> float:
+        """Rows of an expert's buffer in training, relative to the sequences."""
+        return self.sequence_capacity() / self.sequence_group if self.sequence_capacity_factor else 1.0
+
+    def patches(self, length: int) -> int:
+        """M, the patches of a row of `length` tokens, the last one filled up."""
+        return -(-length // self.patch_size)
+
+    def slot_tokens(self, length: int) -> int:
+        """S = C·P, the tokens an expert has room for in a row of `length` tokens."""
+        return self.slots(self.patches(length)) * self.patch_size
+
     def slots(self, n_patches: int) -> int:
         """C, the static number of slots per expert and sequence of `n_patches` patches (M)."""
         if self.priority == "score":
@@ -84,9 +112,35 @@ class RoutingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """What follows the blocks of a classifier (model.task='classify')."""
+
+    n_classes: int = key(2, "classes", low=2)
+    pooling: str = key("mean", "the mean of the valid tokens, or a learned token in front of them", choices=("mean", "cls"))
+    n_inputs: int = key(1, "inputs of an example; two are encoded by the same blocks and compared", low=1, high=2)
+    d_head: int = key(0, "hidden width between the pooled state and the classes; 0: one linear layer", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """Images as tokens (model.stem='image'): squares of patch x patch pixels, row by row; patch=1 makes pixels tokens."""
+
+    height: int = key(32, "pixels", low=1)
+    width: int = key(32, "pixels", low=1)
+    channels: int = key(3, "values of a pixel", low=1)
+    patch: int = key(4, "side of the square that becomes one token, in pixels", low=1)
+
+    @property
+    def n_tokens(self) -> int:
+        return (self.height // self.patch) * (self.width // self.patch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Architecture: D d_model, F d_hidden, H n_heads, L context_length, V vocab_size."""
 
+    task: str = key("language", "predict the next token, or classify the input", choices=("language", "classify"))
+    stem: str = key("tokens", "what comes in: token ids, or images", choices=("tokens", "image"))
     vocab_size: int = key(0, "V; 0 takes the tokenizer's", low=0)
     d_model: int = key(192, "D, width of the residual stream", low=1)
     n_layers: int = key(4, "number of blocks (attention + MLP)", low=1)
@@ -97,13 +151,18 @@ class ModelConfig:
     causal: bool = key(True, "decoder language model")
     attention: str = key("smha", "attention block", choices=("smha", "dense"))
     mlp: str = key("uome", "MLP block", choices=("uome", "dense"))
-    activation: str = key("gelu", "MLP activation", choices=("gelu", "gelu_tanh", "relu", "swiglu", "geglu"))
+    activation: str = key(
+        "gelu", "MLP activation", choices=("gelu", "gelu_tanh", "relu", *GATED_ACTIVATIONS)
+    )
     norm: str = key("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
     norm_eps: float = key(1e-6, "added to the variance in the norm", above=0, high=1)
+    qk_norm: bool = key(False, "RMSNorm of every query and key, with one scale for all heads")
     position: str = key("rope", "position information", choices=("rope", "learned", "none"))
     rope_theta: float = key(10000.0, "base of the rotary frequencies", above=0, high=1e12)
     bias: bool = key(False, "biases in projections")
     tie_embeddings: bool = key(True, "the output head is the embedding")
+    dropout: float = key(0.0, "share of every block's output dropped in training", low=0, high=0.99)
+    attention_dropout: float = key(0.0, "share of the attention weights dropped in training", low=0, high=0.99)
     dtype: str = key("float32", "compute dtype; parameters are float32", choices=("float32", "bfloat16", "float16"))
     remat: str = key(
         "slots",
@@ -113,6 +172,8 @@ class ModelConfig:
     )
     smha: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
     uome: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
+    classifier: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
+    image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
 
     @property
     def kv_heads(self) -> int:
@@ -121,6 +182,16 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def n_into(self) -> int:
+        """Projections into the hidden layer of the MLP."""
+        return 2 if self.activation in GATED_ACTIVATIONS else 1
+
+    @property
+    def block_length(self) -> int:
+        """Tokens of a row as the blocks see them: the context, and the classifier's own token where it has one."""
+        return self.context_length + (self.task == "classify" and self.classifier.pooling == "cls")
 
     def routed(self) -> dict[str, RoutingConfig]:
         """The routing of the blocks that route, by section name."""
@@ -317,64 +388,6 @@ def _checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
     if meta["high"] is not None and value > meta["high"]:
         raise ConfigError(name, value, f"give at most {meta['high']}")
     return value
-
-
-def divisors(n: int) -> str:
-    """The divisors of n, for error sentences."""
-    found = [d for d in range(1, n + 1) if n % d == 0]
-    return ", ".join(map(str, found[:12])) + (", …" if len(found) > 12 else "")
-
-
-def check_model(m: ModelConfig) -> None:
-    """Checks that need several model keys; raises ConfigError with the numbers and the remedy."""
-    if m.d_model % m.n_heads:
-        raise ConfigError("config.model.n_heads", m.n_heads, f"must divide d_model={m.d_model}: {divisors(m.d_model)}")
-    if m.n_heads % m.kv_heads:
-        raise ConfigError("config.model.n_kv_heads", m.n_kv_heads, f"must divide n_heads={m.n_heads}")
-    if m.position == "rope" and m.head_dim % 2:
-        raise ConfigError("config.model.n_heads", m.n_heads, f"gives heads of odd width {m.head_dim}; rope needs even")
-    for name, r in m.routed().items():
-        check_routing(f"config.model.{name}", r, m)
-
-
-def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
-    """Checks one routed block against the model it stands in."""
-    if r.k > r.n_experts:
-        raise ConfigError(f"{name}.k", r.k, f"a patch cannot choose more than n_experts={r.n_experts} experts")
-    if r.gate == "normalized" and r.k == 1:
-        remedy = "with k=1 the rescaled score is always 1 and the router would not learn; choose sigmoid or k >= 2"
-        raise ConfigError(f"{name}.gate", r.gate, remedy)
-    if m.context_length % r.patch_size:
-        raise ConfigError(f"{name}.patch_size", r.patch_size, f"must divide context_length={m.context_length}")
-    if name.endswith("uome") and m.d_hidden % r.n_experts:
-        remedy = f"must divide d_hidden={m.d_hidden}: {divisors(m.d_hidden)}"
-        raise ConfigError(f"{name}.n_experts", r.n_experts, remedy)
-    if name.endswith("smha") and m.kv_heads % r.n_experts:  # kv_heads divides n_heads
-        heads = f"n_heads={m.n_heads}" if m.kv_heads == m.n_heads else f"n_kv_heads={m.kv_heads}"
-        remedy = f"must divide {heads}, as every expert owns its heads: {divisors(m.kv_heads)}"
-        raise ConfigError(f"{name}.n_experts", r.n_experts, remedy)
-    if m.causal and r.unit != "patch":
-        remedy = "in a causal model the whole sequence is not known yet when its first patch is routed; use unit='patch'"
-        raise ConfigError(f"{name}.unit", r.unit, remedy)
-    if m.causal and r.priority != "position":
-        remedy = "in a causal model a slot given by score depends on later patches; use priority='position'"
-        raise ConfigError(f"{name}.priority", r.priority, remedy)
-
-
-def check_run(c: Config) -> None:
-    """Checks across sections."""
-    if c.train.batch_size % c.train.accumulation:
-        remedy = f"must divide train.batch_size={c.train.batch_size}: {divisors(c.train.batch_size)}"
-        raise ConfigError("config.train.accumulation", c.train.accumulation, remedy)
-    axes = {a: getattr(c.mesh, a) for a in ("replica", "data", "fsdp", "expert")}
-    for axis, size in axes.items():
-        if size == 0:
-            raise ConfigError(f"config.mesh.{axis}", size, "give a positive size, or -1 for what is left")
-    if c.mesh.sequence_parallel:
-        raise ConfigError("config.mesh.sequence_parallel", True, "is not built yet; leave it False")
-    free = [a for a, size in axes.items() if size == -1]
-    if len(free) > 1:
-        raise ConfigError(f"config.mesh.{free[1]}", -1, f"only one axis may be -1, and mesh.{free[0]} already is")
 
 
 def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:

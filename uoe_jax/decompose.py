@@ -9,6 +9,8 @@ passed on as they are; of numpy arrays, the results are views wherever numpy can
     Attention   w_q […,D,H,Dh]     w_k, w_v […,D,G,Dh]     w_o […,H,Dh,D]     b_q […,H,Dh]     b_k, b_v […,G,Dh]
     SMHA        w_q […,N,D,h,Dh]   w_k, w_v […,N,D,g,Dh]   w_o […,N,h,Dh,D]   b_q […,N,h,Dh]   b_k, b_v […,N,g,Dh]
 
+and, shared by all heads of either, q_scale, k_scale […,Dh].
+
 Expert i holds hidden units [i·f, (i+1)·f), or heads [i·h, (i+1)·h) with the key/value heads those use, [i·g, (i+1)·g).
 """
 
@@ -20,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.config import ModelConfig, divisors
+from uoe_jax.checks import divisors
+from uoe_jax.config import ModelConfig
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.layers.common import GATED
 
@@ -31,7 +34,7 @@ AXES = {
     "mlp": {"w_up": "D F", "w_gate": "D F", "w_down": "F D", "b_up": "F", "b_gate": "F", "bias_out": "D"},
     "attention": {
         "w_q": "D H Dh", "w_k": "D G Dh", "w_v": "D G Dh", "w_o": "H Dh D",
-        "b_q": "H Dh", "b_k": "G Dh", "b_v": "G Dh", "bias_out": "D",
+        "b_q": "H Dh", "b_k": "G Dh", "b_v": "G Dh", "bias_out": "D", "q_scale": "Dh", "k_scale": "Dh",
     },
     "router": {"kernel": "D N", "bias": "N"},
 }  # fmt: skip
@@ -148,6 +151,7 @@ def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
     """The leaves the block has in a model of this configuration."""
     absent = set() if c.bias else {name for name in AXES[block] if name.startswith("b")}
     absent |= set() if c.activation in GATED else {"w_gate", "b_gate"}
+    absent |= set() if c.qk_norm else {"q_scale", "k_scale"}
     return tuple(name for name in AXES[block] if name not in absent)
 
 

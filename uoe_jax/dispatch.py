@@ -1,16 +1,90 @@
-"""Moves patches to slots and back: `gather_slots` and `combine_slots`, each the transpose of the other.
+"""Slots: which patch lies where (`Selection`), and how patches are moved to slots and results back.
 
-Backends: `inverse` only gathers, forward and backward, through the inverse slot map of the `Selection`: no atomics,
-deterministic, accumulation in float32. `scatter` lets autodiff turn the gather into a scatter-add and back.
-A row of F values is one patch (F = P·D).
+`gather_slots` and `combine_slots` are each the transpose of the other. Backends: `inverse` only gathers, forward and
+backward, through the inverse slot map of the `Selection`: no atomics, deterministic, accumulation in float32.
+`scatter` lets autodiff turn the gather into a scatter-add and back.
+
+Letters: B sequences, M patches per sequence, N experts, C slots per expert and sequence, F values of one patch (P·D);
+R rows in an expert's buffer, one for each sequence it works on: R = B but where `sequence_capacity_factor` bounds it.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from uoe_jax.routing import Selection
+
+class Selection(NamedTuple):
+    """Which patches each expert works on.
+
+    Attributes:
+      slots_NRC: int32, the patch in each slot, ascending; an empty slot holds 0 and comes after the filled ones.
+      valid_NRC: bool, whether the slot is filled.
+      weights_NRC: float32 combine weight, 0 in empty slots.
+      slot_of_BMN: int32, the inverse: the slot a patch has in each expert, C where the expert did not take it.
+      sequence_NR: int32, the sequence in each row of an expert's buffer; 0 in rows without one, whose slots are empty.
+      row_of_BN: int32, the inverse: the row of a sequence in each expert, R where the expert has none for it.
+    """
+
+    slots_NRC: jax.Array
+    valid_NRC: jax.Array
+    weights_NRC: jax.Array
+    slot_of_BMN: jax.Array
+    sequence_NR: jax.Array
+    row_of_BN: jax.Array
+
+    @property
+    def kept_BMN(self) -> jax.Array:
+        """bool, whether an expert took a patch."""
+        return self.slot_of_BMN < self.slots_NRC.shape[-1]
+
+    @property
+    def patch_NRC(self) -> jax.Array:
+        """int32, the patch in each slot, counted over all sequences: an index into [B·M]."""
+        return self.sequence_NR[..., None] * self.slot_of_BMN.shape[1] + self.slots_NRC
+
+    @property
+    def place_BMN(self) -> jax.Array:
+        """int32, the slot of each patch counted over all rows of an expert: an index into [R·C], R·C where it has none."""
+        _, r, c = self.slots_NRC.shape
+        return jnp.where(self.kept_BMN, self.row_of_BN[:, None] * c + self.slot_of_BMN, r * c)
+
+
+def all_sequences(b: int, n: int) -> tuple[jax.Array, jax.Array]:
+    """(sequence_NR, row_of_BN) where every expert has a row for every sequence, in their order."""
+    rows = jnp.arange(b, dtype=jnp.int32)
+    return jnp.broadcast_to(rows[None], (n, b)), jnp.broadcast_to(rows[:, None], (b, n))
+
+
+def pack(
+    kept_BMN: jax.Array, weights_BMN: jax.Array, c: int, rows: tuple[jax.Array, jax.Array] | None = None
+) -> Selection:
+    """Numbers the kept patches of each expert in ascending order and lists them by slot.
+
+    Args:
+      kept_BMN: at most `c` patches of a sequence for each expert, and none where it has no row for the sequence.
+      rows: (sequence_NR, row_of_BN); None: all sequences in their order.
+    """
+    b, m, n = kept_BMN.shape
+    sequence_NR, row_of_BN = all_sequences(b, n) if rows is None else rows
+    r = sequence_NR.shape[1]
+    slot_of_BMN = jnp.where(kept_BMN, jnp.cumsum(kept_BMN, axis=1, dtype=jnp.int32) - 1, c)
+    filled_BN = kept_BMN.sum(axis=1, dtype=jnp.int32)
+    # A row without a sequence names sequence 0, which is in another row of this expert or in none.
+    sequences_R = jnp.arange(r, dtype=jnp.int32)[None]
+    held_NR = jnp.take_along_axis(row_of_BN.T, sequence_NR, axis=1) == sequences_R
+    filled_NR = jnp.where(held_NR, jnp.take_along_axis(filled_BN.T, sequence_NR, axis=1), 0)
+    valid_NRC = jnp.arange(c, dtype=jnp.int32)[None, None] < filled_NR[..., None]
+    # Every kept patch writes its own slot; the others write past the end and are dropped.
+    rows_BMN = (jnp.arange(n, dtype=jnp.int32)[None] * r + row_of_BN)[:, None]
+    patch_BMN = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32)[None, :, None], (b, m, n))
+    slots = jnp.zeros((n * r, c), jnp.int32).at[rows_BMN, slot_of_BMN].set(patch_BMN, mode="drop")
+    selection = Selection(slots.reshape(n, r, c), valid_NRC, None, slot_of_BMN, sequence_NR, row_of_BN)
+    weights_NBM1 = jnp.transpose(weights_BMN, (2, 0, 1))[..., None]
+    weights_NRC = jnp.where(valid_NRC, gather_own(weights_NBM1, selection, "inverse")[..., 0], 0)
+    return selection._replace(weights_NRC=weights_NRC)
 
 
 def backend_for(name: str, dtype: jnp.dtype) -> str:
@@ -21,95 +95,97 @@ def backend_for(name: str, dtype: jnp.dtype) -> str:
 
 
 def gather_slots(x_BMF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:
-    """The patches each expert selected, [N,B,C,F]. What an empty slot holds is unspecified."""
+    """The patches each expert selected, [N,R,C,F]. What an empty slot holds is unspecified."""
     if backend_for(backend, x_BMF.dtype) == "inverse":
-        return _gather(x_BMF, selection.slots_NBC, selection.slot_of_BMN)
+        return _gather(x_BMF, selection.patch_NRC, selection.place_BMN)
     b, m, f = x_BMF.shape
-    return x_BMF.reshape(b * m, f).at[_rows_or_none(selection, b, m)].get(mode="fill", fill_value=0)
+    return x_BMF.reshape(b * m, f).at[_patch_or_none(selection)].get(mode="fill", fill_value=0)
 
 
 def gather_own(f_NBMF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:
-    """Every expert's own values of its patches at its slots, [N,B,M,F] to [N,B,C,F]; empty slots are unspecified."""
+    """Every expert's own values of its patches at its slots, [N,B,M,F] to [N,R,C,F]; empty slots are unspecified."""
     if backend_for(backend, f_NBMF.dtype) == "inverse":
-        return _gather_own(f_NBMF, selection.slots_NBC, selection.slot_of_BMN)
-    return jnp.where(selection.valid_NBC[..., None], jnp.take_along_axis(f_NBMF, selection.slots_NBC[..., None], axis=2), 0)
+        return _gather_own(f_NBMF, selection.patch_NRC, selection.place_BMN)
+    n, b, m, f = f_NBMF.shape
+    rows = jax.vmap(lambda f_XF, patch_RC: f_XF.at[patch_RC].get(mode="fill", fill_value=0))
+    return rows(f_NBMF.reshape(n, b * m, f), _patch_or_none(selection))
 
 
-def combine_slots(y_NBCF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:
+def combine_slots(y_NRCF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:
     """Sums the experts' results at their patches, [B,M,F]; empty slots and patches nobody took add nothing."""
-    if backend_for(backend, y_NBCF.dtype) == "inverse":
-        return _combine(y_NBCF, selection.slots_NBC, selection.slot_of_BMN)
-    f = y_NBCF.shape[-1]
+    if backend_for(backend, y_NRCF.dtype) == "inverse":
+        return _combine(y_NRCF, selection.patch_NRC, selection.place_BMN)
+    f = y_NRCF.shape[-1]
     b, m, _ = selection.slot_of_BMN.shape
-    out = jnp.zeros((b * m, f), y_NBCF.dtype).at[_rows_or_none(selection, b, m)].add(y_NBCF, mode="drop")
+    out = jnp.zeros((b * m, f), y_NRCF.dtype).at[_patch_or_none(selection)].add(y_NRCF, mode="drop")
     return out.reshape(b, m, f)
 
 
-def _rows_or_none(selection: Selection, b: int, m: int) -> jax.Array:
-    """[N,B,C] row of each slot in [B·M] rows; past the end for empty slots, so that they are dropped."""
-    return jnp.where(selection.valid_NBC, selection.slots_NBC + m * jnp.arange(b, dtype=jnp.int32)[None, :, None], b * m)
+def _patch_or_none(selection: Selection) -> jax.Array:
+    """[N,R,C] index of each slot's patch in [B·M]; past the end for empty slots, so that they are dropped."""
+    b, m, _ = selection.slot_of_BMN.shape
+    return jnp.where(selection.valid_NRC, selection.patch_NRC, b * m)
 
 
-def gather_rows(x_BMF: jax.Array, slots_NBC: jax.Array) -> jax.Array:
-    """Rows of patches at slots, [N,B,C,F]; for values that are not differentiated (masks, positions)."""
+def gather_rows(x_BMF: jax.Array, patch_NRC: jax.Array) -> jax.Array:
+    """Rows of patches, [N,R,C,F], at indices into [B·M]; for values that are not differentiated (masks, positions)."""
     b, m, f = x_BMF.shape
-    rows_NBC = slots_NBC + m * jnp.arange(b, dtype=jnp.int32)[None, :, None]
-    return jnp.asarray(x_BMF).reshape(b * m, f).at[rows_NBC].get(mode="promise_in_bounds")
+    return jnp.asarray(x_BMF).reshape(b * m, f).at[patch_NRC].get(mode="promise_in_bounds")
 
 
-def _sum_slots(y_NBCF, slot_of_BMN):
-    n, b, c, f = y_NBCF.shape
-    m = slot_of_BMN.shape[1]
-    y = y_NBCF.reshape(n * b * c, f)
-    total = jnp.zeros((b, m, f), jnp.float32 if y.dtype.itemsize < 4 else y.dtype)
+def _sum_slots(y_NRCF, place_BMN):
+    n, r, c, f = y_NRCF.shape
+    y = y_NRCF.reshape(n * r * c, f)
+    total = jnp.zeros((*place_BMN.shape[:2], f), jnp.float32 if y.dtype.itemsize < 4 else y.dtype)
     # Unrolled over experts: one fused loop of gathers. A single gather would materialise [N,B,M,F].
     for i in range(n):
-        slot_BM = slot_of_BMN[..., i]
-        rows_BM = jnp.minimum(slot_BM, c - 1) + c * (i * b + jnp.arange(b, dtype=jnp.int32)[:, None])
-        row_BMF = y.at[rows_BM].get(mode="promise_in_bounds")
-        total = total + jnp.where((slot_BM < c)[..., None], row_BMF, 0).astype(total.dtype)
-    return total.astype(y_NBCF.dtype)
+        place_BM = place_BMN[..., i]
+        row_BMF = y.at[jnp.minimum(place_BM, r * c - 1) + i * r * c].get(mode="promise_in_bounds")
+        total = total + jnp.where((place_BM < r * c)[..., None], row_BMF, 0).astype(total.dtype)
+    return total.astype(y_NRCF.dtype)
 
 
 @jax.custom_vjp
-def _gather(x_BMF, slots_NBC, slot_of_BMN):
-    return gather_rows(x_BMF, slots_NBC)
-
-
-def _own_rows(f_NBXF: jax.Array, place_NBY: jax.Array) -> jax.Array:
-    n, b, x, f = f_NBXF.shape
-    rows_NBY = place_NBY + x * jnp.arange(n * b, dtype=jnp.int32).reshape(n, b, 1)
-    return f_NBXF.reshape(n * b * x, f).at[rows_NBY].get(mode="promise_in_bounds")
+def _gather(x_BMF, patch_NRC, place_BMN):
+    return gather_rows(x_BMF, patch_NRC)
 
 
 @jax.custom_vjp
-def _gather_own(f_NBMF, slots_NBC, slot_of_BMN):
-    return _own_rows(f_NBMF, slots_NBC)
-
-
-def _gather_own_bwd(slot_of_BMN, d_NBCF):
-    """No sum over experts: each patch takes the gradient of its own slot in each expert, or none."""
-    c = d_NBCF.shape[2]
-    slot_NBM = jnp.transpose(slot_of_BMN, (2, 0, 1))
-    d_NBMF = jnp.where((slot_NBM < c)[..., None], _own_rows(d_NBCF, jnp.minimum(slot_NBM, c - 1)), 0)
-    return d_NBMF.astype(d_NBCF.dtype), None, None
-
-
-_gather_own.defvjp(lambda f, slots, slot_of: (_own_rows(f, slots), slot_of), _gather_own_bwd)
-
-
-@jax.custom_vjp
-def _combine(y_NBCF, slots_NBC, slot_of_BMN):
-    return _sum_slots(y_NBCF, slot_of_BMN)
+def _combine(y_NRCF, patch_NRC, place_BMN):
+    return _sum_slots(y_NRCF, place_BMN)
 
 
 # Only the integer maps are saved. The gradient of an empty slot is a copy of some patch's: harmless, because its
 # combine weight is 0, and cheaper than a mask.
 _gather.defvjp(
-    lambda x, slots, slot_of: (gather_rows(x, slots), slot_of),
-    lambda slot_of, d_NBCF: (_sum_slots(d_NBCF, slot_of), None, None),
+    lambda x, patch, place: (gather_rows(x, patch), place),
+    lambda place, d_NRCF: (_sum_slots(d_NRCF, place), None, None),
 )
 _combine.defvjp(
-    lambda y, slots, slot_of: (_sum_slots(y, slot_of), slots),
-    lambda slots, d_BMF: (gather_rows(d_BMF, slots), None, None),
+    lambda y, patch, place: (_sum_slots(y, place), patch),
+    lambda patch, d_BMF: (gather_rows(d_BMF, patch), None, None),
 )
+
+
+def _own_rows(f_NXF: jax.Array, index_NY: jax.Array) -> jax.Array:
+    """Values [N,X,F] of each expert at its own indices [N,…] into X."""
+    n, x, f = f_NXF.shape
+    first_N = x * jnp.arange(n, dtype=jnp.int32).reshape(n, *(1,) * (index_NY.ndim - 1))
+    return f_NXF.reshape(n * x, f).at[index_NY + first_N].get(mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def _gather_own(f_NBMF, patch_NRC, place_BMN):
+    n, b, m, f = f_NBMF.shape
+    return _own_rows(f_NBMF.reshape(n, b * m, f), patch_NRC)
+
+
+def _gather_own_bwd(place_BMN, d_NRCF):
+    """No sum over experts: each patch takes the gradient of its own slot in each expert, or none."""
+    n, r, c, f = d_NRCF.shape
+    place_NBM = jnp.transpose(place_BMN, (2, 0, 1))
+    d_NBMF = _own_rows(d_NRCF.reshape(n, r * c, f), jnp.minimum(place_NBM, r * c - 1))
+    return jnp.where((place_NBM < r * c)[..., None], d_NBMF, 0).astype(d_NRCF.dtype), None, None
+
+
+_gather_own.defvjp(lambda f, patch, place: (_gather_own(f, patch, place), place), _gather_own_bwd)

@@ -6,7 +6,7 @@ blocks are counted by their slots, filled or not. Elementwise work is left out.
 
 from __future__ import annotations
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import ModelConfig, RoutingConfig
 
 # Peak dense 16-bit FLOP/s of one device, by `device_kind`; a chip that is not listed has no MFU.
 PEAK_FLOPS = {
@@ -22,37 +22,56 @@ PEAK_FLOPS = {
 }
 
 
-def attention_flops(c: ModelConfig, length: int) -> float:
-    """Forward pass of one attention block over one row."""
+def routing_flops(r: RoutingConfig, d_model: int, length: int) -> float:
+    """The routers of one block over one row."""
+    routed = (r.unit != "sequence") * r.patches(length) + (r.unit != "patch")
+    return 2 * routed * d_model * r.n_experts
+
+
+def attention_flops(c: ModelConfig, length: int, training: bool = False) -> float:
+    """Forward pass of one attention block over one row of `length` tokens."""
     d, dh, h, g = c.d_model, c.head_dim, c.n_heads, c.kv_heads
     if c.attention == "dense":
         return 2 * length * d * dh * (2 * h + 2 * g) + 4 * h * dh * length**2
     r = c.smha
-    m = length // r.patch_size
-    n, s = r.n_experts, r.slots(m) * r.patch_size
-    entering = s if r.order == "gather" else length
-    return 2 * m * d * n + 2 * entering * d * dh * (h + 2 * g) + 2 * s * d * dh * h + 4 * h * dh * s**2
+    s, share = r.slot_tokens(length), r.row_share() if training else 1
+    entering = s * share if r.order == "gather" else r.patches(length) * r.patch_size
+    inside = 2 * s * d * dh * h + 4 * h * dh * s**2
+    return routing_flops(r, d, length) + 2 * entering * d * dh * (h + 2 * g) + share * inside
 
 
-def mlp_flops(c: ModelConfig, length: int) -> float:
-    """Forward pass of one MLP block over one row."""
-    into = 2 if c.activation in ("swiglu", "geglu") else 1
+def mlp_flops(c: ModelConfig, length: int, training: bool = False) -> float:
+    """Forward pass of one MLP block over one row of `length` tokens."""
     if c.mlp == "dense":
-        return 2 * (into + 1) * length * c.d_model * c.d_hidden
+        return 2 * (c.n_into + 1) * length * c.d_model * c.d_hidden
     r = c.uome
-    m = length // r.patch_size
-    slots = r.slots(m) * r.patch_size
-    entering = slots if r.order == "gather" else length
-    return 2 * m * c.d_model * r.n_experts + 2 * (into * entering + slots) * c.d_model * c.d_hidden
+    s = r.slot_tokens(length) * (r.row_share() if training else 1)
+    entering = s if r.order == "gather" else r.patches(length) * r.patch_size
+    return routing_flops(r, c.d_model, length) + 2 * (c.n_into * entering + s) * c.d_model * c.d_hidden
 
 
-def forward_flops(c: ModelConfig, length: int | None = None) -> float:
-    """Forward pass of the whole model over one row of `length` tokens (the context length by default)."""
-    length = length or c.context_length
-    per_layer = attention_flops(c, length) + mlp_flops(c, length)
-    return c.n_layers * per_layer + 2 * length * c.d_model * c.vocab_size
+def ends_flops(c: ModelConfig, length: int) -> float:
+    """What is before and after the blocks: the language model's head, or the classifier's stem and head."""
+    if c.task == "language":
+        return 2 * length * c.d_model * c.vocab_size
+    head, d = c.classifier, c.d_model
+    width = d if head.n_inputs == 1 else 4 * d
+    classes = 2 * (width * head.d_head + head.d_head * head.n_classes if head.d_head else width * head.n_classes)
+    stem = 2 * c.image.n_tokens * c.image.patch**2 * c.image.channels * d if c.stem == "image" else 0
+    return classes + head.n_inputs * stem
+
+
+def forward_flops(c: ModelConfig, length: int | None = None, training: bool = False) -> float:
+    """Forward pass of the whole model over one row (example) of `length` tokens, by default as many as blocks see.
+
+    training: `sequence_capacity_factor` bounds the rows of an expert, which it never does in evaluation.
+    """
+    length = length or c.block_length
+    per_layer = attention_flops(c, length, training) + mlp_flops(c, length, training)
+    rows = c.classifier.n_inputs if c.task == "classify" else 1
+    return rows * c.n_layers * per_layer + ends_flops(c, length)
 
 
 def train_flops(c: ModelConfig, rows: int) -> float:
     """One optimizer step over `rows` rows: forward and a backward of twice that; recomputation is not counted."""
-    return 3 * rows * forward_flops(c)
+    return 3 * rows * forward_flops(c, training=True)

@@ -63,9 +63,14 @@ def weight_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, 
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """The number of parts the batch is cut in."""
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
 def check_rows(mesh: Mesh, rows: int, key: str) -> None:
     """Refuses a number of rows that cannot be cut evenly over the batch axes."""
-    parts = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    parts = batch_parts(mesh)
     if rows % parts:
         raise ConfigError(key, rows, f"must be a multiple of replica*data*fsdp={parts}, the parts the batch is cut in")
 

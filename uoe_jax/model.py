@@ -1,4 +1,4 @@
-"""The decoder language model: tied embedding, pre-norm blocks scanned over layers, cached decoding.
+"""The stack of pre-norm blocks, scanned over layers, and the decoder language model on it, with cached decoding.
 
 Letters in `layers.common`; T is the number of layers. The stack of layers is one `Block` whose weights have a leading
 layer axis, so that compile time does not grow with depth.
@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import Attention
-from uoe_jax.layers.common import KEPT, Norm, Tokens, rotary_tables, scaled_normal, weight
+from uoe_jax.layers.common import KEPT, Norm, Tokens, dropout, rotary_tables, scaled_normal, weight
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.uome import UoME
@@ -39,7 +39,15 @@ def out_scale(c: ModelConfig) -> float:
 
 def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The attention block that `model.attention` names."""
-    common = dict(bias=c.bias, causal=c.causal, dtype=c.dtype, out_scale=out_scale(c), rngs=rngs)
+    common = dict(
+        bias=c.bias,
+        causal=c.causal,
+        drop_rate=c.attention_dropout,
+        qk_norm_eps=c.norm_eps if c.qk_norm else None,
+        dtype=c.dtype,
+        out_scale=out_scale(c),
+        rngs=rngs,
+    )
     if c.attention == "smha":
         return SMHA(c.d_model, c.n_heads, c.smha, n_kv_heads=c.kv_heads, **common)
     return Attention(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, **common)
@@ -54,21 +62,24 @@ def make_mlp(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout of what is added where configured."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.names = (c.attention, c.mlp)
+        self.names, self.drop_rate = (c.attention, c.mlp), c.dropout
         self.attention_norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
         self.attention = make_attention(c, rngs)
         self.mlp_norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
         self.mlp = make_mlp(c, rngs)
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
-        y_BLD, attention_stats = self.attention(self.attention_norm(x_BLD), tokens)
-        x_BLD = checkpoint_name(x_BLD + y_BLD, "block_out")
-        y_BLD, mlp_stats = self.mlp(self.mlp_norm(x_BLD), tokens)
+        y_BLD, attention_stats = self.attention(self.attention_norm(x_BLD), tokens.folded(0))
+        x_BLD = checkpoint_name(x_BLD + self._dropped(y_BLD, tokens.folded(1)), "block_out")
+        y_BLD, mlp_stats = self.mlp(self.mlp_norm(x_BLD), tokens.folded(2))
         stats = zip(self.names, (attention_stats, mlp_stats))
-        return x_BLD + y_BLD, {name: s for name, s in stats if s is not None}
+        return x_BLD + self._dropped(y_BLD, tokens.folded(3)), {name: s for name, s in stats if s is not None}
+
+    def _dropped(self, y_BLD: jax.Array, tokens: Tokens) -> jax.Array:
+        return dropout(y_BLD, self.drop_rate, tokens.keys_B)
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, tuple[Any, Any]]:
         y_BLD, attention = self.attention.prefill(self.attention_norm(x_BLD), tokens, context)
@@ -94,19 +105,49 @@ REMAT = {
 }
 
 
-class Transformer(nnx.Module):
-    """A decoder language model of the blocks its configuration names."""
+class Stack(nnx.Module):
+    """What a decoder and an encoder share: positions, the blocks of every layer, the last norm."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         c = self.config = config
+        learned = c.position == "learned"
+        shape, small = (c.block_length, c.d_model), scaled_normal(c.d_model)
+        self.positions = weight(rngs, shape, (None, "embed"), small) if learned else None
+        self.layers = _stack(lambda r: Block(c, rngs=r), c.n_layers, rngs.params())
+        self.norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+
+    def run(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
+        """All layers; returns (x_BLD before the last norm, routing statistics by block, stacked over layers)."""
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x_BLD, xs):
+            weights, i = xs
+            return nnx.merge(graphdef, weights)(x_BLD, tokens.folded(i))
+
+        layers = jnp.arange(self.config.n_layers)
+        return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, (stacked, layers))
+
+    def positioned(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """x [...,D] plus the learned positions, where the model has them."""
+        return x if self.positions is None else x + self.positions[...].astype(self.config.dtype)[positions]
+
+    def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """Rotary tables, where the model has them."""
+        if self.config.position != "rope":
+            return None
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+
+class Transformer(Stack):
+    """A decoder language model of the blocks its configuration names."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        c = config
         if c.vocab_size < 1:
             raise ValueError("vocab_size must be set before the model is built")
         small = scaled_normal(c.d_model)  # also of the head: logits of the normed state start with variance 1
         self.embedding = weight(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), small)
-        learned = c.position == "learned"
-        self.positions = weight(rngs, (c.context_length, c.d_model), (None, "embed"), small) if learned else None
-        self.layers = _stack(lambda r: Block(c, rngs=r), c.n_layers, rngs.params())
-        self.norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+        super().__init__(c, rngs=rngs)
         self.head = None if c.tie_embeddings else weight(rngs, (c.d_model, c.vocab_size), ("embed", "vocab"), small)
 
     def __call__(
@@ -114,26 +155,23 @@ class Transformer(nnx.Module):
         tokens_BL: jax.Array,
         segments_BL: jax.Array | None = None,
         positions_BL: jax.Array | None = None,
+        keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Stats]:
         """Logits of the next token.
 
         Args:
-          tokens_BL: int32; L must be a multiple of the blocks' patch sizes.
+          tokens_BL: int32.
           segments_BL: int32, the document of each token, 0 for padding; None: one document per row.
           positions_BL: int32, counted inside the document; None: from the start of the row.
+          keys_B: in training, a random key for each row (dropout, router noise); None: evaluation.
 
         Returns:
           (logits float32 [B,L,V], routing statistics by block, stacked over layers).
         """
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
-        tokens = Tokens(segments_BL, positions_BL, self._rotary(positions_BL))
-        graphdef, stacked = nnx.split(self.layers)
-
-        def layer(x_BLD, weights):
-            return nnx.merge(graphdef, weights)(x_BLD, tokens)
-
-        x_BLD, stats = jax.lax.scan(REMAT[self.config.remat](layer), self._embed(tokens_BL, positions_BL), stacked)
+        tokens = Tokens(segments_BL, positions_BL, self.rotary(positions_BL), keys_B)
+        x_BLD, stats = self.run(self._embed(tokens_BL, positions_BL), tokens)
         return self._logits(x_BLD), stats
 
     def prefill(self, tokens_BL: jax.Array, length_B: jax.Array, context: int) -> tuple[jax.Array, Cache]:
@@ -141,7 +179,7 @@ class Transformer(nnx.Module):
         b, l = tokens_BL.shape
         positions_BL = jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
         segments_BL = (positions_BL < length_B[:, None]).astype(jnp.int32)
-        tokens = Tokens(segments_BL, positions_BL, self._rotary(positions_BL))
+        tokens = Tokens(segments_BL, positions_BL, self.rotary(positions_BL))
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x_BLD, weights):
@@ -153,7 +191,7 @@ class Transformer(nnx.Module):
 
     def step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Appends one token to each sequence; returns (logits float32 [B,V] of the one after it, cache)."""
-        rotary = self._rotary(cache.next_B)
+        rotary = self.rotary(cache.next_B)
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x_BD, xs):
@@ -165,15 +203,7 @@ class Transformer(nnx.Module):
         return self._logits(x_BD), Cache(*caches, cache.next_B + 1)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        x = self.embedding[...].astype(self.config.dtype)[tokens]
-        if self.positions is not None:
-            x = x + self.positions[...].astype(self.config.dtype)[positions]
-        return x
-
-    def _rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-        if self.config.position != "rope":
-            return None
-        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        return self.positioned(self.embedding[...].astype(self.config.dtype)[tokens], positions)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)

@@ -12,27 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.config import RoutingConfig
-
-
-class Selection(NamedTuple):
-    """Which patches each expert works on.
-
-    Attributes:
-      slots_NBC: int32, the patch in each slot, ascending; an empty slot holds 0 and comes after the filled ones.
-      valid_NBC: bool, whether the slot is filled.
-      weights_NBC: float32 combine weight, 0 in empty slots.
-      slot_of_BMN: int32, the inverse: the slot a patch has in each expert, C where the expert did not take it.
-    """
-
-    slots_NBC: jax.Array
-    valid_NBC: jax.Array
-    weights_NBC: jax.Array
-    slot_of_BMN: jax.Array
-
-    @property
-    def kept_BMN(self) -> jax.Array:
-        """bool, whether an expert took a patch."""
-        return self.slot_of_BMN < self.slots_NBC.shape[-1]
+from uoe_jax.dispatch import Selection, pack
 
 
 class RoutingStats(NamedTuple):
@@ -113,14 +93,37 @@ def gate(name: str, logits_BMN: jax.Array, scores_BMN: jax.Array, chosen_BMN: ja
     return jnp.ones_like(scores_BMN)  # "none"
 
 
+def bound_sequences(
+    chosen_BN: jax.Array, scores_BN: jax.Array, group: int, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+    """At most `capacity` of the sequences of every `group` consecutive rows for each expert, best score first.
+
+    Returns:
+      (sequence_NR, row_of_BN) of a `Selection`, R = capacity·B/group rows an expert.
+    """
+    b, n = chosen_BN.shape
+    if b % group:
+        raise ValueError(f"sequence_group={group} must divide the {b} rows of a device's batch")
+    offered_NGg = jnp.where(chosen_BN, jax.lax.stop_gradient(scores_BN), -1.0).T.reshape(n, b // group, group)
+    best_NGc, member_NGc = jax.lax.top_k(offered_NGg, capacity)
+    member_NGc = jnp.sort(jnp.where(best_NGc >= 0, member_NGc, group), axis=-1)  # in their order, empty rows last
+    first_G = group * jnp.arange(b // group, dtype=jnp.int32)[None, :, None]
+    sequence_NR = jnp.where(member_NGc < group, member_NGc + first_G, b).reshape(n, -1)
+    r = sequence_NR.shape[1]
+    row_of_NB = jnp.full((n, b), r, jnp.int32)
+    row_of_NB = row_of_NB.at[jnp.arange(n)[:, None], sequence_NR].set(jnp.arange(r, dtype=jnp.int32)[None], mode="drop")
+    return jnp.where(sequence_NR < b, sequence_NR, 0), row_of_NB.T
+
+
 def select(
     logits_BMN: jax.Array | None,
     valid_BM: jax.Array,
     routing: RoutingConfig,
     sequence_logits_BN: jax.Array | None = None,
     load_bias_N: jax.Array | None = None,
+    keys_B: jax.Array | None = None,
 ) -> tuple[Selection, RoutingStats]:
-    """Routes every patch of every sequence; sequences do not see each other.
+    """Routes every patch of every sequence; sequences do not see each other, unless `sequence_capacity_factor` bounds them.
 
     Args:
       logits_BMN: float32 logits of the patches' router; None with unit="sequence", which has none.
@@ -128,67 +131,51 @@ def select(
       routing: N, K, unit, capacity, priority and gate.
       sequence_logits_BN: float32 logits of the sequences' router, where the unit is not the patch.
       load_bias_N: added to the scores where experts are chosen, and nowhere else (loss-free balancing, DeepSeek-V3).
+      keys_B: in training, a key for each sequence (router noise); None: evaluation, which knows neither noise nor
+        `sequence_capacity_factor`.
+
+    Raises:
+      ValueError: `sequence_group` does not divide B.
     """
     m, k = valid_BM.shape[1], routing.k
     own = logits_BMN  # the logits of whoever chooses experts
     if routing.unit != "patch":
-        shape = (*valid_BM.shape, sequence_logits_BN.shape[-1])
-        own = jnp.broadcast_to(sequence_logits_BN[:, None], shape)
+        own = jnp.broadcast_to(sequence_logits_BN[:, None], (*valid_BM.shape, sequence_logits_BN.shape[-1]))
     own_scores_BMN = scores_BMN = jax.nn.softmax(own, axis=-1)
-    chosen_BMN = choose_experts(biased(own_scores_BMN, load_bias_N), valid_BM, k)
+    ranked_BMN = biased(_noisy(own, own_scores_BMN, routing, keys_B), load_bias_N)
+    chosen_BMN = choose_experts(ranked_BMN, valid_BM, k)
     weights_BMN = gate(routing.gate, own, own_scores_BMN, chosen_BMN, k)
     if routing.unit == "hierarchical":
         patch_scores_BMN = jax.nn.softmax(logits_BMN, axis=-1)
         scores_BMN = own_scores_BMN * patch_scores_BMN
         weights_BMN = weights_BMN * gate(routing.gate, logits_BMN, patch_scores_BMN, chosen_BMN, k)
+    rows, offered_BMN = None, chosen_BMN
+    if routing.sequence_capacity_factor and keys_B is not None:
+        rows = bound_sequences(
+            chosen_BMN.any(axis=1), own_scores_BMN[:, 0], routing.sequence_group, routing.sequence_capacity()
+        )
+        offered_BMN = chosen_BMN & (rows[1] < rows[0].shape[1])[:, None]
     c = routing.slots(m)
     if routing.priority == "position":
-        kept_BMN = first_come(chosen_BMN, routing.capacity_window, routing.window_capacity())
+        kept_BMN = first_come(offered_BMN, routing.capacity_window, routing.window_capacity())
     else:
         # Capacity follows the sequence's own number of valid patches; the table keeps that exact.
         table = np.array([routing.window_capacity(i) if i else 0 for i in range(m + 1)], np.int32)
-        kept_BMN = best_first(chosen_BMN, scores_BMN, jnp.asarray(table)[valid_BM.sum(axis=1)], c)
+        kept_BMN = best_first(offered_BMN, scores_BMN, jnp.asarray(table)[valid_BM.sum(axis=1)], c)
     stats = _stats(own, own_scores_BMN, chosen_BMN, kept_BMN, valid_BM, k)
     if routing.unit == "hierarchical":  # both routers' logits are kept small; the load is the sequences' choice alone
         stats = stats._replace(z=stats.z + _z(logits_BMN, valid_BM).sum())
-    return _pack(kept_BMN, weights_BMN, c), stats
+    return pack(kept_BMN, weights_BMN, c, rows), stats
 
 
-def _pack(kept_BMN: jax.Array, weights_BMN: jax.Array, c: int) -> Selection:
-    """Numbers the kept patches of each expert in ascending order and lists them by slot."""
-    b, m, n = kept_BMN.shape
-    slot_of_BMN = jnp.where(kept_BMN, jnp.cumsum(kept_BMN, axis=1, dtype=jnp.int32) - 1, c)
-    filled_NB = kept_BMN.sum(axis=1, dtype=jnp.int32).T
-    valid_NBC = jnp.arange(c)[None, None] < filled_NB[..., None]
-    # Every kept patch writes its own slot; the others write past the end and are dropped.
-    rows_BMN = jnp.arange(n)[None, None] * b + jnp.arange(b)[:, None, None]
-    patch_BMN = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32)[None, :, None], (b, m, n))
-    slots = jnp.zeros((n * b, c), jnp.int32).at[rows_BMN, slot_of_BMN].set(patch_BMN, mode="drop")
-    slots_NBC = slots.reshape(n, b, c)
-    return Selection(slots_NBC, valid_NBC, _to_slots(weights_BMN, slots_NBC, valid_NBC, slot_of_BMN), slot_of_BMN)
-
-
-@jax.custom_vjp
-def _to_slots(w_BMN: jax.Array, slots_NBC: jax.Array, valid_NBC: jax.Array, slot_of_BMN: jax.Array) -> jax.Array:
-    """Weights by slot [N,B,C]; gathers in both directions, where autodiff would scatter."""
-    return jnp.where(valid_NBC, jnp.take_along_axis(jnp.transpose(w_BMN, (2, 0, 1)), slots_NBC, axis=-1), 0)
-
-
-def _to_slots_fwd(w_BMN, slots_NBC, valid_NBC, slot_of_BMN):
-    return _to_slots(w_BMN, slots_NBC, valid_NBC, slot_of_BMN), slot_of_BMN
-
-
-def _to_slots_bwd(slot_of_BMN, d_NBC):
-    slot_NBM = jnp.transpose(slot_of_BMN, (2, 0, 1))
-    return jnp.transpose(_at_slot(d_NBC, slot_NBM), (1, 2, 0)), None, None, None
-
-
-def _at_slot(values_NBC: jax.Array, slot_NBM: jax.Array) -> jax.Array:
-    c = values_NBC.shape[-1]
-    return jnp.where(slot_NBM < c, jnp.take_along_axis(values_NBC, jnp.minimum(slot_NBM, c - 1), axis=-1), 0)
-
-
-_to_slots.defvjp(_to_slots_fwd, _to_slots_bwd)
+def _noisy(logits_BMN: jax.Array, scores_BMN: jax.Array, routing: RoutingConfig, keys_B: jax.Array | None) -> jax.Array:
+    """The scores experts are chosen by: in training, those of logits with normal noise; the combine weights have none."""
+    if keys_B is None or not routing.router_noise:
+        return scores_BMN
+    _, m, n = logits_BMN.shape
+    draws = m if routing.unit == "patch" else 1  # one for whoever chooses
+    noise = jax.vmap(lambda key: jax.random.normal(key, (draws, n), jnp.float32))(keys_B)
+    return jax.nn.softmax(logits_BMN + routing.router_noise * noise, axis=-1)
 
 
 def _z(logits_BMN: jax.Array, valid_BM: jax.Array) -> jax.Array:

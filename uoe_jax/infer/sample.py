@@ -54,6 +54,7 @@ class Sampler:
     ) -> None:
         self.config, self.tokenizer, self._params = config, tokenizer, params
         self.seconds, self.drawn = 0.0, 0  # of decoding, for the report
+        self.cache_bytes = 0  # of the attention's cache, of one row
         context = config.model.context_length
         self._prefill = jax.jit(lambda p, tokens, length: model(p).prefill(tokens, length, context))
 
@@ -88,6 +89,7 @@ class Sampler:
         length_B = np.array([len(row) for row in rows], np.int32)
         knobs = (np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
         logits, cache = self._prefill(self._params, tokens_BL, length_B)
+        self.cache_bytes = sum(a.nbytes for a in jax.tree.leaves(cache.attention)) // len(rows)
         generated: list[list[int]] = [[] for _ in rows]
         open_rows = set(range(len(rows)))
         started = time.perf_counter()

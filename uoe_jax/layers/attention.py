@@ -9,19 +9,38 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.layers.common import Tokens, along_last, rotate, scaled_normal, tokens_like, weight, zeros
+from uoe_jax.layers.common import (
+    Tokens,
+    along_last,
+    dropout,
+    ones,
+    rms_norm,
+    rotate,
+    scaled_normal,
+    tokens_like,
+    weight,
+    zeros,
+)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, causal: bool) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    causal: bool,
+    drop_rate: float = 0.0,
+    keys_B: jax.Array | None = None,
+) -> jax.Array:
     """Softmax attention [B,S,H,Dh] over k, v [B,S,G,Dh] (G divides H), scale 1/sqrt(Dh), softmax in float32.
 
     Args:
       segments: int32 [B,S]; a token attends to tokens of its own segment only. None: no restriction.
       causal: a token attends to itself and those before it in the order given.
+      drop_rate: dropout of the attention weights, drawn for each row from its key; keys_B None: no dropout.
     """
     b, s, h, dh = q.shape
     g = k.shape[2]
-    q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
     # One plain batched product per step, heads folded into the batch and the h/g queries of a key head into its rows:
     # measured twice as fast, forward and backward, as `jax.nn.dot_product_attention` on a CPU.
     q_RTk = q.reshape(b, s, g, h // g, dh).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g * s, dh)
@@ -33,7 +52,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None,
         scores_RTS = jnp.where(rows, scores_RTS, -1e30)
     weight_RTS = jnp.exp(scores_RTS - jax.lax.stop_gradient(scores_RTS.max(axis=-1, keepdims=True)))
     total_RT1 = weight_RTS.sum(axis=-1, keepdims=True)
-    o_RTk = jnp.einsum("rts,rsk->rtk", weight_RTS.astype(v.dtype), v_RSk, preferred_element_type=jnp.float32) / total_RT1
+    dropped_RTS = dropout(weight_RTS.reshape(b, -1), drop_rate, keys_B).reshape(weight_RTS.shape)
+    o_RTk = jnp.einsum("rts,rsk->rtk", dropped_RTS.astype(v.dtype), v_RSk, preferred_element_type=jnp.float32) / total_RT1
     o = o_RTk.astype(q.dtype).reshape(b, g, h // g, s, dh).transpose(0, 3, 1, 2, 4).reshape(q.shape)
     return checkpoint_name(o, "heads")
 
@@ -53,6 +73,11 @@ def attend_one(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax
     return jax.nn.dot_product_attention(q[:, None], k, v, mask=mask[:, None, None])[:, 0]
 
 
+def placed(x: jax.Array, scale: nnx.Param | None, eps: float | None, rotary: Any) -> jax.Array:
+    """Queries or keys [...,heads,Dh] ready to be compared: QK-norm where the block has it, then their rotary positions."""
+    return rotate(x if scale is None else rms_norm(x, scale[...], eps).astype(x.dtype), rotary)
+
+
 class DenseCache(NamedTuple):
     """Keys and values [B,context,G,Dh]."""
 
@@ -61,7 +86,10 @@ class DenseCache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with grouped key/value heads; letters in `layers.common`."""
+    """Multi-head attention with grouped key/value heads; letters in `layers.common`.
+
+    qk_norm_eps: RMSNorm over every query and key, with a scale that all heads share (as in Qwen3); None: none.
+    """
 
     def __init__(
         self,
@@ -71,12 +99,14 @@ class Attention(nnx.Module):
         n_kv_heads: int = 0,
         bias: bool = False,
         causal: bool = False,
+        drop_rate: float = 0.0,
+        qk_norm_eps: float | None = None,
         dtype: Any = jnp.float32,
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ) -> None:
         d, h, g, dh = d_model, n_heads, n_kv_heads or n_heads, d_model // n_heads
-        self.causal, self.dtype = causal, dtype
+        self.causal, self.drop_rate, self.qk_norm_eps, self.dtype = causal, drop_rate, qk_norm_eps, dtype
         self.w_q = weight(rngs, (d, h, dh), ("embed", "heads", None), scaled_normal(d))
         self.w_k = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
         self.w_v = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
@@ -84,6 +114,8 @@ class Attention(nnx.Module):
         self.b_q = weight(rngs, (h, dh), ("heads", None), zeros) if bias else None
         self.b_k = weight(rngs, (g, dh), ("heads", None), zeros) if bias else None
         self.b_v = weight(rngs, (g, dh), ("heads", None), zeros) if bias else None
+        self.q_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
+        self.k_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
@@ -92,14 +124,15 @@ class Attention(nnx.Module):
 
     def _forward(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = self._project(x_BLD.astype(self.dtype), tokens.rotary)
-        return self._out(attend(q, k, v, tokens.segments_BL, self.causal)), k, v
+        return self._out(attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, tokens.keys_B)), k, v
 
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = (
-            self._biased(jnp.einsum("...d,dhk->...hk", x, w[...].astype(self.dtype)), b)
+            checkpoint_name(self._biased(jnp.einsum("...d,dhk->...hk", x, w[...].astype(self.dtype)), b), "qkv")
             for w, b in ((self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v))
         )
-        return rotate(q, rotary), rotate(k, rotary), v
+        q, k = placed(q, self.q_scale, self.qk_norm_eps, rotary), placed(k, self.k_scale, self.qk_norm_eps, rotary)
+        return q, k, v
 
     def _out(self, o: jax.Array) -> jax.Array:
         return self._biased(jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype)), self.bias_out)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from uoe_jax.config import GATED_ACTIVATIONS
+
 # Names of the activations the default remat policy keeps for the backward pass (`model.REMAT`): the narrow ones.
 # Gathered slots, attention scores and activations are made again from these.
 KEPT = ("selection", "qkv", "heads", "hidden", "block_out")
@@ -48,11 +50,17 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * along_last(self.scale[...], y)
+        y = rms_norm(y, self.scale[...], self.eps)
         if self.bias is not None:
             y = y + along_last(self.bias[...], y)
         return y.astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """float32 x / rms(x) * scale over the last axis."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    return y * along_last(scale, y)
 
 
 def along_last(v: jax.Array, like: jax.Array) -> jax.Array:
@@ -61,6 +69,7 @@ def along_last(v: jax.Array, like: jax.Array) -> jax.Array:
 
 
 GATED = {"swiglu": jax.nn.silu, "geglu": lambda x: jax.nn.gelu(x, approximate=False)}
+assert tuple(GATED) == GATED_ACTIVATIONS
 PLAIN = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -80,11 +89,39 @@ class Tokens(NamedTuple):
       segments_BL: int32, the document of a token, 0 for padding; None means one document without padding.
       positions_BL: int32, counted inside the document.
       rotary: (cos, sin), each float32 [B,L,Dh/2], or None without rotary positions.
+      keys_B: in training, a random key for each row, from which dropout and router noise draw; None: evaluation.
     """
 
     segments_BL: jax.Array | None
     positions_BL: jax.Array
     rotary: tuple[jax.Array, jax.Array] | None = None
+    keys_B: jax.Array | None = None
+
+    def folded(self, i: int | jax.Array) -> Tokens:
+        """The same tokens for the i-th of several places that draw, so that each draws its own."""
+        return self if self.keys_B is None else self._replace(keys_B=fold(self.keys_B, i))
+
+    def padded(self, to: int) -> Tokens:
+        """The same rows with padding behind them, `to` tokens long."""
+        b, l = self.positions_BL.shape
+        if l == to:
+            return self
+        segments_BL = jnp.ones((b, l), jnp.int32) if self.segments_BL is None else self.segments_BL
+        longer = lambda a: jnp.pad(a, ((0, 0), (0, to - l), *((0, 0),) * (a.ndim - 2)))  # noqa: E731
+        return jax.tree.map(longer, self._replace(segments_BL=segments_BL, keys_B=None))._replace(keys_B=self.keys_B)
+
+
+def fold(keys_B: jax.Array, i: int | jax.Array) -> jax.Array:
+    """`jax.random.fold_in` for each of several keys."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys_B)
+
+
+def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+    """x [B,…] with a share `rate` of its values zeroed and the others scaled to keep the mean; a row draws from its key."""
+    if not rate or keys_B is None:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 def tokens_like(x_BLD: jax.Array) -> Tokens:

@@ -51,8 +51,10 @@ class Router(nnx.Module):
         self.kernel, self.bias = (None, None) if unit == "sequence" else (kernel(), bias())
         self.sequence_kernel, self.sequence_bias = (None, None) if unit == "patch" else (kernel(), bias())
 
-    def __call__(self, x_BMPD: jax.Array, valid_BMP: jax.Array) -> tuple[Selection, RoutingStats]:
-        """Routes whole rows. Args: x_BMPD patches; valid_BMP bool, False for padding tokens."""
+    def __call__(
+        self, x_BMPD: jax.Array, valid_BMP: jax.Array, keys_B: jax.Array | None = None
+    ) -> tuple[Selection, RoutingStats]:
+        """Routes whole rows. Args: x_BMPD patches; valid_BMP bool, False for padding tokens; keys_B in training."""
         if self.causal:
             summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32)
         else:
@@ -64,7 +66,7 @@ class Router(nnx.Module):
             summary_BD = _mean(x_BMPD.reshape(b, m * p, d), valid_BMP.reshape(b, m * p))
             sequence_logits = _logits(summary_BD, self.sequence_kernel, self.sequence_bias)
         valid_BM = valid_BMP.any(axis=2)
-        return routing_lib.select(patch_logits, valid_BM, self.routing, sequence_logits, self._load_bias())
+        return routing_lib.select(patch_logits, valid_BM, self.routing, sequence_logits, self._load_bias(), keys_B)
 
     def _load_bias(self) -> jax.Array | None:
         return None if self.load_bias is None else jax.lax.stop_gradient(self.load_bias[...])
@@ -76,9 +78,9 @@ class Router(nnx.Module):
         window_M = jnp.arange(kept_BMN.shape[1]) // self.routing.capacity_window
         here_BM = window_M[None] == (last_B // self.routing.capacity_window)[:, None]
         slot_B1N = jnp.take_along_axis(selection.slot_of_BMN, last_B[:, None, None], axis=1)
-        kept_BN = slot_B1N[:, 0] < selection.slots_NBC.shape[-1]
+        kept_BN = slot_B1N[:, 0] < selection.slots_NRC.shape[-1]
         slot_NB1 = jnp.where(kept_BN, slot_B1N[:, 0], 0).T[..., None]
-        weight_BN = jnp.take_along_axis(selection.weights_NBC, slot_NB1, axis=-1)[..., 0].T
+        weight_BN = jnp.take_along_axis(selection.weights_NRC, slot_NB1, axis=-1)[..., 0].T
         return RouterCache(
             taken_BN=(kept_BMN & here_BM[..., None]).sum(axis=1, dtype=jnp.int32),
             filled_BN=kept_BMN.sum(axis=1, dtype=jnp.int32),
@@ -120,8 +122,8 @@ def _mean(x: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def patches(x_BLD: jax.Array, p: int) -> jax.Array:
-    """[B,L,…] cut in patches [B,M,P,…]; L must be a multiple of P."""
+    """[B,L,…] cut in patches [B,M,P,…], the last one filled up with zeros."""
     b, l = x_BLD.shape[:2]
     if l % p:
-        raise ValueError(f"length {l} is not a multiple of the patch size {p}: pad the rows")
-    return x_BLD.reshape(b, l // p, p, *x_BLD.shape[2:])
+        x_BLD = jnp.pad(x_BLD, ((0, 0), (0, -l % p), *((0, 0),) * (x_BLD.ndim - 2)))
+    return x_BLD.reshape(b, -1, p, *x_BLD.shape[2:])

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import RoutingConfig
-from uoe_jax.layers.attention import attend, attend_one
-from uoe_jax.layers.common import Tokens, rotate, scaled_normal, weight, zeros
+from uoe_jax.layers.attention import attend, attend_one, placed
+from uoe_jax.layers.common import Tokens, ones, scaled_normal, weight, zeros
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert
 
@@ -30,7 +31,9 @@ class SMHA(Union):
       d_model, n_heads, n_kv_heads: D, H and G of the whole block; an expert has h = H/N and g = G/N heads.
       routing: N, K, capacity, patch size, gate.
       bias: biases of q, k, v per expert, one output bias for the union.
-      causal: admit only what cannot see the future. dtype: of the computation; weights are float32.
+      causal: admit only what cannot see the future. drop_rate: dropout of the attention weights, in training.
+      qk_norm_eps: RMSNorm over every query and key, with a scale that all experts share; None: none.
+      dtype: of the computation; weights are float32.
 
     Raises:
       ValueError: N does not divide H or G; causal with a priority that sees the future.
@@ -45,6 +48,8 @@ class SMHA(Union):
         n_kv_heads: int = 0,
         bias: bool = False,
         causal: bool = False,
+        drop_rate: float = 0.0,
+        qk_norm_eps: float | None = None,
         dtype: Any = jnp.float32,
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
@@ -54,6 +59,7 @@ class SMHA(Union):
             raise ValueError(f"n_heads={n_heads} and n_kv_heads={kv_heads} must both be multiples of n_experts={n}")
         h, g, dh = n_heads // n, kv_heads // n, d // n_heads
         super().__init__(d, routing, causal=causal, dtype=dtype, rngs=rngs)
+        self.drop_rate, self.qk_norm_eps = drop_rate, qk_norm_eps
         into = ("expert", "embed", "heads", None)
         self.w_q = weight(rngs, (n, d, h, dh), into, scaled_normal(d))
         self.w_k = weight(rngs, (n, d, g, dh), into, scaled_normal(d))
@@ -62,6 +68,8 @@ class SMHA(Union):
         self.b_q = weight(rngs, (n, h, dh), ("expert", "heads", None), zeros) if bias else None
         self.b_k = weight(rngs, (n, g, dh), ("expert", "heads", None), zeros) if bias else None
         self.b_v = weight(rngs, (n, g, dh), ("expert", "heads", None), zeros) if bias else None
+        self.q_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
+        self.k_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
 
     def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
@@ -74,15 +82,20 @@ class SMHA(Union):
         return project(self.w_q, self.b_q), project(self.w_k, self.b_k), project(self.w_v, self.b_v)
 
     def _experts(self, entered: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        q, k, v = entered
-        q, k = rotate(q, slots.rotary), rotate(k, slots.rotary)
+        q, k, v = (checkpoint_name(a, "qkv") for a in entered)
+        q, k = self._placed(q, k, slots.rotary)
         n, b = q.shape[:2]
         # Empty slots come last, so the causal mask already hides them; without it they form a segment of their own.
         segments_NBS = slots.segments_NBS
         if not self.causal:
             segments_NBS = jnp.where(slots.filled_NBS, 1 if segments_NBS is None else segments_NBS, -1)
-        rows = [a if a is None else a.reshape(n * b, *a.shape[2:]) for a in (q, k, v, segments_NBS)]
-        return self._out(attend(*rows, self.causal).reshape(q.shape), slots.weight_NBS), (k, v)
+        folded = (a if a is None else a.reshape(n * b, *a.shape[2:]) for a in (q, k, v, segments_NBS, slots.keys_NB))
+        *rows, keys = folded
+        o_NBShk = attend(*rows, self.causal, self.drop_rate, keys).reshape(q.shape)
+        return self._out(o_NBShk, slots.weight_NBS), (k, v)
+
+    def _placed(self, q: jax.Array, k: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:
+        return placed(q, self.q_scale, self.qk_norm_eps, rotary), placed(k, self.k_scale, self.qk_norm_eps, rotary)
 
     def _out(self, o_NBShk: jax.Array, weight_NBS: jax.Array) -> jax.Array:
         # On the heads' values, narrower than the outputs: the same sum, and no outputs kept for the gradient.
@@ -95,7 +108,7 @@ class SMHA(Union):
         """The whole prompt, and a cache with a place for every token an expert may select among `context`."""
         y_BLD, _, selection, (k, v) = self._forward(x_BLD, tokens)
         p = self.routing.patch_size
-        room = ((0, 0), (0, 0), (0, self.routing.slots(context // p) * p - k.shape[2]), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (0, self.routing.slot_tokens(context) - k.shape[2]), (0, 0), (0, 0))
         router = self.router.start_cache(selection, (tokens.segments_BL > 0).sum(axis=1))
         return y_BLD, SMHACache(jnp.pad(k, room), jnp.pad(v, room), router)
 
@@ -106,7 +119,7 @@ class SMHA(Union):
         router = self.router.step(x_BD, cache.router, t_B)
         q, k, v = self._enter(x_BD[None, :, None])
         tables = None if rotary is None else tuple(t[None, :, None] for t in rotary)
-        q, k = rotate(q, tables), rotate(k, tables)
+        q, k = self._placed(q, k, tables)
         p = self.routing.patch_size
         place_NB = ((router.filled_BN - 1) * p + (t_B % p)[:, None]).T
         # Experts that did not take the patch write past the end, which drops the write.

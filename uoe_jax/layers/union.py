@@ -11,25 +11,27 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import RoutingConfig
 from uoe_jax.dispatch import combine_slots, gather_own, gather_rows, gather_slots
-from uoe_jax.layers.common import Tokens, tokens_like
+from uoe_jax.layers.common import Tokens, fold, tokens_like
 from uoe_jax.layers.router import Router, patches
 from uoe_jax.routing import RoutingStats, Selection
 
 
 class Slots(NamedTuple):
-    """What the experts must know of the tokens in their slots (S = C·P).
+    """What the experts must know of the tokens in their slots (S = C·P; B here the rows of an expert's buffer).
 
     Attributes:
       weight_NBS: float32 combine weight, 0 for padding tokens and empty slots.
       filled_NBS: bool, False in empty slots.
       segments_NBS: int32 documents, or None where the row is one document without padding.
       rotary: (cos, sin) float32 [N,B,S,Dh/2] at the tokens' true positions, or None.
+      keys_NB: in training, a random key for each row of every expert; None: evaluation.
     """
 
     weight_NBS: jax.Array
     filled_NBS: jax.Array
     segments_NBS: jax.Array | None
     rotary: tuple[jax.Array, jax.Array] | None
+    keys_NB: jax.Array | None
 
 
 def per_expert(x_NBSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
@@ -69,51 +71,62 @@ class Union(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats]:
-        """Returns (y_BLD, statistics). L must be a multiple of the patch size; padding tokens give zeros."""
+        """Returns (y_BLD, statistics). The last patch is filled up where L is no multiple of P; padding tokens give zeros.
+
+        Raises:
+          ValueError: in training, `sequence_group` does not divide the rows.
+        """
         y_BLD, stats, _, _ = self._forward(x_BLD, tokens_like(x_BLD) if tokens is None else tokens)
         return y_BLD, stats
 
     def _forward(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RoutingStats, Selection, Any]:
-        p = self.routing.patch_size
+        p, length = self.routing.patch_size, x_BLD.shape[1]
+        tokens = tokens.padded(length + -length % p)
         x_BMPD = patches(x_BLD.astype(self.dtype), p)
         b, m, _, d = x_BMPD.shape
         segments_BMP = None if tokens.segments_BL is None else patches(tokens.segments_BL, p)
         valid_BMP = jnp.ones((b, m, p), bool) if segments_BMP is None else segments_BMP > 0
         with jax.named_scope("route"):
-            selection, stats = self.router(x_BMPD, valid_BMP)
+            selection, stats = self.router(x_BMPD, valid_BMP, tokens.folded(0).keys_B)
             selection = jax.tree.map(lambda a: checkpoint_name(a, "selection"), selection)
-        n, _, c = selection.slots_NBC.shape
+        n, r, c = selection.slots_NRC.shape
 
         def at_slots(values_BLX: jax.Array) -> jax.Array:
             """Values of tokens, [B,L,…], at every expert's slots: [N,B,S,…]; nothing is differentiated."""
-            rows = gather_rows(values_BLX.reshape(b, m, -1), selection.slots_NBC)
-            return rows.reshape(n, b, c * p, *values_BLX.shape[2:])
+            rows = gather_rows(values_BLX.reshape(b, m, -1), selection.patch_NRC)
+            return rows.reshape(n, r, c * p, *values_BLX.shape[2:])
 
         slots = Slots(
-            weight_NBS=jnp.repeat(selection.weights_NBC, p, axis=-1) * at_slots(valid_BMP.reshape(b, m * p).astype(jnp.float32)),
-            filled_NBS=jnp.repeat(selection.valid_NBC, p, axis=-1),
+            weight_NBS=jnp.repeat(selection.weights_NRC, p, axis=-1) * at_slots(valid_BMP.reshape(b, m * p).astype(jnp.float32)),
+            filled_NBS=jnp.repeat(selection.valid_NRC, p, axis=-1),
             segments_NBS=None if tokens.segments_BL is None else at_slots(tokens.segments_BL),
             rotary=None if tokens.rotary is None else tuple(at_slots(t) for t in tokens.rotary),
+            keys_NB=None if tokens.keys_B is None else _expert_keys(tokens.folded(1).keys_B, selection.sequence_NR),
         )
         if self.routing.order == "gather":
             with jax.named_scope("dispatch"):
                 x_NBCF = gather_slots(x_BMPD.reshape(b, m, p * d), selection, self.routing.dispatch)
-            entered = self._enter(x_NBCF.reshape(n, b, c * p, d))
+            entered = self._enter(x_NBCF.reshape(n, r, c * p, d))
         else:
             projected = self._enter(x_BMPD.reshape(1, b, m * p, d))
             with jax.named_scope("dispatch"):
-                rows = [gather_own(f.reshape(n, b, m, -1), selection, self.routing.dispatch) for f in projected]
-            entered = tuple(r.reshape(n, b, c * p, *f.shape[3:]) for r, f in zip(rows, projected))
+                own = [gather_own(f.reshape(n, b, m, -1), selection, self.routing.dispatch) for f in projected]
+            entered = tuple(a.reshape(n, r, c * p, *f.shape[3:]) for a, f in zip(own, projected))
         with jax.named_scope("experts"):
             y_NBSD, kept = self._experts(entered, slots)
         with jax.named_scope("combine"):
-            y_BMF = combine_slots(y_NBSD.reshape(n, b, c, p * d), selection, self.routing.dispatch)
-        y_BLD = y_BMF.reshape(x_BLD.shape)
+            y_BMF = combine_slots(y_NBSD.reshape(n, r, c, p * d), selection, self.routing.dispatch)
+        y_BLD = y_BMF.reshape(b, m * p, d)
         if self.bias_out is not None:
             y_BLD = y_BLD + jnp.where(valid_BMP.reshape(b, m * p, 1), self.bias_out[...].astype(self.dtype)[None, None], 0)
-        return y_BLD, stats, selection, kept
+        return y_BLD[:, :length], stats, selection, kept
 
     def _union(self, y_NB1D: jax.Array) -> jax.Array:
         """Sums the experts' outputs for one token of each sequence, [B,D]."""
         y_BD = y_NB1D.sum(axis=0)[:, 0]
         return y_BD if self.bias_out is None else y_BD + self.bias_out[...].astype(self.dtype)[None]
+
+
+def _expert_keys(keys_B: jax.Array, sequence_NR: jax.Array) -> jax.Array:
+    """A key for each row of every expert, [N,R], that depends on its sequence and the expert only."""
+    return jax.vmap(lambda i, rows_R: fold(keys_B[rows_R], i))(jnp.arange(sequence_NR.shape[0]), sequence_NR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -11,8 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from uoe_jax import mesh as mesh_lib
+from uoe_jax.checks import divisors
 from uoe_jax.config import Config, ModelConfig, OptimizerConfig
 from uoe_jax.decompose import BLOCKS
+from uoe_jax.errors import ConfigError
 from uoe_jax.model import Stats, Transformer
 from uoe_jax.routing import rebalanced
 
@@ -102,8 +105,8 @@ def declared(abstract: nnx.State, read: Callable[[nnx.Param, tuple[int, ...]], A
 
 
 def batch_sums(model: Transformer, batch: Batch) -> Sums:
-    """Next-token losses of a batch, in nats, summed over valid tokens."""
-    logits, routing = model(batch["tokens"], batch["segments"], batch["positions"])
+    """Next-token losses of a batch, in nats, summed over valid tokens; the batch of a train step has `keys` as well."""
+    logits, routing = model(batch["tokens"], batch["segments"], batch["positions"], batch.get("keys"))
     valid_BL = batch["segments"] > 0
     nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return Sums(
@@ -123,6 +126,7 @@ def build(config: Config, mesh: Mesh) -> Program:
     rate = learning_rate(config.optimizer, config.decay_steps)
     mesh_lib.check_rows(mesh, config.train.batch_size // config.train.accumulation, "config.train.batch_size")
     mesh_lib.check_rows(mesh, config.eval_batch_size, "config.eval.batch_size")
+    check_groups(config, mesh)
 
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
@@ -137,6 +141,7 @@ def build(config: Config, mesh: Mesh) -> Program:
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        batch = {**batch, "keys": row_keys(config, state.step)}
         grads, sums = accumulated_gradients(config, rebuild, state.params, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes float constants with integer counts
             updates, opt = optimizer.update(grads, state.opt, state.params)
@@ -154,6 +159,21 @@ def build(config: Config, mesh: Mesh) -> Program:
         abstract=abstract,
         model=rebuild,
     )
+
+
+def row_keys(config: Config, step: jax.Array) -> jax.Array:
+    """A random key for each global row of a step's batch; layers and experts fold their own number in."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), 1), step)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(config.train.batch_size))
+
+
+def check_groups(config: Config, mesh: Mesh) -> None:
+    """Refuses a `sequence_group` that does not divide the rows of one device's microbatch."""
+    rows = config.train.batch_size // config.train.accumulation // mesh_lib.batch_parts(mesh)
+    for name, r in config.model.routed().items():
+        if r.sequence_capacity_factor and rows % r.sequence_group:
+            remedy = f"must divide the {rows} rows of one device's microbatch: {divisors(rows)}"
+            raise ConfigError(f"config.model.{name}.sequence_group", r.sequence_group, remedy)
 
 
 def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
@@ -191,8 +211,13 @@ def accumulated_gradients(
     parts = config.train.accumulation
     if parts == 1:
         return gradient(params, batch)
-    # Microbatch i takes rows i, i + parts, …: every device then keeps its own rows.
-    cut = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+    # Microbatch i takes groups of rows i, i + parts, …: every device keeps its own rows, and no group is torn.
+    group = math.lcm(*(r.sequence_group for r in config.model.routed().values() if r.sequence_capacity_factor), 1)
+
+    def microbatches(a: jax.Array) -> jax.Array:
+        return a.reshape(-1, parts, group, *a.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *a.shape[1:])
+
+    cut = jax.tree.map(microbatches, batch)
     first = jax.tree.map(lambda a: a[0], cut)
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, first))
     return jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, gradient(params, part)), None), zero, cut)[0]

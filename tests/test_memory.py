@@ -1,0 +1,108 @@
+"""The counted bytes against the arrays themselves and against the compiler's own count."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from test_classifier import MODELS as CLASSIFIERS
+from test_classifier import config_of
+
+from uoe_jax import RoutingConfig
+from uoe_jax.classifier import Classifier
+from uoe_jax.config import ModelConfig
+from uoe_jax.memory import cache_bytes, kept_bytes, parameters
+from uoe_jax.model import Transformer
+
+BASE = ModelConfig(vocab_size=64, d_model=64, n_layers=2, n_heads=8, d_hidden=256, context_length=64)
+R = RoutingConfig(n_experts=8, k=4, capacity_window=32, dispatch="inverse")
+ROWS = 8
+MODELS = {
+    "smha, uome": dataclasses.replace(BASE, smha=R, uome=R),
+    "dense, dense": dataclasses.replace(BASE, attention="dense", mlp="dense"),
+    "swiglu, grouped, biases": dataclasses.replace(
+        BASE, activation="swiglu", n_kv_heads=4, bias=True, norm="layernorm", position="learned", tie_embeddings=False,
+        smha=dataclasses.replace(R, n_experts=4, k=1, router_bias=True), uome=dataclasses.replace(R, patch_size=4, capacity_factor=1.5, bias_rate=0.1),
+    ),
+    "project": dataclasses.replace(BASE, smha=dataclasses.replace(R, order="project"), uome=dataclasses.replace(R, order="project")),
+    "bfloat16": dataclasses.replace(BASE, dtype="bfloat16", smha=R, uome=R),
+    "whole blocks again": dataclasses.replace(BASE, remat="block", smha=R, uome=R),
+    "by sequences, bounded": dataclasses.replace(
+        BASE, causal=False, smha=dataclasses.replace(R, unit="sequence", sequence_capacity_factor=1.0),
+        uome=dataclasses.replace(R, unit="hierarchical", priority="score", capacity_factor=0.5, sequence_capacity_factor=1.0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MODELS, *(f"classifier, {name}" for name in CLASSIFIERS)])
+def test_parameters_are_the_arrays(name):
+    classifier = name.removeprefix("classifier, ")
+    config = config_of(classifier) if classifier != name else MODELS[name]
+    module = Classifier if classifier != name else Transformer
+    state = nnx.state(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+    assert parameters(config) == sum(a.size for a in jax.tree.leaves(state))
+
+
+def abstract(config: ModelConfig):
+    """(graphdef, state, tokens, keys) of 8 rows, as shapes."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS))
+    return graphdef, state, jax.ShapeDtypeStruct((ROWS, config.context_length), jnp.int32), keys
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_layer_keeps_is_what_the_gradient_is_given(name):
+    """Without a compiler: the values handed from the forward to the backward pass, the weights themselves left out."""
+
+    def handed(n_layers: int) -> int:
+        config = dataclasses.replace(MODELS[name], n_layers=n_layers)
+        graphdef, state, tokens, keys = abstract(config)
+
+        def forward(state, tokens, keys):
+            return jax.vjp(lambda state: nnx.merge(graphdef, state)(tokens, keys_B=keys)[0].mean(), state)[1]
+
+        kept = jax.eval_shape(forward, state, tokens, keys)
+        weights = sum(4 * a.size for a in jax.tree.leaves(state))
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)) - weights
+
+    assert kept_bytes(MODELS[name], ROWS) == pytest.approx((handed(6) - handed(2)) / 4, rel=0.01)
+
+
+# Not bfloat16, whose products the CPU compiler does in float32.
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "bfloat16"])
+def test_what_a_layer_keeps_is_the_compilers(name):
+    """The temporary memory of the gradient grows by `kept_bytes` with every layer."""
+
+    def temporary(n_layers: int) -> int:
+        config = dataclasses.replace(MODELS[name], n_layers=n_layers)
+        graphdef, state, tokens, keys = abstract(config)
+
+        def loss(state, tokens, keys):
+            return nnx.merge(graphdef, state)(tokens, keys_B=keys)[0].mean()
+
+        return jax.jit(jax.grad(loss)).lower(state, tokens, keys).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = 8, 24
+    grown = (temporary(many) - temporary(few)) / (many - few)
+    assert kept_bytes(MODELS[name], ROWS) == pytest.approx(grown, rel=0.05)
+
+
+def test_only_named_policies_are_counted():
+    with pytest.raises(ValueError, match="remat='dots'"):
+        kept_bytes(dataclasses.replace(BASE, remat="dots"), 1)
+
+
+@pytest.mark.parametrize("name", ["smha, uome", "dense, dense", "swiglu, grouped, biases", "bfloat16"])
+def test_a_cache_is_as_large_as_counted(name):
+    config = MODELS[name]
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    prefill = lambda state, *args: nnx.merge(graphdef, state).prefill(*args, config.context_length)[1]  # noqa: E731
+    cache = jax.eval_shape(prefill, state, jax.ShapeDtypeStruct((3, 16), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32))
+    held = sum(a.size * a.dtype.itemsize for a in (cache.attention.k, cache.attention.v))
+    assert held == cache_bytes(config, rows=3)
+    if config.attention == "smha":  # K/N of a dense cache, or as much as the capacity leaves
+        share = config.smha.slot_tokens(64) / 64
+        assert held == pytest.approx(share * cache_bytes(config, rows=3, dense=True)) and share < 1

@@ -1,0 +1,92 @@
+"""Checks of a configuration that need several of its keys; each raises ConfigError with the numbers and the remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from uoe_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from uoe_jax.config import Config, ModelConfig, RoutingConfig
+
+
+def divisors(n: int) -> str:
+    """The divisors of n, for error sentences."""
+    found = [d for d in range(1, n + 1) if n % d == 0]
+    return ", ".join(map(str, found[:12])) + (", …" if len(found) > 12 else "")
+
+
+def check_model(m: ModelConfig) -> None:
+    """Checks the model's keys against each other."""
+    if m.d_model % m.n_heads:
+        raise ConfigError("config.model.n_heads", m.n_heads, f"must divide d_model={m.d_model}: {divisors(m.d_model)}")
+    if m.n_heads % m.kv_heads:
+        raise ConfigError("config.model.n_kv_heads", m.n_kv_heads, f"must divide n_heads={m.n_heads}")
+    if m.position == "rope" and m.head_dim % 2:
+        raise ConfigError("config.model.n_heads", m.n_heads, f"gives heads of odd width {m.head_dim}; rope needs even")
+    check_task(m)
+    for name, r in m.routed().items():
+        check_routing(f"config.model.{name}", r, m)
+
+
+def check_task(m: ModelConfig) -> None:
+    """Checks what the model is for against what comes in and out."""
+    if m.task == "language":
+        if m.stem != "tokens":
+            raise ConfigError("config.model.stem", m.stem, "a language model reads tokens; use 'tokens', or task='classify'")
+        return
+    if m.causal and m.classifier.pooling == "cls":
+        remedy = "in a causal model the token in front sees none of the others; use 'mean', or causal=False"
+        raise ConfigError("config.model.classifier.pooling", "cls", remedy)
+    if m.stem == "image":
+        image = m.image
+        for side in ("height", "width"):
+            if getattr(image, side) % image.patch:
+                remedy = f"must divide the {side} of {getattr(image, side)} pixels: {divisors(getattr(image, side))}"
+                raise ConfigError("config.model.image.patch", image.patch, remedy)
+        if m.context_length != image.n_tokens:
+            remedy = f"an image of {image.height} x {image.width} in squares of {image.patch} has {image.n_tokens} tokens"
+            raise ConfigError("config.model.context_length", m.context_length, remedy)
+
+
+def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
+    """Checks one routed block against the model it stands in."""
+    if r.k > r.n_experts:
+        raise ConfigError(f"{name}.k", r.k, f"a patch cannot choose more than n_experts={r.n_experts} experts")
+    if r.gate == "normalized" and r.k == 1:
+        remedy = "with k=1 the rescaled score is always 1 and the router would not learn; choose sigmoid or k >= 2"
+        raise ConfigError(f"{name}.gate", r.gate, remedy)
+    if m.task == "language" and m.context_length % r.patch_size:
+        raise ConfigError(f"{name}.patch_size", r.patch_size, f"must divide context_length={m.context_length}")
+    if name.endswith("uome") and m.d_hidden % r.n_experts:
+        remedy = f"must divide d_hidden={m.d_hidden}: {divisors(m.d_hidden)}"
+        raise ConfigError(f"{name}.n_experts", r.n_experts, remedy)
+    if name.endswith("smha") and m.kv_heads % r.n_experts:  # kv_heads divides n_heads
+        heads = f"n_heads={m.n_heads}" if m.kv_heads == m.n_heads else f"n_kv_heads={m.kv_heads}"
+        remedy = f"must divide {heads}, as every expert owns its heads: {divisors(m.kv_heads)}"
+        raise ConfigError(f"{name}.n_experts", r.n_experts, remedy)
+    if r.sequence_capacity_factor and r.unit == "patch":
+        remedy = "bounds whole sequences and here each patch chooses; use 0, or unit='sequence' or 'hierarchical'"
+        raise ConfigError(f"{name}.sequence_capacity_factor", r.sequence_capacity_factor, remedy)
+    if m.causal and r.unit != "patch":
+        remedy = "in a causal model the whole sequence is not known yet when its first patch is routed; use unit='patch'"
+        raise ConfigError(f"{name}.unit", r.unit, remedy)
+    if m.causal and r.priority != "position":
+        remedy = "in a causal model a slot given by score depends on later patches; use priority='position'"
+        raise ConfigError(f"{name}.priority", r.priority, remedy)
+
+
+def check_run(c: Config) -> None:
+    """Checks across sections."""
+    if c.train.batch_size % c.train.accumulation:
+        remedy = f"must divide train.batch_size={c.train.batch_size}: {divisors(c.train.batch_size)}"
+        raise ConfigError("config.train.accumulation", c.train.accumulation, remedy)
+    axes = {a: getattr(c.mesh, a) for a in ("replica", "data", "fsdp", "expert")}
+    for axis, size in axes.items():
+        if size == 0:
+            raise ConfigError(f"config.mesh.{axis}", size, "give a positive size, or -1 for what is left")
+    if c.mesh.sequence_parallel:
+        raise ConfigError("config.mesh.sequence_parallel", True, "is not built yet; leave it False")
+    free = [a for a, size in axes.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"config.mesh.{free[1]}", -1, f"only one axis may be -1, and mesh.{free[0]} already is")

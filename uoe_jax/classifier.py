@@ -1,0 +1,115 @@
+"""The classifier on the same blocks: token ids or images in, one row of class scores out.
+
+Letters in `layers.common`; I is the number of inputs of an example (`classifier.n_inputs`).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.layers.common import PLAIN, Tokens, along_last, scaled_normal, weight, zeros
+from uoe_jax.model import Stack, Stats
+
+
+class Linear(nnx.Module):
+    """x·W + b over the last axis."""
+
+    def __init__(self, n_in: int, n_out: int, axes: tuple[str | None, str | None], *, rngs: nnx.Rngs) -> None:
+        self.kernel = weight(rngs, (n_in, n_out), axes, scaled_normal(n_in))
+        self.bias = weight(rngs, (n_out,), axes[1:], zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y + along_last(self.bias[...].astype(x.dtype), y)
+
+
+def squares(images: jax.Array, patch: int) -> jax.Array:
+    """Images [B,height,width,channels] as tokens [B,L,patch·patch·channels]: squares of pixels, row by row."""
+    b, height, width, channels = images.shape
+    cut = images.reshape(b, height // patch, patch, width // patch, patch, channels)
+    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * channels)
+
+
+class Classifier(Stack):
+    """Blocks between a stem and a head.
+
+    The stem embeds token ids, or projects squares of pixels. The head pools the normed state of every input (mean of
+    its valid tokens, or the learned token in front) and scores the classes; of two inputs u and v it sees
+    [u, v, u·v, u−v], as Long Range Arena's retrieval task compares two texts.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        c, d = config, config.d_model
+        head, small = config.classifier, scaled_normal(config.d_model)
+        if c.stem == "tokens" and c.vocab_size < 1:
+            raise ValueError("vocab_size must be set before the model is built")
+        pixels = c.image.patch**2 * c.image.channels
+        self.project = Linear(pixels, d, (None, "embed"), rngs=rngs) if c.stem == "image" else None
+        self.embedding = weight(rngs, (c.vocab_size, d), ("vocab", "embed"), small) if c.stem == "tokens" else None
+        super().__init__(c, rngs=rngs)
+        self.cls = weight(rngs, (d,), ("embed",), small) if head.pooling == "cls" else None
+        width = d if head.n_inputs == 1 else 4 * d
+        self.hidden = Linear(width, head.d_head, ("embed", None), rngs=rngs) if head.d_head else None
+        self.classes = Linear(head.d_head or width, head.n_classes, ("embed", None), rngs=rngs)
+
+    def __call__(
+        self, inputs: jax.Array, segments: jax.Array | None = None, keys_B: jax.Array | None = None
+    ) -> tuple[jax.Array, Stats]:
+        """Scores of the classes.
+
+        Args:
+          inputs: int32 token ids [B,L], or images float32 [B,height,width,channels]; with two inputs [B,2,…].
+          segments: int32 [B,L] or [B,2,L], 1 at tokens and 0 at padding, which comes last; None: no padding.
+          keys_B: in training, a random key for each example; None: evaluation.
+
+        Returns:
+          (logits float32 [B,n_classes], routing statistics by block, stacked over layers).
+        """
+        n_inputs = self.config.classifier.n_inputs
+        if n_inputs > 1:  # every input is a row of its own
+            inputs = inputs.reshape(-1, *inputs.shape[2:])
+            segments = None if segments is None else segments.reshape(-1, segments.shape[-1])
+            if keys_B is not None:
+                fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+                keys_B = fold(keys_B, jnp.arange(n_inputs)).reshape(-1)
+        x_BLD = self._enter(inputs)
+        b, l, _ = x_BLD.shape
+        if self.cls is not None:
+            segments = None if segments is None else jnp.pad(segments, ((0, 0), (1, 0)), constant_values=1)
+        positions_BL = jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
+        tokens = Tokens(segments, positions_BL, self.rotary(positions_BL), keys_B)
+        x_BLD, stats = self.run(self.positioned(x_BLD, positions_BL), tokens)
+        pooled_BD = self._pool(self.norm(x_BLD), segments)
+        return self._score(pooled_BD.reshape(-1, n_inputs, pooled_BD.shape[-1])), stats
+
+    def _enter(self, inputs: jax.Array) -> jax.Array:
+        if self.project is None:
+            x_BLD = self.embedding[...].astype(self.config.dtype)[inputs]
+        else:
+            x_BLD = self.project(squares(inputs, self.config.image.patch).astype(self.config.dtype))
+        if self.cls is None:
+            return x_BLD
+        cls_B1D = jnp.broadcast_to(self.cls[...].astype(x_BLD.dtype), (x_BLD.shape[0], 1, x_BLD.shape[-1]))
+        return jnp.concatenate([cls_B1D, x_BLD], axis=1)
+
+    def _pool(self, x_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
+        """float32 [B,D]; zeros for a row of padding only."""
+        x_BLD = x_BLD.astype(jnp.float32)
+        if self.cls is not None:
+            return x_BLD[:, 0]
+        if segments_BL is None:
+            return x_BLD.mean(axis=1)
+        valid_BL1 = (segments_BL > 0)[..., None]
+        return jnp.where(valid_BL1, x_BLD, 0).sum(axis=1) / jnp.maximum(valid_BL1.sum(axis=1).astype(jnp.float32), 1)
+
+    def _score(self, pooled_BID: jax.Array) -> jax.Array:
+        u_BD = features = pooled_BID[:, 0]
+        if pooled_BID.shape[1] == 2:
+            v_BD = pooled_BID[:, 1]
+            features = jnp.concatenate([u_BD, v_BD, u_BD * v_BD, u_BD - v_BD], axis=-1)
+        if self.hidden is not None:
+            features = PLAIN["gelu"](self.hidden(features))
+        return self.classes(features)

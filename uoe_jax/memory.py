@@ -1,0 +1,88 @@
+"""Bytes of the model, counted from its configuration: weights, what a layer keeps for the backward pass, decoding caches.
+
+The counts are of one device that holds everything. Working memory inside a layer is not counted.
+"""
+
+from __future__ import annotations
+
+from uoe_jax.config import ModelConfig, RoutingConfig
+
+ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def router_parameters(r: RoutingConfig, d_model: int) -> int:
+    """Weights of the routers of one block, the balancing bias among them."""
+    routers = (r.unit != "sequence") + (r.unit != "patch")
+    return r.n_experts * (routers * (d_model + r.router_bias) + (r.bias_rate > 0))
+
+
+def layer_parameters(c: ModelConfig) -> int:
+    """Weights of one layer: attention, MLP, routers and the two norms."""
+    d, h, g, dh, f = c.d_model, c.n_heads, c.kv_heads, c.head_dim, c.d_hidden
+    attention = d * dh * (2 * h + 2 * g) + c.bias * (dh * (h + 2 * g) + d)
+    attention += 2 * dh * c.qk_norm
+    mlp = (c.n_into + 1) * d * f + c.bias * (c.n_into * f + d)
+    routers = sum(router_parameters(r, d) for r in c.routed().values())
+    return attention + mlp + routers + 2 * norm_parameters(c)
+
+
+def norm_parameters(c: ModelConfig) -> int:
+    return c.d_model * (2 if c.norm == "layernorm" else 1)
+
+
+def parameters(c: ModelConfig) -> int:
+    """All weights of the model; `vocab_size` must be set where it reads tokens."""
+    d, head, image = c.d_model, c.classifier, c.image
+    total = c.n_layers * layer_parameters(c) + norm_parameters(c)
+    total += c.block_length * d if c.position == "learned" else 0
+    total += c.vocab_size * d if c.stem == "tokens" else (image.patch**2 * image.channels + 1) * d
+    if c.task == "language":
+        return total + (0 if c.tie_embeddings else d * c.vocab_size)
+    width = d if head.n_inputs == 1 else 4 * d
+    total += d if head.pooling == "cls" else 0
+    total += (width + 1) * head.d_head
+    return total + ((head.d_head or width) + 1) * head.n_classes
+
+
+def kept_bytes(c: ModelConfig, rows: int) -> int:
+    """What one layer keeps of `rows` rows from the forward to the backward pass, with remat='slots' or 'block'.
+
+    'block' keeps the layer's input. 'slots' keeps as well the state between attention and MLP, and of each block the
+    projections at the slots, the heads' outputs and the selection; gathered slots and attention scores are made again.
+
+    Raises:
+      ValueError: another remat policy, whose choice is the compiler's.
+    """
+    if c.remat not in ("slots", "block"):
+        raise ValueError(f"remat={c.remat!r}: only 'slots' and 'block' name what is kept")
+    length = c.block_length
+    rows *= c.classifier.n_inputs if c.task == "classify" else 1
+    item, stream = ITEM_SIZE[c.dtype], ITEM_SIZE[c.dtype] * rows * length * c.d_model
+    if c.remat == "block":
+        return stream
+    heads = c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)  # q, k, v and the output of the heads
+    kept = 2 * stream
+    for routing, width in ((c.routed().get("smha"), heads), (c.routed().get("uome"), c.n_into * c.d_hidden)):
+        at = length if routing is None else routing.slot_tokens(length) * routing.row_share()
+        kept += int(item * rows * at * width)
+        kept += 0 if routing is None else selection_bytes(routing, rows, length)
+    return kept
+
+
+def selection_bytes(r: RoutingConfig, rows: int, length: int) -> int:
+    """The selection of one block: patch and weight of every slot, and the slot of every patch or (scatter) its validity.
+
+    Bounded sequences need as well which row holds which.
+    """
+    m, bounded = r.patches(length), r.row_share() < 1
+    held = int(rows * r.row_share())
+    slots = held * r.slots(m)
+    inverse = slots if r.dispatch == "scatter" else 4 * rows * m
+    return r.n_experts * (8 * slots + inverse + bounded * 4 * (held + rows))
+
+
+def cache_bytes(c: ModelConfig, rows: int, dense: bool = False) -> int:
+    """Keys and values of a decoding cache for `context_length` tokens; dense: of a model with dense attention."""
+    routed = c.attention == "smha" and not dense
+    tokens = c.smha.slot_tokens(c.context_length) if routed else c.context_length
+    return 2 * c.n_layers * rows * tokens * c.kv_heads * c.head_dim * ITEM_SIZE[c.dtype]
