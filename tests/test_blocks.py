@@ -274,19 +274,27 @@ def test_the_balance_losses_reach_the_router(name):
 # --- empty slots ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["uome normalized, biases", "smha sigmoid, biases", "smha score, not causal, P=4", "smha scatter, P=4"])
+GARBAGE = ["uome normalized, biases", "smha sigmoid, biases", "smha score, not causal, P=4", "smha scatter, P=4"]
+GARBAGE += ["uome project, swiglu, biases", "smha project, scatter, grouped, P=2"]
+
+
+@pytest.mark.parametrize("name", GARBAGE)
 def test_what_an_empty_slot_holds_is_never_seen(name, monkeypatch):
     case = CASES[name]
     graphdef, state = reference.build(case.make)
     x, d, tokens = reference.normal(1, B, L, D), reference.normal(2, B, L, D), tokens_of(SEGMENTS, POSITIONS)
     clean = backward(graphdef)(state, x, tokens, d)
-    gather, seen = union.gather_slots, []
+    seen = []
 
-    def gather_with_garbage(x_BMF, selection, backend):
-        seen.append(selection.valid_NRC.shape)
-        return jnp.where(selection.valid_NRC[..., None], gather(x_BMF, selection, backend), 1e3)
+    def with_garbage(gather):
+        def gather_with_garbage(x, selection, backend):
+            seen.append(selection.valid_NRC.shape)
+            return jnp.where(selection.valid_NRC[..., None], gather(x, selection, backend), 1e3)
 
-    monkeypatch.setattr(union, "gather_slots", gather_with_garbage)
+        return gather_with_garbage
+
+    for gather in ("gather_slots", "gather_own"):
+        monkeypatch.setattr(union, gather, with_garbage(getattr(union, gather)))
     dirty = backward.__wrapped__(graphdef)(state, x, tokens, d)
     assert seen
     assert reference.error(dirty, clean) < 1e-6

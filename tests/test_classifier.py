@@ -118,6 +118,21 @@ def test_pooling_is_the_mean_of_the_valid_tokens():
     assert np.isfinite(f(state, x, np.zeros_like(ok))).all()  # rows of nothing
 
 
+@pytest.mark.parametrize("name", ["cls, learned positions", "two inputs"])
+def test_in_training_an_example_draws_from_its_own_key(name):
+    config = config_of(name, dropout=0.3)
+    graphdef, state = reference.build(lambda: Classifier(config, rngs=nnx.Rngs(0)))
+    f = reference.jit(lambda x, keys: nnx.merge(graphdef, state)(x, keys_B=keys)[0])
+    x, keys = inputs_of(config), jax.random.split(jax.random.key(1), B)
+    y = f(x, keys)
+    np.testing.assert_allclose(f(x[::-1], keys[::-1])[::-1], y, rtol=1e-5, atol=1e-5)
+    assert np.abs(f(x, keys[::-1]) - y).max() > 1e-3
+    if config.classifier.n_inputs == 2:  # the two inputs of an example draw differently: the same text twice is not the same
+        twice = f(np.stack([x[:, 0]] * 2, axis=1), keys)
+        plain = reference.jit(lambda x: nnx.merge(graphdef, state)(x)[0])(np.stack([x[:, 0]] * 2, axis=1))
+        assert np.abs(twice - plain).max() > 1e-3
+
+
 def test_two_inputs_are_compared_in_their_order():
     config, _, state, f = built("two inputs")
     x = inputs_of(config)

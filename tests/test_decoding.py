@@ -97,12 +97,12 @@ def test_a_block_alone_refuses_it_too(block, width):
 
 DECODING = {
     # Windows of 4 patches of 4 tokens and of 6 tokens: a row of 48 has three and eight of them.
-    "smha P=4, uome P=1": dict(smha=route(4, window=4), uome=route(), bias=True, position="learned", norm="layernorm"),
+    "smha P=4, uome P=1": dict(smha=route(4, window=4), uome=route(), bias=True, position="learned", norm="layernorm", qk_norm=True),
     "smha P=1, uome P=4, grouped": dict(
-        smha=route(n=2, k=1, factor=0.8, gate="score", router_bias=True), uome=route(4, 0.5, 3, gate="normalized"),
+        smha=route(n=2, k=1, factor=0.8, gate="score", router_bias=True, bias_rate=0.1), uome=route(4, 0.5, 3, gate="normalized"),
         n_kv_heads=2, activation="swiglu", tie_embeddings=False,
     ),
-    "dense, uome P=16": dict(smha=route(), uome=route(16, 0.5, 2), attention="dense", n_kv_heads=2, bias=True),
+    "dense, uome P=16": dict(smha=route(), uome=route(16, 0.5, 2), attention="dense", n_kv_heads=2, bias=True, qk_norm=True),
     "smha P=16, dense": dict(smha=route(16, 0.5, 2, k=3), uome=route(), mlp="dense", bias=True, position="none"),
     "dense, dense": dict(smha=route(), uome=route(), attention="dense", mlp="dense", bias=True, position="learned"),
     "no capacity bound": dict(smha=route(4, 2.0, 64, gate="straight_through"), uome=route(1, 4.0, 64, gate="none")),

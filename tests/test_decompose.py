@@ -110,10 +110,11 @@ def test_numpy_arrays_are_not_copied_where_a_view_will_do():
 # --- whole models -----------------------------------------------------------------------------------------------
 
 
-def model(gate="none", smha=2, uome=4, **changes) -> ModelConfig:
+def model(gate="none", smha=2, uome=4, unit="patch", bias_rate=0.0, router_bias=False, **changes) -> ModelConfig:
     """Every patch kept by every expert; D 8, two layers."""
     experts = {"smha": smha, "uome": uome}
-    routing = {name: RoutingConfig(n_experts=n, k=n, gate=gate, capacity_window=4) for name, n in experts.items()}
+    common = dict(gate=gate, capacity_window=4, unit=unit, bias_rate=bias_rate, router_bias=router_bias)
+    routing = {name: RoutingConfig(n_experts=n, k=n, **common) for name, n in experts.items()}
     sizes = dict(vocab_size=11, d_model=8, n_layers=2, n_heads=4, d_hidden=16, context_length=8, remat="none")
     return ModelConfig(**(sizes | routing | changes))
 
@@ -150,6 +151,9 @@ MODELS = [
     model(attention="dense", bias=True),
     model(mlp="dense", tie_embeddings=False, position="learned", norm="layernorm"),
     model(mlp="dense", attention="dense"),
+    model(bias_rate=0.1),
+    model(causal=False, unit="sequence", router_bias=True),
+    model(causal=False, unit="hierarchical", router_bias=True, bias_rate=0.1),
 ]
 
 

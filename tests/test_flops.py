@@ -65,6 +65,20 @@ def compilers_count(module, config: ModelConfig, *args, **kwargs) -> float:
     return f.lower(state, args, kwargs).compile().cost_analysis()["flops"]
 
 
+def test_stem_and_head_alone():
+    """What is before and after the blocks is too small beside them to show in the whole: the difference of two models."""
+    few = CLASSIFIERS["two images, cls, last patch not full"]
+    wide = dataclasses.replace(few, classifier=dataclasses.replace(few.classifier, d_head=4096))
+    deep = dataclasses.replace(few, image=dataclasses.replace(few.image, channels=300))
+
+    def counted(c: ModelConfig) -> float:
+        i = c.image
+        return compilers_count(Classifier, c, jax.ShapeDtypeStruct((1, 2, i.height, i.width, i.channels), jnp.float32))
+
+    for other in (wide, deep):
+        assert counted(other) - counted(few) == pytest.approx(forward_flops(other) - forward_flops(few), rel=0.05)
+
+
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers(name):
     config = CLASSIFIERS[name]

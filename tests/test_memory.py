@@ -18,7 +18,7 @@ from uoe_jax.memory import cache_bytes, kept_bytes, parameters
 from uoe_jax.model import Transformer
 
 BASE = ModelConfig(vocab_size=64, d_model=64, n_layers=2, n_heads=8, d_hidden=256, context_length=64)
-R = RoutingConfig(n_experts=8, k=4, capacity_window=32, dispatch="inverse")
+R = RoutingConfig(n_experts=8, k=4, capacity_window=32)
 ROWS = 8
 MODELS = {
     "smha, uome": dataclasses.replace(BASE, smha=R, uome=R),
@@ -28,6 +28,9 @@ MODELS = {
         smha=dataclasses.replace(R, n_experts=4, k=1, router_bias=True), uome=dataclasses.replace(R, patch_size=4, capacity_factor=1.5, bias_rate=0.1),
     ),
     "project": dataclasses.replace(BASE, smha=dataclasses.replace(R, order="project"), uome=dataclasses.replace(R, order="project")),
+    "scatter": dataclasses.replace(
+        BASE, smha=dataclasses.replace(R, dispatch="scatter"), uome=dataclasses.replace(R, dispatch="scatter")
+    ),
     "bfloat16": dataclasses.replace(BASE, dtype="bfloat16", smha=R, uome=R),
     "whole blocks again": dataclasses.replace(BASE, remat="block", smha=R, uome=R),
     "by sequences, bounded": dataclasses.replace(

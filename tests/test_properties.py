@@ -91,10 +91,10 @@ class Case(NamedTuple):
         for row in range(self.batch):
             patch = None if r.unit == "sequence" else reference.router_logits(w, x[row], segments[row], r.patch_size, self.causal)
             whole = None if r.unit == "patch" else reference.sequence_logits(w, x[row], segments[row])
-            for ranked in (patch, whole):  # a near tie may fall either way by rounding
-                if ranked is not None:
-                    gaps = np.diff(np.sort(np.asarray(ranked), axis=-1))
-                    assume(not gaps.size or gaps.min() > 1e-5)
+            asking = [a for a in (patch if patch is None else patch[valid[row]], whole) if a is not None and valid[row].any()]
+            for ranked in asking:  # a near tie may fall either way by rounding
+                gaps = np.diff(np.sort(np.asarray(ranked), axis=-1))
+                assume(not gaps.size or gaps.min() > 1e-5)
             picks.append(reference.select(patch, valid[row], r, whole))
         chosen, kept = map(np.stack, zip(*picks))
 
@@ -252,7 +252,7 @@ def check_causality(case: Case) -> None:
         np.testing.assert_array_equal(np.asarray(f(x.at[:, t].set(other[:, t])))[:, :t], y[:, :t])
 
 
-FEW, MANY = 10, 120
+FEW, MANY = 8, 30
 
 
 @examples(max_examples=FEW)

@@ -69,19 +69,25 @@ def test_a_row_draws_from_its_own_key(name):
     assert np.abs(evaluated - y).max() > 1e-3
 
 
-def test_layers_draw_differently():
-    """The mask of a layer is not that of the next: with one key for all, two layers would drop the same values."""
-    seen = []
+def test_layers_and_places_draw_differently():
+    """No mask of dropout is that of another layer or of another place in a layer."""
 
-    class Spy(nnx.Module):
-        def __call__(self, x, tokens):
-            seen.append(jax.random.key_data(tokens.keys_B))
-            return x, None
+    class Ones(nnx.Module):
+        """A block whose output is dropped from, visibly."""
 
-    tokens = tokens_like(jnp.zeros((2, L, D)))._replace(keys_B=KEYS[:2])
-    for i in range(3):
-        Spy()(None, tokens.folded(i))
-    assert len({np.asarray(k).tobytes() for k in seen}) == 3
+        def __call__(self, x, tokens=None):
+            return jnp.ones_like(x), None
+
+    config, _ = language_model(dropout=0.5, attention="dense", mlp="dense", remat="none", n_layers=2)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    model.layers.attention, model.layers.mlp = Ones(), Ones()
+    x = jnp.zeros((2, L, D))
+    tokens = tokens_like(x)._replace(keys_B=KEYS[:2])
+    # Four masks of 0 or 2 are added: independent ones sum to 0, 2, 4, 6 and 8 in the shares 1, 4, 6, 4 and 1 of 16.
+    total = np.asarray(model.run(x, tokens)[0])
+    shares = [(total == value).mean() for value in (0, 2, 4, 6, 8)]
+    np.testing.assert_allclose(shares, np.array([1, 4, 6, 4, 1]) / 16, atol=0.07)
+    assert (total[0] != total[1]).any()
 
 
 def test_router_noise_chooses_and_does_not_weigh():
@@ -98,41 +104,75 @@ def test_router_noise_chooses_and_does_not_weigh():
             np.testing.assert_allclose(s.weights_NRC[n, b][filled], weight[b, s.slots_NRC[n, b][filled], n], rtol=1e-6)
 
 
+def test_where_sequences_choose_the_noise_is_the_sequence_s():
+    """All patches of a sequence follow it, in training too."""
+    r = RoutingConfig(n_experts=N, k=2, unit="sequence", capacity_factor=1.0, router_noise=2.0)
+    valid, logits = jnp.ones((B, L), bool), reference.normal(0, B, N)
+    noisy, _ = routing.select(None, valid, r, logits, keys_B=KEYS)
+    quiet, _ = routing.select(None, valid, r, logits)
+    kept = np.asarray(noisy.kept_BMN)
+    assert (kept == kept[:, :1]).all() and (kept[:, 0].sum(-1) == 2).all()
+    assert (kept != np.asarray(quiet.kept_BMN)).any()
+
+
 @pytest.mark.parametrize("order", ["gather", "project"])
 def test_attention_dropout_against_masks_by_hand(order):
-    """One expert of one head takes everything: softmax weights, some of them zeroed, times the values."""
-    r = RoutingConfig(n_experts=1, k=1, gate="none", order=order)
-    block = SMHA(8, 1, r, causal=True, drop_rate=0.5, rngs=nnx.Rngs(0))
+    """Two experts of one head take everything: softmax weights, some of them zeroed, times the values."""
+    r = RoutingConfig(n_experts=2, k=2, gate="none", order=order)
+    block = SMHA(8, 2, r, causal=True, drop_rate=0.5, rngs=nnx.Rngs(0))
     x = reference.normal(0, 2, 6, 8)
     tokens = tokens_like(x)._replace(keys_B=KEYS[:2])
     y, _ = block(x, tokens)
-    q, k, v = (jnp.einsum("bld,dk->blk", x, getattr(block, f"w_{a}")[...][0, :, 0]) for a in "qkv")
-    s = jnp.where(jnp.tril(jnp.ones((6, 6), bool))[None], jnp.einsum("btk,bsk->bts", q, k) / 8**0.5, -jnp.inf)
-    keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, 1), 0))(KEYS[:2])
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (36,)))(keys).reshape(2, 6, 6)
-    wanted = jnp.where(keep, 2 * jax.nn.softmax(s, axis=-1), 0) @ v @ block.w_o[...][0, 0][None]
+    wanted = jnp.zeros_like(x)
+    for e in range(2):
+        q, k, v = (jnp.einsum("bld,dk->blk", x, getattr(block, f"w_{a}")[...][e, :, 0]) for a in "qkv")
+        s = jnp.where(jnp.tril(jnp.ones((6, 6), bool))[None], jnp.einsum("btk,bsk->bts", q, k) / 4**0.5, -jnp.inf)
+        keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, 1), e))(KEYS[:2])
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (36,)))(keys).reshape(2, 6, 6)
+        wanted = wanted + jnp.where(keep, 2 * jax.nn.softmax(s, axis=-1), 0) @ v @ block.w_o[...][e, 0][None]
     assert reference.error(y, wanted) < 1e-5
     assert np.abs(y - block(x)[0]).max() > 0.05
 
 
-def test_training_draws_the_same_on_every_mesh_and_in_every_step_its_own():
-    """Two steps with everything random, on one device, on eight, and in two microbatches."""
-    noisy = dict(n_experts=4, k=2, capacity_window=16, router_noise=0.5)
-    model = {**MODEL, "dropout": 0.1, "attention_dropout": 0.1, "smha": noisy, "uome": noisy}
-    losses = {}
-    for name, sizes, parts in (("one", dict(data=1), 1), ("eight", dict(data=2, fsdp=2, expert=2), 1), ("parts", dict(data=1), 2)):
-        config = from_dict({"model": model, "train": {"batch_size": 4, "accumulation": parts}, "mesh": sizes})
-        mesh = make_mesh(config.mesh, jax.devices()[: 8 if name == "eight" else 1])
+NOISY = dict(n_experts=4, k=2, capacity_window=16, router_noise=0.5)
+# Whole sequences choose; each expert takes one of two consecutive rows.
+BOUNDED = dict(n_experts=4, k=2, unit="sequence", priority="score", sequence_capacity_factor=1.0, sequence_group=2)
+TRAINED = {
+    "everything random": dict(dropout=0.1, attention_dropout=0.1, smha=NOISY, uome=NOISY),
+    "bounded sequences": dict(causal=False, smha=BOUNDED, uome=BOUNDED | dict(unit="hierarchical", capacity_factor=0.5)),
+}
+
+
+SLOW = pytest.param("bounded sequences", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["everything random", SLOW])
+def test_training_draws_the_same_on_every_mesh(name):
+    """Two steps on one device, on eight, and in two microbatches; what is drawn and bound is so in training only."""
+
+    def losses(model: dict, sizes: dict, parts: int) -> tuple[list[float], float]:
+        values = {"model": {**MODEL, **model}, "train": {"batch_size": 8, "accumulation": parts}, "mesh": sizes}
+        config = from_dict(values)
+        mesh = make_mesh(config.mesh, jax.devices()[: 1 if sizes == ONE else 8])
         with jax.set_mesh(mesh):
             program = build(config, mesh)
-            state = program.init(jax.random.key(0))
-            losses[name] = []
+            state, rows, found = program.init(jax.random.key(0)), put_batch(mesh, batch(rows=8)), []
+            evaluated = program.eval_step(state.params, rows)
             for _ in range(2):
-                state, metrics = program.train_step(state, put_batch(mesh, batch()))
-                losses[name].append(float(metrics["sums"].nll) / float(metrics["sums"].tokens))
-    for other in ("eight", "parts"):
-        np.testing.assert_allclose(losses[other], losses["one"], rtol=1e-5)
-    config = from_dict({"model": model, "train": {"batch_size": 4}})
+                state, metrics = program.train_step(state, rows)
+                found.append(float(metrics["sums"].nll) / float(metrics["sums"].tokens))
+        return found, float(evaluated.nll) / float(evaluated.tokens)
+
+    ONE = dict(data=1)
+    one, evaluated = losses(TRAINED[name], ONE, 1)
+    for sizes, parts in ((dict(data=2, fsdp=2, expert=2), 1), (ONE, 2)):
+        np.testing.assert_allclose(losses(TRAINED[name], sizes, parts)[0], one, rtol=1e-5)
+    # The first step's loss is that of the same parameters: only what training draws and bounds makes it another.
+    assert abs(one[0] / evaluated - 1) > 1e-3
+
+
+def test_every_row_of_every_step_has_its_own_key():
+    config = from_dict({"model": MODEL, "train": {"batch_size": 4}})
     first, second = (jax.random.key_data(row_keys(config, jnp.int32(step))) for step in (0, 1))
     assert len(np.unique(np.concatenate([first, second]), axis=0)) == 8
 
@@ -222,8 +262,9 @@ def test_groups_do_not_see_each_other_and_must_fit():
     x = reference.normal(1, B, L, D)
     f = lambda x: nnx.merge(graphdef, state)(x, tokens_like(x)._replace(keys_B=KEYS[: len(x)]))[0]  # noqa: E731
     np.testing.assert_allclose(f(x.at[4:].set(1.0))[:4], f(x)[:4], rtol=1e-6)
-    with pytest.raises(ValueError, match="sequence_group=4 must divide the 6 rows"):
+    with pytest.raises(ValueError, match="sequence_group=4 must divide the 6 rows of the batch: 1, 2, 3, 6"):
         f(x[:6])
-    config = from_dict({"model": {"task": "classify", "causal": False, "vocab_size": 9, "uome": {"unit": "sequence", "priority": "score", "sequence_capacity_factor": 1.0}}, "train": {"batch_size": 12}})
+    bounded = {"unit": "sequence", "priority": "score", "sequence_capacity_factor": 1.0}
+    config = from_dict({"model": {"causal": False, "vocab_size": 9, "uome": bounded}, "train": {"batch_size": 12}})
     with pytest.raises(ConfigError, match="uome.sequence_group=8: must divide the 12 rows of one device's microbatch: 1, 2, 3, 4, 6, 12"):
         build(config, make_mesh(config.mesh, jax.devices()[:1]))

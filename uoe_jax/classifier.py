@@ -46,12 +46,11 @@ class Classifier(Stack):
         head, small = config.classifier, scaled_normal(config.d_model)
         if c.stem == "tokens" and c.vocab_size < 1:
             raise ValueError("vocab_size must be set before the model is built")
-        pixels = c.image.patch**2 * c.image.channels
-        self.project = Linear(pixels, d, (None, "embed"), rngs=rngs) if c.stem == "image" else None
+        self.project = Linear(c.image.values, d, (None, "embed"), rngs=rngs) if c.stem == "image" else None
         self.embedding = weight(rngs, (c.vocab_size, d), ("vocab", "embed"), small) if c.stem == "tokens" else None
         super().__init__(c, rngs=rngs)
         self.cls = weight(rngs, (d,), ("embed",), small) if head.pooling == "cls" else None
-        width = d if head.n_inputs == 1 else 4 * d
+        width = c.d_pooled
         self.hidden = Linear(width, head.d_head, ("embed", None), rngs=rngs) if head.d_head else None
         self.classes = Linear(head.d_head or width, head.n_classes, ("embed", None), rngs=rngs)
 

@@ -42,7 +42,7 @@ class RoutingConfig:
 
     n_experts: int = key(8, "N, the number of equal partitions of the block", low=1)
     k: int = key(4, "K, experts each patch chooses", low=1)
-    capacity_factor: float = key(1.0, "slots per expert, relative to a perfectly even load", above=0, high=1e6)
+    capacity_factor: float = key(1.0, "slots per expert, relative to an even load of the patches that may come to it", above=0, high=1e6)
     capacity_window: int = key(64, "patches per capacity window (priority='position')", low=1)
     sequence_capacity_factor: float = key(
         0.0, "in training, sequences per expert relative to an even load (unit not 'patch'); 0: no bound", low=0, high=1e6
@@ -131,6 +131,11 @@ class ImageConfig:
     patch: int = key(4, "side of the square that becomes one token, in pixels", low=1)
 
     @property
+    def values(self) -> int:
+        """Values of a token's pixels."""
+        return self.patch**2 * self.channels
+
+    @property
     def n_tokens(self) -> int:
         return (self.height // self.patch) * (self.width // self.patch)
 
@@ -148,7 +153,7 @@ class ModelConfig:
     n_kv_heads: int = key(0, "key/value heads; 0 means n_heads", low=0)
     d_hidden: int = key(768, "F, hidden width of the whole MLP", low=1)
     context_length: int = key(256, "L, tokens per row", low=1)
-    causal: bool = key(True, "decoder language model")
+    causal: bool = key(True, "a token sees itself and those before it only, as a language model must")
     attention: str = key("smha", "attention block", choices=("smha", "dense"))
     mlp: str = key("uome", "MLP block", choices=("uome", "dense"))
     activation: str = key(
@@ -182,6 +187,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def d_pooled(self) -> int:
+        """What a classifier's head sees: the pooled state, or what two of them are compared by."""
+        return self.d_model * (1 if self.classifier.n_inputs == 1 else 4)
 
     @property
     def n_into(self) -> int:

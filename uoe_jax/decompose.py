@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.checks import divisors
-from uoe_jax.config import ModelConfig
+from uoe_jax.config import ModelConfig, RoutingConfig
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.layers.common import GATED
 
@@ -36,7 +36,7 @@ AXES = {
         "w_q": "D H Dh", "w_k": "D G Dh", "w_v": "D G Dh", "w_o": "H Dh D",
         "b_q": "H Dh", "b_k": "G Dh", "b_v": "G Dh", "bias_out": "D", "q_scale": "Dh", "k_scale": "Dh",
     },
-    "router": {"kernel": "D N", "bias": "N"},
+    "router": {"kernel": "D N", "bias": "N", "sequence_kernel": "D N", "sequence_bias": "N", "load_bias": "N"},
 }  # fmt: skip
 CUT = {"F": "d_hidden", "H": "n_heads", "G": "n_kv_heads"}
 REQUIRED = {"mlp": ("w_up", "w_down"), "attention": ("w_q", "w_k", "w_v", "w_o")}
@@ -83,7 +83,8 @@ def split(params: Weights, config: ModelConfig, routers: dict[str, Weights] | No
 
     Args:
       params: of `dense_config(config)`, or of a model that is dense where `config` routes.
-      routers: {"smha" or "uome": {"kernel": float32 […,D,N], "bias": […,N] with router_bias}}, for every routed block.
+      routers: {"smha" or "uome": {"kernel": float32 […,D,N], …}}, for every routed block, what its router has: kernel and,
+        with router_bias, bias […,N] for patches; sequence_kernel, sequence_bias where sequences choose; load_bias […,N].
         None: zeros, with which every gate gives weight 1; with K = N and nothing dropped this is the dense model's
         function. To train with K < N give drawn ones: at zero all experts tie, and every patch chooses the first K.
 
@@ -99,12 +100,12 @@ def split(params: Weights, config: ModelConfig, routers: dict[str, Weights] | No
         dense, sizes = _block(layers, block), _sizes(config)
         _read(block, dense, sizes=sizes, names=_names(block, config))
         experts = _split(block, dense, n, sizes, f"config.model.{section}.n_experts")
-        names = ("kernel", "bias") if routing.router_bias else ("kernel",)
+        names = _router_names(routing)
         if routers is None:
             # Float32 whatever the weights are: scores always are.
-            shapes = {"kernel": (*sizes["…"], sizes["D"], n), "bias": (*sizes["…"], n)}
-            xp = next(iter(dense.values())).__array_namespace__()
-            router = {name: xp.zeros(shapes[name], np.float32) for name in names}
+            xp, by_axis = next(iter(dense.values())).__array_namespace__(), sizes | {"N": n}
+            shapes = {name: (*sizes["…"], *(by_axis[a] for a in AXES["router"][name].split())) for name in names}
+            router = {name: xp.zeros(shape, np.float32) for name, shape in shapes.items()}
         else:
             router = dict(routers[section])
             _read("router", router, sizes=sizes | {"N": n}, names=names, where=f"routers.{section}")
@@ -153,6 +154,14 @@ def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
     absent |= set() if c.activation in GATED else {"w_gate", "b_gate"}
     absent |= set() if c.qk_norm else {"q_scale", "k_scale"}
     return tuple(name for name in AXES[block] if name not in absent)
+
+
+def _router_names(r: RoutingConfig) -> tuple[str, ...]:
+    """The leaves the router of a block has."""
+    patch, sequence = r.unit != "sequence", r.unit != "patch"
+    there = dict(kernel=patch, bias=patch and r.router_bias, sequence_kernel=sequence)
+    there |= dict(sequence_bias=sequence and r.router_bias, load_bias=r.bias_rate > 0)
+    return tuple(name for name, is_there in there.items() if is_there)
 
 
 def _layout(block: str, name: str, experts: bool) -> list[str]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Selection(NamedTuple):
@@ -81,10 +82,13 @@ def pack(
     rows_BMN = (jnp.arange(n, dtype=jnp.int32)[None] * r + row_of_BN)[:, None]
     patch_BMN = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32)[None, :, None], (b, m, n))
     slots = jnp.zeros((n * r, c), jnp.int32).at[rows_BMN, slot_of_BMN].set(patch_BMN, mode="drop")
-    selection = Selection(slots.reshape(n, r, c), valid_NRC, None, slot_of_BMN, sequence_NR, row_of_BN)
+    maps = (slots.reshape(n, r, c), valid_NRC, slot_of_BMN, sequence_NR, row_of_BN)
+    # Kept for the backward pass: decided again, a near tie might fall otherwise there than it did forward.
+    slots_NRC, valid_NRC, slot_of_BMN, sequence_NR, row_of_BN = (checkpoint_name(a, "selection") for a in maps)
+    selection = Selection(slots_NRC, valid_NRC, None, slot_of_BMN, sequence_NR, row_of_BN)
     weights_NBM1 = jnp.transpose(weights_BMN, (2, 0, 1))[..., None]
     weights_NRC = jnp.where(valid_NRC, gather_own(weights_NBM1, selection, "inverse")[..., 0], 0)
-    return selection._replace(weights_NRC=weights_NRC)
+    return selection._replace(weights_NRC=checkpoint_name(weights_NRC, "selection"))
 
 
 def backend_for(name: str, dtype: jnp.dtype) -> str:

@@ -54,10 +54,9 @@ def ends_flops(c: ModelConfig, length: int) -> float:
     """What is before and after the blocks: the language model's head, or the classifier's stem and head."""
     if c.task == "language":
         return 2 * length * c.d_model * c.vocab_size
-    head, d = c.classifier, c.d_model
-    width = d if head.n_inputs == 1 else 4 * d
-    classes = 2 * (width * head.d_head + head.d_head * head.n_classes if head.d_head else width * head.n_classes)
-    stem = 2 * c.image.n_tokens * c.image.patch**2 * c.image.channels * d if c.stem == "image" else 0
+    head = c.classifier
+    classes = 2 * (c.d_pooled * head.d_head + (head.d_head or c.d_pooled) * head.n_classes)
+    stem = 2 * c.image.n_tokens * c.image.values * c.d_model if c.stem == "image" else 0
     return classes + head.n_inputs * stem
 
 

@@ -32,16 +32,15 @@ def norm_parameters(c: ModelConfig) -> int:
 
 def parameters(c: ModelConfig) -> int:
     """All weights of the model; `vocab_size` must be set where it reads tokens."""
-    d, head, image = c.d_model, c.classifier, c.image
+    d, head = c.d_model, c.classifier
     total = c.n_layers * layer_parameters(c) + norm_parameters(c)
     total += c.block_length * d if c.position == "learned" else 0
-    total += c.vocab_size * d if c.stem == "tokens" else (image.patch**2 * image.channels + 1) * d
+    total += c.vocab_size * d if c.stem == "tokens" else (c.image.values + 1) * d
     if c.task == "language":
         return total + (0 if c.tie_embeddings else d * c.vocab_size)
-    width = d if head.n_inputs == 1 else 4 * d
     total += d if head.pooling == "cls" else 0
-    total += (width + 1) * head.d_head
-    return total + ((head.d_head or width) + 1) * head.n_classes
+    total += (c.d_pooled + 1) * head.d_head
+    return total + ((head.d_head or c.d_pooled) + 1) * head.n_classes
 
 
 def kept_bytes(c: ModelConfig, rows: int) -> int:
@@ -70,15 +69,13 @@ def kept_bytes(c: ModelConfig, rows: int) -> int:
 
 
 def selection_bytes(r: RoutingConfig, rows: int, length: int) -> int:
-    """The selection of one block: patch and weight of every slot, and the slot of every patch or (scatter) its validity.
+    """The selection of one block: patch, validity and weight of every slot, and the slot of every patch.
 
     Bounded sequences need as well which row holds which.
     """
-    m, bounded = r.patches(length), r.row_share() < 1
-    held = int(rows * r.row_share())
-    slots = held * r.slots(m)
-    inverse = slots if r.dispatch == "scatter" else 4 * rows * m
-    return r.n_experts * (8 * slots + inverse + bounded * 4 * (held + rows))
+    m, held = r.patches(length), int(rows * r.row_share())
+    bounded = r.sequence_capacity_factor > 0
+    return r.n_experts * (9 * held * r.slots(m) + 4 * rows * m + bounded * 4 * (held + rows))
 
 
 def cache_bytes(c: ModelConfig, rows: int, dense: bool = False) -> int:

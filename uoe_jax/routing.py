@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uoe_jax.checks import divisors
 from uoe_jax.config import RoutingConfig
 from uoe_jax.dispatch import Selection, pack
 
@@ -103,7 +104,7 @@ def bound_sequences(
     """
     b, n = chosen_BN.shape
     if b % group:
-        raise ValueError(f"sequence_group={group} must divide the {b} rows of a device's batch")
+        raise ValueError(f"sequence_group={group} must divide the {b} rows of the batch: {divisors(b)}")
     offered_NGg = jnp.where(chosen_BN, jax.lax.stop_gradient(scores_BN), -1.0).T.reshape(n, b // group, group)
     best_NGc, member_NGc = jax.lax.top_k(offered_NGg, capacity)
     member_NGc = jnp.sort(jnp.where(best_NGc >= 0, member_NGc, group), axis=-1)  # in their order, empty rows last
@@ -138,21 +139,22 @@ def select(
       ValueError: `sequence_group` does not divide B.
     """
     m, k = valid_BM.shape[1], routing.k
-    own = logits_BMN  # the logits of whoever chooses experts
+    # Of whoever chooses experts: [B,M,N], or [B,1,N] where all patches follow their sequence.
+    own, asking = logits_BMN, valid_BM
     if routing.unit != "patch":
-        own = jnp.broadcast_to(sequence_logits_BN[:, None], (*valid_BM.shape, sequence_logits_BN.shape[-1]))
-    own_scores_BMN = scores_BMN = jax.nn.softmax(own, axis=-1)
-    ranked_BMN = biased(_noisy(own, own_scores_BMN, routing, keys_B), load_bias_N)
-    chosen_BMN = choose_experts(ranked_BMN, valid_BM, k)
-    weights_BMN = gate(routing.gate, own, own_scores_BMN, chosen_BMN, k)
+        own, asking = sequence_logits_BN[:, None], valid_BM.any(axis=1, keepdims=True)
+    own_scores = scores_BMN = jax.nn.softmax(own, axis=-1)
+    ranked = biased(_noisy(own, own_scores, routing, keys_B), load_bias_N)
+    chosen_BMN = choose_experts(ranked, asking, k) & valid_BM[..., None]
+    weights_BMN = gate(routing.gate, own, own_scores, chosen_BMN, k)
     if routing.unit == "hierarchical":
         patch_scores_BMN = jax.nn.softmax(logits_BMN, axis=-1)
-        scores_BMN = own_scores_BMN * patch_scores_BMN
+        scores_BMN = own_scores * patch_scores_BMN
         weights_BMN = weights_BMN * gate(routing.gate, logits_BMN, patch_scores_BMN, chosen_BMN, k)
     rows, offered_BMN = None, chosen_BMN
     if routing.sequence_capacity_factor and keys_B is not None:
         rows = bound_sequences(
-            chosen_BMN.any(axis=1), own_scores_BMN[:, 0], routing.sequence_group, routing.sequence_capacity()
+            chosen_BMN.any(axis=1), own_scores[:, 0], routing.sequence_group, routing.sequence_capacity()
         )
         offered_BMN = chosen_BMN & (rows[1] < rows[0].shape[1])[:, None]
     c = routing.slots(m)
@@ -161,21 +163,20 @@ def select(
     else:
         # Capacity follows the sequence's own number of valid patches; the table keeps that exact.
         table = np.array([routing.window_capacity(i) if i else 0 for i in range(m + 1)], np.int32)
+        scores_BMN = jnp.broadcast_to(scores_BMN, offered_BMN.shape)
         kept_BMN = best_first(offered_BMN, scores_BMN, jnp.asarray(table)[valid_BM.sum(axis=1)], c)
-    stats = _stats(own, own_scores_BMN, chosen_BMN, kept_BMN, valid_BM, k)
+    stats = _stats(own, own_scores, chosen_BMN, kept_BMN, valid_BM, k)
     if routing.unit == "hierarchical":  # both routers' logits are kept small; the load is the sequences' choice alone
         stats = stats._replace(z=stats.z + _z(logits_BMN, valid_BM).sum())
-    return pack(kept_BMN, weights_BMN, c, rows), stats
+    return pack(kept_BMN, jnp.broadcast_to(weights_BMN, kept_BMN.shape), c, rows), stats
 
 
-def _noisy(logits_BMN: jax.Array, scores_BMN: jax.Array, routing: RoutingConfig, keys_B: jax.Array | None) -> jax.Array:
+def _noisy(logits: jax.Array, scores: jax.Array, routing: RoutingConfig, keys_B: jax.Array | None) -> jax.Array:
     """The scores experts are chosen by: in training, those of logits with normal noise; the combine weights have none."""
     if keys_B is None or not routing.router_noise:
-        return scores_BMN
-    _, m, n = logits_BMN.shape
-    draws = m if routing.unit == "patch" else 1  # one for whoever chooses
-    noise = jax.vmap(lambda key: jax.random.normal(key, (draws, n), jnp.float32))(keys_B)
-    return jax.nn.softmax(logits_BMN + routing.router_noise * noise, axis=-1)
+        return scores
+    noise = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:], jnp.float32))(keys_B)
+    return jax.nn.softmax(logits + routing.router_noise * noise, axis=-1)
 
 
 def _z(logits_BMN: jax.Array, valid_BM: jax.Array) -> jax.Array:
@@ -184,23 +185,26 @@ def _z(logits_BMN: jax.Array, valid_BM: jax.Array) -> jax.Array:
     return z_BM.sum(axis=1) / jnp.maximum(valid_BM.sum(axis=1, dtype=jnp.float32), 1)
 
 
-def _stats(logits_BMN, scores_BMN, chosen_BMN, kept_BMN, valid_BM, k: int) -> RoutingStats:
-    n, m = logits_BMN.shape[-1], logits_BMN.shape[1]
+def _stats(logits, scores, chosen_BMN, kept_BMN, valid_BM, k: int) -> RoutingStats:
+    """logits and scores [B,M,N], or [B,1,N] where all patches of a sequence have the same."""
+    m, n = chosen_BMN.shape[1:]
     count_B = jnp.maximum(valid_BM.sum(axis=1), 1).astype(jnp.float32)
     share_BN = chosen_BMN.sum(axis=1, dtype=jnp.float32) / (count_B[:, None] * k)
     valid_f32_BM = valid_BM.astype(jnp.float32)
-    mean_score_BN = (scores_BMN * valid_f32_BM[..., None]).sum(axis=1) / count_B[:, None]
-    entropy_BM = -(scores_BMN * jax.nn.log_softmax(logits_BMN, axis=-1)).sum(-1) * valid_f32_BM
+    mean_score_BN = (scores * valid_f32_BM[..., None]).sum(axis=1) / count_B[:, None]
+    entropy_BM = -(scores * jax.nn.log_softmax(logits, axis=-1)).sum(-1) * valid_f32_BM
     quarter_4M = (jnp.arange(m)[None] * 4 // m == jnp.arange(4)[:, None]).astype(jnp.float32)
 
     def sums(mask_BMN):
-        return mask_BMN.sum(axis=(0, 1)).astype(jnp.float32), quarter_4M @ mask_BMN.sum(axis=(0, 2)).astype(jnp.float32)
+        by_position_M = mask_BMN.sum(axis=(0, 2)).astype(jnp.float32)
+        by_quarter_4 = jnp.matmul(quarter_4M, by_position_M, precision=jax.lax.Precision.HIGHEST)  # counts stay exact
+        return mask_BMN.sum(axis=(0, 1)).astype(jnp.float32), by_quarter_4
 
     chosen_N, chosen_4 = sums(chosen_BMN)
     kept_N, kept_4 = sums(kept_BMN)
     return RoutingStats(
         balance=n * (share_BN * mean_score_BN).sum(),
-        z=_z(logits_BMN, valid_BM).sum(),
+        z=_z(logits, valid_BM).sum(),
         patches=valid_BM.sum().astype(jnp.float32),
         untouched=(valid_BM & ~kept_BMN.any(axis=-1)).sum().astype(jnp.float32),
         entropy=jax.lax.stop_gradient(entropy_BM.sum()),

@@ -26,10 +26,10 @@ ones = nnx.initializers.ones
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer) -> nnx.Param:
     """The one declaration of a weight: shape, logical axes (from which shardings follow) and initialiser.
 
-    Weight decay applies to matrices, which are what starts random: not to scales and biases, which start at 1 or 0.
+    Weight decay applies to matrices: not to vectors, nor to the scales and biases of several experts or heads.
     """
     assert len(shape) == len(axes), (shape, axes)
-    decay = init not in (zeros, ones)
+    decay = init not in (zeros, ones) and len(shape) > 1
     return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes, decay=decay)
 
 

@@ -36,7 +36,7 @@ class SMHA(Union):
       dtype: of the computation; weights are float32.
 
     Raises:
-      ValueError: N does not divide H or G; causal with a priority that sees the future.
+      ValueError: N does not divide H or G; causal with a unit or priority that sees the future.
     """
 
     def __init__(

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import RoutingConfig
 from uoe_jax.dispatch import combine_slots, gather_own, gather_rows, gather_slots
@@ -88,7 +87,6 @@ class Union(nnx.Module):
         valid_BMP = jnp.ones((b, m, p), bool) if segments_BMP is None else segments_BMP > 0
         with jax.named_scope("route"):
             selection, stats = self.router(x_BMPD, valid_BMP, tokens.folded(0).keys_B)
-            selection = jax.tree.map(lambda a: checkpoint_name(a, "selection"), selection)
         n, r, c = selection.slots_NRC.shape
 
         def at_slots(values_BLX: jax.Array) -> jax.Array:

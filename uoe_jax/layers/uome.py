@@ -25,7 +25,7 @@ class UoME(Union):
       causal: admit only what cannot see the future. dtype: of the computation; weights are float32.
 
     Raises:
-      ValueError: N does not divide F; causal with a priority that sees the future.
+      ValueError: N does not divide F; causal with a unit or priority that sees the future.
     """
 
     def __init__(

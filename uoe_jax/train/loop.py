@@ -34,9 +34,6 @@ class BadNumbers(UserError):
 def load_data(config: Config) -> tuple[Config, DataBundle]:
     """The data, and the configuration with what they settle filled in."""
     model, data = config.model, config.data
-    if model.task != "language":
-        remedy = f"data.source={data.source!r} has text without classes; use 'language'"
-        raise ConfigError("config.model.task", model.task, remedy)
     if not model.causal:
         remedy = f"it would see the tokens of data.source={data.source!r} that it is to predict; use True"
         raise ConfigError("config.model.causal", model.causal, remedy)

@@ -28,8 +28,10 @@ def routing_measures(stats: RoutingStats, k: int, rows: float) -> dict[str, list
     n = s.chosen_N.shape[-1]
     chosen = np.maximum(s.chosen_N.sum(-1), 1)
     patches = np.maximum(s.patches, 1)
-    kept_share = s.kept_N.sum(-1) / chosen
+    # Where nothing was chosen nothing was lost.
+    kept_share = np.where(s.chosen_N.any(-1), s.kept_N.sum(-1) / chosen, 1.0)
     quarter = s.kept_4 / np.maximum(s.chosen_4, 1) / np.maximum(kept_share, 1e-9)[:, None]
+    quarter = np.where(s.chosen_4 > 0, quarter, 1.0)
     load = n * s.chosen_N / chosen[:, None]
     return {
         "dropped": (1 - kept_share).tolist(),

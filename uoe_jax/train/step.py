@@ -120,6 +120,8 @@ def batch_sums(model: Transformer, batch: Batch) -> Sums:
 
 def build(config: Config, mesh: Mesh) -> Program:
     """Derives everything compiled from the configuration; nothing is allocated."""
+    if config.model.task != "language":
+        raise ConfigError("config.model.task", config.model.task, "training knows no classes yet; use 'language'")
     init_params, rebuild, declarations = functional(config.model)
     shardings = declared(declarations, lambda w, shape: mesh_lib.weight_sharding(mesh, w.logical_axes, shape))
     optimizer = make_optimizer(config.optimizer, config.decay_steps, declared(declarations, lambda w, _: w.decay))
@@ -163,7 +165,8 @@ def build(config: Config, mesh: Mesh) -> Program:
 
 def row_keys(config: Config, step: jax.Array) -> jax.Array:
     """A random key for each global row of a step's batch; layers and experts fold their own number in."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), 1), step)
+    root = jax.random.fold_in(jax.random.key(config.train.seed), 0x726F7773)  # far from those of the initialisation
+    key = jax.random.fold_in(root, step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(config.train.batch_size))
 
 
