@@ -228,6 +228,24 @@ def test_value_and_gradient(name):
         assert np.isfinite(g).all() and (np.abs(g).max() > 1e-4 if learns else np.abs(g).max() == 0)
 
 
+@pytest.mark.parametrize("name", ["uome normalized, biases", "smha sigmoid, biases"])
+def test_all_tokens_prefer_the_same_experts(name):
+    """Two experts are full and drop most of what comes, the other two are empty: values and gradients of the reference."""
+    case = CASES[name]
+    graphdef, state = reference.build(case.make)
+    state["router"]["kernel"] = jax.tree.map(lambda a: 0.2 * a, state["router"]["kernel"])
+    state["router"]["bias"] = jax.tree.map(lambda a: a + jnp.asarray([2.5, 2.0, -2.0, -2.5]), state["router"]["bias"])
+    w, tokens = reference.weights_of(state), tokens_of(SEGMENTS, POSITIONS)
+    x, d = reference.normal(1, B, L, D), reference.normal(2, B, L, D)
+    chosen, kept = case.choices(w, x, tokens)
+    assert kept[..., :2].any() and not chosen[..., 2:].any() and kept.sum() < 0.6 * chosen.sum()
+    (_, (y, stats)), (d_w, d_x) = backward(graphdef)(state, x, tokens, d)
+    wanted, wanted_d_w, wanted_d_x = reference_backward(case, w, x, tokens, d, chosen, kept)
+    assert reference.error(y, wanted) < 1e-5 and reference.error(d_x, wanted_d_x) < 1e-5
+    assert reference.error(reference.weights_of(d_w), wanted_d_w) < 1e-5
+    np.testing.assert_array_equal(stats.chosen_N, chosen.sum((0, 1)))
+
+
 @pytest.mark.parametrize(
     "name, backend",
     [
