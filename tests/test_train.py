@@ -173,6 +173,7 @@ def test_generate(finished):
     code, greedy, err = uoe(*args, "--temperature=0")
     assert code == 0, err
     assert greedy.startswith("def f1_1(x):")
+    assert "[cache of 64 tokens: 16.5 kB, 0.50 of the 32.8 kB of dense attention]" in err  # K/N of it, and the routers' state
     assert uoe(*args, "--temperature=0")[1] == greedy
     drawn = [uoe(*args, "--temperature=2.0", f"--seed={seed}")[1] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
