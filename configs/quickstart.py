@@ -2,8 +2,8 @@
 
 Command:   uoe train --config=configs/quickstart.py --workdir=runs/quickstart
 Hardware:  2 CPU cores.
-Time:      273 s in all from an empty cache, compilation and evaluation included (2026-11-23, Python 3.11.7, jax 0.10.2, two
-           shared cores).
+Time:      273 and 290 s in all from an empty cache, compilation and evaluation included (2026-11-23, Python 3.11.7, jax
+           0.10.2, two slow shared cores: 0.43 s a step, where the day before gave 0.25).
 Expected:  2.33 bits per byte on the whole validation split: 2.328, 2.324 and 2.347 with train.seed 0, 1 and 2.
            To compare, on the same split: bigram model 3.57, interpolated trigram 2.68 (`python -m benchmarks.ngram`); the
            dense model of the same sizes (`--config=configs/quickstart.py:dense`) 2.289, 2.306 and 2.309 with the same
