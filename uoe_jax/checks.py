@@ -23,7 +23,8 @@ def check_model(m: ModelConfig) -> None:
     if m.n_heads % m.kv_heads:
         raise ConfigError("config.model.n_kv_heads", m.n_kv_heads, f"must divide n_heads={m.n_heads}: {divisors(m.n_heads)}")
     if m.position == "rope" and m.head_dim % 2:
-        raise ConfigError("config.model.n_heads", m.n_heads, f"gives heads of odd width {m.head_dim}; rope needs even, so give fewer heads, or position='learned'")
+        remedy = f"gives heads of odd width {m.head_dim}; rope needs even, so give fewer heads, or position='learned'"
+        raise ConfigError("config.model.n_heads", m.n_heads, remedy)
     check_task(m)
     for name, r in m.routed().items():
         check_routing(f"config.model.{name}", r, m)
@@ -45,7 +46,8 @@ def check_task(m: ModelConfig) -> None:
                 remedy = f"must divide the {side} of {getattr(image, side)} pixels: {divisors(getattr(image, side))}"
                 raise ConfigError("config.model.image.patch", image.patch, remedy)
         if m.context_length != image.n_tokens:
-            remedy = f"an image of {image.height} x {image.width} in squares of {image.patch} has {image.n_tokens} tokens; give that"
+            squares = f"an image of {image.height} x {image.width} in squares of {image.patch}"
+            remedy = f"{squares} has {image.n_tokens} tokens; give that"
             raise ConfigError("config.model.context_length", m.context_length, remedy)
 
 

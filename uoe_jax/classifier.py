@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.common import PLAIN, Tokens, along_last, scaled_normal, weight, zeros
+from uoe_jax.layers.common import PLAIN, Tokens, along_last, fold, scaled_normal, valid_mean, weight, zeros
 from uoe_jax.model import Stack, Stats
 
 
@@ -72,8 +72,7 @@ class Classifier(Stack):
             inputs = inputs.reshape(-1, *inputs.shape[2:])
             segments = None if segments is None else segments.reshape(-1, segments.shape[-1])
             if keys_B is not None:
-                fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-                keys_B = fold(keys_B, jnp.arange(n_inputs)).reshape(-1)
+                keys_B = jnp.stack([fold(keys_B, i) for i in range(n_inputs)], axis=1).reshape(-1)
         x_BLD = self._enter(inputs)
         b, l, _ = x_BLD.shape
         if self.cls is not None:
@@ -96,13 +95,9 @@ class Classifier(Stack):
 
     def _pool(self, x_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
         """float32 [B,D]; zeros for a row of padding only."""
-        x_BLD = x_BLD.astype(jnp.float32)
         if self.cls is not None:
-            return x_BLD[:, 0]
-        if segments_BL is None:
-            return x_BLD.mean(axis=1)
-        valid_BL1 = (segments_BL > 0)[..., None]
-        return jnp.where(valid_BL1, x_BLD, 0).sum(axis=1) / jnp.maximum(valid_BL1.sum(axis=1).astype(jnp.float32), 1)
+            return x_BLD[:, 0].astype(jnp.float32)
+        return valid_mean(x_BLD, jnp.ones(x_BLD.shape[:2], bool) if segments_BL is None else segments_BL > 0)
 
     def _score(self, pooled_BID: jax.Array) -> jax.Array:
         u_BD = features = pooled_BID[:, 0]

@@ -156,9 +156,7 @@ class ModelConfig:
     causal: bool = key(True, "a token sees itself and those before it only, as a language model must")
     attention: str = key("smha", "attention block", choices=("smha", "dense"))
     mlp: str = key("uome", "MLP block", choices=("uome", "dense"))
-    activation: str = key(
-        "gelu", "MLP activation", choices=("gelu", "gelu_tanh", "relu", *GATED_ACTIVATIONS)
-    )
+    activation: str = key("gelu", "MLP activation", choices=("gelu", "gelu_tanh", "relu", *GATED_ACTIVATIONS))
     norm: str = key("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
     norm_eps: float = key(1e-6, "added to the variance in the norm", above=0, high=1)
     qk_norm: bool = key(False, "RMSNorm of every query and key, with one scale for all heads")
@@ -187,6 +185,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def rows_per_example(self) -> int:
+        """Rows that the blocks work on for one example."""
+        return self.classifier.n_inputs if self.task == "classify" else 1
 
     @property
     def d_pooled(self) -> int:

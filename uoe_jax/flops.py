@@ -57,7 +57,7 @@ def ends_flops(c: ModelConfig, length: int) -> float:
     head = c.classifier
     classes = 2 * (c.d_pooled * head.d_head + (head.d_head or c.d_pooled) * head.n_classes)
     stem = 2 * c.image.n_tokens * c.image.values * c.d_model if c.stem == "image" else 0
-    return classes + head.n_inputs * stem
+    return classes + c.rows_per_example * stem
 
 
 def forward_flops(c: ModelConfig, length: int | None = None, training: bool = False) -> float:
@@ -67,8 +67,7 @@ def forward_flops(c: ModelConfig, length: int | None = None, training: bool = Fa
     """
     length = length or c.block_length
     per_layer = attention_flops(c, length, training) + mlp_flops(c, length, training)
-    rows = c.classifier.n_inputs if c.task == "classify" else 1
-    return rows * c.n_layers * per_layer + ends_flops(c, length)
+    return c.rows_per_example * c.n_layers * per_layer + ends_flops(c, length)
 
 
 def train_flops(c: ModelConfig, rows: int) -> float:

@@ -55,7 +55,7 @@ def kept_bytes(c: ModelConfig, rows: int) -> int:
     if c.remat not in ("slots", "block"):
         raise ValueError(f"remat={c.remat!r}: only 'slots' and 'block' name what is kept")
     length = c.block_length
-    rows *= c.classifier.n_inputs if c.task == "classify" else 1
+    rows *= c.rows_per_example
     item, stream = ITEM_SIZE[c.dtype], ITEM_SIZE[c.dtype] * rows * length * c.d_model
     if c.remat == "block":
         return stream

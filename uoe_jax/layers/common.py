@@ -107,8 +107,19 @@ class Tokens(NamedTuple):
         if l == to:
             return self
         segments_BL = jnp.ones((b, l), jnp.int32) if self.segments_BL is None else self.segments_BL
-        longer = lambda a: jnp.pad(a, ((0, 0), (0, to - l), *((0, 0),) * (a.ndim - 2)))  # noqa: E731
-        return jax.tree.map(longer, self._replace(segments_BL=segments_BL, keys_B=None))._replace(keys_B=self.keys_B)
+        by_token = self._replace(segments_BL=segments_BL, keys_B=None)
+        return jax.tree.map(lambda a: lengthened(a, to - l), by_token)._replace(keys_B=self.keys_B)
+
+
+def lengthened(a_BL: jax.Array, more: int) -> jax.Array:
+    """[B,L,…] with `more` zeros behind every row."""
+    return jnp.pad(a_BL, ((0, 0), (0, more), *((0, 0),) * (a_BL.ndim - 2))) if more else a_BL
+
+
+def valid_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """float32 mean of x [...,L,D] over its valid tokens (bool [...,L]), 0 where there are none."""
+    total = jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum(axis=-2)
+    return total / jnp.maximum(valid.sum(axis=-1, dtype=jnp.float32), 1)[..., None]
 
 
 def fold(keys_B: jax.Array, i: int | jax.Array) -> jax.Array:

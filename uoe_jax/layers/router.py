@@ -10,7 +10,7 @@ from flax import nnx
 
 from uoe_jax import routing as routing_lib
 from uoe_jax.config import RoutingConfig
-from uoe_jax.layers.common import along_last, scaled_normal, weight, zeros
+from uoe_jax.layers.common import along_last, lengthened, scaled_normal, valid_mean, weight, zeros
 from uoe_jax.routing import RoutingStats, Selection
 
 
@@ -58,12 +58,12 @@ class Router(nnx.Module):
         if self.causal:
             summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32)
         else:
-            summary_BMD = _mean(x_BMPD, valid_BMP)
+            summary_BMD = valid_mean(x_BMPD, valid_BMP)
         patch_logits = None if self.kernel is None else _logits(summary_BMD, self.kernel, self.bias)
         sequence_logits = None
         if self.sequence_kernel is not None:
             b, m, p, d = x_BMPD.shape
-            summary_BD = _mean(x_BMPD.reshape(b, m * p, d), valid_BMP.reshape(b, m * p))
+            summary_BD = valid_mean(x_BMPD.reshape(b, m * p, d), valid_BMP.reshape(b, m * p))
             sequence_logits = _logits(summary_BD, self.sequence_kernel, self.sequence_bias)
         valid_BM = valid_BMP.any(axis=2)
         return routing_lib.select(patch_logits, valid_BM, self.routing, sequence_logits, self._load_bias(), keys_B)
@@ -115,15 +115,7 @@ def _logits(summary: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> ja
     return logits if bias is None else logits + along_last(bias[...], logits)
 
 
-def _mean(x: jax.Array, valid: jax.Array) -> jax.Array:
-    """float32 mean over the valid tokens of the second-last axis, 0 where there are none."""
-    total = jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum(axis=-2)
-    return total / jnp.maximum(valid.sum(axis=-1, dtype=jnp.float32), 1)[..., None]
-
-
 def patches(x_BLD: jax.Array, p: int) -> jax.Array:
     """[B,L,…] cut in patches [B,M,P,…], the last one filled up with zeros."""
-    b, l = x_BLD.shape[:2]
-    if l % p:
-        x_BLD = jnp.pad(x_BLD, ((0, 0), (0, -l % p), *((0, 0),) * (x_BLD.ndim - 2)))
-    return x_BLD.reshape(b, -1, p, *x_BLD.shape[2:])
+    x_BLD = lengthened(x_BLD, -x_BLD.shape[1] % p)
+    return x_BLD.reshape(x_BLD.shape[0], -1, p, *x_BLD.shape[2:])
