@@ -87,8 +87,6 @@ def check_run(c: Config) -> None:
     for axis, size in axes.items():
         if size == 0:
             raise ConfigError(f"config.mesh.{axis}", size, "give a positive size, or -1 for what is left")
-    if c.mesh.sequence_parallel:
-        raise ConfigError("config.mesh.sequence_parallel", True, "is not built yet; leave it False")
     free = [a for a, size in axes.items() if size == -1]
     if len(free) > 1:
         raise ConfigError(f"config.mesh.{free[1]}", -1, f"only one axis may be -1, and mesh.{free[0]} already is")

@@ -49,7 +49,7 @@ class Classifier(Stack):
         self.project = Linear(c.image.values, d, (None, "embed"), rngs=rngs) if c.stem == "image" else None
         self.embedding = weight(rngs, (c.vocab_size, d), ("vocab", "embed"), small) if c.stem == "tokens" else None
         super().__init__(c, rngs=rngs)
-        self.cls = weight(rngs, (d,), ("embed",), small) if head.pooling == "cls" else None
+        self.cls = weight(rngs, (d,), (None,), small) if head.pooling == "cls" else None
         width = c.d_pooled
         self.hidden = Linear(width, head.d_head, ("embed", None), rngs=rngs) if head.d_head else None
         self.classes = Linear(head.d_head or width, head.n_classes, ("embed", None), rngs=rngs)
@@ -85,7 +85,7 @@ class Classifier(Stack):
 
     def _enter(self, inputs: jax.Array) -> jax.Array:
         if self.project is None:
-            x_BLD = self.embedding[...].astype(self.config.dtype)[inputs]
+            x_BLD = self._lookup(self.embedding, inputs)
         else:
             x_BLD = self.project(squares(inputs, self.config.image.patch).astype(self.config.dtype))
         if self.cls is None:

@@ -6,83 +6,215 @@ All four axes are always there, of size 1 where unused: `replica` (slow network)
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from uoe_jax.config import MeshConfig
+from uoe_jax.checks import divisors
+from uoe_jax.config import Config, MeshConfig
 from uoe_jax.errors import ConfigError
 
 AXES = ("replica", "data", "fsdp", "expert")
 BATCH_AXES = ("replica", "data", "fsdp")
+ROWS = PartitionSpec(BATCH_AXES)
+EVERYWHERE = PartitionSpec()
 
-# Logical axis of a weight (layers.common.weight) to mesh axis; what is not named here is not cut.
+# Logical axis of a weight (layers.common.weight) to mesh axis; a dimension without a name is not cut.
 RULES = {"expert": "expert", "hidden": "expert", "heads": "expert", "vocab": "expert", "embed": "fsdp"}
+# Vocabularies come as they are: one that the axis does not divide stays whole. Everything else is checked (`check`).
+MAY_STAY_WHOLE = ("vocab",)
+
+_sequence_parallel = jax.make_user_context(False)
+_by_partitioner = jax.make_user_context(False)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of the configured sizes over all devices, one -1 filled in.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or no batch axis can span the slow network.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    fixed = math.prod(s for s in sizes.values() if s != -1)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(devices) % fixed or (not free and fixed != len(devices)):
-        shape = ", ".join(f"{a}={s}" for a, s in sizes.items())
-        name = max((a for a in AXES if sizes[a] != -1), key=lambda a: sizes[a])
-        remedy = f"the mesh {shape} needs a multiple of {fixed} devices and there are {len(devices)}"
-        raise ConfigError(f"config.mesh.{name}", sizes[name], remedy)
-    if free:
-        sizes[free[0]] = len(devices) // fixed
-    axis_types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
+    return Mesh(arrange(devices, sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def abstract_mesh(config: MeshConfig, n_devices: int) -> AbstractMesh:
+    """The mesh without devices, for lowering; raises as `make_mesh`."""
+    shape = tuple(sizes(config, n_devices).values())
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
+    """The size of every axis over so many devices, one -1 filled in; raises ConfigError where they do not fit."""
+    found = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(s for s in found.values() if s != -1)
+    free = [axis for axis, size in found.items() if size == -1]
+    if n_devices % fixed or (not free and fixed != n_devices):
+        shape = ", ".join(f"{a}={s}" for a, s in found.items())
+        name = max((a for a in AXES if found[a] != -1), key=lambda a: found[a])
+        need = f"a multiple of {fixed}" if free else fixed
+        raise ConfigError(f"config.mesh.{name}", found[name], f"the mesh {shape} needs {need} devices and there are {n_devices}")
+    return {axis: n_devices // fixed if size == -1 else size for axis, size in found.items()}
+
+
+def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
+    """The devices in the order of the mesh, so that as little as can be crosses the slow network.
+
+    Devices that a fast network joins share a `slice_index` (a TPU slice; the GPUs of one machine), else a process. Where
+    there are several such groups, the outermost batch axis whose size their number divides spans them: `replica` if it
+    is used.
+
+    Raises:
+      ConfigError: the number of groups divides no batch axis, so that `expert` would cross the slow network.
+    """
+    by_process = len({getattr(d, "slice_index", None) for d in devices}) < 2
+    groups = len({d.process_index if by_process else d.slice_index for d in devices})
+    inner = dict(shape)
+    if groups == 1:
+        return mesh_utils.create_device_mesh(tuple(inner.values()), devices=devices)
+    spanning = next((a for a in BATCH_AXES if shape[a] % groups == 0), None)
+    if spanning is None:
+        what = "processes" if by_process else "slices"
+        remedy = f"{groups} {what} are joined by a slow network, which a batch axis must span: give one of " \
+                 f"{', '.join(BATCH_AXES)} a multiple of {groups}"
+        raise ConfigError("config.mesh.replica", shape["replica"], remedy)
+    inner[spanning] //= groups
+    outer = {a: groups if a == spanning else 1 for a in AXES}
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inner.values()), tuple(outer.values()), devices, process_is_granule=by_process
+    )
+
+
+def current() -> AbstractMesh | None:
+    """The mesh that `jax.set_mesh` made current; None where there is none, or only one device, which has nothing to share,
+    or the partitioner is to do it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or _by_partitioner.value else mesh
+
+
+def by_partitioner() -> contextlib.AbstractContextManager[Any]:
+    """While entered, blocks are not cut by hand: for decoding, whose few rows need not fit the batch axes."""
+    return _by_partitioner(True)
+
+
+def is_cut(logical: str, size: int) -> bool:
+    """Whether a dimension of a weight is cut over the current mesh."""
+    mesh = current()
+    return mesh is not None and weight_spec(mesh, (logical,), (size,)) != PartitionSpec(None)
+
+
+def sequence_parallel(on: bool) -> contextlib.AbstractContextManager[Any]:
+    """While entered: between blocks, activations are cut along L over `expert`."""
+    return _sequence_parallel(on)
+
+
+def activations(mesh: AbstractMesh) -> PartitionSpec:
+    """How activations [B,L,…] lie between blocks."""
+    return PartitionSpec(BATCH_AXES, "expert" if is_sequence_parallel(mesh) else None)
+
+
+def is_sequence_parallel(mesh: AbstractMesh) -> bool:
+    return bool(_sequence_parallel.value) and mesh.shape["expert"] > 1
+
+
+def placed_activations(x_BLD: jax.Array) -> jax.Array:
+    """The same activations, said to lie on the current mesh as they must between blocks."""
+    mesh = current()
+    return x_BLD if mesh is None else jax.lax.with_sharding_constraint(x_BLD, activations(mesh))
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over replica, data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, ROWS)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    return NamedSharding(mesh, EVERYWHERE)
 
 
-def weight_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """How a weight lies on the mesh: by `RULES`, each mesh axis used once (the first logical axis that asks for it),
-    and only where it divides the dimension. A leading axis beyond `axes` is the stack of layers and is not cut."""
+def weight_sharding(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """How a weight lies on the mesh (`weight_spec`)."""
+    return NamedSharding(mesh, weight_spec(mesh, axes, shape))
+
+
+def weight_spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """How a weight is cut: by `RULES`. A leading axis beyond `axes` is the stack of layers and is not cut.
+
+    Raises:
+      ValueError: two axes of the weight fall on one of the mesh, or the mesh does not divide a dimension.
+    """
     spec: list[str | None] = [None] * (len(shape) - len(axes))
     for logical, size in zip(axes, shape[len(spec) :]):
         axis = RULES.get(logical or "")
-        usable = axis is not None and axis not in spec and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
-        spec.append(axis if usable else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+        if axis is not None and axis in spec:
+            raise ValueError(f"two axes of a weight with axes {axes} fall on the mesh axis {axis!r}")
+        parts = 1 if axis is None else mesh.shape[axis]
+        if size % parts:
+            if logical not in MAY_STAY_WHOLE:
+                raise ValueError(f"axis {logical!r} of size {size} cannot be cut in {parts} over the mesh axis {axis!r}")
+            parts = 1
+        spec.append(axis if parts > 1 else None)
+    return PartitionSpec(*spec)
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """The number of parts the batch is cut in."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
-def check_rows(mesh: Mesh, rows: int, key: str) -> None:
+def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses sizes of the model and the batch that cannot be cut evenly over the mesh, with the numbers."""
+    m, expert, fsdp = config.model, mesh.shape["expert"], mesh.shape["fsdp"]
+    check_rows(mesh, config.train.batch_size // config.train.accumulation, "config.train.batch_size")
+    check_rows(mesh, config.eval_batch_size, "config.eval.batch_size")
+    cut = {f"config.model.{name}.n_experts": (r.n_experts, "expert") for name, r in m.routed().items()}
+    if m.attention == "dense":
+        cut["config.model.n_kv_heads" if m.n_kv_heads else "config.model.n_heads"] = (m.kv_heads, "expert")
+    if m.mlp == "dense":
+        cut["config.model.d_hidden"] = (m.d_hidden, "expert")
+    cut["config.model.d_model"] = (m.d_model, "fsdp")
+    if config.mesh.sequence_parallel:
+        cut["config.model.context_length"] = (m.block_length, "expert")
+    for key, (size, axis) in cut.items():
+        if size % mesh.shape[axis]:
+            remedy = f"must be a multiple of mesh.{axis}={mesh.shape[axis]}, or make that one of {divisors(size)}"
+            raise ConfigError(key, size, remedy)
+    rows = config.train.batch_size // config.train.accumulation // batch_parts(mesh)
+    for name, r in m.routed().items():
+        if r.sequence_capacity_factor and rows % r.sequence_group:
+            remedy = f"must divide the {rows} rows of one device's microbatch: {divisors(rows)}"
+            raise ConfigError(f"config.model.{name}.sequence_group", r.sequence_group, remedy)
+
+
+def check_rows(mesh: Mesh | AbstractMesh, rows: int, key: str) -> None:
     """Refuses a number of rows that cannot be cut evenly over the batch axes."""
     parts = batch_parts(mesh)
     if rows % parts:
         raise ConfigError(key, rows, f"must be a multiple of replica*data*fsdp={parts}, the parts the batch is cut in")
 
 
-def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """The rows [lo, hi) of a global batch that this process holds."""
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """The rows of a global batch that this process holds, ascending."""
     spans = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    bounds = [(span[0].start or 0, rows if span[0].stop is None else span[0].stop) for span in spans]
-    return min(lo for lo, _ in bounds), max(hi for _, hi in bounds)
+    return np.unique(np.concatenate([np.arange(rows)[span[0]] for span in spans]))
 
 
-def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """Global arrays from this process's rows."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Global arrays from the rows that this process holds (`local_rows`)."""
+    parts, own_parts = batch_parts(mesh), local_rows(mesh, batch_parts(mesh))
+
+    def put(own: np.ndarray) -> jax.Array:
+        rows = len(own) // len(own_parts) * parts
+        held = local_rows(mesh, rows)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return own[np.searchsorted(held, np.arange(rows)[index[0]])]
+
+        return jax.make_array_from_callback((rows, *own.shape[1:]), batch_sharding(mesh), part)
+
+    return {name: put(own) for name, own in batch.items()}

@@ -13,12 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import KEPT, Norm, Tokens, dropout, rotary_tables, scaled_normal, weight
+from uoe_jax.layers.ends import lookup, vocabulary_scores
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.uome import UoME
+from uoe_jax.mesh import placed_activations
+from uoe_jax.region import WHOLE_WEIGHT
 from uoe_jax.routing import RoutingStats
 
 Stats = dict[str, RoutingStats]  # by block ("smha", "uome"); leaves stacked over layers
@@ -73,10 +77,11 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
         y_BLD, attention_stats = self.attention(self.attention_norm(x_BLD), tokens.folded(0))
-        x_BLD = checkpoint_name(x_BLD + self._dropped(y_BLD, tokens.folded(1)), "block_out")
+        x_BLD = checkpoint_name(placed_activations(x_BLD + self._dropped(y_BLD, tokens.folded(1))), "block_out")
         y_BLD, mlp_stats = self.mlp(self.mlp_norm(x_BLD), tokens.folded(2))
         stats = zip(self.names, (attention_stats, mlp_stats))
-        return x_BLD + self._dropped(y_BLD, tokens.folded(3)), {name: s for name, s in stats if s is not None}
+        x_BLD = placed_activations(x_BLD + self._dropped(y_BLD, tokens.folded(3)))
+        return x_BLD, {name: s for name, s in stats if s is not None}
 
     def _dropped(self, y_BLD: jax.Array, tokens: Tokens) -> jax.Array:
         return dropout(y_BLD, self.drop_rate, tokens.keys_B)
@@ -95,10 +100,12 @@ class Block(nnx.Module):
 
 
 _keep_named = jax.checkpoint_policies.save_only_these_names(*KEPT)
+# Weights are always gathered over fsdp again: kept whole, those of all layers would be what fsdp is there to avoid.
+_all_but_whole_weights = jax.checkpoint_policies.save_anything_except_these_names(WHOLE_WEIGHT)
 
 # What the backward pass may keep of a layer; everything else is recomputed.
 REMAT = {
-    "none": lambda f: f,
+    "none": lambda f: jax.checkpoint(f, policy=_all_but_whole_weights, prevent_cse=False),
     "slots": lambda f: jax.checkpoint(f, policy=_keep_named, prevent_cse=False),
     "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False),
     "block": lambda f: jax.checkpoint(f, prevent_cse=False),
@@ -129,7 +136,10 @@ class Stack(nnx.Module):
 
     def positioned(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [...,D] plus the learned positions, where the model has them."""
-        return x if self.positions is None else x + self.positions[...].astype(self.config.dtype)[positions]
+        return x if self.positions is None else x + self._lookup(self.positions, positions)
+
+    def _lookup(self, table: nnx.Param, ids: jax.Array) -> jax.Array:
+        return lookup(table, ids, self.config.dtype)
 
     def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         """Rotary tables, where the model has them."""
@@ -176,6 +186,10 @@ class Transformer(Stack):
 
     def prefill(self, tokens_BL: jax.Array, length_B: jax.Array, context: int) -> tuple[jax.Array, Cache]:
         """Runs prompts padded on the right; returns (logits float32 [B,V] after each prompt, cache for `context` tokens)."""
+        with mesh_lib.by_partitioner():
+            return self._prefill(tokens_BL, length_B, context)
+
+    def _prefill(self, tokens_BL: jax.Array, length_B: jax.Array, context: int) -> tuple[jax.Array, Cache]:
         b, l = tokens_BL.shape
         positions_BL = jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
         segments_BL = (positions_BL < length_B[:, None]).astype(jnp.int32)
@@ -191,6 +205,10 @@ class Transformer(Stack):
 
     def step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Appends one token to each sequence; returns (logits float32 [B,V] of the one after it, cache)."""
+        with mesh_lib.by_partitioner():
+            return self._step(tokens_B, cache)
+
+    def _step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         rotary = self.rotary(cache.next_B)
         graphdef, stacked = nnx.split(self.layers)
 
@@ -203,12 +221,11 @@ class Transformer(Stack):
         return self._logits(x_BD), Cache(*caches, cache.next_B + 1)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        return self.positioned(self.embedding[...].astype(self.config.dtype)[tokens], positions)
+        return self.positioned(self._lookup(self.embedding, tokens), positions)
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        x = self.norm(x)
-        head = self.embedding[...].T if self.head is None else self.head[...]
-        return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        tied = self.head is None
+        return vocabulary_scores(self.embedding if tied else self.head, tied, self.norm(x))
 
 
 def _stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, key: jax.Array) -> nnx.Module:

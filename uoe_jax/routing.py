@@ -5,6 +5,7 @@ Letters: B sequences, M patches per sequence, N experts, K chosen per patch, C s
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -116,6 +117,39 @@ def bound_sequences(
     return jnp.where(sequence_NR < b, sequence_NR, 0), row_of_NB.T
 
 
+class Decision(NamedTuple):
+    """Who takes what, before it is listed by slot.
+
+    Attributes:
+      kept_BMN: bool, whether an expert takes a patch; at most `slots` of a sequence for each expert.
+      weights_BMN: float32 combine weight of every patch in every expert.
+      slots: C, static.
+      rows: (sequence_NR, row_of_BN) of a `Selection` where sequences are bounded; None: all sequences in their order.
+    """
+
+    kept_BMN: jax.Array
+    weights_BMN: jax.Array
+    slots: int
+    rows: tuple[jax.Array, jax.Array] | None
+
+    def pack(self) -> Selection:
+        """The slots of every expert."""
+        return pack(self.kept_BMN, self.weights_BMN, self.slots, self.rows)
+
+    def of_part(self, part: jax.Array | int, parts: int) -> Decision:
+        """What concerns the experts of one of `parts` parts over the mesh axis `expert`; parts=0: of all, outside of any.
+
+        The weights are cast to varying here, in one place, so that their gradient is reduced once and as small as this.
+        """
+        if not parts:
+            return self
+        weights_BMN = jax.lax.pcast(self.weights_BMN, "expert", to="varying")
+        n = weights_BMN.shape[-1] // parts
+        own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=n * part, slice_size=n)
+        rows = None if self.rows is None else (own(self.rows[0], axis=0), own(self.rows[1], axis=1))
+        return Decision(own(self.kept_BMN, axis=2), own(weights_BMN, axis=2), self.slots, rows)
+
+
 def select(
     logits_BMN: jax.Array | None,
     valid_BM: jax.Array,
@@ -124,6 +158,19 @@ def select(
     load_bias_N: jax.Array | None = None,
     keys_B: jax.Array | None = None,
 ) -> tuple[Selection, RoutingStats]:
+    """`decide`, and the decision listed by slot."""
+    decision, stats = decide(logits_BMN, valid_BM, routing, sequence_logits_BN, load_bias_N, keys_B)
+    return decision.pack(), stats
+
+
+def decide(
+    logits_BMN: jax.Array | None,
+    valid_BM: jax.Array,
+    routing: RoutingConfig,
+    sequence_logits_BN: jax.Array | None = None,
+    load_bias_N: jax.Array | None = None,
+    keys_B: jax.Array | None = None,
+) -> tuple[Decision, RoutingStats]:
     """Routes every patch of every sequence; sequences do not see each other, unless `sequence_capacity_factor` bounds them.
 
     Args:
@@ -168,7 +215,7 @@ def select(
     stats = _stats(own, own_scores, chosen_BMN, kept_BMN, valid_BM, k)
     if routing.unit == "hierarchical":  # both routers' logits are kept small; the load is the sequences' choice alone
         stats = stats._replace(z=stats.z + _z(logits_BMN, valid_BM).sum())
-    return pack(kept_BMN, jnp.broadcast_to(weights_BMN, kept_BMN.shape), c, rows), stats
+    return Decision(kept_BMN, jnp.broadcast_to(weights_BMN, kept_BMN.shape), c, rows), stats
 
 
 def _noisy(logits: jax.Array, scores: jax.Array, routing: RoutingConfig, keys_B: jax.Array | None) -> jax.Array:

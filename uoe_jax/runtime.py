@@ -1,4 +1,4 @@
-"""How jax is set up for a command: the compilation cache, and which devices there are."""
+"""How jax is set up for a command: the other processes, the compilation cache, and which devices there are."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 
 import jax
 
+from uoe_jax import processes
 from uoe_jax.data.pipeline import default_cache_dir
 
 
 def start() -> None:
-    """Turns the persistent compilation cache on, in a folder only its owner can read; JAX_COMPILATION_CACHE_DIR wins."""
+    """Meets the other processes, and turns the persistent compilation cache on, in a folder only its owner can read; JAX_COMPILATION_CACHE_DIR wins."""
+    processes.join()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = default_cache_dir() / "jax"
         folder.mkdir(mode=0o700, exist_ok=True)  # it holds native code: never a shared folder

@@ -13,6 +13,7 @@ from uoe_jax.layers.common import (
     Tokens,
     along_last,
     dropout,
+    fold,
     ones,
     rms_norm,
     rotate,
@@ -21,6 +22,7 @@ from uoe_jax.layers.common import (
     weight,
     zeros,
 )
+from uoe_jax.region import WHOLE, Region, run
 
 
 def attend(
@@ -30,14 +32,14 @@ def attend(
     segments: jax.Array | None,
     causal: bool,
     drop_rate: float = 0.0,
-    keys_B: jax.Array | None = None,
+    keys_BG: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention [B,S,H,Dh] over k, v [B,S,G,Dh] (G divides H), scale 1/sqrt(Dh), softmax in float32.
 
     Args:
       segments: int32 [B,S]; a token attends to tokens of its own segment only. None: no restriction.
       causal: a token attends to itself and those before it in the order given.
-      drop_rate: dropout of the attention weights, drawn for each row from its key; keys_B None: no dropout.
+      drop_rate: dropout of the attention weights, drawn for each row and key head from its key (`group_keys`); None: no dropout.
     """
     b, s, h, dh = q.shape
     g = k.shape[2]
@@ -52,10 +54,15 @@ def attend(
         scores_RTS = jnp.where(rows, scores_RTS, -1e30)
     weight_RTS = jnp.exp(scores_RTS - jax.lax.stop_gradient(scores_RTS.max(axis=-1, keepdims=True)))
     total_RT1 = weight_RTS.sum(axis=-1, keepdims=True)
-    dropped_RTS = dropout(weight_RTS.reshape(b, -1), drop_rate, keys_B).reshape(weight_RTS.shape)
+    dropped_RTS = dropout(weight_RTS, drop_rate, None if keys_BG is None else keys_BG.reshape(-1))
     o_RTk = jnp.einsum("rts,rsk->rtk", dropped_RTS.astype(v.dtype), v_RSk, preferred_element_type=jnp.float32) / total_RT1
     o = o_RTk.astype(q.dtype).reshape(b, g, h // g, s, dh).transpose(0, 3, 1, 2, 4).reshape(q.shape)
     return checkpoint_name(o, "heads")
+
+
+def group_keys(keys_B: jax.Array, g: int, part: int | jax.Array = 0) -> jax.Array:
+    """A key for each row and each of g key heads, [B,G]: those of one part of the block, if there are several."""
+    return jax.vmap(lambda i: fold(keys_B, i), out_axes=1)(g * part + jnp.arange(g))
 
 
 def _allowed(s: int, segments: jax.Array | None, causal: bool) -> jax.Array | None:
@@ -116,15 +123,24 @@ class Attention(nnx.Module):
         self.b_v = weight(rngs, (g, dh), ("heads", None), zeros) if bias else None
         self.q_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.k_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
-        self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
+        self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
-        """Returns (y_BLD, None: nothing is routed)."""
-        return self._forward(x_BLD, tokens_like(x_BLD) if tokens is None else tokens)[0], None
+        """Returns (y_BLD, None: nothing is routed). On a mesh, heads lie on `expert`."""
+        graphdef, weights = nnx.split(self)
 
-    def _forward(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = self._project(x_BLD.astype(self.dtype), tokens.rotary)
-        return self._out(attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, tokens.keys_B)), k, v
+        def share(weights: nnx.State, x_BLD: jax.Array, tokens: Tokens, region: Region) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, weights)._forward(x_BLD, tokens, region)[0], None
+
+        return run(share, weights, x_BLD, tokens_like(x_BLD) if tokens is None else tokens, dtype=self.dtype)
+
+    def _forward(
+        self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = self._project(region.enter(x_BLD.astype(self.dtype))[1], tokens.rotary)
+        keys_BG = None if tokens.keys_B is None else group_keys(tokens.keys_B, k.shape[2], region.part)
+        o = attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
+        return self._biased(region.leave(self._out(o)), self.bias_out), k, v
 
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = (
@@ -135,7 +151,7 @@ class Attention(nnx.Module):
         return q, k, v
 
     def _out(self, o: jax.Array) -> jax.Array:
-        return self._biased(jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype)), self.bias_out)
+        return jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype))
 
     def _biased(self, y: jax.Array, b: nnx.Param | None) -> jax.Array:
         return y if b is None else y + along_last(b[...].astype(self.dtype), y)
@@ -151,4 +167,4 @@ class Attention(nnx.Module):
         q, k, v = self._project(x_BD.astype(self.dtype), rotary)
         rows = jnp.arange(x_BD.shape[0])
         cache = DenseCache(cache.k.at[rows, t_B].set(k), cache.v.at[rows, t_B].set(v))
-        return self._out(attend_one(q, cache.k, cache.v, t_B)), cache
+        return self._biased(self._out(attend_one(q, cache.k, cache.v, t_B)), self.bias_out), cache

@@ -6,6 +6,7 @@ F hidden width (f = F/N per expert), H heads (h = H/N), G key/value heads (g = G
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -23,14 +24,17 @@ zeros = nnx.initializers.zeros
 ones = nnx.initializers.ones
 
 
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer) -> nnx.Param:
-    """The one declaration of a weight: shape, logical axes (from which shardings follow) and initialiser.
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer, exact: bool = False
+) -> nnx.Param:
+    """The one declaration of a weight, float32: shape, logical axes (from which shardings follow) and initialiser.
 
-    Weight decay applies to matrices: not to vectors, nor to the scales and biases of several experts or heads.
+    exact: used in float32 whatever the compute dtype. Weight decay applies to matrices: not to vectors, nor to the
+    scales and biases of several experts or heads.
     """
     assert len(shape) == len(axes), (shape, axes)
     decay = init not in (zeros, ones) and len(shape) > 1
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes, decay=decay)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes, decay=decay, exact=exact)
 
 
 def scaled_normal(fan_in: int, scale: float = 1.0) -> Initializer:
@@ -43,8 +47,8 @@ class Norm(nnx.Module):
 
     def __init__(self, d_model: int, *, kind: str = "rmsnorm", eps: float = 1e-6, rngs: nnx.Rngs) -> None:
         self.kind, self.eps = kind, eps
-        self.scale = weight(rngs, (d_model,), ("embed",), ones)
-        self.bias = weight(rngs, (d_model,), ("embed",), zeros) if kind == "layernorm" else None
+        self.scale = weight(rngs, (d_model,), (None,), ones, exact=True)
+        self.bias = weight(rngs, (d_model,), (None,), zeros, exact=True) if kind == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
@@ -68,10 +72,24 @@ def along_last(v: jax.Array, like: jax.Array) -> jax.Array:
     return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
-GATED = {"swiglu": jax.nn.silu, "geglu": lambda x: jax.nn.gelu(x, approximate=False)}
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, x·Φ(x). Its derivative Φ(x) + x·φ(x) is written out: that of erf fails in a manual region on jax 0.12.0."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (t,) = primals, tangents
+    cdf = 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+    pdf = jnp.exp(-0.5 * jnp.square(x)) * (2 * math.pi) ** -0.5
+    return gelu(x), t * (cdf + x * pdf)
+
+
+GATED = {"swiglu": jax.nn.silu, "geglu": gelu}
 assert tuple(GATED) == GATED_ACTIVATIONS
 PLAIN = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.layers.common import GATED, Tokens, activate, along_last, scaled_normal, weight, zeros
+from uoe_jax.region import WHOLE, Region, run
 
 
 class MLP(nnx.Module):
@@ -33,23 +34,34 @@ class MLP(nnx.Module):
         self.w_down = weight(rngs, (f, d), ("hidden", "embed"), scaled_normal(f, out_scale))
         self.b_up = weight(rngs, (f,), ("hidden",), zeros) if bias else None
         self.b_gate = weight(rngs, (f,), ("hidden",), zeros) if bias and self.w_gate is not None else None
-        self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
+        self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
-        """Every token by itself; returns (y_BLD, None: nothing is routed)."""
-        x = x_BLD.astype(self.dtype)
+        """Every token by itself; returns (y_BLD, None: nothing is routed). On a mesh, hidden units lie on `expert`."""
+        graphdef, weights = nnx.split(self)
+
+        def share(weights: nnx.State, x_BLD: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, weights)._forward(x_BLD, region), None
+
+        return run(share, weights, x_BLD, dtype=self.dtype)
+
+    def _forward(self, x_BLD: jax.Array, region: Region = WHOLE) -> jax.Array:
+        x = region.enter(x_BLD.astype(self.dtype))[1]
         up = checkpoint_name(self._linear(x, self.w_up, self.b_up), "hidden")
         gate = None if self.w_gate is None else checkpoint_name(self._linear(x, self.w_gate, self.b_gate), "hidden")
-        return self._linear(activate(self.activation, up, gate), self.w_down, self.bias_out), None
+        y = region.leave(self._linear(activate(self.activation, up, gate), self.w_down, None))
+        return self._biased(y, self.bias_out)
 
     def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        y = x @ kernel[...].astype(self.dtype)
+        return self._biased(x @ kernel[...].astype(self.dtype), bias)
+
+    def _biased(self, y: jax.Array, bias: nnx.Param | None) -> jax.Array:
         return y if bias is None else y + along_last(bias[...].astype(self.dtype), y)
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, tuple]:
         """The whole prompt; a dense MLP needs no cache."""
-        return self(x_BLD)[0], ()
+        return self._forward(x_BLD), ()
 
     def step(self, x_BD: jax.Array, cache: tuple, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, tuple]:
         """One token of each sequence."""
-        return self(x_BD[:, None])[0][:, 0], cache
+        return self._forward(x_BD[:, None])[:, 0], cache

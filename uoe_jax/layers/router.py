@@ -1,4 +1,4 @@
-"""The router of one block: patch summaries to a Selection, for whole rows and token by token."""
+"""The router of one block: patch summaries to a decision, for whole rows and token by token."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from flax import nnx
 
 from uoe_jax import routing as routing_lib
 from uoe_jax.config import RoutingConfig
+from uoe_jax.dispatch import Selection
 from uoe_jax.layers.common import along_last, lengthened, scaled_normal, valid_mean, weight, zeros
-from uoe_jax.routing import RoutingStats, Selection
+from uoe_jax.routing import Decision, RoutingStats
 
 
 class RouterCache(NamedTuple):
@@ -41,19 +42,19 @@ class Router(nnx.Module):
         n, unit = routing.n_experts, routing.unit
 
         def kernel() -> nnx.Param:
-            return weight(rngs, (d_model, n), ("embed", None), scaled_normal(d_model, 0.3))
+            return weight(rngs, (d_model, n), ("embed", None), scaled_normal(d_model, 0.3), exact=True)
 
         def bias() -> nnx.Param | None:
-            return weight(rngs, (n,), (None,), zeros) if routing.router_bias else None
+            return weight(rngs, (n,), (None,), zeros, exact=True) if routing.router_bias else None
 
         # Not trained: no gradient reaches it, and the train step moves it by the load (`routing.rebalanced`).
-        self.load_bias = weight(rngs, (n,), (None,), zeros) if routing.bias_rate else None
+        self.load_bias = weight(rngs, (n,), (None,), zeros, exact=True) if routing.bias_rate else None
         self.kernel, self.bias = (None, None) if unit == "sequence" else (kernel(), bias())
         self.sequence_kernel, self.sequence_bias = (None, None) if unit == "patch" else (kernel(), bias())
 
     def __call__(
         self, x_BMPD: jax.Array, valid_BMP: jax.Array, keys_B: jax.Array | None = None
-    ) -> tuple[Selection, RoutingStats]:
+    ) -> tuple[Decision, RoutingStats]:
         """Routes whole rows. Args: x_BMPD patches; valid_BMP bool, False for padding tokens; keys_B in training."""
         if self.causal:
             summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32)
@@ -66,7 +67,7 @@ class Router(nnx.Module):
             summary_BD = valid_mean(x_BMPD.reshape(b, m * p, d), valid_BMP.reshape(b, m * p))
             sequence_logits = _logits(summary_BD, self.sequence_kernel, self.sequence_bias)
         valid_BM = valid_BMP.any(axis=2)
-        return routing_lib.select(patch_logits, valid_BM, self.routing, sequence_logits, self._load_bias(), keys_B)
+        return routing_lib.decide(patch_logits, valid_BM, self.routing, sequence_logits, self._load_bias(), keys_B)
 
     def _load_bias(self) -> jax.Array | None:
         return None if self.load_bias is None else jax.lax.stop_gradient(self.load_bias[...])

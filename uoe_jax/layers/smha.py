@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import RoutingConfig
-from uoe_jax.layers.attention import attend, attend_one, placed
+from uoe_jax.layers.attention import attend, attend_one, group_keys, placed
 from uoe_jax.layers.common import Tokens, ones, scaled_normal, weight, zeros
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert
@@ -60,17 +60,17 @@ class SMHA(Union):
         h, g, dh = n_heads // n, kv_heads // n, d // n_heads
         super().__init__(d, routing, causal=causal, dtype=dtype, rngs=rngs)
         self.drop_rate, self.qk_norm_eps = drop_rate, qk_norm_eps
-        into = ("expert", "embed", "heads", None)
+        into = ("expert", "embed", None, None)
         self.w_q = weight(rngs, (n, d, h, dh), into, scaled_normal(d))
         self.w_k = weight(rngs, (n, d, g, dh), into, scaled_normal(d))
         self.w_v = weight(rngs, (n, d, g, dh), into, scaled_normal(d))
-        self.w_o = weight(rngs, (n, h, dh, d), ("expert", "heads", None, "embed"), scaled_normal(d, out_scale))
-        self.b_q = weight(rngs, (n, h, dh), ("expert", "heads", None), zeros) if bias else None
-        self.b_k = weight(rngs, (n, g, dh), ("expert", "heads", None), zeros) if bias else None
-        self.b_v = weight(rngs, (n, g, dh), ("expert", "heads", None), zeros) if bias else None
+        self.w_o = weight(rngs, (n, h, dh, d), ("expert", None, None, "embed"), scaled_normal(d, out_scale))
+        self.b_q = weight(rngs, (n, h, dh), ("expert", None, None), zeros) if bias else None
+        self.b_k = weight(rngs, (n, g, dh), ("expert", None, None), zeros) if bias else None
+        self.b_v = weight(rngs, (n, g, dh), ("expert", None, None), zeros) if bias else None
         self.q_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.k_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
-        self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
+        self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
 
     def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
         def project(w: nnx.Param, bias: nnx.Param | None) -> jax.Array:
@@ -91,7 +91,8 @@ class SMHA(Union):
             segments_NBS = jnp.where(slots.filled_NBS, 1 if segments_NBS is None else segments_NBS, -1)
         folded = (a if a is None else a.reshape(n * b, *a.shape[2:]) for a in (q, k, v, segments_NBS, slots.keys_NB))
         *rows, keys = folded
-        o_NBShk = attend(*rows, self.causal, self.drop_rate, keys).reshape(q.shape)
+        keys_RG = None if keys is None else group_keys(keys, k.shape[3])
+        o_NBShk = attend(*rows, self.causal, self.drop_rate, keys_RG).reshape(q.shape)
         return self._out(o_NBShk, slots.weight_NBS), (k, v)
 
     def _placed(self, q: jax.Array, k: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from uoe_jax.config import RoutingConfig
 from uoe_jax.dispatch import combine_slots, gather_own, gather_rows, gather_slots
 from uoe_jax.layers.common import Tokens, fold, tokens_like
 from uoe_jax.layers.router import Router, patches
+from uoe_jax.region import WHOLE, Region, run
 from uoe_jax.routing import RoutingStats, Selection
 
 
@@ -72,21 +73,33 @@ class Union(nnx.Module):
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats]:
         """Returns (y_BLD, statistics). The last patch is filled up where L is no multiple of P; padding tokens give zeros.
 
-        Raises:
-          ValueError: in training, `sequence_group` does not divide the rows.
-        """
-        y_BLD, stats, _, _ = self._forward(x_BLD, tokens_like(x_BLD) if tokens is None else tokens)
-        return y_BLD, stats
+        On a mesh of several devices (`jax.set_mesh`) this is one fully manual region: every device routes the patches of
+        its own rows, works on the experts it holds, and the results are added by one reduction over `expert`.
 
-    def _forward(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RoutingStats, Selection, Any]:
-        p, length = self.routing.patch_size, x_BLD.shape[1]
+        Raises:
+          ValueError: in training, `sequence_group` does not divide the rows of a device.
+        """
+        graphdef, weights = nnx.split(self)
+
+        def share(weights: nnx.State, x_BLD: jax.Array, tokens: Tokens, region: Region) -> tuple[jax.Array, RoutingStats]:
+            return nnx.merge(graphdef, weights)._forward(x_BLD, tokens, region)[:2]
+
+        return run(share, weights, x_BLD, tokens_like(x_BLD) if tokens is None else tokens, dtype=self.dtype)
+
+    def _forward(
+        self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
+    ) -> tuple[jax.Array, RoutingStats, Selection, Any]:
+        """The block on all experts, or on this part's rows and experts, whose weights `self` then has."""
+        p, length = self.routing.patch_size, tokens.positions_BL.shape[1]
         tokens = tokens.padded(length + -length % p)
-        x_BMPD = patches(x_BLD.astype(self.dtype), p)
+        # Every part decides the same for all experts; from there on each works for its own.
+        shared_BMPD, x_BMPD = (patches(x, p) for x in region.enter(x_BLD.astype(self.dtype)))
         b, m, _, d = x_BMPD.shape
         segments_BMP = None if tokens.segments_BL is None else patches(tokens.segments_BL, p)
         valid_BMP = jnp.ones((b, m, p), bool) if segments_BMP is None else segments_BMP > 0
         with jax.named_scope("route"):
-            selection, stats = self.router(x_BMPD, valid_BMP, tokens.folded(0).keys_B)
+            decision, stats = self.router(shared_BMPD, valid_BMP, tokens.folded(0).keys_B)
+            selection = decision.of_part(region.part, region.parts).pack()
         n, r, c = selection.slots_NRC.shape
 
         def at_slots(values_BLX: jax.Array) -> jax.Array:
@@ -99,7 +112,7 @@ class Union(nnx.Module):
             filled_NBS=jnp.repeat(selection.valid_NRC, p, axis=-1),
             segments_NBS=None if tokens.segments_BL is None else at_slots(tokens.segments_BL),
             rotary=None if tokens.rotary is None else tuple(at_slots(t) for t in tokens.rotary),
-            keys_NB=None if tokens.keys_B is None else _expert_keys(tokens.folded(1).keys_B, selection.sequence_NR),
+            keys_NB=None if tokens.keys_B is None else _expert_keys(tokens.folded(1).keys_B, selection.sequence_NR, n * region.part),
         )
         if self.routing.order == "gather":
             with jax.named_scope("dispatch"):
@@ -114,10 +127,12 @@ class Union(nnx.Module):
             y_NBSD, kept = self._experts(entered, slots)
         with jax.named_scope("combine"):
             y_BMF = combine_slots(y_NBSD.reshape(n, r, c, p * d), selection, self.routing.dispatch)
-        y_BLD = y_BMF.reshape(b, m * p, d)
+        with jax.named_scope("union"):
+            y_BLD = region.leave(y_BMF.reshape(b, m * p, d)[:, :length])
         if self.bias_out is not None:
-            y_BLD = y_BLD + jnp.where(valid_BMP.reshape(b, m * p, 1), self.bias_out[...].astype(self.dtype)[None, None], 0)
-        return y_BLD[:, :length], stats, selection, kept
+            valid_BL1 = region.own_tokens(valid_BMP.reshape(b, m * p, 1)[:, :length])
+            y_BLD = y_BLD + jnp.where(valid_BL1, self.bias_out[...].astype(self.dtype)[None, None], 0)
+        return y_BLD, stats, selection, kept
 
     def _union(self, y_NB1D: jax.Array) -> jax.Array:
         """Sums the experts' outputs for one token of each sequence, [B,D]."""
@@ -125,6 +140,7 @@ class Union(nnx.Module):
         return y_BD if self.bias_out is None else y_BD + self.bias_out[...].astype(self.dtype)[None]
 
 
-def _expert_keys(keys_B: jax.Array, sequence_NR: jax.Array) -> jax.Array:
-    """A key for each row of every expert, [N,R], that depends on its sequence and the expert only."""
-    return jax.vmap(lambda i, rows_R: fold(keys_B[rows_R], i))(jnp.arange(sequence_NR.shape[0]), sequence_NR)
+def _expert_keys(keys_B: jax.Array, sequence_NR: jax.Array, first: int | jax.Array) -> jax.Array:
+    """A key for each row of the experts from `first` on, [N,R], that depends on its sequence and the expert only."""
+    experts_N = first + jnp.arange(sequence_NR.shape[0])
+    return jax.vmap(lambda i, rows_R: fold(keys_B[rows_R], i))(experts_N, sequence_NR)

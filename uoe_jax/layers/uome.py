@@ -47,13 +47,13 @@ class UoME(Union):
             raise ValueError(f"d_hidden={d_hidden} cannot be cut in n_experts={n} equal partitions")
         super().__init__(d, routing, causal=causal, dtype=dtype, rngs=rngs)
         self.activation = activation
-        into, out = ("expert", "embed", "hidden"), ("expert", "hidden", "embed")
+        into, out = ("expert", "embed", None), ("expert", None, "embed")
         self.w_up = weight(rngs, (n, d, f), into, scaled_normal(d))
         self.w_gate = weight(rngs, (n, d, f), into, scaled_normal(d)) if activation in GATED else None
         self.w_down = weight(rngs, (n, f, d), out, scaled_normal(d_hidden, out_scale))
-        self.b_up = weight(rngs, (n, f), ("expert", "hidden"), zeros) if bias else None
-        self.b_gate = weight(rngs, (n, f), ("expert", "hidden"), zeros) if bias and self.w_gate is not None else None
-        self.bias_out = weight(rngs, (d,), ("embed",), zeros) if bias else None
+        self.b_up = weight(rngs, (n, f), ("expert", None), zeros) if bias else None
+        self.b_gate = weight(rngs, (n, f), ("expert", None), zeros) if bias and self.w_gate is not None else None
+        self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
 
     def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
         into = ((self.w_up, self.b_up), (self.w_gate, self.b_gate))

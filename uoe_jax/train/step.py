@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Callable, NamedTuple
 
@@ -9,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from uoe_jax import mesh as mesh_lib
-from uoe_jax.checks import divisors
 from uoe_jax.config import Config, ModelConfig, OptimizerConfig
 from uoe_jax.decompose import BLOCKS
 from uoe_jax.errors import ConfigError
+from uoe_jax.layers.ends import cross_entropy
 from uoe_jax.model import Stats, Transformer
 from uoe_jax.routing import rebalanced
 
@@ -52,7 +53,7 @@ class Program(NamedTuple):
       model: params -> Transformer.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     init: Callable[[jax.Array], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
     eval_step: Callable[[Params, Batch], Sums]
@@ -108,7 +109,7 @@ def batch_sums(model: Transformer, batch: Batch) -> Sums:
     """Next-token losses of a batch, in nats, summed over valid tokens; the batch of a train step has `keys` as well."""
     logits, routing = model(batch["tokens"], batch["segments"], batch["positions"], batch.get("keys"))
     valid_BL = batch["segments"] > 0
-    nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    nll_BL = cross_entropy(logits, batch["targets"])
     return Sums(
         nll=jnp.where(valid_BL, nll_BL, 0).sum(),
         tokens=valid_BL.sum(dtype=jnp.float32),
@@ -118,18 +119,15 @@ def batch_sums(model: Transformer, batch: Batch) -> Sums:
     )
 
 
-def build(config: Config, mesh: Mesh) -> Program:
+def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     """Derives everything compiled from the configuration; nothing is allocated."""
     if config.model.task != "language":
         raise ConfigError("config.model.task", config.model.task, "training knows no classes yet; use 'language'")
+    mesh_lib.check(config, mesh)
     init_params, rebuild, declarations = functional(config.model)
     shardings = declared(declarations, lambda w, shape: mesh_lib.weight_sharding(mesh, w.logical_axes, shape))
     optimizer = make_optimizer(config.optimizer, config.decay_steps, declared(declarations, lambda w, _: w.decay))
     rate = learning_rate(config.optimizer, config.decay_steps)
-    mesh_lib.check_rows(mesh, config.train.batch_size // config.train.accumulation, "config.train.batch_size")
-    mesh_lib.check_rows(mesh, config.eval_batch_size, "config.eval.batch_size")
-    check_groups(config, mesh)
-
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -142,6 +140,16 @@ def build(config: Config, mesh: Mesh) -> Program:
     placed = TrainState(mesh_lib.replicated(mesh), shardings, like_params)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
 
+    def sharing(f: Callable[..., Any]) -> Callable[..., Any]:
+        """f, with activations between blocks as the mesh is configured."""
+
+        @functools.wraps(f)
+        def wrapped(*args: Any) -> Any:
+            with mesh_lib.sequence_parallel(config.mesh.sequence_parallel):
+                return f(*args)
+
+        return wrapped
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         batch = {**batch, "keys": row_keys(config, state.step)}
         grads, sums = accumulated_gradients(config, rebuild, state.params, batch)
@@ -152,12 +160,17 @@ def build(config: Config, mesh: Mesh) -> Program:
         new = TrainState(state.step + 1, params, opt)
         return new, {"sums": sums, "grad_norm": optax.global_norm(grads), "learning_rate": used_rate}
 
-    rows = mesh_lib.batch_sharding(mesh)
+    def eval_step(params: Params, batch: Batch) -> Sums:
+        return batch_sums(rebuild(params), batch)
+
+    rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
     return Program(
         mesh=mesh,
         init=jax.jit(init, out_shardings=placed),
-        train_step=jax.jit(train_step, donate_argnums=0, in_shardings=(placed, rows), out_shardings=(placed, None)),
-        eval_step=jax.jit(lambda params, batch: batch_sums(rebuild(params), batch), in_shardings=(shardings, rows)),
+        train_step=jax.jit(
+            sharing(train_step), donate_argnums=0, in_shardings=(placed, rows), out_shardings=(placed, everywhere)
+        ),
+        eval_step=jax.jit(sharing(eval_step), in_shardings=(shardings, rows), out_shardings=everywhere),
         abstract=abstract,
         model=rebuild,
     )
@@ -168,15 +181,6 @@ def row_keys(config: Config, step: jax.Array) -> jax.Array:
     root = jax.random.fold_in(jax.random.key(config.train.seed), 0x726F7773)  # far from those of the initialisation
     key = jax.random.fold_in(root, step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(config.train.batch_size))
-
-
-def check_groups(config: Config, mesh: Mesh) -> None:
-    """Refuses a `sequence_group` that does not divide the rows of one device's microbatch."""
-    rows = config.train.batch_size // config.train.accumulation // mesh_lib.batch_parts(mesh)
-    for name, r in config.model.routed().items():
-        if r.sequence_capacity_factor and rows % r.sequence_group:
-            remedy = f"must divide the {rows} rows of one device's microbatch: {divisors(rows)}"
-            raise ConfigError(f"config.model.{name}.sequence_group", r.sequence_group, remedy)
 
 
 def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:

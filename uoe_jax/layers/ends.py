@@ -1,0 +1,53 @@
+"""What is before and after the blocks: tables that are looked up, and the scores of a vocabulary.
+
+A vocabulary lies on `expert` where the axis divides it. Then every part looks up the ids it has and the reduction that
+ends a block puts them together; scores stay cut over the vocabulary, and no device ever holds all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from uoe_jax import mesh as mesh_lib
+from uoe_jax.region import Region, run
+
+
+def lookup(table: nnx.Param, ids_BL: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a table [V,D] at ids, [B,L,D] in `dtype`, as activations lie between blocks."""
+    whole = table.shape[0]
+
+    def share(table: nnx.Param, ids_BL: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
+        table_vD = table[...].astype(dtype)
+        v = table_vD.shape[0]
+        if v == whole:
+            return table_vD[region.own_tokens(ids_BL)], None
+        own_BL = ids_BL - v * region.part
+        here_BL = (own_BL >= 0) & (own_BL < v)
+        return region.leave(jnp.where(here_BL[..., None], table_vD[jnp.where(here_BL, own_BL, 0)], 0)), None
+
+    return run(share, table, ids_BL, dtype=dtype, enters=False)[0]
+
+
+def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: jax.Array) -> jax.Array:
+    """float32 scores [B,L,V] of every token's state; head [D,V], or (tied) the embedding [V,D]."""
+    axis = 0 if tied else 1
+    cut = mesh_lib.is_cut("vocab", head.shape[axis])
+
+    def share(head: nnx.Param, x_BLD: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
+        x_BLD = region.enter(x_BLD)[1] if cut else x_BLD
+        kernel_DV = head[...].T if tied else head[...]
+        return jnp.matmul(x_BLD, kernel_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32), None
+
+    return run(share, head, x_BLD, dtype=x_BLD.dtype, cut_last=cut)[0]
+
+
+def cross_entropy(scores_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
+    """-log softmax(scores) at the targets, float32 [B,L]; sums over V only, so that a cut vocabulary stays cut."""
+    top_BL1 = jax.lax.stop_gradient(scores_BLV.max(axis=-1, keepdims=True))
+    total_BL = jnp.log(jnp.exp(scores_BLV - top_BL1).sum(axis=-1)) + top_BL1[..., 0]
+    hit_BLV = jnp.arange(scores_BLV.shape[-1])[None, None] == targets_BL[..., None]
+    return total_BL - jnp.where(hit_BLV, scores_BLV, 0).sum(axis=-1)

@@ -1,0 +1,118 @@
+"""Compiles the train step for forced host devices, in a process of its own, and says what XLA says of it.
+
+`compile_step` is for the caller; `python -m uoe_jax.plan.compiled` is the process: a configuration in (JSON), a `Compiled`
+out. Nothing of the model is allocated: the step is lowered from shapes. A process, because the number of devices is settled
+when jax starts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+from uoe_jax.config import Config, from_dict, to_dict
+from uoe_jax.errors import EXIT_BAD_INPUT, UserError
+from uoe_jax.plan.hlo import Array, Collective, collectives
+
+# The code is never run, so LLVM need not try; what XLA decides (memory, collectives) is decided before it.
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+class Compiled(NamedTuple):
+    """Bytes are of one device, as XLA counts them: arguments (state and batch), outputs, outputs written over arguments,
+    and everything in between. `seconds` and `process_bytes` (largest resident size) are those of the compilation."""
+
+    arguments: int
+    outputs: int
+    alias: int
+    temporary: int
+    parameters: int
+    optimizer: int
+    collectives: tuple[Collective, ...]
+    seconds: float
+    process_bytes: int
+    jax: str
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.outputs - self.alias + self.temporary
+
+
+def compile_step(config: Config) -> Compiled:
+    """Compiles `config`'s train step for its mesh, whose sizes are all given, on as many host devices.
+
+    Raises:
+      UserError: what the configuration is refused for.
+      RuntimeError: the compilation failed; with what it wrote.
+    """
+    mesh = config.mesh
+    devices = mesh.replica * mesh.data * mesh.fsdp * mesh.expert
+    mine = {k: v for k, v in os.environ.items() if not k.startswith(("UOE_", "JAX_", "XLA_"))}
+    flags = f"--xla_force_host_platform_device_count={devices} {FLAGS}"
+    env = {**mine, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    command = [sys.executable, "-m", "uoe_jax.plan.compiled"]
+    done = subprocess.run(command, input=json.dumps(to_dict(config)), capture_output=True, text=True, env=env)
+    if done.returncode == EXIT_BAD_INPUT and done.stdout:
+        raise UserError(json.loads(done.stdout)["error"])
+    if done.returncode:
+        raise RuntimeError(f"the compilation for {devices} host devices ended with {done.returncode}: {done.stderr[-4000:]}")
+    found = json.loads(done.stdout)
+    moved = (Collective(k, Array(o[0], tuple(o[1])), Array(r[0], tuple(r[1])), tuple(axes), *rest)
+             for k, o, r, axes, *rest in found.pop("collectives"))  # fmt: skip
+    return Compiled(**found, collectives=tuple(moved))
+
+
+def describe(config: Config) -> Compiled:
+    """The same in this process, which must have the devices."""
+    import resource
+
+    import jax
+    import jax.numpy as jnp
+
+    from uoe_jax import mesh as mesh_lib
+    from uoe_jax.train.step import build
+
+    begun = time.monotonic()
+    mesh = mesh_lib.make_mesh(config.mesh)
+    rows, length = config.train.batch_size, config.model.context_length
+    batch = {k: jax.ShapeDtypeStruct((rows, length), jnp.int32) for k in ("tokens", "targets", "segments", "positions")}
+    batch["n_bytes"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    with jax.set_mesh(mesh):
+        program = build(config, mesh)
+        compiled = program.train_step.lower(program.abstract, batch).compile()
+    memory = compiled.memory_analysis()
+
+    def held(tree: Any) -> int:
+        arrays = jax.tree.leaves(tree)
+        return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
+
+    return Compiled(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        alias=memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        parameters=held(program.abstract.params),
+        optimizer=held(program.abstract.opt),
+        collectives=tuple(collectives(compiled.as_text(), dict(mesh.shape))),
+        seconds=time.monotonic() - begun,
+        process_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        jax=jax.__version__,
+    )
+
+
+def main() -> int:
+    try:
+        print(json.dumps(describe(from_dict(json.load(sys.stdin)))._asdict()))
+        return 0
+    except UserError as error:
+        print(json.dumps({"error": str(error)}))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Several processes: how they find each other, and how they stay agreed.
+
+Each is told, by its launcher and by nothing else, through three variables: UOE_COORDINATOR (host:port of process 0, the
+same for all), UOE_PROCESSES (how many) and UOE_PROCESS_ID (0, 1, …). None of them: one process.
+
+What only one process can see (a file, a disk, a clock, a signal) is decided in process 0 and told to the others
+(`by_first`), or compared (`same`). Both go through JAX's coordination service and not through a device, so they work
+before the first device is touched and name who is missing. Every process must make these calls in the same order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from typing import Any, Callable, Mapping, TypeVar
+
+from uoe_jax import errors
+from uoe_jax.errors import UserError
+
+T = TypeVar("T")
+COORDINATOR, PROCESSES, PROCESS_ID = NAMES = ("UOE_COORDINATOR", "UOE_PROCESSES", "UOE_PROCESS_ID")
+
+# Launchers that start several tasks, and what they tell each of them. Not used, only to notice that nobody told us.
+_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_PATIENCE_S = 600  # for what process 0 does while the others wait: reading the data, opening the workdir
+_calls = itertools.count()
+
+
+def told(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
+    """(coordinator, processes, this one's id) from the environment; None for a single process. Imports no jax.
+
+    Raises:
+      UserError: some of the three are missing or cannot be right; or several tasks were started and told nothing.
+    """
+    given = {name: environ[name] for name in NAMES if environ.get(name)}
+    if not given:
+        for name in _TASK_COUNTS:
+            if environ.get(name, "1") not in ("", "1"):
+                raise UserError(
+                    f"{name}={environ[name]}: {environ[name]} tasks were started and none was told its place, so each "
+                    f"would train alone in the same workdir; set {', '.join(NAMES)} as launch/slurm.sbatch does"
+                )
+        return None
+    for name in NAMES:
+        if name not in given:
+            raise UserError(f"{name}: is not set while {next(iter(given))} is; give all of {', '.join(NAMES)}, or none")
+    address, port = given[COORDINATOR].rpartition(":")[::2]
+    if not address or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"{COORDINATOR}={given[COORDINATOR]}: give host:port of process 0, such as node1:8476")
+    count, me = (int(v) if v.isdigit() else -1 for v in (given[PROCESSES], given[PROCESS_ID]))
+    if count < 1:
+        raise UserError(f"{PROCESSES}={given[PROCESSES]}: give the number of processes, 1 or more")
+    if not 0 <= me < count:
+        raise UserError(f"{PROCESS_ID}={given[PROCESS_ID]}: give a number from 0 to {count - 1} ({PROCESSES}={count})")
+    return given[COORDINATOR], count, me
+
+
+def join() -> None:
+    """Meets the other processes, where there are any; before the first use of a device.
+
+    JAX ends the process without an exception where the others do not come, so what is waited for is said before.
+    """
+    place = told()
+    if place is None:
+        return
+    import jax
+
+    coordinator, count, me = place
+    print(f"uoe: process {me} of {count}: meeting the others at {coordinator}", file=sys.stderr, flush=True)
+    here = coordinator.rpartition(":")[0] in ("127.0.0.1", "localhost")
+    jax.distributed.initialize(
+        coordinator,
+        count,
+        me,
+        cluster_detection_method="deactivate",  # under SLURM it would take one device a task
+        coordinator_bind_address=coordinator if here else None,  # else all interfaces
+    )
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes logs and files."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def by_first(do: Callable[[], T]) -> T:
+    """What `do` gives in process 0, in every process; what it raises is raised in every process.
+
+    The result must be JSON (lists, not tuples).
+    """
+    client = _client()
+    if client is None:
+        return do()
+    name = f"uoe/first/{next(_calls)}"
+    if not is_first():
+        found = json.loads(client.blocking_key_value_get(name, _PATIENCE_S * 1000))
+        if "error" in found:
+            raise _Told(found["error"], found["exit_code"])
+        return found["value"]
+    try:
+        value = do()
+        client.key_value_set(name, json.dumps({"value": value}))
+        return value
+    except Exception as error:
+        code = error.exit_code if isinstance(error, UserError) else errors.EXIT_FAILED
+        client.key_value_set(name, json.dumps({"error": f"process 0: {error}"[:2000], "exit_code": code}))
+        raise
+
+
+def same(what: str, value: str, remedy: str) -> None:
+    """Refuses to go on where a process has another value than process 0.
+
+    Raises:
+      UserError: naming the first process that differs; in every process.
+    """
+    client = _client()
+    if client is None:
+        return
+    import jax
+
+    call, count = next(_calls), jax.process_count()
+    client.key_value_set(f"uoe/same/{call}/{jax.process_index()}", value)
+    values = [client.blocking_key_value_get(f"uoe/same/{call}/{i}", _PATIENCE_S * 1000) for i in range(count)]
+    for i, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(f"{what}={other[:200]} in process {i} and {values[0][:200]} in process 0: {remedy}")
+
+
+def preempted(step: int) -> bool:
+    """Whether all processes are to stop at this step, because one of them got SIGTERM; to be asked at every step."""
+    if _client() is None:
+        return False
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+class _Told(UserError):
+    """What process 0 said went wrong there."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def _client() -> Any:
+    """JAX's client of the coordination service; None where there is one process. The one private name we use for it."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
