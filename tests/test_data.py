@@ -445,20 +445,20 @@ def test_every_epoch_has_every_row_once_in_a_new_order():
 def test_processes_share_one_global_batch(n_processes):
     whole = TrainBatches(ROWS, 8, seed=1)
     share = 8 // n_processes
-    parts = [TrainBatches(ROWS, 8, 1, (p * share, (p + 1) * share)) for p in range(n_processes)]
+    parts = [TrainBatches(ROWS, 8, 1, range(p * share, (p + 1) * share)) for p in range(n_processes)]
     for step in (0, 5, 60):
         got = [part[step] for part in parts]
         assert_rows_equal({key: np.concatenate([g[key] for g in got]) for key in got[0]}, whole[step])
-    with pytest.raises(ValueError, match="rows_slice"):
-        TrainBatches(ROWS, 8, 1, (4, 9))
+    with pytest.raises(ValueError, match="held"):
+        TrainBatches(ROWS, 8, 1, range(4, 9))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, len(ROWS), len(ROWS) + 5])
 @pytest.mark.parametrize("n_processes", [1, 2])
 def test_evaluation_counts_every_row_once(batch_size, n_processes):
     cut = batch_size // 2
-    slices = [None] if n_processes == 1 or not cut else [(0, cut), (cut, batch_size)]
-    per_process = [list(eval_batches(ROWS, batch_size, rows_slice=s)) for s in slices]
+    slices = [None] if n_processes == 1 or not cut else [range(cut), range(cut, batch_size)]
+    per_process = [list(eval_batches(ROWS, batch_size, held=s)) for s in slices]
     assert {len(batches) for batches in per_process} == {-(-len(ROWS) // batch_size)}
     steps = zip(*per_process, strict=True)
     got = [{key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in steps]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Sequence
 
 from uoe_jax import config as config_lib
+from uoe_jax import processes
 from uoe_jax.config import Config
 from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, UserError
 
@@ -33,18 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = _parser().parse_known_args(argv)
         overrides = _overrides(rest, options)
         return options.run(options, overrides) or EXIT_DONE
+    except processes.Told as error:
+        exit_code = error.exit_code
     except UserError as error:
         if "--debug" in argv:
             traceback.print_exc()
         print(f"uoe: {error}", file=sys.stderr)
-        return error.exit_code
+        exit_code = error.exit_code
     except KeyboardInterrupt:
         print("uoe: interrupted at once; the same command goes on from the last checkpoint", file=sys.stderr)
-        return EXIT_FAILED
+        exit_code = EXIT_FAILED
     except BrokenPipeError:
-        return EXIT_FAILED
+        exit_code = EXIT_FAILED
     except Exception as error:
-        return _unexpected(error, None if options is None or options.debug else Path(options.workdir))
+        exit_code = _unexpected(error, None if options is None or options.debug else Path(options.workdir))
+    processes.leave(exit_code)
+    return exit_code
 
 
 def _unexpected(error: Exception, workdir: Path | None) -> int:
@@ -170,7 +175,8 @@ def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     check_record(options.workdir, data.record)
     with restored(config, options.workdir, options.step) as run:
         found, _ = evaluate(run.program, run.state.params, getattr(data, options.split), config)
-        print(json.dumps({"step": run.step, "split": options.split, **found}))
+        if processes.is_first():
+            print(json.dumps({"step": run.step, "split": options.split, **found}))
     return EXIT_DONE
 
 
@@ -193,17 +199,22 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     with restored(config, options.workdir, options.step) as run:
         sampler = Sampler(config, run.program.model, run.state.params, make_tokenizer(config.data.tokenizer))
         completion = sampler.complete([config.generate.prompt])[0]
-        print(completion.text)
-        end = "end of document" if completion.ended else f"limit of {completion.n_tokens} tokens"
-        rate = sampler.drawn / max(sampler.seconds, 1e-9)
-        print(f"[step {run.step}: {end}; {rate:.1f} tokens/s, compilation included]", file=sys.stderr)
-        dense = cache_bytes(config.model, rows=1, dense=True)
-        print(
-            f"[cache of {config.model.context_length} tokens: {sampler.cache_bytes / 1e3:.1f} kB, "
-            f"{sampler.cache_bytes / dense:.2f} of the {dense / 1e3:.1f} kB of dense attention]",
-            file=sys.stderr,
-        )
+        if processes.is_first():
+            _print_completion(run.step, completion, sampler, cache_bytes(config.model, rows=1, dense=True))
     return EXIT_DONE
+
+
+def _print_completion(step: int, completion: Any, sampler: Any, dense_bytes: int) -> None:
+    """The text, and to stderr what it took; dense_bytes: the cache of dense attention, to compare with."""
+    print(completion.text)
+    end = "end of document" if completion.ended else f"limit of {completion.n_tokens} tokens"
+    rate = sampler.drawn / max(sampler.seconds, 1e-9)
+    print(f"[step {step}: {end}; {rate:.1f} tokens/s, compilation included]", file=sys.stderr)
+    print(
+        f"[cache of {sampler.config.model.context_length} tokens: {sampler.cache_bytes / 1e3:.1f} kB, "
+        f"{sampler.cache_bytes / dense_bytes:.2f} of the {dense_bytes / 1e3:.1f} kB of dense attention]",
+        file=sys.stderr,
+    )
 
 
 def _stored_config(options: argparse.Namespace) -> Config:

@@ -63,31 +63,29 @@ def sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
 
 
 def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
-    """The devices in the order of the mesh, so that as little as can be crosses the slow network.
+    """The devices in the order of the mesh, so that the inner axes stay on the fast network.
 
-    Devices that a fast network joins share a `slice_index` (a TPU slice; the GPUs of one machine), else a process. Where
-    there are several such groups, the outermost batch axis whose size their number divides spans them: `replica` if it
-    is used.
+    Devices that a fast network joins share a `slice_index` (a TPU slice, the GPUs of one machine), else a process. Several
+    such groups are spread over the outermost axes that their number has factors in common with: `replica` where it is
+    used, and `expert` only where all others are too small.
 
     Raises:
-      ConfigError: the number of groups divides no batch axis, so that `expert` would cross the slow network.
+      ConfigError: the groups cannot be spread so.
     """
     by_process = len({getattr(d, "slice_index", None) for d in devices}) < 2
     groups = len({d.process_index if by_process else d.slice_index for d in devices})
-    inner = dict(shape)
     if groups == 1:
-        return mesh_utils.create_device_mesh(tuple(inner.values()), devices=devices)
-    spanning = next((a for a in BATCH_AXES if shape[a] % groups == 0), None)
-    if spanning is None:
-        what = "processes" if by_process else "slices"
-        remedy = f"{groups} {what} are joined by a slow network, which a batch axis must span: give one of " \
-                 f"{', '.join(BATCH_AXES)} a multiple of {groups}"
+        return mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices)
+    left, slow = groups, {}
+    for axis in AXES:
+        slow[axis] = math.gcd(left, shape[axis])
+        left //= slow[axis]
+    if left > 1:
+        remedy = f"{groups} {'processes' if by_process else 'slices'} are joined by a slow network and cannot be spread " \
+                 f"over the mesh {', '.join(f'{a}={s}' for a, s in shape.items())}; give replica a multiple of {groups}"
         raise ConfigError("config.mesh.replica", shape["replica"], remedy)
-    inner[spanning] //= groups
-    outer = {a: groups if a == spanning else 1 for a in AXES}
-    return mesh_utils.create_hybrid_device_mesh(
-        tuple(inner.values()), tuple(outer.values()), devices, process_is_granule=by_process
-    )
+    fast = tuple(shape[a] // slow[a] for a in AXES)
+    return mesh_utils.create_hybrid_device_mesh(fast, tuple(slow.values()), devices, process_is_granule=by_process)
 
 
 def current() -> AbstractMesh | None:
@@ -126,6 +124,11 @@ def placed_activations(x_BLD: jax.Array) -> jax.Array:
     """The same activations, said to lie on the current mesh as they must between blocks."""
     mesh = current()
     return x_BLD if mesh is None else jax.lax.with_sharding_constraint(x_BLD, activations(mesh))
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+    """The same values, said to be whole on every device of the current mesh, so that every process can read them."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, EVERYWHERE)
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -217,4 +220,5 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
         return jax.make_array_from_callback((rows, *own.shape[1:]), batch_sharding(mesh), part)
 
-    return {name: put(own) for name, own in batch.items()}
+    with jax.transfer_guard("allow"):  # what is meant to be transferred
+        return {name: put(own) for name, own in batch.items()}

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from typing import Any, Callable, Mapping, TypeVar
 
 from uoe_jax import errors
@@ -25,6 +26,7 @@ COORDINATOR, PROCESSES, PROCESS_ID = NAMES = ("UOE_COORDINATOR", "UOE_PROCESSES"
 # Launchers that start several tasks, and what they tell each of them. Not used, only to notice that nobody told us.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _PATIENCE_S = 600  # for what process 0 does while the others wait: reading the data, opening the workdir
+_LINGER_S = 3
 _calls = itertools.count()
 
 
@@ -79,6 +81,11 @@ def join() -> None:
     )
 
 
+def are_several() -> bool:
+    """Whether this process is one of several that met (`join`)."""
+    return _client() is not None
+
+
 def is_first() -> bool:
     """Whether this is the process that writes logs and files."""
     import jax
@@ -98,7 +105,7 @@ def by_first(do: Callable[[], T]) -> T:
     if not is_first():
         found = json.loads(client.blocking_key_value_get(name, _PATIENCE_S * 1000))
         if "error" in found:
-            raise _Told(found["error"], found["exit_code"])
+            raise Told(found["error"], found["exit_code"])
         return found["value"]
     try:
         value = do()
@@ -106,7 +113,7 @@ def by_first(do: Callable[[], T]) -> T:
         return value
     except Exception as error:
         code = error.exit_code if isinstance(error, UserError) else errors.EXIT_FAILED
-        client.key_value_set(name, json.dumps({"error": f"process 0: {error}"[:2000], "exit_code": code}))
+        client.key_value_set(name, json.dumps({"error": str(error)[:2000], "exit_code": code}))
         raise
 
 
@@ -130,16 +137,35 @@ def same(what: str, value: str, remedy: str) -> None:
 
 
 def preempted(step: int) -> bool:
-    """Whether all processes are to stop at this step, because one of them got SIGTERM; to be asked at every step."""
-    if _client() is None:
-        return False
+    """Whether all of several processes are to stop at this step, because one got SIGTERM; to be asked at every step."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-class _Told(UserError):
-    """What process 0 said went wrong there."""
+def leave(exit_code: int) -> None:
+    """Ends one of several processes after an error; returns where there is one process.
+
+    Not through Python's exit, where JAX would wait minutes for the others, who wait for this one in a collective.
+    Process 0 stays until the others have failed as well, or a few seconds: they end without a word once it is gone.
+    """
+    client = _client()
+    if client is None:
+        return
+    import jax
+
+    sys.stdout.flush(), sys.stderr.flush()
+    if is_first():
+        patience = time.monotonic() + _LINGER_S
+        while len(client.key_value_dir_get("uoe/left")) < jax.process_count() - 1 and time.monotonic() < patience:
+            time.sleep(0.05)
+    else:
+        client.key_value_set(f"uoe/left/{jax.process_index()}", str(exit_code))
+    os._exit(exit_code)
+
+
+class Told(UserError):
+    """What process 0 said went wrong there; it has told the person."""
 
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
@@ -147,7 +173,9 @@ class _Told(UserError):
 
 
 def _client() -> Any:
-    """JAX's client of the coordination service; None where there is one process. The one private name we use for it."""
+    """JAX's client of the coordination service; None where there is one process. The one private name used for it."""
+    if "jax" not in sys.modules:
+        return None  # nobody has met yet, and a wrong key is answered before jax is imported
     from jax._src import distributed
 
     return distributed.global_state.client

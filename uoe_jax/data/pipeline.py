@@ -1,6 +1,6 @@
 """Batches as pure functions of (seed, step): there is no iterator state, so resuming needs the step alone.
 
-Row r of step s is entry s * B + r of one endless shuffled order. A process that holds rows [lo, hi) of the global batch
+Row r of step s is entry s * B + r of one endless shuffled order. A process that holds some rows of the global batch
 reads just those, so neither the number of processes nor of devices changes any row or its place.
 """
 
@@ -11,7 +11,7 @@ import difflib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -95,25 +95,23 @@ def _known(key: str, name: str, table: dict[str, Callable[..., T]]) -> Callable[
 
 
 class TrainBatches:
-    """`batches[step]`: dict of arrays [B, …], or [hi - lo, …] with `rows_slice=(lo, hi)`; a new order every epoch."""
+    """`batches[step]`: dict of arrays [B, …], or of the rows `held` of them; a new order every epoch."""
 
-    def __init__(
-        self, rows: PackedRows, batch_size: int, seed: int, rows_slice: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, rows: PackedRows, batch_size: int, seed: int, held: Sequence[int] | None = None) -> None:
         import grain  # imports jax, a second or two: only who trains pays for it
 
         if not 0 <= seed < 2**32:
             raise ConfigError("train.seed", seed, "must be from 0 to 4294967295.")
         self._rows = rows
         self._batch_size = batch_size
-        self._lo, self._hi = _checked_slice(rows_slice, batch_size)
+        self._held = _checked_rows(held, batch_size)
         # grain orders the indices and we fetch the rows: the order is the same, and grain need not measure each row.
         self._order = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat(None)
 
     def row_indices(self, step: int) -> list[int]:
         """Which rows this process takes at this step."""
         base = step * self._batch_size
-        return [int(self._order[base + r]) for r in range(self._lo, self._hi)]
+        return [int(self._order[base + r]) for r in self._held]
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
@@ -122,26 +120,26 @@ class TrainBatches:
 
 
 def eval_batches(
-    rows: PackedRows, batch_size: int, limit: int = 0, rows_slice: tuple[int, int] | None = None
+    rows: PackedRows, batch_size: int, limit: int = 0, held: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """Every row exactly once, in order; the last batch is filled up with padding rows, which count for nothing.
 
     Args:
       limit: at most this many batches; 0 is all of them.
-      rows_slice: this process's rows [lo, hi) of each global batch; every process yields as many batches.
+      held: this process's rows of each global batch; every process yields as many batches.
     """
-    lo, hi = _checked_slice(rows_slice, batch_size)
+    held = _checked_rows(held, batch_size)
     n_batches = -(-len(rows) // batch_size)
     for b in range(min(n_batches, limit) if limit else n_batches):
-        indices = range(b * batch_size + lo, b * batch_size + hi)
+        indices = [b * batch_size + r for r in held]
         yield _stack([rows[i] if i < len(rows) else rows.padding_row() for i in indices])
 
 
-def _checked_slice(rows_slice: tuple[int, int] | None, batch_size: int) -> tuple[int, int]:
-    lo, hi = rows_slice or (0, batch_size)
-    if not 0 <= lo < hi <= batch_size:
-        raise ValueError(f"rows_slice {(lo, hi)} is not a part of a batch of {batch_size} rows")
-    return lo, hi
+def _checked_rows(held: Sequence[int] | None, batch_size: int) -> list[int]:
+    rows = list(range(batch_size)) if held is None else [int(r) for r in held]
+    if not rows or any(not 0 <= r < batch_size for r in rows):
+        raise ValueError(f"held={rows} are no rows of a batch of {batch_size}")
+    return rows
 
 
 def _stack(rows: list[Row]) -> Batch:

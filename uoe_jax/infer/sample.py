@@ -14,6 +14,7 @@ import numpy as np
 from uoe_jax.config import Config
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import UserError
+from uoe_jax.mesh import everywhere
 from uoe_jax.model import Cache, Transformer
 from uoe_jax.train.step import Params
 
@@ -67,7 +68,7 @@ class Sampler:
             rows_B = jnp.arange(logits_BV.shape[0])
             fold = jax.vmap(jax.random.fold_in)
             keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows_B)
-            return pick(logits_BV, fold(keys_B, next_B), *settings)
+            return everywhere(pick(logits_BV, fold(keys_B, next_B), *settings))
 
         self._step, self._draw = step, draw
 

@@ -26,6 +26,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from uoe_jax.errors import ConfigError, RunError, UserError
+from uoe_jax.processes import by_first
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ class CheckpointStore:
             cleanup_tmp_directories=not read_only,
         )
         # The committed steps and their losses; the same in every process, as no two look at the disk at one moment.
-        self._losses = {info.step: _loss(info.metrics) for info in self._orbax.checkpoints}
+        found = by_first(lambda: [[info.step, _loss(info.metrics)] for info in self._orbax.checkpoints])
+        self._losses: dict[int, float | None] = {step: loss for step, loss in found}
 
     def _open_directory(self) -> None:
         if self._read_only:
@@ -143,7 +145,7 @@ class CheckpointStore:
         if step in self.steps():
             log.warning("a checkpoint of step %d is there already in %s; left as it is", step, self.directory)
             return False
-        self._check_space(step, nbytes)
+        by_first(lambda: self._check_space(step, nbytes))
         if any(info.step == step for info in self._orbax.checkpoints):
             self._orbax.reload()  # its list does not know what _prune deleted
         loss = _loss(metrics)

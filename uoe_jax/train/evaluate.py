@@ -25,9 +25,9 @@ def evaluate(
       at every evaluation of a run).
     """
     size = config.eval_batch_size
-    lo_hi = mesh_lib.local_rows(program.mesh, size)
+    held = mesh_lib.local_rows(program.mesh, size)
     total = ranking = None
-    for i, batch in enumerate(_ahead(eval_batches(rows, size, 0 if whole else limit, lo_hi)), start=1):
+    for i, batch in enumerate(_ahead(eval_batches(rows, size, 0 if whole else limit, held)), start=1):
         sums = program.eval_step(params, mesh_lib.put_batch(program.mesh, batch))
         total = sums if total is None else _add(total, sums)
         ranking = total if i == limit else ranking

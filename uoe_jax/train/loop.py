@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import time
 from typing import Any, Iterator
 
 import jax
+from etils import epath
 
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config, to_dict
 from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches, default_cache_dir, load
 from uoe_jax.errors import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, UserError
 from uoe_jax.flops import PEAK_FLOPS, train_flops
+from uoe_jax.processes import by_first, is_first, same
 from uoe_jax.runtime import describe_devices
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.measures import measures
-from uoe_jax.train.metrics import MetricsWriter, Progress, read_metrics
+from uoe_jax.train.metrics import MetricsWriter, Progress, Silent, read_metrics
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import Program, TrainState, build
 from uoe_jax.workdir import check_record, open_workdir
@@ -62,14 +65,15 @@ def train(config: Config, workdir_name: str) -> int:
     A metrics line of step s, a checkpoint s and `state.step` = s all speak of the state after s updates.
     """
     config, data = load_data(config)
-    workdir = open_workdir(workdir_name, config)
-    check_record(workdir, data.record)
+    check_agreement(config, data)
+    workdir = epath.Path(by_first(lambda: str(open_workdir(workdir_name, config))))
+    by_first(lambda: check_record(workdir, data.record))
     mesh = mesh_lib.make_mesh(config.mesh)
     with jax.set_mesh(mesh), CheckpointStore(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best) as store:
         program = build(config, mesh)
         state, start = _first_state(program, store, config)
-        progress = Progress(config.train.steps, start)
-        writer = MetricsWriter(workdir, resume_step=start or None)
+        progress = Progress(config.train.steps, start) if is_first() else Silent()
+        writer = _open_writer(workdir, start)
         run = Run(config, data, program, store, writer, progress, state, start)
         try:
             progress.say(run.welcome(workdir_name))
@@ -77,8 +81,24 @@ def train(config: Config, workdir_name: str) -> int:
         finally:
             progress.close()
             writer.close()
-        print(run.farewell(workdir_name, exit_code))
+        farewell = run.farewell(workdir_name, exit_code)
+        if is_first():
+            print(farewell)
     return exit_code
+
+
+def check_agreement(config: Config, data: DataBundle) -> None:
+    """Refuses to start where processes were given different configurations or find different data."""
+    same("the configuration", json.dumps(to_dict(config)), "start every process with the same command")
+    for name in ("sha256", "tokenizer"):
+        same(f"data.{name}", str(data.record.get(name)), "give every machine the same data and the same interpreter")
+
+
+def _open_writer(workdir: epath.Path, start: int) -> MetricsWriter | Silent:
+    """The writer of metrics in process 0; its errors are those of all."""
+    made: list[MetricsWriter] = []
+    by_first(lambda: made.append(MetricsWriter(workdir, resume_step=start or None)))
+    return made[0] if made else Silent()
 
 
 def _first_state(program: Program, store: CheckpointStore, config: Config) -> tuple[TrainState, int]:
@@ -97,8 +117,8 @@ class Run:
         data: DataBundle,
         program: Program,
         store: CheckpointStore,
-        writer: MetricsWriter,
-        progress: Progress,
+        writer: MetricsWriter | Silent,
+        progress: Progress | Silent,
         state: TrainState,
         start: int,
     ) -> None:
@@ -125,7 +145,7 @@ class Run:
                         if _due(self.step, c.checkpoint.every):
                             self.save()
                     self.store.check()
-                    if signal.requested:
+                    if signal.due(self.step):
                         self.save()
                         self.store.wait()
                         return EXIT_STOPPED
@@ -217,7 +237,7 @@ class Run:
 
         sampler = Sampler(self.config, self.program.model, self.state.params, self.data.tokenizer)
         sample = sampler.complete([self.config.generate.prompt])[0]
-        evaluated = [line for line in read_metrics(workdir) if "eval/loss" in line][-1:]
+        evaluated = [line for line in read_metrics(workdir) if "eval/loss" in line][-1:] if is_first() else []
         return "\n".join(
             [
                 *(

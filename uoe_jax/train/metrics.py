@@ -100,6 +100,25 @@ class MetricsWriter:
                         "mend that and run the same command again")
 
 
+class Silent:
+    """Stands for a MetricsWriter and for a Progress in the processes that tell nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def update(self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float | None) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of `<workdir>/metrics.jsonl` as dicts, "nan" and "inf" as floats again; a torn last line is left out.
 

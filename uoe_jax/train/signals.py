@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
+
+from uoe_jax import processes
 
 
 class StopSignal:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested` instead of ending the process.
 
-    `requested` is None, then the name of the first signal ("SIGTERM"); the loop looks at it once a step, saves and
-    leaves with EXIT_STOPPED. A second SIGINT raises KeyboardInterrupt at once, for who does not want to wait. The old
-    handlers come back on exit. Outside the main thread Python allows no handlers: there it does nothing.
+    `due(step)` says whether to stop at this step, and is to be asked at every one; the loop then saves and leaves with
+    EXIT_STOPPED. A second SIGINT raises KeyboardInterrupt at once, for who does not want to wait. The old handlers come
+    back on exit. Outside the main thread Python allows no handlers: there it does nothing.
 
-    Not after jax.distributed.initialize with the default names: a handler for SIGTERM put in afterwards silently ends
-    JAX's own preemption service. Pass names=("SIGINT",) there and ask that service.
+    Of several processes one is signalled, and all must stop at the same step. That is what JAX's preemption service is
+    for: it waits for SIGTERM, and a handler for it would silently end the service. So there the others are turned to it.
     """
 
-    def __init__(self, names: tuple[str, ...] = ("SIGINT", "SIGTERM", "SIGUSR1")) -> None:
-        self.requested: str | None = None
-        self._names = names
+    def __init__(self) -> None:
+        self.requested: str | None = None  # the name of the first signal
+        self._shared = processes.are_several()
         self._interrupts = 0
         self._old: dict[int, object] = {}
 
+    def due(self, step: int) -> bool:
+        """Whether to stop at this step; of several processes, all say so at the same one."""
+        return processes.preempted(step) if self._shared else self.requested is not None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = self.requested or signal.Signals(number).name
+        first, self.requested = self.requested is None, self.requested or signal.Signals(number).name
+        if self._shared and first:
+            os.kill(os.getpid(), signal.SIGTERM)
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
@@ -33,7 +42,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for name in self._names:
+            for name in ("SIGINT", "SIGUSR1") if self._shared else ("SIGINT", "SIGTERM", "SIGUSR1"):
                 if hasattr(signal, name):  # Windows has no SIGUSR1
                     number = getattr(signal, name)
                     self._old[number] = signal.signal(number, self._handle)
