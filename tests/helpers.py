@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
@@ -34,6 +37,45 @@ def uoe_process(*args: str, **popen) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "uoe_jax", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
     )
+
+
+def uoe_together(processes: int, devices: int, *args: str, each=None, **popen) -> list[subprocess.Popen]:
+    """`uoe ARGS` in several processes of `devices` CPU devices that meet each other; each: more arguments by process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    place = dict(UOE_COORDINATOR=address, UOE_PROCESSES=str(processes))
+    started = []
+    for i in range(processes):
+        env = {**environment(**place, UOE_PROCESS_ID=str(i)), "XLA_FLAGS": flags}
+        started.append(uoe_process(*args, *(each[i] if each else ()), env=env, **popen))
+    return started
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each process; none survives the wait."""
+    try:
+        with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
+            outputs = list(pool.map(lambda p: p.communicate(timeout=timeout), processes))
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *output) for p, output in zip(processes, outputs)]
+
+
+def wait_for_step(workdir: pathlib.Path, step: int, process: subprocess.Popen) -> None:
+    """Returns when a running `uoe train` has logged `step` steps."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            if metric_lines(workdir)[-1]["step"] >= step:
+                return
+        except (OSError, IndexError, ValueError):
+            pass
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError("the run made no progress")
 
 
 def uoe(*args: str, **popen) -> tuple[int, str, str]:

@@ -1,9 +1,11 @@
-"""Experts on the mesh: the same numbers on every factorisation of 8 devices, and one reduction over `expert` per block."""
+"""Experts on the mesh: the same numbers on every factorisation of 8 devices, and the collectives that contract 7 allows."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import re
+import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +16,43 @@ from test_model import MODEL, batch
 
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax import mesh as mesh_lib
-from uoe_jax.config import MeshConfig, from_dict
+from uoe_jax.config import MeshConfig, ModelConfig, from_dict
+from uoe_jax.data.tokenizer import ByteTokenizer
 from uoe_jax.errors import ConfigError
+from uoe_jax.infer.sample import Sampler
+from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import tokens_like
+from uoe_jax.layers.mlp import MLP
+from uoe_jax.model import Block
+from uoe_jax.plan.hlo import Collective, collectives
 from uoe_jax.train.step import build
 
 ROUTING = dict(n_experts=8, k=4, capacity_window=16, bias_rate=0.01)
+QUICK = {**MODEL, "n_heads": 8, "smha": ROUTING, "uome": ROUTING}  # the quickstart's blocks, small
+ONE = dict(data=1)
 SHAPES = [(d, f, e) for d, f, e in itertools.product((1, 2, 4, 8), repeat=3) if d * f * e == 8]
 
 
-def run(sizes: dict, steps: int, **model) -> tuple[dict, np.ndarray]:
-    """(initial parameters on the host, losses and gradient norms) of a small quickstart."""
-    model = {**MODEL, "n_heads": 8, "smha": ROUTING, "uome": ROUTING}
-    config = from_dict({"model": model, "train": {"batch_size": 8}, "mesh": sizes})
-    n = int(np.prod([sizes.get(a, 1) for a in mesh_lib.AXES]))
-    mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:n])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def sized(replica=1, data=1, fsdp=1, expert=1, sequence_parallel=False) -> dict:
+    return dict(replica=replica, data=data, fsdp=fsdp, expert=expert, sequence_parallel=sequence_parallel)
+
+
+def program_on(sizes: dict, **changes):
+    """(program, mesh) of a small model on the first devices that the mesh needs."""
+    config = from_dict({"model": {**QUICK, **changes.pop("model", {})}, "train": {"batch_size": 8, **changes}, "mesh": sizes})
+    mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[: math.prod(sizes.get(a, 1) for a in mesh_lib.AXES)])
     with jax.set_mesh(mesh):
-        program = build(config, mesh)
+        return build(config, mesh), mesh
+
+
+def run(sizes: dict, steps: int, **changes) -> tuple[dict, np.ndarray]:
+    """(initial parameters on the host, losses and gradient norms)."""
+    program, mesh = program_on(sizes, **changes)
+    with jax.set_mesh(mesh):
         state, rows, found = program.init(jax.random.key(0)), mesh_lib.put_batch(mesh, batch(rows=8)), []
         first = jax.device_get(state.params)
         for _ in range(steps):
@@ -39,44 +61,222 @@ def run(sizes: dict, steps: int, **model) -> tuple[dict, np.ndarray]:
     return first, np.array(found)
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("replica, data, fsdp, expert", [(2, 1, 2, 2), *(slow(1, *shape) for shape in SHAPES)])
-def test_every_mesh_gives_the_same_run(replica, data, fsdp, expert):
-    one_params, one = run(dict(data=1), 20)
-    params, found = run(dict(replica=replica, data=data, fsdp=fsdp, expert=expert), 20)
-    for a, b in zip(jax.tree.leaves(one_params), jax.tree.leaves(params), strict=True):
+def assert_same(one, other):
+    for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True):
         np.testing.assert_array_equal(a, b)
-    np.testing.assert_allclose(found, one, rtol=1e-5)
+    np.testing.assert_allclose(other[1], one[1], rtol=1e-5)
 
 
-def collectives(text: str) -> list[tuple[str, str]]:
-    """(kind, result shape) of every collective in compiled HLO."""
-    found = re.findall(r"= (\S+?)(?:\{[^}]*\})? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
-    return [(kind, shape) for shape, kind in found]
+# --- contract 6 -------------------------------------------------------------------------------------------------
+
+on_one_device = functools.cache(lambda: run(ONE, 20))
+EVERY = [sized(1, *shape, sequence_parallel=sp) for shape in SHAPES for sp in (False, True)]
+EVERY += [sized(2, 1, 2, 2), sized(2, 2, 1, 2, True), sized(8)]
+QUICK_ONES = (sized(2, 1, 2, 2), sized(1, 2, 2, 2, True), sized(1, 1, 1, 8))
 
 
-@pytest.mark.parametrize("kind", ["uome", "smha"])
-@pytest.mark.parametrize("data, fsdp, expert", [(2, 1, 4), (1, 2, 4), (2, 2, 2), (1, 1, 8)])
-def test_one_reduction_over_expert(kind, data, fsdp, expert):
-    """In the forward pass: one all-reduce of a device's activations, all-gathers of weights, and sums of counts."""
-    d, l, b = 32, 16, 8
-    routing = RoutingConfig(n_experts=8, k=4, capacity_window=8)
-    make = (lambda: UoME(d, 64, routing, rngs=nnx.Rngs(0))) if kind == "uome" else (lambda: SMHA(d, 8, routing, rngs=nnx.Rngs(0)))
-    mesh = mesh_lib.make_mesh(MeshConfig(data=data, fsdp=fsdp, expert=expert))
+@pytest.mark.parametrize("sizes", [s if s in QUICK_ONES else slow(s) for s in EVERY], ids=lambda s: "x".join(map(str, s.values())))
+def test_every_mesh_gives_the_same_run(sizes):
+    """20 steps: the same initial parameters bit for bit, losses and gradient norms to 1e-5."""
+    assert_same(on_one_device(), run(sizes, 20))
+
+
+OTHERS = {
+    "a vocabulary that the axis does not divide": dict(model=dict(vocab_size=33, bias=True, dropout=0.1)),
+    "patches that do not divide the row": dict(model=dict(smha={**ROUTING, "patch_size": 4}, qk_norm=True), accumulation=2),
+    "dense": dict(model=dict(attention="dense", mlp="dense", attention_dropout=0.1, bias=True)),
+    "dense, as Llama": dict(
+        model=dict(attention="dense", mlp="dense", n_kv_heads=4, activation="swiglu", tie_embeddings=False, remat="none")
+    ),
+    "learned positions": dict(model=dict(position="learned", norm="layernorm", tie_embeddings=False, bias=True)),
+}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, slow(True)])
+@pytest.mark.parametrize("name", [name if name.startswith("dense,") else slow(name) for name in OTHERS])
+def test_other_models_too(name, sequence_parallel):
+    changes = OTHERS[name]
+    assert_same(run(ONE, 3, **dict(changes)), run(sized(1, 2, 2, 2, sequence_parallel), 3, **dict(changes)))
+
+
+def test_initialisation_never_holds_the_whole_model():
+    """Working memory of a device while weights and moments are made: less than a third of the weights, which are cut in 8."""
+    program, mesh = program_on(sized(fsdp=8), model=dict(d_model=128, d_hidden=1024, n_layers=4))
     with jax.set_mesh(mesh):
-        graphdef, state = nnx.split(make())
-        x = jax.device_put(jnp.ones((b, l, d)), mesh_lib.batch_sharding(mesh))
-        f = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, tokens_like(x))[0])
-        found = collectives(f.lower(state, x).compile().as_text())
-    activation = f"f32[{b // (data * fsdp)},{l},{d}]"
-    assert [k for k, shape in found if shape == activation] == ["all-reduce"], found
-    assert not [k for k, _ in found if k in ("all-to-all", "collective-permute", "reduce-scatter")], found
+        found = program.init.lower(jax.random.key(0)).compile().memory_analysis()
+    weights = sum(a.size * 4 for a in jax.tree.leaves(program.abstract.params))
+    assert found.output_size_in_bytes < 3.3 * weights / 8
+    assert found.temp_size_in_bytes < weights / 3, (found, weights)
 
 
-def test_experts_that_do_not_fit_the_axis_are_refused():
-    config = from_dict({"model": {**MODEL, "uome": {**ROUTING, "n_experts": 6}, "d_hidden": 96}, "mesh": {"expert": 4, "data": 2}})
-    with pytest.raises(ConfigError, match="config.model.uome.n_experts=6: must be a multiple of mesh.expert=4"):
-        build(config, mesh_lib.make_mesh(config.mesh))
+def test_text_is_the_same_on_a_mesh():
+    """Decoding is left to the partitioner: its few rows need not fit the batch axes."""
+    texts = []
+    for sizes in (ONE, sized(1, 2, 2, 2, True)):
+        program, mesh = program_on(sizes, model=dict(vocab_size=257))
+        config = from_dict({"model": {**QUICK, "vocab_size": 257}, "generate": {"max_tokens": 12, "temperature": 0.0}})
+        with jax.set_mesh(mesh):
+            state = program.init(jax.random.key(1))
+            texts.append(Sampler(config, program.model, state.params, ByteTokenizer()).complete(["def ", "x"]))
+    assert texts[0] == texts[1]
+
+
+# --- contract 7 -------------------------------------------------------------------------------------------------
+
+MESHES = [(1, 2, 1, 4), (1, 1, 2, 4), (1, 2, 2, 2), (1, 1, 1, 8), (2, 1, 2, 2)]
+B, L, D, N = 8, 16, 32, 8
+
+
+def make(kind: str):
+    routing, rngs = RoutingConfig(n_experts=N, k=4, capacity_window=8), nnx.Rngs(0)
+    return {
+        "uome": lambda: UoME(D, 64, routing, bias=True, rngs=rngs),
+        "smha": lambda: SMHA(D, 8, routing, rngs=rngs),
+        "mlp": lambda: MLP(D, 64, bias=True, rngs=rngs),
+        "attention": lambda: Attention(D, 8, rngs=rngs),
+        "layer": lambda: Block(ModelConfig(d_model=D, n_heads=8, d_hidden=64, smha=routing, uome=routing), rngs=rngs),
+    }[kind]()
+
+
+def compiled(kind: str, shape: tuple[int, ...], sequence_parallel: bool, backward: bool):
+    """The collectives of a block on a mesh."""
+    mesh = mesh_lib.make_mesh(MeshConfig(**dict(zip(mesh_lib.AXES, shape))))
+    with jax.set_mesh(mesh), mesh_lib.sequence_parallel(sequence_parallel):
+        graphdef, state = nnx.split(make(kind))
+        placed = jax.tree.map(
+            lambda w: w.replace(jax.device_put(w[...], mesh_lib.weight_sharding(mesh, w.logical_axes, w.shape))),
+            state,
+            is_leaf=lambda w: isinstance(w, nnx.Variable),
+        )
+        x = jax.device_put(jnp.ones((B, L, D)), jax.NamedSharding(mesh, mesh_lib.activations(mesh_lib.current())))
+
+        def forward(state, x):
+            return nnx.merge(graphdef, state)(x, tokens_like(x))[0]
+
+        f = jax.grad(lambda *args: jnp.square(forward(*args)).sum(), argnums=(0, 1)) if backward else forward
+        text = jax.jit(f).lower(placed, x).compile().as_text()
+    return collectives(text, mesh.shape), state
+
+
+def assert_nothing_else(found: list[Collective], state, shape: tuple[int, ...]) -> None:
+    """Nothing is exchanged all to all; over the batch axes only weights are gathered and their gradients scattered."""
+    mesh = mesh_lib.abstract_mesh(MeshConfig(**dict(zip(mesh_lib.AXES, shape))), 8)
+    weights = set()  # as they are gathered: whole but for `expert`
+    for w in jax.tree.leaves(state, is_leaf=lambda w: isinstance(w, nnx.Variable)):
+        spec = mesh_lib.weight_spec(mesh, w.logical_axes, w.shape)
+        weights.add(tuple(size // (shape[3] if axis == "expert" else 1) for size, axis in zip(w.shape, spec)))
+    for c in found:
+        assert c.kind not in ("all-to-all", "collective-permute"), c
+        if c.kind in ("all-gather", "reduce-scatter") and "expert" not in c.axes:
+            assert c.axes == ("fsdp",) and max(c.operand.shape, c.result.shape) in weights, (c, weights)
+
+
+def over_expert(found: list[Collective]) -> list[tuple[str, tuple[int, ...]]]:
+    return sorted((c.kind, max(c.operand.shape, c.result.shape)) for c in found if "expert" in c.axes)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("kind", ["uome", "smha", "mlp", "attention"])
+@pytest.mark.parametrize("shape", [MESHES[2], *map(slow, MESHES[:2] + MESHES[3:])], ids=lambda s: "x".join(map(str, s)))
+def test_one_reduction_over_expert(kind, shape, sequence_parallel):
+    """Forward: one all-reduce of the device's activations; or one all-gather and one reduce-scatter."""
+    found, state = compiled(kind, shape, sequence_parallel, backward=False)
+    activation = (B // math.prod(shape[:3]), L, D)
+    expected = ["all-gather", "reduce-scatter"] if sequence_parallel else ["all-reduce"]
+    assert over_expert(found) == [(k, activation) for k in expected], found
+    assert_nothing_else(found, state, shape)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("shape", [MESHES[2], *map(slow, MESHES[:2] + MESHES[3:])], ids=lambda s: "x".join(map(str, s)))
+def test_a_layer_with_its_backward_pass(shape, sequence_parallel):
+    """Attention and MLP, forward and back: two activations reduced each way, and at most one score size for each."""
+    found, state = compiled("layer", shape, sequence_parallel, backward=True)
+    b = B // math.prod(shape[:3])
+    exchanged = over_expert(found)
+    activations = [kind for kind, size in exchanged if size == (b, L, D)]
+    if sequence_parallel:
+        assert activations.count("reduce-scatter") == 4  # leaving twice, and back into the tokens' parts twice
+        assert activations.count("all-gather") == 4 and activations.count("all-reduce") == 0
+    else:
+        assert activations == ["all-reduce"] * 4
+    others = [(kind, size) for kind, size in exchanged if size != (b, L, D)]
+    scores = [size for _, size in others if size == (b, L, N)]
+    assert len(scores) <= 2, others
+    # With sequence_parallel the scales of the norms see parts of the tokens: vectors of D.
+    assert all(size == (b, L, N) or sequence_parallel and size == (D,) for _, size in others), others
+    assert_nothing_else(found, state, shape)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, slow(True)])
+def test_the_whole_train_step(sequence_parallel):
+    """Embedding, head and loss too: nothing all to all, no gather over replica or data; the vocabulary stays cut."""
+    program, mesh = program_on(sized(1, 2, 2, 2, sequence_parallel), model=dict(vocab_size=48))
+    rows = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch(rows=8).items()}
+    with jax.set_mesh(mesh):
+        found = collectives(program.train_step.lower(program.abstract, rows).compile().as_text(), mesh.shape)
+    assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}
+    for c in found:
+        assert not (c.kind == "all-gather" and {"replica", "data"} & set(c.axes)), c
+        assert not any(len(a.shape) == 3 and a.shape[-1] in (48, 24) for a in (c.operand, c.result)), c
+    gradients = [c for c in found if c.kind == "all-reduce" and c.backward and "data" in c.axes and len(c.operand.shape) > 1]
+    assert gradients and all(set(c.axes) <= {"replica", "data"} for c in gradients), gradients  # after their fsdp scatter
+
+
+# --- laying out and refusing ------------------------------------------------------------------------------------
+
+
+def fake(i: int, per_group: int, by: str):
+    """A device as the layout helpers see it."""
+    group = i // per_group
+    place = dict(process_index=group, slice_index=group if by == "slice" else 0)
+    return types.SimpleNamespace(id=i, platform="gpu", device_kind="gpu", **place)
+
+
+@pytest.mark.parametrize("by", ["slice", "process"])
+def test_the_slow_network_is_crossed_by_the_outer_axis(by):
+    devices = [fake(i, 4, by) for i in range(16)][::-1]  # in any order
+    groups = np.vectorize(lambda d: d.process_index)
+    laid = groups(mesh_lib.arrange(devices, dict(replica=4, data=1, fsdp=2, expert=2)))
+    assert all(len(set(laid[r].ravel())) == 1 for r in range(4)) and len(set(laid.ravel())) == 4
+    laid = groups(mesh_lib.arrange(devices, dict(replica=1, data=2, fsdp=4, expert=2)))
+    assert all(len(set(laid[0, d, 2 * f : 2 * f + 2].ravel())) == 1 for d in range(2) for f in range(2))
+    with pytest.raises(ConfigError, match="replica=1: 3 .* cannot be spread over the mesh"):
+        mesh_lib.arrange([fake(i, 4, by) for i in range(12)], dict(replica=1, data=2, fsdp=2, expert=2))
+
+
+DENSE = dict(attention="dense", mlp="dense")
+REFUSED = [
+    (dict(uome={**ROUTING, "n_experts": 6}, d_hidden=96), dict(expert=4), "uome.n_experts=6: must be a multiple of mesh.expert=4"),
+    (DENSE, dict(expert=16), "n_heads=8: must be a multiple of mesh.expert=16"),
+    ({**DENSE, "n_kv_heads": 4}, dict(expert=8), "n_kv_heads=4: must be a multiple of mesh.expert=8"),
+    ({**DENSE, "d_hidden": 60}, dict(expert=8), "d_hidden=60: must be a multiple of mesh.expert=8"),
+    (dict(d_model=24, n_heads=8, position="none"), dict(fsdp=16), "d_model=24: must be a multiple of mesh.fsdp=16"),
+    (dict(context_length=36), dict(expert=8, sequence_parallel=True), "context_length=36: must be a multiple of mesh.expert=8"),
+    (dict(), dict(data=64), "batch_size=16: must be a multiple of replica\\*data\\*fsdp=64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model, sizes, sentence", REFUSED, ids=[sentence.split(":")[0] for *_, sentence in REFUSED])
+def test_sizes_that_do_not_fit_are_refused_with_the_numbers(model, sizes, sentence):
+    sizes = {**ONE, **sizes}
+    config = from_dict({"model": {**QUICK, **model}, "train": {"batch_size": 16}, "mesh": sizes})
+    with pytest.raises(ConfigError, match=sentence):
+        mesh_lib.check(config, mesh_lib.abstract_mesh(config.mesh, math.prod(sizes.get(a, 1) for a in mesh_lib.AXES)))
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(ConfigError, match="config.mesh.data=3: the mesh .* needs 3 devices and there are 8"):
+        mesh_lib.sizes(MeshConfig(data=3), 8)
+    with pytest.raises(ConfigError, match="config.mesh.expert=3: the mesh .* needs a multiple of 3 devices and there are 8"):
+        mesh_lib.sizes(MeshConfig(expert=3), 8)
+    assert mesh_lib.sizes(MeshConfig(expert=2, fsdp=2), 8) == dict(replica=1, data=2, fsdp=2, expert=2)
+
+
+def test_a_weight_whose_axes_fall_on_one_of_the_mesh_is_refused():
+    mesh = mesh_lib.abstract_mesh(MeshConfig(data=1, expert=2, fsdp=2), 4)
+    with pytest.raises(ValueError, match="two axes of a weight"):
+        mesh_lib.weight_spec(mesh, ("expert", "hidden"), (4, 4))
+    with pytest.raises(ValueError, match="'heads' of size 3 cannot be cut in 2"):
+        mesh_lib.weight_spec(mesh, ("heads",), (3,))
+    assert mesh_lib.weight_spec(mesh, ("vocab", "embed"), (3, 4)) == jax.P(None, "fsdp")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import random
 import signal
-import time
 
 import numpy as np
 import pytest
 
-from helpers import TINY, metric_lines, uoe, uoe_process, write_source
+from helpers import TINY, metric_lines, uoe, uoe_process, wait_for_step, write_source
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +102,6 @@ def test_a_finished_run_says_so(finished, source):
     assert code == 0 and "20 of 20" in err, err
     assert out == result
     assert (workdir / "metrics.jsonl").read_bytes() == before
-
-
-def wait_for_step(workdir, step, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            if metric_lines(workdir)[-1]["step"] >= step:
-                return
-        except (OSError, IndexError, ValueError):
-            pass
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise AssertionError("the run made no progress")
 
 
 @pytest.mark.parametrize("sig,expected", [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGKILL, -9)])

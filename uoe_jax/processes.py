@@ -117,23 +117,26 @@ def by_first(do: Callable[[], T]) -> T:
         raise
 
 
-def same(what: str, value: str, remedy: str) -> None:
-    """Refuses to go on where a process has another value than process 0.
+def same(values: Mapping[str, Any], remedy: str) -> None:
+    """Refuses to go on where a process has other values (JSON) than process 0.
 
     Raises:
-      UserError: naming the first process that differs; in every process.
+      UserError: naming the first process and value that differ; in every process.
     """
     client = _client()
     if client is None:
         return
     import jax
 
-    call, count = next(_calls), jax.process_count()
-    client.key_value_set(f"uoe/same/{call}/{jax.process_index()}", value)
-    values = [client.blocking_key_value_get(f"uoe/same/{call}/{i}", _PATIENCE_S * 1000) for i in range(count)]
-    for i, other in enumerate(values):
-        if other != values[0]:
-            raise UserError(f"{what}={other[:200]} in process {i} and {values[0][:200]} in process 0: {remedy}")
+    name = f"uoe/same/{next(_calls)}"
+    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(dict(values)))
+    first = None
+    for i in range(jax.process_count()):
+        found = json.loads(client.blocking_key_value_get(f"{name}/{i}", _PATIENCE_S * 1000))
+        first = found if first is None else first
+        for key, value in first.items():
+            if found[key] != value:
+                raise UserError(f"{key}={found[key]!r} in process {i} and {value!r} in process 0: {remedy}")
 
 
 def preempted(step: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from typing import Any, Iterator
@@ -13,7 +12,7 @@ import jax
 from etils import epath
 
 from uoe_jax import mesh as mesh_lib
-from uoe_jax.config import Config, to_dict
+from uoe_jax.config import Config, leaves, to_dict
 from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches, default_cache_dir, load
 from uoe_jax.errors import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, UserError
 from uoe_jax.flops import PEAK_FLOPS, train_flops
@@ -89,9 +88,10 @@ def train(config: Config, workdir_name: str) -> int:
 
 def check_agreement(config: Config, data: DataBundle) -> None:
     """Refuses to start where processes were given different configurations or find different data."""
-    same("the configuration", json.dumps(to_dict(config)), "start every process with the same command")
-    for name in ("sha256", "tokenizer"):
-        same(f"data.{name}", str(data.record.get(name)), "give every machine the same data and the same interpreter")
+    given = {f"config.{name}": value for name, value, _ in leaves(config)}
+    same(given, "start every process with the same command")
+    found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
+    same(found, "give every machine the same data and the same interpreter")
 
 
 def _open_writer(workdir: epath.Path, start: int) -> MetricsWriter | Silent:

@@ -1,0 +1,136 @@
+"""Several real processes: told their place, loading their rows, agreeing on every decision, and giving one process's numbers."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from helpers import TINY, finish, metric_lines, uoe_together, wait_for_step, write_source
+from test_train import assert_same_run
+from uoe_jax import processes
+from uoe_jax.errors import UserError
+
+PLACE = {"UOE_COORDINATOR": "node1:8476", "UOE_PROCESSES": "2", "UOE_PROCESS_ID": "1"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_source(tmp_path_factory.mktemp("source") / "files")
+
+
+# --- being told -------------------------------------------------------------------------------------------------
+
+
+def test_a_process_is_told_its_place_or_is_alone():
+    assert processes.told({}) is None
+    assert processes.told(PLACE) == ("node1:8476", 2, 1)
+    assert processes.told({"SLURM_STEP_NUM_TASKS": "1", "PATH": "/bin"}) is None
+
+
+@pytest.mark.parametrize(
+    "environ, sentence",
+    [
+        ({**PLACE, "UOE_PROCESSES": ""}, "UOE_PROCESSES: is not set while UOE_COORDINATOR is"),
+        ({**PLACE, "UOE_COORDINATOR": "node1"}, "UOE_COORDINATOR=node1: give host:port"),
+        ({**PLACE, "UOE_COORDINATOR": "node1:99999"}, "UOE_COORDINATOR=node1:99999: give host:port"),
+        ({**PLACE, "UOE_PROCESSES": "0"}, "UOE_PROCESSES=0: give the number of processes"),
+        ({**PLACE, "UOE_PROCESSES": "two"}, "UOE_PROCESSES=two: give the number of processes"),
+        ({**PLACE, "UOE_PROCESS_ID": "2"}, "UOE_PROCESS_ID=2: give a number from 0 to 1"),
+        ({**PLACE, "UOE_PROCESS_ID": "-1"}, "UOE_PROCESS_ID=-1: give a number from 0 to 1"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "4 tasks were started and none was told its place"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(environ, sentence):
+    with pytest.raises(UserError, match=sentence):
+        processes.told(environ)
+
+
+# --- agreeing ---------------------------------------------------------------------------------------------------
+
+
+def test_what_one_process_cannot_do_stops_all(source, tmp_path):
+    """A workdir that process 0 refuses: one sentence, from process 0; both leave with exit code 2, and soon."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "other.txt").write_text("not a run")
+    ended = finish(uoe_together(2, 1, *train_args(source, tmp_path / "run")), timeout=60)
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    assert "holds other files" in ended[0][2] and "Traceback" not in ended[0][2]
+    assert "holds other files" not in ended[1][2]
+
+
+def test_different_configurations_are_refused(source, tmp_path):
+    more = [("--config.train.seed=0",), ("--config.train.seed=1",)]
+    ended = finish(uoe_together(2, 1, *train_args(source, tmp_path / "run"), each=more), timeout=60)
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    assert "config.train.seed=1 in process 1 and 0 in process 0: start every process with the same" in ended[0][2]
+    assert not (tmp_path / "run").exists()
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------
+
+
+def train_args(source, workdir, *more):
+    return ("train", f"--config={TINY}", f"--config.data.path={source}", f"--workdir={workdir}", *more)
+
+
+def trained(n, devices, source, workdir, *more):
+    """Trains in n processes; returns what process 0 printed."""
+    ended = finish(uoe_together(n, devices, *train_args(source, workdir, *more)))
+    assert [code for code, _, _ in ended] == [0] * n, ended
+    for _, out, err in ended[1:]:  # one process tells
+        assert not out and "step 1/20" not in err
+    return ended[0][1]
+
+
+def test_two_processes_are_one_and_stop_together(source, tmp_path):
+    """Every logged number; and SIGTERM to the process that is not the coordinator stops both at one step, everything
+    saved, from where a single process goes on to the same end."""
+    whole = trained(1, 2, source, tmp_path / "whole")
+    pair = uoe_together(2, 1, *train_args(source, tmp_path / "run"))
+    wait_for_step(tmp_path / "run", 3, pair[0])
+    pair[1].send_signal(signal.SIGTERM)
+    ended = finish(pair)
+    assert [code for code, _, _ in ended] == [75, 75], ended
+    assert "with everything saved" in ended[0][1]
+    stopped = metric_lines(tmp_path / "run")[-1]["step"]
+    assert 3 <= stopped < 20
+    rest = trained(1, 2, source, tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 20)
+    assert rest.split("a sample:")[1].splitlines()[1:3] == whole.split("a sample:")[1].splitlines()[1:3]
+
+
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.expert=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_every_cut_into_processes_gives_the_same_numbers(sequence_parallel, source, tmp_path):
+    """2 x 4, 1 x 8 and 4 x 2: every logged value bit for bit (with sequence_parallel also a canary for Gloo's
+    reduce-scatter); and what one leaves at step 7 the next continues, in the same order of data."""
+    mesh = (*MESH, f"--config.mesh.sequence_parallel={sequence_parallel}")
+    cuts = [(1, 8), (2, 4), (4, 2)]
+    for n, devices in cuts:
+        trained(n, devices, source, tmp_path / f"{n}", *mesh)
+    for n, _ in cuts[1:]:
+        assert_same_run(tmp_path / "1", tmp_path / f"{n}", 20)
+    for stop, (n, devices) in zip((7, 13, 20), ((2, 4), (4, 2), (1, 8))):
+        trained(n, devices, source, tmp_path / "chain", *mesh, f"--config.train.stop_after={stop}")
+    losses = [[(line["step"], line.get("train/loss")) for line in metric_lines(tmp_path / w)] for w in ("1", "chain")]
+    whole, chain = (json.dumps([x for x in found if x[1] is not None]) for found in losses)
+    assert whole == chain
+
+
+@pytest.mark.slow
+def test_evaluation_counts_every_row_once_in_any_number_of_processes(source, tmp_path):
+    trained(2, 1, source, tmp_path / "run")
+    found = []
+    for n, devices in ((1, 2), (2, 1)):
+        ended = finish(uoe_together(n, devices, "eval", f"--workdir={tmp_path / 'run'}", "--split=test"))
+        assert [code for code, _, _ in ended] == [0] * n, ended
+        assert not any(out for _, out, _ in ended[1:])
+        found.append(json.loads(ended[0][1]))
+    assert found[0] == found[1]
+    rows = json.loads((tmp_path / "run" / "record.json").read_text())["data"]["n_rows"]["test"]
+    assert found[0]["eval/rows"] == rows
