@@ -247,22 +247,27 @@ def test_the_slow_network_is_crossed_by_the_outer_axis(by):
 
 DENSE = dict(attention="dense", mlp="dense")
 REFUSED = [
-    (dict(uome={**ROUTING, "n_experts": 6}, d_hidden=96), dict(expert=4), "uome.n_experts=6: must be a multiple of mesh.expert=4"),
-    (DENSE, dict(expert=16), "n_heads=8: must be a multiple of mesh.expert=16"),
-    ({**DENSE, "n_kv_heads": 4}, dict(expert=8), "n_kv_heads=4: must be a multiple of mesh.expert=8"),
-    ({**DENSE, "d_hidden": 60}, dict(expert=8), "d_hidden=60: must be a multiple of mesh.expert=8"),
-    (dict(d_model=24, n_heads=8, position="none"), dict(fsdp=16), "d_model=24: must be a multiple of mesh.fsdp=16"),
-    (dict(context_length=36), dict(expert=8, sequence_parallel=True), "context_length=36: must be a multiple of mesh.expert=8"),
-    (dict(), dict(data=64), "batch_size=16: must be a multiple of replica\\*data\\*fsdp=64"),
+    (dict(uome={**ROUTING, "n_experts": 6}, d_hidden=96), dict(expert=4), "model.uome.n_experts=6: 1, 2, 3, 6"),
+    (DENSE, dict(expert=16), "model.n_heads=8: 1, 2, 4, 8"),
+    ({**DENSE, "n_kv_heads": 4}, dict(expert=8), "model.n_kv_heads=4: 1, 2, 4"),
+    ({**DENSE, "d_hidden": 60}, dict(expert=8), "model.d_hidden=60: 1, 2, 3, 4, 5, 6, 10"),
+    (dict(d_model=24, n_heads=8, position="none"), dict(fsdp=16), "model.d_model=24: 1, 2, 3, 4, 6, 8, 12, 24"),
+    (dict(context_length=36), dict(expert=8, sequence_parallel=True), "model.context_length=36: 1, 2, 3, 4, 6, 9"),
+    (dict(), dict(data=64), "train.batch_size / train.accumulation=16: 1, 2, 4, 8, 16"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("model, sizes, sentence", REFUSED, ids=[sentence.split(":")[0] for *_, sentence in REFUSED])
 def test_sizes_that_do_not_fit_are_refused_with_the_numbers(model, sizes, sentence):
-    sizes = {**ONE, **sizes}
-    config = from_dict({"model": {**QUICK, **model}, "train": {"batch_size": 16}, "mesh": sizes})
+    """Given as they are when the configuration is read; else once the devices are known."""
+    values = {"model": {**QUICK, **model}, "train": {"batch_size": 16}}
+    (axis,) = set(sizes) - {"sequence_parallel"}
+    sentence = f"config.mesh.{axis}={sizes[axis]}: .*must divide {sentence}"
     with pytest.raises(ConfigError, match=sentence):
-        mesh_lib.check(config, mesh_lib.abstract_mesh(config.mesh, math.prod(sizes.get(a, 1) for a in mesh_lib.AXES)))
+        from_dict({**values, "mesh": {**ONE, **sizes}})
+    config = from_dict({**values, "mesh": {**ONE, **sizes, axis: -1}})
+    with pytest.raises(ConfigError, match=sentence):
+        build(config, mesh_lib.abstract_mesh(config.mesh, sizes[axis]))
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():

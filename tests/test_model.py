@@ -95,7 +95,7 @@ def test_schedule():
 
 
 def test_mesh_errors_name_the_numbers():
-    c = from_dict({"mesh": {"data": 3}})
+    c = from_dict({"mesh": {"data": 3}, "train": {"batch_size": 12}})
     with pytest.raises(ConfigError, match="3 devices and there are 8"):
         mesh_lib.make_mesh(c.mesh)
     mesh = mesh_lib.make_mesh(from_dict({}).mesh)

@@ -265,6 +265,5 @@ def test_groups_do_not_see_each_other_and_must_fit():
     with pytest.raises(ValueError, match="sequence_group=4 must divide the 6 rows of the batch: 1, 2, 3, 6"):
         f(x[:6])
     bounded = {"unit": "sequence", "priority": "score", "sequence_capacity_factor": 1.0}
-    config = from_dict({"model": {"causal": False, "vocab_size": 9, "uome": bounded}, "train": {"batch_size": 12}})
     with pytest.raises(ConfigError, match="uome.sequence_group=8: must divide the 12 rows of one device's microbatch: 1, 2, 3, 4, 6, 12"):
-        build(config, make_mesh(config.mesh, jax.devices()[:1]))
+        from_dict({"model": {"causal": False, "vocab_size": 9, "uome": bounded}, "train": {"batch_size": 12}})

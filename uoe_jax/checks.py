@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Mapping
 
 from uoe_jax.errors import ConfigError
 
@@ -90,3 +90,34 @@ def check_run(c: Config) -> None:
     free = [a for a, size in axes.items() if size == -1]
     if len(free) > 1:
         raise ConfigError(f"config.mesh.{free[1]}", -1, f"only one axis may be -1, and mesh.{free[0]} already is")
+    check_sizes(c, {a: max(size, 1) for a, size in axes.items()})
+
+
+def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
+    """Checks that the model and the batch can be cut evenly over a mesh of such sizes.
+
+    What does not fit a part of a mesh does not fit the whole: before the devices are known, an axis counts as 1.
+    """
+    m, parts = c.model, mesh["replica"] * mesh["data"] * mesh["fsdp"]
+    rows = c.train.batch_size // c.train.accumulation
+    largest = max(("replica", "data", "fsdp"), key=lambda a: mesh[a])
+    for name, n in (("train.batch_size / train.accumulation", rows), ("eval.batch_size", c.eval_batch_size)):
+        if n % parts:
+            remedy = f"replica*data*fsdp={parts}, the parts the batch is cut in, must divide {name}={n}: {divisors(n)}"
+            raise ConfigError(f"config.mesh.{largest}", mesh[largest], remedy)
+    cut = {f"model.{name}.n_experts": (r.n_experts, "expert") for name, r in m.routed().items()}
+    if m.attention == "dense":
+        cut["model.n_kv_heads" if m.n_kv_heads else "model.n_heads"] = (m.kv_heads, "expert")
+    if m.mlp == "dense":
+        cut["model.d_hidden"] = (m.d_hidden, "expert")
+    cut["model.d_model"] = (m.d_model, "fsdp")
+    if c.mesh.sequence_parallel:
+        cut["model.context_length"] = (m.block_length, "expert")
+    for name, (size, axis) in cut.items():
+        if size % mesh[axis]:
+            raise ConfigError(f"config.mesh.{axis}", mesh[axis], f"must divide {name}={size}: {divisors(size)}")
+    own = rows // parts
+    for name, r in m.routed().items():
+        if r.sequence_capacity_factor and own % r.sequence_group:
+            remedy = f"must divide the {own} rows of one device's microbatch: {divisors(own)}"
+            raise ConfigError(f"config.model.{name}.sequence_group", r.sequence_group, remedy)

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         exit_code = EXIT_FAILED
     except Exception as error:
-        exit_code = _unexpected(error, None if options is None or options.debug else Path(options.workdir))
+        workdir = None if options is None or options.debug else options.workdir
+        exit_code = _unexpected(error, None if workdir is None else Path(workdir))
     processes.leave(exit_code)
     return exit_code
 
@@ -72,17 +73,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="uoe", description="Pretrain transformers whose blocks are unions of experts.", allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, text: str, *, workdir: bool = True, config: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("--workdir", required=True, metavar="DIR", help="directory of the run")
+        sub.set_defaults(run=run, takes_config=config, workdir=None)
+        if workdir:
+            sub.add_argument("--workdir", required=True, metavar="DIR", help="directory of the run")
+        if config:
+            sub.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file, or a shipped one by name")
+            sub.epilog = "Any key can be overridden: --config.train.steps=100"
         sub.add_argument("--debug", action="store_true", help="print tracebacks")
-        sub.set_defaults(run=run, takes_config=False)
         return sub
 
-    train = command("train", _train, "train; resumes by itself where the workdir holds a checkpoint")
-    train.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file, or a shipped one by name")
-    train.set_defaults(takes_config=True)
-    train.epilog = "Any key can be overridden: --config.train.steps=100"
+    command("train", _train, "train; resumes by itself where the workdir holds a checkpoint", config=True)
+
+    plan = command("plan", _plan, "memory, operations, bytes moved and time on accelerators; nothing is run", workdir=False, config=True)
+    plan.add_argument("--mesh", metavar="AXIS=SIZE,…", help="instead of config.mesh; axes left out are 1, such as data=8,fsdp=8,expert=4")
+    plan.add_argument("--devices", metavar="N", help="how many, where an axis is -1")
+    plan.add_argument("--hardware", default="h100", metavar="NAME", help="h100, h200, b200, v5p, v6e, or cpu")
+    plan.add_argument("--json", action="store_true", help="one JSON line")
 
     evaluate = command("eval", _eval, "one JSON line of measures; every row counted once")
     evaluate.add_argument("--split", default="validation", choices=("train", "validation", "test"))
@@ -161,6 +169,26 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from uoe_jax.train.loop import train
 
     return train(config, options.workdir)
+
+
+def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    import dataclasses
+
+    from uoe_jax.plan import hardware, make, report
+
+    config = load_config(options.config, overrides)
+    hardware.find(options.hardware)
+    devices = options.devices
+    if devices is not None and not (devices.isdecimal() and int(devices)):
+        raise UserError(f"--devices={devices}: give a whole number from 1 on")
+    mesh = make.read_mesh(options.mesh, None if devices is None else int(devices), config.mesh)
+    from uoe_jax.data.pipeline import make_tokenizer
+    from uoe_jax.train.loop import with_vocabulary
+
+    config = with_vocabulary(dataclasses.replace(config, mesh=mesh), make_tokenizer(config.data.tokenizer).vocab_size)
+    found = make.make(config, options.hardware)
+    print(json.dumps(report.as_json(found)) if options.json else report.text(found, options.config))
+    return EXIT_DONE
 
 
 def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:

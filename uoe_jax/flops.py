@@ -31,13 +31,20 @@ def routing_flops(r: RoutingConfig, d_model: int, length: int) -> float:
 def attention_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     """Forward pass of one attention block over one row of `length` tokens."""
     d, dh, h, g = c.d_model, c.head_dim, c.n_heads, c.kv_heads
+    core = core_flops(c, length, training)
     if c.attention == "dense":
-        return 2 * length * d * dh * (2 * h + 2 * g) + 4 * h * dh * length**2
+        return 2 * length * d * dh * (2 * h + 2 * g) + core
     r = c.smha
-    s, share = r.slot_tokens(length), r.row_share() if training else 1
-    entering = s * share if r.order == "gather" else r.patches(length) * r.patch_size
-    inside = 2 * s * d * dh * h + 4 * h * dh * s**2
-    return routing_flops(r, d, length) + 2 * entering * d * dh * (h + 2 * g) + share * inside
+    s = r.slot_tokens(length) * (r.row_share() if training else 1)
+    entering = s if r.order == "gather" else r.patches(length) * r.patch_size
+    return routing_flops(r, d, length) + 2 * entering * d * dh * (h + 2 * g) + 2 * s * d * dh * h + core
+
+
+def core_flops(c: ModelConfig, length: int, training: bool = False) -> float:
+    """Of these, the scores and the weighted sums: what a flash attention kernel does."""
+    r = c.routed().get("smha")
+    s, share = (length, 1) if r is None else (r.slot_tokens(length), r.row_share() if training else 1)
+    return share * 4 * c.n_heads * c.head_dim * s**2
 
 
 def mlp_flops(c: ModelConfig, length: int, training: bool = False) -> float:

@@ -43,11 +43,15 @@ def parameters(c: ModelConfig) -> int:
     return total + ((head.d_head or c.d_pooled) + 1) * head.n_classes
 
 
-def kept_bytes(c: ModelConfig, rows: int) -> int:
+def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1) -> int:
     """What one layer keeps of `rows` rows from the forward to the backward pass, with remat='slots' or 'block'.
 
     'block' keeps the layer's input. 'slots' keeps as well the state between attention and MLP, and of each block the
     projections at the slots, the heads' outputs and the selection; gathered slots and attention scores are made again.
+
+    Args:
+      parts: devices over which the experts are spread (heads and hidden units, in a dense block).
+      stream_parts: devices over which the activations between blocks are spread.
 
     Raises:
       ValueError: another remat policy, whose choice is the compiler's.
@@ -56,15 +60,15 @@ def kept_bytes(c: ModelConfig, rows: int) -> int:
         raise ValueError(f"remat={c.remat!r}: only 'slots' and 'block' name what is kept")
     length = c.block_length
     rows *= c.rows_per_example
-    item, stream = ITEM_SIZE[c.dtype], ITEM_SIZE[c.dtype] * rows * length * c.d_model
+    item, stream = ITEM_SIZE[c.dtype], ITEM_SIZE[c.dtype] * rows * length * c.d_model // stream_parts
     if c.remat == "block":
         return stream
     heads = c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)  # q, k, v and the output of the heads
     kept = 2 * stream
     for routing, width in ((c.routed().get("smha"), heads), (c.routed().get("uome"), c.n_into * c.d_hidden)):
         at = length if routing is None else routing.slot_tokens(length) * routing.row_share()
-        kept += int(item * rows * at * width)
-        kept += 0 if routing is None else selection_bytes(routing, rows, length)
+        kept += int(item * rows * at * width) // parts
+        kept += 0 if routing is None else selection_bytes(routing, rows, length) // parts
     return kept
 
 

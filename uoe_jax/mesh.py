@@ -15,8 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from uoe_jax.checks import divisors
-from uoe_jax.config import Config, MeshConfig
+from uoe_jax.config import MeshConfig
 from uoe_jax.errors import ConfigError
 
 AXES = ("replica", "data", "fsdp", "expert")
@@ -26,7 +25,7 @@ EVERYWHERE = PartitionSpec()
 
 # Logical axis of a weight (layers.common.weight) to mesh axis; a dimension without a name is not cut.
 RULES = {"expert": "expert", "hidden": "expert", "heads": "expert", "vocab": "expert", "embed": "fsdp"}
-# Vocabularies come as they are: one that the axis does not divide stays whole. Everything else is checked (`check`).
+# Vocabularies come as they are: one that the axis does not divide stays whole. Everything else is checked (`checks.check_sizes`).
 MAY_STAY_WHOLE = ("vocab",)
 
 _sequence_parallel = jax.make_user_context(False)
@@ -168,37 +167,6 @@ def weight_spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """The number of parts the batch is cut in."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
-
-
-def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses sizes of the model and the batch that cannot be cut evenly over the mesh, with the numbers."""
-    m, expert, fsdp = config.model, mesh.shape["expert"], mesh.shape["fsdp"]
-    check_rows(mesh, config.train.batch_size // config.train.accumulation, "config.train.batch_size")
-    check_rows(mesh, config.eval_batch_size, "config.eval.batch_size")
-    cut = {f"config.model.{name}.n_experts": (r.n_experts, "expert") for name, r in m.routed().items()}
-    if m.attention == "dense":
-        cut["config.model.n_kv_heads" if m.n_kv_heads else "config.model.n_heads"] = (m.kv_heads, "expert")
-    if m.mlp == "dense":
-        cut["config.model.d_hidden"] = (m.d_hidden, "expert")
-    cut["config.model.d_model"] = (m.d_model, "fsdp")
-    if config.mesh.sequence_parallel:
-        cut["config.model.context_length"] = (m.block_length, "expert")
-    for key, (size, axis) in cut.items():
-        if size % mesh.shape[axis]:
-            remedy = f"must be a multiple of mesh.{axis}={mesh.shape[axis]}, or make that one of {divisors(size)}"
-            raise ConfigError(key, size, remedy)
-    rows = config.train.batch_size // config.train.accumulation // batch_parts(mesh)
-    for name, r in m.routed().items():
-        if r.sequence_capacity_factor and rows % r.sequence_group:
-            remedy = f"must divide the {rows} rows of one device's microbatch: {divisors(rows)}"
-            raise ConfigError(f"config.model.{name}.sequence_group", r.sequence_group, remedy)
-
-
-def check_rows(mesh: Mesh | AbstractMesh, rows: int, key: str) -> None:
-    """Refuses a number of rows that cannot be cut evenly over the batch axes."""
-    parts = batch_parts(mesh)
-    if rows % parts:
-        raise ConfigError(key, rows, f"must be a multiple of replica*data*fsdp={parts}, the parts the batch is cut in")
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:

@@ -72,19 +72,15 @@ def describe(config: Config) -> Compiled:
     import resource
 
     import jax
-    import jax.numpy as jnp
 
     from uoe_jax import mesh as mesh_lib
     from uoe_jax.train.step import build
 
     begun = time.monotonic()
     mesh = mesh_lib.make_mesh(config.mesh)
-    rows, length = config.train.batch_size, config.model.context_length
-    batch = {k: jax.ShapeDtypeStruct((rows, length), jnp.int32) for k in ("tokens", "targets", "segments", "positions")}
-    batch["n_bytes"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
     with jax.set_mesh(mesh):
         program = build(config, mesh)
-        compiled = program.train_step.lower(program.abstract, batch).compile()
+        compiled = program.train_step.lower(program.abstract, program.abstract_batch).compile()
     memory = compiled.memory_analysis()
 
     def held(tree: Any) -> int:

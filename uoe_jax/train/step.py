@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from uoe_jax import mesh as mesh_lib
+from uoe_jax.checks import check_sizes
 from uoe_jax.config import Config, ModelConfig, OptimizerConfig
 from uoe_jax.decompose import BLOCKS
 from uoe_jax.errors import ConfigError
@@ -49,7 +50,7 @@ class Program(NamedTuple):
       init: key -> TrainState, born with its shardings.
       train_step: (state, batch) -> (state, metrics on device); donates the state.
       eval_step: (params, batch) -> Sums.
-      abstract: TrainState of ShapeDtypeStructs with shardings.
+      abstract, abstract_batch: TrainState and batch of a train step as ShapeDtypeStructs with shardings.
       model: params -> Transformer.
     """
 
@@ -58,6 +59,7 @@ class Program(NamedTuple):
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
     eval_step: Callable[[Params, Batch], Sums]
     abstract: TrainState
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
     model: Callable[[Params], Transformer]
 
 
@@ -123,7 +125,7 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     """Derives everything compiled from the configuration; nothing is allocated."""
     if config.model.task != "language":
         raise ConfigError("config.model.task", config.model.task, "training knows no classes yet; use 'language'")
-    mesh_lib.check(config, mesh)
+    check_sizes(config, mesh.shape)
     init_params, rebuild, declarations = functional(config.model)
     shardings = declared(declarations, lambda w, shape: mesh_lib.weight_sharding(mesh, w.logical_axes, shape))
     optimizer = make_optimizer(config.optimizer, config.decay_steps, declared(declarations, lambda w, _: w.decay))
@@ -172,8 +174,16 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
         ),
         eval_step=jax.jit(sharing(eval_step), in_shardings=(shardings, rows), out_shardings=everywhere),
         abstract=abstract,
+        abstract_batch=abstract_batch(config, rows),
         model=rebuild,
     )
+
+
+def abstract_batch(config: Config, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a train step's batch."""
+    rows, length = config.train.batch_size, config.model.context_length
+    shapes = {name: (rows, length) for name in ("tokens", "targets", "segments", "positions")} | {"n_bytes": (rows,)}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name, shape in shapes.items()}
 
 
 def row_keys(config: Config, step: jax.Array) -> jax.Array:

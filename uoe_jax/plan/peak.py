@@ -1,0 +1,86 @@
+"""Memory of one device at the height of a step, counted from the sizes of the model and the mesh.
+
+What is held throughout (weights, optimizer, batch, gradients, what layers keep for the backward pass) follows from the
+program. The working set beside it is a number of arrays of every kind, the most that are alive at once: the counts in `peak`
+were fitted to what XLA's CPU compiler reports for 80 float32 steps on 8 devices, of widths 128 to 512 (docs/plan.md says
+how well they fit). Letters as in `layers.common`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from uoe_jax.config import Config
+from uoe_jax.memory import ITEM_SIZE, kept_bytes, layer_parameters, norm_parameters, router_parameters
+from uoe_jax.plan.predict import Shape, rows
+
+
+class Peak(NamedTuple):
+    """Bytes of one device.
+
+    Attributes:
+      parameters, optimizer, batch: the arguments of a step. gradients: with those that microbatches are added to.
+      kept: by all layers for the backward pass.
+      layer: the working set of the backward pass of one layer, its weights gathered over `fsdp` among it.
+      ends: the working set of the scores of the vocabulary.
+    """
+
+    parameters: float
+    optimizer: float
+    batch: float
+    gradients: float
+    kept: float
+    layer: float
+    ends: float
+
+    @property
+    def arguments(self) -> float:
+        return self.parameters + self.optimizer + self.batch
+
+    @property
+    def temporary(self) -> float:
+        return self.gradients + self.kept + max(self.layer, self.ends)
+
+
+def peak(c: Config, shape: Shape, flash: bool) -> Peak:
+    """flash: attention that holds no scores; else the whole squares of a layer are held, float32."""
+    m, e, b = c.model, shape["expert"], rows(c, shape)
+    item, length, d, dh = ITEM_SIZE[m.dtype], m.block_length, m.d_model, m.head_dim
+    stream, tokens = item * b * length * d, {"smha": b * length, "uome": b * length}
+    slots = {"smha": 0.0, "uome": 0.0}  # what is gathered for the experts of a device, or comes out of them
+    for name, r in m.routed().items():
+        tokens[name] = b * r.slot_tokens(length) * r.row_share()
+        slots[name] = item * r.n_experts / e * tokens[name] * d if r.order == "gather" else 0.0
+    heads = item * tokens["smha"] * dh * (2 * m.n_heads + 2 * m.kv_heads) / e
+    hidden = item * tokens["uome"] * m.d_hidden / e
+    square = length if m.attention == "dense" else m.smha.slot_tokens(length)
+    scores = 0.0 if flash else 4 * tokens["smha"] * square * m.n_heads / e
+    # Whole weights and their gradient in the compute dtype, and that gradient in float32.
+    weight = (2 * item + 4) / e
+    attention = 2 * slots["smha"] + (2 - (m.remat in ("none", "dots"))) * scores + 4 * heads + weight * 2 * d * dh * (m.n_heads + m.kv_heads) + 9 * stream
+    mlp = 2.5 * slots["uome"] + 4 * hidden + weight * (m.n_into + 1) * d * m.d_hidden + 13 * stream
+    vocabulary = m.vocab_size / (e if m.vocab_size % e == 0 else 1)
+    ends = 3 * 4 * b * length * vocabulary + 4 * vocabulary * d + 5 * stream
+
+    # Norms are whole on every device, routers are cut over `fsdp` alone.
+    routers = sum(router_parameters(r, d) for r in m.routed().values())
+    norms = 2 * norm_parameters(m)
+    cut = (layer_parameters(m) - routers - norms) / e + routers
+    held = m.n_layers * (cut / shape["fsdp"] + norms) + norm_parameters(m)
+    held += (1 if m.tie_embeddings else 2) * vocabulary * d / shape["fsdp"]
+    held += length * d / shape["fsdp"] if m.position == "learned" else 0
+
+    stored = dataclasses.replace(m, remat="slots") if m.remat in ("none", "dots") else m
+    kept = kept_bytes(stored, b, e, e if c.mesh.sequence_parallel else 1)
+    if m.remat in ("none", "dots"):  # the scores and the products' results as well; with 'none' also what is made from them
+        kept += scores + sum(slots.values()) + (m.remat == "none") * (scores + 4 * stream + hidden)
+    return Peak(
+        parameters=4 * held,
+        optimizer=8 * held,
+        batch=4 * 4 * b * c.train.accumulation * length,
+        gradients=4 * held * (1 + (c.train.accumulation > 1)),
+        kept=m.n_layers * kept,
+        layer=max(attention, mlp),
+        ends=ends,
+    )
