@@ -192,7 +192,11 @@ install() {
  bash uoe-src/launch/tpu_vm.sh install-here"
 }
 
-marked() { if [[ $1 == 0 ]]; then cat; else sed -u "s/^/[$1] /"; fi; }
+marked() {  # as launch/local.py does it; whole lines, which sed does not write at once
+  local line
+  if [[ $1 == 0 ]]; then cat; return; fi
+  while IFS= read -r line || [[ -n $line ]]; do printf '[%s] %s\n' "$1" "$line"; done
+}
 
 attempt() {  # One run on all workers; sets `code`, and `stopping` where it was asked to stop.
   local addresses ips run i one before text pids=()
@@ -205,7 +209,7 @@ attempt() {  # One run on all workers; sets `code`, and `stopping` where it was 
   for i in "${!ips[@]}"; do
     text="bash uoe-src/launch/tpu_vm.sh train-here $run ${ips[0]}:$port ${#ips[@]} $i $(printf '%q ' "${arguments[@]}")"
     if [[ -n $dry_run ]]; then on_workers "$i" "$text"; continue; fi
-    on_workers "$i" "$text" 2>&1 | marked "$i" &
+    (on_workers "$i" "$text" 2>&1 | marked "$i") &  # a subshell, so that `wait` gets the code of the whole pipe
     pids+=($!)
   done
   for i in "${!pids[@]}"; do

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 import types
 
 import jax
@@ -221,6 +222,37 @@ def test_the_whole_train_step(sequence_parallel):
         assert not any(len(a.shape) == 3 and a.shape[-1] in (48, 24) for a in (c.operand, c.result)), c
     gradients = [c for c in found if c.kind == "all-reduce" and c.backward and "data" in c.axes and len(c.operand.shape) > 1]
     assert gradients and all(set(c.axes) <= {"replica", "data"} for c in gradients), gradients  # after their fsdp scatter
+
+
+def test_weights_cross_fsdp_in_the_compute_dtype_and_gradients_in_their_own():
+    """Read off the lowered program, as the CPU's compiler computes bfloat16 in float32. Only routers cross in float32."""
+    values = {"model": {**QUICK, "dtype": "bfloat16"}, "train": {"batch_size": 8}, "mesh": sized(fsdp=2, expert=4)}
+    config = from_dict(values)
+    with jax.sharding.use_abstract_mesh(mesh := mesh_lib.abstract_mesh(config.mesh, 8)):
+        program = build(config, mesh)
+        text = program.train_step.trace(program.abstract, program.abstract_batch).lower(lowering_platforms=("tpu",)).as_text()
+    gathered = re.findall(r'"stablehlo.all_gather".*-> tensor<(\S*)x(f32|bf16)>', text)
+    assert {shape for shape, dtype in gathered if dtype == "f32"} == {f"{MODEL['d_model']}x8"}  # D x N
+    assert len(gathered) > 10
+    scattered = re.findall(r'"stablehlo.reduce_scatter".*?-> tensor<\S*x(f32|bf16)>', text, re.DOTALL)
+    assert set(scattered) == {"f32"}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_no_token_sees_a_later_one_on_a_mesh(sequence_parallel):
+    """Contract 2: another token changes no score before it, bit for bit."""
+    tight = {**ROUTING, "capacity_factor": 0.5, "capacity_window": 2, "patch_size": 4}
+    program, mesh = program_on(sized(1, 2, 2, 2), model=dict(smha=tight, uome=tight))
+    rows = batch(rows=8)
+    with jax.set_mesh(mesh), mesh_lib.sequence_parallel(sequence_parallel):
+        params = program.init(jax.random.key(0)).params
+        score = jax.jit(lambda params, tokens: program.model(params)(tokens)[0])
+        tokens = mesh_lib.put_batch(mesh, {"tokens": rows["tokens"]})["tokens"]
+        before = np.asarray(score(params, tokens))
+        for t in (1, 13, 30):
+            after = np.asarray(score(params, tokens.at[:, t].add(1) % MODEL["vocab_size"]))
+            np.testing.assert_array_equal(after[:, :t], before[:, :t])
+            assert (after[:, t:] != before[:, t:]).any()
 
 
 # --- laying out and refusing ------------------------------------------------------------------------------------

@@ -60,8 +60,10 @@ def _unexpected(error: Exception, workdir: Path | None) -> int:
     try:
         if workdir is None or not workdir.is_dir():
             raise OSError
-        (workdir / "error.txt").write_text(text)
-        place = f"in {workdir / 'error.txt'}"
+        me = (processes.told() or (0, 0, 0))[2]
+        file = workdir / (f"error_{me}.txt" if me else "error.txt")
+        file.write_text(text)
+        place = f"in {file}"
     except OSError:
         print(text, file=sys.stderr)
     first = (str(error).strip().splitlines() or [""])[0]

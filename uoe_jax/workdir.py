@@ -23,7 +23,7 @@ def open_workdir(path: str, config: Config) -> epath.Path:
     workdir = epath.Path(path).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        there = sorted(p.name for p in workdir.iterdir() if p.name != "error.txt")
+        there = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("error"))
         if there and CONFIG not in there:
             raise UserError(f"--workdir={path}: holds other files ({there[0]}, …) and no run; give an empty directory")
         if CONFIG in there:

@@ -198,14 +198,14 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
             out.append(Collective(kind, before, after, axes, group, times * parts, True, "", f"{len(out)}"))
 
     cut = e if m.vocab_size % e == 0 else 1
-    again = m.remat == "block"  # the state between attention and MLP is made again
+    again = m.remat in ("dots", "block")  # the state between attention and MLP is made again
     stream, layer = rows(c, shape) * m.block_length * m.d_model, layer_parameters(m) / e
-    runs = m.n_layers * (4 + again) + 2 * (cut > 1)
-    if c.mesh.sequence_parallel:
-        for kind in ("all-gather", "reduce-scatter"):
-            add(kind, stream, ("expert",), runs)
+    reductions_of_stream = m.n_layers * (4 + again) + 2 * (cut > 1)
+    if c.mesh.sequence_parallel:  # a reduction is a scatter after the block and a gather before the next, made again backward
+        add("all-gather", stream, ("expert",), m.n_layers * (4 + 2 * (m.remat != "none")) + 2 * (cut > 1))
+        add("reduce-scatter", stream, ("expert",), reductions_of_stream)
     else:
-        add("all-reduce", stream, ("expert",), runs)
+        add("all-reduce", stream, ("expert",), reductions_of_stream)
     ends = m.vocab_size * m.d_model / cut
     for elements, gathers, times in ((layer, 2, m.n_layers), (ends, 1, 2)):
         add("all-gather", elements, ("fsdp",), gathers * times)
