@@ -88,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command("train", _train, "train; resumes by itself where the workdir holds a checkpoint", config=True)
 
-    plan = command("plan", _plan, "memory, operations, bytes moved and time on accelerators; nothing is run", workdir=False, config=True)
-    plan.add_argument("--mesh", metavar="AXIS=SIZE,…", help="instead of config.mesh; axes left out are 1, such as data=8,fsdp=8,expert=4")
+    what = "memory, operations, bytes moved and time on accelerators; nothing is run"
+    plan = command("plan", _plan, what, workdir=False, config=True)
+    plan.add_argument("--mesh", metavar="AXIS=SIZE,…", help="instead of config.mesh, such as data=8,fsdp=8; axes left out are 1")
     plan.add_argument("--devices", metavar="N", help="how many, where an axis is -1")
     plan.add_argument("--hardware", default="h100", metavar="NAME", help="h100, h200, b200, v5p, v6e, or cpu")
     plan.add_argument("--json", action="store_true", help="one JSON line")

@@ -74,12 +74,14 @@ TPU = {
     "v5p": Hardware(
         kind="TPU v5p", memory=95 * GIB, bandwidth=2.765e12, fast=200e9, domain=6144, slow=6.25e9, hops=(1e-6, 30e-6),
         products=(0.70, 0.90), attention=(0.30, 0.60),
-        source="Google Cloud TPU v5p page (95 GiB, 2765 GB/s, ICI 1200 GB/s both ways in a 3D torus, DCN 50 Gb/s, slices of 6144)",
+        source="Google Cloud TPU v5p page (95 GiB, 2765 GB/s, ICI 1200 GB/s both ways in a 3D torus, DCN 50 Gb/s, "
+        "slices of 6144)",
     ),
     "v6e": Hardware(
         kind="TPU v6 lite", memory=32e9, bandwidth=1.638e12, fast=200e9, domain=256, slow=12.5e9, hops=(1e-6, 30e-6),
         products=(0.55, 0.85), attention=(0.30, 0.60),
-        source="Google Cloud TPU v6e page (32 GB, 1638 GB/s, ICI 800 GB/s both ways in a 2D torus, 4 x 200 Gb/s for 8 chips, pod of 256)",
+        source="Google Cloud TPU v6e page (32 GB, 1638 GB/s, ICI 800 GB/s both ways in a 2D torus, 4 x 200 Gb/s for 8 chips, "
+        "pods of 256)",
     ),
 }  # fmt: skip
 HARDWARE = NVIDIA | TPU

@@ -123,7 +123,8 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
             times, counted = runs[computation]
             op_name = re.search(r'op_name="([^"]*)"', i.rest)
             for operand, result in zip(operands, results, strict=True):
-                found.append(Collective(kind, operand, result, axes, group, times, counted, op_name[1] if op_name else "", i.name))
+                where = op_name[1] if op_name else ""
+                found.append(Collective(kind, operand, result, axes, group, times, counted, where, i.name))
     return found
 
 

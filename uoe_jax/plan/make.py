@@ -90,7 +90,8 @@ def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshC
     open_axes = [axis for axis in AXES if sizes[axis] == -1]
     source = f"--mesh={text}" if text is not None else "config.mesh"
     if len(open_axes) > 1 or open_axes and devices is None:
-        remedy = "only one axis can; give the others a size" if len(open_axes) > 1 else "say how many with --devices=N, or give a size"
+        one, several = "say how many with --devices=N, or give a size", "only one axis can; give the others a size"
+        remedy = several if len(open_axes) > 1 else one
         raise UserError(f"{source}: {' and '.join(open_axes)} takes what is left of the devices (-1); {remedy}")
     total = devices or math.prod(sizes.values())
     if total > MAX_DEVICES:

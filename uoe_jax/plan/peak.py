@@ -2,7 +2,7 @@
 
 What is held throughout (weights, optimizer, batch, gradients, what layers keep for the backward pass) follows from the
 program. The working set beside it is a number of arrays of every kind, the most that are alive at once: the counts in `peak`
-were fitted to what XLA's CPU compiler reports for 80 float32 steps on 8 devices, of widths 128 to 512 (docs/plan.md says
+were fitted to what XLA's CPU compiler reports for 75 float32 steps on 8 devices, of widths 128 to 512 (docs/plan.md says
 how well they fit). Letters as in `layers.common`.
 """
 
@@ -58,8 +58,9 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     scores = 0.0 if flash else 4 * tokens["smha"] * square * m.n_heads / e
     # Whole weights and their gradient in the compute dtype, and that gradient in float32.
     weight = (2 * item + 4) / e
-    attention = 2 * slots["smha"] + (2 - (m.remat in ("none", "dots"))) * scores + 4 * heads + weight * 2 * d * dh * (m.n_heads + m.kv_heads) + 9 * stream
-    mlp = 2.5 * slots["uome"] + 4 * hidden + weight * (m.n_into + 1) * d * m.d_hidden + 13 * stream
+    attention = weight * 2 * d * dh * (m.n_heads + m.kv_heads)
+    attention += 2 * slots["smha"] + 4 * heads + (1 if m.remat in ("none", "dots") else 2) * scores + 9 * stream
+    mlp = weight * (m.n_into + 1) * d * m.d_hidden + 2.5 * slots["uome"] + 4 * hidden + 13 * stream
     vocabulary = m.vocab_size / (e if m.vocab_size % e == 0 else 1)
     ends = 3 * 4 * b * length * vocabulary + 4 * vocabulary * d + 5 * stream
 

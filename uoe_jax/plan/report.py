@@ -29,8 +29,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
     found = plain(plan._replace(config=None, compiled=plan.compiled._replace(collectives=())))
     del found["config"], found["compiled"]["collectives"]
-    extra = {"mesh": shape_of(plan.config.mesh), "parameters": parameters(plan.config.model), "warnings": list(warnings(plan))}
-    return {**extra, **found, "compiled": {**found["compiled"], "peak": plan.compiled.peak}}
+    found["compiled"]["peak"] = plan.compiled.peak
+    c = plan.config
+    return {"mesh": shape_of(c.mesh), "parameters": parameters(c.model), "warnings": list(warnings(plan)), **found}
 
 
 def warnings(plan: Plan) -> Iterator[str]:
@@ -39,8 +40,8 @@ def warnings(plan: Plan) -> Iterator[str]:
     for block, reduction, compute in plan.prediction.reductions if plan.prediction else ():
         if reduction > compute:
             yield (
-                f"the reduction over expert={shape['expert']} after {block} takes {_time(reduction)}, longer than the {_time(compute)} "
-                f"of the work it follows: make mesh.expert smaller and data or fsdp larger"
+                f"the reduction over expert={shape['expert']} after {block} takes {_time(reduction)}, longer than the "
+                f"{_time(compute)} of the work it follows: make mesh.expert smaller and data or fsdp larger"
             )
     if plan.least is not None:
         mesh, needed = plan.least
@@ -51,7 +52,7 @@ def warnings(plan: Plan) -> Iterator[str]:
     if accelerator and m.dtype == "float32":
         yield "model.dtype='float32', and the times are those of 16-bit products: set bfloat16, or expect several times as long"
     if accelerator and m.remat in ("none", "dots"):
-        yield f"model.remat={m.remat!r} leaves what is kept to the compiler: its memory is less certain than that of 'slots' or 'block'"
+        yield f"model.remat={m.remat!r} leaves what is kept to the compiler: the memory is less certain than with 'slots' or 'block'"
     if not all(c.counted for c in plan.compiled.collectives):
         yield "some collectives are in loops of unknown length and are counted once"
 
@@ -72,12 +73,13 @@ def text(plan: Plan, name: str) -> str:
             ("optimizer", _gb(compiled.optimizer)),
             ("gradients", _gb(e.gradients)),
             ("activations kept", _gb(e.kept)),
-            ("working set", f"{_gb(max(e.layer, e.ends))}, of {'a layer' if e.layer > e.ends else 'the scores of the vocabulary'}"),
+            ("working set", f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else 'the vocabulary scores'}"),
             ("peak", _gb(plan.peak) + room),
         ),
         f"  Compiled for {n} host devices in {compiled.seconds:.0f} s (jax {compiled.jax}): {_gb(compiled.peak)}, of it "
         f"{_gb(compiled.temporary)} temporary.",
-        f"  Counted for the same {'' if hardware is None else 'float32 '}step: {_gb(plan.counted.temporary)} temporary; factor {plan.factor:.2f}.",
+        f"  Counted for the same {'' if hardware is None else 'float32 '}step: {_gb(plan.counted.temporary)} temporary; "
+        f"factor {plan.factor:.2f}.",
     ]
     if hardware is not None:
         lines.append(f"  Assumed: {m.dtype}, and attention that holds no scores; holding them takes {_gb(plan.scores)} more.")
@@ -107,9 +109,9 @@ def text(plan: Plan, name: str) -> str:
     lines.append("")
     if plan.suggestion is not None:
         s = plan.suggestion
+        mesh = ",".join(f"{axis}={size}" for axis, size in s.mesh.items() if size > 1)
         lines.append(
-            f"suggested: --mesh={','.join(f'{a}={size}' for a, size in s.mesh.items() if size > 1)}: {_range(s.step)} and {_gb(s.peak)}, "
-            f"where this mesh is counted at {_range(s.given_step)}"
+            f"suggested: --mesh={mesh}: {_range(s.step)} and {_gb(s.peak)}, where this mesh is counted at {_range(s.given_step)}"
         )
     elif hardware is not None and plan.least is None:
         lines.append("No other mesh of these devices is counted to be faster and to fit.")
