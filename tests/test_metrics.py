@@ -20,6 +20,7 @@ import pytest
 
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.train.metrics import MetricsWriter, Progress, read_metrics
+from uoe_jax import processes
 from uoe_jax.train.signals import StopSignal
 
 
@@ -242,10 +243,21 @@ def test_first_signal_asks_second_interrupt_insists():
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_only_the_named_signals_are_taken():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal(names=("SIGINT",)):
-        assert signal.getsignal(signal.SIGTERM) == before
+def test_one_of_several_processes_turns_signals_to_the_preemption_service(monkeypatch):
+    """Which waits for SIGTERM with a handler of its own, that must stay; and says when all are to stop."""
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    monkeypatch.setattr(processes, "are_several", lambda: True)
+    monkeypatch.setattr(processes, "preempted", lambda step: step == 7)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGUSR1)
+            assert got == [signal.SIGTERM] and stop.requested == "SIGUSR1"
+            assert [stop.due(step) for step in (6, 7)] == [False, True]
+            signal.raise_signal(signal.SIGUSR1)
+            assert got == [signal.SIGTERM]  # once is enough
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_signals_do_nothing_in_another_thread():

@@ -52,7 +52,7 @@ def warnings(plan: Plan) -> Iterator[str]:
     if accelerator and m.dtype == "float32":
         yield "model.dtype='float32', and the times are those of 16-bit products: set bfloat16, or expect several times as long"
     if accelerator and m.remat in ("none", "dots"):
-        yield f"model.remat={m.remat!r} leaves what is kept to the compiler: the memory is less certain than with 'slots' or 'block'"
+        yield f"model.remat={m.remat!r} leaves to the compiler what is kept: memory is less certain than with 'slots' or 'block'"
     if not all(c.counted for c in plan.compiled.collectives):
         yield "some collectives are in loops of unknown length and are counted once"
 
