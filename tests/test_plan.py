@@ -19,7 +19,7 @@ from uoe_jax.config import Config, from_dict, to_dict
 from uoe_jax.plan import make as make_lib
 from uoe_jax.plan.compiled import Compiled, compile_step
 from uoe_jax.plan.hardware import HARDWARE
-from uoe_jax.plan.make import make, read_mesh, shape_of
+from uoe_jax.plan.make import make, read_mesh
 from uoe_jax.plan.peak import peak
 from uoe_jax.plan.predict import expected_collectives, predict, ring
 from uoe_jax.plan.report import as_json, text
@@ -66,7 +66,7 @@ def test_peak_memory_is_what_a_run_takes(name):
     # What meshes that are not compiled are judged by moves the same bytes over every axis; sums and scores are left out.
     for axis in ("data", "fsdp", "expert"):
         moved = {source: sum(c.sent * c.times for c in found if axis in c.axes) for source, found in
-                 (("compiled", plan.compiled.collectives), ("expected", expected_collectives(config, shape_of(config.mesh))))}  # fmt: skip
+                 (("compiled", plan.compiled.collectives), ("expected", expected_collectives(config, config.mesh.shape)))}  # fmt: skip
         assert moved["expected"] == pytest.approx(moved["compiled"], rel=0.1), axis
     said = text(plan, name)
     assert "Compiled for 8 host devices" in said and "MFU" not in said
@@ -76,7 +76,7 @@ def planned(monkeypatch, config: Config, hardware: str) -> make_lib.Plan:
     """The plan, with the counted step in place of a compiled one."""
 
     def counted(c: Config) -> Compiled:
-        shape = shape_of(c.mesh)
+        shape = c.mesh.shape
         p = peak(c, shape, flash=False)
         arguments = round(p.arguments)
         return Compiled(arguments, arguments, arguments, round(p.temporary), round(p.parameters), round(p.optimizer),
@@ -175,7 +175,7 @@ def test_other_kinds_of_step(monkeypatch):
     parts = planned(monkeypatch, from_dict(values), "h200")
     assert parts.expected.kept < 0.3 * planned(monkeypatch, base, "h200").expected.kept
     assert parts.prediction.parts["weights"][0] > 3 * plain.parts["weights"][0]  # gathered for every microbatch
-    half = predict(base, shape_of(base.mesh), dataclasses.replace(HARDWARE["h200"], network=(0.35, 0.45)), [])
+    half = predict(base, base.mesh.shape, dataclasses.replace(HARDWARE["h200"], network=(0.35, 0.45)), [])
     assert half.parts["weights"] == (0, 0) and half.step[0] < plain.step[0]
 
 
@@ -209,8 +209,8 @@ def test_bad_input_is_one_sentence(capsys, args, expected):
 
 def test_sizes_left_open_are_filled():
     mesh = read_mesh("data=-1,expert=2", 16, Config().mesh)
-    assert shape_of(mesh) == dict(replica=1, data=8, fsdp=1, expert=2)
-    assert shape_of(read_mesh(None, 4, Config().mesh))["data"] == 4
+    assert mesh.shape == dict(replica=1, data=8, fsdp=1, expert=2)
+    assert read_mesh(None, 4, Config().mesh).shape["data"] == 4
 
 
 def test_a_failed_compilation_shows_what_it_wrote(monkeypatch):

@@ -83,7 +83,7 @@ def check_run(c: Config) -> None:
     if c.train.batch_size % c.train.accumulation:
         remedy = f"must divide train.batch_size={c.train.batch_size}: {divisors(c.train.batch_size)}"
         raise ConfigError("config.train.accumulation", c.train.accumulation, remedy)
-    axes = {a: getattr(c.mesh, a) for a in ("replica", "data", "fsdp", "expert")}
+    axes = c.mesh.shape
     for axis, size in axes.items():
         if size == 0:
             raise ConfigError(f"config.mesh.{axis}", size, "give a positive size, or -1 for what is left")

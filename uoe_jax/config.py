@@ -169,7 +169,7 @@ class ModelConfig:
     dtype: str = key("float32", "compute dtype; parameters are float32", choices=("float32", "bfloat16", "float16"))
     remat: str = key(
         "slots",
-        "what the backward pass recomputes: nothing; gathered slots and scores; all but matrix products; whole blocks",
+        "what the backward pass recomputes: nothing (of fsdp, whole weights are kept); gathered slots and scores; all but matrix products; whole blocks",
         choices=("none", "slots", "dots", "block"),
         free=True,
     )
@@ -263,6 +263,9 @@ class CheckpointConfig:
     keep_best: int = key(1, "checkpoints kept for the lowest validation loss", low=0, free=True)
 
 
+MESH_AXES = ("replica", "data", "fsdp", "expert")  # outermost first
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1 and takes what is left."""
@@ -272,6 +275,11 @@ class MeshConfig:
     fsdp: int = key(1, "rows and weights sharded together", low=-1, free=True)
     expert: int = key(1, "experts (tensor-parallel partitions)", low=-1, free=True)
     sequence_parallel: bool = key(False, "activations sharded along L between blocks", free=True)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The size of every axis, as given."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from uoe_jax.config import MeshConfig
+from uoe_jax.config import MESH_AXES, MeshConfig
 from uoe_jax.errors import ConfigError
 
-AXES = ("replica", "data", "fsdp", "expert")
+AXES = MESH_AXES
 BATCH_AXES = ("replica", "data", "fsdp")
 ROWS = PartitionSpec(BATCH_AXES)
 EVERYWHERE = PartitionSpec()
@@ -50,7 +50,7 @@ def abstract_mesh(config: MeshConfig, n_devices: int) -> AbstractMesh:
 
 def sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
     """The size of every axis over so many devices, one -1 filled in; raises ConfigError where they do not fit."""
-    found = {axis: getattr(config, axis) for axis in AXES}
+    found = config.shape
     fixed = math.prod(s for s in found.values() if s != -1)
     free = [axis for axis, size in found.items() if size == -1]
     if n_devices % fixed or (not free and fixed != n_devices):

@@ -22,7 +22,6 @@ from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.uome import UoME
 from uoe_jax.mesh import placed_activations
-from uoe_jax.region import WHOLE_WEIGHT
 from uoe_jax.routing import RoutingStats
 
 Stats = dict[str, RoutingStats]  # by block ("smha", "uome"); leaves stacked over layers
@@ -100,12 +99,10 @@ class Block(nnx.Module):
 
 
 _keep_named = jax.checkpoint_policies.save_only_these_names(*KEPT)
-# Weights are always gathered over fsdp again: kept whole, those of all layers would be what fsdp is there to avoid.
-_all_but_whole_weights = jax.checkpoint_policies.save_anything_except_these_names(WHOLE_WEIGHT)
 
-# What the backward pass may keep of a layer; everything else is recomputed.
+# What the backward pass may keep of a layer; everything else is recomputed, and weights are gathered over fsdp again.
 REMAT = {
-    "none": lambda f: jax.checkpoint(f, policy=_all_but_whole_weights, prevent_cse=False),
+    "none": lambda f: f,  # not even that: the whole weights of all layers are kept
     "slots": lambda f: jax.checkpoint(f, policy=_keep_named, prevent_cse=False),
     "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False),
     "block": lambda f: jax.checkpoint(f, prevent_cse=False),

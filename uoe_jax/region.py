@@ -14,13 +14,10 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.mesh import BATCH_AXES, EVERYWHERE, ROWS
-
-WHOLE_WEIGHT = "whole_weight"  # the name, for remat, of what was gathered over fsdp
 
 
 class Region(NamedTuple):
@@ -123,7 +120,7 @@ def gathered(w: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather_weight(w: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    return checkpoint_name(jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True), WHOLE_WEIGHT)
+    return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
 def _scatter_gradient(axis: int, dtype: Any, _: None, d: jax.Array) -> tuple[jax.Array]:

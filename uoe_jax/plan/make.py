@@ -8,14 +8,13 @@ import math
 from typing import Iterator, NamedTuple
 
 from uoe_jax.checks import check_sizes
-from uoe_jax.config import Config, MeshConfig
+from uoe_jax.config import MESH_AXES, Config, MeshConfig
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.plan.compiled import Compiled, compile_step
 from uoe_jax.plan.hardware import Hardware, Range, find
 from uoe_jax.plan.peak import Peak, peak
 from uoe_jax.plan.predict import Prediction, expected_collectives, narrowed, network_seconds, predict, ring
 
-AXES = ("replica", "data", "fsdp", "expert")  # as mesh.AXES, which imports jax
 MAX_DEVICES = 512  # host devices that one process compiles for
 USABLE = 0.92  # of the memory; the rest is the runtime's, the networks' buffers and what lies between arrays (assumed)
 WORTH = 0.03  # of the step's time, from which on another mesh is suggested
@@ -75,19 +74,19 @@ def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshC
     Raises:
       UserError: what cannot be read, a size that is left open, or more devices than can be compiled for.
     """
-    sizes = {axis: getattr(given, axis) for axis in AXES} if text is None else {axis: 1 for axis in AXES}
+    sizes = given.shape if text is None else dict.fromkeys(MESH_AXES, 1)
     seen: set[str] = set()
     for item in () if text is None else text.split(","):
         axis, equals, size = (part.strip() for part in item.partition("="))
-        if axis not in AXES or not equals:
-            raise UserError(f"--mesh={text}: {item!r} names no axis; give axis=size, of {', '.join(AXES)}")
+        if axis not in MESH_AXES or not equals:
+            raise UserError(f"--mesh={text}: {item!r} names no axis; give axis=size, of {', '.join(MESH_AXES)}")
         if axis in seen:
             raise UserError(f"--mesh={text}: {axis} is given twice; give it once")
         if size != "-1" and not (size.isdecimal() and int(size)):
             raise UserError(f"--mesh={text}: {axis}={size} is no size; give a whole number from 1 on, or -1 for what is left")
         seen.add(axis)
         sizes[axis] = int(size)
-    open_axes = [axis for axis in AXES if sizes[axis] == -1]
+    open_axes = [axis for axis in MESH_AXES if sizes[axis] == -1]
     source = f"--mesh={text}" if text is not None else "config.mesh"
     if len(open_axes) > 1 or open_axes and devices is None:
         one, several = "say how many with --devices=N, or give a size", "only one axis can; give the others a size"
@@ -111,7 +110,7 @@ def make(config: Config, hardware_name: str) -> Plan:
     Raises:
       UserError: what the configuration is refused for on this mesh.
     """
-    hardware, shape = find(hardware_name), shape_of(config.mesh)
+    hardware, shape = find(hardware_name), config.mesh.shape
     check_sizes(config, shape)
     # 16-bit arithmetic the CPU compiler turns to float32 with copies around it, which accelerators do not have.
     as_compiled = config if hardware is None else _in_float32(config)
@@ -132,16 +131,12 @@ def make(config: Config, hardware_name: str) -> Plan:
     return _with_suggestion(plan, hardware)
 
 
-def shape_of(mesh: MeshConfig) -> dict[str, int]:
-    return {axis: getattr(mesh, axis) for axis in AXES}
-
-
 def _in_float32(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
 
 
 def _traffic(config: Config, hardware: Hardware | None, compiled: Compiled) -> Iterator[Traffic]:
-    m, shape = config.model, shape_of(config.mesh)
+    m, shape = config.model, config.mesh.shape
     moved = sorted((c for c in compiled.collectives if c.axes), key=lambda c: (c.axes, c.kind))
     for (axes, kind), same in itertools.groupby(moved, key=lambda c: (c.axes, c.kind)):
         group = list(same)
@@ -157,7 +152,7 @@ def _with_suggestion(plan: Plan, hardware: Hardware) -> Plan:
     """Judges every mesh by what can be counted without compiling it, the given one too, so that like meets like."""
 
     def judged(mesh: MeshConfig) -> tuple[MeshConfig, Range, float]:
-        c, shape = dataclasses.replace(plan.config, mesh=mesh), shape_of(mesh)
+        c, shape = dataclasses.replace(plan.config, mesh=mesh), mesh.shape
         found = peak(c, shape, flash=True)
         step = predict(c, shape, hardware, expected_collectives(c, shape)).step
         return mesh, step, found.arguments + plan.factor * found.temporary
@@ -166,12 +161,12 @@ def _with_suggestion(plan: Plan, hardware: Hardware) -> Plan:
     fitting = [found for found in every if found[2] <= USABLE * hardware.memory]
     if not fitting and not plan.fits:
         mesh, _, needed = min(every, key=lambda found: found[2])
-        return plan._replace(least=(shape_of(mesh), needed))
+        return plan._replace(least=(mesh.shape, needed))
     given = judged(plan.config.mesh)[1]
     mesh, step, needed = min(fitting, key=lambda found: sum(found[1]), default=(plan.config.mesh, given, 0.0))
     if mesh == plan.config.mesh or plan.fits and sum(step) > (1 - WORTH) * sum(given):
         return plan
-    return plan._replace(suggestion=Suggestion(shape_of(mesh), needed, step, given))
+    return plan._replace(suggestion=Suggestion(mesh.shape, needed, step, given))
 
 
 def _meshes(config: Config) -> Iterator[MeshConfig]:
@@ -182,7 +177,7 @@ def _meshes(config: Config) -> Iterator[MeshConfig]:
         if total % (fsdp * expert) == 0:
             mesh = dataclasses.replace(config.mesh, data=total // fsdp // expert, fsdp=fsdp, expert=expert)
             try:
-                check_sizes(config, shape_of(mesh))
+                check_sizes(config, mesh.shape)
             except ConfigError:
                 continue
             yield mesh

@@ -76,6 +76,8 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     kept = kept_bytes(stored, b, e, e if c.mesh.sequence_parallel else 1)
     if m.remat in ("none", "dots"):  # the scores and the products' results as well; with 'none' also what is made from them
         kept += scores + sum(slots.values()) + (m.remat == "none") * (scores + 4 * stream + hidden)
+    if m.remat == "none" and (shape["fsdp"] > 1 or item < 4):  # weights as they are used, gathered or cast
+        kept += item * cut
     return Peak(
         parameters=4 * held,
         optimizer=8 * held,

@@ -207,7 +207,7 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
     else:
         add("all-reduce", stream, ("expert",), reductions_of_stream)
     ends = m.vocab_size * m.d_model / cut
-    for elements, gathers, times in ((layer, 2, m.n_layers), (ends, 1, 2)):
+    for elements, gathers, times in ((layer, 1 if m.remat == "none" else 2, m.n_layers), (ends, 1, 2)):
         add("all-gather", elements, ("fsdp",), gathers * times)
         add("reduce-scatter", elements, ("fsdp",), times)
         add("all-reduce", elements / fsdp, batch, times)

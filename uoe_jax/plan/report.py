@@ -7,7 +7,7 @@ from typing import Any, Iterator
 
 from uoe_jax.memory import parameters
 from uoe_jax.plan.hardware import CPU, HARDWARE, Range
-from uoe_jax.plan.make import Plan, shape_of
+from uoe_jax.plan.make import Plan
 from uoe_jax.plan.predict import rows
 
 PARTS = {
@@ -31,12 +31,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
     del found["config"], found["compiled"]["collectives"]
     found["compiled"]["peak"] = plan.compiled.peak
     c = plan.config
-    return {"mesh": shape_of(c.mesh), "parameters": parameters(c.model), "warnings": list(warnings(plan)), **found}
+    return {"mesh": c.mesh.shape, "parameters": parameters(c.model), "warnings": list(warnings(plan)), **found}
 
 
 def warnings(plan: Plan) -> Iterator[str]:
     """What a person should know before paying for the run; a sentence each."""
-    m, shape, accelerator = plan.config.model, shape_of(plan.config.mesh), plan.hardware != CPU
+    m, shape, accelerator = plan.config.model, plan.config.mesh.shape, plan.hardware != CPU
     for block, reduction, compute in plan.prediction.reductions if plan.prediction else ():
         if reduction > compute:
             yield (
@@ -60,7 +60,7 @@ def warnings(plan: Plan) -> Iterator[str]:
 def text(plan: Plan, name: str) -> str:
     """The plan for a person; `name` is the configuration's."""
     c, m, compiled, e, p = plan.config, plan.config.model, plan.compiled, plan.expected, plan.prediction
-    hardware, shape, tokens = HARDWARE.get(plan.hardware), shape_of(c.mesh), c.train.batch_size * m.context_length
+    hardware, shape, tokens = HARDWARE.get(plan.hardware), c.mesh.shape, c.train.batch_size * m.context_length
     n = math.prod(shape.values())
     room = f" of {_gb(hardware.memory)}: {'fits' if plan.fits else 'does not fit'}" if hardware else ""
     lines = [
