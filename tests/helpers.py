@@ -44,7 +44,8 @@ def uoe_together(processes: int, devices: int, *args: str, each=None, **popen) -
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # Code that runs for seconds need not be optimised for longer.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     place = dict(UOE_COORDINATOR=address, UOE_PROCESSES=str(processes))
     started = []
     for i in range(processes):

@@ -27,12 +27,14 @@ def finished(source, tmp_path_factory):
 
 
 def checkpoint_bytes(workdir, step):
-    """Every array of a checkpoint, as numpy."""
+    """Every array of a checkpoint, as numpy, whatever devices it was saved on."""
+    import jax
     import orbax.checkpoint as ocp
 
-    tree = ocp.StandardCheckpointer().restore(workdir.resolve() / "checkpoints" / str(step) / "state")
-    import jax
-
+    path = workdir.resolve() / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as reader:
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
+        tree = reader.restore(path, restore_args=as_numpy)
     return {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree.leaves_with_path(tree)}
 
 

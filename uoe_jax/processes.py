@@ -71,6 +71,7 @@ def join() -> None:
 
     coordinator, count, me = place
     print(f"uoe: process {me} of {count}: meeting the others at {coordinator}", file=sys.stderr, flush=True)
+    _keep_stdout_ours()
     here = coordinator.rpartition(":")[0] in ("127.0.0.1", "localhost")
     jax.distributed.initialize(
         coordinator,
@@ -79,6 +80,14 @@ def join() -> None:
         cluster_detection_method="deactivate",  # under SLURM it would take one device a task
         coordinator_bind_address=coordinator if here else None,  # else all interfaces
     )
+
+
+def _keep_stdout_ours() -> None:
+    """What is not written by Python goes to stderr: Gloo tells of its connections on stdout, where results belong."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(ours, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def are_several() -> bool:
