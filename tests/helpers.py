@@ -39,8 +39,13 @@ def uoe_process(*args: str, **popen) -> subprocess.Popen:
     )
 
 
-def uoe_together(processes: int, devices: int, *args: str, each=None, **popen) -> list[subprocess.Popen]:
-    """`uoe ARGS` in several processes of `devices` CPU devices that meet each other; each: more arguments by process."""
+def uoe_together(
+    processes: int, devices: int, *args: str, each=None, each_env=None, **popen
+) -> list[subprocess.Popen]:
+    """`uoe ARGS` in several processes of `devices` CPU devices that meet each other.
+
+    each, each_env: more arguments and environment by process.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -49,7 +54,7 @@ def uoe_together(processes: int, devices: int, *args: str, each=None, **popen) -
     place = dict(UOE_COORDINATOR=address, UOE_PROCESSES=str(processes))
     started = []
     for i in range(processes):
-        env = {**environment(**place, UOE_PROCESS_ID=str(i)), "XLA_FLAGS": flags}
+        env = {**environment(**place, UOE_PROCESS_ID=str(i)), "XLA_FLAGS": flags, **(each_env[i] if each_env else {})}
         started.append(uoe_process(*args, *(each[i] if each else ()), env=env, **popen))
     return started
 

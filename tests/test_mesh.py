@@ -17,6 +17,7 @@ from test_model import MODEL, batch
 
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax import mesh as mesh_lib
+from uoe_jax.classifier import Classifier
 from uoe_jax.config import MeshConfig, ModelConfig, from_dict
 from uoe_jax.data.tokenizer import ByteTokenizer
 from uoe_jax.errors import ConfigError
@@ -135,7 +136,7 @@ def make(kind: str):
         "smha": lambda: SMHA(D, 8, routing, rngs=rngs),
         "mlp": lambda: MLP(D, 64, bias=True, rngs=rngs),
         "attention": lambda: Attention(D, 8, rngs=rngs),
-        "layer": lambda: Block(ModelConfig(d_model=D, n_heads=8, d_hidden=64, smha=routing, uome=routing), rngs=rngs),
+        "layer": lambda: Block(ModelConfig(d_model=D, n_heads=8, d_hidden=64, bias=True, smha=routing, uome=routing), rngs=rngs),
     }[kind]()
 
 
@@ -204,7 +205,7 @@ def test_a_layer_with_its_backward_pass(shape, sequence_parallel):
     others = [(kind, size) for kind, size in exchanged if size != (b, L, D)]
     scores = [size for _, size in others if size == (b, L, N)]
     assert len(scores) <= 2, others
-    # With sequence_parallel the scales of the norms see parts of the tokens: vectors of D.
+    # With sequence_parallel the scales of the norms and the output biases see parts of the tokens: vectors of D.
     assert all(size == (b, L, N) or sequence_parallel and size == (D,) for _, size in others), others
     assert_nothing_else(found, state, shape)
 
@@ -224,18 +225,41 @@ def test_the_whole_train_step(sequence_parallel):
     assert gradients and all(set(c.axes) <= {"replica", "data"} for c in gradients), gradients  # after their fsdp scatter
 
 
-def test_weights_cross_fsdp_in_the_compute_dtype_and_gradients_in_their_own():
+@pytest.mark.parametrize("vocabulary", [32, 33])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_weights_cross_fsdp_in_the_compute_dtype_and_gradients_in_their_own(sequence_parallel, vocabulary):
     """Read off the lowered program, as the CPU's compiler computes bfloat16 in float32. Only routers cross in float32."""
-    values = {"model": {**QUICK, "dtype": "bfloat16"}, "train": {"batch_size": 8}, "mesh": sized(fsdp=2, expert=4)}
-    config = from_dict(values)
+    model = {**QUICK, "dtype": "bfloat16", "bias": True, "vocab_size": vocabulary}
+    sizes = sized(fsdp=2, expert=4, sequence_parallel=sequence_parallel)
+    config = from_dict({"model": model, "train": {"batch_size": 8}, "mesh": sizes})
     with jax.sharding.use_abstract_mesh(mesh := mesh_lib.abstract_mesh(config.mesh, 8)):
         program = build(config, mesh)
         text = program.train_step.trace(program.abstract, program.abstract_batch).lower(lowering_platforms=("tpu",)).as_text()
-    gathered = re.findall(r'"stablehlo.all_gather".*-> tensor<(\S*)x(f32|bf16)>', text)
-    assert {shape for shape, dtype in gathered if dtype == "f32"} == {f"{MODEL['d_model']}x8"}  # D x N
-    assert len(gathered) > 10
-    scattered = re.findall(r'"stablehlo.reduce_scatter".*?-> tensor<\S*x(f32|bf16)>', text, re.DOTALL)
-    assert set(scattered) == {"f32"}
+
+    def found(kind: str) -> set[tuple[str, str]]:
+        return set(re.findall(rf'"stablehlo.{kind}".*?-> tensor<(?:(\S*)x)?(f32|bf16)>', text, re.DOTALL))
+
+    assert {shape for shape, dtype in found("all_gather") if dtype == "f32"} == {f"{MODEL['d_model']}x8"}  # D x N
+    activations = {"4x8x32"} if sequence_parallel else {"4x32x32"}
+    assert {shape for shape, dtype in found("reduce_scatter") | found("all_reduce") if dtype == "bf16"} == activations
+
+
+@pytest.mark.parametrize("changes", [dict(stem="image", context_length=16, image=dict(height=8, width=8, patch=2)), slow(dict(vocab_size=12))], ids=str)
+def test_a_classifier_exchanges_nothing_all_to_all(changes):
+    config = from_dict({"model": {**QUICK, "task": "classify", "causal": False, **changes}, "mesh": sized(1, 2, 2, 2)}).model
+    mesh = mesh_lib.make_mesh(MeshConfig(**sized(1, 2, 2, 2)))
+    shape = (8, 8, 8, 3) if config.stem == "image" else (8, config.context_length)
+    inputs = jax.ShapeDtypeStruct(shape, jnp.float32 if config.stem == "image" else jnp.int32, sharding=mesh_lib.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Classifier(config, rngs=nnx.Rngs(0))))
+        weights = jax.tree.map(
+            lambda w: w.replace(jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=mesh_lib.weight_sharding(mesh, w.logical_axes, w.shape))),
+            state,
+            is_leaf=lambda w: isinstance(w, nnx.Variable),
+        )
+        loss = jax.grad(lambda state, inputs: jnp.square(nnx.merge(graphdef, state)(inputs)[0]).sum())
+        found = collectives(jax.jit(loss).lower(weights, inputs).compile().as_text(), mesh.shape)
+    assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}, {c.kind for c in found}
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -261,8 +285,8 @@ def test_no_token_sees_a_later_one_on_a_mesh(sequence_parallel):
 def fake(i: int, per_group: int, by: str):
     """A device as the layout helpers see it."""
     group = i // per_group
-    place = dict(process_index=group, slice_index=group if by == "slice" else 0)
-    return types.SimpleNamespace(id=i, platform="gpu", device_kind="gpu", **place)
+    place = dict(platform="gpu", slice_index=group) if by == "slice" else dict(platform="cpu")
+    return types.SimpleNamespace(id=i, process_index=group, device_kind="some", **place)
 
 
 @pytest.mark.parametrize("by", ["slice", "process"])
@@ -278,6 +302,20 @@ def test_the_slow_network_is_crossed_by_the_outer_axis(by):
 
 
 DENSE = dict(attention="dense", mlp="dense")
+def test_a_slice_of_several_hosts_is_one_fast_network():
+    """A TPU slice has many processes and one slice_index: its axes follow the torus, not the hosts."""
+    chips = [
+        types.SimpleNamespace(
+            id=i, platform="tpu", device_kind="TPU v5p", coords=(i % 4, i // 4 % 4, i // 16), core_on_chip=0, process_index=i // 4, slice_index=0
+        )
+        for i in range(64)
+    ]
+    laid = mesh_lib.arrange(chips, dict(replica=1, data=4, fsdp=4, expert=4))
+    for axis in (1, 2, 3):  # neighbours along an axis of the mesh are neighbours in the torus
+        for one, other in zip(np.moveaxis(laid, axis, 0)[0].ravel(), np.moveaxis(laid, axis, 0)[1].ravel()):
+            assert sum(min(abs(a - b), 4 - abs(a - b)) for a, b in zip(one.coords, other.coords)) == 1
+
+
 REFUSED = [
     (dict(uome={**ROUTING, "n_experts": 6}, d_hidden=96), dict(expert=4), "model.uome.n_experts=6: 1, 2, 3, 6"),
     (DENSE, dict(expert=16), "model.n_heads=8: 1, 2, 4, 8"),
@@ -300,6 +338,12 @@ def test_sizes_that_do_not_fit_are_refused_with_the_numbers(model, sizes, senten
     config = from_dict({**values, "mesh": {**ONE, **sizes, axis: -1}})
     with pytest.raises(ConfigError, match=sentence):
         build(config, mesh_lib.abstract_mesh(config.mesh, sizes[axis]))
+
+
+def test_a_token_in_front_cannot_be_cut_with_the_others():
+    model = {**QUICK, "task": "classify", "causal": False, "classifier": {"pooling": "cls"}}
+    with pytest.raises(ConfigError, match="config.mesh.sequence_parallel=True: .*use classifier.pooling='mean'"):
+        from_dict({"model": model, "mesh": sized(expert=2, sequence_parallel=True)})
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():

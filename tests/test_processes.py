@@ -9,7 +9,8 @@ import pytest
 
 from helpers import TINY, finish, metric_lines, uoe_together, wait_for_step, write_source
 from test_train import assert_same_run
-from uoe_jax import processes
+from uoe_jax import processes, workdir
+from uoe_jax.config import Config
 from uoe_jax.errors import UserError
 
 PLACE = {"UOE_COORDINATOR": "node1:8476", "UOE_PROCESSES": "2", "UOE_PROCESS_ID": "1"}
@@ -35,6 +36,9 @@ def test_a_process_is_told_its_place_or_is_alone():
         ({**PLACE, "UOE_PROCESSES": ""}, "UOE_PROCESSES: is not set while UOE_COORDINATOR is"),
         ({**PLACE, "UOE_COORDINATOR": "node1"}, "UOE_COORDINATOR=node1: give host:port"),
         ({**PLACE, "UOE_COORDINATOR": "node1:99999"}, "UOE_COORDINATOR=node1:99999: give host:port"),
+        ({**PLACE, "UOE_COORDINATOR": "http://node1:80"}, "UOE_COORDINATOR=http://node1:80: give host:port"),
+        ({**PLACE, "UOE_COORDINATOR": "node1:\u00b2"}, "UOE_COORDINATOR=node1:\u00b2: give host:port"),
+        ({**PLACE, "UOE_PROCESSES": "\u00b2"}, "UOE_PROCESSES=\u00b2: give the number of processes"),
         ({**PLACE, "UOE_PROCESSES": "0"}, "UOE_PROCESSES=0: give the number of processes"),
         ({**PLACE, "UOE_PROCESSES": "two"}, "UOE_PROCESSES=two: give the number of processes"),
         ({**PLACE, "UOE_PROCESS_ID": "2"}, "UOE_PROCESS_ID=2: give a number from 0 to 1"),
@@ -68,16 +72,43 @@ def test_different_configurations_are_refused(source, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_goes_wrong_in_one_process_ends_all(source, tmp_path):
+    """Process 1 cannot write its cache: it says so, and process 0 leaves with the same code, and soon."""
+    (tmp_path / "file").write_text("")
+    caches = [{}, {"UOE_CACHE": str(tmp_path / "file" / "cache")}]
+    ended = finish(uoe_together(2, 1, *train_args(source, tmp_path / "run"), each_env=caches), timeout=60)
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    assert "UOE_CACHE=" in ended[1][2] and "UOE_CACHE=" not in ended[0][2]
+
+
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path, monkeypatch):
+    """As another machine would see it: what process 0 says it wrote is not there."""
+    monkeypatch.setattr(processes, "by_first", lambda do: [*do()[:1], "written elsewhere"])
+    monkeypatch.setattr(workdir, "SHOWS_UP_S", 0)
+    with pytest.raises(UserError, match="--workdir=.*does not find in .* what process 0 wrote there; give a directory that all"):
+        workdir.enter_workdir(str(tmp_path / "run"), Config())
+
+
+@pytest.mark.slow
+def test_a_survivor_says_that_a_process_is_gone(source, tmp_path):
+    pair = uoe_together(2, 1, *train_args(source, tmp_path / "run", "--config.train.steps=5000"))
+    wait_for_step(tmp_path / "run", 3, pair[0])
+    pair[1].kill()
+    ended = finish(pair, timeout=60)
+    assert (ended[0][0], ended[1][0]) == (77, -9), ended
+    assert "another process is gone; run the same command again" in ended[0][2]
+
+
 # --- the same numbers -------------------------------------------------------------------------------------------
 
 
-def train_args(source, workdir, *more):
-    return ("train", f"--config={TINY}", f"--config.data.path={source}", f"--workdir={workdir}", *more)
+def train_args(source, folder, *more):
+    return ("train", f"--config={TINY}", f"--config.data.path={source}", f"--workdir={folder}", *more)
 
 
-def trained(n, devices, source, workdir, *more):
+def trained(n, devices, source, folder, *more):
     """Trains in n processes; returns what process 0 printed."""
-    ended = finish(uoe_together(n, devices, *train_args(source, workdir, *more)))
+    ended = finish(uoe_together(n, devices, *train_args(source, folder, *more)))
     assert [code for code, _, _ in ended] == [0] * n, ended
     for _, out, err in ended[1:]:  # one process tells
         assert not out and "step 1/20" not in err

@@ -112,7 +112,10 @@ def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
         cut["model.d_hidden"] = (m.d_hidden, "expert")
     cut["model.d_model"] = (m.d_model, "fsdp")
     if c.mesh.sequence_parallel:
-        cut["model.context_length"] = (m.block_length, "expert")
+        cut["model.context_length"] = (m.context_length, "expert")
+        if m.block_length != m.context_length:
+            remedy = "cannot cut the tokens of a row and the one in front of them evenly; use classifier.pooling='mean'"
+            raise ConfigError("config.mesh.sequence_parallel", True, remedy)
     for name, (size, axis) in cut.items():
         if size % mesh[axis]:
             raise ConfigError(f"config.mesh.{axis}", mesh[axis], f"must divide {name}={size}: {divisors(size)}")

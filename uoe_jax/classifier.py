@@ -15,11 +15,11 @@ from uoe_jax.model import Stack, Stats
 
 
 class Linear(nnx.Module):
-    """x·W + b over the last axis."""
+    """x·W + b over the last axis. Small, so whole on every device: no part of it is the partitioner's to move."""
 
-    def __init__(self, n_in: int, n_out: int, axes: tuple[str | None, str | None], *, rngs: nnx.Rngs) -> None:
-        self.kernel = weight(rngs, (n_in, n_out), axes, scaled_normal(n_in))
-        self.bias = weight(rngs, (n_out,), axes[1:], zeros)
+    def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs) -> None:
+        self.kernel = weight(rngs, (n_in, n_out), (None, None), scaled_normal(n_in))
+        self.bias = weight(rngs, (n_out,), (None,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
@@ -46,13 +46,13 @@ class Classifier(Stack):
         head, small = config.classifier, scaled_normal(config.d_model)
         if c.stem == "tokens" and c.vocab_size < 1:
             raise ValueError("vocab_size must be set before the model is built")
-        self.project = Linear(c.image.values, d, (None, "embed"), rngs=rngs) if c.stem == "image" else None
+        self.project = Linear(c.image.values, d, rngs=rngs) if c.stem == "image" else None
         self.embedding = weight(rngs, (c.vocab_size, d), ("vocab", "embed"), small) if c.stem == "tokens" else None
         super().__init__(c, rngs=rngs)
         self.cls = weight(rngs, (d,), (None,), small) if head.pooling == "cls" else None
         width = c.d_pooled
-        self.hidden = Linear(width, head.d_head, ("embed", None), rngs=rngs) if head.d_head else None
-        self.classes = Linear(head.d_head or width, head.n_classes, ("embed", None), rngs=rngs)
+        self.hidden = Linear(width, head.d_head, rngs=rngs) if head.d_head else None
+        self.classes = Linear(head.d_head or width, head.n_classes, rngs=rngs)
 
     def __call__(
         self, inputs: jax.Array, segments: jax.Array | None = None, keys_B: jax.Array | None = None

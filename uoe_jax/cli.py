@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NoReturn, Sequence
 from uoe_jax import config as config_lib
 from uoe_jax import processes
 from uoe_jax.config import Config
-from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, UserError
+from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST_PEER, UserError
 
 
 def console() -> NoReturn:
@@ -27,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code (DESIGN: 0 done, 2 bad input, 75 stopped and saved, 76 bad numbers)."""
+    """Runs one command; returns its exit code: 0 done, 2 bad input, 75 stopped and saved, 76 bad numbers, 77 lost peer, 1 else."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = None
     try:
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code = EXIT_FAILED
     except Exception as error:
         workdir = None if options is None or options.debug else options.workdir
+        if processes.is_lost_peer(error):
+            print("uoe: another process is gone; run the same command again", file=sys.stderr)
+            processes.leave(EXIT_LOST_PEER)
         exit_code = _unexpected(error, None if workdir is None else Path(workdir))
     processes.leave(exit_code)
     return exit_code
@@ -60,8 +64,8 @@ def _unexpected(error: Exception, workdir: Path | None) -> int:
     try:
         if workdir is None or not workdir.is_dir():
             raise OSError
-        me = (processes.told() or (0, 0, 0))[2]
-        file = workdir / (f"error_{me}.txt" if me else "error.txt")
+        me = os.environ.get(processes.PROCESS_ID, "0")
+        file = workdir / (f"error_{int(me)}.txt" if me.isdecimal() and int(me) else "error.txt")
         file.write_text(text)
         place = f"in {file}"
     except OSError:
@@ -168,10 +172,11 @@ def load_config(name: str, overrides: dict[str, str]) -> Config:
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = load_config(options.config, overrides)
     _check_workdir(options.workdir)
-    _start()
+    _start(stops_itself=True)
+    from uoe_jax.infer.sample import sample
     from uoe_jax.train.loop import train
 
-    return train(config, options.workdir)
+    return train(config, options.workdir, sample)
 
 
 def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -198,12 +203,13 @@ def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = _stored_config(options)
     _start()
     from uoe_jax.train.evaluate import evaluate
-    from uoe_jax.train.loop import load_data
+    from uoe_jax.train.loop import agreed_data
     from uoe_jax.train.restore import restored
     from uoe_jax.workdir import check_record
 
-    config, data = load_data(config)
-    check_record(options.workdir, data.record)
+    processes.same_command(config, step=options.step, split=options.split)
+    config, data = agreed_data(config)
+    processes.by_first(lambda: check_record(options.workdir, data.record))
     with restored(config, options.workdir, options.step) as run:
         found, _ = evaluate(run.program, run.state.params, getattr(data, options.split), config)
         if processes.is_first():
@@ -227,6 +233,7 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from uoe_jax.memory import cache_bytes
     from uoe_jax.train.restore import restored
 
+    processes.same_command(config, step=options.step)
     with restored(config, options.workdir, options.step) as run:
         sampler = Sampler(config, run.program.model, run.state.params, make_tokenizer(config.data.tokenizer))
         completion = sampler.complete([config.generate.prompt])[0]
@@ -260,7 +267,7 @@ def _check_workdir(path: str) -> None:
         raise UserError(f"--workdir={path}: is a file; give a directory")
 
 
-def _start() -> None:
+def _start(stops_itself: bool = False) -> None:
     from uoe_jax import runtime
 
-    runtime.start()
+    runtime.start(stops_itself)

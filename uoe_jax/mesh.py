@@ -64,27 +64,34 @@ def sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
 def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
     """The devices in the order of the mesh, so that the inner axes stay on the fast network.
 
-    Devices that a fast network joins share a `slice_index` (a TPU slice, the GPUs of one machine), else a process. Several
-    such groups are spread over the outermost axes that their number has factors in common with: `replica` where it is
-    used, and `expert` only where all others are too small.
+    Devices that a fast network joins have one `slice_index` (a TPU slice, the GPUs of one machine); on CPUs, one process.
+    Several such groups are spread over the outermost axes that their number has factors in common with: `replica` where
+    it is used, and `expert` only where all others are too small.
 
     Raises:
-      ConfigError: the groups cannot be spread so.
+      ConfigError: the groups cannot be spread so, or the network within one cannot be cut so.
     """
-    by_process = len({getattr(d, "slice_index", None) for d in devices}) < 2
+    by_process = any(d.platform == "cpu" or getattr(d, "slice_index", None) is None for d in devices)
     groups = len({d.process_index if by_process else d.slice_index for d in devices})
-    if groups == 1:
-        return mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices)
     left, slow = groups, {}
     for axis in AXES:
         slow[axis] = math.gcd(left, shape[axis])
         left //= slow[axis]
+    written = ", ".join(f"{a}={s}" for a, s in shape.items())
     if left > 1:
         remedy = f"{groups} {'processes' if by_process else 'slices'} are joined by a slow network and cannot be spread " \
-                 f"over the mesh {', '.join(f'{a}={s}' for a, s in shape.items())}; give replica a multiple of {groups}"
+                 f"over the mesh {written}; give replica a multiple of {groups}"
         raise ConfigError("config.mesh.replica", shape["replica"], remedy)
     fast = tuple(shape[a] // slow[a] for a in AXES)
-    return mesh_utils.create_hybrid_device_mesh(fast, tuple(slow.values()), devices, process_is_granule=by_process)
+    how = dict(devices=devices, allow_split_physical_axes=True)
+    try:
+        if groups == 1:
+            return mesh_utils.create_device_mesh(fast, **how)
+        return mesh_utils.create_hybrid_device_mesh(fast, tuple(slow.values()), process_is_granule=by_process, **how)
+    except (NotImplementedError, ValueError) as error:
+        largest = max(AXES, key=lambda a: shape[a])
+        remedy = f"the network of these devices cannot be cut as {written} ({error}); choose other sizes"
+        raise ConfigError(f"config.mesh.{largest}", shape[largest], remedy) from error
 
 
 def current() -> AbstractMesh | None:

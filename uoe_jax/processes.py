@@ -13,11 +13,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import signal
 import sys
 import time
 from typing import Any, Callable, Mapping, TypeVar
 
 from uoe_jax import errors
+from uoe_jax.config import Config, leaves
 from uoe_jax.errors import UserError
 
 T = TypeVar("T")
@@ -25,7 +28,7 @@ COORDINATOR, PROCESSES, PROCESS_ID = NAMES = ("UOE_COORDINATOR", "UOE_PROCESSES"
 
 # Launchers that start several tasks, and what they tell each of them. Not used, only to notice that nobody told us.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_PATIENCE_S = 600  # for what process 0 does while the others wait: reading the data, opening the workdir
+_PATIENCE_S = 600  # for what others do alone: preparing the data, looking at a directory
 _LINGER_S = 3
 _calls = itertools.count()
 
@@ -48,10 +51,10 @@ def told(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None
     for name in NAMES:
         if name not in given:
             raise UserError(f"{name}: is not set while {next(iter(given))} is; give all of {', '.join(NAMES)}, or none")
-    address, port = given[COORDINATOR].rpartition(":")[::2]
-    if not address or not port.isdigit() or not 0 < int(port) < 65536:
+    port = re.fullmatch(r"[\w.:\-\[\]]+:([0-9]{1,5})", given[COORDINATOR], re.ASCII)
+    if port is None or not 0 < int(port[1]) < 65536:
         raise UserError(f"{COORDINATOR}={given[COORDINATOR]}: give host:port of process 0, such as node1:8476")
-    count, me = (int(v) if v.isdigit() else -1 for v in (given[PROCESSES], given[PROCESS_ID]))
+    count, me = (int(v) if v.isdecimal() else -1 for v in (given[PROCESSES], given[PROCESS_ID]))
     if count < 1:
         raise UserError(f"{PROCESSES}={given[PROCESSES]}: give the number of processes, 1 or more")
     if not 0 <= me < count:
@@ -59,9 +62,10 @@ def told(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None
     return given[COORDINATOR], count, me
 
 
-def join() -> None:
+def join(stops_itself: bool) -> None:
     """Meets the other processes, where there are any; before the first use of a device.
 
+    stops_itself: the command asks `preempted` at every step; others end by SIGTERM as programs do, and not when JAX likes.
     JAX ends the process without an exception where the others do not come, so what is waited for is said before.
     """
     place = told()
@@ -80,6 +84,8 @@ def join() -> None:
         cluster_detection_method="deactivate",  # under SLURM it would take one device a task
         coordinator_bind_address=coordinator if here else None,  # else all interfaces
     )
+    if not stops_itself:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _keep_stdout_ours() -> None:
@@ -112,18 +118,34 @@ def by_first(do: Callable[[], T]) -> T:
         return do()
     name = f"uoe/first/{next(_calls)}"
     if not is_first():
-        found = json.loads(client.blocking_key_value_get(name, _PATIENCE_S * 1000))
-        if "error" in found:
-            raise Told(found["error"], found["exit_code"])
+        found = _heard(client, name, 0)
         return found["value"]
     try:
         value = do()
-        client.key_value_set(name, json.dumps({"value": value}))
-        return value
     except Exception as error:
-        code = error.exit_code if isinstance(error, UserError) else errors.EXIT_FAILED
-        client.key_value_set(name, json.dumps({"error": str(error)[:2000], "exit_code": code}))
+        _tell(client, name, 0, error=error)
         raise
+    _tell(client, name, 0, value=value)
+    return value
+
+
+def together(do: Callable[[], T]) -> T:
+    """What `do` gives in this process, once it is known to have worked in all; what it raises in one is raised in all."""
+    client = _client()
+    if client is None:
+        return do()
+    import jax
+
+    name, me = f"uoe/together/{next(_calls)}", jax.process_index()
+    try:
+        value = do()
+    except Exception as error:
+        _tell(client, name, me, error=error)
+        raise
+    _tell(client, name, me, value=None)
+    for i in range(jax.process_count()):
+        _heard(client, name, i)
+    return value
 
 
 def same(values: Mapping[str, Any], remedy: str) -> None:
@@ -138,14 +160,39 @@ def same(values: Mapping[str, Any], remedy: str) -> None:
     import jax
 
     name = f"uoe/same/{next(_calls)}"
-    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(dict(values)))
+    _tell(client, name, jax.process_index(), value=dict(values))
     first = None
     for i in range(jax.process_count()):
-        found = json.loads(client.blocking_key_value_get(f"{name}/{i}", _PATIENCE_S * 1000))
+        found = _heard(client, name, i)["value"]
         first = found if first is None else first
         for key, value in first.items():
-            if found[key] != value:
-                raise UserError(f"{key}={found[key]!r} in process {i} and {value!r} in process 0: {remedy}")
+            if found.get(key) != value:
+                raise UserError(f"{key}={found.get(key)!r} in process {i} and {value!r} in process 0: {remedy}")
+
+
+def same_command(config: Config, **options: Any) -> None:
+    """Refuses to go on where processes were given different configurations or options."""
+    given = {f"config.{name}": value for name, value, _ in leaves(config)}
+    same(given | {f"--{name}": value for name, value in options.items()}, "start every process with the same command")
+
+
+def _tell(client: Any, name: str, me: int, value: Any = None, error: Exception | None = None) -> None:
+    said = {"value": value}
+    if error is not None:
+        code = error.exit_code if isinstance(error, UserError) else errors.EXIT_FAILED
+        said = {"error": str(error)[:2000], "exit_code": code}
+    client.key_value_set(f"{name}/{me}", json.dumps(said))
+
+
+def _heard(client: Any, name: str, i: int) -> dict[str, Any]:
+    """What process i said; raises what it raised, or LostPeer where it says nothing for long."""
+    try:
+        said = json.loads(client.blocking_key_value_get(f"{name}/{i}", _PATIENCE_S * 1000))
+    except Exception as error:
+        raise LostPeer(f"process {i} was not heard for {_PATIENCE_S} s; run the same command again") from error
+    if "error" in said:
+        raise Told(said["error"], said["exit_code"])
+    return said
 
 
 def preempted(step: int) -> bool:
@@ -177,11 +224,27 @@ def leave(exit_code: int) -> None:
 
 
 class Told(UserError):
-    """What process 0 said went wrong there; it has told the person."""
+    """What went wrong in another process, which has told the person."""
 
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
         self.exit_code = exit_code
+
+
+class LostPeer(UserError):
+    """Another process is gone, or does not answer."""
+
+    exit_code = errors.EXIT_LOST_PEER
+
+
+# What JAX says, as an exception of many kinds, where another process is gone; seen with Gloo and the coordination service.
+_SIGNS = ("gloo", "nccl", "connection reset", "connection closed", "heartbeat", "coordination service", "unavailable:", "deadline_exceeded")
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error of JAX in one of several processes comes from another's end."""
+    text = str(error).lower()
+    return are_several() and type(error).__name__ == "JaxRuntimeError" and any(sign in text for sign in _SIGNS)
 
 
 def _client() -> Any:

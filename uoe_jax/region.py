@@ -57,8 +57,16 @@ class Region(NamedTuple):
         """Of values [B,L,…] known for all tokens, those whose activations this part has between blocks."""
         if not self.sequence_parallel:
             return a_BL
-        l = a_BL.shape[1] // self.parts
+        l, rest = divmod(a_BL.shape[1], self.parts)
+        assert not rest, (a_BL.shape, self.parts)
         return jax.lax.dynamic_slice_in_dim(a_BL, self.part * l, l, axis=1)
+
+    def for_own_tokens(self, w: nnx.Variable | None) -> jax.Array | None:
+        """A weight that all parts have, if there is one, for use after they left: its gradient is then added over the
+        parts as it is here, and not broadcast over tokens."""
+        if w is None:
+            return None
+        return jax.lax.pcast(w[...], "expert", to="varying") if self.sequence_parallel else w[...]
 
 
 WHOLE = Region()
@@ -73,6 +81,7 @@ def run(
     dtype: Any,
     enters: bool = True,
     cut_last: bool = False,
+    on_own_tokens: bool = False,
 ) -> tuple[jax.Array, Any]:
     """`f(weights, x, tokens, region)` on every device's share, or on everything where there is one device.
 
@@ -83,6 +92,7 @@ def run(
       tokens: a tree of arrays with rows in front.
       dtype: of the computation, in which weights cross `fsdp` unless they are `exact`.
       cut_last: the result [B,L,X] has all tokens and is cut over `expert` along X.
+      on_own_tokens: the weights are not cut over `expert` and are used on a part's own tokens.
 
     Returns:
       (what `f` returned for all rows, its sums over all rows).
@@ -93,10 +103,11 @@ def run(
     region = Region(mesh.shape["expert"], mesh_lib.is_sequence_parallel(mesh))
     leaves, tree = jax.tree.flatten(weights, is_leaf=lambda w: isinstance(w, nnx.Variable))
     specs = [mesh_lib.weight_spec(mesh, w.logical_axes, w.shape) for w in leaves]
+    over = ("expert",) if on_own_tokens and region.sequence_parallel else ()
 
     def share(parts: list[jax.Array], x: jax.Array, tokens: Any) -> tuple[jax.Array, Any]:
         whole = [
-            w.replace(gathered(a, spec, a.dtype if w.exact else dtype)) for w, a, spec in zip(leaves, parts, specs)
+            w.replace(gathered(a, spec, a.dtype if w.exact else dtype, over)) for w, a, spec in zip(leaves, parts, specs)
         ]
         y, sums = f(jax.tree.unflatten(tree, whole), x, tokens, region)
         return y, jax.tree.map(lambda a: jax.lax.psum(a, BATCH_AXES), sums)
@@ -107,15 +118,15 @@ def run(
     return shares([w[...] for w in leaves], x, tokens)
 
 
-def gathered(w: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
+def gathered(w: jax.Array, spec: PartitionSpec, dtype: Any, over: tuple[str, ...]) -> jax.Array:
     """Inside the region: this device's part of a weight, whole over `fsdp`, which it crosses in `dtype`.
 
-    Cast to varying over the other batch axes first: the gradient is then scattered over `fsdp`, in the weight's own
-    dtype, before it crosses them.
+    Cast to varying over the other batch axes (and those of `over`) first: the gradient is then scattered over `fsdp`, in
+    the weight's own dtype, before it crosses them.
     """
     if "fsdp" not in spec:
-        return jax.lax.pcast(w, BATCH_AXES, to="varying")
-    return _gather_weight(jax.lax.pcast(w, ("replica", "data"), to="varying"), spec.index("fsdp"), dtype)
+        return jax.lax.pcast(w, (*BATCH_AXES, *over), to="varying")
+    return _gather_weight(jax.lax.pcast(w, ("replica", "data", *over), to="varying"), spec.index("fsdp"), dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -10,11 +10,11 @@ from uoe_jax import processes
 from uoe_jax.data.pipeline import default_cache_dir
 
 
-def start() -> None:
-    """Meets the other processes, and turns the persistent compilation cache on, in a folder only its owner can read; JAX_COMPILATION_CACHE_DIR wins."""
-    processes.join()
+def start(stops_itself: bool = False) -> None:
+    """Meets the other processes (`processes.join`), and turns the persistent compilation cache on, in a folder only its owner can read; JAX_COMPILATION_CACHE_DIR wins."""
+    processes.join(stops_itself)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = default_cache_dir() / "jax"
+        folder = processes.together(default_cache_dir) / "jax"
         folder.mkdir(mode=0o700, exist_ok=True)  # it holds native code: never a shared folder
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Any
 
 from etils import epath
 
+from uoe_jax import processes
 from uoe_jax.config import Config, changed_keys, from_dict, to_dict
 from uoe_jax.errors import UserError
 
 CONFIG, RECORD = "config.json", "record.json"
+SHOWS_UP_S = 10  # a network file system may show a new file late
 
 
 def open_workdir(path: str, config: Config) -> epath.Path:
@@ -32,6 +35,35 @@ def open_workdir(path: str, config: Config) -> epath.Path:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--workdir={path}: cannot be written ({reason}); give a directory you may write to") from error
+    return workdir
+
+
+def enter_workdir(path: str, config: Config) -> epath.Path:
+    """`open_workdir` by process 0; the same directory, absolute, in every process.
+
+    Raises:
+      UserError: as `open_workdir`, or another process does not see what process 0 wrote there.
+    """
+
+    def opened() -> list[str]:
+        workdir = open_workdir(path, config)
+        workdir = workdir if "://" in path else workdir.resolve()
+        return [str(workdir), (workdir / CONFIG).read_text()]
+
+    name, written = processes.by_first(opened)
+    workdir = epath.Path(name)
+
+    def seen() -> None:
+        patience = time.monotonic() + SHOWS_UP_S
+        while not ((workdir / CONFIG).exists() and (workdir / CONFIG).read_text() == written):
+            if time.monotonic() > patience:
+                raise UserError(
+                    f"--workdir={path}: this process does not find in {name} what process 0 wrote there; give a directory "
+                    "that all machines share"
+                )
+            time.sleep(0.1)
+
+    processes.together(seen)
     return workdir
 
 

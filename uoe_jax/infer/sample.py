@@ -16,7 +16,7 @@ from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import UserError
 from uoe_jax.mesh import everywhere
 from uoe_jax.model import Cache, Transformer
-from uoe_jax.train.step import Params
+from uoe_jax.train.step import Params, Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,3 +117,8 @@ class Sampler:
         multiple = self.config.model.patch_multiple
         power = max(16, 1 << (length - 1).bit_length())
         return min(-(-power // multiple) * multiple, self.config.model.context_length)
+
+
+def sample(config: Config, program: Program, params: Params, tokenizer: Tokenizer) -> str:
+    """One completion of the configured prompt."""
+    return Sampler(config, program.model, params, tokenizer).complete([config.generate.prompt])[0].text

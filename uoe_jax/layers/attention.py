@@ -140,7 +140,7 @@ class Attention(nnx.Module):
         q, k, v = self._project(region.enter(x_BLD.astype(self.dtype))[1], tokens.rotary)
         keys_BG = None if tokens.keys_B is None else group_keys(tokens.keys_B, k.shape[2], region.part)
         o = attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
-        return self._biased(region.leave(self._out(o)), self.bias_out), k, v
+        return self._biased(region.leave(self._out(o)), region.for_own_tokens(self.bias_out)), k, v
 
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = (
@@ -153,7 +153,7 @@ class Attention(nnx.Module):
     def _out(self, o: jax.Array) -> jax.Array:
         return jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype))
 
-    def _biased(self, y: jax.Array, b: nnx.Param | None) -> jax.Array:
+    def _biased(self, y: jax.Array, b: nnx.Param | jax.Array | None) -> jax.Array:
         return y if b is None else y + along_last(b[...].astype(self.dtype), y)
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, DenseCache]:

@@ -29,7 +29,8 @@ def lookup(table: nnx.Param, ids_BL: jax.Array, dtype: Any) -> jax.Array:
         here_BL = (own_BL >= 0) & (own_BL < v)
         return region.leave(jnp.where(here_BL[..., None], table_vD[jnp.where(here_BL, own_BL, 0)], 0)), None
 
-    return run(share, table, ids_BL, dtype=dtype, enters=False)[0]
+    cut = mesh_lib.is_cut(table.logical_axes[0], whole)
+    return run(share, table, ids_BL, dtype=dtype, enters=False, on_own_tokens=not cut)[0]
 
 
 def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: jax.Array) -> jax.Array:
@@ -42,7 +43,7 @@ def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: jax.Array) -> jax.Arra
         kernel_DV = head[...].T if tied else head[...]
         return jnp.matmul(x_BLD, kernel_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32), None
 
-    return run(share, head, x_BLD, dtype=x_BLD.dtype, cut_last=cut)[0]
+    return run(share, head, x_BLD, dtype=x_BLD.dtype, cut_last=cut, on_own_tokens=not cut)[0]
 
 
 def cross_entropy(scores_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:

@@ -50,12 +50,12 @@ class MLP(nnx.Module):
         up = checkpoint_name(self._linear(x, self.w_up, self.b_up), "hidden")
         gate = None if self.w_gate is None else checkpoint_name(self._linear(x, self.w_gate, self.b_gate), "hidden")
         y = region.leave(self._linear(activate(self.activation, up, gate), self.w_down, None))
-        return self._biased(y, self.bias_out)
+        return self._biased(y, region.for_own_tokens(self.bias_out))
 
     def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
         return self._biased(x @ kernel[...].astype(self.dtype), bias)
 
-    def _biased(self, y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    def _biased(self, y: jax.Array, bias: nnx.Param | jax.Array | None) -> jax.Array:
         return y if bias is None else y + along_last(bias[...].astype(self.dtype), y)
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, tuple]:

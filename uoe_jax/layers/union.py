@@ -131,7 +131,8 @@ class Union(nnx.Module):
             y_BLD = region.leave(y_BMF.reshape(b, m * p, d)[:, :length])
         if self.bias_out is not None:
             valid_BL1 = region.own_tokens(valid_BMP.reshape(b, m * p, 1)[:, :length])
-            y_BLD = y_BLD + jnp.where(valid_BL1, self.bias_out[...].astype(self.dtype)[None, None], 0)
+            bias_D = region.for_own_tokens(self.bias_out).astype(self.dtype)
+            y_BLD = y_BLD + jnp.where(valid_BL1, bias_D[None, None], 0)
         return y_BLD, stats, selection, kept
 
     def _union(self, y_NB1D: jax.Array) -> jax.Array:

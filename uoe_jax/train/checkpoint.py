@@ -26,7 +26,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from uoe_jax.errors import ConfigError, RunError, UserError
-from uoe_jax.processes import by_first
+from uoe_jax.processes import by_first, is_first, together
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class CheckpointStore:
         self._deleter = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._deletions: list[concurrent.futures.Future[None]] = []
         self._closed = False
-        self._open_directory()
+        together(self._open_directory)
         if self._remote and not read_only:
             log.info("free space is not checked before a checkpoint: %s is not a local directory", self.directory)
         self._orbax = ocp.training.Checkpointer(
@@ -274,7 +274,7 @@ class CheckpointStore:
         keep = {*self.steps()[-self._keep_latest :], *self._best_first()[: self._keep_best]}
         for step in set(self._losses) - keep:
             del self._losses[step]
-            if jax.process_index() == 0:
+            if is_first():
                 self._delete(step)
 
     def _delete(self, step: int) -> None:

@@ -6,25 +6,27 @@ import contextlib
 import dataclasses
 import math
 import time
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import jax
 from etils import epath
 
 from uoe_jax import mesh as mesh_lib
-from uoe_jax.config import Config, leaves, to_dict
+from uoe_jax import processes
+from uoe_jax.config import Config, to_dict
 from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches, default_cache_dir, load
+from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, UserError
 from uoe_jax.flops import PEAK_FLOPS, train_flops
-from uoe_jax.processes import by_first, is_first, same
+from uoe_jax.processes import by_first, is_first
 from uoe_jax.runtime import describe_devices
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.measures import measures
 from uoe_jax.train.metrics import MetricsWriter, Progress, Silent, read_metrics
 from uoe_jax.train.signals import StopSignal
-from uoe_jax.train.step import Program, TrainState, build
-from uoe_jax.workdir import check_record, open_workdir
+from uoe_jax.train.step import Params, Program, TrainState, build
+from uoe_jax.workdir import check_record, enter_workdir
 
 
 class BadNumbers(UserError):
@@ -53,8 +55,10 @@ def with_vocabulary(config: Config, size: int) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or size))
 
 
-def train(config: Config, workdir_name: str) -> int:
+def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, Params, Tokenizer], str]) -> int:
     """Trains the configured model in a workdir, or goes on with the run that is there; returns the exit code.
+
+    sample: makes the text shown at the end.
 
     Order of a run:
       1. resume from the newest checkpoint of the workdir, else initialise;
@@ -63,9 +67,8 @@ def train(config: Config, workdir_name: str) -> int:
       3. at the end: evaluate, save, and show what came of it.
     A metrics line of step s, a checkpoint s and `state.step` = s all speak of the state after s updates.
     """
-    config, data = load_data(config)
-    check_agreement(config, data)
-    workdir = epath.Path(by_first(lambda: str(open_workdir(workdir_name, config))))
+    config, data = agreed_data(config)
+    workdir = enter_workdir(workdir_name, config)
     by_first(lambda: check_record(workdir, data.record))
     mesh = mesh_lib.make_mesh(config.mesh)
     with jax.set_mesh(mesh), CheckpointStore(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best) as store:
@@ -80,18 +83,19 @@ def train(config: Config, workdir_name: str) -> int:
         finally:
             progress.close()
             writer.close()
-        farewell = run.farewell(workdir_name, exit_code)
+        text = sample(config, program, run.state.params, data.tokenizer) if run.step == config.train.steps else ""
         if is_first():
-            print(farewell)
+            print(run.farewell(workdir_name, exit_code, text))
     return exit_code
 
 
-def check_agreement(config: Config, data: DataBundle) -> None:
-    """Refuses to start where processes were given different configurations or find different data."""
-    given = {f"config.{name}": value for name, value, _ in leaves(config)}
-    same(given, "start every process with the same command")
+def agreed_data(config: Config) -> tuple[Config, DataBundle]:
+    """`load_data`, in every process the same; what goes wrong in one is the error of all."""
+    processes.same_command(config)
+    config, data = processes.together(lambda: load_data(config))
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
-    same(found, "give every machine the same data and the same interpreter")
+    processes.same(found, "give every machine the same data and the same interpreter")
+    return config, data
 
 
 def _open_writer(workdir: epath.Path, start: int) -> MetricsWriter | Silent:
@@ -228,16 +232,12 @@ class Run:
             f"on {describe_devices()}"
         )
 
-    def farewell(self, workdir: str, exit_code: int) -> str:
+    def farewell(self, workdir: str, exit_code: int, sample: str) -> str:
         if exit_code == EXIT_STOPPED:
             return f"stopped at step {self.step} with everything saved; the same command goes on from there"
         if self.step < self.config.train.steps:
             return f"step {self.step} of {self.config.train.steps} reached and saved; the same command goes on from there"
-        from uoe_jax.infer.sample import Sampler
-
-        sampler = Sampler(self.config, self.program.model, self.state.params, self.data.tokenizer)
-        sample = sampler.complete([self.config.generate.prompt])[0]
-        evaluated = [line for line in read_metrics(workdir) if "eval/loss" in line][-1:] if is_first() else []
+        evaluated = [line for line in read_metrics(workdir) if "eval/loss" in line][-1:]
         return "\n".join(
             [
                 *(
@@ -246,7 +246,7 @@ class Run:
                     for line in evaluated
                 ),
                 "a sample:",
-                *("  | " + line for line in sample.text.splitlines()),
+                *("  | " + line for line in sample.splitlines()),
                 "next:",
                 f"  uoe eval --workdir={workdir} --split=test",
                 f"  uoe generate --workdir={workdir} --prompt='class '",
