@@ -214,9 +214,8 @@ def test_a_layer_with_its_backward_pass(shape, sequence_parallel):
 def test_the_whole_train_step(sequence_parallel):
     """Embedding, head and loss too: nothing all to all, no gather over replica or data; the vocabulary stays cut."""
     program, mesh = program_on(sized(1, 2, 2, 2, sequence_parallel), model=dict(vocab_size=48))
-    rows = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch(rows=8).items()}
-    with jax.set_mesh(mesh):
-        found = collectives(program.train_step.lower(program.abstract, rows).compile().as_text(), mesh.shape)
+    # It knows its mesh: nobody need make that current.
+    found = collectives(program.train_step.lower(program.abstract, program.abstract_batch).compile().as_text(), mesh.shape)
     assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}
     for c in found:
         assert not (c.kind == "all-gather" and {"replica", "data"} & set(c.axes)), c

@@ -88,10 +88,11 @@ def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshC
         sizes[axis] = int(size)
     open_axes = [axis for axis in MESH_AXES if sizes[axis] == -1]
     source = f"--mesh={text}" if text is not None else "config.mesh"
-    if len(open_axes) > 1 or open_axes and devices is None:
-        one, several = "say how many with --devices=N, or give a size", "only one axis can; give the others a size"
-        remedy = several if len(open_axes) > 1 else one
-        raise UserError(f"{source}: {' and '.join(open_axes)} takes what is left of the devices (-1); {remedy}")
+    left_open = " and ".join(f"{axis}=-1" for axis in open_axes)
+    if len(open_axes) > 1:
+        raise UserError(f"{source}: {left_open}: only one axis can take what is left of the devices; give the others a size")
+    if open_axes and devices is None:
+        raise UserError(f"{source}: {left_open} takes what is left of the devices; say how many with --devices=N, or give a size")
     total = devices or math.prod(sizes.values())
     if total > MAX_DEVICES:
         remedy = f"the step is compiled here for at most {MAX_DEVICES}; plan fewer along data, with as many rows for each device"

@@ -143,11 +143,11 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
 
     def sharing(f: Callable[..., Any]) -> Callable[..., Any]:
-        """f, with activations between blocks as the mesh is configured."""
+        """f on the mesh, whether or not the caller has made it current, with activations between blocks as configured."""
 
         @functools.wraps(f)
         def wrapped(*args: Any) -> Any:
-            with mesh_lib.sequence_parallel(config.mesh.sequence_parallel):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), mesh_lib.sequence_parallel(config.mesh.sequence_parallel):
                 return f(*args)
 
         return wrapped
