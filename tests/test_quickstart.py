@@ -22,7 +22,7 @@ def test_it_learns_and_serves_every_quarter_of_the_row_alike():
     with jax.set_mesh(mesh):
         program = build(config, mesh)
         state = program.init(jax.random.key(config.train.seed))
-        batches = TrainBatches(data.train, config.train.batch_size, config.train.seed, (0, config.train.batch_size))
+        batches = TrainBatches(data.train, config.train.batch_size, config.train.seed)
         for step in range(60):
             state, _ = program.train_step(state, mesh_lib.put_batch(mesh, batches[step]))
         found, _ = evaluate(program, state.params, data.validation, config, limit=8, whole=False)
