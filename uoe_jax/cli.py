@@ -207,8 +207,7 @@ def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from uoe_jax.train.restore import restored
     from uoe_jax.workdir import check_record
 
-    processes.same_command(config, step=options.step, split=options.split)
-    config, data = agreed_data(config)
+    config, data = agreed_data(config, step=options.step, split=options.split)
     processes.by_first(lambda: check_record(options.workdir, data.record))
     with restored(config, options.workdir, options.step) as run:
         found, _ = evaluate(run.program, run.state.params, getattr(data, options.split), config)

@@ -117,16 +117,7 @@ def by_first(do: Callable[[], T]) -> T:
     if client is None:
         return do()
     name = f"uoe/first/{next(_calls)}"
-    if not is_first():
-        found = _heard(client, name, 0)
-        return found["value"]
-    try:
-        value = do()
-    except Exception as error:
-        _tell(client, name, 0, error=error)
-        raise
-    _tell(client, name, 0, value=value)
-    return value
+    return _telling(client, name, 0, do, tells_value=True) if is_first() else _heard(client, name, 0)
 
 
 def together(do: Callable[[], T]) -> T:
@@ -136,13 +127,8 @@ def together(do: Callable[[], T]) -> T:
         return do()
     import jax
 
-    name, me = f"uoe/together/{next(_calls)}", jax.process_index()
-    try:
-        value = do()
-    except Exception as error:
-        _tell(client, name, me, error=error)
-        raise
-    _tell(client, name, me, value=None)
+    name = f"uoe/together/{next(_calls)}"
+    value = _telling(client, name, jax.process_index(), do, tells_value=False)
     for i in range(jax.process_count()):
         _heard(client, name, i)
     return value
@@ -160,10 +146,10 @@ def same(values: Mapping[str, Any], remedy: str) -> None:
     import jax
 
     name = f"uoe/same/{next(_calls)}"
-    _tell(client, name, jax.process_index(), value=dict(values))
+    _telling(client, name, jax.process_index(), lambda: dict(values), tells_value=True)
     first = None
     for i in range(jax.process_count()):
-        found = _heard(client, name, i)["value"]
+        found = _heard(client, name, i)
         first = found if first is None else first
         for key, value in first.items():
             if found.get(key) != value:
@@ -176,23 +162,27 @@ def same_command(config: Config, **options: Any) -> None:
     same(given | {f"--{name}": value for name, value in options.items()}, "start every process with the same command")
 
 
-def _tell(client: Any, name: str, me: int, value: Any = None, error: Exception | None = None) -> None:
-    said = {"value": value}
-    if error is not None:
+def _telling(client: Any, name: str, me: int, do: Callable[[], T], tells_value: bool) -> T:
+    """What `do` gives, or raises, in this process; the others can hear of it."""
+    try:
+        value = do()
+    except Exception as error:
         code = error.exit_code if isinstance(error, UserError) else errors.EXIT_FAILED
-        said = {"error": str(error)[:2000], "exit_code": code}
-    client.key_value_set(f"{name}/{me}", json.dumps(said))
+        client.key_value_set(f"{name}/{me}", json.dumps({"error": str(error)[:2000], "exit_code": code}))
+        raise
+    client.key_value_set(f"{name}/{me}", json.dumps({"value": value if tells_value else None}))
+    return value
 
 
-def _heard(client: Any, name: str, i: int) -> dict[str, Any]:
-    """What process i said; raises what it raised, or LostPeer where it says nothing for long."""
+def _heard(client: Any, name: str, i: int) -> Any:
+    """The value that process i told; raises what it raised, or LostPeer where it says nothing for long."""
     try:
         said = json.loads(client.blocking_key_value_get(f"{name}/{i}", _PATIENCE_S * 1000))
     except Exception as error:
         raise LostPeer(f"process {i} was not heard for {_PATIENCE_S} s; run the same command again") from error
     if "error" in said:
         raise Told(said["error"], said["exit_code"])
-    return said
+    return said["value"]
 
 
 def preempted(step: int) -> bool:

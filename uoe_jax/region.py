@@ -43,7 +43,12 @@ class Region(NamedTuple):
             return x_BLD, x_BLD
         if self.sequence_parallel:
             return _gather_tokens(x_BLD)
-        return x_BLD, jax.lax.pcast(x_BLD, "expert", to="varying")
+        return x_BLD, self.each(x_BLD)
+
+    def each(self, a: jax.Array) -> jax.Array:
+        """What all parts have alike, for what each computes for itself: its gradient is added over the parts, once and
+        as small as it is here."""
+        return jax.lax.pcast(a, "expert", to="varying")
 
     def leave(self, y_BLD: jax.Array) -> jax.Array:
         """The sum over the parts: the one reduction of a block."""
@@ -66,7 +71,7 @@ class Region(NamedTuple):
         parts as it is here, and not broadcast over tokens."""
         if w is None:
             return None
-        return jax.lax.pcast(w[...], "expert", to="varying") if self.sequence_parallel else w[...]
+        return self.each(w[...]) if self.sequence_parallel else w[...]
 
 
 WHOLE = Region()

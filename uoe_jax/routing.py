@@ -136,18 +136,11 @@ class Decision(NamedTuple):
         """The slots of every expert."""
         return pack(self.kept_BMN, self.weights_BMN, self.slots, self.rows)
 
-    def of_part(self, part: jax.Array | int, parts: int) -> Decision:
-        """What concerns the experts of one of `parts` parts over the mesh axis `expert`; parts=0: of all, outside of any.
-
-        The weights are cast to varying here, in one place, so that their gradient is reduced once and as small as this.
-        """
-        if not parts:
-            return self
-        weights_BMN = jax.lax.pcast(self.weights_BMN, "expert", to="varying")
-        n = weights_BMN.shape[-1] // parts
-        own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=n * part, slice_size=n)
+    def of_experts(self, first: jax.Array, n: int) -> Decision:
+        """What concerns the experts [first, first + n) alone."""
+        own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n)
         rows = None if self.rows is None else (own(self.rows[0], axis=0), own(self.rows[1], axis=1))
-        return Decision(own(self.kept_BMN, axis=2), own(weights_BMN, axis=2), self.slots, rows)
+        return Decision(own(self.kept_BMN, axis=2), own(self.weights_BMN, axis=2), self.slots, rows)
 
 
 def select(

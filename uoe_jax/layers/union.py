@@ -99,7 +99,10 @@ class Union(nnx.Module):
         valid_BMP = jnp.ones((b, m, p), bool) if segments_BMP is None else segments_BMP > 0
         with jax.named_scope("route"):
             decision, stats = self.router(shared_BMPD, valid_BMP, tokens.folded(0).keys_B)
-            selection = decision.of_part(region.part, region.parts).pack()
+            if region.parts:
+                n = self.routing.n_experts // region.parts
+                decision = decision._replace(weights_BMN=region.each(decision.weights_BMN)).of_experts(n * region.part, n)
+            selection = decision.pack()
         n, r, c = selection.slots_NRC.shape
 
         def at_slots(values_BLX: jax.Array) -> jax.Array:

@@ -89,9 +89,9 @@ def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, 
     return exit_code
 
 
-def agreed_data(config: Config) -> tuple[Config, DataBundle]:
-    """`load_data`, in every process the same; what goes wrong in one is the error of all."""
-    processes.same_command(config)
+def agreed_data(config: Config, **options: Any) -> tuple[Config, DataBundle]:
+    """`load_data`, in every process the same, as are the options; what goes wrong in one is the error of all."""
+    processes.same_command(config, **options)
     config, data = processes.together(lambda: load_data(config))
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
     processes.same(found, "give every machine the same data and the same interpreter")
