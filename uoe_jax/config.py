@@ -247,6 +247,10 @@ class TrainConfig:
     seed: int = key(0, "initialisation and data order", low=0, high=2**31 - 1)
     log_every: int = key(10, "steps between lines of metrics", low=1, free=True)
     stop_after: int = key(0, "end this sitting after so many steps of the run; 0 means train.steps", low=0, free=True)
+    init_from: str = key("", "workdir of a run, or one of its checkpoints, whose parameters to start from where they fit")
+    deterministic: bool = key(
+        False, "every deterministic switch of the backend: on GPUs slower, and the same bits in every run", free=True
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,6 +265,28 @@ class CheckpointConfig:
     every: int = key(200, "steps between checkpoints; 0 means only at the end", low=0, free=True)
     keep_latest: int = key(2, "newest checkpoints kept", low=1, free=True)
     keep_best: int = key(1, "checkpoints kept for the lowest validation loss", low=0, free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does about bad numbers, and about processes that are lost or do not go on."""
+
+    spike_sigmas: float = key(
+        0.0, "skip a step whose loss or gradient norm is so many standard deviations above its running mean; 0: none",
+        low=0, high=1e6,
+    )
+    max_bad_steps: int = key(5, "skipped steps in a row after which the run stops with exit code 76, or rolls back", low=1)
+    rollbacks: int = key(
+        0, "times a run goes back to its newest checkpoint instead, leaving out the data that led there", low=0, high=1000
+    )
+    peer_timeout_s: float = key(10.0, "seconds within which all processes stop once one is lost", low=1, high=1e5, free=True)
+    hang_timeout_s: float = key(
+        300.0, "seconds without a step or a batch of evaluation after which all processes stop; 0: never",
+        low=0, high=1e6, free=True,
+    )
+    compile_timeout_s: float = key(
+        1800.0, "the same where something is compiled, read or written first", low=0, high=1e6, free=True
+    )
 
 
 MESH_AXES = ("replica", "data", "fsdp", "expert")  # outermost first
@@ -305,6 +331,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
 
     @property
