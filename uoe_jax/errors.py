@@ -29,3 +29,9 @@ class RunError(UserError):
     """The run cannot go on for a reason outside the code: a full disk, a directory that went away."""
 
     exit_code = EXIT_FAILED
+
+
+class BadNumbers(UserError):
+    """The loss, the gradient or the state is not finite, or jumped too often."""
+
+    exit_code = EXIT_BAD_NUMBERS

@@ -16,7 +16,7 @@ from uoe_jax import processes
 from uoe_jax.config import Config, to_dict
 from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches, default_cache_dir, load
 from uoe_jax.data.tokenizer import Tokenizer
-from uoe_jax.errors import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, UserError
+from uoe_jax.errors import EXIT_DONE, EXIT_STOPPED, BadNumbers, ConfigError
 from uoe_jax.flops import PEAK_FLOPS, train_flops
 from uoe_jax.processes import by_first, is_first
 from uoe_jax.runtime import describe_devices
@@ -27,12 +27,6 @@ from uoe_jax.train.metrics import MetricsWriter, Progress, Silent, read_metrics
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import Params, Program, TrainState, build
 from uoe_jax.workdir import check_record, enter_workdir
-
-
-class BadNumbers(UserError):
-    """The loss or the gradient is not finite."""
-
-    exit_code = EXIT_BAD_NUMBERS
 
 
 def load_data(config: Config) -> tuple[Config, DataBundle]:
