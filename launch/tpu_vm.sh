@@ -25,7 +25,7 @@ install_here() {
   # The images bring an older Python than we need.
   python3 -m pip install --user --quiet uv
   [[ -x ~/uoe-env/bin/python ]] || ~/.local/bin/uv venv --quiet --python 3.12 ~/uoe-env
-  ~/.local/bin/uv pip install --quiet --python ~/uoe-env/bin/python "$HOME/uoe-src[tpu]"
+  ~/.local/bin/uv pip install --quiet --python ~/uoe-env/bin/python "$HOME/uoe-src[tpu,gs]"
 }
 
 end_here() {  # what is left of earlier runs stops and saves

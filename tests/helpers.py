@@ -31,11 +31,12 @@ def environment(**extra: str) -> dict[str, str]:
     return env
 
 
-def uoe_process(*args: str, **popen) -> subprocess.Popen:
-    """`uoe ARGS` in a new process, output captured as text."""
+def uoe_process(*args: str, faults: str | None = None, **popen) -> subprocess.Popen:
+    """`uoe ARGS` in a new process, output captured as text; faults: of tests/faulty.py."""
     popen.setdefault("env", environment())
+    program = ["-m", "uoe_jax"] if faults is None else [str(ROOT / "tests" / "faulty.py"), faults]
     return subprocess.Popen(
-        [sys.executable, "-m", "uoe_jax", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+        [sys.executable, *program, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
     )
 
 
@@ -44,7 +45,7 @@ def uoe_together(
 ) -> list[subprocess.Popen]:
     """`uoe ARGS` in several processes of `devices` CPU devices that meet each other.
 
-    each, each_env: more arguments and environment by process.
+    each, each_env: more arguments and environment by process. faults: of tests/faulty.py, which finds its own in there.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

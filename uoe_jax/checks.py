@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Mapping
 
 from uoe_jax.errors import ConfigError
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
 def divisors(n: int) -> str:
     """The divisors of n, for error sentences."""
-    found = [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    found = sorted({*low, *(n // d for d in low)})
     return ", ".join(map(str, found[:12])) + (", …" if len(found) > 12 else "")
 
 
@@ -23,7 +25,7 @@ def check_model(m: ModelConfig) -> None:
     if m.n_heads % m.kv_heads:
         raise ConfigError("config.model.n_kv_heads", m.n_kv_heads, f"must divide n_heads={m.n_heads}: {divisors(m.n_heads)}")
     if m.position == "rope" and m.head_dim % 2:
-        remedy = f"gives heads of odd width {m.head_dim}; rope needs even, so give fewer heads, or position='learned'"
+        remedy = f"cuts d_model={m.d_model} into heads of odd width {m.head_dim}; rope needs even, so give fewer heads, or position='learned'"
         raise ConfigError("config.model.n_heads", m.n_heads, remedy)
     check_task(m)
     for name, r in m.routed().items():
@@ -76,6 +78,24 @@ def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
     if m.causal and r.priority != "position":
         remedy = "in a causal model a slot given by score depends on later patches; use priority='position'"
         raise ConfigError(f"{name}.priority", r.priority, remedy)
+
+
+def check_training(c: Config, vocabulary: int, prompt_tokens: int) -> None:
+    """Checks what `uoe train` asks beyond a sound configuration, before anything is read or compiled.
+
+    vocabulary: tokens that data.tokenizer knows. prompt_tokens: of generate.prompt, with the separator in front.
+    """
+    m = c.model
+    if m.task != "language":
+        raise ConfigError("config.model.task", m.task, "training knows no classes yet; use 'language'")
+    if not m.causal:
+        raise ConfigError("config.model.causal", False, "a language model would see the tokens it is to predict; use True")
+    if 0 < m.vocab_size < vocabulary:
+        remedy = f"the tokenizer has {vocabulary} tokens; give at least that, or 0"
+        raise ConfigError("config.model.vocab_size", m.vocab_size, remedy)
+    if prompt_tokens >= m.context_length:
+        room = f"its {prompt_tokens} tokens leave no room in config.model.context_length={m.context_length}"
+        raise ConfigError("config.generate.prompt", c.generate.prompt, f"{room}; shorten it, or give a longer context")
 
 
 def check_run(c: Config) -> None:

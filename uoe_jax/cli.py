@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn, Sequence
 
 from uoe_jax import config as config_lib
-from uoe_jax import processes
+from uoe_jax import processes, watch
+from uoe_jax.checks import check_training
 from uoe_jax.config import Config
-from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST_PEER, UserError
+from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST_PEER, ConfigError, UserError
 
 
 def console() -> NoReturn:
@@ -30,49 +31,52 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 2 bad input, 75 stopped and saved, 76 bad numbers, 77 lost peer, 1 else."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    options = None
+    options, why = None, ""
     try:
         options, rest = _parser().parse_known_args(argv)
         overrides = _overrides(rest, options)
-        return options.run(options, overrides) or EXIT_DONE
+        exit_code = options.run(options, overrides) or EXIT_DONE
+        watch.part()
+        return exit_code
     except processes.Told as error:
-        exit_code = error.exit_code
+        exit_code, why = error.exit_code, str(error)
     except UserError as error:
+        watch.leave_lost(error)
         if "--debug" in argv:
             traceback.print_exc()
         print(f"uoe: {error}", file=sys.stderr)
-        exit_code = error.exit_code
+        exit_code, why = error.exit_code, str(error)
     except KeyboardInterrupt:
         print("uoe: interrupted at once; the same command goes on from the last checkpoint", file=sys.stderr)
-        exit_code = EXIT_FAILED
+        exit_code, why = EXIT_FAILED, "interrupted"
     except BrokenPipeError:
         exit_code = EXIT_FAILED
     except Exception as error:
         workdir = None if options is None or options.debug else options.workdir
-        if processes.is_lost_peer(error):
-            print("uoe: another process is gone; run the same command again", file=sys.stderr)
-            processes.leave(EXIT_LOST_PEER)
-        exit_code = _unexpected(error, None if workdir is None else Path(workdir))
-    processes.leave(exit_code)
+        watch.leave_lost(error)
+        exit_code, why = _unexpected(error, workdir)
+    watch.leave(exit_code, why)
     return exit_code
 
 
-def _unexpected(error: Exception, workdir: Path | None) -> int:
+def _unexpected(error: Exception, workdir: str | None) -> tuple[int, str]:
     """An error nobody foresaw: one line on the screen, the traceback in the workdir, or on the screen where that fails."""
     text = "".join(traceback.format_exception(error))
     place = "above"
     try:
-        if workdir is None or not workdir.is_dir():
+        from uoe_jax.workdir import locate
+
+        if workdir is None or not locate(workdir).is_dir():
             raise OSError
         me = os.environ.get(processes.PROCESS_ID, "0")
-        file = workdir / (f"error_{int(me)}.txt" if me.isdecimal() and int(me) else "error.txt")
+        file = locate(workdir) / (f"error_{int(me)}.txt" if me.isdecimal() and int(me) else "error.txt")
         file.write_text(text)
         place = f"in {file}"
-    except OSError:
+    except Exception:  # gs:// fails in a dozen ways, and this one error is to be told whatever happens
         print(text, file=sys.stderr)
-    first = (str(error).strip().splitlines() or [""])[0]
-    print(f"uoe: {type(error).__name__}: {first} (traceback {place})", file=sys.stderr)
-    return EXIT_FAILED
+    sentence = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]} (traceback {place})"
+    print(f"uoe: {sentence}", file=sys.stderr)
+    return EXIT_FAILED, sentence
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,12 +120,14 @@ def _overrides(rest: list[str], options: argparse.Namespace) -> dict[str, str]:
     while rest:
         name, equals, text = rest.pop(0).partition("=")
         if not name.startswith("--config.") or not options.takes_config:
-            raise UserError(f"{name}: unknown argument; see uoe --help")
+            raise UserError(f"{config_lib.printable(name)}: unknown argument; see uoe --help")
         if not equals:
             if not rest:
-                raise UserError(f"{name}: give it a value, {name}=…")
+                raise UserError(f"{config_lib.printable(name)}: give it a value, as in --config.train.steps=100")
             text = rest.pop(0)
-        found[name.removeprefix("--config.")] = text
+        key = name.removeprefix("--config.")
+        if found.setdefault(key, text) != text:
+            raise ConfigError(f"config.{config_lib.printable(key)}", text, f"was given before as {found[key]!r}; give one value")
     return found
 
 
@@ -130,15 +136,15 @@ def find_config(name: str) -> tuple[Path, str]:
     stem, _, variant = name.partition(":")
     here = Path(__file__).parent
     shipped = [d / f"{stem}.py" for d in (here / "configs", here.parent / "configs")]
-    for path in [Path(stem).expanduser(), *(shipped if "/" not in stem and not stem.endswith(".py") else [])]:
-        if path.is_file():
+    for path in [Path(os.path.expanduser(stem)), *(shipped if "/" not in stem and not stem.endswith(".py") else [])]:
+        if os.path.isfile(path):  # unlike pathlib's, these two raise nothing for a name that cannot be
             return path, variant
     names = sorted({p.stem for d in (here / "configs", here.parent / "configs") for p in d.glob("[!_]*.py")})
-    raise UserError(f"--config={name}: no such file; give a path, or a shipped config by name ({', '.join(names)})")
+    raise UserError(f"--config={config_lib.printable(name)}: no such file; give a path, or a shipped config by name ({', '.join(names)})")
 
 
 def load_config(name: str, overrides: dict[str, str]) -> Config:
-    """Runs a config file's `get_config`, applies the overrides, validates.
+    """Runs a config file's `get_config`, applies the overrides, validates; what comes out is fit for `uoe train`.
 
     Raises:
       UserError: the file cannot be read or run; an unknown key; a value that cannot be used.
@@ -165,14 +171,20 @@ def load_config(name: str, overrides: dict[str, str]) -> Config:
         *parents, last = key.split(".")
         for part in parents:
             section = section.setdefault(part, {})
+            section = section if isinstance(section, dict) else {}  # the config file put a value there: from_dict refuses it
         section[last] = value
-    return config_lib.from_dict(values)
+    config = config_lib.from_dict(values)
+    from uoe_jax.data.pipeline import make_tokenizer
+
+    tokenizer = make_tokenizer(config.data.tokenizer)
+    check_training(config, tokenizer.vocab_size, 1 + len(tokenizer.encode(config.generate.prompt)))
+    return config
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = load_config(options.config, overrides)
     _check_workdir(options.workdir)
-    _start(stops_itself=True)
+    _start(config, stops_itself=True)
     from uoe_jax.infer.sample import sample
     from uoe_jax.train.loop import train
 
@@ -201,14 +213,14 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = _stored_config(options)
-    _start()
+    _start(config)
     from uoe_jax.train.evaluate import evaluate
     from uoe_jax.train.loop import agreed_data
     from uoe_jax.train.restore import restored
     from uoe_jax.workdir import check_record
 
     config, data = agreed_data(config, step=options.step, split=options.split)
-    processes.by_first(lambda: check_record(options.workdir, data.record))
+    processes.by_first(lambda: check_record(options.workdir, data.record, store=False))
     with restored(config, options.workdir, options.step) as run:
         found, _ = evaluate(run.program, run.state.params, getattr(data, options.split), config)
         if processes.is_first():
@@ -226,7 +238,7 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         if text is not None:
             values["generate"][name] = config_lib.parse_value(f"generate.{name}", text)
     config = dataclasses.replace(config, generate=config_lib.from_dict(values).generate)
-    _start()
+    _start(config)
     from uoe_jax.data.pipeline import make_tokenizer
     from uoe_jax.infer.sample import Sampler
     from uoe_jax.memory import cache_bytes
@@ -262,11 +274,15 @@ def _stored_config(options: argparse.Namespace) -> Config:
 
 def _check_workdir(path: str) -> None:
     """Refuses a hopeless workdir before jax is imported."""
-    if "://" not in path and Path(path).expanduser().exists() and not Path(path).expanduser().is_dir():
+    if "://" in path:
+        from uoe_jax.workdir import locate
+
+        locate(path)
+    elif Path(path).expanduser().exists() and not Path(path).expanduser().is_dir():
         raise UserError(f"--workdir={path}: is a file; give a directory")
 
 
-def _start(stops_itself: bool = False) -> None:
+def _start(config: Config, stops_itself: bool = False) -> None:
     from uoe_jax import runtime
 
-    runtime.start(stops_itself)
+    runtime.start(config, stops_itself)

@@ -19,6 +19,8 @@ from uoe_jax.errors import ConfigError, UserError
 
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")  # with a second projection into the hidden layer
+INT32_MAX = 2**31 - 1
+FLOAT32_TINY = 1.2e-38  # below it, accelerators take a float32 for 0
 
 
 def key(
@@ -32,6 +34,8 @@ def key(
     free: bool = False,
 ) -> Any:
     """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`; `free` may change on resume."""
+    if type(default) is int and high is None:
+        high = INT32_MAX  # devices count in int32
     meta = dict(doc=doc, low=low, high=high, above=above, choices=choices, free=free)
     return dataclasses.field(default=default, metadata=meta)
 
@@ -161,7 +165,7 @@ class ModelConfig:
     norm_eps: float = key(1e-6, "added to the variance in the norm", above=0, high=1)
     qk_norm: bool = key(False, "RMSNorm of every query and key, with one scale for all heads")
     position: str = key("rope", "position information", choices=("rope", "learned", "none"))
-    rope_theta: float = key(10000.0, "base of the rotary frequencies", above=0, high=1e12)
+    rope_theta: float = key(10000.0, "base of the rotary frequencies", low=1, high=1e12)
     bias: bool = key(False, "biases in projections")
     tie_embeddings: bool = key(True, "the output head is the embedding")
     dropout: float = key(0.0, "share of every block's output dropped in training", low=0, high=0.99)
@@ -244,7 +248,7 @@ class TrainConfig:
     steps: int = key(1000, "optimizer steps of the whole run", low=1)
     batch_size: int = key(16, "global rows per step", low=1)
     accumulation: int = key(1, "microbatches a step is cut into", low=1)
-    seed: int = key(0, "initialisation and data order", low=0, high=2**31 - 1)
+    seed: int = key(0, "initialisation and data order", low=0)
     log_every: int = key(10, "steps between lines of metrics", low=1, free=True)
     stop_after: int = key(0, "end this sitting after so many steps of the run; 0 means train.steps", low=0, free=True)
     init_from: str = key("", "workdir of a run, or one of its checkpoints, whose parameters to start from where they fit")
@@ -317,7 +321,7 @@ class GenerateConfig:
     temperature: float = key(0.7, "0 is greedy", low=0, high=1e3, free=True)
     top_k: int = key(0, "keep the k likeliest tokens; 0 keeps all", low=0, free=True)
     top_p: float = key(0.95, "keep the likeliest tokens up to this probability", above=0, high=1, free=True)
-    seed: int = key(0, "of the draws", low=0, high=2**31 - 1, free=True)
+    seed: int = key(0, "of the draws", low=0, free=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -373,11 +377,19 @@ def unknown_key(name: str) -> UserError:
     near = difflib.get_close_matches(name, ALL_KEYS, n=1, cutoff=0.0)
     last = name.rsplit(".", 1)[-1]
     same = [k for k in ALL_KEYS if k.rsplit(".", 1)[-1] == last]
-    return UserError(f"config.{name}: unknown key; the nearest known key is config.{(same or near)[0]}")
+    return UserError(f"config.{printable(name)}: unknown key; the nearest known key is config.{(same or near)[0]}")
+
+
+def printable(text: str) -> str:
+    """The text in one line: control characters and broken UTF-8 escaped."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value of `--config.NAME=TEXT` in the type NAME was declared with; raises ConfigError or for an unknown key."""
+    """The value of `--config.NAME=TEXT` in the type NAME was declared with; raises ConfigError or for an unknown key.
+
+    Numbers are written as in Python, in ASCII: underscores and spaces around them are allowed.
+    """
     kinds = {n: type(v) for n, v, _ in leaves(Config())}
     if name not in kinds:
         raise unknown_key(name)
@@ -385,6 +397,8 @@ def parse_value(name: str, text: str) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind is not str and not text.isascii():
+            raise ValueError
         return kind(text)
     except (ValueError, KeyError, OverflowError):
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
@@ -421,13 +435,11 @@ def _section(cls: type, values: Any, prefix: str) -> Any:
 
 
 def _checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
+    if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(name, value, f"give a value of type {kind.__name__}")
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(name, value, f"choose one of {', '.join(meta['choices'])}")
-    if kind is float and not math.isfinite(value):
+    if type(value) is float and not math.isfinite(value):
         raise ConfigError(name, value, "give a finite number")
     if meta["low"] is not None and value < meta["low"]:
         raise ConfigError(name, value, f"give at least {meta['low']}")
@@ -435,7 +447,9 @@ def _checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
         raise ConfigError(name, value, f"give more than {meta['above']}")
     if meta["high"] is not None and value > meta["high"]:
         raise ConfigError(name, value, f"give at most {meta['high']}")
-    return value
+    if kind is float and 0 < abs(value) < FLOAT32_TINY:
+        raise ConfigError(name, value, f"is 0 in float32; give at least {FLOAT32_TINY}")
+    return float(value) if kind is float else value
 
 
 def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:

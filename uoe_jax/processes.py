@@ -16,7 +16,6 @@ import os
 import re
 import signal
 import sys
-import time
 from typing import Any, Callable, Mapping, TypeVar
 
 from uoe_jax import errors
@@ -29,7 +28,6 @@ COORDINATOR, PROCESSES, PROCESS_ID = NAMES = ("UOE_COORDINATOR", "UOE_PROCESSES"
 # Launchers that start several tasks, and what they tell each of them. Not used, only to notice that nobody told us.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _PATIENCE_S = 600  # for what others do alone: preparing the data, looking at a directory
-_LINGER_S = 3
 _calls = itertools.count()
 
 
@@ -98,7 +96,7 @@ def _keep_stdout_ours() -> None:
 
 def are_several() -> bool:
     """Whether this process is one of several that met (`join`)."""
-    return _client() is not None
+    return client() is not None
 
 
 def is_first() -> bool:
@@ -113,24 +111,24 @@ def by_first(do: Callable[[], T]) -> T:
 
     The result must be JSON (lists, not tuples).
     """
-    client = _client()
-    if client is None:
+    service = client()
+    if service is None:
         return do()
     name = f"uoe/first/{next(_calls)}"
-    return _telling(client, name, 0, do, tells_value=True) if is_first() else _heard(client, name, 0)
+    return _telling(service, name, 0, do, tells_value=True) if is_first() else _heard(service, name, 0)
 
 
 def together(do: Callable[[], T]) -> T:
     """What `do` gives in this process, once it is known to have worked in all; what it raises in one is raised in all."""
-    client = _client()
-    if client is None:
+    service = client()
+    if service is None:
         return do()
     import jax
 
     name = f"uoe/together/{next(_calls)}"
-    value = _telling(client, name, jax.process_index(), do, tells_value=False)
+    value = _telling(service, name, jax.process_index(), do, tells_value=False)
     for i in range(jax.process_count()):
-        _heard(client, name, i)
+        _heard(service, name, i)
     return value
 
 
@@ -140,16 +138,16 @@ def same(values: Mapping[str, Any], remedy: str) -> None:
     Raises:
       UserError: naming the first process and value that differ; in every process.
     """
-    client = _client()
-    if client is None:
+    service = client()
+    if service is None:
         return
     import jax
 
     name = f"uoe/same/{next(_calls)}"
-    _telling(client, name, jax.process_index(), lambda: dict(values), tells_value=True)
+    _telling(service, name, jax.process_index(), lambda: dict(values), tells_value=True)
     first = None
     for i in range(jax.process_count()):
-        found = _heard(client, name, i)
+        found = _heard(service, name, i)
         first = found if first is None else first
         for key, value in first.items():
             if found.get(key) != value:
@@ -162,22 +160,22 @@ def same_command(config: Config, **options: Any) -> None:
     same(given | {f"--{name}": value for name, value in options.items()}, "start every process with the same command")
 
 
-def _telling(client: Any, name: str, me: int, do: Callable[[], T], tells_value: bool) -> T:
+def _telling(service: Any, name: str, me: int, do: Callable[[], T], tells_value: bool) -> T:
     """What `do` gives, or raises, in this process; the others can hear of it."""
     try:
         value = do()
     except Exception as error:
         code = error.exit_code if isinstance(error, UserError) else errors.EXIT_FAILED
-        client.key_value_set(f"{name}/{me}", json.dumps({"error": str(error)[:2000], "exit_code": code}))
+        service.key_value_set(f"{name}/{me}", json.dumps({"error": str(error)[:2000], "exit_code": code}))
         raise
-    client.key_value_set(f"{name}/{me}", json.dumps({"value": value if tells_value else None}))
+    service.key_value_set(f"{name}/{me}", json.dumps({"value": value if tells_value else None}))
     return value
 
 
-def _heard(client: Any, name: str, i: int) -> Any:
+def _heard(service: Any, name: str, i: int) -> Any:
     """The value that process i told; raises what it raised, or LostPeer where it says nothing for long."""
     try:
-        said = json.loads(client.blocking_key_value_get(f"{name}/{i}", _PATIENCE_S * 1000))
+        said = json.loads(service.blocking_key_value_get(f"{name}/{i}", _PATIENCE_S * 1000))
     except Exception as error:
         raise LostPeer(f"process {i} was not heard for {_PATIENCE_S} s; run the same command again") from error
     if "error" in said:
@@ -185,32 +183,11 @@ def _heard(client: Any, name: str, i: int) -> Any:
     return said["value"]
 
 
-def preempted(step: int) -> bool:
+def preempted(number: int) -> bool:
     """Whether all of several processes are to stop at this step, because one got SIGTERM; to be asked at every step."""
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
-
-
-def leave(exit_code: int) -> None:
-    """Ends one of several processes after an error; returns where there is one process.
-
-    Not through Python's exit, where JAX would wait minutes for the others, who wait for this one in a collective.
-    Process 0 stays until the others have failed as well, or a few seconds: they end without a word once it is gone.
-    """
-    client = _client()
-    if client is None:
-        return
-    import jax
-
-    sys.stdout.flush(), sys.stderr.flush()
-    if is_first():
-        patience = time.monotonic() + _LINGER_S
-        while len(client.key_value_dir_get("uoe/left")) < jax.process_count() - 1 and time.monotonic() < patience:
-            time.sleep(0.05)
-    else:
-        client.key_value_set(f"uoe/left/{jax.process_index()}", str(exit_code))
-    os._exit(exit_code)
+    return multihost_utils.reached_preemption_sync_point(number)
 
 
 class Told(UserError):
@@ -231,13 +208,18 @@ class LostPeer(UserError):
 _SIGNS = ("gloo", "nccl", "connection reset", "connection closed", "heartbeat", "coordination service", "unavailable:", "deadline_exceeded")
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error of JAX in one of several processes comes from another's end."""
-    text = str(error).lower()
-    return are_several() and type(error).__name__ == "JaxRuntimeError" and any(sign in text for sign in _SIGNS)
+def lost_peer(error: BaseException) -> str | None:
+    """What JAX said, if an error of one of several processes, or one it came from, is about another's end."""
+    link: BaseException | None = error
+    while link is not None and are_several():
+        text = str(link).strip().partition("\n")[0][:200]
+        if not isinstance(link, UserError) and any(sign in str(link).lower() for sign in _SIGNS):
+            return text
+        link = link.__cause__ or link.__context__
+    return None
 
 
-def _client() -> Any:
+def client() -> Any:
     """JAX's client of the coordination service; None where there is one process. The one private name used for it."""
     if "jax" not in sys.modules:
         return None  # nobody has met yet, and a wrong key is answered before jax is imported

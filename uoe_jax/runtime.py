@@ -6,18 +6,37 @@ import os
 
 import jax
 
-from uoe_jax import processes
+from uoe_jax import processes, watch
+from uoe_jax.config import Config
 from uoe_jax.data.pipeline import default_cache_dir
 
 
-def start(stops_itself: bool = False) -> None:
-    """Meets the other processes (`processes.join`), and turns the persistent compilation cache on, in a folder only its owner can read; JAX_COMPILATION_CACHE_DIR wins."""
+# Of XLA on GPUs: no kernel that adds in the order of arrival, and no choice of kernels by their time, which differs from run
+# to run. CPUs and TPUs have nothing to turn on.
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+def start(config: Config, stops_itself: bool = False) -> None:
+    """Meets the other processes (`processes.join`), watches them, and sets jax up; before the first use of a device.
+
+    The persistent compilation cache is in a folder only its owner can read; JAX_COMPILATION_CACHE_DIR wins.
+    """
+    if config.train.deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
     processes.join(stops_itself)
+    watch.start(config.guard)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = processes.together(default_cache_dir) / "jax"
         folder.mkdir(mode=0o700, exist_ok=True)  # it holds native code: never a shared folder
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def cost_of_determinism() -> str:
+    """What train.deterministic does on the devices at hand, for the person."""
+    if jax.default_backend() == "gpu":
+        return f"{_DETERMINISTIC}: some kernels are slower (how much was not measured), and none is chosen by its time"
+    return f"nothing to turn on for {jax.default_backend()}, which is deterministic as it is: no cost"
 
 
 def describe_devices() -> str:

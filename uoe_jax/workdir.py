@@ -1,10 +1,23 @@
-"""The directory of a run: whose it is, and the configuration and record stored in it. Imports no jax."""
+"""The directory of a run: whose it is, who writes there, and the configuration and record stored in it. Imports no jax.
+
+A workdir is a local directory or `gs://bucket/name`. There are only objects there, written whole or not at all: nothing
+can be locked, renamed, appended to or measured for free space. What a run does without for that it says when it starts.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import errno
+import fcntl
+import importlib.util
 import json
 import os
+import re
+import socket
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -13,29 +26,144 @@ from uoe_jax import processes
 from uoe_jax.config import Config, changed_keys, from_dict, to_dict
 from uoe_jax.errors import UserError
 
-CONFIG, RECORD = "config.json", "record.json"
+CONFIG, RECORD, LOCK = "config.json", "record.json", ".lock"
 SHOWS_UP_S = 10  # a network file system may show a new file late
+_NO_RUN_YET = re.compile(r"\.lock|error(_\d+)?\.txt|\.(config|record)\.json\.\d+")  # what a start that failed may leave
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_locks: dict[str, int] = {}  # workdir: file descriptor
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address like gs://bucket/name."""
+    return "://" in os.fspath(path)
+
+
+def locate(path: str | os.PathLike[str], option: str = "--workdir") -> epath.Path:
+    """The path of a workdir; touches nothing. option: where it was given, for errors.
+
+    Raises:
+      UserError: an address that is not gs://, or what reads and writes gs:// is not installed.
+    """
+    name = os.fspath(path)
+    if is_remote(name):
+        if not re.match(r"gs://[^/]", name):
+            raise UserError(f"{option}={name}: is neither a local directory nor gs://bucket/name; give one of these")
+        if importlib.util.find_spec("gcsfs") is None:
+            raise UserError(f"{option}={name}: gs:// takes the package gcsfs; pip install 'uoe-jax[gs]'")
+        import fsspec
+
+        # Listings are cached for ever by default, and would not show what TensorStore and other processes write.
+        fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+    return epath.Path(name).expanduser()
+
+
+@contextlib.contextmanager
+def os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """The clients of gs:// raise exceptions of a dozen kinds; here they are OSError of one line, as a file system's are."""
+    try:
+        yield
+    except (FileNotFoundError, UserError):
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise OSError(kind + ": ".join(str(error).splitlines())) from error
 
 
 def open_workdir(path: str, config: Config) -> epath.Path:
-    """Makes or enters a workdir and stores the resolved configuration; returns its path.
+    """Makes or enters a workdir, locks it and stores the resolved configuration; returns its path, absolute.
+
+    The lock is this process's until `release` or its end, however it ends; one line says so where there is none.
 
     Raises:
-      UserError: it holds something else or another run, or cannot be written.
+      UserError: it holds something else or another run, another process writes there, or it cannot be written.
     """
-    workdir = epath.Path(path).expanduser()
+    workdir = locate(path)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        there = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("error"))
-        if there and CONFIG not in there:
-            raise UserError(f"--workdir={path}: holds other files ({there[0]}, …) and no run; give an empty directory")
-        if CONFIG in there:
-            _refuse_other_run(path, read_config(path), config)
-        write_json(workdir / CONFIG, to_dict(config))
+        with os_errors(path):
+            if not is_remote(path):  # there, it would make a bucket of a mistyped name
+                workdir = workdir.resolve()
+                workdir.mkdir(parents=True, exist_ok=True)
+            there = _names(workdir)
+            if there and CONFIG not in there:
+                raise UserError(f"--workdir={path}: holds other files ({there[0]}, …) and no run; give an empty directory")
+            _lock(path, workdir)
+            if CONFIG in _names(workdir):
+                _refuse_other_run(path, read_config(path), config)
+            write_json(workdir / CONFIG, to_dict(config))
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--workdir={path}: cannot be written ({reason}); give a directory you may write to") from error
+        raise UserError(
+            f"--workdir={path}: cannot be written ({error.strerror or error}); give a directory you may write to"
+        ) from error
     return workdir
+
+
+def _names(workdir: epath.Path) -> list[str]:
+    """What is in a workdir, but for the leavings of a start that failed."""
+    try:
+        return sorted(p.name for p in workdir.iterdir() if not _NO_RUN_YET.fullmatch(p.name))
+    except FileNotFoundError:  # gs:// has no empty directories
+        return []
+
+
+def _lock(path: str, workdir: epath.Path) -> None:
+    """Makes this process the only one that writes to a workdir, or says that nothing keeps others out.
+
+    Raises:
+      UserError: another process writes there.
+    """
+    if is_remote(path):
+        print(f"uoe: {path}: no lock against a second writer, no check of free space; metrics.jsonl is uploaded once a minute "
+              "and at checkpoints", file=sys.stderr, flush=True)  # fmt: skip
+        return
+    file, held = workdir / LOCK, _locks.get(os.fspath(workdir))
+    if held is not None and file.exists() and os.path.samestat(os.fstat(held), os.stat(file)):
+        return
+    release(workdir)  # of a directory that was deleted or moved since
+    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        try:
+            if isinstance(error, BlockingIOError):
+                raise UserError(f"--workdir={path}: {_holder(lock)}; stop it, or give another --workdir") from error
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(f"uoe: {path}: nothing keeps a second writer out, as this file system has no locks ({error.strerror})",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        finally:
+            os.close(lock)
+        return
+    _locks[os.fspath(workdir)] = lock
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode(), 0)
+
+
+def _holder(lock: int) -> str:
+    """Who holds a lock, from what it wrote into the file."""
+    try:
+        said = json.loads(os.pread(lock, 1000, 0))
+        return f"process {said['pid']} on {said['host']} has been writing there since {said['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process is writing there"
+
+
+def release(workdir: str | os.PathLike[str]) -> None:
+    """Lets other processes write to a workdir again; does nothing where this process has no lock on it."""
+    lock = _locks.pop(os.fspath(workdir), None)
+    if lock is not None:
+        os.close(lock)
+
+
+def _forget_locks() -> None:
+    """A forked child shares its parent's locks, and would keep them after the parent's end; closing is not unlocking."""
+    while _locks:
+        os.close(_locks.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def enter_workdir(path: str, config: Config) -> epath.Path:
@@ -47,11 +175,10 @@ def enter_workdir(path: str, config: Config) -> epath.Path:
 
     def opened() -> list[str]:
         workdir = open_workdir(path, config)
-        workdir = workdir if "://" in path else workdir.resolve()
-        return [str(workdir), (workdir / CONFIG).read_text()]
+        return [os.fspath(workdir), (workdir / CONFIG).read_text()]
 
     name, written = processes.by_first(opened)
-    workdir = epath.Path(name)
+    workdir = locate(name)
 
     def seen() -> None:
         patience = time.monotonic() + SHOWS_UP_S
@@ -78,23 +205,30 @@ def _refuse_other_run(path: str, old: Config, new: Config) -> None:
         )
 
 
-def check_record(workdir: epath.PathLike, record: dict[str, Any]) -> None:
-    """Stores what the run's data are, or on resume refuses data that are not the same.
+def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = True) -> None:
+    """Stores what the run's data are (not where `store` is false), or where that is known refuses data that are not the same.
 
     Raises:
-      UserError: the content hash of the data differs from the stored one.
+      UserError: the content hash of the data differs from the stored one, or the file cannot be read or written.
     """
-    path = epath.Path(workdir).expanduser() / RECORD
-    if path.exists():
-        old = json.loads(path.read_text())["data"]
-        for name in ("sha256", "tokenizer"):
-            if old.get(name) != record.get(name):
-                raise UserError(
-                    f"data.{name}={record.get(name)!r}: the run in {workdir} was trained on {old.get(name)!r}; "
-                    "use the interpreter and files it was started with, or another --workdir"
-                )
-    else:
-        write_json(path, {"data": record})
+    path = locate(workdir) / RECORD
+    with os_errors(path):
+        found = _read_json(path, "remove it, where you are sure of the run's data, or start in another --workdir")
+        if found is None and not store:
+            return
+        if found is None:
+            try:
+                return write_json(path, {"data": record})
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror or error}); mend that and run again") from error
+    old = found.get("data")
+    for name in ("sha256", "tokenizer"):
+        if not isinstance(old, dict) or old.get(name) != record.get(name):
+            was = old.get(name) if isinstance(old, dict) else "something unknown"
+            raise UserError(
+                f"data.{name}={record.get(name)!r}: the run in {workdir} was trained on {was!r}; "
+                "use the interpreter and files it was started with, or another --workdir"
+            )
 
 
 def read_config(path: str) -> Config:
@@ -103,17 +237,41 @@ def read_config(path: str) -> Config:
     Raises:
       UserError: there is no run, or its config.json cannot be used.
     """
-    file = epath.Path(path).expanduser() / CONFIG
-    if not file.exists():
+    file = locate(path) / CONFIG
+    remedy = "restore it, or start in another --workdir"
+    values = _read_json(file, remedy)
+    if values is None:
         raise UserError(f"--workdir={path}: no run there (config.json is missing); train one with uoe train")
     try:
-        return from_dict(json.loads(file.read_text()))
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{file}: cannot be used ({error}); {remedy}") from error
+
+
+def _read_json(file: epath.Path, remedy: str) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no such file; UserError with the remedy where it cannot be read."""
+    try:
+        with os_errors(file):
+            found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); restore it, or start in another --workdir") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file}: cannot be read ({reason}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: cannot be read (it holds no JSON object); {remedy}")
+    return found
 
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    if is_remote(path):
+        path.write_text(text)
+        return
     temporary = path.parent / f".{path.name}.{os.getpid()}"
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut may leave an empty file under the final name
     temporary.replace(path)

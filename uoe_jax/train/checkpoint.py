@@ -1,10 +1,12 @@
-"""Checkpoints: `<workdir>/checkpoints/<step>`, written in the background, complete or absent. The only user of Orbax.
+"""Checkpoints: `<workdir>/checkpoints/<step>`, written in the background, complete or absent; what is found damaged is
+moved to `<workdir>/damaged/<step>`. With `saved`, which reads a checkpoint, the only user of Orbax.
 
-What Orbax leaves to its user is done here, because each of these was seen to go wrong in silence: it casts on restore
-when dtypes differ, lists a step that is still being written, and tells of a failed save only at the next one. Which
-checkpoints stay is decided here too: Orbax's BestN keeps every checkpoint without metrics for ever and lets a NaN loss
-displace the best one, its list loses the steps it meant to delete when the save fails, and a process killed while Orbax
-deletes leaves half a checkpoint in the list (seen in one of four kills of a fast save loop).
+What Orbax leaves to its user is done here, because each of these was seen to go wrong in silence: it lists a step that
+is still being written, and tells of a failed save only at the next one. Which checkpoints there are, which is the best
+and which stay is decided here too: Orbax fails to open where the metadata of one are garbage, its BestN keeps every
+checkpoint without metrics for ever and lets a NaN loss displace the best one, its list loses the steps it meant to delete
+when the save fails, and a process killed while Orbax deletes leaves half a checkpoint in the list (seen in one of four
+kills of a fast save loop).
 """
 
 from __future__ import annotations
@@ -12,21 +14,23 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
-import importlib.metadata
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from uoe_jax.errors import ConfigError, RunError, UserError
+from uoe_jax.errors import BadNumbers, ConfigError, RunError, UserError
 from uoe_jax.processes import by_first, is_first, together
+from uoe_jax.train import saved
+from uoe_jax.train.fingerprint import fingerprints, leaf_name
+from uoe_jax.train.saved import CheckpointDamaged, first_line
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +42,20 @@ def _drop_orbax_tracebacks(record: logging.LogRecord) -> bool:
 
 logging.getLogger("absl").addFilter(_drop_orbax_tracebacks)
 
-FORMAT_VERSION = 1  # of what this module adds to a checkpoint; a reader refuses a higher one
 SPACE_MARGIN = 1.1  # file metadata and chunk padding; the state itself compresses hardly at all
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
-_OURS = ("format_version", "versions", "leaves")  # top-level metadata keys that a caller may not use
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class CheckpointDamaged(RunError):
-    """A checkpoint is listed but cannot be read back; an older one may still be good."""
+class _Unlisted:
+    """Step names for Orbax that find nothing on the disk."""
+
+    build_name = staticmethod(str)
+
+    def find_all(self, _: object) -> Iterator[Any]:
+        return iter(())
+
+    def find_step(self, _: object, step: int) -> Any:
+        raise ValueError(f"no step {step} is looked for")
 
 
 class CheckpointStore:
@@ -69,10 +78,11 @@ class CheckpointStore:
             raise ConfigError("checkpoint.keep_latest", keep_latest, "must be at least 1, or nothing could be resumed")
         if keep_best < 0:
             raise ConfigError("checkpoint.keep_best", keep_best, "must be 0 or more")
-        self._remote = "://" in os.fspath(workdir)
         root = epath.Path(workdir)
+        self._remote = not saved.is_local(root)
         # Orbax refuses a relative path after it has made directories there.
-        self.directory = (root if self._remote else root.expanduser().resolve()) / "checkpoints"
+        root = root if self._remote else root.expanduser().resolve()
+        self.directory, self._aside = root / "checkpoints", root / "damaged"
         self._read_only = read_only
         self._keep_latest, self._keep_best = keep_latest, keep_best
         # Step, loss and bytes of the save that was not yet seen to end.
@@ -81,16 +91,15 @@ class CheckpointStore:
         self._deletions: list[concurrent.futures.Future[None]] = []
         self._closed = False
         together(self._open_directory)
-        if self._remote and not read_only:
-            log.info("free space is not checked before a checkpoint: %s is not a local directory", self.directory)
         self._orbax = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # _prune decides
+            step_name_format=_Unlisted(),
             # A process killed while it saved or deleted leaves `*.orbax-checkpoint-tmp*`, which nobody else removes.
             cleanup_tmp_directories=not read_only,
         )
         # The committed steps and their losses; the same in every process, as no two look at the disk at one moment.
-        found = by_first(lambda: [[info.step, _loss(info.metrics)] for info in self._orbax.checkpoints])
+        found = by_first(lambda: [list(item) for item in saved.listed(self.directory).items()])
         self._losses: dict[int, float | None] = {step: loss for step, loss in found}
 
     def _open_directory(self) -> None:
@@ -122,12 +131,13 @@ class CheckpointStore:
           step: the checkpoint's name, 0 or more.
           state: a pytree of jax.Array (typed PRNG keys too), none of size 0.
           metrics: metrics["loss"], where it is there and finite, makes this checkpoint a candidate for the best.
-          metadata: JSON values to keep with the checkpoint, such as the resolved configuration.
+          metadata: JSON values to keep with the checkpoint, such as the resolved configuration; secrets are left out.
 
         Returns:
           False, with a line in the log, where a checkpoint of this step is there already; it is left as it is.
 
         Raises:
+          BadNumbers: a floating leaf is not finite; nothing was written.
           RunError: no space for this checkpoint, or the save before this one failed.
           UserError: an array of size 0.
           ValueError: a leaf that is not a jax.Array, a bad step, a reserved metadata key (the caller's mistakes).
@@ -137,27 +147,30 @@ class CheckpointStore:
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be an int of 0 or more, not {step!r}")
         metadata = dict(metadata or {})
-        if reserved := sorted(set(metadata) & set(_OURS)):
+        if reserved := sorted(set(metadata) & set(saved.OURS)):
             raise ValueError(f"metadata keys {reserved} are this module's own")
-        leaves = _describe(state)
+        leaves = saved.describe(state)
         nbytes = _check_storable(state)
         self.wait()
         if step in self.steps():
             log.warning("a checkpoint of step %d is there already in %s; left as it is", step, self.directory)
             return False
+        words, not_finite = fingerprints(state)
+        if not_finite:
+            more = f" and {len(not_finite) - 1} more are" if len(not_finite) > 1 else " is"
+            raise BadNumbers(f"{not_finite[0]}{more} not finite at step {step}, so no checkpoint of it was written; lower "
+                             f"config.optimizer.learning_rate and use a new --workdir ({self._resumes_from()})")
         by_first(lambda: self._check_space(step, nbytes))
-        if any(info.step == step for info in self._orbax.checkpoints):
-            self._orbax.reload()  # its list does not know what _prune deleted
+        self._orbax.reload()  # finds nothing: its list does not know what was deleted or set aside
         loss = _loss(metrics)
         self._in_flight = (step, loss, nbytes)
         try:
             self._orbax.save_async(
                 step,
                 state,
-                metrics={name: float(value) for name, value in metrics.items()} if loss is not None else None,
-                custom_metadata={
-                    **metadata, "format_version": FORMAT_VERSION, "versions": _versions(), "leaves": leaves,
-                },
+                custom_metadata=saved.sealed(
+                    metadata, {name: {**leaf, "fingerprint": words[name]} for name, leaf in leaves.items()}, loss
+                ),
                 force=True,  # the caller has decided; Orbax's own policy would save as often as it can
             )
         except Exception as error:
@@ -194,27 +207,40 @@ class CheckpointStore:
         """The committed step with the lowest loss (the newest of equals), or None where no checkpoint has one."""
         return next(iter(self._best_first()), None)
 
+    def rank(self, step: int, loss: float) -> None:
+        """Gives the checkpoint of `step` the loss that ranks it, where it was measured after the save; stays on the disk.
+
+        A loss that is not finite is not kept.
+
+        Raises:
+          UserError: no such step.
+          RunError: it cannot be written.
+        """
+        if self._read_only:
+            raise ValueError("this CheckpointStore was opened with read_only=True")
+        path, found = self._path(step), _loss({"loss": loss})
+        if found is None:
+            return
+
+        def write() -> None:
+            try:
+                saved.write_loss(path, found)
+            except OSError as error:
+                raise RunError(f"{path}: the validation loss cannot be written here ({first_line(error)}); mend that and "
+                               "run the same command again") from error
+
+        by_first(write)
+        self._losses[step] = found
+
     def metadata(self, step: int) -> dict[str, Any]:
-        """What was saved with a checkpoint: the caller's metadata, `format_version`, `versions` (package: version) and
-        `leaves` ("params/w": {"dtype": "bfloat16", "shape": [3, 4]}).
+        """What was saved with a checkpoint: the caller's metadata, `format_version`, `versions` (package: version), `loss`,
+        `leaves` ("params/w": {"dtype": "bfloat16", "shape": [3, 4], "fingerprint": "0f3a…"}) and their `digest`.
 
         Raises:
           UserError: no such step, or written by a newer format.
-          CheckpointDamaged: it cannot be read.
+          CheckpointDamaged: it cannot be read, or is not as it was written.
         """
-        self.wait()
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"{self.directory}: there is no checkpoint of step {step} (there are: {there})")
-        with self._damage(step):
-            found = self._orbax.metadata(step).custom_metadata
-        if not found or "format_version" not in found:
-            raise CheckpointDamaged(f"{self.directory / str(step)}: this checkpoint has lost its metadata; "
-                                    "remove the directory to resume from an older one")
-        if found["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{self.directory / str(step)}: format_version={found['format_version']} is newer than "
-                            f"{FORMAT_VERSION}, the newest this uoe_jax reads; update uoe_jax")
-        return dict(found)
+        return saved.read_metadata(self._path(step))
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Reads the checkpoint of `step` into the structure, dtypes, shapes and shardings of `abstract_state`.
@@ -225,22 +251,52 @@ class CheckpointStore:
             leaf. The sharding may differ from the one at the time of the save, nothing else may.
 
         Raises:
-          UserError: no such step, or the checkpoint has other leaves, dtypes or shapes.
-          CheckpointDamaged: it cannot be read back.
+          UserError: no such step, another format, or the checkpoint has other leaves, dtypes or shapes.
+          CheckpointDamaged: it is not as it was saved; in every process, also where only one can see it.
+          RunError: it cannot be read now (rights, memory, the network).
           ValueError: a leaf without a sharding (Orbax would fall back on the saved devices).
         """
-        saved = self.metadata(step)["leaves"]
-        for path, leaf in jax.tree.leaves_with_path(abstract_state):
-            if getattr(leaf, "sharding", None) is None:
-                raise ValueError(f"abstract_state: {_name(path)} has no sharding")
-        if differences := list(_differences(saved, _describe(abstract_state))):
-            more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-            raise UserError(f"{self.directory / str(step)}: this checkpoint does not fit the model: {differences[0]}"
-                            f"{more}; use the configuration it was saved with, or another --workdir")
-        with self._damage(step):
-            state = self._orbax.load(step, abstract_state)
-        # Here, once leaves carry fingerprints: compare, and let the caller quarantine a step that does not match.
-        return state
+        return saved.restore(self._path(step), abstract_state)[0]
+
+    def restore_newest(
+        self, abstract_state: Any, say: Callable[[str], None] = log.warning
+    ) -> tuple[Any, int, dict[str, Any]] | None:
+        """Restores the newest checkpoint that is not damaged; None where there never was one.
+
+        Those found damaged are moved to `<workdir>/damaged` (not where read_only), and `say` gets a sentence for the person
+        about each, in process 0.
+
+        Returns:
+          (state, step, metadata), see `restore` and `metadata`.
+
+        Raises:
+          RunError: every checkpoint is or was damaged: a run never starts from the beginning by itself.
+          UserError, RunError, ValueError: as `restore`.
+        """
+        damaged: list[str] = []
+        self.wait()
+        for step in reversed(self.steps()):
+            try:
+                state, metadata = saved.restore(self._path(step), abstract_state)
+                return state, step, metadata
+            except CheckpointDamaged as error:
+                damaged.append(str(step))
+                done = "passed over" if self._read_only else f"moved to {self.set_aside(step)}"
+                if is_first():
+                    say(f"{self.directory / str(step)}: this checkpoint is damaged ({error.reason}); {done}, "
+                        "going on with the one before")
+        if self._read_only and damaged:
+            raise RunError(f"{self.directory}: every checkpoint is damaged (steps {', '.join(damaged)}); use another run")
+        if aside := by_first(lambda: saved.set_aside(self._aside)):
+            raise RunError(f"{self._aside}: holds the damaged checkpoints of this run ({', '.join(aside)}) and no good one "
+                           "is left; move this directory away to start from the beginning")
+        return None
+
+    def set_aside(self, step: int) -> str:
+        """Moves a checkpoint that nobody is to go on from out of the list; returns where it is now."""
+        where = by_first(lambda: os.fspath(saved.move_aside(self.directory / str(step), self._aside)))
+        del self._losses[step]
+        return where
 
     def close(self) -> None:
         """Waits for the save in flight and lets Orbax go; RunError if that save failed. Safe to call twice."""
@@ -265,6 +321,13 @@ class CheckpointStore:
                 raise
             log.error("%s", error)  # the error that is already on its way matters more
 
+    def _path(self, step: int) -> epath.Path:
+        self.wait()
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self.directory}: there is no checkpoint of step {step} (there are: {there})")
+        return self.directory / str(step)
+
     def _best_first(self) -> list[int]:
         scored = sorted((loss, -step) for step, loss in self._losses.items() if loss is not None)
         return [-negative for _, negative in scored]
@@ -282,7 +345,7 @@ class CheckpointStore:
         path = self.directory / str(step)
         try:
             if self._remote:  # no rename there; what has no commit file is no checkpoint
-                (path / "commit_success.txt").unlink(missing_ok=True)
+                (path / saved.COMMITTED).unlink(missing_ok=True)
             else:  # a name that Orbax cleans up when the directory is next opened
                 path = path.rename(self.directory / f"{step}.orbax-checkpoint-tmp-{time.time_ns()}")
         except OSError as error:
@@ -323,17 +386,7 @@ class CheckpointStore:
         if _is_no_space(error):
             return self._no_space(step, nbytes)
         return RunError(f"{self.directory}: the checkpoint of step {step} could not be written "
-                        f"({_first_line(error)}); mend that and run the same command again ({self._resumes_from()})")
-
-    @contextlib.contextmanager
-    def _damage(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise CheckpointDamaged(
-                f"{self.directory / str(step)}: this checkpoint cannot be read ({_first_line(error)}); "
-                "move the directory away to resume from an older one"
-            ) from error
+                        f"({first_line(error)}); mend that and run the same command again ({self._resumes_from()})")
 
 
 def _loss(metrics: Mapping[str, Any] | None) -> float | None:
@@ -342,52 +395,17 @@ def _loss(metrics: Mapping[str, Any] | None) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _describe(tree: Any) -> dict[str, dict[str, Any]]:
-    """{leaf name: {"dtype", "shape"}} of a tree of arrays or ShapeDtypeStructs. Orbax's own record of a typed PRNG key
-    is plain uint32, and of a named tuple a list or dict, so we keep ours. Fingerprints belong here as well."""
-    found: dict[str, dict[str, Any]] = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        name = _name(path)
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise ValueError(f"{name}: leaves must be arrays, not {type(leaf).__name__}")
-        if name in found:
-            raise ValueError(f"{name}: two leaves have this name")
-        found[name] = {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
-    return found
-
-
 def _check_storable(state: Any) -> int:
     """Refuses what Orbax would refuse too late or not restore; returns the bytes of the whole state, all hosts."""
     total = 0
     for path, leaf in jax.tree.leaves_with_path(state):
         if not isinstance(leaf, jax.Array):
-            raise ValueError(f"{_name(path)}: must be a jax.Array, not {type(leaf).__name__}")
+            raise ValueError(f"{leaf_name(path)}: must be a jax.Array, not {type(leaf).__name__}")
         if leaf.size == 0:
-            raise UserError(f"{_name(path)} has shape {leaf.shape}: an array of size 0 cannot be saved; "
+            raise UserError(f"{leaf_name(path)} has shape {leaf.shape}: an array of size 0 cannot be saved; "
                             "the configuration must not make one (no layers, no experts)")
         total += leaf.size * leaf.dtype.itemsize
     return total
-
-
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    def text(leaf: Mapping[str, Any]) -> str:
-        return f"{leaf['dtype']}{list(leaf['shape'])}"
-
-    for name in sorted({*saved, *wanted}):
-        if name not in wanted:
-            yield f"{name} is in the checkpoint and not in the model"
-        elif name not in saved:
-            yield f"{name} is in the model and not in the checkpoint"
-        elif text(saved[name]) != text(wanted[name]):
-            yield f"{name} is {text(saved[name])} in the checkpoint and {text(wanted[name])} in the model"
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _free_bytes(directory: epath.Path) -> int:
@@ -403,8 +421,3 @@ def _is_no_space(error: BaseException) -> bool:
             return True
         link = link.__cause__ or link.__context__
     return False
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"

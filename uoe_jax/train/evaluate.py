@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
 from uoe_jax import mesh as mesh_lib
+from uoe_jax import watch
 from uoe_jax.config import Config
 from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.pipeline import Prefetcher, eval_batches
@@ -15,21 +16,45 @@ from uoe_jax.train.measures import measures, token_measures
 from uoe_jax.train.step import Params, Program
 
 
+class Interrupted(Exception):
+    """`stop` said so in the middle of an evaluation."""
+
+
 def evaluate(
-    program: Program, params: Params, rows: PackedRows, config: Config, limit: int = 0, whole: bool = True
+    program: Program,
+    params: Params,
+    rows: PackedRows,
+    config: Config,
+    limit: int = 0,
+    whole: bool = True,
+    step: int | None = None,
+    compiled: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Any], float]:
     """Measures a split, all of it or (`whole=False`) its first `limit` batches.
+
+    Args:
+      step, compiled: of the run, and whether this process has evaluated before; for messages about processes that do
+        not go on.
+      stop: asked before every batch, in every process the same.
 
     Returns:
       (`eval/…` measures, the loss of the first `limit` batches, which is what ranks checkpoints: it is the same rows
       at every evaluation of a run).
+
+    Raises:
+      Interrupted: `stop` gave True.
     """
     size = config.eval_batch_size
     held = mesh_lib.local_rows(program.mesh, size)
     total = ranking = None
     for i, batch in enumerate(_ahead(eval_batches(rows, size, 0 if whole else limit, held)), start=1):
+        watch.at("evaluation", step, slow=total is None and not compiled)
+        if stop():
+            raise Interrupted
         sums = program.eval_step(params, mesh_lib.put_batch(program.mesh, batch))
-        total = sums if total is None else _add(total, sums)
+        before, total = total, sums if total is None else _add(total, sums)
+        jax.block_until_ready(before)  # no further ahead of the device than one batch: a stop must not wait for a queue
         ranking = total if i == limit else ranking
     host = jax.device_get(total)
     found = {**measures(host, config.model.routed(), "eval"), "eval/rows": int(host.rows)}

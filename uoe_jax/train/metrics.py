@@ -7,6 +7,7 @@ back and `read_metrics` restores. Finite floats are written as Python's repr, so
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -19,9 +20,11 @@ from typing import Any, TextIO
 from etils import epath
 
 from uoe_jax.errors import RunError, UserError
+from uoe_jax.workdir import is_remote, locate, os_errors
 
 log = logging.getLogger(__name__)
 
+UPLOAD_EVERY_S = 60
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -29,8 +32,9 @@ class MetricsWriter:
     """Appends to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard/`. Only process 0 may make one.
 
     A line reaches the operating system before write() returns, so a killed process tears no line but the one it is
-    writing; flush() makes it survive a power cut. Before a checkpoint of step s is saved, the metrics of every step up
-    to s must have been written: what is missing then is missing for ever.
+    writing; flush() makes it survive a power cut. On gs:// the lines reach the storage with flush() and otherwise once a
+    minute, as the whole object is uploaded. Before a checkpoint of step s is saved, the metrics of every step up
+    to s must have been written and flushed: what is missing then is missing for ever.
 
     Args:
       workdir: the run's directory; made if it is not there.
@@ -45,12 +49,10 @@ class MetricsWriter:
     def __init__(
         self, workdir: str | os.PathLike[str], resume_step: int | None = None, tensorboard: bool = True
     ) -> None:
-        workdir = epath.Path(workdir).expanduser()
+        workdir = locate(workdir)
         self.path = workdir / "metrics.jsonl"
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            _cut(self.path, -1 if resume_step is None else resume_step)
-            self._file = self.path.open("ab")
+            self._file = (_Object if is_remote(workdir) else _File)(self.path, -1 if resume_step is None else resume_step)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{self.path}: cannot be written ({reason}); choose another --workdir") from error
@@ -60,27 +62,21 @@ class MetricsWriter:
         """Writes one line. Scalars and arrays of numpy or jax are taken too (and waited for).
 
         Raises:
-          RunError: the line could not be written (disk full).
+          RunError: the line could not be written (disk full), or the file was deleted.
           ValueError, TypeError: a key "step", or a value that is neither number, string nor list of them.
         """
         if "step" in metrics:
             raise ValueError('metrics: the key "step" is the writer\'s own')
         plain = {key: _plain(key, value) for key, value in metrics.items()}
-        try:
+        with self._failing():
             self._file.write(json.dumps({"step": int(step), **plain}, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise self._failed(error) from error
         if self._tensorboard:
             self._tensorboard.write(int(step), plain)
 
     def flush(self) -> None:
-        """Everything written so far is on the disk when this returns."""
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failed(error) from error
+        """Everything written so far is on the disk, or uploaded, when this returns."""
+        with self._failing():
+            self._file.sync()
         if self._tensorboard:
             self._tensorboard.flush()
 
@@ -95,9 +91,78 @@ class MetricsWriter:
             if self._tensorboard:
                 self._tensorboard.close()
 
-    def _failed(self, error: OSError) -> RunError:
-        return RunError(f"{self.path}: a line could not be written ({error.strerror or error}); "
-                        "mend that and run the same command again")
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{self.path}: a line could not be written ({error.strerror or error}); "
+                           "mend that and run the same command again") from error
+
+
+class _File:
+    """metrics.jsonl on a file system. All methods raise OSError; RunError where the file is no longer the one it was."""
+
+    def __init__(self, path: epath.Path, last_step: int) -> None:
+        self._path, self.closed = path, False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut(path, last_step)
+        self._file = path.open("ab")
+
+    def write(self, line: bytes) -> None:
+        self._check()
+        self._file.write(line)
+        self._file.flush()
+
+    def sync(self) -> None:
+        self._check()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _check(self) -> None:
+        """A deleted file takes lines for ever, and nobody will read them."""
+        try:
+            same = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise RunError(f"{self._path}: was deleted or replaced while the run was writing it; put the directory back, or "
+                           "start again in another --workdir")
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
+
+
+class _Object:
+    """metrics.jsonl on gs://, where nothing can be appended: all of it is kept here, and uploaded. Raises OSError."""
+
+    def __init__(self, path: epath.Path, last_step: int) -> None:
+        self._path, self.closed = path, False
+        with os_errors(path):
+            data = path.read_bytes() if path.exists() else b""
+        self._data = bytearray(_kept(data, last_step))
+        self._new = self._data != data
+        self._uploaded = time.monotonic()
+
+    def write(self, line: bytes) -> None:
+        self._data += line
+        self._new = True
+        if time.monotonic() - self._uploaded > UPLOAD_EVERY_S:
+            try:
+                self.sync()
+            except OSError as error:  # before a checkpoint it must succeed, and here it need not
+                self._uploaded = time.monotonic()
+                log.warning("%s: could not be uploaded now (%s)", self._path, error)
+
+    def sync(self) -> None:
+        if self._new:
+            with os_errors(self._path):
+                self._path.write_bytes(bytes(self._data))
+            self._new, self._uploaded = False, time.monotonic()
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class Silent:
@@ -123,12 +188,17 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of `<workdir>/metrics.jsonl` as dicts, "nan" and "inf" as floats again; a torn last line is left out.
 
     Raises:
-      UserError: there is no such file.
+      UserError: there is no such file, or it cannot be read.
     """
-    path = epath.Path(workdir).expanduser() / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(f"{path}: there are no metrics here; check --workdir")
-    return [{key: _restore(value) for key, value in record.items()} for _, record in _records(path.read_bytes())]
+    path = locate(workdir) / "metrics.jsonl"
+    try:
+        with os_errors(path):
+            data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there are no metrics here; check --workdir") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); mend that, or check --workdir") from error
+    return [{key: _restore(value) for key, value in record.items()} for _, record in _records(data)]
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -142,10 +212,15 @@ def _records(data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, record
 
 
+def _kept(data: bytes, last_step: int) -> bytes:
+    """The whole lines of a metrics file up to `last_step`."""
+    return b"".join(line for line, record in _records(data) if record["step"] <= last_step)
+
+
 def _cut(path: epath.Path, last_step: int) -> None:
     """Leaves of a metrics file the whole lines up to `last_step`; the old file or the new one, never half of it."""
     data = path.read_bytes() if path.exists() else b""
-    kept = b"".join(line for line, record in _records(data) if record["step"] <= last_step)
+    kept = _kept(data, last_step)
     if kept == data:
         return
     temporary = path.parent / (path.name + ".tmp")

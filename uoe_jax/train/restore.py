@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Iterator, NamedTuple
 
 import jax
@@ -24,16 +25,27 @@ class Restored(NamedTuple):
 
 @contextlib.contextmanager
 def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Restored]:
-    """Restores the checkpoint `which` (latest, best, or a step) of a run, on the configured mesh.
+    """Restores the checkpoint `which` (latest, best, or a step) of a run, on the configured mesh; touches nothing there.
+
+    For `latest`, damaged checkpoints are passed over, with a sentence on stderr.
 
     Raises:
       UserError: no such checkpoint.
+      CheckpointDamaged: the one asked for is damaged.
+      RunError: all are.
     """
     mesh = mesh_lib.make_mesh(config.mesh)
     with jax.set_mesh(mesh), CheckpointStore(workdir, read_only=True) as store:
         step = _step(store, which)
         program = build(config, mesh)
-        yield Restored(program, store.restore(step, program.abstract), step)
+        if which == "latest" and (newest := store.restore_newest(program.abstract, say=_say)):
+            yield Restored(program, *newest[:2])
+        else:
+            yield Restored(program, store.restore(step, program.abstract), step)
+
+
+def _say(sentence: str) -> None:
+    print(f"uoe: {sentence}", file=sys.stderr, flush=True)
 
 
 def _step(store: CheckpointStore, which: str) -> int:

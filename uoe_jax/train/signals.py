@@ -13,23 +13,29 @@ from uoe_jax import processes
 class StopSignal:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested` instead of ending the process.
 
-    `due(step)` says whether to stop at this step, and is to be asked at every one; the loop then saves and leaves with
-    EXIT_STOPPED. A second SIGINT raises KeyboardInterrupt at once, for who does not want to wait. The old handlers come
-    back on exit. Outside the main thread Python allows no handlers: there it does nothing.
+    `due()` says whether to stop now, and is to be asked at every step and every batch of an evaluation; the run then saves
+    and leaves with EXIT_STOPPED. A second SIGINT raises KeyboardInterrupt at once, for who does not want to wait; more of
+    the others change nothing. The old handlers come back on exit. Outside the main thread Python allows no handlers: there
+    it does nothing.
 
-    Of several processes one is signalled, and all must stop at the same step. That is what JAX's preemption service is
+    Of several processes one is signalled, and all must stop at the same point. That is what JAX's preemption service is
     for: it waits for SIGTERM, and a handler for it would silently end the service. So there the others are turned to it.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None  # the name of the first signal
         self._shared = processes.are_several()
+        self._asked = 0  # a number that is the same in all processes
+        self._due = False
         self._interrupts = 0
         self._old: dict[int, object] = {}
 
-    def due(self, step: int) -> bool:
-        """Whether to stop at this step; of several processes, all say so at the same one."""
-        return processes.preempted(step) if self._shared else self.requested is not None
+    def due(self) -> bool:
+        """Whether to stop here; of several processes, all say so in the same one of their calls, and from then on."""
+        if self._shared and not self._due:
+            self._due = processes.preempted(self._asked)
+            self._asked += 1
+        return self._due if self._shared else self.requested is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.requested = self.requested is None, self.requested or signal.Signals(number).name
@@ -39,6 +45,9 @@ class StopSignal:
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt
+        if first:  # not print, which may be what was interrupted
+            again = " (again: at once)" if number == signal.SIGINT else ""
+            os.write(2, f"uoe: {self.requested}: saving, then stopping{again}\n".encode())
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():

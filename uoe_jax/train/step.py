@@ -20,17 +20,19 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.layers.ends import cross_entropy
 from uoe_jax.model import Stats, Transformer
 from uoe_jax.routing import rebalanced
+from uoe_jax.train import guard as guard_lib
 
 Batch = dict[str, jax.Array]  # tokens, targets, segments, positions int32 [B,L]; n_bytes int32 [B]
 Params = dict[str, Any]  # nested, by module and weight name
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint holds. `step` is the number of updates done, int32."""
+    """All that a checkpoint holds. `step` is the number of steps done, skipped ones too, int32."""
 
     step: jax.Array
     params: Params
     opt: optax.OptState
+    guard: guard_lib.Guard
 
 
 class Sums(NamedTuple):
@@ -130,16 +132,18 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     shardings = declared(declarations, lambda w, shape: mesh_lib.weight_sharding(mesh, w.logical_axes, shape))
     optimizer = make_optimizer(config.optimizer, config.decay_steps, declared(declarations, lambda w, _: w.decay))
     rate = learning_rate(config.optimizer, config.decay_steps)
+    everywhere = mesh_lib.replicated(mesh)
+
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.fresh())
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     # Optimizer moments have the tree of the parameters and lie as they do; scalars are everywhere.
     like_params = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, shapes.opt, shardings, transform_non_params=lambda _: mesh_lib.replicated(mesh)
+        optimizer, lambda _, s: s, shapes.opt, shardings, transform_non_params=lambda _: everywhere
     )
-    placed = TrainState(mesh_lib.replicated(mesh), shardings, like_params)
+    placed = TrainState(everywhere, shardings, like_params, jax.tree.map(lambda _: everywhere, shapes.guard))
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
 
     def sharing(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,19 +157,22 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
         return wrapped
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        batch = {**batch, "keys": row_keys(config, state.step)}
+        batch = {**batch, "keys": row_keys(config, state.step + state.guard.offset)}
         grads, sums = accumulated_gradients(config, rebuild, state.params, batch)
+        grad_norm = optax.global_norm(grads)
+        bad, guard = guard_lib.judge(config.guard, state.guard, sums.nll / jnp.maximum(sums.tokens, 1), grad_norm)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes float constants with integer counts
             updates, opt = optimizer.update(grads, state.opt, state.params)
-            used_rate = jnp.asarray(rate(state.step), jnp.float32)
+            used_rate = jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32)
         params = rebalance(config.model, optax.apply_updates(state.params, updates), sums.routing)
-        new = TrainState(state.step + 1, params, opt)
-        return new, {"sums": sums, "grad_norm": optax.global_norm(grads), "learning_rate": used_rate}
+        params, opt = guard_lib.unless(bad, (params, opt), (state.params, state.opt))
+        told = {"sums": sums, "grad_norm": grad_norm, "learning_rate": used_rate, "guard": guard}
+        return TrainState(state.step + 1, params, opt, guard), told
 
     def eval_step(params: Params, batch: Batch) -> Sums:
         return batch_sums(rebuild(params), batch)
 
-    rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+    rows = mesh_lib.batch_sharding(mesh)
     return Program(
         mesh=mesh,
         init=jax.jit(init, out_shardings=placed),

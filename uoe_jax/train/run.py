@@ -1,0 +1,278 @@
+"""The loop of `uoe train`, from the first step of a sitting to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any, Callable, Iterator
+
+import jax
+import numpy as np
+
+from uoe_jax import mesh as mesh_lib
+from uoe_jax import watch
+from uoe_jax.config import Config, to_dict
+from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches
+from uoe_jax.errors import EXIT_DONE, EXIT_STOPPED, BadNumbers
+from uoe_jax.flops import PEAK_FLOPS, train_flops
+from uoe_jax.runtime import cost_of_determinism, describe_devices
+from uoe_jax.train.checkpoint import CheckpointStore
+from uoe_jax.train.evaluate import Interrupted, evaluate
+from uoe_jax.train.measures import measures
+from uoe_jax.train.metrics import MetricsWriter, Progress, Silent, read_metrics
+from uoe_jax.train.signals import StopSignal
+from uoe_jax.train.step import Program, TrainState
+
+
+class BadStretch(Exception):
+    """`in_a_row` bad steps up to `step`, as many as are allowed."""
+
+    def __init__(self, step: int, in_a_row: int) -> None:
+        self.step, self.in_a_row = step, in_a_row
+
+
+class Run:
+    """The state of a running `uoe train` on the host; `go` is the loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataBundle,
+        program: Program,
+        store: CheckpointStore,
+        open_writer: Callable[[int], MetricsWriter | Silent],
+        progress: Progress | Silent,
+        state: TrainState,
+        start: int,
+    ) -> None:
+        self.config, self.data, self.program, self.state = config, data, program, state
+        self.store, self.progress, self.open_writer = store, progress, open_writer
+        self.writer = open_writer(start)  # what was logged after this step is cut off
+        self.start, self.step = start, start
+        self.stop = min(config.train.stop_after or config.train.steps, config.train.steps)
+        self.pending: tuple[int, Any] | None = None  # (step, measures still on the device)
+        self.in_a_row = int(jax.device_get(state.guard.in_a_row))  # bad steps up to the last one looked at
+        self.ranking_loss: float | None = None  # of the state at self.step, where it was evaluated
+        self.has_evaluated = False  # in this process
+        self.clock = Clock()
+
+    def go(self, signal: StopSignal, owed: bool = False) -> int:
+        """Runs until done (0) or asked to stop (75). owed: the evaluation of the first step was interrupted before."""
+        with jax.transfer_guard("disallow"):
+            while True:
+                try:
+                    return self.train(signal, owed)
+                except Interrupted:
+                    return self.leave(owed=True)
+                except BadStretch as bad:
+                    self.roll_back(bad)
+                    owed = False
+
+    def train(self, signal: StopSignal, owed: bool) -> int:
+        """The loop itself.
+
+        Raises:
+          Interrupted: asked to stop in an evaluation.
+          BadStretch: too many bad steps in a row.
+        """
+        c, program = self.config, self.program
+        rows = mesh_lib.local_rows(program.mesh, c.train.batch_size)
+        batches = TrainBatches(self.data.train, c.train.batch_size, c.train.seed, rows)
+        offset = int(jax.device_get(self.state.guard.offset))
+        fetch = lambda step: mesh_lib.put_batch(program.mesh, batches[step + offset])  # noqa: E731
+        if owed:
+            self.evaluate(signal)
+            self.store.rank(self.step, self.ranking_loss)
+        with Prefetcher(fetch, self.start, self.stop) as prefetcher:
+            while self.step < self.stop:
+                if self.step > self.start:  # what is due at the first step was done before the stop
+                    if _due(self.step, c.eval.every):
+                        self.evaluate(signal)
+                    if _due(self.step, c.checkpoint.every):
+                        self.save()
+                self.store.check()
+                if signal.due():
+                    return self.leave()
+                watch.at("training", self.step, slow=self.step == self.start)
+                batch = prefetcher.get(self.step)
+                self.state, on_device = program.train_step(self.state, batch)
+                self.step += 1
+                self.ranking_loss = None
+                self.log_pending()
+                self.pending = (self.step, on_device)
+            if self.step > self.start:
+                if self.step == c.train.steps or _due(self.step, c.eval.every):
+                    self.evaluate(signal)
+                self.save()
+            self.store.wait()
+        return EXIT_DONE
+
+    def leave(self, owed: bool = False) -> int:
+        """Saves, waits until that is committed, and gives the exit code; owed: this step is still to be evaluated."""
+        self.save(owed, stopping=True)
+        self.store.wait()
+        return EXIT_STOPPED
+
+    def evaluate(self, signal: StopSignal) -> None:
+        """Measures the current state on the validation split."""
+        self.log_pending()
+        with self.clock.paused():
+            limit, last = self.config.eval.batches, self.step == self.config.train.steps
+            found, self.ranking_loss = evaluate(
+                self.program, self.state.params, self.data.validation, self.config, limit, whole=last or not limit,
+                step=self.step, compiled=self.has_evaluated, stop=signal.due,
+            )
+            self.has_evaluated = True
+            self.writer.write(self.step, found)
+        self.progress.say(
+            f"step {self.step}: validation loss {found['eval/loss']:.4f}, "
+            f"{found['eval/bits_per_byte']:.4f} bits per byte ({found['eval/rows']} rows)"
+        )
+
+    def save(self, owed: bool = False, stopping: bool = False) -> None:
+        """Starts to save the current state; every line of metrics up to it is on the disk first."""
+        self.log_pending()
+        if self.step in self.store.steps() or (self.in_a_row and not stopping and self.config.guard.rollbacks):
+            return  # within a bad stretch the state is that before it, and so is the checkpoint to go back to
+        watch.at("saving", self.step, slow=True)
+        with self.clock.paused():
+            self.writer.flush()
+            metrics = None if self.ranking_loss is None else {"loss": self.ranking_loss}
+            mesh = {"axes": dict(self.program.mesh.shape), "processes": jax.process_count(), "devices": describe_devices()}
+            kept = {"config": to_dict(self.config), "data": self.data.record, "mesh": mesh, "evaluation_owed": owed}
+            with jax.transfer_guard("allow"):  # Orbax copies to the host as it sees fit
+                self.store.save(self.step, self.state, metrics, kept)
+
+    def log_pending(self) -> None:
+        """Looks at the step dispatched before this one, and logs it; so the host is one step ahead of the devices.
+
+        Raises:
+          BadStretch: it was bad, and so were those before it.
+        """
+        if self.pending is None:
+            return
+        (step, on_device), self.pending = self.pending, None
+        self.in_a_row = int(jax.device_get(on_device["guard"].in_a_row))
+        last, c = step == self.config.train.steps, self.config
+        due = step % c.train.log_every == 0 or last or self.in_a_row > 0
+        if due or step == self.start + 1:
+            self.log(step, jax.device_get(on_device), due)
+        if self.in_a_row >= c.guard.max_bad_steps:
+            raise BadStretch(step, self.in_a_row)
+
+    def log(self, step: int, host: dict[str, Any], due: bool) -> None:
+        """Writes and shows the measures of a step; due: they belong into metrics.jsonl."""
+        found = measures(host["sums"], self.config.model.routed(), "train")
+        found["train/grad_norm"] = float(host["grad_norm"])
+        found["train/learning_rate"] = float(host["learning_rate"])
+        found["train/tokens"] = int(host["sums"].tokens)
+        found["train/skipped"] = int(host["guard"].skipped)
+        found["train/rollbacks"] = int(host["guard"].rollbacks)
+        seconds = self.clock.per_step(step)
+        if seconds is not None:
+            flops = train_flops(self.config.model, self.config.train.batch_size) / seconds
+            peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+            found["perf/seconds_per_step"] = seconds
+            found["perf/tokens_per_second"] = found["train/tokens"] / seconds
+            found["perf/model_flops_per_second"] = flops
+            found["perf/mfu"] = flops / peak / jax.device_count() if peak else "n/a"
+        if due:
+            self.writer.write(step, found)
+        if self.in_a_row:
+            text = f"loss {found['train/loss']:.4g}, gradient norm {found['train/grad_norm']:.4g}"
+            self.progress.say(f"step {step} skipped: {text} ({self.in_a_row} in a row, {found['train/skipped']} in all)")
+        speed = found.get("perf/tokens_per_second")
+        self.progress.update(step, found["train/loss"], found["train/bits_per_byte"], speed)
+
+    def roll_back(self, bad: BadStretch) -> None:
+        """Goes back to the newest checkpoint from before a stretch of bad steps; the batches since then are left out.
+
+        Raises:
+          BadNumbers: no rollback is left (guard.rollbacks), or no such checkpoint.
+        """
+        self.store.wait()
+        good = [step for step in self.store.steps() if step <= bad.step - bad.in_a_row]
+        limit, done = self.config.guard.rollbacks, int(jax.device_get(self.state.guard.rollbacks))
+        if done >= limit or not good:
+            which = f"the checkpoint of step {good[-1]} is from before them" if good else "there is no checkpoint from before them"
+            raise BadNumbers(
+                f"config.guard.max_bad_steps={self.config.guard.max_bad_steps}: {bad.in_a_row} steps in a row, up to step {bad.step}, "
+                f"had numbers that are not finite or jumped, and were skipped; lower optimizer.learning_rate in a new --workdir, "
+                f"or look at the data of these steps ({which})"
+            )
+        watch.at("going back", bad.step, slow=True)
+        target, taken = good[-1], bad.step + int(jax.device_get(self.state.guard.offset))
+        for step in self.store.steps():
+            if step > target:
+                self.store.set_aside(step)
+        state = self.store.restore(target, self.program.abstract)
+        guard = state.guard
+        told = jax.device_put((np.int32(taken - target), np.int32(done + 1)), (guard.offset.sharding, guard.rollbacks.sharding))
+        self.state = state._replace(guard=guard._replace(offset=told[0], rollbacks=told[1]))
+        self.step = self.start = target
+        self.in_a_row, self.pending, self.ranking_loss = 0, None, None
+        self.writer.close()
+        self.writer = self.open_writer(target)
+        self.progress.say(f"{bad.in_a_row} bad steps in a row: back to step {target}, leaving out the data of the steps up to {bad.step}")
+
+    def welcome(self, workdir: str) -> str:
+        c, n = self.config, sum(x.size for x in jax.tree.leaves(self.program.abstract.params))
+        where = f"resuming at step {self.start}" if self.start else "starting"
+        if self.start >= c.train.steps:
+            where = f"nothing left to train, {self.start} of {c.train.steps} steps are done,"
+        return (
+            f"{where} in {workdir}: {c.model.attention} + {c.model.mlp}, {c.model.n_layers} layers, D={c.model.d_model}, "
+            f"{n / 1e6:.2f}M parameters, {c.train.steps} steps of {c.train.batch_size} x {c.model.context_length} tokens "
+            f"on {describe_devices()}{f'; deterministic: {cost_of_determinism()}' if c.train.deterministic else ''}"
+        )
+
+    def farewell(self, workdir: str, exit_code: int, sample: str) -> str:
+        if exit_code == EXIT_STOPPED:
+            return f"stopped at step {self.step} with everything saved; the same command goes on from there"
+        if self.step < self.config.train.steps:
+            return f"step {self.step} of {self.config.train.steps} reached and saved; the same command goes on from there"
+        evaluated = [line for line in read_metrics(workdir) if "eval/loss" in line][-1:]
+        return "\n".join(
+            [
+                *(
+                    f"validation at step {line['step']}: loss {line['eval/loss']:.4f}, "
+                    f"{line['eval/bits_per_byte']:.4f} bits per byte over {line['eval/rows']} rows"
+                    for line in evaluated
+                ),
+                "a sample:",
+                *("  | " + line for line in sample.splitlines()),
+                "next:",
+                f"  uoe eval --workdir={workdir} --split=test",
+                f"  uoe generate --workdir={workdir} --prompt='class '",
+            ]
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class Clock:
+    """Seconds per step between two readings, evaluations and saves left out."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, float] | None = None
+        self._pause = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside does not count."""
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._pause += time.perf_counter() - since
+
+    def per_step(self, step: int) -> float | None:
+        """Mean seconds a step since the last reading; None at the first, which only waited for the compiler."""
+        now, last = time.perf_counter(), self._last
+        self._last = (step, now)
+        pause, self._pause = self._pause, 0.0
+        if last is None or step <= last[0]:
+            return None
+        return max(now - last[1] - pause, 1e-9) / (step - last[0])
