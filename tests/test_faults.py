@@ -60,7 +60,7 @@ def whole_pair(source, tmp_path_factory):
     [
         ("term@evaluation@7@0", 7),
         pytest.param("term@training@0@0", 1, marks=PATIENT),  # comes before the first step, which then compiles
-        pytest.param("term@reading a checkpoint, or initialising@None@0", 0, marks=PATIENT),
+        pytest.param("term@restoring@None@0", 0, marks=PATIENT),
         pytest.param("term@saving@10@0", 10, marks=PATIENT),
         pytest.param("term@evaluation@20@0", 20, marks=PATIENT),  # the last one, of the whole split
         pytest.param("term@training@8@0,term@saving@9@0", 9, marks=PATIENT),  # twice, the second while it saves

@@ -25,7 +25,8 @@ def check_model(m: ModelConfig) -> None:
     if m.n_heads % m.kv_heads:
         raise ConfigError("config.model.n_kv_heads", m.n_kv_heads, f"must divide n_heads={m.n_heads}: {divisors(m.n_heads)}")
     if m.position == "rope" and m.head_dim % 2:
-        remedy = f"cuts d_model={m.d_model} into heads of odd width {m.head_dim}; rope needs even, so give fewer heads, or position='learned'"
+        odd = f"cuts d_model={m.d_model} into heads of odd width {m.head_dim}"
+        remedy = f"{odd}; rope needs even, so give fewer heads, or position='learned'"
         raise ConfigError("config.model.n_heads", m.n_heads, remedy)
     check_task(m)
     for name, r in m.routed().items():

@@ -62,7 +62,8 @@ def rebalanced(load_bias_N: jax.Array, chosen_N: jax.Array, rate: float) -> jax.
 def first_come(chosen_BMN: jax.Array, window: int, capacity: int) -> jax.Array:
     """Data selection by position: bool [B,M,N], the first `capacity` choices of an expert in every window of patches."""
     b, m, n = chosen_BMN.shape
-    if capacity >= min(window, m):
+    window = min(window, m)  # or a long one would be filled up
+    if capacity >= window:
         return chosen_BMN
     pad = -m % window
     windows = jnp.pad(chosen_BMN, ((0, 0), (0, pad), (0, 0))).reshape(b, -1, window, n)

@@ -76,8 +76,14 @@ def _allowed(s: int, segments: jax.Array | None, causal: bool) -> jax.Array | No
 
 def attend_one(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
     """One query [B,H,Dh] of each row over the cached k, v [B,S,G,Dh] at places 0..last (int32 [B])."""
-    mask = jnp.arange(k.shape[1])[None] <= last[:, None]
-    return jax.nn.dot_product_attention(q[:, None], k, v, mask=mask[:, None, None])[:, 0]
+    # Not jax.nn.dot_product_attention, which asks CPUs for a product in bf16 or float16 that they do not have (0.10.2).
+    b, h, dh = q.shape
+    q_BGRk = q.reshape(b, k.shape[2], -1, dh) * dh**-0.5
+    scores_BGRS = jnp.einsum("bgrk,bsgk->bgrs", q_BGRk, k, preferred_element_type=jnp.float32)
+    seen_BS = jnp.arange(k.shape[1])[None] <= last[:, None]
+    weights_BGRS = jax.nn.softmax(jnp.where(seen_BS[:, None, None], scores_BGRS, -1e30))
+    o_BGRk = jnp.einsum("bgrs,bsgk->bgrk", weights_BGRS.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return o_BGRk.reshape(b, h, dh).astype(q.dtype)
 
 
 def placed(x: jax.Array, scale: nnx.Param | None, eps: float | None, rotary: Any) -> jax.Array:

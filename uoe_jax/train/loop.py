@@ -68,7 +68,7 @@ def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, 
         keep = config.checkpoint
         with jax.set_mesh(mesh), CheckpointStore(workdir, keep.keep_latest, keep.keep_best) as store:
             program = build(config, mesh)
-            watch.at("reading a checkpoint, or initialising", slow=True)
+            watch.at("restoring", slow=True)
             state, start, owed = first_state(program, store, config, say_early)
             progress = Progress(config.train.steps, start) if is_first() else Silent()
             run = Run(config, data, program, store, lambda step: open_writer(workdir, step), progress, state, start)
