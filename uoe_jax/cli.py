@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -44,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         watch.leave_lost(error)
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"uoe: {error}", file=sys.stderr)
+        _complain(f"uoe: {error}")
         exit_code, why = error.exit_code, str(error)
     except KeyboardInterrupt:
-        print("uoe: interrupted at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        _complain("uoe: interrupted at once; the same command goes on from the last checkpoint")
         exit_code, why = EXIT_FAILED, "interrupted"
     except BrokenPipeError:
         exit_code = EXIT_FAILED
@@ -57,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code, why = _unexpected(error, workdir)
     watch.leave(exit_code, why)
     return exit_code
+
+
+def _complain(sentence: str) -> None:
+    """Says it where somebody reads; the process must end with its code where nobody does."""
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def _unexpected(error: Exception, workdir: str | None) -> tuple[int, str]:
@@ -75,7 +82,7 @@ def _unexpected(error: Exception, workdir: str | None) -> tuple[int, str]:
     except Exception:  # gs:// fails in a dozen ways, and this one error is to be told whatever happens
         print(text, file=sys.stderr)
     sentence = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]} (traceback {place})"
-    print(f"uoe: {sentence}", file=sys.stderr)
+    _complain(f"uoe: {sentence}")
     return EXIT_FAILED, sentence
 
 

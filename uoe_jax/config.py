@@ -276,12 +276,16 @@ class GuardConfig:
     """What a run does about bad numbers, and about processes that are lost or do not go on."""
 
     spike_sigmas: float = key(
-        0.0, "skip a step whose loss or gradient norm is so many standard deviations above its running mean; 0: none",
+        0.0, "skip a step whose loss or gradient norm is so many standard deviations above its running mean; 0: none. "
+        "A level that rises for good is a spike at every step",
         low=0, high=1e6,
     )
-    max_bad_steps: int = key(5, "skipped steps in a row after which the run stops with exit code 76, or rolls back", low=1)
+    max_bad_steps: int = key(
+        5, "skipped steps in a row after which the run stops with exit code 76, or rolls back", low=1, free=True
+    )
     rollbacks: int = key(
-        0, "times a run goes back to its newest checkpoint instead, leaving out the data that led there", low=0, high=1000
+        0, "times a run goes back to its newest checkpoint instead, leaving out the data that led there",
+        low=0, high=1000, free=True,
     )
     peer_timeout_s: float = key(10.0, "seconds within which all processes stop once one is lost", low=1, high=1e5, free=True)
     hang_timeout_s: float = key(

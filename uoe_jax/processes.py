@@ -27,7 +27,7 @@ COORDINATOR, PROCESSES, PROCESS_ID = NAMES = ("UOE_COORDINATOR", "UOE_PROCESSES"
 
 # Launchers that start several tasks, and what they tell each of them. Not used, only to notice that nobody told us.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_PATIENCE_S = 600  # for what others do alone: preparing the data, looking at a directory
+_PATIENCE_S = 7 * 24 * 3600  # for what others do alone; one that is lost or hangs the watch notices
 _calls = itertools.count()
 
 
@@ -177,7 +177,7 @@ def _heard(service: Any, name: str, i: int) -> Any:
     try:
         said = json.loads(service.blocking_key_value_get(f"{name}/{i}", _PATIENCE_S * 1000))
     except Exception as error:
-        raise LostPeer(f"process {i} was not heard for {_PATIENCE_S} s; run the same command again") from error
+        raise LostPeer(f"process {i} cannot be heard; run the same command again") from error
     if "error" in said:
         raise Told(said["error"], said["exit_code"])
     return said["value"]
@@ -204,8 +204,10 @@ class LostPeer(UserError):
     exit_code = errors.EXIT_LOST_PEER
 
 
-# What JAX says, as an exception of many kinds, where another process is gone; seen with Gloo and the coordination service.
-_SIGNS = ("gloo", "nccl", "connection reset", "connection closed", "heartbeat", "coordination service", "unavailable:", "deadline_exceeded")
+# What JAX says where another process is gone; seen with Gloo and the coordination service. It comes as a ValueError, too, where
+# only what names the collectives counts: the clients of storage fail with like words.
+_COLLECTIVES = ("gloo", "nccl")
+_LOSSES = ("connection reset", "connection closed", "heartbeat", "coordination service", "unavailable:", "deadline_exceeded")
 
 
 def lost_peer(error: BaseException) -> str | None:
@@ -213,7 +215,8 @@ def lost_peer(error: BaseException) -> str | None:
     link: BaseException | None = error
     while link is not None and are_several():
         text = str(link).strip().partition("\n")[0][:200]
-        if not isinstance(link, UserError) and any(sign in str(link).lower() for sign in _SIGNS):
+        signs = {"JaxRuntimeError": (*_COLLECTIVES, *_LOSSES), "ValueError": _COLLECTIVES}.get(type(link).__name__, ())
+        if any(sign in str(link).lower() for sign in signs):
             return text
         link = link.__cause__ or link.__context__
     return None

@@ -2,12 +2,13 @@
 
 JAX alone notices a killed process after 100 s, waits 300 s for one that raised, and never notices one that hangs. Here
 every process tells, through the coordination service, how far it is; process 0 reads that and gives the verdict, and the
-others read the verdict and watch process 0. That costs a few small messages a second, whatever the number of processes.
+others read the verdict and watch process 0. That costs each process a few small messages a second.
 Daemon threads do it, which die with the process: whoever cannot run Python any more falls silent and counts as lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import faulthandler
@@ -98,6 +99,8 @@ class Watch:
         """One exchange with the coordination service, which is in process 0; may block for ever where that is stopped."""
         # Where a C function keeps all threads of this process from running, one that needs no Python ends it.
         faulthandler.dump_traceback_later(3 * self.guard.peer_timeout_s, exit=True)
+        if self._stopped:  # meanwhile
+            return faulthandler.cancel_dump_traceback_later()
         self._beat += 1
         own = json.dumps({"beat": self._beat, "place": dataclasses.asdict(self.place)})
         try:
@@ -146,7 +149,7 @@ class Watch:
             self._end(errors.EXIT_LOST_PEER, culprit, f"process {culprit} hangs {place}: {why}")
 
     def _lost(self, i: int, why: str) -> None:
-        place = self._said[i][1]
+        place = self._said[i][1] if i in self._said else self.place
         self._end(errors.EXIT_LOST_PEER, i, f"process {i} was lost {place}: {why}")
 
     def _end(self, code: int, culprit: int, why: str) -> None:
@@ -154,10 +157,11 @@ class Watch:
         if self._stopped or not self._ending.acquire(blocking=False):
             return
         again = "" if code in _HOPELESS else "; run the same command again"
-        print(f"uoe: {why}{again}", file=sys.stderr, flush=True)
-        if culprit == self._me:
-            faulthandler.dump_traceback(all_threads=True)
         try:
+            with contextlib.suppress(Exception):  # nobody may be there to read it
+                print(f"uoe: {why}{again}", file=sys.stderr, flush=True)
+                if culprit == self._me:
+                    faulthandler.dump_traceback(all_threads=True)
             if self._me == 0:
                 self._tell(code, culprit, why)
         finally:
@@ -174,8 +178,10 @@ class Watch:
 
 
 def _exit(code: int) -> NoReturn:
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush(), sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _on_abort(handle: Any) -> None:
@@ -235,7 +241,8 @@ def leave_lost(error: BaseException) -> None:
     if _watch is None or said is None:
         return
     _watch.suspect()
-    time.sleep(_watch.guard.peer_timeout_s * _SILENCE)  # meanwhile the watch names the process that is gone, and ends this
+    time.sleep(_watch.guard.peer_timeout_s * 0.9)  # meanwhile the watch names the process that is gone, and ends this
     why = f"the connection to another process broke ({said})"
-    print(f"uoe: {why}; run the same command again", file=sys.stderr)
+    with contextlib.suppress(Exception):
+        print(f"uoe: {why}; run the same command again", file=sys.stderr)
     _watch.leave(errors.EXIT_LOST_PEER, why)

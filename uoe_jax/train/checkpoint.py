@@ -98,9 +98,14 @@ class CheckpointStore:
             # A process killed while it saved or deleted leaves `*.orbax-checkpoint-tmp*`, which nobody else removes.
             cleanup_tmp_directories=not read_only,
         )
-        # The committed steps and their losses; the same in every process, as no two look at the disk at one moment.
+        self._losses: dict[int, float | None] = {}  # of the committed steps
+        self._list()
+        self.hold: int | None = None  # a step that is kept besides the latest and the best
+
+    def _list(self) -> None:
+        """Looks at the disk; the same in every process, as no two look at one moment."""
         found = by_first(lambda: [list(item) for item in saved.listed(self.directory).items()])
-        self._losses: dict[int, float | None] = {step: loss for step, loss in found}
+        self._losses = {step: loss for step, loss in found}
 
     def _open_directory(self) -> None:
         if self._read_only:
@@ -263,34 +268,46 @@ class CheckpointStore:
     ) -> tuple[Any, int, dict[str, Any]] | None:
         """Restores the newest checkpoint that is not damaged; None where there never was one.
 
-        Those found damaged are moved to `<workdir>/damaged` (not where read_only), and `say` gets a sentence for the person
-        about each, in process 0.
+        Newer ones, found damaged, are then moved to `<workdir>/damaged` (not where read_only), and `say` gets a sentence for
+        the person about each, in process 0.
 
         Returns:
           (state, step, metadata), see `restore` and `metadata`.
 
         Raises:
-          RunError: every checkpoint is or was damaged: a run never starts from the beginning by itself.
+          RunError: every checkpoint is damaged, or none is left: a run never starts from the beginning by itself.
           UserError, RunError, ValueError: as `restore`.
         """
-        damaged: list[str] = []
+        damaged: dict[int, str] = {}
         self.wait()
         for step in reversed(self.steps()):
             try:
                 state, metadata = saved.restore(self._path(step), abstract_state)
-                return state, step, metadata
             except CheckpointDamaged as error:
-                damaged.append(str(step))
-                done = "passed over" if self._read_only else f"moved to {self.set_aside(step)}"
+                if self._read_only and not by_first((self.directory / str(step)).exists):
+                    self._list()  # a run beside this deleted it, and has newer ones
+                    return self.restore_newest(abstract_state, say)
+                damaged[step] = error.reason
+                continue
+            for bad, reason in damaged.items():  # not before: what fails for all of them lies elsewhere
+                done = "passed over" if self._read_only else f"moved to {self.set_aside(bad)}"
                 if is_first():
-                    say(f"{self.directory / str(step)}: this checkpoint is damaged ({error.reason}); {done}, "
-                        "going on with the one before")
-        if self._read_only and damaged:
-            raise RunError(f"{self.directory}: every checkpoint is damaged (steps {', '.join(damaged)}); use another run")
-        if aside := by_first(lambda: saved.set_aside(self._aside)):
+                    say(f"{self.directory / str(bad)}: this checkpoint is damaged ({reason}); {done}, going on with an older one")
+            return state, step, metadata
+        if damaged:
+            raise RunError(f"{self.directory}: no checkpoint can be read as it was saved (step {max(damaged)}: {damaged[max(damaged)]}); "
+                           "mend that, or move this directory away to start from the beginning")
+        if aside := by_first(lambda: saved.names_aside(self._aside)):
             raise RunError(f"{self._aside}: holds the damaged checkpoints of this run ({', '.join(aside)}) and no good one "
                            "is left; move this directory away to start from the beginning")
         return None
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        for later in [s for s in self.steps() if s > step]:
+            del self._losses[later]
+            if is_first():
+                self._delete(later)
 
     def set_aside(self, step: int) -> str:
         """Moves a checkpoint that nobody is to go on from out of the list; returns where it is now."""
@@ -334,7 +351,7 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Deletes what is neither among the latest nor the best; called when a save is committed."""
-        keep = {*self.steps()[-self._keep_latest :], *self._best_first()[: self._keep_best]}
+        keep = {*self.steps()[-self._keep_latest :], *self._best_first()[: self._keep_best], self.hold}
         for step in set(self._losses) - keep:
             del self._losses[step]
             if is_first():

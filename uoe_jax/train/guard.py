@@ -20,10 +20,10 @@ class Guard(NamedTuple):
     """What is remembered of the steps before; checkpointed with the parameters.
 
     Attributes:
-      skipped: bad steps of the whole run, int32.
+      skipped: bad steps of the whole run, but for those a rollback took back, int32.
       in_a_row: those since the last good one, int32.
       seen: good steps, int32.
-      mean, square: running mean and mean square of (loss, gradient norm) over good steps, float32 [2].
+      mean, variance: running ones of (loss, gradient norm) over good steps, float32 [2].
       offset: batches left out by going back; step s takes batch s + offset, int32.
       rollbacks: times the run went back, int32.
     """
@@ -32,7 +32,7 @@ class Guard(NamedTuple):
     in_a_row: jax.Array
     seen: jax.Array
     mean: jax.Array
-    square: jax.Array
+    variance: jax.Array
     offset: jax.Array
     rollbacks: jax.Array
 
@@ -48,16 +48,15 @@ def judge(c: GuardConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array) -
     found = jnp.stack([loss, grad_norm]).astype(jnp.float32)
     bad = ~jnp.isfinite(found).all()
     if c.spike_sigmas:
-        spread = jnp.sqrt(jnp.maximum(guard.square - guard.mean**2, 0))
-        bad |= (guard.seen >= WINDOW) & (found > guard.mean + c.spike_sigmas * spread).any()
+        bad |= (guard.seen >= WINDOW) & (found > guard.mean + c.spike_sigmas * jnp.sqrt(guard.variance)).any()
     # A plain mean at first, then an exponential one. A value that is not finite must not come near it, even times 0.
     weight = 1 / jnp.minimum(guard.seen + 1, WINDOW).astype(jnp.float32)
-    usable = jnp.where(bad, guard.mean, jnp.minimum(found, 1e18))  # its square must be finite, too
+    away = jnp.where(bad, 0, jnp.minimum(found, 1e18) - guard.mean)  # its square must be finite, too
     moved = guard._replace(
         in_a_row=jnp.zeros_like(guard.in_a_row),
         seen=guard.seen + 1,
-        mean=guard.mean + weight * (usable - guard.mean),
-        square=guard.square + weight * (usable**2 - guard.square),
+        mean=guard.mean + weight * away,
+        variance=(1 - weight) * (guard.variance + weight * away**2),
     )
     counted = guard._replace(skipped=guard.skipped + 1, in_a_row=guard.in_a_row + 1)
     return bad, unless(bad, moved, counted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from typing import Any, Callable
 
@@ -15,7 +16,7 @@ from uoe_jax import processes, watch
 from uoe_jax.config import Config
 from uoe_jax.data.pipeline import DataBundle, default_cache_dir, load
 from uoe_jax.data.tokenizer import Tokenizer
-from uoe_jax.errors import ConfigError
+from uoe_jax.errors import ConfigError, RunError
 from uoe_jax.processes import by_first, is_first
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.metrics import MetricsWriter, Progress, Silent
@@ -71,13 +72,15 @@ def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, 
             watch.at("restoring", slow=True)
             state, start, owed = first_state(program, store, config, say_early)
             progress = Progress(config.train.steps, start) if is_first() else Silent()
-            run = Run(config, data, program, store, lambda step: open_writer(workdir, step), progress, state, start)
+            run = Run(config, data, program, store, functools.partial(open_writer, workdir), progress, state, start, owed)
             try:
                 progress.say(run.welcome(workdir_name))
-                exit_code = run.go(signal, owed)
+                exit_code = run.go(signal)
+                run.writer.close()
             finally:
                 progress.close()
-                run.writer.close()
+                with contextlib.suppress(RunError):  # where an error is on its way it matters more
+                    run.writer.close()
             watch.at("generating", slow=True)
             text = sample(config, program, run.state.params, data.tokenizer) if run.step == config.train.steps else ""
             if is_first():
@@ -100,8 +103,8 @@ def say_early(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def open_writer(workdir: epath.Path, start: int) -> MetricsWriter | Silent:
-    """The writer of metrics in process 0; its errors are those of all."""
+def open_writer(workdir: epath.Path, start: int, owed: bool = False) -> MetricsWriter | Silent:
+    """The writer of metrics in process 0; its errors are those of all. owed: the evaluation of `start` is done again."""
     made: list[MetricsWriter] = []
-    by_first(lambda: made.append(MetricsWriter(workdir, resume_step=start or None)))
+    by_first(lambda: made.append(MetricsWriter(workdir, resume_step=start or None, owed=owed)))
     return made[0] if made else Silent()

@@ -40,6 +40,7 @@ class MetricsWriter:
       workdir: the run's directory; made if it is not there.
       resume_step: the step of the checkpoint the run goes on from. Lines of later steps, and a torn last line, are cut
         off (atomically). None for a fresh run: the file is emptied.
+      owed: the evaluation of `resume_step` is cut off as well, as it is done again.
       tensorboard: whether to write TensorBoard files. When they fail, a warning is logged and the run goes on.
 
     Raises:
@@ -47,12 +48,14 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], resume_step: int | None = None, tensorboard: bool = True
-    ) -> None:
+        self, workdir: str | os.PathLike[str], resume_step: int | None = None, tensorboard: bool = True,
+        owed: bool = False,
+    ) -> None:  # fmt: skip
         workdir = locate(workdir)
         self.path = workdir / "metrics.jsonl"
         try:
-            self._file = (_Object if is_remote(workdir) else _File)(self.path, -1 if resume_step is None else resume_step)
+            last = -1 if resume_step is None else resume_step
+            self._file = (_Object if is_remote(workdir) else _File)(self.path, last, owed)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{self.path}: cannot be written ({reason}); choose another --workdir") from error
@@ -103,10 +106,10 @@ class MetricsWriter:
 class _File:
     """metrics.jsonl on a file system. All methods raise OSError; RunError where the file is no longer the one it was."""
 
-    def __init__(self, path: epath.Path, last_step: int) -> None:
+    def __init__(self, path: epath.Path, last_step: int, owed: bool) -> None:
         self._path, self.closed = path, False
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut(path, last_step)
+        _cut(path, last_step, owed)
         self._file = path.open("ab")
 
     def write(self, line: bytes) -> None:
@@ -131,17 +134,18 @@ class _File:
 
     def close(self) -> None:
         self.closed = True
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a last flush; what is missing was told before
+            self._file.close()
 
 
 class _Object:
     """metrics.jsonl on gs://, where nothing can be appended: all of it is kept here, and uploaded. Raises OSError."""
 
-    def __init__(self, path: epath.Path, last_step: int) -> None:
+    def __init__(self, path: epath.Path, last_step: int, owed: bool) -> None:
         self._path, self.closed = path, False
         with os_errors(path):
             data = path.read_bytes() if path.exists() else b""
-        self._data = bytearray(_kept(data, last_step))
+        self._data = bytearray(_kept(data, last_step, owed))
         self._new = self._data != data
         self._uploaded = time.monotonic()
 
@@ -212,15 +216,19 @@ def _records(data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, record
 
 
-def _kept(data: bytes, last_step: int) -> bytes:
-    """The whole lines of a metrics file up to `last_step`."""
-    return b"".join(line for line, record in _records(data) if record["step"] <= last_step)
+def _kept(data: bytes, last_step: int, owed: bool) -> bytes:
+    """The whole lines of a metrics file up to `last_step`; owed: without the evaluation of that step."""
+    def stays(record: dict[str, Any]) -> bool:
+        again = owed and record["step"] == last_step and any(key.startswith("eval/") for key in record)
+        return record["step"] <= last_step and not again
+
+    return b"".join(line for line, record in _records(data) if stays(record))
 
 
-def _cut(path: epath.Path, last_step: int) -> None:
-    """Leaves of a metrics file the whole lines up to `last_step`; the old file or the new one, never half of it."""
+def _cut(path: epath.Path, last_step: int, owed: bool) -> None:
+    """Leaves of a metrics file what is `_kept`; the old file or the new one, never half of it."""
     data = path.read_bytes() if path.exists() else b""
-    kept = _kept(data, last_step)
+    kept = _kept(data, last_step, owed)
     if kept == data:
         return
     temporary = path.parent / (path.name + ".tmp")

@@ -40,14 +40,17 @@ class Run:
         data: DataBundle,
         program: Program,
         store: CheckpointStore,
-        open_writer: Callable[[int], MetricsWriter | Silent],
+        open_writer: Callable[..., MetricsWriter | Silent],
         progress: Progress | Silent,
         state: TrainState,
         start: int,
+        owed: bool = False,
     ) -> None:
+        """open_writer: makes the writer of metrics that cuts off what was logged after a step (and the evaluation of that
+        step, where it is `owed`: was interrupted before)."""
         self.config, self.data, self.program, self.state = config, data, program, state
         self.store, self.progress, self.open_writer = store, progress, open_writer
-        self.writer = open_writer(start)  # what was logged after this step is cut off
+        self.writer, self.owed = open_writer(start, owed), owed
         self.start, self.step = start, start
         self.stop = min(config.train.stop_after or config.train.steps, config.train.steps)
         self.pending: tuple[int, Any] | None = None  # (step, measures still on the device)
@@ -56,19 +59,18 @@ class Run:
         self.has_evaluated = False  # in this process
         self.clock = Clock()
 
-    def go(self, signal: StopSignal, owed: bool = False) -> int:
-        """Runs until done (0) or asked to stop (75). owed: the evaluation of the first step was interrupted before."""
+    def go(self, signal: StopSignal) -> int:
+        """Runs until done (0) or asked to stop (75)."""
         with jax.transfer_guard("disallow"):
             while True:
                 try:
-                    return self.train(signal, owed)
+                    return self.train(signal)
                 except Interrupted:
-                    return self.leave(owed=True)
+                    return self.stop_early(owed=True)
                 except BadStretch as bad:
                     self.roll_back(bad)
-                    owed = False
 
-    def train(self, signal: StopSignal, owed: bool) -> int:
+    def train(self, signal: StopSignal) -> int:
         """The loop itself.
 
         Raises:
@@ -80,8 +82,9 @@ class Run:
         batches = TrainBatches(self.data.train, c.train.batch_size, c.train.seed, rows)
         offset = int(jax.device_get(self.state.guard.offset))
         fetch = lambda step: mesh_lib.put_batch(program.mesh, batches[step + offset])  # noqa: E731
-        if owed:
+        if self.owed:
             self.evaluate(signal)
+            self.owed = False
             self.store.rank(self.step, self.ranking_loss)
         with Prefetcher(fetch, self.start, self.stop) as prefetcher:
             while self.step < self.stop:
@@ -92,7 +95,7 @@ class Run:
                         self.save()
                 self.store.check()
                 if signal.due():
-                    return self.leave()
+                    return self.stop_early()
                 watch.at("training", self.step, slow=self.step == self.start)
                 batch = prefetcher.get(self.step)
                 self.state, on_device = program.train_step(self.state, batch)
@@ -103,13 +106,14 @@ class Run:
             if self.step > self.start:
                 if self.step == c.train.steps or _due(self.step, c.eval.every):
                     self.evaluate(signal)
-                self.save()
+                self.save(always=True)
             self.store.wait()
         return EXIT_DONE
 
-    def leave(self, owed: bool = False) -> int:
+    def stop_early(self, owed: bool = False) -> int:
         """Saves, waits until that is committed, and gives the exit code; owed: this step is still to be evaluated."""
-        self.save(owed, stopping=True)
+        self.store.wait()  # it may be of this very step
+        self.save(owed, always=True)
         self.store.wait()
         return EXIT_STOPPED
 
@@ -129,11 +133,15 @@ class Run:
             f"{found['eval/bits_per_byte']:.4f} bits per byte ({found['eval/rows']} rows)"
         )
 
-    def save(self, owed: bool = False, stopping: bool = False) -> None:
-        """Starts to save the current state; every line of metrics up to it is on the disk first."""
+    def save(self, owed: bool = False, always: bool = False) -> None:
+        """Starts to save the current state; every line of metrics up to it is on the disk first.
+
+        always: within a stretch of bad steps as well, whose state is that from before it.
+        """
         self.log_pending()
-        if self.step in self.store.steps() or (self.in_a_row and not stopping and self.config.guard.rollbacks):
-            return  # within a bad stretch the state is that before it, and so is the checkpoint to go back to
+        if self.step in self.store.steps() or (self.in_a_row and not always):
+            return
+        self.store.hold = self.before(self.step - self.in_a_row) if self.in_a_row else None
         watch.at("saving", self.step, slow=True)
         with self.clock.paused():
             self.writer.flush()
@@ -184,6 +192,10 @@ class Run:
         speed = found.get("perf/tokens_per_second")
         self.progress.update(step, found["train/loss"], found["train/bits_per_byte"], speed)
 
+    def before(self, step: int) -> int | None:
+        """The newest checkpoint of `step` or earlier."""
+        return max((s for s in self.store.steps() if s <= step), default=None)
+
     def roll_back(self, bad: BadStretch) -> None:
         """Goes back to the newest checkpoint from before a stretch of bad steps; the batches since then are left out.
 
@@ -191,24 +203,23 @@ class Run:
           BadNumbers: no rollback is left (guard.rollbacks), or no such checkpoint.
         """
         self.store.wait()
-        good = [step for step in self.store.steps() if step <= bad.step - bad.in_a_row]
+        target = self.before(bad.step - bad.in_a_row)
         limit, done = self.config.guard.rollbacks, int(jax.device_get(self.state.guard.rollbacks))
-        if done >= limit or not good:
-            which = f"the checkpoint of step {good[-1]} is from before them" if good else "there is no checkpoint from before them"
+        if done >= limit or target is None:
+            which = "there is no checkpoint" if target is None else f"the checkpoint of step {target} is"
             raise BadNumbers(
                 f"config.guard.max_bad_steps={self.config.guard.max_bad_steps}: {bad.in_a_row} steps in a row, up to step {bad.step}, "
                 f"had numbers that are not finite or jumped, and were skipped; lower optimizer.learning_rate in a new --workdir, "
-                f"or look at the data of these steps ({which})"
+                f"or look at the data of these steps ({which} from before them)"
             )
         watch.at("going back", bad.step, slow=True)
-        target, taken = good[-1], bad.step + int(jax.device_get(self.state.guard.offset))
-        for step in self.store.steps():
-            if step > target:
-                self.store.set_aside(step)
+        taken = bad.step + int(jax.device_get(self.state.guard.offset))
         state = self.store.restore(target, self.program.abstract)
+        self.store.drop_after(target)  # saved by a stop within the stretch: the same state, and no place to go on from
         guard = state.guard
-        told = jax.device_put((np.int32(taken - target), np.int32(done + 1)), (guard.offset.sharding, guard.rollbacks.sharding))
-        self.state = state._replace(guard=guard._replace(offset=told[0], rollbacks=told[1]))
+        told = (np.int32(taken - target), np.int32(done + 1))
+        offset, rollbacks = jax.device_put(told, (guard.offset.sharding, guard.rollbacks.sharding))
+        self.state = state._replace(guard=guard._replace(offset=offset, rollbacks=rollbacks))
         self.step = self.start = target
         self.in_a_row, self.pending, self.ranking_loss = 0, None, None
         self.writer.close()

@@ -198,7 +198,7 @@ def _copy_tree(source: epath.Path, target: epath.Path) -> None:
         _copy_tree(path, target / path.name) if path.is_dir() else path.copy(target / path.name)
 
 
-def set_aside(aside: epath.Path) -> list[str]:
+def names_aside(aside: epath.Path) -> list[str]:
     """The names of the checkpoints that were moved there; to be called in process 0."""
     names = [path.name for path in aside.iterdir()] if aside.is_dir() else []
     return sorted(name for name in names if name.split(".")[0].isdecimal())
