@@ -281,11 +281,10 @@ def _stored_config(options: argparse.Namespace) -> Config:
 
 def _check_workdir(path: str) -> None:
     """Refuses a hopeless workdir before jax is imported."""
-    if "://" in path:
-        from uoe_jax.workdir import locate
+    from uoe_jax.workdir import is_remote, locate
 
-        locate(path)
-    elif Path(path).expanduser().exists() and not Path(path).expanduser().is_dir():
+    found = locate(path)
+    if not is_remote(path) and found.exists() and not found.is_dir():
         raise UserError(f"--workdir={path}: is a file; give a directory")
 
 

@@ -68,7 +68,8 @@ class Sampler:
             rows_B = jnp.arange(logits_BV.shape[0])
             fold = jax.vmap(jax.random.fold_in)
             keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows_B)
-            return everywhere(pick(logits_BV, fold(keys_B, next_B), *settings))
+            known_BV = logits_BV[:, : tokenizer.vocab_size]  # a model may have more than there are tokens
+            return everywhere(pick(known_BV, fold(keys_B, next_B), *settings))
 
         self._step, self._draw = step, draw
 
