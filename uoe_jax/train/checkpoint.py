@@ -295,7 +295,8 @@ class CheckpointStore:
                     say(f"{self.directory / str(bad)}: this checkpoint is damaged ({reason}); {done}, going on with an older one")
             return state, step, metadata
         if damaged:
-            raise RunError(f"{self.directory}: no checkpoint can be read as it was saved (step {max(damaged)}: {damaged[max(damaged)]}); "
+            step, reason = max(damaged.items())
+            raise RunError(f"{self.directory}: no checkpoint can be read as it was saved (step {step}: {reason}); "
                            "mend that, or move this directory away to start from the beginning")
         if aside := by_first(lambda: saved.names_aside(self._aside)):
             raise RunError(f"{self._aside}: holds the damaged checkpoints of this run ({', '.join(aside)}) and no good one "

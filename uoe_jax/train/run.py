@@ -208,9 +208,9 @@ class Run:
         if done >= limit or target is None:
             which = "there is no checkpoint" if target is None else f"the checkpoint of step {target} is"
             raise BadNumbers(
-                f"config.guard.max_bad_steps={self.config.guard.max_bad_steps}: {bad.in_a_row} steps in a row, up to step {bad.step}, "
-                f"had numbers that are not finite or jumped, and were skipped; lower optimizer.learning_rate in a new --workdir, "
-                f"or look at the data of these steps ({which} from before them)"
+                f"config.guard.max_bad_steps={self.config.guard.max_bad_steps}: {bad.in_a_row} steps in a row, up to step "
+                f"{bad.step}, had numbers that are not finite or jumped, and were skipped; lower optimizer.learning_rate in a "
+                f"new --workdir, or look at the data of these steps ({which} from before them)"
             )
         watch.at("going back", bad.step, slow=True)
         taken = bad.step + int(jax.device_get(self.state.guard.offset))
@@ -224,7 +224,9 @@ class Run:
         self.in_a_row, self.pending, self.ranking_loss = 0, None, None
         self.writer.close()
         self.writer = self.open_writer(target)
-        self.progress.say(f"{bad.in_a_row} bad steps in a row: back to step {target}, leaving out the data of the steps up to {bad.step}")
+        self.progress.say(
+            f"{bad.in_a_row} bad steps in a row: back to step {target}, leaving out the data of the steps up to {bad.step}"
+        )
 
     def welcome(self, workdir: str) -> str:
         c, n = self.config, sum(x.size for x in jax.tree.leaves(self.program.abstract.params))
