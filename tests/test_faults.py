@@ -76,6 +76,7 @@ def test_sigterm_wherever_it_comes(fault, stops_at, whole, source, tmp_path):
     assert_same_run(whole, tmp_path / "run", 20)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_evaluated_after_a_stop_can_be_the_best(source, tmp_path):
     """Stopped in the last evaluation, the state is saved without its loss; it gets it when the evaluation is made up for."""
     more = ("--config.train.steps=6", "--config.eval.every=0", "--config.checkpoint.every=0")
