@@ -293,7 +293,7 @@ def test_it_never_starts_from_the_beginning_by_itself(good, tmp_path):
 def test_what_was_set_aside_is_never_overwritten(good, tmp_path, monkeypatch, is_object_store):
     shutil.copytree(good, tmp_path / "run")
     if is_object_store:
-        monkeypatch.setattr(saved, "is_local", lambda path: False)
+        monkeypatch.setattr(saved, "is_remote", lambda path: True)
     for _ in range(3):
         metadata = tmp_path / "run" / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
         metadata.write_bytes(metadata.read_bytes().replace(b"digest", b"Digest"))

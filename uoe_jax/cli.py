@@ -16,7 +16,7 @@ from uoe_jax import config as config_lib
 from uoe_jax import processes, watch
 from uoe_jax.checks import check_training
 from uoe_jax.config import Config
-from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST_PEER, ConfigError, UserError
+from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
 
 
 def console() -> NoReturn:

@@ -79,7 +79,7 @@ class CheckpointStore:
         if keep_best < 0:
             raise ConfigError("checkpoint.keep_best", keep_best, "must be 0 or more")
         root = epath.Path(workdir)
-        self._remote = not saved.is_local(root)
+        self._remote = saved.is_remote(root)
         # Orbax refuses a relative path after it has made directories there.
         root = root if self._remote else root.expanduser().resolve()
         self.directory, self._aside = root / "checkpoints", root / "damaged"

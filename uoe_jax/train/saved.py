@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.processes import Told, by_first, together
 from uoe_jax.train.fingerprint import fingerprints, leaf_name
-from uoe_jax.workdir import locate
+from uoe_jax.workdir import is_remote, locate, write_json
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -141,14 +141,9 @@ def listed(directory: epath.Path) -> dict[int, float | None]:
     """{step: the loss that ranks it} of the checkpoints here, damaged ones too; to be called in process 0."""
     found = {}
     for path in directory.iterdir() if directory.is_dir() else ():  # an empty one does not exist on gs://
-        if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir() and (is_local(path) or (path / COMMITTED).exists()):
+        if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir() and (not is_remote(path) or (path / COMMITTED).exists()):
             found[int(path.name)] = _read_loss(path)
     return found
-
-
-def is_local(path: epath.Path) -> bool:
-    """Whether the path is not an address such as `gs://…`."""
-    return "://" not in os.fspath(path)
 
 
 def _read_loss(path: epath.Path) -> float | None:
@@ -163,16 +158,7 @@ def _read_loss(path: epath.Path) -> float | None:
 
 def write_loss(path: epath.Path, loss: float) -> None:
     """Gives a checkpoint its loss after it was written, in a file of its own, whole or not at all."""
-    text = json.dumps(_sealed({"loss": loss}))
-    if not is_local(path):  # an object there is whole or absent
-        (path / _LOSS).write_text(text)
-        return
-    new = path / f".{_LOSS}.new"
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path / _LOSS)
+    write_json(path / _LOSS, _sealed({"loss": loss}))
 
 
 def move_aside(path: epath.Path, aside: epath.Path) -> epath.Path:
@@ -181,11 +167,11 @@ def move_aside(path: epath.Path, aside: epath.Path) -> epath.Path:
     target = next(aside / name for name in names if not (aside / name).exists())
     try:
         aside.mkdir(exist_ok=True)
-        if is_local(path):
-            path.rename(target)
-        else:  # no rename there; if this is cut off, it is whole where it was and is copied once more
+        if is_remote(path):  # no rename there; if this is cut off, it is whole where it was and is copied once more
             _copy_tree(path, target)
             path.rmtree()
+        else:
+            path.rename(target)
     except OSError as error:
         raise RunError(f"{path}: this checkpoint is damaged and cannot be moved to {target} ({first_line(error)}); move it "
                        "away by hand and run the same command again") from error
@@ -238,7 +224,7 @@ def load_params(path: str | os.PathLike[str], abstract_params: Any) -> tuple[Any
     """
     def found() -> list[str]:
         root = locate(path, _INIT_FROM)
-        root = root.resolve() if is_local(root) else root  # Orbax refuses a relative path
+        root = root if is_remote(root) else root.resolve()  # Orbax refuses a relative path
         below = root / "checkpoints"
         if below.is_dir():
             return [os.fspath(below / str(step)) for step in sorted(listed(below), reverse=True)]
