@@ -4,11 +4,12 @@ import os
 import pathlib
 import tempfile
 
+from helpers import QUICK_CODE
+
 CACHE = pathlib.Path(os.environ.get("UOE_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / f"uoe-tests-{os.getuid()}"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("UOE_CACHE", str(CACHE / "data"))
-# Machine code of tiny programs takes much longer to optimise than they run; the commands that tests start are not spared.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_CODE}"
 
 import jax  # noqa: E402
 

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from gcs_server import GcsServer
-from helpers import TINY, environment, finish, metric_lines, uoe, uoe_process, uoe_together, write_source
+from helpers import QUICK_CODE, TINY, environment, finish, metric_lines, uoe, uoe_process, uoe_together, write_source
 from uoe_jax import cli, workdir
 from uoe_jax.config import Config, from_dict
 from uoe_jax.errors import RunError, UserError
@@ -120,7 +120,7 @@ def test_two_processes_share_a_workdir(gcs, source):
     ended = finish(uoe_together(2, 1, *args, each_env=env))
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert "no lock" in ended[0][2] and "no lock" not in ended[1][2]
-    two = {**environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
+    two = environment(XLA_FLAGS=f"{QUICK_CODE} --xla_force_host_platform_device_count=2")
     assert uoe(*train_args(source, "gs://bucket/run", *SHORT), env=two)[0] == 0
     assert [line["step"] for line in lines(gcs, "run") if "train/loss" in line] == list(range(1, 9))
 

@@ -56,8 +56,7 @@ class Jobs:
         (folder / "bin" / "uoe").write_text(program)
         (folder / "bin" / "uoe").chmod(0o755)
         env = environment(SLURM_CONF=cluster.env["SLURM_CONF"], UOE_CACHE=os.environ["UOE_CACHE"])
-        # Code that runs for seconds need not be optimised for minutes.
-        self.env = {**env, "PATH": f"{folder}/bin:{os.environ['PATH']}", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        self.env = {**env, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
 
     def submit(self, name: str, *arguments: str) -> str:
         options = ("--ntasks=2", f"--output={self.folder}/{name}.out")

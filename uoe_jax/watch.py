@@ -139,6 +139,8 @@ class Watch:
         """The run stands where its slowest process stands."""
         at = {self._me: self.place} | {i: place for i, (_, place, _) in self._said.items()}
         culprit = min(at, key=lambda i: at[i].moves)
+        if culprit != self._me and now - self._said[culprit][2] > self.guard.peer_timeout_s * _SUSPICION:
+            return  # one that falls silent as well does not hang, it is soon lost
         place, (moves, since) = at[culprit], self._lowest
         if place.moves != moves:
             self._lowest = (place.moves, now)
