@@ -24,6 +24,7 @@ from uoe_jax.data.pipeline import TrainBatches
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.loop import Run, load_data
 from uoe_jax.train.metrics import MetricsWriter, Progress
+from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import build
 
 
@@ -38,8 +39,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
-    runtime.start()
-    config, data = load_data(load_config(options.config, {"eval.every": "0", "checkpoint.every": "0"}))
+    config = load_config(options.config, {"eval.every": "0", "checkpoint.every": "0"})
+    runtime.start(config)
+    config, data = load_data(config)
     mesh = mesh_lib.make_mesh(config.mesh)
     bare_times, trainer_times = [], []
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as workdir, _NoSaves(workdir) as store:
@@ -57,17 +59,17 @@ def main() -> None:
 
             first = round_ * options.steps
             sitting = dataclasses.replace(config.train, stop_after=first + options.steps, steps=10**6)
-            writer = MetricsWriter(workdir)
             run = Run(
-                dataclasses.replace(config, train=sitting), data, program, store, writer,
+                dataclasses.replace(config, train=sitting), data, program, store, lambda *_: MetricsWriter(workdir),
                 Progress(10**6, first, io.StringIO()), state, first,
             )  # fmt: skip
             start = time.perf_counter()
-            run.go()
+            with StopSignal() as signal:
+                run.go(signal)
             jax.block_until_ready(run.state)
             trainer_times.append((time.perf_counter() - start) / options.steps)
             state = run.state
-            writer.close()
+            run.writer.close()
     ratios = [t / b for t, b in zip(trainer_times, bare_times)]
     print(
         json.dumps(

@@ -53,6 +53,8 @@ def get_config(variant: str = ""):
     if variant == "dense":  # the same sizes without routing, to compare with
         c.model.attention = "dense"
         c.model.mlp = "dense"
+    elif variant == "tiny":
+        return uoe.tiny(c)
     elif variant:
-        raise ValueError(f"there is no variant {variant!r}; give 'dense' or none")
+        raise ValueError(f"there is no variant {variant!r}; give 'dense', 'tiny' or none")
     return c

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uoe_jax.config import Config, from_dict
 from uoe_jax.data import pipeline, stdlib
 from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.pipeline import Prefetcher, TrainBatches, eval_batches
@@ -61,9 +62,23 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def text_config(path: Path | str, length: int, patch: int) -> Config:
+    """A language model's rows out of the sources under `path`."""
+    model = {"context_length": length, "smha": {"patch_size": patch}, "uome": {"patch_size": patch}}
+    return from_dict({"model": model, "data": {"path": str(path)}})
+
+
+LOADS = """
+import sys; from pathlib import Path; from uoe_jax.config import from_dict; from uoe_jax.data import pipeline
+patch = {"patch_size": 4}
+config = from_dict({"model": {"context_length": 32, "smha": patch, "uome": patch}, "data": {"path": sys.argv[1]}})
+d = pipeline.load(config, Path(sys.argv[2]))
+"""
+
+
 @pytest.fixture(scope="module")
 def bundle(sources, cache) -> pipeline.DataBundle:
-    return pipeline.load("stdlib", str(sources[0]), "bytes", 32, 4, cache)
+    return pipeline.load(text_config(sources[0], 32, 4), cache)
 
 
 def memory_store(documents: list[bytes]) -> TokenStore:
@@ -177,11 +192,7 @@ def test_damaged_prepared_dataset_is_reported_with_the_remedy(tmp_path):
 
 def test_two_processes_may_prepare_at_once(tmp_path):
     write_sources(tmp_path / "src")
-    code = (
-        "import sys, json; from pathlib import Path; from uoe_jax.data import pipeline\n"
-        "d = pipeline.load('stdlib', sys.argv[1], 'bytes', 32, 4, Path(sys.argv[2]))\n"
-        "print(json.dumps([d.record, d.train[3]['targets'].tolist()]))"
-    )
+    code = LOADS + "import json; print(json.dumps([d.record, d.train[3]['targets'].tolist()]))"
     command = [sys.executable, "-c", code, str(tmp_path / "src"), str(tmp_path / "cache")]
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     racers = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
@@ -556,21 +567,10 @@ def test_load_records_what_was_loaded(bundle, sources):
 
 
 def test_a_cached_load_imports_neither_tfds_nor_jax(bundle, sources, cache):
-    code = (
-        "import sys; from pathlib import Path; from uoe_jax.data import pipeline\n"
-        "pipeline.load('stdlib', sys.argv[1], 'bytes', 64, 8, Path(sys.argv[2])).train[0]\n"
-        "print([m for m in ('tensorflow', 'tensorflow_datasets', 'jax', 'grain') if m in sys.modules])"
-    )
+    code = LOADS + "d.train[0]; print([m for m in ('tensorflow', 'tensorflow_datasets', 'jax', 'grain') if m in sys.modules])"
     command = [sys.executable, "-c", code, str(sources[0]), str(cache)]
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-def test_unknown_names_are_answered_with_the_nearest(tmp_path):
-    with pytest.raises(UserError, match="data.source='stdlb'.*'stdlib'"):
-        pipeline.load("stdlb", "", "bytes", 32, 4, tmp_path)
-    with pytest.raises(UserError, match="data.tokenizer='zzz'.*'bytes'"):
-        pipeline.load("stdlib", "", "zzz", 32, 4, tmp_path)
 
 
 def test_cache_directory_is_private_and_must_be_writable(tmp_path, monkeypatch):
@@ -587,7 +587,7 @@ def test_cache_directory_is_private_and_must_be_writable(tmp_path, monkeypatch):
 
 
 def test_the_true_standard_library(tmp_path):
-    data = pipeline.load("stdlib", "", "bytes", 256, 4, tmp_path)
+    data = pipeline.load(text_config("", 256, 4), tmp_path)
     n_files, n_bytes = data.record["n_files"], data.record["n_bytes"]
     assert data.record["python_version"] == ".".join(map(str, sys.version_info[:3]))
     assert sum(n_files.values()) > 400 and sum(n_bytes.values()) > 8e6

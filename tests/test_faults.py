@@ -110,7 +110,8 @@ def test_an_evaluation_made_up_for_is_logged_once(whole, source, tmp_path):
 )
 def test_sigterm_to_one_of_two_processes(fault, whole_pair, source, tmp_path):
     args = train_args(source, tmp_path / "run")
-    ended = finish(uoe_together(2, 1, *args, faults=fault))
+    later = ",slow@training@13@0,slow@training@16@0"  # the processes agree on a step to stop at, before the last one
+    ended = finish(uoe_together(2, 1, *args, faults=fault + later))
     assert [code for code, _, _ in ended] == [75, 75], ended
     assert "with everything saved" in ended[0][1]
     ended = finish(uoe_together(2, 1, *args))

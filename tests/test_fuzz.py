@@ -28,7 +28,8 @@ from uoe_jax.train.loop import train
 from uoe_jax.train.step import build
 
 HUGE = 2**31 - 1
-# NAME=LOW.. or LOW..HIGH: whole numbers; with a decimal point: numbers; `>`: LOW itself is out; a|b: choices.
+# NAME=LOW.. or LOW..HIGH: whole numbers; with a decimal point: numbers; `>`: LOW itself is out; a|b: choices; numbers: several
+# ascending ones.
 ROUTED = """
     n_experts=1.. k=1.. capacity_factor=>0.0..1e6 capacity_window=1.. sequence_capacity_factor=0.0..1e6 sequence_group=1..
     patch_size=1.. unit=patch|sequence|hierarchical priority=position|score router_noise=0.0..1e3 balance_weight=0.0..1e3
@@ -40,17 +41,23 @@ RULES = {
         context_length=1.. causal=bool attention=smha|dense mlp=uome|dense activation=gelu|gelu_tanh|relu|swiglu|geglu
         norm=rmsnorm|layernorm norm_eps=>0.0..1 qk_norm=bool position=rope|learned|none rope_theta=1.0..1e12 bias=bool
         tie_embeddings=bool dropout=0.0..0.99 attention_dropout=0.0..0.99 dtype=float32|bfloat16|float16
-        remat=none|slots|dots|block""",
+        remat=none|slots|dots|block cutoffs=numbers cutoff_div=1..""",
     "model.smha": ROUTED,
     "model.uome": ROUTED,
     "model.classifier": "n_classes=2.. pooling=mean|cls n_inputs=1..2 d_head=0..",
     "model.image": "height=1.. width=1.. channels=1.. patch=1..",
-    "data": "source=stdlib| path=text tokenizer=bytes|",
+    "data": """
+        source=stdlib|text|wikitext103|tfds_text|listops|imdb|aan|pathfinder|digits|cifar10|cifar100|imagenet2012 path=text name=text
+        tokenizer=bytes|bpe|words tokenizer_file=text min_count=1.. buckets=1..""",
+    "data.listops": "min_length=1.. max_length=1.. max_depth=1..100 max_args=2..100 n_train=1.. n_eval=1.. seed=0..",
+    "data.pathfinder": "size=16..512 length=2..30 distractors=0..100 n_train=1.. n_eval=1.. seed=0..",
+    "augment": """
+        crop_padding=0..512 crop_area=>0.0..1 flip=bool rand_layers=0..16 rand_magnitude=0..30 mixup=0.0..100 cutmix=0.0..100""",
     "optimizer": """
-        learning_rate=>0.0..1e3 warmup_steps=0.. decay_steps=0.. final_fraction=0.0..1 weight_decay=0.0..1e3 b1=0.0..0.999999
+        schedule=cosine|linear learning_rate=>0.0..1e3 warmup_steps=0.. decay_steps=0.. final_fraction=0.0..1 weight_decay=0.0..1e3 b1=0.0..0.999999
         b2=0.0..0.999999 eps=>0.0..1 clip_norm=0.0..1e9""",
-    "train": "steps=1.. batch_size=1.. accumulation=1.. seed=0.. log_every=1.. stop_after=0.. init_from=text deterministic=bool",
-    "eval": "every=0.. batches=0.. batch_size=0..",
+    "train": "steps=1.. batch_size=1.. accumulation=1.. seed=0.. log_every=1.. stop_after=0.. init_from=text deterministic=bool label_smoothing=0.0..0.99",
+    "eval": "every=0.. batches=0.. batch_size=0.. test=bool",
     "checkpoint": "every=0.. keep_latest=1.. keep_best=0..",
     "mesh": "replica=-1.. data=-1.. fsdp=-1.. expert=-1.. sequence_parallel=bool",
     "guard": """
@@ -72,6 +79,8 @@ def wrong_values(name: str) -> list[str]:
         return []
     if rule == "bool":
         return list(NO_BOOL)
+    if rule == "numbers":
+        return [*NO_NUMBERS[1:], "1.5", "0", "-1", "3,2", "1,,2", "1,1", "5;9", str(HUGE)]
     if "|" in rule:
         choices = [c for c in rule.split("|") if c]
         near = [v for c in choices for v in (c.upper(), c + " ", c[:-1], "x" + c, f"{c}\u200b") if v not in choices]
@@ -124,6 +133,14 @@ PAIRS: list[dict[str, Any]] = [
     {"model.image.patch": 5, "model.task": "classify", "model.stem": "image"},
     {"model.classifier.pooling": "cls", "model.task": "classify"},
     *({"model.vocab_size": n} for n in (1, 256)),
+    *({"model.cutoffs": "100", "model.cutoff_div": n} for n in (3, 64, HUGE)),
+    {"model.cutoff_div": 2},
+    {"model.cutoffs": "100,257"},
+    *({"data.source": name} for name in ("digits", "listops", "imdb", "tfds_text")),
+    *({"data.tokenizer_file": "bpe.json", "data.tokenizer": name} for name in ("bytes", "bpe", "words")),
+    {"train.label_smoothing": 0.1},
+    {"augment.flip": "true"},
+    {"data.buckets": 2, "mesh.expert": 4, "mesh.sequence_parallel": "true"},
     *({"model.context_length": n} for n in (1, 2, 4, 5)),  # no room for the sample's prompt
     {"generate.prompt": "x" * 64},
     {"generate.prompt": "é" * 32},

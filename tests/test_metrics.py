@@ -182,9 +182,9 @@ def test_tensorboard_fails_on_the_way(tmp_path, caplog):
 
 def show(stream) -> None:
     progress = Progress(200, start=100, stream=stream)
-    progress.update(101, 3.25, 1.5, 12345.6)
+    progress.update(101, 3.25, "1.5000 bits per byte", 12345.6)
     progress.say("saved step 101")
-    progress.update(150, math.nan, None, 1e6)
+    progress.update(150, math.nan, "nan bits per byte", 1e6)
     progress.close()
     progress.close()
 
@@ -195,9 +195,9 @@ def test_progress_in_a_pipe():
     text = stream.getvalue()
     assert "\r" not in text and "\x1b" not in text
     first, said, second = text.splitlines()
-    assert first == "step 101/200  loss 3.2500  1.5000 bits/byte  12,346 tokens/s  ? left"
+    assert first == "step 101/200  loss 3.2500  1.5000 bits per byte  12,346 tokens/s  ? left"
     assert said == "saved step 101"
-    assert second == "step 150/200  loss nan  1,000,000 tokens/s  0:00:00 left"
+    assert second == "step 150/200  loss nan  nan bits per byte  1,000,000 tokens/s  0:00:00 left"
 
 
 def in_a_terminal() -> str:

@@ -48,7 +48,7 @@ def assert_same_run(one, other, step):
 
 def test_a_run_tells_its_story(finished):
     workdir, progress, result = finished
-    for word in ("starting", "step 20/20", "bits/byte", "tokens/s", "left", "validation loss"):
+    for word in ("starting", "step 20/20", "bits per byte", "tokens/s", "left", "validation loss"):
         assert word in progress, word
     for word in ("validation at step 20", "bits per byte", "a sample:", "uoe generate"):
         assert word in result, word

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Mapping
 
+from uoe_jax.config_data import FACTS, TEXT
 from uoe_jax.errors import ConfigError
+from uoe_jax.keys import leaves
 
 if TYPE_CHECKING:
     from uoe_jax.config import Config, ModelConfig, RoutingConfig
@@ -29,8 +31,31 @@ def check_model(m: ModelConfig) -> None:
         remedy = f"{odd}; rope needs even, so give fewer heads, or position='learned'"
         raise ConfigError("config.model.n_heads", m.n_heads, remedy)
     check_task(m)
+    check_cutoffs(m, m.vocab_size)
     for name, r in m.routed().items():
         check_routing(f"config.model.{name}", r, m)
+
+
+def check_cutoffs(m: ModelConfig, vocabulary: int) -> None:
+    """Checks the adaptive softmax against the model and the number of words, 0 where that is not known yet."""
+    name = "config.model.cutoffs"
+    if not m.cutoffs:
+        if m.cutoff_div != 1:
+            raise ConfigError("config.model.cutoff_div", m.cutoff_div, "narrows the pieces of model.cutoffs; give those, or 1")
+        return
+    parts = [part.strip() for part in m.cutoffs.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) <= 10 for part in parts):
+        raise ConfigError(name, m.cutoffs, "give whole numbers with commas between them, such as '20000,40000,200000'")
+    cutoffs = m.cutoff_list
+    if m.task != "language":
+        raise ConfigError(name, m.cutoffs, "a classifier has no words to predict; use '', or task='language'")
+    if cutoffs[0] < 1 or any(a >= b for a, b in zip(cutoffs, cutoffs[1:])):
+        raise ConfigError(name, m.cutoffs, "every number must be larger than the one before it, and the first at least 1")
+    if vocabulary and cutoffs[-1] >= vocabulary:
+        raise ConfigError(name, m.cutoffs, f"the vocabulary has {vocabulary} words; leave out what is not below that")
+    if m.d_model % m.cutoff_div ** len(cutoffs):
+        narrowest = f"cutoff_div to the power of {len(cutoffs)}, the number of cutoffs, must divide d_model={m.d_model}"
+        raise ConfigError("config.model.cutoff_div", m.cutoff_div, f"{narrowest}: {divisors(m.d_model)}")
 
 
 def check_task(m: ModelConfig) -> None:
@@ -81,22 +106,58 @@ def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
         raise ConfigError(f"{name}.priority", r.priority, remedy)
 
 
-def check_training(c: Config, vocabulary: int, prompt_tokens: int) -> None:
+def check_training(c: Config, prompt_tokens: int) -> None:
     """Checks what `uoe train` asks beyond a sound configuration, before anything is read or compiled.
 
-    vocabulary: tokens that data.tokenizer knows. prompt_tokens: of generate.prompt, with the separator in front.
+    prompt_tokens: of generate.prompt, with the separator in front.
     """
-    m = c.model
-    if m.task != "language":
-        raise ConfigError("config.model.task", m.task, "training knows no classes yet; use 'language'")
+    m, classify = c.model, c.model.task == "classify"
+    if classify != (c.data.source in FACTS):
+        fit = FACTS if classify else TEXT
+        remedy = f"with config.model.task={m.task!r} it must be one of {', '.join(fit)}"
+        raise ConfigError("config.data.source", c.data.source, remedy)
+    augmented = [name for name, value, meta in leaves(c.augment) if value != meta["default"]]
+    if m.stem != "image" and augmented:
+        raise ConfigError(f"config.augment.{augmented[0]}", getattr(c.augment, augmented[0]), "is for images (model.stem='image')")
+    if classify:
+        return check_labelled(c)
     if not m.causal:
         raise ConfigError("config.model.causal", False, "a language model would see the tokens it is to predict; use True")
-    if 0 < m.vocab_size < vocabulary:
-        remedy = f"the tokenizer has {vocabulary} tokens; give at least that, or 0"
-        raise ConfigError("config.model.vocab_size", m.vocab_size, remedy)
+    if c.data.source == "tfds_text" and not c.data.name:
+        raise ConfigError("config.data.name", "", "source='tfds_text' needs a dataset's name, such as 'lm1b'")
+    if c.train.label_smoothing:
+        raise ConfigError("config.train.label_smoothing", c.train.label_smoothing, "is for classes; use 0 with task='language'")
     if prompt_tokens >= m.context_length:
         room = f"its {prompt_tokens} tokens leave no room in config.model.context_length={m.context_length}"
         raise ConfigError("config.generate.prompt", c.generate.prompt, f"{room}; shorten it, or give a longer context")
+
+
+def check_labelled(c: Config) -> None:
+    """Checks a classifier against the examples it is to learn from."""
+    m, d, facts = c.model, c.data, FACTS[c.data.source]
+    for name, given, wanted in (
+        ("n_classes", m.classifier.n_classes, facts.n_classes), ("n_inputs", m.classifier.n_inputs, facts.n_inputs)
+    ):  # fmt: skip
+        if given != wanted:
+            raise ConfigError(f"config.model.classifier.{name}", given, f"data.source={d.source!r} has {wanted}; give that")
+    if facts.image is None:
+        if m.stem == "image":
+            raise ConfigError("config.model.stem", "image", f"data.source={d.source!r} has no images; use 'tokens'")
+        if d.source == "listops" and d.listops.max_length > m.context_length:
+            remedy = f"its expressions of up to data.listops.max_length={d.listops.max_length} tokens must fit; give that"
+            raise ConfigError("config.model.context_length", m.context_length, remedy)
+        return
+    side = d.pathfinder.size if d.source == "pathfinder" else 0
+    height, width, channels = (known or side for known in facts.image)
+    given = {"height": m.image.height, "width": m.image.width, "channels": m.image.channels}
+    if m.stem == "tokens":
+        if height and m.context_length != height * width:
+            remedy = f"an image of {height} x {width} pixels has {height * width} tokens; give that"
+            raise ConfigError("config.model.context_length", m.context_length, remedy)
+        return
+    for name, wanted in {"height": height, "width": width, "channels": channels}.items():
+        if wanted and given[name] != wanted:
+            raise ConfigError(f"config.model.image.{name}", given[name], f"data.source={d.source!r} has {wanted}; give that")
 
 
 def check_run(c: Config) -> None:
@@ -132,7 +193,12 @@ def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
     if m.mlp == "dense":
         cut["model.d_hidden"] = (m.d_hidden, "expert")
     cut["model.d_model"] = (m.d_model, "fsdp")
+    if m.cutoff_div > 1:  # what divides the narrowest piece divides all
+        n = len(m.cutoff_list)
+        cut[f"model.d_model / model.cutoff_div**{n}"] = (m.d_model // m.cutoff_div**n, "fsdp")
     if c.mesh.sequence_parallel:
+        if c.data.buckets > 1:
+            raise ConfigError("config.data.buckets", c.data.buckets, "rows cut over devices have one length; use 1")
         cut["model.context_length"] = (m.context_length, "expert")
         if m.block_length != m.context_length:
             remedy = "cannot cut the tokens of a row and the one in front of them evenly; use classifier.pooling='mean'"

@@ -118,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--step", default="latest", help="latest, best, or the step of a checkpoint")
     for name, value, meta in config_lib.leaves(config_lib.GenerateConfig()):
         generate.add_argument(f"--{name}", metavar=type(value).__name__.upper(), help=meta["doc"])
+
+    what = "`uoe tokenizer train`: pieces of words (BPE) from the training split of the config's data"
+    tokenizer = command("tokenizer", _tokenizer_train, what, workdir=False, config=True)
+    tokenizer.add_argument("action", choices=("train",), help="what to do")
+    tokenizer.add_argument("--vocab", required=True, metavar="N", help="tokens, such as 4096; the 256 bytes and a separator among them")
+    tokenizer.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
     return parser
 
 
@@ -181,16 +187,22 @@ def load_config(name: str, overrides: dict[str, str]) -> Config:
             section = section if isinstance(section, dict) else {}  # the config file put a value there: from_dict refuses it
         section[last] = value
     config = config_lib.from_dict(values)
-    from uoe_jax.data.pipeline import make_tokenizer
+    from uoe_jax.data.sources import known_vocabulary
 
-    tokenizer = make_tokenizer(config.data.tokenizer)
-    check_training(config, tokenizer.vocab_size, 1 + len(tokenizer.encode(config.generate.prompt)))
+    size, tokenizer = known_vocabulary(config)
+    prompt = config.generate.prompt
+    check_training(config, 1 + len(tokenizer.encode(prompt) if tokenizer else prompt.split()))
+    config_lib.with_vocabulary(config, size)
     return config
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = load_config(options.config, overrides)
     _check_workdir(options.workdir)
+    if config.data.tokenizer == "bpe":  # a plan can do without its file
+        from uoe_jax.data.tokenizer import load_tokenizer
+
+        load_tokenizer(config.data.tokenizer, config.data.tokenizer_file)
     _start(config, stops_itself=True)
     from uoe_jax.infer.sample import sample
     from uoe_jax.train.loop import train
@@ -209,10 +221,11 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if devices is not None and not (devices.isdecimal() and int(devices)):
         raise UserError(f"--devices={devices}: give a whole number from 1 on")
     mesh = make.read_mesh(options.mesh, None if devices is None else int(devices), config.mesh)
-    from uoe_jax.data.pipeline import make_tokenizer
-    from uoe_jax.train.loop import with_vocabulary
+    from uoe_jax.data.sources import known_vocabulary
 
-    config = with_vocabulary(dataclasses.replace(config, mesh=mesh), make_tokenizer(config.data.tokenizer).vocab_size)
+    config = config_lib.with_vocabulary(dataclasses.replace(config, mesh=mesh), known_vocabulary(config)[0])
+    if config.model.stem == "tokens" and not config.model.vocab_size:
+        raise ConfigError("config.model.vocab_size", 0, "words are counted when training starts; give their number for a plan")
     found = make.make(config, options.hardware)
     print(json.dumps(report.as_json(found)) if options.json else report.text(found, options.config))
     return EXIT_DONE
@@ -226,7 +239,7 @@ def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from uoe_jax.train.restore import restored
     from uoe_jax.workdir import check_record
 
-    config, data = agreed_data(config, step=options.step, split=options.split)
+    config, data = agreed_data(config, options.workdir, step=options.step, split=options.split)
     processes.by_first(lambda: check_record(options.workdir, data.record, store=False))
     with restored(config, options.workdir, options.step) as run:
         found, _ = evaluate(run.program, run.state.params, getattr(data, options.split), config)
@@ -246,18 +259,67 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
             values["generate"][name] = config_lib.parse_value(f"generate.{name}", text)
     config = dataclasses.replace(config, generate=config_lib.from_dict(values).generate)
     _start(config)
-    from uoe_jax.data.pipeline import make_tokenizer
+    from uoe_jax.data.tokenizer import load_tokenizer
     from uoe_jax.infer.sample import Sampler
     from uoe_jax.memory import cache_bytes
+    from uoe_jax.train.loop import read_tokenizer
     from uoe_jax.train.restore import restored
 
     processes.same_command(config, step=options.step)
+    tokenizer = read_tokenizer(options.workdir) or load_tokenizer(config.data.tokenizer, config.data.tokenizer_file)
     with restored(config, options.workdir, options.step) as run:
-        sampler = Sampler(config, run.program.model, run.state.params, make_tokenizer(config.data.tokenizer))
+        sampler = Sampler(config, run.program.model, run.state.params, tokenizer)
         completion = sampler.complete([config.generate.prompt])[0]
         if processes.is_first():
             _print_completion(run.step, completion, sampler, cache_bytes(config.model, rows=1, dense=True))
     return EXIT_DONE
+
+
+def _tokenizer_train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    import shlex
+
+    from uoe_jax.config_data import TEXT
+    from uoe_jax.data.pipeline import default_cache_dir
+    from uoe_jax.data.sources import text_source
+    from uoe_jax.data.tokenizer import BPETokenizer
+    from uoe_jax.workdir import is_remote, locate
+
+    vocab, out = options.vocab, locate(options.out, "--out")
+    if not (vocab.isascii() and vocab.isdecimal() and len(vocab) < 8 and 257 <= int(vocab) <= 1_000_000):
+        raise UserError(f"--vocab={config_lib.printable(vocab)}: give a whole number from 257 (bytes alone) to 1000000")
+    if not is_remote(out) and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--out={options.out}: is no place for a file; give a file name in a directory that exists")
+    # With words, nothing is asked of the vocabulary's size, nor of the file that is yet to be made.
+    data = load_config(options.config, {**overrides, "data.tokenizer": "words", "data.tokenizer_file": ""}).data
+    if data.source not in TEXT:
+        raise ConfigError("config.data.source", data.source, f"holds no running text; give one of {', '.join(TEXT)}")
+    source = text_source(data, default_cache_dir())
+    tokenizer = BPETokenizer.train(source.documents("train"), int(vocab))
+    sizes = [(len(document), len(tokenizer.encode(document))) for document in source.documents("validation")]
+    n_bytes, n_tokens = (sum(column) for column in zip(*sizes)) if sizes else (0, 0)
+    rate = f"{n_bytes / n_tokens:.3f} bytes each on the validation split" if n_tokens else "and no text in the validation split"
+    _write_once(out, json.loads(tokenizer.to_json()), options.out)
+    fewer = "" if tokenizer.vocab_size == int(vocab) else f" (no more: there is no pair left that occurs twice, and --vocab={vocab})"
+    kept = {key: text for key, text in overrides.items() if key not in ("data.tokenizer", "data.tokenizer_file")}
+    kept |= {"data.tokenizer": "bpe", "data.tokenizer_file": options.out}
+    command = ["uoe", "train", f"--config={options.config}", *(f"--config.{key}={text}" for key, text in kept.items())]
+    print(f"{options.out}: {tokenizer.vocab_size} tokens{fewer}, {rate}; next: {shlex.join(command)} --workdir=DIR")
+    return EXIT_DONE
+
+
+def _write_once(out: Any, content: Any, shown: str) -> None:
+    """Writes a JSON file whole, or leaves it where it is the same already; UserError where it holds anything else."""
+    from uoe_jax.workdir import os_errors, write_json
+
+    try:
+        with os_errors(out):
+            if not out.exists():
+                write_json(out, content)
+            elif out.read_bytes() != (json.dumps(content, indent=2) + "\n").encode():
+                raise UserError(f"--out={shown}: holds something else already; remove it, or give another file")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--out={shown}: cannot be written ({reason}); mend that, or give another file") from error
 
 
 def _print_completion(step: int, completion: Any, sampler: Any, dense_bytes: int) -> None:

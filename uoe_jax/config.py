@@ -12,34 +12,14 @@ import difflib
 import math
 import typing
 from fractions import Fraction
-from typing import Any, Iterator, Mapping
+from typing import Any, Mapping
 
-from uoe_jax.checks import check_model, check_run
+from uoe_jax.checks import check_cutoffs, check_model, check_run
+from uoe_jax.config_data import AugmentConfig, DataConfig
 from uoe_jax.errors import ConfigError, UserError
-
+from uoe_jax.keys import checked, key, leaves, printable
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")  # with a second projection into the hidden layer
-INT32_MAX = 2**31 - 1
-FLOAT32_TINY = 1.2e-38  # below it, accelerators take a float32 for 0
-
-
-def key(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-    free: bool = False,
-) -> Any:
-    """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`; `free` may change on resume."""
-    if type(default) is int and high is None:
-        high = INT32_MAX  # devices count in int32
-    meta = dict(doc=doc, low=low, high=high, above=above, choices=choices, free=free)
-    return dataclasses.field(default=default, metadata=meta)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
     """How one block (SMHA or UoME) routes. Letters as in DESIGN: N experts, K chosen, C slots, P tokens per patch."""
@@ -168,6 +148,10 @@ class ModelConfig:
     rope_theta: float = key(10000.0, "base of the rotary frequencies", low=1, high=1e12)
     bias: bool = key(False, "biases in projections")
     tie_embeddings: bool = key(True, "the output head is the embedding")
+    cutoffs: str = key(
+        "", "adaptive softmax: where the vocabulary, most frequent first, is cut, such as '20000,40000,200000'; empty: one piece"
+    )
+    cutoff_div: int = key(1, "each further piece of an adaptive softmax is narrower than D by this factor once more", low=1)
     dropout: float = key(0.0, "share of every block's output dropped in training", low=0, high=0.99)
     attention_dropout: float = key(0.0, "share of the attention weights dropped in training", low=0, high=0.99)
     dtype: str = key("float32", "compute dtype; parameters are float32", choices=("float32", "bfloat16", "float16"))
@@ -181,6 +165,17 @@ class ModelConfig:
     uome: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
     classifier: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
     image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
+
+    @property
+    def cutoff_list(self) -> tuple[int, ...]:
+        """Where the vocabulary is cut; empty: one piece."""
+        return tuple(int(n) for n in self.cutoffs.split(",")) if self.cutoffs else ()
+
+    @property
+    def vocabulary_pieces(self) -> tuple[tuple[int, int], ...]:
+        """(words, width of their vectors) of every piece of the vocabulary."""
+        edges = (0, *self.cutoff_list, self.vocab_size)
+        return tuple((end - start, self.d_model // self.cutoff_div**i) for i, (start, end) in enumerate(zip(edges, edges[1:])))
 
     @property
     def kv_heads(self) -> int:
@@ -222,19 +217,13 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    source: str = key("stdlib", "where documents come from", choices=("stdlib",))
-    path: str = key("", "directory of the source; empty: the interpreter's own standard library", free=True)
-    tokenizer: str = key("bytes", "tokens are bytes", choices=("bytes",))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warmup and cosine decay."""
+    """AdamW with linear warmup and decay."""
 
     learning_rate: float = key(1e-3, "peak learning rate", above=0, high=1e3)
     warmup_steps: int = key(100, "steps of linear warmup", low=0)
-    decay_steps: int = key(0, "step at which the cosine ends; 0 means train.steps", low=0)
+    schedule: str = key("cosine", "how the learning rate falls after the warmup", choices=("cosine", "linear"))
+    decay_steps: int = key(0, "step at which the decay ends; 0 means train.steps", low=0)
     final_fraction: float = key(0.1, "learning rate at the end, relative to the peak", low=0, high=1)
     weight_decay: float = key(0.1, "on matrices only", low=0, high=1e3)
     b1: float = key(0.9, "Adam's first moment", low=0, high=0.999999)
@@ -251,6 +240,7 @@ class TrainConfig:
     seed: int = key(0, "initialisation and data order", low=0)
     log_every: int = key(10, "steps between lines of metrics", low=1, free=True)
     stop_after: int = key(0, "end this sitting after so many steps of the run; 0 means train.steps", low=0, free=True)
+    label_smoothing: float = key(0.0, "share of a class's target that goes to all classes alike (classifiers)", low=0, high=0.99)
     init_from: str = key("", "workdir of a run, or one of its checkpoints, whose parameters to start from where they fit")
     deterministic: bool = key(
         False, "every deterministic switch of the backend: on GPUs slower, and the same bits in every run", free=True
@@ -261,6 +251,7 @@ class TrainConfig:
 class EvalConfig:
     every: int = key(200, "steps between evaluations; 0 means only at the end", low=0, free=True)
     batches: int = key(0, "batches per evaluation; 0 means the whole split, as the last one always does", low=0, free=True)
+    test: bool = key(False, "at the end, measure the test split, once, with the checkpoint that is best on validation", free=True)
     batch_size: int = key(0, "global rows per batch; 0 means train.batch_size", low=0, free=True)
 
 
@@ -268,7 +259,9 @@ class EvalConfig:
 class CheckpointConfig:
     every: int = key(200, "steps between checkpoints; 0 means only at the end", low=0, free=True)
     keep_latest: int = key(2, "newest checkpoints kept", low=1, free=True)
-    keep_best: int = key(1, "checkpoints kept for the lowest validation loss", low=0, free=True)
+    keep_best: int = key(
+        1, "checkpoints kept for the lowest validation loss, or of a classifier the fewest errors", low=0, free=True
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -334,6 +327,7 @@ class Config:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -358,19 +352,34 @@ def base() -> Any:
     return ConfigDict(to_dict(Config()))
 
 
+def tiny(c: Any) -> Any:
+    """Makes a `ConfigDict` small enough to train five steps on a laptop in seconds: same task, source, blocks and routing.
+
+    What the data settle (classes, sizes of images, lengths where an image settles them) stays.
+    """
+    m = c.model
+    m.n_layers, m.n_heads, m.n_kv_heads, m.dtype = 2, 4, 0, "float32"
+    m.smha.n_experts, m.smha.k = min(m.smha.n_experts, 4), min(m.smha.k, 2)
+    m.uome.n_experts, m.uome.k = min(m.uome.n_experts, 4), min(m.uome.k, 2)
+    m.d_model, m.d_hidden, m.classifier.d_head = 32, 48, min(m.classifier.d_head, 16)
+    if m.task == "language" or c.data.source in ("imdb", "aan"):
+        m.context_length = 64
+    if c.data.source == "listops":
+        c.data.listops.update(min_length=4, max_length=64, n_train=256, n_eval=32)
+        m.context_length = 64
+    c.data.pathfinder.update(n_train=256, n_eval=32)
+    c.train.update(steps=5, batch_size=8, accumulation=1, log_every=1)
+    c.optimizer.update(warmup_steps=2, decay_steps=0)
+    c.eval.update(every=0, batches=2, batch_size=0)
+    c.checkpoint.every = 0
+    c.mesh.update(replica=1, data=-1, fsdp=1, expert=1)
+    c.generate.max_tokens = 8
+    return c
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dicts, ready for JSON."""
     return dataclasses.asdict(config)
-
-
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Yields (dotted key, value, declaration) of every key of a dataclass instance or class default."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value, field.metadata
 
 
 ALL_KEYS = tuple(name for name, _, _ in leaves(Config()))
@@ -382,11 +391,6 @@ def unknown_key(name: str) -> UserError:
     last = name.rsplit(".", 1)[-1]
     same = [k for k in ALL_KEYS if k.rsplit(".", 1)[-1] == last]
     return UserError(f"config.{printable(name)}: unknown key; the nearest known key is config.{(same or near)[0]}")
-
-
-def printable(text: str) -> str:
-    """The text in one line: control characters and broken UTF-8 escaped."""
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -434,26 +438,17 @@ def _section(cls: type, values: Any, prefix: str) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             out[name] = _section(hints[name], value, f"{prefix}{name}.")
         else:
-            out[name] = _checked(f"config.{prefix}{name}", hints[name], value, fields[name].metadata)
+            out[name] = checked(f"config.{prefix}{name}", hints[name], value, fields[name].metadata)
     return cls(**out)
 
 
-def _checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise ConfigError(name, value, f"give a value of type {kind.__name__}")
-    if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(name, value, f"choose one of {', '.join(meta['choices'])}")
-    if type(value) is float and not math.isfinite(value):
-        raise ConfigError(name, value, "give a finite number")
-    if meta["low"] is not None and value < meta["low"]:
-        raise ConfigError(name, value, f"give at least {meta['low']}")
-    if meta["above"] is not None and value <= meta["above"]:
-        raise ConfigError(name, value, f"give more than {meta['above']}")
-    if meta["high"] is not None and value > meta["high"]:
-        raise ConfigError(name, value, f"give at most {meta['high']}")
-    if kind is float and 0 < abs(value) < FLOAT32_TINY:
-        raise ConfigError(name, value, f"is 0 in float32; give at least {FLOAT32_TINY}")
-    return float(value) if kind is float else value
+def with_vocabulary(config: Config, size: int) -> Config:
+    """The configuration with the vocabulary size of the data filled in; ConfigError where the model's is too small."""
+    given = config.model.vocab_size
+    if given and given < size:
+        raise ConfigError("config.model.vocab_size", given, f"the data have {size} tokens; give at least that, or 0")
+    check_cutoffs(config.model, given or size)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or size))
 
 
 def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:

@@ -6,6 +6,9 @@ blocks are counted by their slots, filled or not. Elementwise work is left out.
 
 from __future__ import annotations
 
+import math
+from typing import Sequence
+
 from uoe_jax.config import ModelConfig, RoutingConfig
 
 # Peak dense 16-bit FLOP/s of one device, by `device_kind`; a chip that is not listed has no MFU.
@@ -57,10 +60,40 @@ def mlp_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     return routing_flops(r, c.d_model, length) + 2 * (c.n_into * entering + s) * c.d_model * c.d_hidden
 
 
+def tail_shares(c: ModelConfig) -> tuple[float, ...]:
+    """The share of the words of a text in each tail of an adaptive softmax, by Zipf's law: the word of rank r comes ~ 1/r."""
+    edges = (*c.cutoff_list, c.vocab_size)
+    up_to = [math.log(n + 0.5) + 0.57722 for n in edges]  # the harmonic number of n
+    return tuple((end - start) / up_to[-1] for start, end in zip(up_to, up_to[1:]))
+
+
+def scored_pieces(c: ModelConfig, shares: Sequence[float] | None = None) -> list[tuple[float, int, int]]:
+    """(share of the tokens that it is scored for, scores of such a token, width) of every piece of the vocabulary.
+
+    shares: those of the tails of an adaptive softmax; None: the tokens whose word is in them, by Zipf's law
+    (`tail_shares`), as in losses. Log-probabilities of all words score every tail for every token.
+    """
+    (first, width), *tails = c.vocabulary_pieces
+    shares = tail_shares(c) if shares is None else shares
+    return [(1, first + len(tails), width), *((share, *tail) for share, tail in zip(shares, tails))]
+
+
+def score_flops(c: ModelConfig, length: int, shares: Sequence[float] | None = None) -> float:
+    """The scores of the words over one row; shares as in `scored_pieces`."""
+    return 2 * length * sum(share * scores * width for share, scores, width in scored_pieces(c, shares))
+
+
+def vocabulary_flops(c: ModelConfig, length: int, shares: Sequence[float] | None = None) -> float:
+    """The language model's head, and the projections of an adaptive embedding; shares as in `scored_pieces`."""
+    narrow = [width for _, width in c.vocabulary_pieces if width < c.d_model]
+    projected = 2 * sum(c.d_model * width for width in narrow)  # into the embedding, and for the head
+    return score_flops(c, length, shares) + 2 * length * projected
+
+
 def ends_flops(c: ModelConfig, length: int) -> float:
-    """What is before and after the blocks: the language model's head, or the classifier's stem and head."""
+    """What is before and after the blocks: the language model's vocabulary, or the classifier's stem and head."""
     if c.task == "language":
-        return 2 * length * c.d_model * c.vocab_size
+        return vocabulary_flops(c, length)
     head = c.classifier
     classes = 2 * (c.d_pooled * head.d_head + (head.d_head or c.d_pooled) * head.n_classes)
     stem = 2 * c.image.n_tokens * c.image.values * c.d_model if c.stem == "image" else 0

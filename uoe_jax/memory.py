@@ -30,14 +30,30 @@ def norm_parameters(c: ModelConfig) -> int:
     return c.d_model * (2 if c.norm == "layernorm" else 1)
 
 
+def vocabulary_parameters(c: ModelConfig) -> int:
+    """The vectors of all words, and the projections of those that are narrower than D."""
+    return sum(size * width + (c.d_model * width if width < c.d_model else 0) for size, width in c.vocabulary_pieces)
+
+
 def parameters(c: ModelConfig) -> int:
     """All weights of the model; `vocab_size` must be set where it reads tokens."""
-    d, head = c.d_model, c.classifier
     total = c.n_layers * layer_parameters(c) + norm_parameters(c)
-    total += c.block_length * d if c.position == "learned" else 0
-    total += c.vocab_size * d if c.stem == "tokens" else (c.image.values + 1) * d
+    total += c.block_length * c.d_model if c.position == "learned" else 0
+    return total + ends_parameters(c) + classifier_parameters(c)
+
+
+def ends_parameters(c: ModelConfig) -> int:
+    """Of all words, to read them and to predict them; with an adaptive softmax also the vectors of its tails."""
+    reads, predicts = c.stem == "tokens", c.task == "language" and not c.tie_embeddings
+    return (reads + predicts) * vocabulary_parameters(c) + len(c.cutoff_list) * c.d_model
+
+
+def classifier_parameters(c: ModelConfig) -> int:
+    """What only a classifier has: the projection of images, the token in front, the head."""
     if c.task == "language":
-        return total + (0 if c.tie_embeddings else d * c.vocab_size)
+        return 0
+    d, head = c.d_model, c.classifier
+    total = (c.image.values + 1) * d if c.stem == "image" else 0
     total += d if head.pooling == "cls" else 0
     total += (c.d_pooled + 1) * head.d_head
     return total + ((head.d_head or c.d_pooled) + 1) * head.n_classes

@@ -14,10 +14,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax import mesh as mesh_lib
+from uoe_jax.checks import check_cutoffs
 from uoe_jax.config import ModelConfig
+from uoe_jax.layers.adaptive import AdaptiveHead, look_up, make_words
 from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import KEPT, Norm, Tokens, dropout, rotary_tables, scaled_normal, weight
-from uoe_jax.layers.ends import lookup, vocabulary_scores
+from uoe_jax.layers.ends import cross_entropy, lookup, vocabulary_scores
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.uome import UoME
@@ -152,10 +154,15 @@ class Transformer(Stack):
         c = config
         if c.vocab_size < 1:
             raise ValueError("vocab_size must be set before the model is built")
+        check_cutoffs(c, c.vocab_size)
         small = scaled_normal(c.d_model)  # also of the head: logits of the normed state start with variance 1
-        self.embedding = weight(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"), small)
+        shape = (c.vocab_size, c.d_model)
+        self.embedding = make_words(c, rngs=rngs) if c.cutoffs else weight(rngs, shape, ("vocab", "embed"), small)
         super().__init__(c, rngs=rngs)
-        self.head = None if c.tie_embeddings else weight(rngs, (c.d_model, c.vocab_size), ("embed", "vocab"), small)
+        if c.cutoffs:
+            self.head = AdaptiveHead(c, rngs=rngs)
+        else:
+            self.head = None if c.tie_embeddings else weight(rngs, shape[::-1], ("embed", "vocab"), small)
 
     def __call__(
         self,
@@ -164,7 +171,7 @@ class Transformer(Stack):
         positions_BL: jax.Array | None = None,
         keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Stats]:
-        """Logits of the next token.
+        """Logits of the next token; of an adaptive softmax, its log-probabilities.
 
         Args:
           tokens_BL: int32.
@@ -175,11 +182,33 @@ class Transformer(Stack):
         Returns:
           (logits float32 [B,L,V], routing statistics by block, stacked over layers).
         """
+        x_BLD, stats = self._states(tokens_BL, segments_BL, positions_BL, keys_B)
+        return self._logits(x_BLD), stats
+
+    def nll(
+        self,
+        tokens_BL: jax.Array,
+        targets_BL: jax.Array,
+        segments_BL: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
+        keys_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, Stats]:
+        """(-log p of the targets in nats, float32 [B,L], routing statistics); the other arguments are those of `__call__`.
+
+        An adaptive softmax never holds the scores of all tokens.
+        """
+        x_BLD, stats = self._states(tokens_BL, segments_BL, positions_BL, keys_B)
+        if isinstance(self.head, AdaptiveHead):
+            return self.head.nll(self.norm(x_BLD), targets_BL, self.embedding), stats
+        return cross_entropy(self._logits(x_BLD), targets_BL), stats
+
+    def _states(
+        self, tokens_BL: jax.Array, segments_BL: jax.Array | None, positions_BL: jax.Array | None, keys_B: jax.Array | None
+    ) -> tuple[jax.Array, Stats]:
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
         tokens = Tokens(segments_BL, positions_BL, self.rotary(positions_BL), keys_B)
-        x_BLD, stats = self.run(self._embed(tokens_BL, positions_BL), tokens)
-        return self._logits(x_BLD), stats
+        return self.run(self._embed(tokens_BL, positions_BL), tokens)
 
     def prefill(self, tokens_BL: jax.Array, length_B: jax.Array, context: int) -> tuple[jax.Array, Cache]:
         """Runs prompts padded on the right; returns (logits float32 [B,V] after each prompt, cache for `context` tokens)."""
@@ -218,9 +247,11 @@ class Transformer(Stack):
         return self._logits(x_BD), Cache(*caches, cache.next_B + 1)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        return self.positioned(self._lookup(self.embedding, tokens), positions)
+        return self.positioned(look_up(self.embedding, tokens, self.config.dtype), positions)
 
     def _logits(self, x: jax.Array) -> jax.Array:
+        if isinstance(self.head, AdaptiveHead):
+            return self.head(self.norm(x), self.embedding)
         tied = self.head is None
         return vocabulary_scores(self.embedding if tied else self.head, tied, self.norm(x))
 

@@ -8,6 +8,8 @@ and every patch that holds anything begins with a valid token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from uoe_jax.data.store import TokenStore
@@ -82,6 +84,15 @@ class PackedRows:
             "positions": positions_L.astype(np.int32),
             "n_bytes": np.sum(self._bytes_V[targets_L], where=valid_L, dtype=np.int32),
         }
+
+    needs_all_rows = False  # every row is full
+
+    def trimmed(self, batch: Row) -> Row:
+        return batch
+
+    def drawn(self, i: int, seeds: Sequence[int], other: int) -> Row:
+        """Row i; nothing of text is left to chance."""
+        return self[i]
 
     def padding_row(self) -> Row:
         """A row that holds nothing and counts for nothing."""

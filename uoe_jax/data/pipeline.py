@@ -7,38 +7,64 @@ reads just those, so neither the number of processes nor of devices changes any 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import hashlib
+import json
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from uoe_jax.data import stdlib
+from uoe_jax.config import Config
+from uoe_jax.config_data import FACTS, TEXT
 from uoe_jax.data.packing import PackedRows, Row
-from uoe_jax.data.stdlib import SPLITS, PreparedSource
+from uoe_jax.data.rows import LabelledRows
+from uoe_jax.data.sources import labelled_source, text_source, tokenizer_of
+from uoe_jax.data.stdlib import SPLITS
 from uoe_jax.data.store import open_or_build
-from uoe_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import ConfigError, UserError
 
 Batch = dict[str, np.ndarray]  # as a row, with a leading B
 T = TypeVar("T")
 
-SOURCES: dict[str, Callable[[str, Path], PreparedSource]] = {"stdlib": stdlib.prepare}
-TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"bytes": ByteTokenizer}
+
+
+class Rows(Protocol):
+    """One split as rows of a batch, by index; PackedRows or LabelledRows."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Row:
+        """Row i as evaluation sees it: a dict of arrays, in every row of the same shapes."""
+
+    def drawn(self, i: int, seeds: Sequence[int], other: int) -> Row:
+        """Row i as training sees it, a pure function of all three: of the draws of `seeds`, and of another row it may be mixed with."""
+
+    def padding_row(self) -> Row:
+        """A row that counts for nothing."""
+
+    def trimmed(self, batch: Batch) -> Batch:
+        """The batch without needless padding; where `needs_all_rows`, of a global batch."""
+
+    @property
+    def needs_all_rows(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DataBundle:
-    """The three splits, the tokenizer, and the facts for the run's record (JSON-able)."""
+    """The three splits, what the model must fit, and the facts for the run's record (JSON-able).
 
-    train: PackedRows
-    validation: PackedRows
-    test: PackedRows
-    tokenizer: Tokenizer
+    tokenizer: of text; None where the inputs are token ids or images. vocab_size: of the token ids; 0 for images.
+    """
+
+    train: Rows
+    validation: Rows
+    test: Rows
+    tokenizer: Tokenizer | None
+    vocab_size: int
     record: dict[str, Any]
 
 
@@ -55,55 +81,72 @@ def default_cache_dir() -> Path:
     return directory
 
 
-def load(source: str, path: str, tokenizer_name: str, length: int, multiple: int, cache_dir: Path) -> DataBundle:
+def load(config: Config, cache_dir: Path, tokenizer: Tokenizer | None = None) -> DataBundle:
     """Prepares, tokenises and packs all splits, or finds them in the cache.
 
-    Args:
-      source, path, tokenizer_name: data.source, data.path, data.tokenizer.
-      length, multiple: L and P, see `PackedRows`.
+    tokenizer: the one that was stored with the run; None: the one that data.tokenizer asks for.
 
-    Raises UserError for an unknown name, a source that cannot be read, and a split without rows.
+    Raises UserError for a source that cannot be read, a split without rows, and data that the model does not fit.
     """
-    tokenizer = make_tokenizer(tokenizer_name)
-    prepared = _known("data.source", source, SOURCES)(path, cache_dir)
+    if config.data.source in TEXT:
+        return _load_text(config, cache_dir, tokenizer)
+    return _load_labelled(config, cache_dir, tokenizer)
+
+
+def _load_text(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> DataBundle:
+    data, model = config.data, config.model
+    source = text_source(data, cache_dir)
+    if tokenizer is None:
+        tokenizer = tokenizer_of(data, lambda: source.documents("train"))
     rows = {}
     for split in SPLITS:
-        store = open_or_build(lambda: prepared.documents(split), tokenizer, cache_dir, prepared.key, split)
-        rows[split] = PackedRows(store, length, multiple, tokenizer.separator, tokenizer.bytes_per_token)
-        if not len(rows[split]):
-            raise ConfigError("data.source", source, f"its {split} split holds no document: choose another data.path.")
-    record = {
-        "source": source,
-        **prepared.record(),
-        "tokenizer": tokenizer.fingerprint,
-        "n_rows": {split: len(rows[split]) for split in SPLITS},
-        "n_targets": {split: rows[split].n_targets for split in SPLITS},
+        store = open_or_build(lambda: source.documents(split), tokenizer, cache_dir, source.key, split)
+        rows[split] = PackedRows(
+            store, model.context_length, model.patch_multiple, tokenizer.separator, tokenizer.bytes_per_token
+        )
+    n_targets = {split: rows[split].n_targets for split in SPLITS}
+    facts = {**source.record(), "tokenizer": tokenizer.fingerprint, "n_targets": n_targets}
+    return _bundle(config, rows, tokenizer, tokenizer.vocab_size, facts)
+
+
+def _load_labelled(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> DataBundle:
+    source = labelled_source(config.data, cache_dir)
+    is_text = not source.vocab_size and config.model.stem == "tokens" and FACTS[config.data.source].image is None
+    if is_text and tokenizer is None:
+        tokenizer = tokenizer_of(config.data, lambda: (text for e in source.examples("train") for text in e.inputs))
+    tokenizer = tokenizer if is_text else None
+    rows = {
+        split: LabelledRows(source.examples(split), source.n_classes, split, config, tokenizer) for split in SPLITS
     }
-    return DataBundle(**rows, tokenizer=tokenizer, record=record)
+    facts = {**source.record(), "tokenizer": tokenizer.fingerprint if tokenizer else None}
+    pixels = 256 if config.model.stem == "tokens" else 0
+    return _bundle(config, rows, tokenizer, source.vocab_size or (tokenizer.vocab_size if tokenizer else pixels), facts)
 
 
-def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that data.tokenizer names."""
-    return _known("data.tokenizer", name, TOKENIZERS)()
-
-
-def _known(key: str, name: str, table: dict[str, Callable[..., T]]) -> Callable[..., T]:
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
-    raise ConfigError(key, name, f"is not known: did you mean {near!r}? Known: {', '.join(table)}.")
+def _bundle(
+    config: Config, rows: dict[str, Rows], tokenizer: Tokenizer | None, vocab_size: int, facts: dict[str, Any]
+) -> DataBundle:
+    for split in SPLITS:
+        if not len(rows[split]):
+            remedy = f"its {split} split holds no document: choose another data.path."
+            raise ConfigError("data.source", config.data.source, remedy)
+    described = json.dumps(facts, sort_keys=True).encode()  # stands for content that nobody hashes
+    facts = {"sha256": hashlib.sha256(described).hexdigest(), **facts}
+    record = {"source": config.data.source, **facts, "n_rows": {split: len(rows[split]) for split in SPLITS}}
+    return DataBundle(**rows, tokenizer=tokenizer, vocab_size=vocab_size, record=record)
 
 
 class TrainBatches:
     """`batches[step]`: dict of arrays [B, …], or of the rows `held` of them; a new order every epoch."""
 
-    def __init__(self, rows: PackedRows, batch_size: int, seed: int, held: Sequence[int] | None = None) -> None:
+    def __init__(self, rows: Rows, batch_size: int, seed: int, held: Sequence[int] | None = None) -> None:
         import grain  # imports jax, a second or two: only who trains pays for it
 
         if not 0 <= seed < 2**32:
             raise ConfigError("train.seed", seed, "must be from 0 to 4294967295.")
         self._rows = rows
         self._batch_size = batch_size
+        self._seed = seed
         self._held = _checked_rows(held, batch_size)
         # grain orders the indices and we fetch the rows: the order is the same, and grain need not measure each row.
         self._order = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat(None)
@@ -116,11 +159,15 @@ class TrainBatches:
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
             raise IndexError(f"step {step}")
-        return _stack([self._rows[i] for i in self.row_indices(step)])
+        return _batch(self._rows, lambda r: self._drawn(step * self._batch_size + r), self._batch_size, self._held)
+
+    def _drawn(self, entry: int) -> Row:
+        """A row by its place in the endless order; the one after it is the one it may be mixed with."""
+        return self._rows.drawn(int(self._order[entry]), (self._seed, entry), int(self._order[entry + 1]))
 
 
 def eval_batches(
-    rows: PackedRows, batch_size: int, limit: int = 0, held: Sequence[int] | None = None
+    rows: Rows, batch_size: int, limit: int = 0, held: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """Every row exactly once, in order; the last batch is filled up with padding rows, which count for nothing.
 
@@ -131,8 +178,17 @@ def eval_batches(
     held = _checked_rows(held, batch_size)
     n_batches = -(-len(rows) // batch_size)
     for b in range(min(n_batches, limit) if limit else n_batches):
-        indices = [b * batch_size + r for r in held]
-        yield _stack([rows[i] if i < len(rows) else rows.padding_row() for i in indices])
+        base = b * batch_size
+        row = lambda r: rows[base + r] if base + r < len(rows) else rows.padding_row()  # noqa: E731, B023
+        yield _batch(rows, row, batch_size, held)
+
+
+def _batch(rows: Rows, row: Callable[[int], Row], batch_size: int, held: list[int]) -> Batch:
+    """The rows `held` of a global batch, of the shape that all of its rows ask for."""
+    if not rows.needs_all_rows:
+        return _stack([row(r) for r in held])
+    whole = rows.trimmed(_stack([row(r) for r in range(batch_size)]))
+    return {name: a[held] for name, a in whole.items()}
 
 
 def _checked_rows(held: Sequence[int] | None, batch_size: int) -> list[int]:

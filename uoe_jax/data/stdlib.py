@@ -1,29 +1,24 @@
 """The Python standard library's sources as a TensorFlow Datasets dataset: real text that is always there.
 
-No TensorFlow is needed, neither to build nor to read, and tfds itself (0.4 s to import) is only imported where there
-is something to build or to read: the content hash of the directory (some 50 ms for 11 MB) says whether there is.
+The content hash of the directory (some 50 ms for 11 MB) says whether the dataset is there already.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import os
 import platform
-import shutil
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from uoe_jax.errors import ConfigError, RunError, UserError
+from uoe_jax.data.prepared import SPLITS, Documents, changed, dataset_directory, readable
+from uoe_jax.errors import ConfigError
 
 VERSION = "1.0.0"  # of the rules below: raise it when the choice, split or order of files changes, or caches go stale
-SPLITS = ("train", "validation", "test")
 EXCLUDED_DIRS = frozenset({
     "test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__", "_bundled",
 })  # fmt: skip
@@ -52,38 +47,6 @@ class SourceFile:
         """About 90/5/5 by the path alone, so that an edited or added file moves no other file to another split."""
         percent = int.from_bytes(self.path_hash[:8], "big") % 100
         return "train" if percent < 90 else "validation" if percent < 95 else "test"
-
-
-class Documents:
-    """Random access to the raw bytes of one split's files, in the order of the hash of their paths."""
-
-    def __init__(self, directory: Path, split: str, n_files: int) -> None:
-        """Opens the split (imports tfds). Raises UserError where the prepared files are damaged, as reading does."""
-        import tensorflow_datasets as tfds
-
-        self._directory = directory
-        try:
-            self._records = tfds.builder_from_directory(str(directory)).as_data_source(split=split)
-            found = len(self._records)
-        except Exception as error:  # tfds, etils and array_record each raise their own
-            raise self._damaged(error) from error
-        if found != n_files:
-            raise self._damaged(f"{found} {split} files where {n_files} were prepared")
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> bytes:
-        if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")  # array_record's is a ValueError: no end of iteration
-        try:
-            return self._records[index]["text"]
-        except Exception as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, what: object) -> UserError:
-        home = self._directory.parent.parent
-        return UserError(f"{home}: the prepared dataset cannot be read ({what!r}): delete it and run again.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +99,12 @@ def prepare(path: str, cache_dir: Path) -> PreparedSource:
         raise ConfigError("data.path", path or str(root), remedy)
 
     key = f"stdlib-{VERSION}-{sha256[:24]}"
-    home = Path(cache_dir) / "sources" / key
-    if not home.is_dir():
-        _build(root, files, home)
+    splits = {split: functools.partial(_records, root, files, split) for split in SPLITS}
     return PreparedSource(
         key=key,
-        directory=home / "python_sources" / VERSION,
+        directory=dataset_directory(
+            cache_dir, key, "python_sources", VERSION, {"path": bytes, "text": bytes}, splits
+        ),
         origin=root.resolve(),
         python_version=None if path else platform.python_version(),
         sha256=sha256,
@@ -178,64 +141,11 @@ def scan(root: Path, path: str = "") -> list[SourceFile]:
     return sorted(files, key=lambda file: os.fsencode(file.relative))
 
 
-def _build(root: Path, files: list[SourceFile], home: Path) -> None:
-    """Builds beside `home` and renames, so that `home` is complete or absent whoever else builds it meanwhile."""
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
-        try:
-            import tensorflow_datasets as tfds
-
-            tfds.disable_progress_bar()
-            with contextlib.redirect_stdout(io.StringIO()):  # tfds prints there, and our stdout may be a JSON line
-                builder = _builder_class()(root=root, files=files, data_dir=work, file_format="array_record")
-                builder.download_and_prepare()
-            try:
-                os.rename(work, home)
-            except OSError:
-                if not home.is_dir():  # else another process was first, and its result is the same as ours
-                    raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise RunError(
-            f"{home}: cannot prepare the dataset ({error}): free space there or set UOE_CACHE elsewhere."
-        ) from error
-
-
-@functools.cache  # tfds refuses to register a builder name twice
-def _builder_class() -> type:
-    import tensorflow_datasets as tfds
-
-    class PythonSources(tfds.core.GeneratorBasedBuilder):
-        """Python source files: path and raw bytes."""
-
-        VERSION = tfds.core.Version(VERSION)
-        # Where tfds looks for download checksums: we download nothing, and its lookup imports importlib_resources,
-        # which tfds 4.9.10 does not require of pip on Python 3.9 and later (etils used to bring it along).
-        code_path = None
-
-        def __init__(self, *, root: Path, files: list[SourceFile], **kwargs: Any) -> None:
-            self._root = root
-            self._files = files
-            super().__init__(**kwargs)
-
-        def _info(self) -> tfds.core.DatasetInfo:
-            text = tfds.features.Text
-            features = tfds.features.FeaturesDict({"path": text(), "text": text()})
-            # Our own order (below), so that no release of tfds can change what a seed and a step mean.
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {split: self._generate_examples(split) for split in SPLITS}
-
-        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, bytes]]]:
-            # By the hash of the path: neighbours in a row are then unrelated, and any prefix of a split is a sample.
-            chosen = sorted((file for file in self._files if file.split == split), key=lambda file: file.path_hash)
-            for index, file in enumerate(chosen):
-                data = (self._root / file.relative).read_bytes()
-                if hashlib.sha256(data).hexdigest() != file.sha256:
-                    raise UserError(f"{self._root / file.relative}: changed while it was being read: run again.")
-                yield index, {"path": os.fsencode(file.relative), "text": data}
-
-    return PythonSources
+def _records(root: Path, files: list[SourceFile], split: str) -> Iterator[dict[str, bytes]]:
+    # By the hash of the path: neighbours in a row are then unrelated, and any prefix of a split is a sample.
+    for file in sorted((file for file in files if file.split == split), key=lambda file: file.path_hash):
+        with readable(root / file.relative):
+            data = (root / file.relative).read_bytes()
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise changed(root / file.relative)
+        yield {"path": os.fsencode(file.relative), "text": data}

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from uoe_jax.data.vocabulary import WordTokenizer, known_ids
+from uoe_jax.errors import ConfigError, UserError
 
 
 class Tokenizer(Protocol):
@@ -17,17 +23,21 @@ class Tokenizer(Protocol):
       separator: the id that is a document's first input and its last target; it stands for no bytes.
       bytes_per_token_V: int32 [V], how many bytes of text each token stands for (bits per byte divides by these).
       fingerprint: two tokenizers with one fingerprint give the same ids for the same bytes, in any process.
+      tokens_are_words: whether perplexity per token is perplexity per word.
     """
 
     vocab_size: int
     separator: int
     fingerprint: str
+    tokens_are_words: bool
 
     @property
     def bytes_per_token(self) -> np.ndarray: ...
     def encode(self, text: str | bytes) -> np.ndarray: ...
     def decode(self, ids: ArrayLike) -> str: ...
     def decode_bytes(self, ids: ArrayLike) -> bytes: ...
+    def to_json(self) -> str:
+        """What `stored` reads."""
 
 
 class ByteTokenizer:
@@ -36,6 +46,7 @@ class ByteTokenizer:
     vocab_size = 257
     separator = 256
     fingerprint = "bytes-257-1"
+    tokens_are_words = False
 
     @property
     def bytes_per_token(self) -> np.ndarray:
@@ -49,11 +60,250 @@ class ByteTokenizer:
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
         """The exact bytes; separators are dropped. Raises ValueError for an id outside the vocabulary."""
-        ids_T = np.asarray(ids, np.int64).reshape(-1)
-        if ids_T.size and not (0 <= ids_T.min() and ids_T.max() < self.vocab_size):
-            raise ValueError(f"token ids from {ids_T.min()} to {ids_T.max()} are not all in [0, {self.vocab_size})")
+        ids_T = known_ids(ids, self.vocab_size)
         return ids_T[ids_T != self.separator].astype(np.uint8).tobytes()
 
     def decode(self, ids: ArrayLike | Iterable[int]) -> str:
         """Text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "bytes", "fingerprint": self.fingerprint})
+
+
+# --- pieces of words ----------------------------------------------------------------------------------------------
+
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+_LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")  # pre-tokenizers that keep every character
+# The characters that stand for bytes in byte-level vocabularies, as GPT-2's encoder.py has it: bytes with a picture in
+# Latin-1 stand for themselves, the others are counted up from U+0100.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_OF = {chr(b): b for b in _PRINTABLE}
+_BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding, as a tokenizer.json of the Hugging Face tokenizers library has it.
+
+    Any bytes come back exactly, and their tokens stand for exactly their number: bytes that are not UTF-8, which the
+    library does not take, become their one-byte tokens, and the text between them is encoded piece by piece.
+    Special tokens are never found in text: the characters <|endoftext|> in a document are text like any other.
+
+    The separator is the special token of the first of these names that the file has: <|endoftext|>, <|end_of_text|>,
+    </s>, <eos>, [EOS]; or else its only special token.
+    """
+
+    tokens_are_words = False
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        """content: the object in a tokenizer.json. Raises UserError for what is not exact byte-level BPE."""
+        from tokenizers import Tokenizer as Library
+
+        # How long inputs may be and how they are filled up is for our configuration to say.
+        self._content = content | {"truncation": None, "padding": None}
+        text = json.dumps(self._content, sort_keys=True, ensure_ascii=False)
+        try:
+            self._library = Library.from_str(text)
+        except BaseException as error:  # a panic in the library is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
+            raise UserError(f"is no tokenizer.json ({' '.join(str(error).split())})") from error
+        self._library.encode_special_tokens = True  # as text
+        explicit = json.loads(self._library.to_str())  # with every default
+        _check_exact(explicit)
+        special, self._bytes = _token_bytes(explicit["added_tokens"], self._library.get_vocab(with_added_tokens=False))
+        self.vocab_size = len(self._bytes)
+        self.separator = _separator(special)
+        ids = {token: i for i, token in enumerate(self._bytes) if len(token) == 1}
+        if missing := [b for b in range(256) if bytes([b]) not in ids]:
+            raise UserError(f"has no token for the byte {missing[0]:#04x}, so not every text can be written with it")
+        for token in content.get("added_tokens") or ():  # the library counts on where there is a hole
+            if self._library.token_to_id(token["content"]) != token["id"]:
+                raise UserError(f"gives its added token {token['content']!r} the id {token['id']}, with ids left out before it")
+        self._byte_ids = np.array([ids[bytes([b])] for b in range(256)])
+        self._dtype = np.min_scalar_type(self.vocab_size - 1)
+        self._sizes_V = np.array([len(token) for token in self._bytes], np.int32)
+        self.fingerprint = f"bpe-{self.vocab_size}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+    @classmethod
+    def train(cls, documents: Iterable[bytes], vocab_size: int) -> BPETokenizer:
+        """At most `vocab_size` tokens: the separator, 256 bytes, and the commonest pairs as long as any occurs twice."""
+        from tokenizers import Tokenizer as Library
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        library = Library(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=[SEPARATORS[0]],
+            initial_alphabet=list(_BYTE_OF),
+            show_progress=False,
+        )
+        library.train_from_iterator((piece for document in documents for piece in _pieces(document)[::2]), trainer)
+        return cls(json.loads(library.to_str()))
+
+    @classmethod
+    def load(cls, path: str) -> BPETokenizer:
+        """From a tokenizer.json. Raises ConfigError, naming config.data.tokenizer_file, for what cannot be used."""
+        from etils import epath
+
+        train = "make one with uoe tokenizer train --config=… --vocab=4096 --out=tokenizer.json"
+        key = "config.data.tokenizer_file"
+        if not path:
+            raise ConfigError(key, path, f"tokenizer='bpe' takes a file; give one, or {train}")
+        try:
+            text = epath.Path(path).expanduser().read_bytes().decode()
+        except Exception as error:  # the clients of gs:// raise exceptions of a dozen kinds
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise ConfigError(key, path, f"cannot be read ({reason}); give another file, or {train}") from error
+        try:
+            return cls.from_json(text)
+        except UserError as error:
+            raise ConfigError(key, path, f"{error}; give another file, or {train}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> BPETokenizer:
+        """Raises UserError for what is not exact byte-level BPE."""
+        return cls(_object(text))
+
+    def to_json(self) -> str:
+        """A tokenizer.json that the tokenizers library reads as well."""
+        return json.dumps(self._content, indent=1)
+
+    @property
+    def bytes_per_token(self) -> np.ndarray:
+        """int32 [V]; special tokens, and ids that nothing has, stand for none."""
+        return self._sizes_V.copy()
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """The smallest unsigned type, [T], without separators; a str is encoded as UTF-8, as ByteTokenizer does.
+
+        Raises UserError where the library's tokens do not stand for the text, whatever the file has in it.
+        """
+        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+        parts = [np.zeros(0, self._dtype)]
+        for i, piece in enumerate(_pieces(data)):
+            if i % 2:
+                parts.append(self._byte_ids[np.frombuffer(piece.encode("utf-8", "surrogateescape"), np.uint8)])
+            elif piece:  # a batch of one: the only call that does not keep track of where each token was in the text
+                parts.append(self._library.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
+        ids_T = np.concatenate([np.asarray(part, self._dtype) for part in parts])
+        if (stands_for := int(self._sizes_V[ids_T].sum(dtype=np.int64))) != len(data):
+            raise UserError(
+                f"data.tokenizer_file: the tokens of a document of {len(data)} bytes stand for {stands_for}; "
+                "this tokenizer is not exact, use another file"
+            )
+        return ids_T
+
+    def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
+        """The exact bytes; special tokens are dropped. Raises ValueError for an id outside the vocabulary."""
+        return b"".join([self._bytes[i] for i in known_ids(ids, self.vocab_size).tolist()])
+
+    def decode(self, ids: ArrayLike | Iterable[int]) -> str:
+        """Text; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def _pieces(data: bytes) -> list[str]:
+    """Text in the even places, runs of bytes that are not UTF-8 (as lone surrogates) in the odd ones."""
+    try:
+        return [data.decode()]
+    except UnicodeDecodeError:
+        return re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))
+
+
+def _check_exact(content: dict[str, Any]) -> None:
+    """Raises UserError where text would be altered on its way to tokens, or cut by chance."""
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"is not byte-level BPE (its model is {model['type']})")
+    steps = list(_steps(content["pre_tokenizer"]))
+    if sum(step["type"] == "ByteLevel" for step in steps) != 1:
+        raise UserError("is not byte-level BPE (its pre_tokenizer has no ByteLevel step, or several)")
+    for step in steps:
+        if step["type"] not in _LOSSLESS or step.get("behavior") == "Removed" or step.get("add_prefix_space"):
+            raise UserError(f"does not give back its text (pre_tokenizer {json.dumps(step)} adds or drops characters)")
+    if content["normalizer"] is not None:
+        raise UserError("does not give back its text (it has a normalizer; put null in its place)")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[name]:
+            raise UserError(f"does not give back its text alike every time (model.{name} is {model[name]!r}; put null there)")
+
+
+def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A pre-tokenizer's steps, sequences unpacked."""
+    if step is not None and step["type"] == "Sequence":
+        for inner in step["pretokenizers"]:
+            yield from _steps(inner)
+    elif step is not None:
+        yield step
+
+
+def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> tuple[dict[str, int], list[bytes]]:
+    """The special tokens (name: id), and by id the bytes that every token stands for."""
+    special = {token["content"]: token["id"] for token in added if token["special"]}
+    found: dict[int, bytes] = {i: b"" for i in special.values()}
+    plain = [token for token in added if not token["special"]]
+    if stripped := [token["content"] for token in plain if token["lstrip"] or token["rstrip"]]:
+        raise UserError(f"does not give back its text (the added token {stripped[0]!r} takes the spaces beside it)")
+    named = {token["content"]: (token["id"], token["content"].encode()) for token in plain}
+    for token, i in sorted(vocabulary.items()):
+        if token not in named and i not in found:
+            try:
+                named[token] = i, bytes([_BYTE_OF[c] for c in token])
+            except KeyError as error:
+                raise UserError(f"is not byte-level BPE (its token {token!r} does not stand for bytes)") from error
+    for token, (i, data) in named.items():
+        if found.setdefault(i, data) != data:
+            raise UserError(f"has two tokens of the id {i}, one of them {token!r}")
+    return special, [found.get(i, b"") for i in range(max(found, default=-1) + 1)]
+
+
+def _separator(special: dict[str, int]) -> int:
+    for name in SEPARATORS:
+        if name in special:
+            return special[name]
+    if len(special) == 1:
+        return next(iter(special.values()))
+    known = ", ".join(special) or "none"
+    raise UserError(f"has no special token to separate documents by ({', '.join(SEPARATORS)}; its special tokens: {known})")
+
+
+# --- which ----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(kind: str, file: str) -> Tokenizer | None:
+    """The tokenizer that data.tokenizer names; None for words, which are counted in the data (`WordTokenizer.train`).
+
+    file: data.tokenizer_file. Raises ConfigError for a file that is missing, is not byte-level BPE, or has no use.
+    """
+    if kind == "bpe":
+        return BPETokenizer.load(file)
+    if file:
+        raise ConfigError("config.data.tokenizer_file", file, f"is of no use with data.tokenizer={kind!r}; give 'bpe' there")
+    return ByteTokenizer() if kind == "bytes" else None
+
+
+def stored(text: str) -> Tokenizer:
+    """The tokenizer of any kind whose `to_json` this is. Raises UserError for what is none."""
+    content = _object(text)
+    kind = content.get("kind", "bpe" if "model" in content else None)
+    if kind == "bytes" and content.get("fingerprint") == ByteTokenizer.fingerprint:
+        return ByteTokenizer()
+    if kind == "words":
+        return WordTokenizer.from_json(text)
+    if kind == "bpe":
+        return BPETokenizer(content)
+    raise UserError("is no tokenizer that this version of uoe_jax knows")
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError("is not a JSON object")
+    return content

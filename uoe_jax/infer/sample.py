@@ -109,9 +109,14 @@ class Sampler:
             logits, cache = self._step(self._params, cache, token_B)
         self.seconds += time.perf_counter() - started
         return [
-            Completion(prompt + self.tokenizer.decode(ids), len(ids), i not in open_rows)
+            Completion(self._joined(prompt, self.tokenizer.decode(ids)), len(ids), i not in open_rows)
             for i, (prompt, ids) in enumerate(zip(prompts, generated))
         ]
+
+    def _joined(self, prompt: str, text: str) -> str:
+        """Words are parted by a space that no token stands for."""
+        parted = self.tokenizer.tokens_are_words and prompt and text and not prompt.endswith((" ", "\n"))
+        return f"{prompt}{' ' * bool(parted)}{text}"
 
     def _bucket(self, length: int) -> int:
         """A length to pad prompts to: few distinct ones, so that few prefills are compiled."""

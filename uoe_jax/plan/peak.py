@@ -12,8 +12,12 @@ import dataclasses
 from typing import NamedTuple
 
 from uoe_jax.config import Config
-from uoe_jax.memory import ITEM_SIZE, kept_bytes, layer_parameters, norm_parameters, router_parameters
-from uoe_jax.plan.predict import Shape, rows
+from uoe_jax.flops import scored_pieces
+from uoe_jax.memory import (
+    ITEM_SIZE, classifier_parameters, ends_parameters, kept_bytes, layer_parameters, norm_parameters, router_parameters,
+    vocabulary_parameters,
+)  # fmt: skip
+from uoe_jax.plan.predict import Shape, examples, rows, scored_alike, words_parts
 
 
 class Peak(NamedTuple):
@@ -23,7 +27,7 @@ class Peak(NamedTuple):
       parameters, optimizer, batch: the arguments of a step. gradients: with those that microbatches are added to.
       kept: by all layers for the backward pass.
       layer: the working set of the backward pass of one layer, its weights gathered over `fsdp` among it.
-      ends: the working set of the scores of the vocabulary.
+      ends: the working set before and after the layers: the scores of the vocabulary, or of a classifier its inputs.
     """
 
     parameters: float
@@ -61,19 +65,18 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     attention = weight * 2 * d * dh * (m.n_heads + m.kv_heads)
     attention += 2 * slots["smha"] + 4 * heads + (1 if m.remat in ("none", "dots") else 2) * scores + 9 * stream
     mlp = weight * (m.n_into + 1) * d * m.d_hidden + 2.5 * slots["uome"] + 4 * hidden + 13 * stream
-    vocabulary = m.vocab_size / (e if m.vocab_size % e == 0 else 1)
-    ends = 3 * 4 * b * length * vocabulary + 4 * vocabulary * d + 5 * stream
+    words = words_parts(m, e)
 
     # Norms are whole on every device, routers are cut over `fsdp` alone.
     routers = sum(router_parameters(r, d) for r in m.routed().values())
     norms = 2 * norm_parameters(m)
     cut = (layer_parameters(m) - routers - norms) / e + routers
     held = m.n_layers * (cut / shape["fsdp"] + norms) + norm_parameters(m)
-    held += (1 if m.tie_embeddings else 2) * vocabulary * d / shape["fsdp"]
-    held += length * d / shape["fsdp"] if m.position == "learned" else 0
+    held += (ends_parameters(m) / words + (length * d if m.position == "learned" else 0)) / shape["fsdp"]
+    held += classifier_parameters(m)
 
     stored = dataclasses.replace(m, remat="slots") if m.remat in ("none", "dots") else m
-    kept = kept_bytes(stored, b, e, e if c.mesh.sequence_parallel else 1)
+    kept = kept_bytes(stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1)
     if m.remat in ("none", "dots"):  # the scores and the products' results as well; with 'none' also what is made from them
         kept += scores + sum(slots.values()) + (m.remat == "none") * (scores + 4 * stream + hidden)
     if m.remat == "none" and (shape["fsdp"] > 1 or item < 4):  # weights as they are used, gathered or cast
@@ -81,9 +84,34 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     return Peak(
         parameters=4 * held,
         optimizer=8 * held,
-        batch=4 * 4 * b * c.train.accumulation * length,
+        batch=_batch(c, shape),
         gradients=4 * held * (1 + (c.train.accumulation > 1)),
         kept=m.n_layers * kept,
         layer=max(attention, mlp),
-        ends=ends,
+        ends=_ends(c, shape) + 5 * stream,
     )
+
+
+def _batch(c: Config, shape: Shape) -> float:
+    """Bytes of a device's rows of a step as they come: four numbers a token; or those of the input, and its mask."""
+    m, n = c.model, examples(c, shape) * c.train.accumulation
+    if m.task == "language":
+        return 4 * n * (4 * m.context_length + 1)
+    tokens = m.rows_per_example * m.context_length
+    pixels = m.image.height * m.image.width * m.image.channels
+    return n * ((pixels if m.stem == "image" else 4 * tokens) + 4 * tokens + 3 * 4)
+
+
+def _ends(c: Config, shape: Shape) -> float:
+    """Bytes of scores and of the words' gradient, or of images as they become tokens."""
+    m, e = c.model, shape["expert"]
+    tokens = rows(c, shape) * m.context_length
+    words = 4 * vocabulary_parameters(m) / words_parts(m, e)
+    if m.task == "classify":
+        return tokens * m.image.values * (4 + ITEM_SIZE[m.dtype]) if m.stem == "image" else words
+    if not m.cutoffs:
+        return 3 * 4 * tokens * m.vocab_size / words_parts(m, e) + words
+    from uoe_jax.layers.adaptive import CHUNK
+
+    chunk = min(CHUNK, tokens * scored_alike(m, e) / e)
+    return 3 * 4 * chunk * max(scores for _, scores, _ in scored_pieces(m)) + words

@@ -11,8 +11,8 @@ import math
 from typing import Iterable, Mapping, NamedTuple
 
 from uoe_jax.config import Config, ModelConfig
-from uoe_jax.flops import attention_flops, core_flops, ends_flops, mlp_flops, train_flops
-from uoe_jax.memory import ITEM_SIZE, layer_parameters, parameters
+from uoe_jax.flops import attention_flops, core_flops, ends_flops, mlp_flops, score_flops, scored_pieces, train_flops
+from uoe_jax.memory import ITEM_SIZE, layer_parameters, parameters, vocabulary_parameters
 from uoe_jax.plan.hardware import Hardware, Range
 from uoe_jax.plan.hlo import Array, Collective
 
@@ -50,14 +50,32 @@ def devices(shape: Shape) -> int:
     return math.prod(shape.values())
 
 
-def rows(c: Config, shape: Shape) -> int:
-    """Rows of one device's microbatch."""
+def examples(c: Config, shape: Shape) -> int:
+    """Examples (a language model's rows) of one device's microbatch."""
     return c.train.batch_size // c.train.accumulation * shape["expert"] // devices(shape)
+
+
+def rows(c: Config, shape: Shape) -> int:
+    """Rows of one device's microbatch as the blocks see them: an example of two inputs is two."""
+    return examples(c, shape) * c.model.rows_per_example
+
+
+def words_parts(m: ModelConfig, expert: int) -> int:
+    """Into how many parts over `expert` the vectors of the words are cut; those of an adaptive softmax never are."""
+    return 1 if m.cutoffs or m.vocab_size % expert else expert
+
+
+def scored_alike(m: ModelConfig, expert: int) -> int:
+    """How many devices over `expert` score the same words of the same tokens, or compute the same classes."""
+    if m.task == "classify":
+        return expert
+    cut = m.context_length % expert == 0 if m.cutoffs else words_parts(m, expert) == expert
+    return 1 if cut else expert
 
 
 def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collective]) -> Prediction:
     """From the sizes of the model and the collectives of its compiled step (or `expected_collectives`)."""
-    products, core = executed_flops(c)
+    products, core = executed_flops(c, shape["expert"])
     n, peak = devices(shape), hardware.flops
     moved = [m for m in moved if m.axes]
     experts, weights = ([m for m in moved if (m.axes == ("expert",)) is over] for over in (True, False))
@@ -79,18 +97,22 @@ def _over(seconds: float, reached: Range) -> Range:
     return seconds / reached[1], seconds / reached[0]
 
 
-def executed_flops(c: Config) -> tuple[float, float]:
-    """(matrix products, attention core) of a step on all devices, what is recomputed included.
+def executed_flops(c: Config, expert: int) -> tuple[float, float]:
+    """(matrix products, attention core) of a step on all devices, what is recomputed and what several devices do alike
+    included.
 
     The core is flash attention's: half the square under a causal mask, two and a half times the forward pass backward
-    (it makes the scores again), and once more forward where a remat policy dropped what its backward pass needs.
+    (it makes the scores again), and once more forward where a remat policy dropped what its backward pass needs. The
+    backward pass of an adaptive softmax makes its scores again, too.
     """
     m, length = c.model, c.model.block_length
     core = m.n_layers * core_flops(m, length, training=True)
     blocks = m.n_layers * (attention_flops(m, length, training=True) + mlp_flops(m, length, training=True)) - core
     again = m.remat in ("slots", "block")
-    products = (3 + (m.remat == "block")) * blocks + 3 * ends_flops(m, length)
-    return c.train.batch_size * products, c.train.batch_size * core * (0.5 if m.causal else 1) * (3.5 + again)
+    ends = 3 * ends_flops(m, length) + (score_flops(m, length) if m.cutoffs else 0)
+    products = (3 + (m.remat == "block")) * m.rows_per_example * blocks + scored_alike(m, expert) * ends
+    core *= m.rows_per_example * (0.5 if m.causal else 1) * (3.5 + again)
+    return c.train.batch_size * products, c.train.batch_size * core
 
 
 def moved_bytes(c: Config, shape: Shape) -> float:
@@ -110,9 +132,26 @@ def moved_bytes(c: Config, shape: Shape) -> float:
         into = slots * m.d_model if r.order == "gather" else slots * widths[name] / r.n_experts
         total += m.n_layers * item * (3 * (into + tokens * m.d_model) + 2 * (slots + tokens) * m.d_model)
     total += m.n_layers * item * at["uome"] * m.d_hidden / e * (4 * m.n_into + 3)
-    total += 6 * 4 * tokens * m.vocab_size / e
+    total += _ends_moved(c, tokens, e)
     total += c.train.accumulation * m.n_layers * layer_parameters(m) / e * (3 * item + 4)
     return total + 8 * 4 * parameters(m) / e / shape["fsdp"]
+
+
+def _ends_moved(c: Config, tokens: float, e: int) -> float:
+    """Bytes moved for scores, or for images: `tokens` of a device in a step."""
+    m, own = c.model, tokens * scored_alike(c.model, e) / e
+    if m.task == "classify":  # pixels come as bytes, are written and read as float32 and then as tokens
+        return tokens * m.image.values * (1 + 2 * 4 + 3 * ITEM_SIZE[m.dtype]) if m.stem == "image" else 0
+    if not m.cutoffs:
+        return 6 * 4 * own * m.vocab_size
+    # Scores are made twice, and every chunk of tokens reads and writes the gradient of the words it is scored against.
+    from uoe_jax.layers.adaptive import CHUNK
+
+    per_part, total = own / c.train.accumulation, 0.0
+    for share, scores, width in scored_pieces(m):
+        total += 8 * 4 * own * share * scores
+        total += c.train.accumulation * 2 * 4 * math.ceil(per_part * share / min(CHUNK, per_part)) * scores * width
+    return total
 
 
 def narrowed(moved: Collective, m: ModelConfig) -> float:
@@ -197,17 +236,22 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
             before, after = {"all-gather": (part, whole), "reduce-scatter": (whole, part)}.get(kind, (whole, whole))
             out.append(Collective(kind, before, after, axes, group, times * parts, True, "", f"{len(out)}"))
 
-    cut = e if m.vocab_size % e == 0 else 1
+    # Looked up, and (language) scored. What images are projected by, and a classifier's head, is whole on every device.
+    uses = (m.stem == "tokens") + (m.task == "language")
+    cut = words_parts(m, e) if uses else 1
     again = m.remat in ("dots", "block")  # the state between attention and MLP is made again
     stream, layer = rows(c, shape) * m.block_length * m.d_model, layer_parameters(m) / e
-    reductions_of_stream = m.n_layers * (4 + again) + 2 * (cut > 1)
+    reductions_of_stream = m.n_layers * (4 + again) + uses * (cut > 1)
     if c.mesh.sequence_parallel:  # a reduction is a scatter after the block and a gather before the next, made again backward
-        add("all-gather", stream, ("expert",), m.n_layers * (4 + 2 * (m.remat != "none")) + 2 * (cut > 1))
+        add("all-gather", stream, ("expert",), m.n_layers * (4 + 2 * (m.remat != "none")) + uses * (cut > 1))
         add("reduce-scatter", stream, ("expert",), reductions_of_stream)
     else:
         add("all-reduce", stream, ("expert",), reductions_of_stream)
-    ends = m.vocab_size * m.d_model / cut
-    for elements, gathers, times in ((layer, 1 if m.remat == "none" else 2, m.n_layers), (ends, 1, 2)):
+    ends = vocabulary_parameters(m) / cut
+    for elements, gathers, times in (
+        (layer, 1 if m.remat == "none" else 2, m.n_layers), (ends, 1, uses),
+        (m.block_length * m.d_model, 1, m.position == "learned"),
+    ):  # fmt: skip
         add("all-gather", elements, ("fsdp",), gathers * times)
         add("reduce-scatter", elements, ("fsdp",), times)
         add("all-reduce", elements / fsdp, batch, times)

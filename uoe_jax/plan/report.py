@@ -60,7 +60,7 @@ def warnings(plan: Plan) -> Iterator[str]:
 def text(plan: Plan, name: str) -> str:
     """The plan for a person; `name` is the configuration's."""
     c, m, compiled, e, p = plan.config, plan.config.model, plan.compiled, plan.expected, plan.prediction
-    hardware, shape, tokens = HARDWARE.get(plan.hardware), c.mesh.shape, c.train.batch_size * m.context_length
+    hardware, shape, tokens = HARDWARE.get(plan.hardware), c.mesh.shape, c.train.batch_size * m.rows_per_example * m.context_length
     n = math.prod(shape.values())
     room = f" of {_gb(hardware.memory)}: {'fits' if plan.fits else 'does not fit'}" if hardware else ""
     lines = [

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from uoe_jax import mesh as mesh_lib
 from uoe_jax import watch
 from uoe_jax.config import Config
-from uoe_jax.data.packing import PackedRows
-from uoe_jax.data.pipeline import Prefetcher, eval_batches
-from uoe_jax.train.measures import measures, token_measures
+from uoe_jax.data.pipeline import Prefetcher, Rows, eval_batches
+from uoe_jax.train.measures import measures
 from uoe_jax.train.step import Params, Program
+from uoe_jax.train.task import task_of
 
 
 class Interrupted(Exception):
@@ -23,13 +23,14 @@ class Interrupted(Exception):
 def evaluate(
     program: Program,
     params: Params,
-    rows: PackedRows,
+    rows: Rows,
     config: Config,
     limit: int = 0,
     whole: bool = True,
     step: int | None = None,
     compiled: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    name: str = "eval",
 ) -> tuple[dict[str, Any], float]:
     """Measures a split, all of it or (`whole=False`) its first `limit` batches.
 
@@ -37,10 +38,10 @@ def evaluate(
       step, compiled: of the run, and whether this process has evaluated before; for messages about processes that do
         not go on.
       stop: asked before every batch, in every process the same.
+      name: what the measures' keys begin with.
 
     Returns:
-      (`eval/…` measures, the loss of the first `limit` batches, which is what ranks checkpoints: it is the same rows
-      at every evaluation of a run).
+      (`<name>/…` measures, what ranks checkpoints, of the first `limit` batches: the same rows at every evaluation).
 
     Raises:
       Interrupted: `stop` gave True.
@@ -57,8 +58,9 @@ def evaluate(
         jax.block_until_ready(before)  # no further ahead of the device than one batch: a stop must not wait for a queue
         ranking = total if i == limit else ranking
     host = jax.device_get(total)
-    found = {**measures(host, config.model.routed(), "eval"), "eval/rows": int(host.rows)}
-    return found, token_measures(jax.device_get(ranking) if ranking is not None else host)["loss"]
+    found = {**measures(host, config, name), f"{name}/rows": int(host.rows) // config.model.rows_per_example}
+    task = task_of(config)
+    return found, task.ranking(task.measures(jax.device_get(ranking) if ranking is not None else host, config))
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:

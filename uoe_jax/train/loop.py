@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import sys
 from typing import Any, Callable
@@ -13,10 +12,10 @@ from etils import epath
 
 from uoe_jax import mesh as mesh_lib
 from uoe_jax import processes, watch
-from uoe_jax.config import Config
+from uoe_jax.config import Config, with_vocabulary
 from uoe_jax.data.pipeline import DataBundle, default_cache_dir, load
-from uoe_jax.data.tokenizer import Tokenizer
-from uoe_jax.errors import ConfigError, RunError
+from uoe_jax.data.tokenizer import ByteTokenizer, Tokenizer, stored
+from uoe_jax.errors import RunError, UserError
 from uoe_jax.processes import by_first, is_first
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.metrics import MetricsWriter, Progress, Silent
@@ -24,27 +23,26 @@ from uoe_jax.train.run import Run
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.start import first_state
 from uoe_jax.train.step import Params, Program, build
-from uoe_jax.workdir import check_record, enter_workdir, release
+from uoe_jax.workdir import check_record, enter_workdir, locate, os_errors, release
+
+TOKENIZER = "tokenizer.json"
 
 
-def load_data(config: Config) -> tuple[Config, DataBundle]:
-    """The data, and the configuration with what they settle filled in."""
-    model, data = config.model, config.data
-    if not model.causal:
-        remedy = f"it would see the tokens of data.source={data.source!r} that it is to predict; use True"
-        raise ConfigError("config.model.causal", model.causal, remedy)
-    bundle = load(
-        data.source, data.path, data.tokenizer, model.context_length, model.patch_multiple, default_cache_dir()
-    )
-    return with_vocabulary(config, bundle.tokenizer.vocab_size), bundle
+def load_data(config: Config, workdir: str | None = None) -> tuple[Config, DataBundle]:
+    """The data, and the configuration with what they settle filled in; workdir: of a run that may hold its tokenizer."""
+    tokenizer = read_tokenizer(workdir) if workdir else None
+    bundle = load(config, default_cache_dir(), tokenizer)
+    return with_vocabulary(config, bundle.vocab_size), bundle
 
 
-def with_vocabulary(config: Config, size: int) -> Config:
-    """The configuration with the tokenizer's vocabulary size filled in; ConfigError where the model's is too small."""
-    given = config.model.vocab_size
-    if given and given < size:
-        raise ConfigError("config.model.vocab_size", given, f"the tokenizer has {size} tokens; give at least that, or 0")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or size))
+def read_tokenizer(workdir: str) -> Tokenizer | None:
+    """The tokenizer that a run keeps, as it may be that of a file which has changed since."""
+    file = locate(workdir) / TOKENIZER
+    try:
+        with os_errors(file):
+            return stored(file.read_text()) if file.is_file() else None
+    except (OSError, UnicodeError, UserError) as error:
+        raise UserError(f"{file}: {error}; restore it, or start in another --workdir") from error
 
 
 def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, Params, Tokenizer], str]) -> int:
@@ -61,10 +59,11 @@ def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, 
     """
     with StopSignal() as signal, contextlib.ExitStack() as held:
         watch.at("preparing the data", slow=True)
-        config, data = agreed_data(config)
+        config, data = agreed_data(config, workdir_name)
         workdir = enter_workdir(workdir_name, config)
         held.callback(release, workdir)
         by_first(lambda: check_record(workdir, data.record))
+        by_first(lambda: keep_tokenizer(workdir, data.tokenizer))
         mesh = mesh_lib.make_mesh(config.mesh)
         keep = config.checkpoint
         with jax.set_mesh(mesh), CheckpointStore(workdir, keep.keep_latest, keep.keep_best) as store:
@@ -82,16 +81,27 @@ def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, 
                 with contextlib.suppress(RunError):  # where an error is on its way it matters more
                     run.writer.close()
             watch.at("generating", slow=True)
-            text = sample(config, program, run.state.params, data.tokenizer) if run.step == config.train.steps else ""
+            speaks = run.step == config.train.steps and config.model.task == "language"
+            text = sample(config, program, run.state.params, data.tokenizer) if speaks else ""
             if is_first():
                 print(run.farewell(workdir_name, exit_code, text))
     return exit_code
 
 
-def agreed_data(config: Config, **options: Any) -> tuple[Config, DataBundle]:
+def keep_tokenizer(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
+    """Stores a tokenizer that was made from data with the run; bytes need no storing."""
+    file = workdir / TOKENIZER
+    if tokenizer is None or isinstance(tokenizer, ByteTokenizer) or file.exists():
+        return
+    temporary = workdir / f".{TOKENIZER}.tmp"
+    temporary.write_text(tokenizer.to_json())
+    temporary.replace(file)
+
+
+def agreed_data(config: Config, workdir: str, **options: Any) -> tuple[Config, DataBundle]:
     """`load_data`, in every process the same, as are the options; what goes wrong in one is the error of all."""
     processes.same_command(config, **options)
-    config, data = processes.together(lambda: load_data(config))
+    config, data = processes.together(lambda: load_data(config, workdir))
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
     processes.same(found, "give every machine the same data and the same interpreter")
     return config, data

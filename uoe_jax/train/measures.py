@@ -1,20 +1,14 @@
-"""Sums from the device to the measures a person reads: loss, bits per byte, and contract 4's routing measures."""
+"""Sums from the device to the measures a person reads: those of the task, and contract 4's routing measures."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
+from uoe_jax.config import Config
 from uoe_jax.routing import RoutingStats
-from uoe_jax.train.step import Sums
-
-
-def token_measures(sums: Sums) -> dict[str, float]:
-    """`loss` in nats per token; `bits_per_byte` of the text the tokens stand for."""
-    nll = float(sums.nll)
-    return {"loss": nll / max(float(sums.tokens), 1.0), "bits_per_byte": nll / math.log(2) / max(float(sums.n_bytes), 1.0)}
+from uoe_jax.train.task import Sums, task_of
 
 
 def routing_measures(stats: RoutingStats, k: int, rows: float) -> dict[str, list[Any]]:
@@ -46,9 +40,10 @@ def routing_measures(stats: RoutingStats, k: int, rows: float) -> dict[str, list
     }
 
 
-def measures(sums: Sums, routed: dict[str, Any], prefix: str) -> dict[str, Any]:
+def measures(sums: Sums, config: Config, prefix: str) -> dict[str, Any]:
     """All measures of some batches, keys `<prefix>/loss`, …, `<prefix>/smha/dropped`, …; `sums` is on the host."""
-    out: dict[str, Any] = {f"{prefix}/{name}": value for name, value in token_measures(sums).items()}
+    out: dict[str, Any] = {f"{prefix}/{name}": value for name, value in task_of(config).measures(sums, config).items()}
+    routed = config.model.routed()
     for block, stats in sums.routing.items():
         for name, value in routing_measures(stats, routed[block].k, float(sums.rows)).items():
             out[f"{prefix}/{block}/{name}"] = value

@@ -175,7 +175,7 @@ class Silent:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         pass
 
-    def update(self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float | None) -> None:
+    def update(self, step: int, loss: float, said: str, tokens_per_second: float | None) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -327,7 +327,7 @@ def _scalars(plain: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class Progress:
-    """Step, loss, bits per byte, tokens a second and time left: a bar in a terminal, a line a call anywhere else.
+    """Step, loss, the task's other measures, tokens a second and time left: a bar in a terminal, a line a call anywhere else.
 
     Args:
       total: the step at which the run is done.
@@ -351,11 +351,9 @@ class Progress:
                 bar_format="step {n_fmt}/{total_fmt} |{bar}|{postfix}",
             )
 
-    def update(self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float | None) -> None:
-        """Shows the state after `step` steps; None where a measure has no meaning or is not known yet."""
-        facts = [f"loss {loss:.4f}"]
-        if bits_per_byte is not None:
-            facts.append(f"{bits_per_byte:.4f} bits/byte")
+    def update(self, step: int, loss: float, said: str, tokens_per_second: float | None) -> None:
+        """Shows the state after `step` steps; said: the task's other measures; None: not known yet."""
+        facts = [f"loss {loss:.4f}", said]
         if tokens_per_second is not None:
             facts.append(f"{tokens_per_second:,.0f} tokens/s")
         facts.append(f"{self._time_left(step)} left")

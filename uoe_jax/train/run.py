@@ -15,6 +15,7 @@ from uoe_jax.config import Config, to_dict
 from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches
 from uoe_jax.errors import EXIT_DONE, EXIT_STOPPED, BadNumbers
 from uoe_jax.flops import PEAK_FLOPS, train_flops
+from uoe_jax.processes import by_first
 from uoe_jax.runtime import cost_of_determinism, describe_devices
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import Interrupted, evaluate
@@ -22,6 +23,7 @@ from uoe_jax.train.measures import measures
 from uoe_jax.train.metrics import MetricsWriter, Progress, Silent, read_metrics
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import Program, TrainState
+from uoe_jax.train.task import task_of
 
 
 class BadStretch(Exception):
@@ -108,6 +110,8 @@ class Run:
                     self.evaluate(signal)
                 self.save(always=True)
             self.store.wait()
+            if c.eval.test and self.step == c.train.steps and not self.is_tested():
+                self.test(signal)
         return EXIT_DONE
 
     def stop_early(self, owed: bool = False) -> int:
@@ -128,10 +132,31 @@ class Run:
             )
             self.has_evaluated = True
             self.writer.write(self.step, found)
-        self.progress.say(
-            f"step {self.step}: validation loss {found['eval/loss']:.4f}, "
-            f"{found['eval/bits_per_byte']:.4f} bits per byte ({found['eval/rows']} rows)"
-        )
+        self.progress.say(f"step {self.step}: validation {self.said(found, 'eval')}")
+
+    def test(self, signal: StopSignal) -> None:
+        """Measures the test split, once in the life of a run, with the checkpoint that is best on validation."""
+        best = self.store.best_step()
+        best = self.step if best is None else best
+        watch.at("restoring", best, slow=True)
+        params = (self.state if best == self.step else self.store.restore(best, self.program.abstract)).params
+        found, _ = evaluate(
+            self.program, params, self.data.test, self.config, step=self.step, compiled=self.has_evaluated, stop=signal.due,
+            name="test",
+        )  # fmt: skip
+        self.writer.write(self.step, {**found, "test/step": best})
+        self.writer.flush()
+        self.progress.say(f"test, with the checkpoint of step {best}: {self.said(found, 'test')}")
+
+    def is_tested(self) -> bool:
+        """Whether this run has measured the test split."""
+        workdir = self.store.directory.parent
+        return by_first(lambda: any("test/loss" in line for line in read_metrics(workdir)))
+
+    def said(self, found: dict[str, Any], prefix: str) -> str:
+        """An evaluation in words."""
+        own = {name.removeprefix(f"{prefix}/"): value for name, value in found.items()}
+        return f"loss {own['loss']:.4f}, {task_of(self.config).said(own)} ({own['rows']} rows)"
 
     def save(self, owed: bool = False, always: bool = False) -> None:
         """Starts to save the current state; every line of metrics up to it is on the disk first.
@@ -170,7 +195,7 @@ class Run:
 
     def log(self, step: int, host: dict[str, Any], due: bool) -> None:
         """Writes and shows the measures of a step; due: they belong into metrics.jsonl."""
-        found = measures(host["sums"], self.config.model.routed(), "train")
+        found = measures(host["sums"], self.config, "train")
         found["train/grad_norm"] = float(host["grad_norm"])
         found["train/learning_rate"] = float(host["learning_rate"])
         found["train/tokens"] = int(host["sums"].tokens)
@@ -190,7 +215,8 @@ class Run:
             text = f"loss {found['train/loss']:.4g}, gradient norm {found['train/grad_norm']:.4g}"
             self.progress.say(f"step {step} skipped: {text} ({self.in_a_row} in a row, {found['train/skipped']} in all)")
         speed = found.get("perf/tokens_per_second")
-        self.progress.update(step, found["train/loss"], found["train/bits_per_byte"], speed)
+        own = {name.removeprefix("train/"): value for name, value in found.items()}
+        self.progress.update(step, found["train/loss"], task_of(self.config).said(own), speed)
 
     def before(self, step: int) -> int | None:
         """The newest checkpoint of `step` or earlier."""
@@ -244,21 +270,15 @@ class Run:
             return f"stopped at step {self.step} with everything saved; the same command goes on from there"
         if self.step < self.config.train.steps:
             return f"step {self.step} of {self.config.train.steps} reached and saved; the same command goes on from there"
-        evaluated = [line for line in read_metrics(workdir) if "eval/loss" in line][-1:]
-        return "\n".join(
-            [
-                *(
-                    f"validation at step {line['step']}: loss {line['eval/loss']:.4f}, "
-                    f"{line['eval/bits_per_byte']:.4f} bits per byte over {line['eval/rows']} rows"
-                    for line in evaluated
-                ),
-                "a sample:",
-                *("  | " + line for line in sample.splitlines()),
-                "next:",
-                f"  uoe eval --workdir={workdir} --split=test",
-                f"  uoe generate --workdir={workdir} --prompt='class '",
-            ]
-        )
+        lines = read_metrics(workdir)
+        told = []
+        for prefix, name in (("eval", "validation"), ("test", "test")):
+            for line in [line for line in lines if f"{prefix}/loss" in line][-1:]:
+                told.append(f"{name} at step {line.get('test/step', line['step'])}: {self.said(line, prefix)}")
+        if sample:
+            told += ["a sample:", *("  | " + line for line in sample.splitlines())]
+        told += ["next:", f"  uoe eval --workdir={workdir} --split=test"]
+        return "\n".join(told + [f"  uoe generate --workdir={workdir} --prompt='class '"] * bool(sample))
 
 
 def _due(step: int, every: int) -> bool:

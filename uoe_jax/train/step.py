@@ -16,13 +16,11 @@ from uoe_jax import mesh as mesh_lib
 from uoe_jax.checks import check_sizes
 from uoe_jax.config import Config, ModelConfig, OptimizerConfig
 from uoe_jax.decompose import BLOCKS
-from uoe_jax.errors import ConfigError
-from uoe_jax.layers.ends import cross_entropy
-from uoe_jax.model import Stats, Transformer
+from uoe_jax.model import Stack, Stats
 from uoe_jax.routing import rebalanced
 from uoe_jax.train import guard as guard_lib
+from uoe_jax.train.task import TASKS, Batch, Sums, task_of
 
-Batch = dict[str, jax.Array]  # tokens, targets, segments, positions int32 [B,L]; n_bytes int32 [B]
 Params = dict[str, Any]  # nested, by module and weight name
 
 
@@ -35,16 +33,6 @@ class TrainState(NamedTuple):
     guard: guard_lib.Guard
 
 
-class Sums(NamedTuple):
-    """Sums over rows of a batch, so that microbatches and batches add up: float32, routing statistics per layer."""
-
-    nll: jax.Array
-    tokens: jax.Array
-    n_bytes: jax.Array
-    rows: jax.Array
-    routing: Stats
-
-
 class Program(NamedTuple):
     """A configuration compiled for a mesh.
 
@@ -53,7 +41,7 @@ class Program(NamedTuple):
       train_step: (state, batch) -> (state, metrics on device); donates the state.
       eval_step: (params, batch) -> Sums.
       abstract, abstract_batch: TrainState and batch of a train step as ShapeDtypeStructs with shardings.
-      model: params -> Transformer.
+      model: params -> the model (Transformer or Classifier).
     """
 
     mesh: Mesh | AbstractMesh
@@ -62,14 +50,18 @@ class Program(NamedTuple):
     eval_step: Callable[[Params, Batch], Sums]
     abstract: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
-    model: Callable[[Params], Transformer]
+    model: Callable[[Params], Any]
 
 
 def learning_rate(c: OptimizerConfig, decay_steps: int) -> optax.Schedule:
-    """Linear warmup from the first step, then cosine to `final_fraction` of the peak at `decay_steps`."""
+    """Linear warmup from the first step, then a cosine or a line to `final_fraction` of the peak at `decay_steps`."""
     end = max(decay_steps, c.warmup_steps + 1)  # a run shorter than its warmup ends inside it
     peak, last = c.learning_rate, c.learning_rate * c.final_fraction
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, c.warmup_steps, end, last)
+    if c.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, c.warmup_steps, end, last)
+    else:
+        rise, fall = optax.linear_schedule(0.0, peak, c.warmup_steps), optax.linear_schedule(peak, last, end - c.warmup_steps)
+        schedule = optax.join_schedules([rise, fall], [c.warmup_steps])
     return lambda count: schedule(count + 1)
 
 
@@ -82,14 +74,15 @@ def make_optimizer(c: OptimizerConfig, decay_steps: int, decayed: Params) -> opt
     return optax.chain(clip, adam)
 
 
-def functional(c: ModelConfig) -> tuple[Callable[[jax.Array], Params], Callable[[Params], Transformer], nnx.State]:
+def functional(c: ModelConfig) -> tuple[Callable[[jax.Array], Params], Callable[[Params], Stack], nnx.State]:
     """(key -> params, params -> module, abstract state with the weights' declarations)."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0))))
+    model = TASKS[c.task].model
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: model(c, rngs=nnx.Rngs(0))))
 
     def init(key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(Transformer(c, rngs=nnx.Rngs(params=key))))
+        return nnx.to_pure_dict(nnx.state(model(c, rngs=nnx.Rngs(params=key))))
 
-    def rebuild(params: Params) -> Transformer:
+    def rebuild(params: Params) -> Stack:
         state = jax.tree.map(lambda x: x, abstract)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)
@@ -109,24 +102,8 @@ def declared(abstract: nnx.State, read: Callable[[nnx.Param, tuple[int, ...]], A
     return out
 
 
-def batch_sums(model: Transformer, batch: Batch) -> Sums:
-    """Next-token losses of a batch, in nats, summed over valid tokens; the batch of a train step has `keys` as well."""
-    logits, routing = model(batch["tokens"], batch["segments"], batch["positions"], batch.get("keys"))
-    valid_BL = batch["segments"] > 0
-    nll_BL = cross_entropy(logits, batch["targets"])
-    return Sums(
-        nll=jnp.where(valid_BL, nll_BL, 0).sum(),
-        tokens=valid_BL.sum(dtype=jnp.float32),
-        n_bytes=batch["n_bytes"].sum(dtype=jnp.float32),
-        rows=valid_BL.any(axis=1).sum(dtype=jnp.float32),
-        routing=routing,
-    )
-
-
 def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     """Derives everything compiled from the configuration; nothing is allocated."""
-    if config.model.task != "language":
-        raise ConfigError("config.model.task", config.model.task, "training knows no classes yet; use 'language'")
     check_sizes(config, mesh.shape)
     init_params, rebuild, declarations = functional(config.model)
     shardings = declared(declarations, lambda w, shape: mesh_lib.weight_sharding(mesh, w.logical_axes, shape))
@@ -160,7 +137,7 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
         batch = {**batch, "keys": row_keys(config, state.step + state.guard.offset)}
         grads, sums = accumulated_gradients(config, rebuild, state.params, batch)
         grad_norm = optax.global_norm(grads)
-        bad, guard = guard_lib.judge(config.guard, state.guard, sums.nll / jnp.maximum(sums.tokens, 1), grad_norm)
+        bad, guard = guard_lib.judge(config.guard, state.guard, sums.nll / jnp.maximum(sums.count, 1), grad_norm)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes float constants with integer counts
             updates, opt = optimizer.update(grads, state.opt, state.params)
             used_rate = jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32)
@@ -170,7 +147,7 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
         return TrainState(state.step + 1, params, opt, guard), told
 
     def eval_step(params: Params, batch: Batch) -> Sums:
-        return batch_sums(rebuild(params), batch)
+        return task_of(config).sums(rebuild(params), batch, config)
 
     rows = mesh_lib.batch_sharding(mesh)
     return Program(
@@ -188,9 +165,8 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
 
 def abstract_batch(config: Config, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a train step's batch."""
-    rows, length = config.train.batch_size, config.model.context_length
-    shapes = {name: (rows, length) for name in ("tokens", "targets", "segments", "positions")} | {"n_bytes": (rows,)}
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name, shape in shapes.items()}
+    shapes = task_of(config).shapes(config)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
 
 
 def row_keys(config: Config, step: jax.Array) -> jax.Array:
@@ -213,19 +189,19 @@ def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
 
 
 def accumulated_gradients(
-    config: Config, rebuild: Callable[[Params], Transformer], params: Params, batch: Batch
+    config: Config, rebuild: Callable[[Params], Stack], params: Params, batch: Batch
 ) -> tuple[Params, Sums]:
-    """Gradient of mean token loss plus balance losses over the whole batch, `accumulation` microbatches at a time.
+    """Gradient of the mean loss plus balance losses over the whole batch, `accumulation` microbatches at a time.
 
-    Every microbatch divides by the global number of valid tokens and rows, so that the sum of their gradients is the
+    Every microbatch divides by the global number of targets and rows, so that the sum of their gradients is the
     gradient of the whole batch however it is cut.
     """
-    tokens = jnp.maximum((batch["segments"] > 0).sum(dtype=jnp.float32), 1)
-    rows = jnp.maximum((batch["segments"] > 0).any(axis=1).sum(dtype=jnp.float32), 1)
+    task = task_of(config)
+    count, rows = (jnp.maximum(n, 1) for n in task.counts(batch))
 
     def loss(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
-        sums = batch_sums(rebuild(params), part)
-        total = sums.nll / tokens
+        sums = task.sums(rebuild(params), part, config)
+        total = sums.nll / count
         for name, routing in config.model.routed().items():
             stats = sums.routing[name]
             total += (routing.balance_weight * stats.balance.sum() + routing.z_weight * stats.z.sum()) / rows

@@ -1,0 +1,46 @@
+"""Handwritten digits of 8 x 8 pixels (scikit-learn's), by an encoder of unions of experts; nothing is downloaded.
+
+Command:   uoe train --config=digits --workdir=runs/digits
+Hardware:  2 CPU cores.
+Time:      not measured.
+Expected:  not measured.
+"""
+
+from uoe_jax import config as uoe
+
+
+def get_config(variant: str = ""):
+    c = uoe.base()
+    c.data.source = "digits"
+    c.model.task = "classify"
+    c.model.stem = "image"
+    c.model.causal = False
+    c.model.n_layers = 4
+    c.model.d_model = 64
+    c.model.n_heads = 4
+    c.model.d_hidden = 256
+    c.model.context_length = 16
+    c.model.position = "learned"
+    c.model.classifier.n_classes = 10
+    c.model.image.update(height=8, width=8, channels=1, patch=2)
+    c.model.smha.n_experts, c.model.smha.k = 4, 3
+    c.model.uome.n_experts, c.model.uome.k = 4, 2
+    for routing in (c.model.smha, c.model.uome):
+        routing.priority = "score"
+        routing.capacity_factor = 1.25
+    c.augment.crop_padding = 1
+    c.train.steps = 1500
+    c.train.batch_size = 64
+    c.train.log_every = 50
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup_steps = 100
+    c.optimizer.final_fraction = 0.0
+    c.eval.every = c.checkpoint.every = 250
+    c.eval.test = True
+    if variant == "dense":  # the same sizes without routing, to compare with
+        c.model.attention = c.model.mlp = "dense"
+    elif variant == "tiny":
+        return uoe.tiny(c)
+    elif variant:
+        raise ValueError(f"there is no variant {variant!r}; give 'dense', 'tiny' or none")
+    return c

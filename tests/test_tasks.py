@@ -1,0 +1,128 @@
+"""Every shipped config, made tiny, trains and evaluates on miniature data with the true schema; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+import test_named
+import test_sources
+from helpers import ROOT, metric_lines, write_source
+from uoe_jax import cli
+from uoe_jax.data.tokenizer import BPETokenizer
+from uoe_jax.infer.sample import sample
+from uoe_jax.train.loop import train
+
+PROSE = [f"the {a} {b} of {n} {c} in a book" for n in range(9) for a in ("old", "new") for b in ("game", "day") for c in "xyz"]
+
+
+def write_prose(root: Path, dataset: str, config: str = "") -> Path:
+    rows = {split: [{"text": " . ".join(PROSE[i % 50 : i % 50 + 4]).encode()} for i in range(60)] for split in ("train", "test")}
+    version = "1.1.0" if dataset == "lm1b" else "3.1.0"
+    test_named.write(root, dataset, version, {"text": tfds.features.Text()}, rows, config)
+    return root
+
+
+def with_bpe(root: Path) -> dict[str, str]:
+    root.mkdir()
+    file = root / "bpe.json"
+    file.write_text(BPETokenizer.train((text.encode() for text in PROSE), 280).to_json())
+    return {"data.path": str(write_prose(root / "data", "c4", "en")), "data.tokenizer_file": str(file)}
+
+
+def write_imagenet(root: Path) -> Path:
+    """A few pictures of sizes that are not the model's."""
+    rng = np.random.default_rng(0)
+    sizes = [(40, 50), (32, 32), (70, 33), (33, 64)]
+    rows = {
+        split: [
+            {"file_name": f"{i}.png", "image": test_named.png(rng.integers(0, 256, (*sizes[i % 4], 3), dtype=np.uint8)), "label": i % 1000}
+            for i in range(n)
+        ]
+        for split, n in (("train", 200), ("validation", 12))
+    }
+    features = tfds.features
+    schema = {"file_name": features.Text(), "image": features.Image(encoding_format="png"), "label": features.ClassLabel(num_classes=1000)}
+    test_named.write(root, "imagenet2012", "5.1.0", schema, rows)
+    return root
+
+
+def reviews(root: Path) -> Path:
+    test_named.write_imdb(root, test_named.reviews(train=60, test=11))
+    return root
+
+
+def wikitext(root: Path) -> Path:
+    root.mkdir()
+    test_sources.write_zip(root)
+    return root
+
+
+def pairs(root: Path) -> Path:
+    return test_sources.write(root / "lra_release", {f"lra_release/tsv_data/{name}": text for name, text in test_sources.TSV.items()})
+
+
+def cifar(root: Path) -> Path:
+    test_named.write_cifar(root, 60, 11)
+    return root
+
+
+# What each config asks of its source, made in an empty directory.
+NEEDS = {
+    "quickstart": lambda root: {"data.path": str(write_source(root / "files", 90))},
+    "wikitext103": lambda root: {"data.path": str(wikitext(root / "raw"))},
+    "lm1b": lambda root: {"data.path": str(write_prose(root, "lm1b"))},
+    "uoe_1b": with_bpe,
+    "uoe_7b": with_bpe,
+    "lra_listops": lambda root: {},
+    "lra_text": lambda root: {"data.path": str(reviews(root))},
+    "lra_retrieval": lambda root: {"data.path": str(pairs(root))},
+    "lra_image": lambda root: {"data.path": str(cifar(root))},
+    "lra_pathfinder": lambda root: {},
+    "cifar10": lambda root: {"data.path": str(cifar(root))},
+    "imagenet": lambda root: {"data.path": str(write_imagenet(root))},
+    "digits": lambda root: {},
+}
+
+
+@pytest.fixture
+def as_commands_run():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_every_config_is_here():
+    assert sorted(NEEDS) == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+QUICK = ("wikitext103", "lra_retrieval", "cifar10")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NEEDS])
+def test_tiny_trains_five_steps_and_evaluates(name, tmp_path, capsys, as_commands_run):
+    overrides = NEEDS[name](tmp_path / "data")
+    workdir = tmp_path / "run"
+    assert train(cli.load_config(f"{name}:tiny", overrides), str(workdir), sample) == 0
+    lines = metric_lines(workdir)
+    trained = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5] and np.isfinite([line["train/loss"] for line in trained]).all()
+    (evaluated,) = [line for line in lines if "eval/loss" in line]
+    assert math.isfinite(evaluated["eval/loss"])
+    config = json.loads((workdir / "config.json").read_text())
+    measure = "bits_per_byte" if config["model"]["task"] == "language" else "accuracy"
+    assert math.isfinite(evaluated[f"eval/{measure}"])
+    record = json.loads((workdir / "record.json").read_text())["data"]
+    if measure == "accuracy":  # every example counted once
+        assert evaluated["eval/rows"] == record["n_rows"]["validation"]
+    if config["data"]["tokenizer"] == "words":
+        assert evaluated["eval/word_perplexity"] == pytest.approx(math.exp(evaluated["eval/loss"]))
+    tested = [line for line in lines if "test/loss" in line]
+    assert len(tested) == config["eval"]["test"]
+    assert train(cli.load_config(f"{name}:tiny", overrides), str(workdir), sample) == 0  # nothing left, and not tested again
+    assert metric_lines(workdir) == lines

@@ -1,0 +1,257 @@
+"""What is done to images: uint8 in and out, each a pure function of the image and of draws from the given generator.
+
+The draws are part of batch = f(seed, step). A function draws in the order in which its docstring names its steps, and
+a step that the configuration turns off draws nothing. Pillow does the resampling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from uoe_jax.config_data import AugmentConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MARGIN = 0.875  # the share of the short side that evaluation keeps of an image of another size: 224 of 256
+ASPECTS = (3 / 4, 4 / 3)  # of random crops, width by height
+CROP_TRIALS = 10
+EMPTY = 128  # the grey that RandAugment's shears, shifts and turns leave behind, as its authors' code has it
+TRANSLATED = 150 / 331  # share of a side that the strongest shift moves, as searched on images of 331 pixels
+LUMA = np.float32([0.2989, 0.5870, 0.1140])
+
+
+class Mix(NamedTuple):
+    """How two images and their labels are mixed.
+
+    Attributes:
+      share: weight of the first label, from 0 to 1; that of the second is 1 - share.
+      box: top, bottom, left, right in pixels of what the second image covers (CutMix); None: every pixel is a mean (mixup).
+    """
+
+    share: float
+    box: tuple[int, int, int, int] | None
+
+
+def augmented(
+    image: np.ndarray, c: AugmentConfig, rng: np.random.Generator, height: int, width: int, *, resize: bool = False
+) -> np.ndarray:
+    """One draw of training's crops, flips and RandAugment; mixing comes after, as it takes two images.
+
+    In this order: the random resized crop (crop_area below 1, else `fitted` without a draw), the padded crop, the
+    flip, RandAugment.
+
+    Args:
+      image: uint8 [any height, any width, 1 or 3].
+      resize: see `fitted`.
+
+    Returns uint8 [height,width,channels]. Raises ValueError for an image that cannot be used.
+    """
+    _check(image)
+    if c.crop_area < 1:
+        image = _resized_crop(image, c.crop_area, rng, height, width)
+    else:
+        image = fitted(image, height, width, resize=resize)
+    if c.crop_padding:
+        image = _padded_crop(image, c.crop_padding, rng)
+    if c.flip and rng.integers(2):
+        image = image[:, ::-1]
+    if c.rand_layers:
+        image = _rand_augmented(image, c.rand_layers, c.rand_magnitude, rng)
+    return np.ascontiguousarray(image)
+
+
+def fitted(image: np.ndarray, height: int, width: int, *, resize: bool = False) -> np.ndarray:
+    """The image at the size the model takes, without a draw.
+
+    Args:
+      image: uint8 [any height, any width, 1 or 3].
+      resize: of another size, the middle is cut out, such that the nearer pair of sides keeps 7/8, and resized (as for
+        ImageNet); else it is refused.
+
+    Returns uint8 [height,width,channels]: the same pixels where the size is right.
+    Raises ValueError for another size without `resize`, and for what is no image.
+    """
+    _check(image)
+    h, w, _ = image.shape
+    if (h, w) == (height, width):
+        return image
+    if not resize:
+        raise ValueError(f"an image of {h}x{w} pixels where {height}x{width} are expected")
+    scale = MARGIN * min(h / height, w / width)  # pixels of the image for one of the result
+    return _resized(image, (h - scale * height) / 2, (w - scale * width) / 2, scale * height, scale * width, height, width)
+
+
+def mixing(c: AugmentConfig, rng: np.random.Generator, height: int, width: int) -> Mix | None:
+    """Draws how a pair of images is mixed; None where neither mixup nor CutMix is on.
+
+    In this order: which of them where both are on (each half of the time), the weight from Beta(alpha, alpha), and for
+    CutMix the row and the column of the box's centre. The share is the kept area itself, as the image's edge may cut
+    the box.
+    """
+    if not c.mixup and not c.cutmix:
+        return None
+    cut = bool(rng.integers(2)) if c.mixup and c.cutmix else bool(c.cutmix)
+    alpha = c.cutmix if cut else c.mixup
+    share = float(rng.beta(alpha, alpha))
+    if not cut:
+        return Mix(share, None)
+    side = math.sqrt(1 - share)
+    top, bottom = _span(height, side, rng)
+    left, right = _span(width, side, rng)
+    return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+
+
+def mixed(a: np.ndarray, b: np.ndarray, mix: Mix) -> np.ndarray:
+    """uint8 [height,width,channels] of two such images. Raises ValueError where their shapes differ."""
+    if a.shape != b.shape:
+        raise ValueError(f"images of shapes {a.shape} and {b.shape} cannot be mixed")
+    if mix.box is None:
+        share = np.float32(mix.share)
+        return np.rint(share * a + (1 - share) * b).astype(np.uint8)
+    top, bottom, left, right = mix.box
+    result = a.copy()
+    result[top:bottom, left:right] = b[top:bottom, left:right]
+    return result
+
+
+def grey_tokens(image: np.ndarray) -> np.ndarray:
+    """The image as a sequence of pixels, row by row: int32 [height*width], from 0 to 255.
+
+    Colours become grey as in Long Range Arena, whose tf.image.rgb_to_grayscale works in float32 and casts back by
+    cutting 255.5 times the value (for 237 of the 16.7 million colours, the order of the float32 sum decides between two
+    neighbouring greys); one channel stays as it is.
+    """
+    _check(image)
+    if image.shape[-1] == 1:
+        return image.reshape(-1).astype(np.int32)
+    unit = image.astype(np.float32) * np.float32(1 / 255)
+    grey = unit[..., 0] * LUMA[0] + unit[..., 1] * LUMA[1] + unit[..., 2] * LUMA[2]
+    return (grey * np.float32(255.5)).astype(np.int32).reshape(-1)
+
+
+def as_floats(image: np.ndarray) -> np.ndarray:
+    """float32 of the same shape, from -2 to 2: what the model takes for uint8 pixels."""
+    return (image.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.25)
+
+
+def _check(image: np.ndarray) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3) or not image.size:
+        raise ValueError(f"{image.dtype} {list(image.shape)} is no image: uint8 [height,width,1 or 3] is expected")
+
+
+def _span(size: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
+    """Where `share` of a side begins and ends around a drawn centre, inside the side."""
+    length = int(size * share)
+    start = int(rng.integers(size)) - length // 2
+    return max(start, 0), min(start + length, size)
+
+
+def _padded_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws the top, then the left edge."""
+    h, w, _ = image.shape
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    top, left = int(rng.integers(2 * padding + 1)), int(rng.integers(2 * padding + 1))
+    return padded[top : top + h, left : left + w]
+
+
+def _resized_crop(image: np.ndarray, area: float, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Inception's crop. Up to ten times draws its share of the area and the logarithm of its aspect; the first that fits
+    draws its top and its left edge, and where none fits the largest middle of an allowed aspect is taken."""
+    h, w, _ = image.shape
+    low, high = ASPECTS
+    for _ in range(CROP_TRIALS):
+        pixels = rng.uniform(area, 1) * h * w
+        aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
+        crop_h, crop_w = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
+        if 0 < crop_h <= h and 0 < crop_w <= w:
+            top, left = int(rng.integers(h - crop_h + 1)), int(rng.integers(w - crop_w + 1))
+            return _resized(image, top, left, crop_h, crop_w, height, width)
+    crop_h, crop_w = min(h, max(1, round(w / low))), min(w, max(1, round(h * high)))
+    return _resized(image, (h - crop_h) // 2, (w - crop_w) // 2, crop_h, crop_w, height, width)
+
+
+def _resized(
+    image: np.ndarray, top: float, left: float, crop_h: float, crop_w: float, height: int, width: int
+) -> np.ndarray:
+    from PIL.Image import Resampling
+
+    box = (left, top, left + crop_w, top + crop_h)
+    return _to_array(_to_pillow(image).resize((width, height), Resampling.BILINEAR, box), image.shape[-1])
+
+
+def _to_pillow(image: np.ndarray) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
+
+
+def _to_array(image: Image, channels: int) -> np.ndarray:
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def _rand_augmented(image: np.ndarray, layers: int, magnitude: int, rng: np.random.Generator) -> np.ndarray:
+    """RandAugment: every layer draws one of the operations, then the sign of its strength (used or not)."""
+    channels = image.shape[-1]
+    names = [name for name in RAND_OPS if channels == 3 or name != "color"]
+    pillow = _to_pillow(image)
+    for _ in range(layers):
+        name = names[int(rng.integers(len(names)))]
+        sign = 1 - 2 * int(rng.integers(2))
+        pillow = RAND_OPS[name](pillow, magnitude / 30, sign)
+    return _to_array(pillow, channels)
+
+
+def _moved(image: Image, *coefficients: float) -> Image:
+    """The pixel at (x, y) is taken from (a x + b y + c, d x + e y + f), the nearest one."""
+    from PIL.Image import Resampling, Transform
+
+    fill = EMPTY if image.mode == "L" else (EMPTY,) * 3
+    return image.transform(image.size, Transform.AFFINE, coefficients, Resampling.NEAREST, fillcolor=fill)
+
+
+def _rotated(image: Image, m: float, sign: int) -> Image:
+    return image.rotate(30 * m * sign, fillcolor=EMPTY if image.mode == "L" else (EMPTY,) * 3)
+
+
+def _enhanced(name: str) -> Callable[[Image, float, int], Image]:
+    def enhance(image: Image, m: float, sign: int) -> Image:
+        from PIL import ImageEnhance
+
+        return getattr(ImageEnhance, name)(image).enhance(1 + 0.9 * m * sign)
+
+    return enhance
+
+
+def _by_values(name: str, argument: Callable[[float], int] | None = None) -> Callable[[Image, float, int], Image]:
+    def apply(image: Image, m: float, sign: int) -> Image:
+        from PIL import ImageOps
+
+        return getattr(ImageOps, name)(image, *(() if argument is None else (argument(m),)))
+
+    return apply
+
+
+# The operations of the RandAugment paper (arXiv 1909.13719), as functions of an image, of the strength from 0 to 1 and
+# of its sign. The order is part of the draw. Ranges as in torchvision, but that strength 0 changes nothing at all: at
+# the threshold 256 no pixel is solarised. Strength 30 shears by 0.3, turns by 30 degrees, keeps four bits.
+RAND_OPS: dict[str, Callable[[Image, float, int], Image]] = {
+    "identity": lambda image, m, sign: image,
+    "autocontrast": _by_values("autocontrast"),
+    "equalize": _by_values("equalize"),
+    "rotate": _rotated,
+    "solarize": _by_values("solarize", lambda m: round(256 * (1 - m))),
+    "color": _enhanced("Color"),
+    "posterize": _by_values("posterize", lambda m: 8 - round(4 * m)),
+    "contrast": _enhanced("Contrast"),
+    "brightness": _enhanced("Brightness"),
+    "sharpness": _enhanced("Sharpness"),
+    "shear_x": lambda image, m, sign: _moved(image, 1, 0.3 * m * sign, 0, 0, 1, 0),
+    "shear_y": lambda image, m, sign: _moved(image, 1, 0, 0, 0.3 * m * sign, 1, 0),
+    "translate_x": lambda image, m, sign: _moved(image, 1, 0, TRANSLATED * m * sign * image.width, 0, 1, 0),
+    "translate_y": lambda image, m, sign: _moved(image, 1, 0, 0, 0, 1, TRANSLATED * m * sign * image.height),
+}

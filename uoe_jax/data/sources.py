@@ -1,0 +1,72 @@
+"""From data.source to where the examples come from, and from data.tokenizer to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from uoe_jax.config import Config
+from uoe_jax.config_data import FACTS, DataConfig
+from uoe_jax.data.examples import ExampleSource
+from uoe_jax.data.tokenizer import Tokenizer, WordTokenizer, load_tokenizer
+
+
+class TextSource(Protocol):
+    """Where documents come from. key: names this content under these rules; caches derived from it are keyed by it."""
+
+    key: str
+
+    def documents(self, split: str) -> Iterable[bytes]: ...
+    def record(self) -> dict[str, Any]: ...
+
+
+def text_source(c: DataConfig, cache_dir: Path) -> TextSource:
+    """The documents of a language model; the modules are imported as they are needed. Raises UserError."""
+    from uoe_jax.data import named, stdlib, text, wikitext
+
+    opened: dict[str, Callable[[], TextSource]] = {
+        "stdlib": lambda: stdlib.prepare(c.path, cache_dir),
+        "text": lambda: text.open_text(c.path, cache_dir),
+        "wikitext103": lambda: wikitext.open_wikitext103(c.path, cache_dir),
+        "tfds_text": lambda: named.open_tfds_text(c.name, c.path),
+    }
+    return opened[c.source]()
+
+
+def labelled_source(c: DataConfig, cache_dir: Path) -> ExampleSource:
+    """The examples of a classifier. Raises UserError."""
+    from uoe_jax.data import aan, digits, listops, named, pathfinder
+
+    opened: dict[str, Callable[[], ExampleSource]] = {
+        "listops": lambda: listops.ListOps(c.listops),
+        "aan": lambda: aan.open_aan(c.path, cache_dir),
+        "pathfinder": lambda: pathfinder.open_pathfinder(c.path, c.pathfinder),
+        "digits": digits.Digits,
+    }
+    return opened[c.source]() if c.source in opened else named.open_named(c.source, c.path)
+
+
+def tokenizer_of(c: DataConfig, documents: Callable[[], Iterable[bytes]]) -> Tokenizer:
+    """The tokenizer that data.tokenizer asks for; a vocabulary of words is counted in `documents`, the training split."""
+    return load_tokenizer(c.tokenizer, c.tokenizer_file) or WordTokenizer.train(documents(), c.min_count)
+
+
+def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
+    """(token ids that the model must know, the tokenizer of text), as far as they are known before data are read.
+
+    0 ids: the inputs are images, or words that are still to be counted.
+    """
+    m, d = c.model, c.data
+    if m.task == "classify" and m.stem == "image":
+        return 0, None
+    if d.source == "listops":
+        from uoe_jax.data.listops import SYMBOLS
+
+        return len(SYMBOLS), None
+    if d.source in FACTS and FACTS[d.source].image is not None:
+        return 256, None  # pixels
+    if d.tokenizer == "bpe" and not d.tokenizer_file and m.vocab_size:
+        return 0, None  # enough for a plan
+    tokenizer = load_tokenizer(d.tokenizer, d.tokenizer_file)
+    return (tokenizer.vocab_size if tokenizer else 0), tokenizer

@@ -1,0 +1,248 @@
+"""A person's own text: files of plain text or of JSON lines, read as a stream and never whole (data.source='text')."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from uoe_jax.data.prepared import RawFiles, lines, refuse
+from uoe_jax.errors import ConfigError
+
+VERSION = "1.0.0"  # of the rules below: raise it when the documents, their split or order change, or caches go stale
+DOCUMENT_BYTES = 64 << 10
+TAKEN = (".txt", ".jsonl", ".ndjson")  # of a directory, each also with .gz behind it
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFile:
+    """One file: where it is, and the SHA-256 of its bytes as they lie on disk."""
+
+    path: Path
+    sha256: str
+
+    @property
+    def packed(self) -> bool:
+        return self.path.name.endswith(".gz")
+
+    @property
+    def json_lines(self) -> bool:
+        return self.path.name.removesuffix(".gz").endswith(JSON_LINES)
+
+    @property
+    def content(self) -> tuple[str, bool, bool]:
+        """All that its documents depend on."""
+        return self.sha256, self.packed, self.json_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles:
+    """The documents of some files.
+
+    A line of a JSON-lines file is a document: its field "text", of any length; empty lines and empty texts are passed
+    over. Any other file is text: one document, or several of at most 64 KiB that are cut at the ends of lines (inside a
+    longer line, between two characters) and give the file back when they are put together.
+
+    A document is of the training split, the validation split or the test split by the hash of its bytes, about 98/1/1:
+    equal documents never fall into two splits, and added files move no document. Files are read in the order of their
+    hashes, so neither names nor places matter.
+
+    Attributes:
+      key: names the documents and their order; caches derived from them are keyed by it.
+      path: data.path as it was written.
+      files: those that are not empty, in reading order.
+      n_bytes, n_empty: the bytes of `files` on disk, and how many files were passed over because they are empty.
+    """
+
+    key: str
+    path: str
+    files: tuple[TextFile, ...]
+    sha256: str
+    n_bytes: int
+    n_empty: int
+    raw: RawFiles
+
+    def documents(self, split: str) -> Iterator[bytes]:
+        """The split's documents, one by one.
+
+        Raises ConfigError with file and place for bytes that are not UTF-8 and a line that is no document, and at the end
+        where the split holds none; UserError for a file that cannot be read or changes meanwhile.
+        """
+        n_documents = n_yielded = 0
+        for file in self.files:
+            for document in _documents(file, self.raw):
+                n_documents += 1
+                if split_of(document) == split:
+                    n_yielded += 1
+                    yield document
+        if not n_documents:
+            raise ConfigError("data.path", self.path, f"its {len(self.files)} files hold no text: name others.")
+        if not n_yielded:
+            remedy = (
+                f"its {n_documents} documents leave the {split} split empty (a document goes to train/validation/test by "
+                "a hash of its content, 98/1/1; a text file is one document per 64 KiB): add files, or cut long ones."
+            )
+            raise ConfigError("data.path", self.path, remedy)
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able, for the run's record."""
+        return {
+            "path": self.path,
+            "sha256": self.sha256,
+            "n_files": len(self.files),
+            "n_bytes": self.n_bytes,
+            "n_empty_files": self.n_empty,
+        }
+
+
+def open_text(path: str, cache_dir: Path) -> TextFiles:
+    """The text under a directory (its .txt, .jsonl and .ndjson files, also .gz, at any depth) or of the files of a glob.
+
+    In a glob, `**` is any depth and .json is JSON lines too. Hidden files and directories are passed over.
+    Raises ConfigError where there is no such file or all are empty, UserError for one that cannot be read.
+    """
+    found = find(path)
+    sizes = {file: _size(file) for file in found}
+    full = [file for file in found if sizes[file]]
+    if not full:
+        raise ConfigError("data.path", path, f"its {len(found)} files are all empty: name files with text.")
+    raw = RawFiles(cache_dir)
+    hashes = raw.sha256(full)
+    files = sorted((TextFile(*pair) for pair in zip(full, hashes, strict=True)), key=lambda file: file.content)
+    sha256 = hashlib.sha256(json.dumps([file.content for file in files]).encode()).hexdigest()
+    return TextFiles(
+        key=f"text-{VERSION}-{sha256[:24]}",
+        path=path,
+        files=tuple(files),
+        sha256=sha256,
+        n_bytes=sum(sizes.values()),
+        n_empty=len(found) - len(full),
+        raw=raw,
+    )
+
+
+def split_of(document: bytes) -> str:
+    """The split of a document, about 98/1/1 by the hash of its bytes."""
+    percent = int.from_bytes(hashlib.sha256(document).digest()[:8], "big") % 100
+    return "train" if percent < 98 else "validation" if percent < 99 else "test"
+
+
+def find(path: str) -> list[Path]:
+    """The files that data.path names, in the order of their names; one that has several names is taken once."""
+    if not path:
+        remedy = "set it to a directory of .txt or .jsonl files, or to a glob such as 'DIR/**/*.txt'."
+        raise ConfigError("data.path", path, remedy)
+    pattern = os.path.expanduser(path)
+    if os.path.isdir(pattern):
+        names = [name for name in _walk(pattern) if name.removesuffix(".gz").endswith(TAKEN)]
+        missing = "holds no .txt, .jsonl or .ndjson file (also .gz): name a directory that does, or others by a glob."
+    else:
+        if "**" in pattern:
+            # glob itself passes over directories that cannot be read.
+            list(_walk(os.path.join(".", *itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))))
+        names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        missing = "is neither a directory nor a glob of files on this machine: name one of text or JSON lines."
+    files: dict[str, Path] = {}
+    for name in sorted(names, key=os.fsencode):
+        if _is_file(name):
+            files.setdefault(os.path.realpath(name), Path(name))
+    if not files:
+        raise ConfigError("data.path", path, missing)
+    return list(files.values())
+
+
+def _walk(root: str) -> Iterator[str]:
+    """The files below, also behind links; hidden ones are left out. Raises UserError for an unreadable directory."""
+    seen = {os.path.realpath(root)}
+
+    def is_new(folder: str) -> bool:
+        real = os.path.realpath(folder)
+        return real not in seen and not seen.add(real)
+
+    def refused(error: OSError) -> None:
+        refuse(str(error.filename), error)
+
+    for folder, folders, leaves in os.walk(root, onerror=refused, followlinks=True):
+        folders[:] = [f for f in sorted(folders) if not f.startswith(".") and is_new(os.path.join(folder, f))]
+        yield from (os.path.join(folder, leaf) for leaf in leaves if not leaf.startswith("."))
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(name).st_mode)
+    except OSError as error:
+        refuse(name, error)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        refuse(file, error)
+
+
+def _documents(file: TextFile, raw: RawFiles) -> Iterator[bytes]:
+    with raw.open(file.path, file.sha256) as opened, contextlib.ExitStack() as stack:
+        reader = stack.enter_context(gzip.GzipFile(fileobj=opened)) if file.packed else opened
+        yield from (_from_json_lines if file.json_lines else _from_text)(reader, file.path)
+
+
+def _from_text(reader: BinaryIO, file: Path) -> Iterator[bytes]:
+    offset = 0
+    rest = b""
+    while rest := rest + reader.read(DOCUMENT_BYTES + 1 - len(rest)):
+        document = rest[: _cut(rest)]
+        try:
+            document.decode()
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{file}, byte {offset + error.start}") from error
+        yield document
+        offset += len(document)
+        rest = rest[len(document) :]
+
+
+def _cut(data: bytes) -> int:
+    """Where the first document of `data` ends, which is the rest of a file or more than a document."""
+    if len(data) <= DOCUMENT_BYTES:
+        return len(data)
+    if end := data.rfind(b"\n", 0, DOCUMENT_BYTES) + 1:
+        return end
+    # The byte at a cut begins a character: in UTF-8 at most three bytes 10xxxxxx follow the first.
+    starts = (end for end in range(DOCUMENT_BYTES, DOCUMENT_BYTES - 4, -1) if data[end] & 0xC0 != 0x80)
+    return next(starts, DOCUMENT_BYTES)
+
+
+def _from_json_lines(reader: BinaryIO, file: Path) -> Iterator[bytes]:
+    for number, line in lines(reader, file):
+        if line.isspace():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            found = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{where}, byte {error.start} of the line") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("data.path", where, f"is no JSON ({error}): mend it, or name the file .txt.") from error
+        text = found.get("text") if isinstance(found, dict) else None
+        if not isinstance(text, str):
+            raise ConfigError("data.path", where, 'must be a JSON object with its text as a string, {"text": "..."}.')
+        try:
+            document = text.encode()
+        except UnicodeEncodeError as error:
+            raise _not_utf8(f"{where}, character {error.start} of its text") from error
+        if document:
+            yield document
+
+
+def _not_utf8(where: str) -> ConfigError:
+    return ConfigError("data.path", where, "is not UTF-8: convert the file to UTF-8, or take it out of data.path.")

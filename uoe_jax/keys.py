@@ -1,0 +1,63 @@
+"""One declaration per key of the configuration: type, default, range and a line of documentation; no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Iterator, Mapping
+
+from uoe_jax.errors import ConfigError
+
+INT32_MAX = 2**31 - 1
+FLOAT32_TINY = 1.2e-38  # below it, accelerators take a float32 for 0
+
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    free: bool = False,
+) -> Any:
+    """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`; `free` may change on resume."""
+    if type(default) is int and high is None:
+        high = INT32_MAX  # devices count in int32
+    meta = dict(default=default, doc=doc, low=low, high=high, above=above, choices=choices, free=free)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Yields (dotted key, value, declaration) of every key of a dataclass instance or class default."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value, field.metadata
+
+
+def printable(text: str) -> str:
+    """The text in one line: control characters and broken UTF-8 escaped."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
+    """The value of a key, if its declaration allows it; ConfigError otherwise."""
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ConfigError(name, value, f"give a value of type {kind.__name__}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(name, value, f"choose one of {', '.join(meta['choices'])}")
+    if type(value) is float and not math.isfinite(value):
+        raise ConfigError(name, value, "give a finite number")
+    if meta["low"] is not None and value < meta["low"]:
+        raise ConfigError(name, value, f"give at least {meta['low']}")
+    if meta["above"] is not None and value <= meta["above"]:
+        raise ConfigError(name, value, f"give more than {meta['above']}")
+    if meta["high"] is not None and value > meta["high"]:
+        raise ConfigError(name, value, f"give at most {meta['high']}")
+    if kind is float and 0 < abs(value) < FLOAT32_TINY:
+        raise ConfigError(name, value, f"is 0 in float32; give at least {FLOAT32_TINY}")
+    return float(value) if kind is float else value

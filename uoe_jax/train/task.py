@@ -1,0 +1,166 @@
+"""What differs between learning a language and learning classes: the model, its batch, its losses, its measures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uoe_jax.classifier import Classifier
+from uoe_jax.config import Config
+from uoe_jax.model import Stack, Stats, Transformer
+
+Batch = dict[str, jax.Array]
+
+
+class Sums(NamedTuple):
+    """Sums over rows of a batch, so that microbatches and batches add up: float32, routing statistics per layer.
+
+    `nll` is over `count` targets: valid tokens, or examples. `tokens` of the rows the blocks see, `rows` these.
+    """
+
+    nll: jax.Array
+    count: jax.Array
+    correct: jax.Array
+    tokens: jax.Array
+    n_bytes: jax.Array
+    rows: jax.Array
+    routing: Stats
+
+
+class Task(NamedTuple):
+    """One value of model.task.
+
+    Attributes:
+      model: its class.
+      shapes: config -> {name: (shape, dtype)} of a train step's batch.
+      sums: (model, batch, config) -> Sums; the batch of a train step has `keys` as well, a random key for each row.
+      counts: batch -> (targets, rows the blocks see), float32.
+      measures: (sums on the host, config) -> what a person reads of them.
+      ranking: its measures -> what ranks checkpoints, the lowest first.
+      said: its measures -> the same in words.
+    """
+
+    model: type[Stack]
+    shapes: Callable[[Config], dict[str, tuple[tuple[int, ...], Any]]]
+    sums: Callable[[Any, Batch, Config], Sums]
+    counts: Callable[[Batch], tuple[jax.Array, jax.Array]]
+    measures: Callable[[Sums, Config], dict[str, float]]
+    ranking: Callable[[dict[str, float]], float]
+    said: Callable[[dict[str, float]], str]
+
+
+def task_of(c: Config) -> Task:
+    return TASKS[c.model.task]
+
+
+# --- the next token ---------------------------------------------------------------------------------------------
+
+
+def _text_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
+    rows = c.train.batch_size
+    by_token = {name: ((rows, c.model.context_length), jnp.int32) for name in ("tokens", "targets", "segments", "positions")}
+    return by_token | {"n_bytes": ((rows,), jnp.int32)}
+
+
+def _text_sums(model: Transformer, batch: Batch, c: Config) -> Sums:
+    """Next-token losses in nats, over valid tokens."""
+    nll_BL, routing = model.nll(
+        batch["tokens"], batch["targets"], batch["segments"], batch["positions"], batch.get("keys")
+    )
+    valid_BL = batch["segments"] > 0
+    tokens, rows = _text_counts(batch)
+    return Sums(
+        nll=jnp.where(valid_BL, nll_BL, 0).sum(),
+        count=tokens,
+        correct=jnp.zeros(()),
+        tokens=tokens,
+        n_bytes=batch["n_bytes"].sum(dtype=jnp.float32),
+        rows=rows,
+        routing=routing,
+    )
+
+
+def _text_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    valid_BL = batch["segments"] > 0
+    return valid_BL.sum(dtype=jnp.float32), valid_BL.any(axis=1).sum(dtype=jnp.float32)
+
+
+def _text_measures(sums: Sums, c: Config) -> dict[str, float]:
+    """`loss` in nats per token; `bits_per_byte` of the text the tokens stand for; `word_perplexity` where tokens are words."""
+    nll = float(sums.nll)
+    loss = nll / max(float(sums.count), 1.0)
+    found = {"loss": loss, "bits_per_byte": nll / math.log(2) / max(float(sums.n_bytes), 1.0)}
+    return found | ({"word_perplexity": float(np.exp(loss))} if c.data.tokenizer == "words" else {})
+
+
+def _text_said(found: dict[str, float]) -> str:
+    words = f", perplexity {found['word_perplexity']:.2f} per word" if "word_perplexity" in found else ""
+    return f"{found['bits_per_byte']:.4f} bits per byte{words}"
+
+
+# --- classes ----------------------------------------------------------------------------------------------------
+
+
+def _class_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
+    m, rows = c.model, c.train.batch_size
+    pair = (2,) if m.classifier.n_inputs == 2 else ()
+    inputs = ((m.image.height, m.image.width, m.image.channels), jnp.uint8)
+    if m.stem == "tokens":
+        inputs = ((*pair, m.context_length), jnp.int32)
+    return {
+        "inputs": ((rows, *inputs[0]), inputs[1]),
+        "segments": ((rows, *pair, m.context_length), jnp.int32),
+        "label": ((rows,), jnp.int32), "other": ((rows,), jnp.int32), "share": ((rows,), jnp.float32),
+    }  # fmt: skip
+
+
+def _class_sums(model: Classifier, batch: Batch, c: Config) -> Sums:
+    """Cross entropy with the class, in nats, over examples; in training smoothed as configured."""
+    inputs = batch["inputs"]
+    if c.model.stem == "image":  # a byte a pixel goes to the device
+        inputs = (inputs.astype(jnp.float32) / 255 - 0.5) / 0.25
+    logits_BC, routing = model(inputs, batch["segments"], batch.get("keys"))
+    n_classes = c.model.classifier.n_classes
+    target_BC = jnp.zeros_like(logits_BC)
+    for name, share_B in (("label", batch["share"]), ("other", 1 - batch["share"])):
+        target_BC += jax.nn.one_hot(batch[name], n_classes) * share_B[:, None]
+    if "keys" in batch and c.train.label_smoothing:
+        target_BC = (1 - c.train.label_smoothing) * target_BC + c.train.label_smoothing / n_classes
+    valid_B = batch["label"] >= 0
+    nll_B = -(target_BC * jax.nn.log_softmax(logits_BC)).sum(axis=-1)
+    examples, rows = _class_counts(batch)
+    return Sums(
+        nll=jnp.where(valid_B, nll_B, 0).sum(),
+        count=examples,
+        correct=((logits_BC.argmax(axis=-1) == batch["label"]) & valid_B).sum(dtype=jnp.float32),
+        tokens=(batch["segments"] > 0).sum(dtype=jnp.float32),
+        n_bytes=jnp.zeros(()),
+        rows=rows,
+        routing=routing,
+    )
+
+
+def _class_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    examples = (batch["label"] >= 0).sum(dtype=jnp.float32)
+    return examples, examples * math.prod(batch["segments"].shape[1:-1])
+
+
+def _class_measures(sums: Sums, c: Config) -> dict[str, float]:
+    """`loss` in nats per example; `accuracy`, the share of examples whose highest score is that of their class."""
+    examples = max(float(sums.count), 1.0)
+    return {"loss": float(sums.nll) / examples, "accuracy": float(sums.correct) / examples}
+
+
+TASKS = {
+    "language": Task(
+        Transformer, _text_shapes, _text_sums, _text_counts, _text_measures, lambda found: found["loss"], _text_said
+    ),
+    "classify": Task(
+        Classifier, _class_shapes, _class_sums, _class_counts, _class_measures,
+        lambda found: 1 - found["accuracy"], lambda found: f"{100 * found['accuracy']:.2f} % right",
+    ),
+}  # fmt: skip
