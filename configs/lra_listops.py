@@ -37,8 +37,22 @@ def get_config(variant: str = ""):
     c.train.log_every = 50
     c.eval.every = c.checkpoint.every = 500
     c.eval.test = True  # validation chooses the checkpoint, test is read once
+    if variant in ("short", "short-dense"):
+        c.data.listops.update(min_length=10, max_length=129)
+        c.model.context_length = 128
+        c.model.n_layers = 4
+        c.model.d_model = 96
+        c.model.n_heads = 4
+        c.model.d_hidden = 192
+        c.model.smha.n_experts, c.model.smha.k = 4, 3
+        c.optimizer.learning_rate = 2e-3
+        c.optimizer.warmup_steps = 200
+        c.train.steps = 3_000
+        if variant == "short-dense":  # the same sizes without routing, to compare with
+            c.model.attention = c.model.mlp = "dense"
+        return c
     if variant == "tiny":
         return uoe.tiny(c)
     if variant:
-        raise ValueError(f"there is no variant {variant!r}; give 'tiny' or none")
+        raise ValueError(f"there is no variant {variant!r}; give 'short', 'short-dense', 'tiny' or none")
     return c

@@ -13,9 +13,9 @@ import tensorflow_datasets as tfds
 
 import test_named
 import test_sources
-from helpers import ROOT, metric_lines, write_source
+from helpers import ROOT, metric_lines, uoe, write_source
 from uoe_jax import cli
-from uoe_jax.data.tokenizer import BPETokenizer
+from uoe_jax.data.tokenizer import BPETokenizer, stored
 from uoe_jax.infer.sample import sample
 from uoe_jax.train.loop import train
 
@@ -59,9 +59,7 @@ def reviews(root: Path) -> Path:
 
 
 def wikitext(root: Path) -> Path:
-    root.mkdir()
-    test_sources.write_zip(root)
-    return root
+    return test_sources.write_zip(root)
 
 
 def pairs(root: Path) -> Path:
@@ -126,3 +124,38 @@ def test_tiny_trains_five_steps_and_evaluates(name, tmp_path, capsys, as_command
     assert len(tested) == config["eval"]["test"]
     assert train(cli.load_config(f"{name}:tiny", overrides), str(workdir), sample) == 0  # nothing left, and not tested again
     assert metric_lines(workdir) == lines
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    """The file it came from may go, and another one in its place is refused."""
+    overrides = with_bpe(tmp_path / "data")
+    file, workdir = Path(overrides["data.tokenizer_file"]), tmp_path / "run"
+    args = ["train", "--config=uoe_1b:tiny", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in overrides.items())]
+    code, _, err = uoe(*args, "--config.train.stop_after=2")
+    assert code == 0, err
+    assert stored((workdir / "tokenizer.json").read_text()).fingerprint == BPETokenizer.load(str(file)).fingerprint
+    file.write_text(BPETokenizer.train([b"something else entirely"], 260).to_json())
+    code, _, err = uoe(*args)
+    assert code == 2 and "config.data.tokenizer_file" in err and "is not the tokenizer of the run" in err and err.count("\n") == 1
+    file.unlink()
+    code, out, err = uoe(*args)
+    assert code == 0 and "a sample:" in out, err
+    assert metric_lines(workdir)[-1]["step"] == 5
+    code, out, err = uoe("generate", f"--workdir={workdir}", "--prompt=the old", "--max_tokens=3")
+    assert code == 0 and out.startswith("the old"), err
+    code, _, err = uoe(*args, f"--workdir={tmp_path / 'other'}")
+    assert code == 2 and "config.data.tokenizer_file" in err and "uoe tokenizer train" in err
+
+
+def test_words_are_counted_once_for_all_runs(tmp_path, monkeypatch):
+    from uoe_jax.data import pipeline
+    from uoe_jax.data.vocabulary import WordTokenizer
+
+    config = cli.load_config("wikitext103:tiny", NEEDS["wikitext103"](tmp_path / "data"))
+    first = pipeline.load(config, tmp_path / "cache").tokenizer
+    monkeypatch.setattr(WordTokenizer, "train", pytest.fail)
+    assert pipeline.load(config, tmp_path / "cache").tokenizer.fingerprint == first.fingerprint
+    (cached,) = (tmp_path / "cache/words").iterdir()
+    cached.write_text(cached.read_text()[:-20])
+    monkeypatch.undo()
+    assert pipeline.load(config, tmp_path / "cache").tokenizer.fingerprint == first.fingerprint  # counted again

@@ -197,12 +197,11 @@ def load_config(name: str, overrides: dict[str, str]) -> Config:
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from uoe_jax.data.kept import check_tokenizer
+
     config = load_config(options.config, overrides)
     _check_workdir(options.workdir)
-    if config.data.tokenizer == "bpe":  # a plan can do without its file
-        from uoe_jax.data.tokenizer import load_tokenizer
-
-        load_tokenizer(config.data.tokenizer, config.data.tokenizer_file)
+    check_tokenizer(config, options.workdir)
     _start(config, stops_itself=True)
     from uoe_jax.infer.sample import sample
     from uoe_jax.train.loop import train
@@ -259,10 +258,10 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
             values["generate"][name] = config_lib.parse_value(f"generate.{name}", text)
     config = dataclasses.replace(config, generate=config_lib.from_dict(values).generate)
     _start(config)
+    from uoe_jax.data.kept import read_tokenizer
     from uoe_jax.data.tokenizer import load_tokenizer
     from uoe_jax.infer.sample import Sampler
     from uoe_jax.memory import cache_bytes
-    from uoe_jax.train.loop import read_tokenizer
     from uoe_jax.train.restore import restored
 
     processes.same_command(config, step=options.step)

@@ -11,11 +11,15 @@ TEXT = ("stdlib", "text", "wikitext103", "tfds_text")  # for a language model
 
 
 class Facts(NamedTuple):
-    """What a labelled source gives: classes, inputs of an example, and (height, width, channels) of images; 0: any."""
+    """What a labelled source gives: classes, inputs of an example, and (height, width, channels) of images; 0: any.
+
+    resize: images are of every size, and made to fit.
+    """
 
     n_classes: int
     n_inputs: int = 1
     image: tuple[int, int, int] | None = None
+    resize: bool = False
 
 
 FACTS = {  # for a classifier
@@ -26,7 +30,7 @@ FACTS = {  # for a classifier
     "digits": Facts(10, image=(8, 8, 1)),
     "cifar10": Facts(10, image=(32, 32, 3)),
     "cifar100": Facts(100, image=(32, 32, 3)),
-    "imagenet2012": Facts(1000, image=(0, 0, 3)),
+    "imagenet2012": Facts(1000, image=(0, 0, 3), resize=True),
 }
 
 

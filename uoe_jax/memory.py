@@ -19,11 +19,15 @@ def router_parameters(r: RoutingConfig, d_model: int) -> int:
 def layer_parameters(c: ModelConfig) -> int:
     """Weights of one layer: attention, MLP, routers and the two norms."""
     d, h, g, dh, f = c.d_model, c.n_heads, c.kv_heads, c.head_dim, c.d_hidden
-    attention = d * dh * (2 * h + 2 * g) + c.bias * (dh * (h + 2 * g) + d)
-    attention += 2 * dh * c.qk_norm
-    mlp = (c.n_into + 1) * d * f + c.bias * (c.n_into * f + d)
+    attention = d * dh * (2 * h + 2 * g) + 2 * dh * c.qk_norm
+    mlp = (c.n_into + 1) * d * f
     routers = sum(router_parameters(r, d) for r in c.routed().values())
-    return attention + mlp + routers + 2 * norm_parameters(c)
+    return attention + mlp + sum(bias_parameters(c)) + routers + 2 * norm_parameters(c)
+
+
+def bias_parameters(c: ModelConfig) -> tuple[int, int]:
+    """Biases of one layer: (into the heads and the hidden units, out of them)."""
+    return (c.head_dim * (c.n_heads + 2 * c.kv_heads) + c.n_into * c.d_hidden, 2 * c.d_model) if c.bias else (0, 0)
 
 
 def norm_parameters(c: ModelConfig) -> int:

@@ -265,7 +265,12 @@ def _read_json(file: epath.Path, remedy: str) -> dict[str, Any] | None:
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path = epath.Path(path)
     if is_remote(path):
         path.write_text(text)
         return

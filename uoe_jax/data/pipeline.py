@@ -32,7 +32,6 @@ Batch = dict[str, np.ndarray]  # as a row, with a leading B
 T = TypeVar("T")
 
 
-
 class Rows(Protocol):
     """One split as rows of a batch, by index; PackedRows or LabelledRows."""
 
@@ -97,7 +96,7 @@ def _load_text(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> 
     data, model = config.data, config.model
     source = text_source(data, cache_dir)
     if tokenizer is None:
-        tokenizer = tokenizer_of(data, lambda: source.documents("train"))
+        tokenizer = tokenizer_of(data, lambda: source.documents("train"), cache_dir / "words" / f"{source.key}-{data.min_count}.json")
     rows = {}
     for split in SPLITS:
         store = open_or_build(lambda: source.documents(split), tokenizer, cache_dir, source.key, split)
@@ -128,7 +127,7 @@ def _bundle(
 ) -> DataBundle:
     for split in SPLITS:
         if not len(rows[split]):
-            remedy = f"its {split} split holds no document: choose another data.path."
+            remedy = f"its {split} split holds nothing to learn from: choose another data.path."
             raise ConfigError("data.source", config.data.source, remedy)
     described = json.dumps(facts, sort_keys=True).encode()  # stands for content that nobody hashes
     facts = {"sha256": hashlib.sha256(described).hexdigest(), **facts}

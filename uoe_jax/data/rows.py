@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.config import Config
+from uoe_jax.config_data import FACTS
 from uoe_jax.data import augment
 from uoe_jax.data.examples import Example, Examples, Input
 from uoe_jax.data.packing import Row
@@ -29,7 +30,7 @@ class LabelledRows:
         """name: of the split, for errors. tokenizer: of text; other inputs have their token ids."""
         self._examples, self._n_classes, self._name = examples, n_classes, name
         self._model, self._augment, self._tokenizer = config.model, config.augment, tokenizer
-        self._resize = config.data.source == "imagenet2012"
+        self._resize = FACTS[config.data.source].resize
         self._size = (config.model.image.height, config.model.image.width)
         self._step = -(-config.model.context_length // config.data.buckets)
 

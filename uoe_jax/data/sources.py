@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,8 @@ from typing import Any, Protocol
 from uoe_jax.config import Config
 from uoe_jax.config_data import FACTS, DataConfig
 from uoe_jax.data.examples import ExampleSource
-from uoe_jax.data.tokenizer import Tokenizer, WordTokenizer, load_tokenizer
+from uoe_jax.data.tokenizer import Tokenizer, WordTokenizer, load_tokenizer, stored
+from uoe_jax.errors import RunError, UserError
 
 
 class TextSource(Protocol):
@@ -47,15 +49,33 @@ def labelled_source(c: DataConfig, cache_dir: Path) -> ExampleSource:
     return opened[c.source]() if c.source in opened else named.open_named(c.source, c.path)
 
 
-def tokenizer_of(c: DataConfig, documents: Callable[[], Iterable[bytes]]) -> Tokenizer:
-    """The tokenizer that data.tokenizer asks for; a vocabulary of words is counted in `documents`, the training split."""
-    return load_tokenizer(c.tokenizer, c.tokenizer_file) or WordTokenizer.train(documents(), c.min_count)
+def tokenizer_of(c: DataConfig, documents: Callable[[], Iterable[bytes]], cached: Path | None = None) -> Tokenizer:
+    """The tokenizer that data.tokenizer asks for; a vocabulary of words is counted in `documents`, the training split.
+
+    cached: where that vocabulary stays for the next run.
+    """
+    known = load_tokenizer(c.tokenizer, c.tokenizer_file)
+    if known is not None:
+        return known
+    if cached is not None and cached.is_file():
+        with contextlib.suppress(UserError, OSError, UnicodeError):  # a damaged one is counted again
+            return stored(cached.read_text())
+    words = WordTokenizer.train(documents(), c.min_count)
+    if cached is not None:
+        from uoe_jax.workdir import write_text
+
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_text(cached, words.to_json())
+        except OSError as error:
+            raise RunError(f"{cached}: cannot be written ({error}): free space there or set UOE_CACHE elsewhere.") from error
+    return words
 
 
 def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
     """(token ids that the model must know, the tokenizer of text), as far as they are known before data are read.
 
-    0 ids: the inputs are images, or words that are still to be counted.
+    0 ids: the inputs are images, words that are still to be counted, or pieces of words whose file is not there.
     """
     m, d = c.model, c.data
     if m.task == "classify" and m.stem == "image":
@@ -66,7 +86,7 @@ def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
         return len(SYMBOLS), None
     if d.source in FACTS and FACTS[d.source].image is not None:
         return 256, None  # pixels
-    if d.tokenizer == "bpe" and not d.tokenizer_file and m.vocab_size:
-        return 0, None  # enough for a plan
+    if d.tokenizer == "bpe" and not (d.tokenizer_file and Path(d.tokenizer_file).expanduser().is_file()):
+        return 0, None  # a plan can do without, and a run that has kept its own
     tokenizer = load_tokenizer(d.tokenizer, d.tokenizer_file)
     return (tokenizer.vocab_size if tokenizer else 0), tokenizer

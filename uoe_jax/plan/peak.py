@@ -14,8 +14,8 @@ from typing import NamedTuple
 from uoe_jax.config import Config
 from uoe_jax.flops import scored_pieces
 from uoe_jax.memory import (
-    ITEM_SIZE, classifier_parameters, ends_parameters, kept_bytes, layer_parameters, norm_parameters, router_parameters,
-    vocabulary_parameters,
+    ITEM_SIZE, bias_parameters, classifier_parameters, ends_parameters, kept_bytes, layer_parameters, norm_parameters,
+    router_parameters, vocabulary_parameters,
 )  # fmt: skip
 from uoe_jax.plan.predict import Shape, examples, rows, scored_alike, words_parts
 
@@ -65,14 +65,13 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     attention = weight * 2 * d * dh * (m.n_heads + m.kv_heads)
     attention += 2 * slots["smha"] + 4 * heads + (1 if m.remat in ("none", "dots") else 2) * scores + 9 * stream
     mlp = weight * (m.n_into + 1) * d * m.d_hidden + 2.5 * slots["uome"] + 4 * hidden + 13 * stream
-    words = words_parts(m, e)
-
-    # Norms are whole on every device, routers are cut over `fsdp` alone.
+    # Norms and biases of sums are whole on every device, routers are cut over `fsdp` alone, other biases over `expert` alone.
     routers = sum(router_parameters(r, d) for r in m.routed().values())
-    norms = 2 * norm_parameters(m)
-    cut = (layer_parameters(m) - routers - norms) / e + routers
-    held = m.n_layers * (cut / shape["fsdp"] + norms) + norm_parameters(m)
-    held += (ends_parameters(m) / words + (length * d if m.position == "learned" else 0)) / shape["fsdp"]
+    into, out = bias_parameters(m)
+    whole = 2 * norm_parameters(m) + out
+    cut = (layer_parameters(m) - routers - whole - into) / e + routers
+    held = m.n_layers * (cut / shape["fsdp"] + into / e + whole) + norm_parameters(m)
+    held += (ends_parameters(m) / words_parts(m, e) + (length * d if m.position == "learned" else 0)) / shape["fsdp"]
     held += classifier_parameters(m)
 
     stored = dataclasses.replace(m, remat="slots") if m.remat in ("none", "dots") else m
@@ -106,12 +105,13 @@ def _ends(c: Config, shape: Shape) -> float:
     """Bytes of scores and of the words' gradient, or of images as they become tokens."""
     m, e = c.model, shape["expert"]
     tokens = rows(c, shape) * m.context_length
-    words = 4 * vocabulary_parameters(m) / words_parts(m, e)
+    own = tokens * scored_alike(c, e) / e  # as many as it scores all words of
+    words = vocabulary_parameters(m) / words_parts(m, e)
     if m.task == "classify":
-        return tokens * m.image.values * (4 + ITEM_SIZE[m.dtype]) if m.stem == "image" else words
+        return tokens * m.image.values * (4 + ITEM_SIZE[m.dtype]) if m.stem == "image" else 4 * words
     if not m.cutoffs:
-        return 3 * 4 * tokens * m.vocab_size / words_parts(m, e) + words
+        return 3 * 4 * own * m.vocab_size + 4 * words
     from uoe_jax.layers.adaptive import CHUNK
 
-    chunk = min(CHUNK, tokens * scored_alike(m, e) / e)
-    return 3 * 4 * chunk * max(scores for _, scores, _ in scored_pieces(m)) + words
+    gathered_and_gradient = (2 * ITEM_SIZE[m.dtype] + 4) * words  # as of a layer's weights
+    return 3 * 4 * min(CHUNK, own) * max(scores for _, scores, _ in scored_pieces(m)) + gathered_and_gradient

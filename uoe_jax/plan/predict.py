@@ -12,7 +12,7 @@ from typing import Iterable, Mapping, NamedTuple
 
 from uoe_jax.config import Config, ModelConfig
 from uoe_jax.flops import attention_flops, core_flops, ends_flops, mlp_flops, score_flops, scored_pieces, train_flops
-from uoe_jax.memory import ITEM_SIZE, layer_parameters, parameters, vocabulary_parameters
+from uoe_jax.memory import ITEM_SIZE, classifier_parameters, layer_parameters, parameters, vocabulary_parameters
 from uoe_jax.plan.hardware import Hardware, Range
 from uoe_jax.plan.hlo import Array, Collective
 
@@ -65,12 +65,13 @@ def words_parts(m: ModelConfig, expert: int) -> int:
     return 1 if m.cutoffs or m.vocab_size % expert else expert
 
 
-def scored_alike(m: ModelConfig, expert: int) -> int:
+def scored_alike(c: Config, expert: int) -> int:
     """How many devices over `expert` score the same words of the same tokens, or compute the same classes."""
+    m = c.model
     if m.task == "classify":
         return expert
     cut = m.context_length % expert == 0 if m.cutoffs else words_parts(m, expert) == expert
-    return 1 if cut else expert
+    return 1 if cut or c.mesh.sequence_parallel else expert
 
 
 def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collective]) -> Prediction:
@@ -110,7 +111,7 @@ def executed_flops(c: Config, expert: int) -> tuple[float, float]:
     blocks = m.n_layers * (attention_flops(m, length, training=True) + mlp_flops(m, length, training=True)) - core
     again = m.remat in ("slots", "block")
     ends = 3 * ends_flops(m, length) + (score_flops(m, length) if m.cutoffs else 0)
-    products = (3 + (m.remat == "block")) * m.rows_per_example * blocks + scored_alike(m, expert) * ends
+    products = (3 + (m.remat == "block")) * m.rows_per_example * blocks + scored_alike(c, expert) * ends
     core *= m.rows_per_example * (0.5 if m.causal else 1) * (3.5 + again)
     return c.train.batch_size * products, c.train.batch_size * core
 
@@ -139,7 +140,7 @@ def moved_bytes(c: Config, shape: Shape) -> float:
 
 def _ends_moved(c: Config, tokens: float, e: int) -> float:
     """Bytes moved for scores, or for images: `tokens` of a device in a step."""
-    m, own = c.model, tokens * scored_alike(c.model, e) / e
+    m, own = c.model, tokens * scored_alike(c, e) / e
     if m.task == "classify":  # pixels come as bytes, are written and read as float32 and then as tokens
         return tokens * m.image.values * (1 + 2 * 4 + 3 * ITEM_SIZE[m.dtype]) if m.stem == "image" else 0
     if not m.cutoffs:
@@ -158,7 +159,7 @@ def narrowed(moved: Collective, m: ModelConfig) -> float:
     """Bytes a device sends in a step in all runs of a collective of the float32 step, at the dtype an accelerator has there.
 
     Over `expert` there are activations and over `fsdp` gathered weights, both in the compute dtype; gradients and sums are
-    float32.
+    float32. (The words' gradient of an adaptive softmax is taken for activations where it crosses `expert` alone.)
     """
     narrow = moved.axes == ("expert",) or moved.kind == "all-gather"
     return moved.sent * moved.times * (ITEM_SIZE[m.dtype] / 4 if narrow else 1)
@@ -247,12 +248,20 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
         add("reduce-scatter", stream, ("expert",), reductions_of_stream)
     else:
         add("all-reduce", stream, ("expert",), reductions_of_stream)
-    ends = vocabulary_parameters(m) / cut
-    for elements, gathers, times in (
-        (layer, 1 if m.remat == "none" else 2, m.n_layers), (ends, 1, uses),
-        (m.block_length * m.d_model, 1, m.position == "learned"),
-    ):  # fmt: skip
-        add("all-gather", elements, ("fsdp",), gathers * times)
+    # (values of a weight, gathers forward and backward, gradients, axes that these are added over beside those of the batch)
+    words, own = vocabulary_parameters(m) / cut, ("expert",) if cut == 1 else ()
+    read = own if c.mesh.sequence_parallel else ()  # of a device's own tokens only
+    scored = own if c.mesh.sequence_parallel or m.cutoffs and scored_alike(c, e) == 1 else ()
+    if scored and not c.mesh.sequence_parallel:
+        add("all-gather", stream, ("expert",), 1)  # of the gradient
+    for elements, gathers, times, over in (
+        (layer, (1 if m.remat == "none" else 2) * m.n_layers, m.n_layers, ()),
+        (words, uses > 0 if m.tie_embeddings else uses, uses > 0, read),  # one gather for a table that is used twice
+        (words, 0, m.task == "language", scored),
+        (m.block_length * m.d_model, m.position == "learned", m.position == "learned", read),
+    ):
+        add("all-gather", elements, ("fsdp",), gathers)
         add("reduce-scatter", elements, ("fsdp",), times)
-        add("all-reduce", elements / fsdp, batch, times)
+        add("all-reduce", elements / fsdp, tuple(a for a in (*batch, *over) if shape[a] > 1), times)
+    add("all-reduce", classifier_parameters(m), tuple(a for a in (*batch, "fsdp") if shape[a] > 1), 1)
     return out

@@ -61,10 +61,10 @@ def text(plan: Plan, name: str) -> str:
     """The plan for a person; `name` is the configuration's."""
     c, m, compiled, e, p = plan.config, plan.config.model, plan.compiled, plan.expected, plan.prediction
     hardware, shape, tokens = HARDWARE.get(plan.hardware), c.mesh.shape, c.train.batch_size * m.rows_per_example * m.context_length
-    n = math.prod(shape.values())
+    n, ends = math.prod(shape.values()), "the vocabulary scores" if m.task == "language" else "the inputs"
     room = f" of {_gb(hardware.memory)}: {'fits' if plan.fits else 'does not fit'}" if hardware else ""
     lines = [
-        f"{name}: {parameters(m) / 1e9:.3g} B parameters, {m.dtype}, remat={m.remat}, {tokens:,} tokens a step",
+        f"{name}: {_count(parameters(m))} parameters, {m.dtype}, remat={m.remat}, {tokens:,} tokens a step",
         f"{n} x {plan.hardware}, mesh {_mesh(shape)}: {c.train.accumulation} x {rows(c, shape)} rows a device",
         "",
         "Memory of one device",
@@ -73,7 +73,7 @@ def text(plan: Plan, name: str) -> str:
             ("optimizer", _gb(compiled.optimizer)),
             ("gradients", _gb(e.gradients)),
             ("activations kept", _gb(e.kept)),
-            ("working set", f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else 'the vocabulary scores'}"),
+            ("working set", f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}"),
             ("peak", _gb(plan.peak) + room),
         ),
         f"  Compiled for {n} host devices in {compiled.seconds:.0f} s (jax {compiled.jax}): {_gb(compiled.peak)}, of it "
@@ -125,6 +125,10 @@ def _table(*pairs: tuple[str, str]) -> list[str]:
 
 def _mesh(shape: dict[str, int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "of one device"
+
+
+def _count(n: float) -> str:
+    return f"{n / 1e9:.3g} B" if n >= 1e9 else f"{n / 1e6:.3g} M"
 
 
 def _gb(n: float) -> str:

@@ -13,9 +13,10 @@ from etils import epath
 from uoe_jax import mesh as mesh_lib
 from uoe_jax import processes, watch
 from uoe_jax.config import Config, with_vocabulary
+from uoe_jax.data.kept import keep_tokenizer, read_tokenizer
 from uoe_jax.data.pipeline import DataBundle, default_cache_dir, load
-from uoe_jax.data.tokenizer import ByteTokenizer, Tokenizer, stored
-from uoe_jax.errors import RunError, UserError
+from uoe_jax.data.tokenizer import Tokenizer
+from uoe_jax.errors import RunError
 from uoe_jax.processes import by_first, is_first
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.metrics import MetricsWriter, Progress, Silent
@@ -23,9 +24,7 @@ from uoe_jax.train.run import Run
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.start import first_state
 from uoe_jax.train.step import Params, Program, build
-from uoe_jax.workdir import check_record, enter_workdir, locate, os_errors, release
-
-TOKENIZER = "tokenizer.json"
+from uoe_jax.workdir import check_record, enter_workdir, release
 
 
 def load_data(config: Config, workdir: str | None = None) -> tuple[Config, DataBundle]:
@@ -33,16 +32,6 @@ def load_data(config: Config, workdir: str | None = None) -> tuple[Config, DataB
     tokenizer = read_tokenizer(workdir) if workdir else None
     bundle = load(config, default_cache_dir(), tokenizer)
     return with_vocabulary(config, bundle.vocab_size), bundle
-
-
-def read_tokenizer(workdir: str) -> Tokenizer | None:
-    """The tokenizer that a run keeps, as it may be that of a file which has changed since."""
-    file = locate(workdir) / TOKENIZER
-    try:
-        with os_errors(file):
-            return stored(file.read_text()) if file.is_file() else None
-    except (OSError, UnicodeError, UserError) as error:
-        raise UserError(f"{file}: {error}; restore it, or start in another --workdir") from error
 
 
 def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, Params, Tokenizer], str]) -> int:
@@ -86,16 +75,6 @@ def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, 
             if is_first():
                 print(run.farewell(workdir_name, exit_code, text))
     return exit_code
-
-
-def keep_tokenizer(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
-    """Stores a tokenizer that was made from data with the run; bytes need no storing."""
-    file = workdir / TOKENIZER
-    if tokenizer is None or isinstance(tokenizer, ByteTokenizer) or file.exists():
-        return
-    temporary = workdir / f".{TOKENIZER}.tmp"
-    temporary.write_text(tokenizer.to_json())
-    temporary.replace(file)
 
 
 def agreed_data(config: Config, workdir: str, **options: Any) -> tuple[Config, DataBundle]:

@@ -277,7 +277,7 @@ class Run:
                 told.append(f"{name} at step {line.get('test/step', line['step'])}: {self.said(line, prefix)}")
         if sample:
             told += ["a sample:", *("  | " + line for line in sample.splitlines())]
-        told += ["next:", f"  uoe eval --workdir={workdir} --split=test"]
+        told += ["next:", f"  uoe eval --workdir={workdir} --split=test{' --step=best' * self.config.eval.test}"]
         return "\n".join(told + [f"  uoe generate --workdir={workdir} --prompt='class '"] * bool(sample))
 
 

@@ -1,0 +1,43 @@
+"""The tokenizer that a run keeps in its workdir, as the file or the data it came from may have changed since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from etils import epath
+
+from uoe_jax.config import Config
+from uoe_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, stored
+from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.workdir import locate, os_errors, write_text
+
+TOKENIZER = "tokenizer.json"
+
+
+def read_tokenizer(workdir: str) -> Tokenizer | None:
+    """The kept tokenizer; None where there is none, as for bytes. Raises UserError for a file that cannot be used."""
+    file = locate(workdir) / TOKENIZER
+    try:
+        with os_errors(file):
+            return stored(file.read_text()) if file.is_file() else None
+    except (OSError, UnicodeError, UserError) as error:
+        raise UserError(f"{file}: {error}; restore it, or start in another --workdir") from error
+
+
+def keep_tokenizer(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
+    """Stores a tokenizer that came from a file or from data."""
+    file = workdir / TOKENIZER
+    if tokenizer is not None and not isinstance(tokenizer, ByteTokenizer) and not file.exists():
+        write_text(file, tokenizer.to_json())
+
+
+def check_tokenizer(config: Config, workdir: str) -> None:
+    """Raises ConfigError where data.tokenizer_file is needed and cannot be used, or is not what the run was started with."""
+    name = config.data.tokenizer_file
+    kept = read_tokenizer(workdir)
+    if kept is None:
+        load_tokenizer(config.data.tokenizer, name)
+    elif name and Path(name).expanduser().is_file():
+        if load_tokenizer(config.data.tokenizer, name).fingerprint != kept.fingerprint:
+            remedy = f"is not the tokenizer of the run in {workdir}; give that one, or none, or start in another --workdir"
+            raise ConfigError("config.data.tokenizer_file", name, remedy)
