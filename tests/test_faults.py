@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import jax
@@ -87,6 +88,21 @@ def test_a_checkpoint_evaluated_after_a_stop_can_be_the_best(source, tmp_path):
 
     with CheckpointStore(tmp_path / "run", read_only=True) as store:
         assert store.best_step() == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, code", [("term@testing@20@0", 75), ("kill@testing@20@0", -9), ("kill@generating@None@0", -9)])
+def test_the_test_split_is_read_once_whatever_happens(fault, code, source, tmp_path):
+    args = train_args(source, tmp_path / "run", "--config.eval.test=true")
+    assert run(*args, faults=fault)[0] == code
+    for _ in range(2):
+        assert uoe(*args)[0] == 0
+        (tested,) = [line for line in metric_lines(tmp_path / "run") if "test/loss" in line]
+    whole = train_args(source, tmp_path / "whole", "--config.eval.test=true")
+    assert uoe(*whole)[0] == 0
+    assert metric_lines(tmp_path / "whole") == metric_lines(tmp_path / "run")
+    code, out, _ = uoe("eval", f"--workdir={tmp_path / 'run'}", "--split=test", "--step=best")
+    assert code == 0 and json.loads(out)["eval/loss"] == tested["test/loss"]
 
 
 @pytest.mark.slow

@@ -249,16 +249,16 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
     else:
         add("all-reduce", stream, ("expert",), reductions_of_stream)
     # (values of a weight, gathers forward and backward, gradients, axes that these are added over beside those of the batch)
-    words, own = vocabulary_parameters(m) / cut, ("expert",) if cut == 1 else ()
-    read = own if c.mesh.sequence_parallel else ()  # of a device's own tokens only
-    scored = own if c.mesh.sequence_parallel or m.cutoffs and scored_alike(c, e) == 1 else ()
+    words, own = vocabulary_parameters(m) / cut, ("expert",) if c.mesh.sequence_parallel else ()  # of a device's own tokens
+    read = own if cut == 1 else ()
+    scored = ("expert",) if m.cutoffs and scored_alike(c, e) == 1 else read
     if scored and not c.mesh.sequence_parallel:
         add("all-gather", stream, ("expert",), 1)  # of the gradient
     for elements, gathers, times, over in (
         (layer, (1 if m.remat == "none" else 2) * m.n_layers, m.n_layers, ()),
         (words, uses > 0 if m.tie_embeddings else uses, uses > 0, read),  # one gather for a table that is used twice
         (words, 0, m.task == "language", scored),
-        (m.block_length * m.d_model, m.position == "learned", m.position == "learned", read),
+        (m.block_length * m.d_model, m.position == "learned", m.position == "learned", own),
     ):
         add("all-gather", elements, ("fsdp",), gathers)
         add("reduce-scatter", elements, ("fsdp",), times)

@@ -50,7 +50,7 @@ def evaluate(
     held = mesh_lib.local_rows(program.mesh, size)
     total = ranking = None
     for i, batch in enumerate(_ahead(eval_batches(rows, size, 0 if whole else limit, held)), start=1):
-        watch.at("evaluation", step, slow=total is None and not compiled)
+        watch.at("evaluation" if name == "eval" else "testing", step, slow=total is None and not compiled)
         if stop():
             raise Interrupted
         sums = program.eval_step(params, mesh_lib.put_batch(program.mesh, batch))
