@@ -143,8 +143,8 @@ def check_labelled(c: Config) -> None:
     if facts.image is None:
         if m.stem == "image":
             raise ConfigError("config.model.stem", "image", f"data.source={d.source!r} has no images; use 'tokens'")
-        if d.source == "listops" and d.listops.max_length > m.context_length:
-            remedy = f"its expressions of up to data.listops.max_length={d.listops.max_length} tokens must fit; give that"
+        if d.source == "listops" and d.listops.max_length > m.context_length + 1:
+            remedy = f"expressions of fewer than data.listops.max_length={d.listops.max_length} tokens must fit; give that"
             raise ConfigError("config.model.context_length", m.context_length, remedy)
         return
     side = d.pathfinder.size if d.source == "pathfinder" else 0
