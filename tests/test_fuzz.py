@@ -140,6 +140,9 @@ PAIRS: list[dict[str, Any]] = [
     *({"data.tokenizer_file": "bpe.json", "data.tokenizer": name} for name in ("bytes", "bpe", "words")),
     {"train.label_smoothing": 0.1},
     {"augment.flip": "true"},
+    *({name: value} for name, value in (("data.listops.seed", 1), ("data.pathfinder.size", 64), ("data.name", "lm1b"),
+      ("data.min_count", 2), ("model.image.width", 8), ("model.classifier.pooling", "cls"))),
+    {"eval.test": "true", "checkpoint.keep_best": 0},
     {"data.buckets": 2, "mesh.expert": 4, "mesh.sequence_parallel": "true"},
     *({"model.context_length": n} for n in (1, 2, 4, 5)),  # no room for the sample's prompt
     {"generate.prompt": "x" * 64},
@@ -297,7 +300,7 @@ def valid(rng: random.Random, causal: bool = True) -> dict[str, Any]:
         "model.d_model": d_model, "model.d_hidden": d_hidden, "model.context_length": length, "model.attention": attention,
         "model.mlp": mlp, "model.vocab_size": pick((0, 257, 300)), "model.norm_eps": pick((1.2e-38, 1e-6, 1.0)),
         "model.rope_theta": pick((1, 1e4, 1e12)), "model.dropout": pick((0, 0.1, 0.99)),
-        "model.attention_dropout": pick((0, 0.1)), "model.classifier.n_classes": pick((2, HUGE)), "model.image.patch": pick((1, 7)),
+        "model.attention_dropout": pick((0, 0.1)), "optimizer.schedule": pick(("cosine", "linear")), "model.cutoffs": pick(("", "20,100")),
     }  # fmt: skip
     expert = pick([e for e in (1, 2, 2, 4, 4) if cuts_evenly(e, n, kv, d_hidden, attention, mlp)])
     fsdp = pick([f for f in (1, 2, 4) if d_model % f == 0 and f * expert <= 8])
@@ -401,7 +404,8 @@ def test_valid_models_train(seed):
     """Two steps without a run; half of them with what a language model may not have, as it looks at later tokens."""
     rng = random.Random(seed)
     values: dict[str, Any] = {}
-    for name, value in (valid(rng, causal=seed % 2 == 0) | {"model.vocab_size": 11}).items():
+    drawn = valid(rng, causal=seed % 2 == 0) | {"model.vocab_size": 11}
+    for name, value in (drawn | {"model.cutoffs": drawn["model.cutoffs"] and "2,7"}).items():
         *parents, last = name.split(".")
         section = values
         for part in parents:

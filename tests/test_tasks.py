@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -15,8 +16,11 @@ import test_named
 import test_sources
 from helpers import ROOT, metric_lines, uoe, write_source
 from uoe_jax import cli
+from uoe_jax import mesh as mesh_lib
 from uoe_jax.data.tokenizer import BPETokenizer, stored
+from uoe_jax.errors import RunError, UserError
 from uoe_jax.infer.sample import sample
+from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.loop import train
 
 PROSE = [f"the {a} {b} of {n} {c} in a book" for n in range(9) for a in ("old", "new") for b in ("game", "day") for c in "xyz"]
@@ -145,6 +149,55 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
     assert code == 0 and out.startswith("the old"), err
     code, _, err = uoe(*args, f"--workdir={tmp_path / 'other'}")
     assert code == 2 and "config.data.tokenizer_file" in err and "uoe tokenizer train" in err
+
+
+def test_every_variant_that_a_config_names_is_there():
+    for path in (ROOT / "configs").glob("*.py"):
+        names = set(re.findall(rf"{path.stem}:([\w-]+)", path.read_text()))
+        for variant in {*names, "tiny"}:
+            cli.load_config(f"{path.stem}:{variant}", {})
+
+
+def test_a_classifier_gives_no_text(tmp_path, as_commands_run):
+    assert train(cli.load_config("digits:tiny", {}), str(tmp_path / "run"), sample) == 0
+    code, out, err = uoe("generate", f"--workdir={tmp_path / 'run'}", "--prompt=x")
+    assert (code, out) == (2, "") and "config.model.task='classify'" in err and "uoe eval" in err and err.count("\n") == 1
+
+
+def test_prepared_data_may_move(tmp_path, as_commands_run):
+    first, second = cifar(tmp_path / "first"), tmp_path / "second"
+    args = (str(tmp_path / "run"), sample)
+    assert train(cli.load_config("cifar10:tiny", {"data.path": str(first), "train.stop_after": "2"}), *args) == 0
+    first.rename(second)
+    assert train(cli.load_config("cifar10:tiny", {"data.path": str(second)}), *args) == 0
+    test_named.write_cifar(tmp_path / "other", 61, 11)
+    with pytest.raises(UserError, match="data.sha256"):
+        train(cli.load_config("cifar10:tiny", {"data.path": str(tmp_path / "other")}), *args)
+
+
+def test_a_lost_tokenizer_is_not_replaced_by_another(tmp_path, as_commands_run):
+    overrides = NEEDS["wikitext103"](tmp_path / "data")
+    workdir = tmp_path / "run"
+    assert train(cli.load_config("wikitext103:tiny", overrides), str(workdir), sample) == 0
+    (workdir / "tokenizer.json").unlink()
+    code, out, err = uoe("generate", f"--workdir={workdir}", "--prompt=x")
+    assert (code, out) == (2, "") and "tokenizer.json: is gone" in err and err.count("\n") == 1
+
+
+def test_a_damaged_best_checkpoint_is_named_and_not_passed_over(tmp_path, capsys, as_commands_run):
+    overrides = {"eval.every": "1", "checkpoint.every": "1", "checkpoint.keep_best": "5"}
+    workdir = tmp_path / "run"
+    load = lambda **more: cli.load_config("digits:tiny", overrides | more)  # noqa: E731
+    assert train(load(**{"eval.test": "false"}), str(workdir), sample) == 0
+    best = 3
+    with jax.set_mesh(mesh_lib.make_mesh(load().mesh)), CheckpointStore(workdir, keep_latest=9, keep_best=9) as store:
+        store.rank(best, 0.0)
+    for file in (workdir / f"checkpoints/{best}").rglob("*"):
+        if file.is_file() and "/d/" in str(file):
+            file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(RunError, match=f"checkpoints/{best}.*best on validation.*eval.test=false"):
+        train(load(), str(workdir), sample)
+    assert train(load(**{"eval.test": "false"}), str(workdir), sample) == 0
 
 
 def test_words_are_counted_once_for_all_runs(tmp_path, monkeypatch):

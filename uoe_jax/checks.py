@@ -116,20 +116,44 @@ def check_training(c: Config, prompt_tokens: int) -> None:
         fit = FACTS if classify else TEXT
         remedy = f"with config.model.task={m.task!r} it must be one of {', '.join(fit)}"
         raise ConfigError("config.data.source", c.data.source, remedy)
-    augmented = [name for name, value, meta in leaves(c.augment) if value != meta["default"]]
-    if m.stem != "image" and augmented:
-        raise ConfigError(f"config.augment.{augmented[0]}", getattr(c.augment, augmented[0]), "is for images (model.stem='image')")
+    check_idle(c)
+    if c.eval.test and not c.checkpoint.keep_best:
+        raise ConfigError("config.checkpoint.keep_best", 0, "eval.test measures the best checkpoint; give 1 or more")
     if classify:
         return check_labelled(c)
     if not m.causal:
         raise ConfigError("config.model.causal", False, "a language model would see the tokens it is to predict; use True")
     if c.data.source == "tfds_text" and not c.data.name:
         raise ConfigError("config.data.name", "", "source='tfds_text' needs a dataset's name, such as 'lm1b'")
-    if c.train.label_smoothing:
-        raise ConfigError("config.train.label_smoothing", c.train.label_smoothing, "is for classes; use 0 with task='language'")
     if prompt_tokens >= m.context_length:
         room = f"its {prompt_tokens} tokens leave no room in config.model.context_length={m.context_length}"
         raise ConfigError("config.generate.prompt", c.generate.prompt, f"{room}; shorten it, or give a longer context")
+
+
+def check_idle(c: Config) -> None:
+    """Refuses keys that were set and would change nothing."""
+    m, d, classify = c.model, c.data, c.model.task == "classify"
+    words = not classify or FACTS[d.source].image is None  # what comes in is no image, neither whole nor pixel by pixel
+    uses = (
+        ("augment.", m.stem == "image", "is for images (model.stem='image')"),
+        ("augment.rand_magnitude", c.augment.rand_layers, "is for augment.rand_layers of 1 or more"),
+        ("data.listops.", d.source == "listops", "is for data.source='listops'"),
+        ("data.pathfinder.", d.source == "pathfinder" and not d.path, "is for generated images: source='pathfinder' without data.path"),
+        ("data.path", d.source not in ("listops", "digits"), f"data.source={d.source!r} has no files; leave it out"),
+        ("data.name", d.source == "tfds_text", "is for data.source='tfds_text'"),
+        ("data.buckets", classify and words, "is for labelled text"),
+        ("data.min_count", d.tokenizer == "words", "is for data.tokenizer='words'"),
+        ("data.tokenizer_file", d.tokenizer == "bpe", "is for data.tokenizer='bpe'"),
+        ("data.tokenizer", words and d.source != "listops", f"is for text, and data.source={d.source!r} has none"),
+        ("train.label_smoothing", classify, "is for classes (model.task='classify')"),
+        ("model.classifier.", classify, "is for classes (model.task='classify')"),
+        ("model.image.", m.stem == "image", "is for images (model.stem='image')"),
+        ("model.vocab_size", m.stem == "tokens", "is for tokens (model.stem='tokens')"),
+    )
+    for name, value, meta in leaves(c):
+        for prefix, used, remedy in uses:
+            if not used and value != meta["default"] and (name == prefix or prefix.endswith(".") and name.startswith(prefix)):
+                raise ConfigError(f"config.{name}", value, remedy)
 
 
 def check_labelled(c: Config) -> None:
@@ -206,7 +230,7 @@ def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
     for name, (size, axis) in cut.items():
         if size % mesh[axis]:
             raise ConfigError(f"config.mesh.{axis}", mesh[axis], f"must divide {name}={size}: {divisors(size)}")
-    own = rows // parts
+    own = rows // parts * m.rows_per_example
     for name, r in m.routed().items():
         if r.sequence_capacity_factor and own % r.sequence_group:
             remedy = f"must divide the {own} rows of one device's microbatch: {divisors(own)}"

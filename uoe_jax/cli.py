@@ -257,15 +257,16 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         if text is not None:
             values["generate"][name] = config_lib.parse_value(f"generate.{name}", text)
     config = dataclasses.replace(config, generate=config_lib.from_dict(values).generate)
+    if config.model.task != "language":
+        raise ConfigError("config.model.task", config.model.task, "gives classes and no text; use uoe eval")
     _start(config)
-    from uoe_jax.data.kept import read_tokenizer
-    from uoe_jax.data.tokenizer import load_tokenizer
+    from uoe_jax.data.kept import tokenizer_of_run
     from uoe_jax.infer.sample import Sampler
     from uoe_jax.memory import cache_bytes
     from uoe_jax.train.restore import restored
 
     processes.same_command(config, step=options.step)
-    tokenizer = read_tokenizer(options.workdir) or load_tokenizer(config.data.tokenizer, config.data.tokenizer_file)
+    tokenizer = tokenizer_of_run(config, options.workdir)
     with restored(config, options.workdir, options.step) as run:
         sampler = Sampler(config, run.program.model, run.state.params, tokenizer)
         completion = sampler.complete([config.generate.prompt])[0]

@@ -367,7 +367,8 @@ def tiny(c: Any) -> Any:
     if c.data.source == "listops":
         c.data.listops.update(min_length=4, max_length=64, n_train=256, n_eval=32)
         m.context_length = 64
-    c.data.pathfinder.update(n_train=256, n_eval=32)
+    if c.data.source == "pathfinder":
+        c.data.pathfinder.update(n_train=256, n_eval=32)
     c.train.update(steps=5, batch_size=8, accumulation=1, log_every=1)
     c.optimizer.update(warmup_steps=2, decay_steps=0)
     c.eval.update(every=0, batches=2, batch_size=0)

@@ -227,7 +227,7 @@ def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = 
             was = old.get(name) if isinstance(old, dict) else "something unknown"
             raise UserError(
                 f"data.{name}={record.get(name)!r}: the run in {workdir} was trained on {was!r}; "
-                "use the interpreter and files it was started with, or another --workdir"
+                "use the data it was started with (of the standard library: the same interpreter), or another --workdir"
             )
 
 

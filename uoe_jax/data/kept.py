@@ -24,6 +24,14 @@ def read_tokenizer(workdir: str) -> Tokenizer | None:
         raise UserError(f"{file}: {error}; restore it, or start in another --workdir") from error
 
 
+def tokenizer_of_run(config: Config, workdir: str) -> Tokenizer:
+    """The tokenizer a trained run speaks with; never another one than it learned. Raises UserError where it is lost."""
+    kept = ByteTokenizer() if config.data.tokenizer == "bytes" else read_tokenizer(workdir)
+    if kept is None:
+        raise UserError(f"{locate(workdir) / TOKENIZER}: is gone, and with it what the run's tokens mean; restore it")
+    return kept
+
+
 def keep_tokenizer(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
     """Stores a tokenizer that came from a file or from data."""
     file = workdir / TOKENIZER

@@ -20,9 +20,10 @@ import numpy as np
 
 from uoe_jax.config import Config
 from uoe_jax.config_data import FACTS, TEXT
+from uoe_jax.data.examples import ExampleSource
 from uoe_jax.data.packing import PackedRows, Row
 from uoe_jax.data.rows import LabelledRows
-from uoe_jax.data.sources import labelled_source, text_source, tokenizer_of
+from uoe_jax.data.sources import TextSource, labelled_source, text_source, tokenizer_of
 from uoe_jax.data.stdlib import SPLITS
 from uoe_jax.data.store import open_or_build
 from uoe_jax.data.tokenizer import Tokenizer
@@ -104,7 +105,7 @@ def _load_text(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> 
             store, model.context_length, model.patch_multiple, tokenizer.separator, tokenizer.bytes_per_token
         )
     n_targets = {split: rows[split].n_targets for split in SPLITS}
-    facts = {**source.record(), "tokenizer": tokenizer.fingerprint, "n_targets": n_targets}
+    facts = {**described(source), "tokenizer": tokenizer.fingerprint, "n_targets": n_targets}
     return _bundle(config, rows, tokenizer, tokenizer.vocab_size, facts)
 
 
@@ -117,9 +118,16 @@ def _load_labelled(config: Config, cache_dir: Path, tokenizer: Tokenizer | None)
     rows = {
         split: LabelledRows(source.examples(split), source.n_classes, split, config, tokenizer) for split in SPLITS
     }
-    facts = {**source.record(), "tokenizer": tokenizer.fingerprint if tokenizer else None}
+    facts = {**described(source), "tokenizer": tokenizer.fingerprint if tokenizer else None}
     pixels = 256 if config.model.stem == "tokens" else 0
     return _bundle(config, rows, tokenizer, source.vocab_size or (tokenizer.vocab_size if tokenizer else pixels), facts)
+
+
+def described(source: TextSource | ExampleSource) -> dict[str, Any]:
+    """The record of a source; where nobody hashes its content, with a hash of what else is known, its place left out."""
+    record = source.record()
+    known = json.dumps({name: value for name, value in record.items() if name != "directory"}, sort_keys=True)
+    return {"sha256": hashlib.sha256(known.encode()).hexdigest(), **record}
 
 
 def _bundle(
@@ -129,8 +137,6 @@ def _bundle(
         if not len(rows[split]):
             remedy = f"its {split} split holds nothing to learn from: choose another data.path."
             raise ConfigError("data.source", config.data.source, remedy)
-    described = json.dumps(facts, sort_keys=True).encode()  # stands for content that nobody hashes
-    facts = {"sha256": hashlib.sha256(described).hexdigest(), **facts}
     record = {"source": config.data.source, **facts, "n_rows": {split: len(rows[split]) for split in SPLITS}}
     return DataBundle(**rows, tokenizer=tokenizer, vocab_size=vocab_size, record=record)
 

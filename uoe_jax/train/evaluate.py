@@ -28,15 +28,14 @@ def evaluate(
     limit: int = 0,
     whole: bool = True,
     step: int | None = None,
-    compiled: bool = False,
+    seen: set[Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
     name: str = "eval",
 ) -> tuple[dict[str, Any], float]:
     """Measures a split, all of it or (`whole=False`) its first `limit` batches.
 
     Args:
-      step, compiled: of the run, and whether this process has evaluated before; for messages about processes that do
-        not go on.
+      step, seen: of the run, and what this process has compiled for; for the patience with processes that do not go on.
       stop: asked before every batch, in every process the same.
       name: what the measures' keys begin with.
 
@@ -49,8 +48,9 @@ def evaluate(
     size = config.eval_batch_size
     held = mesh_lib.local_rows(program.mesh, size)
     total = ranking = None
+    seen = set() if seen is None else seen
     for i, batch in enumerate(_ahead(eval_batches(rows, size, 0 if whole else limit, held)), start=1):
-        watch.at("evaluation" if name == "eval" else "testing", step, slow=total is None and not compiled)
+        watch.at("evaluation" if name == "eval" else "testing", step, slow=is_new(("eval", batch), seen))
         if stop():
             raise Interrupted
         sums = program.eval_step(params, mesh_lib.put_batch(program.mesh, batch))
@@ -61,6 +61,15 @@ def evaluate(
     found = {**measures(host, config, name), f"{name}/rows": int(host.rows) // config.model.rows_per_example}
     task = task_of(config)
     return found, task.ranking(task.measures(jax.device_get(ranking) if ranking is not None else host, config))
+
+
+def is_new(what: tuple[str, dict[str, Any]], seen: set[Any]) -> bool:
+    """Whether a program meets a batch of such shapes for the first time in this process; remembers it in `seen`."""
+    name, batch = what
+    shapes = (name, *((key, a.shape) for key, a in sorted(batch.items())))
+    new = shapes not in seen
+    seen.add(shapes)
+    return new
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:

@@ -13,14 +13,15 @@ from uoe_jax import mesh as mesh_lib
 from uoe_jax import watch
 from uoe_jax.config import Config, to_dict
 from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches
-from uoe_jax.errors import EXIT_DONE, EXIT_STOPPED, BadNumbers
+from uoe_jax.errors import EXIT_DONE, EXIT_STOPPED, BadNumbers, RunError
 from uoe_jax.flops import PEAK_FLOPS, train_flops
 from uoe_jax.processes import by_first
 from uoe_jax.runtime import cost_of_determinism, describe_devices
 from uoe_jax.train.checkpoint import CheckpointStore
-from uoe_jax.train.evaluate import Interrupted, evaluate
+from uoe_jax.train.evaluate import Interrupted, evaluate, is_new
 from uoe_jax.train.measures import measures
 from uoe_jax.train.metrics import MetricsWriter, Progress, Silent, read_metrics
+from uoe_jax.train.saved import CheckpointDamaged, load_params
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import Program, TrainState
 from uoe_jax.train.task import task_of
@@ -58,7 +59,7 @@ class Run:
         self.pending: tuple[int, Any] | None = None  # (step, measures still on the device)
         self.in_a_row = int(jax.device_get(state.guard.in_a_row))  # bad steps up to the last one looked at
         self.ranking_loss: float | None = None  # of the state at self.step, where it was evaluated
-        self.has_evaluated = False  # in this process
+        self.seen: set[Any] = set()  # shapes of batches for which something was compiled in this process
         self.clock = Clock()
 
     def go(self, signal: StopSignal) -> int:
@@ -100,6 +101,8 @@ class Run:
                     return self.stop_early()
                 watch.at("training", self.step, slow=self.step == self.start)
                 batch = prefetcher.get(self.step)
+                if is_new(("train", batch), self.seen) and self.step > self.start:
+                    watch.at("training", self.step, slow=True)
                 self.state, on_device = program.train_step(self.state, batch)
                 self.step += 1
                 self.ranking_loss = None
@@ -128,9 +131,8 @@ class Run:
             limit, last = self.config.eval.batches, self.step == self.config.train.steps
             found, self.ranking_loss = evaluate(
                 self.program, self.state.params, self.data.validation, self.config, limit, whole=last or not limit,
-                step=self.step, compiled=self.has_evaluated, stop=signal.due,
+                step=self.step, seen=self.seen, stop=signal.due,
             )
-            self.has_evaluated = True
             self.writer.write(self.step, found)
         self.progress.say(f"step {self.step}: validation {self.said(found, 'eval')}")
 
@@ -138,12 +140,19 @@ class Run:
         """Measures the test split, once in the life of a run, with the checkpoint that is best on validation."""
         best = self.store.best_step()
         best = self.step if best is None else best
-        watch.at("restoring", best, slow=True)
-        params = (self.state if best == self.step else self.store.restore(best, self.program.abstract)).params
+        params = self.state.params
+        if best != self.step:
+            watch.at("restoring", best, slow=True)
+            try:
+                params = load_params(self.store.directory / str(best), self.program.abstract.params)[0]
+            except CheckpointDamaged as error:
+                raise RunError(
+                    f"{error}; it is the best on validation: delete it, and the same command tests with the next best, or give "
+                    "--config.eval.test=false"
+                ) from error
         found, _ = evaluate(
-            self.program, params, self.data.test, self.config, step=self.step, compiled=self.has_evaluated, stop=signal.due,
-            name="test",
-        )  # fmt: skip
+            self.program, params, self.data.test, self.config, step=self.step, seen=self.seen, stop=signal.due, name="test"
+        )
         self.writer.write(self.step, {**found, "test/step": best})
         self.writer.flush()
         self.progress.say(f"test, with the checkpoint of step {best}: {self.said(found, 'test')}")
@@ -205,6 +214,8 @@ class Run:
         if seconds is not None:
             flops = train_flops(self.config.model, self.config.train.batch_size) / seconds
             peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+            if self.config.data.buckets > 1:  # steps are of several lengths
+                flops, peak = "n/a", None
             found["perf/seconds_per_step"] = seconds
             found["perf/tokens_per_second"] = found["train/tokens"] / seconds
             found["perf/model_flops_per_second"] = flops
@@ -274,11 +285,13 @@ class Run:
         told = []
         for prefix, name in (("eval", "validation"), ("test", "test")):
             for line in [line for line in lines if f"{prefix}/loss" in line][-1:]:
-                told.append(f"{name} at step {line.get('test/step', line['step'])}: {self.said(line, prefix)}")
+                then = f" of a run of {line['step']}, and not measured again" * (prefix == "test" and line["step"] != self.step)
+                told.append(f"{name} at step {line.get('test/step', line['step'])}{then}: {self.said(line, prefix)}")
         if sample:
             told += ["a sample:", *("  | " + line for line in sample.splitlines())]
-        told += ["next:", f"  uoe eval --workdir={workdir} --split=test{' --step=best' * self.config.eval.test}"]
-        return "\n".join(told + [f"  uoe generate --workdir={workdir} --prompt='class '"] * bool(sample))
+        following = [] if self.config.eval.test else [f"  uoe eval --workdir={workdir} --split=test"]
+        following += [f"  uoe generate --workdir={workdir} --prompt='class '"] * bool(sample)
+        return "\n".join(told + ["next:", *following] * bool(following))
 
 
 def _due(step: int, every: int) -> bool:

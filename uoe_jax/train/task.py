@@ -133,10 +133,12 @@ def _class_sums(model: Classifier, batch: Batch, c: Config) -> Sums:
     valid_B = batch["label"] >= 0
     nll_B = -(target_BC * jax.nn.log_softmax(logits_BC)).sum(axis=-1)
     examples, rows = _class_counts(batch)
+    found_B = logits_BC.argmax(axis=-1)
+    right_B = jnp.where(found_B == batch["label"], batch["share"], 0) + jnp.where(found_B == batch["other"], 1 - batch["share"], 0)
     return Sums(
         nll=jnp.where(valid_B, nll_B, 0).sum(),
         count=examples,
-        correct=((logits_BC.argmax(axis=-1) == batch["label"]) & valid_B).sum(dtype=jnp.float32),
+        correct=jnp.where(valid_B, right_B, 0).sum(),
         tokens=(batch["segments"] > 0).sum(dtype=jnp.float32),
         n_bytes=jnp.zeros(()),
         rows=rows,
@@ -150,7 +152,8 @@ def _class_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _class_measures(sums: Sums, c: Config) -> dict[str, float]:
-    """`loss` in nats per example; `accuracy`, the share of examples whose highest score is that of their class."""
+    """`loss` in nats per example; `accuracy`, the share of examples whose highest score is that of their class (of a mixed
+    image: as much of it as is of that class)."""
     examples = max(float(sums.count), 1.0)
     return {"loss": float(sums.nll) / examples, "accuracy": float(sums.correct) / examples}
 
