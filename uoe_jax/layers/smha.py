@@ -108,7 +108,6 @@ class SMHA(Union):
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, SMHACache]:
         """The whole prompt, and a cache with a place for every token an expert may select among `context`."""
         y_BLD, _, selection, (k, v) = self._forward(x_BLD, tokens)
-        p = self.routing.patch_size
         room = ((0, 0), (0, 0), (0, self.routing.slot_tokens(context) - k.shape[2]), (0, 0), (0, 0))
         router = self.router.start_cache(selection, (tokens.segments_BL > 0).sum(axis=1))
         return y_BLD, SMHACache(jnp.pad(k, room), jnp.pad(v, room), router)
@@ -121,7 +120,6 @@ class SMHA(Union):
         q, k, v = self._enter(x_BD[None, :, None])
         tables = None if rotary is None else tuple(t[None, :, None] for t in rotary)
         q, k = self._placed(q, k, tables)
-        p = self.routing.patch_size
         place_NB = ((router.filled_BN - 1) * p + (t_B % p)[:, None]).T
         # Experts that did not take the patch write past the end, which drops the write.
         into = (jnp.arange(n)[:, None], jnp.arange(b)[None], jnp.where(router.kept_BN.T, place_NB, s))
