@@ -120,6 +120,7 @@ class SMHA(Union):
         q, k, v = self._enter(x_BD[None, :, None])
         tables = None if rotary is None else tuple(t[None, :, None] for t in rotary)
         q, k = self._placed(q, k, tables)
+        p = self.routing.patch_size
         place_NB = ((router.filled_BN - 1) * p + (t_B % p)[:, None]).T
         # Experts that did not take the patch write past the end, which drops the write.
         into = (jnp.arange(n)[:, None], jnp.arange(b)[None], jnp.where(router.kept_BN.T, place_NB, s))
