@@ -2,9 +2,12 @@
 
 import os
 import pathlib
+import sys
 import tempfile
 
-from helpers import QUICK_CODE
+from helpers import QUICK_CODE, ROOT
+
+sys.path.append(str(ROOT))  # for benchmarks/, behind the installed package
 
 CACHE = pathlib.Path(os.environ.get("UOE_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / f"uoe-tests-{os.getuid()}"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
