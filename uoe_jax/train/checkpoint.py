@@ -25,6 +25,7 @@ from typing import Any
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.checkpoint_manager import CheckpointManager
 
 from uoe_jax.errors import BadNumbers, ConfigError, RunError, UserError
 from uoe_jax.processes import by_first, is_first, together
@@ -41,6 +42,10 @@ def _drop_orbax_tracebacks(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("absl").addFilter(_drop_orbax_tracebacks)
+
+# Orbax asks JAX in every save, with the step, whether to stop. JAX expects such questions to count up, and takes the answer for
+# given: a SIGTERM in a save was then passed over by `processes.preempted`, which asks the same with its own numbers.
+CheckpointManager.reached_preemption = lambda self, step: False
 
 SPACE_MARGIN = 1.1  # file metadata and chunk padding; the state itself compresses hardly at all
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
