@@ -9,6 +9,7 @@ Expected:  not measured. The paper's image code and sizes were not released; the
 """
 
 from uoe_jax import config as uoe
+from uoe_jax import recipes
 
 
 def get_config(variant: str = ""):
@@ -49,8 +50,4 @@ def get_config(variant: str = ""):
     if variant == "100":
         c.data.source = "cifar100"
         c.model.classifier.n_classes = 100
-    elif variant == "tiny":
-        return uoe.tiny(c)
-    elif variant:
-        raise ValueError(f"there is no variant {variant!r}; give 'tiny', '100' or none")
-    return c
+    return recipes.finished(c, variant, "100")

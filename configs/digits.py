@@ -7,6 +7,7 @@ Expected:  not measured.
 """
 
 from uoe_jax import config as uoe
+from uoe_jax import recipes
 
 
 def get_config(variant: str = ""):
@@ -41,8 +42,4 @@ def get_config(variant: str = ""):
     c.eval.test = True
     if variant == "dense":  # the same sizes without routing, to compare with
         c.model.attention = c.model.mlp = "dense"
-    elif variant == "tiny":
-        return uoe.tiny(c)
-    elif variant:
-        raise ValueError(f"there is no variant {variant!r}; give 'dense', 'tiny' or none")
-    return c
+    return recipes.finished(c, variant, "dense")

@@ -12,6 +12,7 @@ The official validation split is the test split here; one in a hundred training 
 """
 
 from uoe_jax import config as uoe
+from uoe_jax import recipes
 
 
 def get_config(variant: str = ""):
@@ -51,10 +52,4 @@ def get_config(variant: str = ""):
     c.optimizer.final_fraction = 0.0
     c.eval.every = c.checkpoint.every = 5_000
     c.eval.test = True
-    if variant == "tiny":
-        c.model.image.update(height=32, width=32)
-        c.model.context_length = 4
-        return uoe.tiny(c)
-    if variant:
-        raise ValueError(f"there is no variant {variant!r}; give 'tiny' or none")
-    return c
+    return recipes.finished(c, variant)

@@ -13,6 +13,7 @@ The interpreter's own sources are the data, so another Python gives other figure
 """
 
 from uoe_jax import config as uoe
+from uoe_jax import recipes
 
 
 def get_config(variant: str = ""):
@@ -53,8 +54,4 @@ def get_config(variant: str = ""):
     if variant == "dense":  # the same sizes without routing, to compare with
         c.model.attention = "dense"
         c.model.mlp = "dense"
-    elif variant == "tiny":
-        return uoe.tiny(c)
-    elif variant:
-        raise ValueError(f"there is no variant {variant!r}; give 'dense', 'tiny' or none")
-    return c
+    return recipes.finished(c, variant, "dense")

@@ -12,6 +12,7 @@ Expected:  planned only: 39.9 GB of the 80 GB of an H100, 35 to 51 % of its peak
 """
 
 from uoe_jax import config as uoe
+from uoe_jax import recipes
 
 
 def get_config(variant: str = ""):
@@ -42,9 +43,4 @@ def get_config(variant: str = ""):
     c.eval.every = c.checkpoint.every = 1000
     c.eval.batches = 8
     c.mesh.data, c.mesh.fsdp = 1, -1
-    if variant == "tiny":
-        c.model.vocab_size = 0
-        return uoe.tiny(c)
-    if variant:
-        raise ValueError(f"there is no variant {variant!r}; give 'tiny' or none")
-    return c
+    return recipes.finished(c, variant)

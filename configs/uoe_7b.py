@@ -13,6 +13,7 @@ uoe tokenizer train --config=uoe_7b --vocab=32768 --out=bpe.json, and then --con
 """
 
 from uoe_jax import config as uoe
+from uoe_jax import recipes
 
 
 def get_config(variant: str = ""):
@@ -43,9 +44,4 @@ def get_config(variant: str = ""):
     c.eval.every = c.checkpoint.every = 1000
     c.eval.batches = 8
     c.mesh.data, c.mesh.fsdp = 1, -1  # --config.mesh.data=8 where the gathers of weights would cross too many machines
-    if variant == "tiny":
-        c.model.vocab_size = 0
-        return uoe.tiny(c)
-    if variant:
-        raise ValueError(f"there is no variant {variant!r}; give 'tiny' or none")
-    return c
+    return recipes.finished(c, variant)

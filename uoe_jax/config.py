@@ -352,32 +352,6 @@ def base() -> Any:
     return ConfigDict(to_dict(Config()))
 
 
-def tiny(c: Any) -> Any:
-    """Makes a `ConfigDict` small enough to train five steps on a laptop in seconds: same task, source, blocks and routing.
-
-    What the data settle (classes, sizes of images, lengths where an image settles them) stays.
-    """
-    m = c.model
-    m.n_layers, m.n_heads, m.n_kv_heads, m.dtype = 2, 4, 0, "float32"
-    m.smha.n_experts, m.smha.k = min(m.smha.n_experts, 4), min(m.smha.k, 2)
-    m.uome.n_experts, m.uome.k = min(m.uome.n_experts, 4), min(m.uome.k, 2)
-    m.d_model, m.d_hidden, m.classifier.d_head = 32, 48, min(m.classifier.d_head, 16)
-    if m.task == "language" or c.data.source in ("imdb", "aan"):
-        m.context_length = 64
-    if c.data.source == "listops":
-        c.data.listops.update(min_length=4, max_length=64, n_train=256, n_eval=32)
-        m.context_length = 64
-    if c.data.source == "pathfinder":
-        c.data.pathfinder.update(n_train=256, n_eval=32)
-    c.train.update(steps=5, batch_size=8, accumulation=1, log_every=1)
-    c.optimizer.update(warmup_steps=2, decay_steps=0)
-    c.eval.update(every=0, batches=2, batch_size=0)
-    c.checkpoint.every = 0
-    c.mesh.update(replica=1, data=-1, fsdp=1, expert=1)
-    c.generate.max_tokens = 8
-    return c
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dicts, ready for JSON."""
     return dataclasses.asdict(config)

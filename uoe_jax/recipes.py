@@ -1,0 +1,80 @@
+"""What config files share: the settings of the paper's released code, and the small variant of every experiment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def long_range_arena(c: Any) -> None:
+    """Sizes, routing and optimizer that the released code has for every task of Long Range Arena; routed by score."""
+    m = c.model
+    m.task, m.causal = "classify", False
+    m.n_layers, m.d_model, m.n_heads, m.d_hidden = 2, 64, 2, 128
+    m.smha.n_experts, m.smha.k = 2, 1
+    m.uome.n_experts, m.uome.k = 4, 2
+    for routing in (m.smha, m.uome):
+        routing.priority = "score"
+        routing.capacity_factor = 1.25
+    c.optimizer.update(learning_rate=1e-4, schedule="linear", final_fraction=0.0, b2=0.999)
+    c.train.log_every = 50
+    c.eval.test = True  # validation chooses the checkpoint, test is read once
+
+
+def language_by_words(c: Any) -> None:
+    """What the released code has for both corpora of language modelling; experts of the attention are the heads."""
+    m = c.model
+    c.data.tokenizer, c.data.min_count = "words", 3
+    m.activation, m.bias, m.norm, m.dtype = "relu", True, "layernorm", "bfloat16"
+    m.uome.n_experts, m.uome.k = 4, 2
+    m.smha.capacity_factor = m.uome.capacity_factor = 1.25
+    c.optimizer.update(learning_rate=2.5e-4, final_fraction=0.0, weight_decay=0.0, b2=0.999, clip_norm=0.25)
+    c.train.log_every = 100
+    c.eval.test = True
+
+
+def finished(c: Any, variant: str = "", *others: str) -> Any:
+    """The last line of a config file: the `ConfigDict`, or its small variant (`tiny`).
+
+    others: the variants that the file has made of it by itself.
+
+    Raises:
+      ValueError: there is no such variant.
+    """
+    if variant == "tiny":
+        return tiny(c)
+    if variant and variant not in others:
+        names = ", ".join(map(repr, (*others, "tiny")))
+        raise ValueError(f"there is no variant {variant!r}; give {names} or none")
+    return c
+
+
+def tiny(c: Any) -> Any:
+    """Makes a `ConfigDict` small enough to train five steps on a laptop in seconds: same task, source, blocks and routing.
+
+    What the data settle (classes, sizes of images, lengths where an image settles them) stays.
+    """
+    m = c.model
+    m.n_layers, m.n_heads, m.n_kv_heads, m.dtype = 2, 4, 0, "float32"
+    m.smha.n_experts, m.smha.k = min(m.smha.n_experts, 4), min(m.smha.k, 2)
+    m.uome.n_experts, m.uome.k = min(m.uome.n_experts, 4), min(m.uome.k, 2)
+    m.d_model, m.d_hidden, m.classifier.d_head = 32, 48, min(m.classifier.d_head, 16)
+    m.vocab_size = 0
+    if m.task == "language" or c.data.source in ("imdb", "aan"):
+        m.context_length = 64
+    if c.data.tokenizer == "words":
+        c.data.min_count, m.cutoffs = 1, "4,10"
+    if c.data.source == "listops":
+        c.data.listops.update(min_length=4, max_length=64, n_train=256, n_eval=32)
+        m.context_length = 64
+    if c.data.source == "pathfinder":
+        c.data.pathfinder.update(n_train=256, n_eval=32)
+    if c.data.source == "imagenet2012":
+        m.image.update(height=32, width=32)
+        m.context_length = (32 // m.image.patch) ** 2
+    c.train.update(steps=5, batch_size=8, accumulation=1, log_every=1)
+    c.optimizer.update(warmup_steps=2, decay_steps=0)
+    c.eval.update(every=0, batches=2, batch_size=0)
+    c.checkpoint.every = 0
+    c.mesh.update(replica=1, data=-1, fsdp=1, expert=1)
+    c.generate.max_tokens = 8
+    return c
