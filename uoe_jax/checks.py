@@ -133,7 +133,7 @@ def check_training(c: Config, prompt_tokens: int) -> None:
 def check_idle(c: Config) -> None:
     """Refuses keys that were set and would change nothing."""
     m, d, classify = c.model, c.data, c.model.task == "classify"
-    words = not classify or FACTS[d.source].image is None  # what comes in is no image, neither whole nor pixel by pixel
+    text = d.source in TEXT or FACTS[d.source].text
     uses = (
         ("augment.", m.stem == "image", "is for images (model.stem='image')"),
         ("augment.rand_magnitude", c.augment.rand_layers, "is for augment.rand_layers of 1 or more"),
@@ -141,10 +141,10 @@ def check_idle(c: Config) -> None:
         ("data.pathfinder.", d.source == "pathfinder" and not d.path, "is for generated images: source='pathfinder' without data.path"),
         ("data.path", d.source not in ("listops", "digits"), f"data.source={d.source!r} has no files; leave it out"),
         ("data.name", d.source == "tfds_text", "is for data.source='tfds_text'"),
-        ("data.buckets", classify and words, "is for labelled text"),
+        ("data.buckets", classify and (text or d.source == "listops"), "is for labelled text"),
         ("data.min_count", d.tokenizer == "words", "is for data.tokenizer='words'"),
         ("data.tokenizer_file", d.tokenizer == "bpe", "is for data.tokenizer='bpe'"),
-        ("data.tokenizer", words and d.source != "listops", f"is for text, and data.source={d.source!r} has none"),
+        ("data.tokenizer", text, f"is for text, and data.source={d.source!r} has none"),
         ("train.label_smoothing", classify, "is for classes (model.task='classify')"),
         ("model.classifier.", classify, "is for classes (model.task='classify')"),
         ("model.image.", m.stem == "image", "is for images (model.stem='image')"),

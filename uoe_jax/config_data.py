@@ -13,19 +13,20 @@ TEXT = ("stdlib", "text", "wikitext103", "tfds_text")  # for a language model
 class Facts(NamedTuple):
     """What a labelled source gives: classes, inputs of an example, and (height, width, channels) of images; 0: any.
 
-    resize: images are of every size, and made to fit.
+    resize: images are of every size, and made to fit. text: a tokenizer makes tokens of the inputs.
     """
 
     n_classes: int
     n_inputs: int = 1
     image: tuple[int, int, int] | None = None
     resize: bool = False
+    text: bool = False
 
 
 FACTS = {  # for a classifier
     "listops": Facts(10),
-    "imdb": Facts(2),
-    "aan": Facts(2, n_inputs=2),
+    "imdb": Facts(2, text=True),
+    "aan": Facts(2, n_inputs=2, text=True),
     "pathfinder": Facts(2, image=(0, 0, 1)),
     "digits": Facts(10, image=(8, 8, 1)),
     "cifar10": Facts(10, image=(32, 32, 3)),

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.data.examples import Example
-from uoe_jax.data.prepared import RawFiles, Records, dataset_directory, lines, manual_dir, record_counts
+from uoe_jax.data.prepared import ARENA, RawFiles, Records, dataset_directory, lines, manual_dir, record_counts
 from uoe_jax.errors import ConfigError
 
 VERSION = "1.0.0"  # of the rules below: raise it when the examples or their order change, or the cache goes stale
 FILES = {split: f"new_aan_pairs.{name}.tsv" for split, name in
          (("train", "train"), ("validation", "eval"), ("test", "test"))}  # fmt: skip
-BELOW = ("", "tsv_data", "lra_release/tsv_data", "lra_release/lra_release/tsv_data")  # where unpacking leaves them
+BELOW = ("", *(folder + "tsv_data" for folder in ARENA))
 
 
 class Pairs(Records):

@@ -135,7 +135,7 @@ def grey_tokens(image: np.ndarray) -> np.ndarray:
 
 
 def as_floats(image: np.ndarray) -> np.ndarray:
-    """float32 of the same shape, from -2 to 2: what the model takes for uint8 pixels."""
+    """float32 of the same shape, from -2 to 2: what the model takes for uint8 pixels; of numpy as of jax."""
     return (image.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.25)
 
 

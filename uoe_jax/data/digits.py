@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.data.examples import Example
-from uoe_jax.data.stdlib import SPLITS
+from uoe_jax.data.prepared import SPLITS
 
 N_CLASSES = 10
 PARTS = (0.70, 0.85, 1.0)  # of every class, where train, validation and test end

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from uoe_jax.config_data import ListopsConfig
 from uoe_jax.data.examples import Example
-from uoe_jax.data.stdlib import SPLITS
+from uoe_jax.data.prepared import SPLITS
 from uoe_jax.errors import ConfigError
 
 VERSION = 1  # of the rules below: raise it when a (seed, split, index) comes to mean another example

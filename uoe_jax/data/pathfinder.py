@@ -17,7 +17,7 @@ import numpy as np
 
 from uoe_jax.config_data import PathfinderConfig
 from uoe_jax.data.examples import Example, Examples, ExampleSource
-from uoe_jax.data.stdlib import SPLITS
+from uoe_jax.data.prepared import ARENA, SPLITS
 from uoe_jax.errors import ConfigError, UserError
 
 VERSION = 1  # of the drawing: raise it when a (seed, split, index) comes to mean another image
@@ -25,7 +25,7 @@ VERSION = 1  # of the drawing: raise it when a (seed, split, index) comes to mea
 # ---- the released archive -----------------------------------------------------------------------------------------
 
 TASK = "curv_contour_length_14"  # LRA's "hard", which is its Pathfinder task
-INSIDE = tuple(folder + TASK for folder in ("", *("lra_release/" * n + "pathfinder32/" for n in range(3))))
+INSIDE = tuple(folder + TASK for folder in ("", *(folder + "pathfinder32/" for folder in ARENA)))
 REMEDY = (
     "download the Long Range Arena release (lra_release.gz, a tar archive, from the links in "
     "github.com/google-research/long-range-arena), unpack it, and give the directory in which lra_release lies, or "

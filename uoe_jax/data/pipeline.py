@@ -23,8 +23,8 @@ from uoe_jax.config_data import FACTS, TEXT
 from uoe_jax.data.examples import ExampleSource
 from uoe_jax.data.packing import PackedRows, Row
 from uoe_jax.data.rows import LabelledRows
-from uoe_jax.data.sources import TextSource, labelled_source, text_source, tokenizer_of
-from uoe_jax.data.stdlib import SPLITS
+from uoe_jax.data.sources import TextSource, known_vocabulary, labelled_source, text_source, tokenizer_of
+from uoe_jax.data.prepared import SPLITS
 from uoe_jax.data.store import open_or_build
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import ConfigError, UserError
@@ -111,16 +111,14 @@ def _load_text(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> 
 
 def _load_labelled(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> DataBundle:
     source = labelled_source(config.data, cache_dir)
-    is_text = not source.vocab_size and config.model.stem == "tokens" and FACTS[config.data.source].image is None
-    if is_text and tokenizer is None:
+    if FACTS[config.data.source].text and tokenizer is None:
         tokenizer = tokenizer_of(config.data, lambda: (text for e in source.examples("train") for text in e.inputs))
-    tokenizer = tokenizer if is_text else None
     rows = {
         split: LabelledRows(source.examples(split), source.n_classes, split, config, tokenizer) for split in SPLITS
     }
     facts = {**described(source), "tokenizer": tokenizer.fingerprint if tokenizer else None}
-    pixels = 256 if config.model.stem == "tokens" else 0
-    return _bundle(config, rows, tokenizer, source.vocab_size or (tokenizer.vocab_size if tokenizer else pixels), facts)
+    ids = tokenizer.vocab_size if tokenizer else source.vocab_size or known_vocabulary(config)[0]
+    return _bundle(config, rows, tokenizer, ids, facts)
 
 
 def described(source: TextSource | ExampleSource) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from uoe_jax.errors import RunError, UserError
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+ARENA = tuple("lra_release/" * n for n in range(3))  # where unpacking Long Range Arena's archive leaves what is in it
 BATCH_BYTES = 8 << 20  # between two of tfds's notes of how far it is, which cost milliseconds
 LINE_BYTES = 256 << 20
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system: what is younger may change and keep its time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,10 @@ class LabelledRows:
 
     def padding_row(self) -> Row:
         """A row that holds nothing and counts for nothing."""
+        return self._padding
+
+    @functools.cached_property
+    def _padding(self) -> Row:
         zeros = {name: np.zeros_like(a) for name, a in self[0].items()}
         return zeros | {"label": np.int32(-1), "other": np.int32(-1)}
 

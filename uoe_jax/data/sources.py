@@ -78,13 +78,13 @@ def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
     0 ids: the inputs are images, words that are still to be counted, or pieces of words whose file is not there.
     """
     m, d = c.model, c.data
-    if m.task == "classify" and m.stem == "image":
+    if m.stem == "image":
         return 0, None
     if d.source == "listops":
         from uoe_jax.data.listops import SYMBOLS
 
         return len(SYMBOLS), None
-    if d.source in FACTS and FACTS[d.source].image is not None:
+    if d.source in FACTS and not FACTS[d.source].text:
         return 256, None  # pixels
     if d.tokenizer == "bpe" and not (d.tokenizer_file and Path(d.tokenizer_file).expanduser().is_file()):
         return 0, None  # a plan can do without, and a run that has kept its own

@@ -164,7 +164,7 @@ class Run:
 
     def said(self, found: dict[str, Any], prefix: str) -> str:
         """An evaluation in words."""
-        own = {name.removeprefix(f"{prefix}/"): value for name, value in found.items()}
+        own = _own(found, prefix)
         return f"loss {own['loss']:.4f}, {task_of(self.config).said(own)} ({own['rows']} rows)"
 
     def save(self, owed: bool = False, always: bool = False) -> None:
@@ -226,8 +226,7 @@ class Run:
             text = f"loss {found['train/loss']:.4g}, gradient norm {found['train/grad_norm']:.4g}"
             self.progress.say(f"step {step} skipped: {text} ({self.in_a_row} in a row, {found['train/skipped']} in all)")
         speed = found.get("perf/tokens_per_second")
-        own = {name.removeprefix("train/"): value for name, value in found.items()}
-        self.progress.update(step, found["train/loss"], task_of(self.config).said(own), speed)
+        self.progress.update(step, found["train/loss"], task_of(self.config).said(_own(found, "train")), speed)
 
     def before(self, step: int) -> int | None:
         """The newest checkpoint of `step` or earlier."""
@@ -292,6 +291,11 @@ class Run:
         following = [] if self.config.eval.test else [f"  uoe eval --workdir={workdir} --split=test"]
         following += [f"  uoe generate --workdir={workdir} --prompt='class '"] * bool(sample)
         return "\n".join(told + ["next:", *following] * bool(following))
+
+
+def _own(found: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Measures by the names their task gives them."""
+    return {name.removeprefix(f"{prefix}/"): value for name, value in found.items()}
 
 
 def _due(step: int, every: int) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from uoe_jax.classifier import Classifier
 from uoe_jax.config import Config
+from uoe_jax.data.augment import as_floats
 from uoe_jax.model import Stack, Stats, Transformer
 
 Batch = dict[str, jax.Array]
@@ -122,7 +123,7 @@ def _class_sums(model: Classifier, batch: Batch, c: Config) -> Sums:
     """Cross entropy with the class, in nats, over examples; in training smoothed as configured."""
     inputs = batch["inputs"]
     if c.model.stem == "image":  # a byte a pixel goes to the device
-        inputs = (inputs.astype(jnp.float32) / 255 - 0.5) / 0.25
+        inputs = as_floats(inputs)
     logits_BC, routing = model(inputs, batch["segments"], batch.get("keys"))
     n_classes = c.model.classifier.n_classes
     target_BC = jnp.zeros_like(logits_BC)
