@@ -25,14 +25,13 @@ def get_config(variant: str = ""):
     if variant in ("short", "short-dense"):
         c.data.listops.update(min_length=10, max_length=129)
         c.model.context_length = 128
-        c.model.n_layers = 4
-        c.model.d_model = 96
-        c.model.n_heads = 4
-        c.model.d_hidden = 192
+        c.data.buckets = 4
+        c.model.n_layers, c.model.d_model, c.model.n_heads, c.model.d_hidden = 3, 64, 4, 128
         c.model.smha.n_experts, c.model.smha.k = 4, 3
         c.optimizer.learning_rate = 2e-3
         c.optimizer.warmup_steps = 200
-        c.train.steps = 3_000
+        c.train.steps = 2_000
+        c.train.batch_size = 64
         if variant == "short-dense":  # the same sizes without routing, to compare with
             c.model.attention = c.model.mlp = "dense"
     return recipes.finished(c, variant, "short", "short-dense")

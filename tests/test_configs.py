@@ -15,6 +15,7 @@ from uoe_jax.config import with_vocabulary
 from uoe_jax.train.step import build
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
+TABLES = sorted((ROOT / "configs" / "compare").glob("*.py"))
 AT_ONCE = ("quickstart", "wikitext103", "lra_retrieval", "imagenet")  # the kinds there are
 
 
@@ -22,12 +23,12 @@ def test_there_are_configs():
     assert [f.stem for f in FILES] and "quickstart" in {f.stem for f in FILES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*FILES, *TABLES], ids=lambda p: p.stem)
 def test_the_header_is_documentation(path):
     header = ast.get_docstring(ast.parse(path.read_text()))
     for word in ("Command", "Hardware", "Time", "Expected"):
         assert f"{word}:" in header, word
-    assert f"configs/{path.name}" in header or f"--config={path.stem} " in header
+    assert f"configs/{path.name}" in header or f"--config={path.stem} " in header or f"--config=compare/{path.stem} " in header
 
 
 def loaded(path, overrides):

@@ -38,12 +38,26 @@ ROUTED = """
 RULES = {
     "model": """
         task=language|classify stem=tokens|image vocab_size=0.. d_model=1.. n_layers=1.. n_heads=1.. n_kv_heads=0.. d_hidden=1..
-        context_length=1.. causal=bool attention=smha|dense mlp=uome|dense activation=gelu|gelu_tanh|relu|swiglu|geglu
+        context_length=1.. causal=bool activation=gelu|gelu_tanh|relu|swiglu|geglu
         norm=rmsnorm|layernorm norm_eps=>0.0..1 qk_norm=bool position=rope|learned|none rope_theta=1.0..1e12 bias=bool
         tie_embeddings=bool dropout=0.0..0.99 attention_dropout=0.0..0.99 dtype=float32|bfloat16|float16
+        attention=smha|dense|mla|moh|mosa|linformer|nystromformer|performer|reformer|long_short
+        mlp=uome|dense|token_choice|expert_choice|deepseek_moe|xmoe|skywork_moe
         remat=none|slots|dots|block cutoffs=numbers cutoff_div=1..""",
     "model.smha": ROUTED,
     "model.uome": ROUTED,
+    "model.moe": """
+        n_experts=1.. k=1.. n_shared=0.. d_expert=0.. capacity_factor=>0.0..1e6 capacity_window=1.. score=softmax|sigmoid scale=>0.0..1e3
+        threshold=>0.0..1 logit_scale=>0.0..1e3 balance_weight=0.0..1e3 adaptive_rate=0.0..1e3 adaptive_decay=0.0..1
+        bias_rate=0.0..1 z_weight=0.0..1e3""",
+    "model.mla": "q_rank=0.. kv_rank=1.. d_rope=0..",
+    "model.mosa": "capacity_factor=>0.0..1",
+    "model.moh": "n_shared=0.. k=1.. balance_weight=0.0..1e3",
+    "model.linformer": "rank=1..",
+    "model.nystromformer": "landmarks=1.. iterations=1..100 kernel=0..",
+    "model.performer": "features=1..",
+    "model.reformer": "n_hashes=1.. chunk=1..",
+    "model.long_short": "window=2.. rank=1..",
     "model.classifier": "n_classes=2.. pooling=mean|cls n_inputs=1..2 d_head=0..",
     "model.image": "height=1.. width=1.. channels=1.. patch=1..",
     "data": """
@@ -160,6 +174,22 @@ PAIRS: list[dict[str, Any]] = [
     {"mesh.fsdp": 8, "model.d_model": 36},
     {"mesh.expert": 4, "mesh.sequence_parallel": "true", "model.context_length": 62},
     {"mesh.expert": 3, "model.attention": "dense", "model.mlp": "dense"},
+    *({"model.attention": name} for name in ("mosa", "linformer", "nystromformer", "performer", "reformer", "long_short")),
+    {"model.mlp": "expert_choice"},
+    *({"model.mlp": "token_choice", "model.moe.k": k} for k in (3, 9, HUGE)),
+    {"model.mlp": "deepseek_moe", "model.moe.n_shared": 1},  # F=64 is not cut in 3
+    {"model.mlp": "deepseek_moe", "model.moe.n_shared": 2, "mesh.expert": 3, "model.moe.d_expert": 4},
+    {"model.mlp": "token_choice", "model.moe.threshold": 0.5},
+    {"model.mlp": "xmoe", "model.moe.score": "sigmoid"},
+    {"model.moe.k": 1},
+    {"model.mla.q_rank": 8},
+    *({"model.attention": "mla", "model.mla.d_rope": n} for n in (1, 7)),
+    {"model.attention": "mla", "model.qk_norm": "true"},
+    {"model.attention": "mla", "model.n_kv_heads": 2},
+    *({"model.attention": "moh", "model.moh.k": k} for k in (3, HUGE)),
+    {"model.attention": "moh", "model.moh.n_shared": 4},
+    {"model.attention": "moh", "mesh.expert": 8},
+    {"model.mlp": "xmoe", "mesh.expert": 3},
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Mapping
 
+from uoe_jax.checks_peers import check_peers, peer_sizes, peer_uses
 from uoe_jax.config_data import FACTS, TEXT
 from uoe_jax.errors import ConfigError
 from uoe_jax.keys import leaves
@@ -32,8 +33,9 @@ def check_model(m: ModelConfig) -> None:
         raise ConfigError("config.model.n_heads", m.n_heads, remedy)
     check_task(m)
     check_cutoffs(m, m.vocab_size)
-    for name, r in m.routed().items():
+    for name, r in m.unions().items():
         check_routing(f"config.model.{name}", r, m)
+    check_peers(m)
 
 
 def check_cutoffs(m: ModelConfig, vocabulary: int) -> None:
@@ -149,6 +151,7 @@ def check_idle(c: Config) -> None:
         ("model.classifier.", classify, "is for classes (model.task='classify')"),
         ("model.image.", m.stem == "image", "is for images (model.stem='image')"),
         ("model.vocab_size", m.stem == "tokens", "is for tokens (model.stem='tokens')"),
+        *peer_uses(m),
     )
     for name, value, meta in leaves(c):
         for prefix, used, remedy in uses:
@@ -211,7 +214,8 @@ def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
         if n % parts:
             remedy = f"replica*data*fsdp={parts}, the parts the batch is cut in, must divide {name}={n}: {divisors(n)}"
             raise ConfigError(f"config.mesh.{largest}", mesh[largest], remedy)
-    cut = {f"model.{name}.n_experts": (r.n_experts, "expert") for name, r in m.routed().items()}
+    cut = {f"model.{name}.n_experts": (r.n_experts, "expert") for name, r in m.unions().items()}
+    cut |= {name: (size, "expert") for name, size in peer_sizes(m)}
     if m.attention == "dense":
         cut["model.n_kv_heads" if m.n_kv_heads else "model.n_heads"] = (m.kv_heads, "expert")
     if m.mlp == "dense":

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any, NoReturn, Sequence
 
 from uoe_jax import config as config_lib
 from uoe_jax import processes, watch
-from uoe_jax.checks import check_training
 from uoe_jax.config import Config
+from uoe_jax.config_file import load_config
+from uoe_jax.config_peers import ATTENTIONS, MLPS
 from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
 
 
@@ -110,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--hardware", default="h100", metavar="NAME", help="h100, h200, b200, v5p, v6e, or cpu")
     plan.add_argument("--json", action="store_true", help="one JSON line")
 
+    compare = command("compare", _compare, "trains the architectures of one table and writes the table", config=True)
+    compare.epilog = "Any key can be overridden: --config.base.train.steps=100, --config.rows=uoe,full_attention"
+
     evaluate = command("eval", _eval, "one JSON line of measures; every row counted once")
     evaluate.add_argument("--split", default="validation", choices=("train", "validation", "test"))
     evaluate.add_argument("--step", default="latest", help="latest, best, or the step of a checkpoint")
@@ -144,58 +146,6 @@ def _overrides(rest: list[str], options: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def find_config(name: str) -> tuple[Path, str]:
-    """(file, variant) of `--config`: a path, or the name of a shipped config, with an optional `:variant`."""
-    stem, _, variant = name.partition(":")
-    here = Path(__file__).parent
-    shipped = [d / f"{stem}.py" for d in (here / "configs", here.parent / "configs")]
-    for path in [Path(os.path.expanduser(stem)), *(shipped if "/" not in stem and not stem.endswith(".py") else [])]:
-        if os.path.isfile(path):  # unlike pathlib's, these two raise nothing for a name that cannot be
-            return path, variant
-    names = sorted({p.stem for d in (here / "configs", here.parent / "configs") for p in d.glob("[!_]*.py")})
-    raise UserError(f"--config={config_lib.printable(name)}: no such file; give a path, or a shipped config by name ({', '.join(names)})")
-
-
-def load_config(name: str, overrides: dict[str, str]) -> Config:
-    """Runs a config file's `get_config`, applies the overrides, validates; what comes out is fit for `uoe train`.
-
-    Raises:
-      UserError: the file cannot be read or run; an unknown key; a value that cannot be used.
-    """
-    path, variant = find_config(name)
-    try:
-        source = compile(path.read_text(), str(path), "exec")
-        spec = importlib.util.spec_from_loader("uoe_config", None)
-        module = importlib.util.module_from_spec(spec)
-        exec(source, module.__dict__)  # a config file is a program by design: run only those you trust
-        given = module.get_config(variant) if variant else module.get_config()
-        values = given.to_dict()
-    except UserError:
-        raise
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        line = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        at = f" line {line[-1]}" if line else ""
-        remedy = "it must define get_config() that returns uoe_jax.config.base() with your changes"
-        raise UserError(f"--config={name}:{at} cannot be used ({text}); {remedy}") from error
-    for key, text in overrides.items():
-        section = values
-        value = config_lib.parse_value(key, text)
-        *parents, last = key.split(".")
-        for part in parents:
-            section = section.setdefault(part, {})
-            section = section if isinstance(section, dict) else {}  # the config file put a value there: from_dict refuses it
-        section[last] = value
-    config = config_lib.from_dict(values)
-    from uoe_jax.data.sources import known_vocabulary
-
-    size, tokenizer = known_vocabulary(config)
-    prompt = config.generate.prompt
-    check_training(config, 1 + len(tokenizer.encode(prompt) if tokenizer else prompt.split()))
-    config_lib.with_vocabulary(config, size)
-    return config
-
-
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from uoe_jax.data.kept import check_tokenizer
 
@@ -215,6 +165,10 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from uoe_jax.plan import hardware, make, report
 
     config = load_config(options.config, overrides)
+    for key, block, peers in (("attention", config.model.attention, ATTENTIONS), ("mlp", config.model.mlp, MLPS)):
+        if block in peers:
+            remedy = "memory and time are predicted for unions of experts and dense blocks alone; give one of these"
+            raise ConfigError(f"config.model.{key}", block, remedy)
     hardware.find(options.hardware)
     devices = options.devices
     if devices is not None and not (devices.isdecimal() and int(devices)):
@@ -228,6 +182,16 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     found = make.make(config, options.hardware)
     print(json.dumps(report.as_json(found)) if options.json else report.text(found, options.config))
     return EXIT_DONE
+
+
+def _compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from uoe_jax.compare.table import load_table
+
+    table = load_table(options.config, overrides)
+    _check_workdir(options.workdir)
+    from uoe_jax.compare.run import compare
+
+    return compare(table, options.workdir)
 
 
 def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:

@@ -11,88 +11,28 @@ import dataclasses
 import difflib
 import math
 import typing
-from fractions import Fraction
 from typing import Any, Mapping
 
 from uoe_jax.checks import check_cutoffs, check_model, check_run
 from uoe_jax.config_data import AugmentConfig, DataConfig
+from uoe_jax.config_peers import (
+    ATTENTIONS,
+    MLPS,
+    LinformerConfig,
+    LongShortConfig,
+    MLAConfig,
+    MoEConfig,
+    MoHConfig,
+    MoSAConfig,
+    NystromformerConfig,
+    PerformerConfig,
+    ReformerConfig,
+)
+from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.keys import checked, key, leaves, printable
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")  # with a second projection into the hidden layer
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RoutingConfig:
-    """How one block (SMHA or UoME) routes. Letters as in DESIGN: N experts, K chosen, C slots, P tokens per patch."""
-
-    n_experts: int = key(8, "N, the number of equal partitions of the block", low=1)
-    k: int = key(4, "K, experts each patch chooses", low=1)
-    capacity_factor: float = key(1.0, "slots per expert, relative to an even load of the patches that may come to it", above=0, high=1e6)
-    capacity_window: int = key(64, "patches per capacity window (priority='position')", low=1)
-    sequence_capacity_factor: float = key(
-        0.0, "in training, sequences per expert relative to an even load (unit not 'patch'); 0: no bound", low=0, high=1e6
-    )
-    sequence_group: int = key(8, "consecutive rows among which sequence_capacity_factor counts", low=1)
-    patch_size: int = key(1, "P, consecutive tokens routed together", low=1)
-    unit: str = key(
-        "patch",
-        "who chooses experts: each patch; the whole sequence; or the sequence, whose patches then compete for the slots",
-        choices=("patch", "sequence", "hierarchical"),
-    )
-    priority: str = key("position", "who gets the slots: first come, or best score", choices=("position", "score"))
-    gate: str = key(
-        "sigmoid",
-        "combine weight of a chosen expert",
-        choices=("sigmoid", "normalized", "score", "straight_through", "none"),
-    )
-    order: str = key(
-        "gather", "gather tokens, then project into the experts; or project, then gather", choices=("gather", "project")
-    )
-    router_bias: bool = key(False, "a bias b_g in the router")
-    router_noise: float = key(
-        0.0, "standard deviation of the noise on the logits that choose experts, in training", low=0, high=1e3
-    )
-    balance_weight: float = key(0.01, "weight of the Switch balance loss", low=0, high=1e3)
-    bias_rate: float = key(0.0, "step of the loss-free balancing bias; 0 turns it off", low=0, high=1)
-    z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
-    dispatch: str = key(
-        "auto", "how slots are gathered and combined", choices=("auto", "inverse", "scatter"), free=True
-    )
-
-    def window_capacity(self, window: int | None = None) -> int:
-        """Slots per expert in a window of `window` patches: ceil(cf * window * K / N), exact, at least 1, at most window.
-
-        Where the whole sequence chooses, all patches come to a chosen expert, and the capacity is ceil(cf * window).
-        The factor is read as the decimal the person wrote, so that no binary rounding adds or loses a slot.
-        """
-        window = self.capacity_window if window is None else window
-        share = Fraction(self.k, self.n_experts) if self.unit == "patch" else 1
-        return max(1, min(window, math.ceil(Fraction(str(self.capacity_factor)) * window * share)))
-
-    def sequence_capacity(self) -> int:
-        """Sequences per expert in a group of `sequence_group` rows: ceil(factor * group * K / N), exact, at least 1."""
-        share = Fraction(str(self.sequence_capacity_factor)) * self.sequence_group * self.k / self.n_experts
-        return max(1, min(self.sequence_group, math.ceil(share)))
-
-    def row_share(self) -> float:
-        """Rows of an expert's buffer in training, relative to the sequences."""
-        return self.sequence_capacity() / self.sequence_group if self.sequence_capacity_factor else 1.0
-
-    def patches(self, length: int) -> int:
-        """M, the patches of a row of `length` tokens, the last one filled up."""
-        return -(-length // self.patch_size)
-
-    def slot_tokens(self, length: int) -> int:
-        """S = C·P, the tokens an expert has room for in a row of `length` tokens."""
-        return self.slots(self.patches(length)) * self.patch_size
-
-    def slots(self, n_patches: int) -> int:
-        """C, the static number of slots per expert and sequence of `n_patches` patches (M)."""
-        if self.priority == "score":
-            return self.window_capacity(n_patches)
-        # Every window has the capacity of a full one, the last too, so that neither padding nor later tokens matter.
-        cap = self.window_capacity()
-        full, rest = divmod(n_patches, self.capacity_window)
-        return full * cap + min(cap, rest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,8 +78,8 @@ class ModelConfig:
     d_hidden: int = key(768, "F, hidden width of the whole MLP", low=1)
     context_length: int = key(256, "L, tokens per row", low=1)
     causal: bool = key(True, "a token sees itself and those before it only, as a language model must")
-    attention: str = key("smha", "attention block", choices=("smha", "dense"))
-    mlp: str = key("uome", "MLP block", choices=("uome", "dense"))
+    attention: str = key("smha", "attention block", choices=("smha", "dense", *ATTENTIONS))
+    mlp: str = key("uome", "MLP block", choices=("uome", "dense", *MLPS))
     activation: str = key("gelu", "MLP activation", choices=("gelu", "gelu_tanh", "relu", *GATED_ACTIVATIONS))
     norm: str = key("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
     norm_eps: float = key(1e-6, "added to the variance in the norm", above=0, high=1)
@@ -163,6 +103,15 @@ class ModelConfig:
     )
     smha: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
     uome: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    mla: MLAConfig = dataclasses.field(default_factory=MLAConfig)
+    mosa: MoSAConfig = dataclasses.field(default_factory=MoSAConfig)
+    moh: MoHConfig = dataclasses.field(default_factory=MoHConfig)
+    linformer: LinformerConfig = dataclasses.field(default_factory=LinformerConfig)
+    nystromformer: NystromformerConfig = dataclasses.field(default_factory=NystromformerConfig)
+    performer: PerformerConfig = dataclasses.field(default_factory=PerformerConfig)
+    reformer: ReformerConfig = dataclasses.field(default_factory=ReformerConfig)
+    long_short: LongShortConfig = dataclasses.field(default_factory=LongShortConfig)
     classifier: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
     image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
 
@@ -205,10 +154,44 @@ class ModelConfig:
         """Tokens of a row as the blocks see them: the context, and the classifier's own token where it has one."""
         return self.context_length + (self.task == "classify" and self.classifier.pooling == "cls")
 
+    @property
+    def out_scale(self) -> float:
+        """Scale of the blocks' output projections: small, and smaller with depth, so that at first the embedding is heard."""
+        return 0.3 * (2 * self.n_layers) ** -0.5
+
+    @property
+    def rotary_dim(self) -> int:
+        """Width of a head's rotary part."""
+        return self.mla.rotary_width(self.head_dim) if self.attention == "mla" else self.head_dim
+
+    @property
+    def d_expert(self) -> int:
+        """Hidden width of an expert of the compared mixtures (model.moe)."""
+        return self.moe.d_expert or self.d_hidden // (self.moe.k + self.moe.n_shared)
+
+    @property
+    def routed_hidden(self) -> int:
+        """Hidden units of all routed experts of the MLP block."""
+        return self.moe.n_experts * self.d_expert if self.mlp in MLPS else (self.d_hidden if self.mlp == "uome" else 0)
+
+    @property
+    def whole_hidden(self) -> int:
+        """Hidden units that every token goes through: those of a dense MLP, or of shared experts."""
+        return self.moe.n_shared * self.d_expert if self.mlp in MLPS else (self.d_hidden if self.mlp == "dense" else 0)
+
     def routed(self) -> dict[str, RoutingConfig]:
-        """The routing of the blocks that route, by section name."""
-        blocks = {"smha": self.attention == "smha", "uome": self.mlp == "uome"}
-        return {name: getattr(self, name) for name, on in blocks.items() if on}
+        """The routing of the blocks that route, by the block's name."""
+        found = {"smha": self.smha, "uome": self.uome, "mosa": self.mosa.routing(self.n_heads), "moh": self.moh.routing(self.n_heads)}
+        found |= {kind: self.moe.routing(kind) for kind in MLPS}
+        return {name: found[name] for name in (self.attention, self.mlp) if name in found}
+
+    def place_of(self, name: str) -> str:
+        """Where in a layer the block of this name is: its attention or its MLP."""
+        return "attention" if name == self.attention else "mlp"
+
+    def unions(self) -> dict[str, RoutingConfig]:
+        """Of these, the unions of experts, which are a dense block cut in partitions."""
+        return {name: r for name, r in self.routed().items() if name in ("smha", "uome")}
 
     @property
     def patch_multiple(self) -> int:

@@ -92,7 +92,7 @@ def split(params: Weights, config: ModelConfig, routers: dict[str, Weights] | No
       ConfigError: N does not divide what it must.
       UserError: a leaf of a routed block or router is missing, unknown or not of the shape `config` gives it.
     """
-    routed, layers = config.routed(), dict(params.get("layers", {}))
+    routed, layers = config.unions(), dict(params.get("layers", {}))
     if routers is not None and set(routers) != set(routed):
         raise UserError(f"routers={sorted(routers)}: give one for each routed block of the model, {sorted(routed)}")
     for section, routing in routed.items():
@@ -123,7 +123,7 @@ def merge(params: Weights, config: ModelConfig) -> Weights:
       ConfigError, UserError: as `split`.
     """
     layers = dict(params.get("layers", {}))
-    for section, routing in config.routed().items():
+    for section, routing in config.unions().items():
         block, n = BLOCKS[section], routing.n_experts
         experts, dense = _block(layers, block), _sizes(config)
         if "router" not in experts:

@@ -10,6 +10,7 @@ import math
 from typing import Sequence
 
 from uoe_jax.config import ModelConfig, RoutingConfig
+from uoe_jax.peers.costs import ATTENTIONS
 
 # Peak dense 16-bit FLOP/s of one device, by `device_kind`; a chip that is not listed has no MFU.
 PEAK_FLOPS = {
@@ -25,6 +26,9 @@ PEAK_FLOPS = {
 }
 
 
+UNIONS = ("smha", "mosa")  # attentions whose heads work on slots
+
+
 def routing_flops(r: RoutingConfig, d_model: int, length: int) -> float:
     """The routers of one block over one row."""
     routed = (r.unit != "sequence") * r.patches(length) + (r.unit != "patch")
@@ -33,31 +37,34 @@ def routing_flops(r: RoutingConfig, d_model: int, length: int) -> float:
 
 def attention_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     """Forward pass of one attention block over one row of `length` tokens."""
+    r = c.routed().get(c.attention)
+    if r is None or c.attention not in UNIONS:
+        return ATTENTIONS[c.attention](c, length).flops
     d, dh, h, g = c.d_model, c.head_dim, c.n_heads, c.kv_heads
-    core = core_flops(c, length, training)
-    if c.attention == "dense":
-        return 2 * length * d * dh * (2 * h + 2 * g) + core
-    r = c.smha
     s = r.slot_tokens(length) * (r.row_share() if training else 1)
     entering = s if r.order == "gather" else r.patches(length) * r.patch_size
+    core = core_flops(c, length, training)
     return routing_flops(r, d, length) + 2 * entering * d * dh * (h + 2 * g) + 2 * s * d * dh * h + core
 
 
 def core_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     """Of these, the scores and the weighted sums: what a flash attention kernel does."""
-    r = c.routed().get("smha")
-    s, share = (length, 1) if r is None else (r.slot_tokens(length), r.row_share() if training else 1)
-    return share * 4 * c.n_heads * c.head_dim * s**2
+    r = c.routed().get(c.attention)
+    if r is None or c.attention not in UNIONS:
+        return ATTENTIONS[c.attention](c, length).core
+    return (r.row_share() if training else 1) * 4 * c.n_heads * c.head_dim * r.slot_tokens(length) ** 2
 
 
 def mlp_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     """Forward pass of one MLP block over one row of `length` tokens."""
-    if c.mlp == "dense":
-        return 2 * (c.n_into + 1) * length * c.d_model * c.d_hidden
-    r = c.uome
+    r = c.routed().get(c.mlp)
+    whole = 2 * (c.n_into + 1) * length * c.d_model * c.whole_hidden
+    if r is None:
+        return whole
     s = r.slot_tokens(length) * (r.row_share() if training else 1)
     entering = s if r.order == "gather" else r.patches(length) * r.patch_size
-    return routing_flops(r, c.d_model, length) + 2 * (c.n_into * entering + s) * c.d_model * c.d_hidden
+    experts = 2 * (c.n_into * entering + s) * c.d_model * c.routed_hidden
+    return routing_flops(r, c.d_model, length) + experts + whole
 
 
 def tail_shares(c: ModelConfig) -> tuple[float, ...]:

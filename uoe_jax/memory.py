@@ -6,6 +6,8 @@ The counts are of one device that holds everything. Working memory inside a laye
 from __future__ import annotations
 
 from uoe_jax.config import ModelConfig, RoutingConfig
+from uoe_jax.flops import UNIONS
+from uoe_jax.peers.costs import ATTENTIONS, Cost
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -18,16 +20,37 @@ def router_parameters(r: RoutingConfig, d_model: int) -> int:
 
 def layer_parameters(c: ModelConfig) -> int:
     """Weights of one layer: attention, MLP, routers and the two norms."""
-    d, h, g, dh, f = c.d_model, c.n_heads, c.kv_heads, c.head_dim, c.d_hidden
-    attention = d * dh * (2 * h + 2 * g) + 2 * dh * c.qk_norm
-    mlp = (c.n_into + 1) * d * f
-    routers = sum(router_parameters(r, d) for r in c.routed().values())
-    return attention + mlp + sum(bias_parameters(c)) + routers + 2 * norm_parameters(c)
+    hidden = c.routed_hidden + c.whole_hidden
+    with_biases = c.routed_hidden if c.routed_hidden else c.whole_hidden  # shared experts have none
+    mlp = (c.n_into + 1) * c.d_model * hidden + c.bias * (c.n_into * with_biases + c.d_model)
+    routers = sum(router_parameters(r, c.d_model) for name, r in c.routed().items() if name != "moh")
+    adaptive = c.mlp == "skywork_moe" and c.moe.adaptive_rate > 0
+    return _attention(c).parameters + mlp + routers + adaptive + 2 * norm_parameters(c)
+
+
+def _attention(c: ModelConfig) -> Cost:
+    """Its weights without routers (with MoH's, which are its own); what experts hold is what a dense block holds."""
+    return ATTENTIONS.get(c.attention, ATTENTIONS["dense"])(c, c.block_length)
 
 
 def bias_parameters(c: ModelConfig) -> tuple[int, int]:
-    """Biases of one layer: (into the heads and the hidden units, out of them)."""
+    """Biases of one layer of dense blocks or unions: (into the heads and the hidden units, out of them)."""
     return (c.head_dim * (c.n_heads + 2 * c.kv_heads) + c.n_into * c.d_hidden, 2 * c.d_model) if c.bias else (0, 0)
+
+
+def active_parameters(c: ModelConfig) -> float:
+    """Of `parameters`, those a token meets on average where nothing is dropped: experts it does not choose are left out,
+    and of the words, all that it is scored against."""
+    idle = 0.0
+    for name, r in c.routed().items():
+        # Where experts choose, a token meets as many as take it; where it chooses, K.
+        share = min(1.0, r.capacity_factor) * (r.k / r.n_experts if r.unit == "patch" else 1) if r.priority == "score" else r.k / r.n_experts
+        if name in UNIONS:
+            idle += (1 - share) * c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)
+        elif name != "moh":
+            idle += (1 - share) * (c.n_into + 1) * c.d_model * c.routed_hidden
+    attention = _attention(c)
+    return parameters(c) - c.n_layers * (idle + attention.parameters - attention.active)
 
 
 def norm_parameters(c: ModelConfig) -> int:
@@ -83,13 +106,22 @@ def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1)
     item, stream = ITEM_SIZE[c.dtype], ITEM_SIZE[c.dtype] * rows * length * c.d_model // stream_parts
     if c.remat == "block":
         return stream
-    heads = c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)  # q, k, v and the output of the heads
     kept = 2 * stream
-    for routing, width in ((c.routed().get("smha"), heads), (c.routed().get("uome"), c.n_into * c.d_hidden)):
-        at = length if routing is None else routing.slot_tokens(length) * routing.row_share()
-        kept += int(item * rows * at * width) // parts
-        kept += 0 if routing is None else selection_bytes(routing, rows, length) // parts
+    if c.attention in UNIONS:
+        heads = c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)  # q, k, v and the output of the heads
+        kept += _kept_at_slots(c, c.routed()[c.attention], rows, heads, parts)
+    else:
+        kept += int(item * rows * _attention(c).kept) // parts
+    if c.routed_hidden:
+        kept += _kept_at_slots(c, c.routed()[c.mlp], rows, c.n_into * c.routed_hidden, parts)
+    kept += item * rows * length * c.n_into * c.whole_hidden // parts
     return kept
+
+
+def _kept_at_slots(c: ModelConfig, r: RoutingConfig, rows: int, width: int, parts: int) -> int:
+    """Values of `width` at the slots of `rows` rows, and the selection."""
+    at = r.slot_tokens(c.block_length) * r.row_share()
+    return int(ITEM_SIZE[c.dtype] * rows * at * width) // parts + selection_bytes(r, rows, c.block_length) // parts
 
 
 def selection_bytes(r: RoutingConfig, rows: int, length: int) -> int:
@@ -103,7 +135,9 @@ def selection_bytes(r: RoutingConfig, rows: int, length: int) -> int:
 
 
 def cache_bytes(c: ModelConfig, rows: int, dense: bool = False) -> int:
-    """Keys and values of a decoding cache for `context_length` tokens; dense: of a model with dense attention."""
+    """What a decoding cache keeps of the tokens before, for `context_length` tokens; dense: of a model with dense attention."""
+    if c.attention == "mla" and not dense:
+        return c.n_layers * rows * c.context_length * (c.mla.kv_rank + c.rotary_dim) * ITEM_SIZE[c.dtype]
     routed = c.attention == "smha" and not dense
     tokens = c.smha.slot_tokens(c.context_length) if routed else c.context_length
     return 2 * c.n_layers * rows * tokens * c.kv_heads * c.head_dim * ITEM_SIZE[c.dtype]

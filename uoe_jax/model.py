@@ -24,6 +24,7 @@ from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.uome import UoME
 from uoe_jax.mesh import placed_activations
+from uoe_jax.peers import ATTENTIONS, MLPS
 from uoe_jax.routing import RoutingStats
 
 Stats = dict[str, RoutingStats]  # by block ("smha", "uome"); leaves stacked over layers
@@ -37,20 +38,17 @@ class Cache(NamedTuple):
     next_B: jax.Array
 
 
-def out_scale(c: ModelConfig) -> float:
-    """Scale of the output projections: small, and smaller with depth, so that at first the embedding is heard."""
-    return 0.3 * (2 * c.n_layers) ** -0.5
-
-
 def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The attention block that `model.attention` names."""
+    if c.attention in ATTENTIONS:
+        return ATTENTIONS[c.attention](c, rngs=rngs)
     common = dict(
         bias=c.bias,
         causal=c.causal,
         drop_rate=c.attention_dropout,
         qk_norm_eps=c.norm_eps if c.qk_norm else None,
         dtype=c.dtype,
-        out_scale=out_scale(c),
+        out_scale=c.out_scale,
         rngs=rngs,
     )
     if c.attention == "smha":
@@ -60,7 +58,9 @@ def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 def make_mlp(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The MLP block that `model.mlp` names."""
-    common = dict(activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=out_scale(c), rngs=rngs)
+    if c.mlp in MLPS:
+        return MLPS[c.mlp](c, rngs=rngs)
+    common = dict(activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs)
     if c.mlp == "uome":
         return UoME(c.d_model, c.d_hidden, c.uome, causal=c.causal, **common)
     return MLP(c.d_model, c.d_hidden, **common)
@@ -144,7 +144,7 @@ class Stack(nnx.Module):
         """Rotary tables, where the model has them."""
         if self.config.position != "rope":
             return None
-        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        return rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
 
 
 class Transformer(Stack):

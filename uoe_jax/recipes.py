@@ -48,6 +48,27 @@ def finished(c: Any, variant: str = "", *others: str) -> Any:
     return c
 
 
+def compared(made: Any, variant: str, short_rows: tuple[str, ...]) -> Any:
+    """The last line of a table's config file: the table, or its form of one seed and some of the rows (`short`, `tiny`).
+
+    Raises:
+      ValueError: there is no such variant.
+    """
+    if variant not in ("", "short", "tiny"):
+        raise ValueError(f"there is no variant {variant!r}; give 'short', 'tiny' or none")
+    if variant:
+        made.seeds = 1
+        made.rows = [row for row in made.rows if row[0] in short_rows]
+    if variant == "short":
+        base = made.base
+        base.train.steps //= 3
+        base.eval.every = base.checkpoint.every = 0
+        made.lengths, made.rounds = ",".join(made.lengths.split(",")[:3]), 8
+    if variant == "tiny":
+        made.rounds, made.lengths = 2, "32,64" if made.lengths else ""
+    return made
+
+
 def tiny(c: Any) -> Any:
     """Makes a `ConfigDict` small enough to train five steps on a laptop in seconds: same task, source, blocks and routing.
 

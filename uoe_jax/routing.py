@@ -6,14 +6,14 @@ Letters: B sequences, M patches per sequence, N experts, K chosen per patch, C s
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.checks import divisors
-from uoe_jax.config import RoutingConfig
+from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.dispatch import Selection, pack
 
 
@@ -96,6 +96,30 @@ def gate(name: str, logits_BMN: jax.Array, scores_BMN: jax.Array, chosen_BMN: ja
     return jnp.ones_like(scores_BMN)  # "none"
 
 
+class Rule(NamedTuple):
+    """What a router makes of its logits [...,N]; `UNION` is that of the unions of experts, the compared mixtures have theirs.
+
+    Attributes:
+      log_shares: logits -> logarithm of the scores as shares that sum to 1, for balance and entropy.
+      scores: logits -> scores that rank experts, and tokens for an expert.
+      choose: (ranked [B,M,N], valid [B,M], K) -> bool [B,M,N].
+      weigh: (routing, logits, scores, chosen) -> combine weights float32 [B,M,N].
+    """
+
+    log_shares: Callable[[jax.Array], jax.Array]
+    scores: Callable[[jax.Array], jax.Array]
+    choose: Callable[[jax.Array, jax.Array, int], jax.Array]
+    weigh: Callable[[RoutingConfig, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+UNION = Rule(
+    log_shares=jax.nn.log_softmax,
+    scores=jax.nn.softmax,
+    choose=choose_experts,
+    weigh=lambda r, logits, scores, chosen: gate(r.gate, logits, scores, chosen, r.k),
+)
+
+
 def bound_sequences(
     chosen_BN: jax.Array, scores_BN: jax.Array, group: int, capacity: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -164,6 +188,7 @@ def decide(
     sequence_logits_BN: jax.Array | None = None,
     load_bias_N: jax.Array | None = None,
     keys_B: jax.Array | None = None,
+    rule: Rule = UNION,
 ) -> tuple[Decision, RoutingStats]:
     """Routes every patch of every sequence; sequences do not see each other, unless `sequence_capacity_factor` bounds them.
 
@@ -175,23 +200,24 @@ def decide(
       load_bias_N: added to the scores where experts are chosen, and nowhere else (loss-free balancing, DeepSeek-V3).
       keys_B: in training, a key for each sequence (router noise); None: evaluation, which knows neither noise nor
         `sequence_capacity_factor`.
+      rule: what logits mean.
 
     Raises:
       ValueError: `sequence_group` does not divide B.
     """
-    m, k = valid_BM.shape[1], routing.k
+    m = valid_BM.shape[1]
     # Of whoever chooses experts: [B,M,N], or [B,1,N] where all patches follow their sequence.
     own, asking = logits_BMN, valid_BM
     if routing.unit != "patch":
         own, asking = sequence_logits_BN[:, None], valid_BM.any(axis=1, keepdims=True)
-    own_scores = scores_BMN = jax.nn.softmax(own, axis=-1)
-    ranked = biased(_noisy(own, own_scores, routing, keys_B), load_bias_N)
-    chosen_BMN = choose_experts(ranked, asking, k) & valid_BM[..., None]
-    weights_BMN = gate(routing.gate, own, own_scores, chosen_BMN, k)
+    own_scores = scores_BMN = rule.scores(own)
+    ranked = biased(_noisy(own, own_scores, routing, keys_B, rule), load_bias_N)
+    chosen_BMN = rule.choose(ranked, asking, routing.k) & valid_BM[..., None]
+    weights_BMN = rule.weigh(routing, own, own_scores, chosen_BMN)
     if routing.unit == "hierarchical":
-        patch_scores_BMN = jax.nn.softmax(logits_BMN, axis=-1)
+        patch_scores_BMN = rule.scores(logits_BMN)
         scores_BMN = own_scores * patch_scores_BMN
-        weights_BMN = weights_BMN * gate(routing.gate, logits_BMN, patch_scores_BMN, chosen_BMN, k)
+        weights_BMN = weights_BMN * rule.weigh(routing, logits_BMN, patch_scores_BMN, chosen_BMN)
     rows, offered_BMN = None, chosen_BMN
     if routing.sequence_capacity_factor and keys_B is not None:
         rows = bound_sequences(
@@ -206,18 +232,20 @@ def decide(
         table = np.array([routing.window_capacity(i) if i else 0 for i in range(m + 1)], np.int32)
         scores_BMN = jnp.broadcast_to(scores_BMN, offered_BMN.shape)
         kept_BMN = best_first(offered_BMN, scores_BMN, jnp.asarray(table)[valid_BM.sum(axis=1)], c)
-    stats = _stats(own, own_scores, chosen_BMN, kept_BMN, valid_BM, k)
+    stats = statistics(own, chosen_BMN, kept_BMN, valid_BM, rule)
     if routing.unit == "hierarchical":  # both routers' logits are kept small; the load is the sequences' choice alone
         stats = stats._replace(z=stats.z + _z(logits_BMN, valid_BM).sum())
     return Decision(kept_BMN, jnp.broadcast_to(weights_BMN, kept_BMN.shape), c, rows), stats
 
 
-def _noisy(logits: jax.Array, scores: jax.Array, routing: RoutingConfig, keys_B: jax.Array | None) -> jax.Array:
+def _noisy(
+    logits: jax.Array, scores: jax.Array, routing: RoutingConfig, keys_B: jax.Array | None, rule: Rule
+) -> jax.Array:
     """The scores experts are chosen by: in training, those of logits with normal noise; the combine weights have none."""
     if keys_B is None or not routing.router_noise:
         return scores
     noise = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:], jnp.float32))(keys_B)
-    return jax.nn.softmax(logits + routing.router_noise * noise, axis=-1)
+    return rule.scores(logits + routing.router_noise * noise)
 
 
 def _z(logits_BMN: jax.Array, valid_BM: jax.Array) -> jax.Array:
@@ -226,14 +254,19 @@ def _z(logits_BMN: jax.Array, valid_BM: jax.Array) -> jax.Array:
     return z_BM.sum(axis=1) / jnp.maximum(valid_BM.sum(axis=1, dtype=jnp.float32), 1)
 
 
-def _stats(logits, scores, chosen_BMN, kept_BMN, valid_BM, k: int) -> RoutingStats:
-    """logits and scores [B,M,N], or [B,1,N] where all patches of a sequence have the same."""
+def statistics(
+    logits: jax.Array, chosen_BMN: jax.Array, kept_BMN: jax.Array, valid_BM: jax.Array, rule: Rule = UNION
+) -> RoutingStats:
+    """Sums over a batch; logits [B,M,N], or [B,1,N] where all patches of a sequence have the same."""
     m, n = chosen_BMN.shape[1:]
-    count_B = jnp.maximum(valid_BM.sum(axis=1), 1).astype(jnp.float32)
-    share_BN = chosen_BMN.sum(axis=1, dtype=jnp.float32) / (count_B[:, None] * k)
+    log_shares = rule.log_shares(logits)
+    shares = jnp.exp(log_shares)
+    choices_B = jnp.maximum(chosen_BMN.sum(axis=(1, 2), dtype=jnp.float32), 1)
+    share_BN = chosen_BMN.sum(axis=1, dtype=jnp.float32) / choices_B[:, None]
     valid_f32_BM = valid_BM.astype(jnp.float32)
-    mean_score_BN = (scores * valid_f32_BM[..., None]).sum(axis=1) / count_B[:, None]
-    entropy_BM = -(scores * jax.nn.log_softmax(logits, axis=-1)).sum(-1) * valid_f32_BM
+    count_B = jnp.maximum(valid_BM.sum(axis=1), 1).astype(jnp.float32)
+    mean_share_BN = (shares * valid_f32_BM[..., None]).sum(axis=1) / count_B[:, None]
+    entropy_BM = -(shares * log_shares).sum(-1) * valid_f32_BM
     quarter_4M = (jnp.arange(m)[None] * 4 // m == jnp.arange(4)[:, None]).astype(jnp.float32)
 
     def sums(mask_BMN):
@@ -244,7 +277,7 @@ def _stats(logits, scores, chosen_BMN, kept_BMN, valid_BM, k: int) -> RoutingSta
     chosen_N, chosen_4 = sums(chosen_BMN)
     kept_N, kept_4 = sums(kept_BMN)
     return RoutingStats(
-        balance=n * (share_BN * mean_score_BN).sum(),
+        balance=n * (share_BN * mean_share_BN).sum(),
         z=_z(logits, valid_BM).sum(),
         patches=valid_BM.sum().astype(jnp.float32),
         untouched=(valid_BM & ~kept_BMN.any(axis=-1)).sum().astype(jnp.float32),

@@ -23,6 +23,7 @@ from uoe_jax.layers.common import (
     zeros,
 )
 from uoe_jax.region import WHOLE, Region, run
+from uoe_jax.routing import RoutingStats
 
 
 def attend(
@@ -34,7 +35,7 @@ def attend(
     drop_rate: float = 0.0,
     keys_BG: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention [B,S,H,Dh] over k, v [B,S,G,Dh] (G divides H), scale 1/sqrt(Dh), softmax in float32.
+    """Softmax attention [B,S,H,Dv] over k [B,S,G,Dh], v [B,S,G,Dv] (G divides H), scale 1/sqrt(Dh), softmax in float32.
 
     Args:
       segments: int32 [B,S]; a token attends to tokens of its own segment only. None: no restriction.
@@ -42,11 +43,11 @@ def attend(
       drop_rate: dropout of the attention weights, drawn for each row and key head from its key (`group_keys`); None: no dropout.
     """
     b, s, h, dh = q.shape
-    g = k.shape[2]
+    g, dv = v.shape[2:]
     # One plain batched product per step, heads folded into the batch and the h/g queries of a key head into its rows:
     # measured twice as fast, forward and backward, as `jax.nn.dot_product_attention` on a CPU.
     q_RTk = q.reshape(b, s, g, h // g, dh).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g * s, dh)
-    k_RSk, v_RSk = (a.transpose(0, 2, 1, 3).reshape(b * g, s, dh) for a in (k, v))
+    k_RSk, v_RSv = (a.transpose(0, 2, 1, 3).reshape(b * g, s, a.shape[-1]) for a in (k, v))
     scores_RTS = jnp.einsum("rtk,rsk->rts", q_RTk * dh**-0.5, k_RSk, preferred_element_type=jnp.float32)
     allowed = _allowed(s, segments, causal)
     if allowed is not None:
@@ -55,8 +56,8 @@ def attend(
     weight_RTS = jnp.exp(scores_RTS - jax.lax.stop_gradient(scores_RTS.max(axis=-1, keepdims=True)))
     total_RT1 = weight_RTS.sum(axis=-1, keepdims=True)
     dropped_RTS = dropout(weight_RTS, drop_rate, None if keys_BG is None else keys_BG.reshape(-1))
-    o_RTk = jnp.einsum("rts,rsk->rtk", dropped_RTS.astype(v.dtype), v_RSk, preferred_element_type=jnp.float32) / total_RT1
-    o = o_RTk.astype(q.dtype).reshape(b, g, h // g, s, dh).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    o_RTv = jnp.einsum("rts,rsv->rtv", dropped_RTS.astype(v.dtype), v_RSv, preferred_element_type=jnp.float32) / total_RT1
+    o = o_RTv.astype(q.dtype).reshape(b, g, h // g, s, dv).transpose(0, 3, 1, 2, 4).reshape(b, s, h, dv)
     return checkpoint_name(o, "heads")
 
 
@@ -131,22 +132,36 @@ class Attention(nnx.Module):
         self.k_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
 
-    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
+    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats | None]:
         """Returns (y_BLD, None: nothing is routed). On a mesh, heads lie on `expert`."""
         graphdef, weights = nnx.split(self)
 
-        def share(weights: nnx.State, x_BLD: jax.Array, tokens: Tokens, region: Region) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, weights)._forward(x_BLD, tokens, region)[0], None
+        def share(
+            weights: nnx.State, x_BLD: jax.Array, tokens: Tokens, region: Region
+        ) -> tuple[jax.Array, RoutingStats | None]:
+            return nnx.merge(graphdef, weights)._forward(x_BLD, tokens, region)[:2]
 
         return run(share, weights, x_BLD, tokens_like(x_BLD) if tokens is None else tokens, dtype=self.dtype)
 
     def _forward(
         self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = self._project(region.enter(x_BLD.astype(self.dtype))[1], tokens.rotary)
+    ) -> tuple[jax.Array, RoutingStats | None, jax.Array, jax.Array]:
+        shared_BLD, x_BLD = region.enter(x_BLD.astype(self.dtype))
+        q, k, v = self._project(x_BLD, tokens.rotary)
+        o = self._mix(q, k, v, tokens, region)
+        o, stats = self._weighed(o, shared_BLD, tokens.segments_BL, region)
+        return self._biased(region.leave(self._out(o)), region.for_own_tokens(self.bias_out)), stats, k, v
+
+    def _weighed(
+        self, o: jax.Array, x_BLD: jax.Array, segments_BL: jax.Array | None, region: Region
+    ) -> tuple[jax.Array, RoutingStats | None]:
+        """The heads' values as they are added up, and statistics where something is routed; x_BLD as all parts have it."""
+        return o, None
+
+    def _mix(self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, region: Region) -> jax.Array:
+        """The heads' values [B,L,H,Dh] from queries [B,L,H,Dh] and keys and values [B,L,G,Dh]."""
         keys_BG = None if tokens.keys_B is None else group_keys(tokens.keys_B, k.shape[2], region.part)
-        o = attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
-        return self._biased(region.leave(self._out(o)), region.for_own_tokens(self.bias_out)), k, v
+        return attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
 
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = (
@@ -164,7 +179,7 @@ class Attention(nnx.Module):
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, DenseCache]:
         """The whole prompt, and its keys and values with room for `context` tokens."""
-        y_BLD, k, v = self._forward(x_BLD, tokens)
+        y_BLD, _, k, v = self._forward(x_BLD, tokens)
         room = ((0, 0), (0, context - k.shape[1]), (0, 0), (0, 0))
         return y_BLD, DenseCache(jnp.pad(k, room), jnp.pad(v, room))
 
@@ -173,4 +188,5 @@ class Attention(nnx.Module):
         q, k, v = self._project(x_BD.astype(self.dtype), rotary)
         rows = jnp.arange(x_BD.shape[0])
         cache = DenseCache(cache.k.at[rows, t_B].set(k), cache.v.at[rows, t_B].set(v))
-        return self._biased(self._out(attend_one(q, cache.k, cache.v, t_B)), self.bias_out), cache
+        o, _ = self._weighed(attend_one(q, cache.k, cache.v, t_B)[:, None], x_BD.astype(self.dtype)[:, None], None, WHOLE)
+        return self._biased(self._out(o[:, 0]), self.bias_out), cache

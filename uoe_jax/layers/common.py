@@ -25,15 +25,20 @@ ones = nnx.initializers.ones
 
 
 def weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer, exact: bool = False
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Initializer,
+    exact: bool = False,
+    trained: bool = True,
 ) -> nnx.Param:
     """The one declaration of a weight, float32: shape, logical axes (from which shardings follow) and initialiser.
 
-    exact: used in float32 whatever the compute dtype. Weight decay applies to matrices: not to vectors, nor to the
-    scales and biases of several experts or heads.
+    exact: used in float32 whatever the compute dtype. trained: False for what is drawn once; stop its gradient where it is
+    used. Weight decay applies to matrices: not to vectors, nor to the scales and biases of several experts or heads.
     """
     assert len(shape) == len(axes), (shape, axes)
-    decay = init not in (zeros, ones) and len(shape) > 1
+    decay = trained and init not in (zeros, ones) and len(shape) > 1
     return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes, decay=decay, exact=exact)
 
 

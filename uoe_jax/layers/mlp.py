@@ -46,11 +46,14 @@ class MLP(nnx.Module):
         return run(share, weights, x_BLD, dtype=self.dtype)
 
     def _forward(self, x_BLD: jax.Array, region: Region = WHOLE) -> jax.Array:
-        x = region.enter(x_BLD.astype(self.dtype))[1]
+        y = region.leave(self.partial(region.enter(x_BLD.astype(self.dtype))[1]))
+        return self._biased(y, region.for_own_tokens(self.bias_out))
+
+    def partial(self, x: jax.Array) -> jax.Array:
+        """What the hidden units held here give for tokens [...,D], without the output bias."""
         up = checkpoint_name(self._linear(x, self.w_up, self.b_up), "hidden")
         gate = None if self.w_gate is None else checkpoint_name(self._linear(x, self.w_gate, self.b_gate), "hidden")
-        y = region.leave(self._linear(activate(self.activation, up, gate), self.w_down, None))
-        return self._biased(y, region.for_own_tokens(self.bias_out))
+        return self._linear(activate(self.activation, up, gate), self.w_down, None)
 
     def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
         return self._biased(x @ kernel[...].astype(self.dtype), bias)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax import routing as routing_lib
-from uoe_jax.config import RoutingConfig
+from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.dispatch import Selection
 from uoe_jax.layers.common import along_last, lengthened, scaled_normal, valid_mean, weight, zeros
-from uoe_jax.routing import Decision, RoutingStats
+from uoe_jax.routing import UNION, Decision, RoutingStats, Rule
 
 
 class RouterCache(NamedTuple):
@@ -34,11 +34,13 @@ class Router(nnx.Module):
     """s = softmax(summary·W_g + b_g) in float32; the summary of a patch is its first token if causal, else its mean.
 
     `kernel` and `bias` route patches, `sequence_kernel` and `sequence_bias` whole sequences, by the mean of their valid
-    tokens; `routing.unit` says which of the two there are.
+    tokens; `routing.unit` says which of the two there are. What logits mean is the rule's to say.
     """
 
-    def __init__(self, d_model: int, routing: RoutingConfig, *, causal: bool, rngs: nnx.Rngs) -> None:
-        self.routing, self.causal = routing, causal
+    def __init__(
+        self, d_model: int, routing: RoutingConfig, *, causal: bool, rule: Rule = UNION, rngs: nnx.Rngs
+    ) -> None:
+        self.routing, self.causal, self.rule = routing, causal, rule
         n, unit = routing.n_experts, routing.unit
 
         def kernel() -> nnx.Param:
@@ -67,7 +69,7 @@ class Router(nnx.Module):
             summary_BD = valid_mean(x_BMPD.reshape(b, m * p, d), valid_BMP.reshape(b, m * p))
             sequence_logits = _logits(summary_BD, self.sequence_kernel, self.sequence_bias)
         valid_BM = valid_BMP.any(axis=2)
-        return routing_lib.decide(patch_logits, valid_BM, self.routing, sequence_logits, self._load_bias(), keys_B)
+        return routing_lib.decide(patch_logits, valid_BM, self.routing, sequence_logits, self._load_bias(), keys_B, self.rule)
 
     def _load_bias(self) -> jax.Array | None:
         return None if self.load_bias is None else jax.lax.stop_gradient(self.load_bias[...])
@@ -95,11 +97,11 @@ class Router(nnx.Module):
         first_B1 = (t_B % r.patch_size == 0)[:, None]
         opens_window_B1 = first_B1 & (t_B // r.patch_size % r.capacity_window == 0)[:, None]
         logits_BN = _logits(x_BD.astype(jnp.float32), self.kernel, self.bias)
-        scores_BN = jax.nn.softmax(logits_BN, axis=-1)
+        scores_BN = self.rule.scores(logits_BN)
         everyone = jnp.ones((x_BD.shape[0], 1), bool)
         ranked_BN = routing_lib.biased(scores_BN, self._load_bias())
-        chosen_BN = routing_lib.choose_experts(ranked_BN[:, None], everyone, r.k)[:, 0]
-        weight_BN = routing_lib.gate(r.gate, logits_BN, scores_BN, chosen_BN, r.k)
+        chosen_BN = self.rule.choose(ranked_BN[:, None], everyone, r.k)[:, 0]
+        weight_BN = self.rule.weigh(r, logits_BN, scores_BN, chosen_BN)
         taken_BN = jnp.where(opens_window_B1, 0, cache.taken_BN)
         accepted_BN = chosen_BN & (taken_BN < r.window_capacity()) & first_B1
         kept_BN = jnp.where(first_B1, accepted_BN, cache.kept_BN)

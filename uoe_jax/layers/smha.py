@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.config import RoutingConfig
+from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.layers.attention import attend, attend_one, group_keys, placed
 from uoe_jax.layers.common import Tokens, ones, scaled_normal, weight, zeros
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert
+from uoe_jax.routing import UNION, Rule
 
 
 class SMHACache(NamedTuple):
@@ -33,7 +34,7 @@ class SMHA(Union):
       bias: biases of q, k, v per expert, one output bias for the union.
       causal: admit only what cannot see the future. drop_rate: dropout of the attention weights, in training.
       qk_norm_eps: RMSNorm over every query and key, with a scale that all experts share; None: none.
-      dtype: of the computation; weights are float32.
+      dtype: of the computation; weights are float32. rule: what the router's logits mean.
 
     Raises:
       ValueError: N does not divide H or G; causal with a unit or priority that sees the future.
@@ -52,13 +53,14 @@ class SMHA(Union):
         qk_norm_eps: float | None = None,
         dtype: Any = jnp.float32,
         out_scale: float = 1.0,
+        rule: Rule = UNION,
         rngs: nnx.Rngs,
     ) -> None:
         d, n, kv_heads = d_model, routing.n_experts, n_kv_heads or n_heads
         if n_heads % n or kv_heads % n:
             raise ValueError(f"n_heads={n_heads} and n_kv_heads={kv_heads} must both be multiples of n_experts={n}")
         h, g, dh = n_heads // n, kv_heads // n, d // n_heads
-        super().__init__(d, routing, causal=causal, dtype=dtype, rngs=rngs)
+        super().__init__(d, routing, causal=causal, dtype=dtype, rule=rule, rngs=rngs)
         self.drop_rate, self.qk_norm_eps = drop_rate, qk_norm_eps
         into = ("expert", "embed", None, None)
         self.w_q = weight(rngs, (n, d, h, dh), into, scaled_normal(d))
@@ -129,4 +131,4 @@ class SMHA(Union):
         )
         rows = [a.reshape(n * b, *a.shape[2:]) for a in (q[:, :, 0], cache.k, cache.v)]
         o = attend_one(*rows, place_NB.reshape(-1)).reshape(q.shape)
-        return self._union(self._out(o, router.weight_BN.T[..., None])), cache
+        return self._union(self._out(o, router.weight_BN.T[..., None]), x_BD), cache

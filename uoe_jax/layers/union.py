@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from uoe_jax.config import RoutingConfig
+from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.dispatch import combine_slots, gather_own, gather_rows, gather_slots
 from uoe_jax.layers.common import Tokens, fold, tokens_like
 from uoe_jax.layers.router import Router, patches
 from uoe_jax.region import WHOLE, Region, run
-from uoe_jax.routing import RoutingStats, Selection
+from uoe_jax.routing import UNION, RoutingStats, Rule, Selection
 
 
 class Slots(NamedTuple):
@@ -54,13 +54,15 @@ class Union(nnx.Module):
     gathered before the projection (`gather`) or after it (`project`): the same values, other costs.
     """
 
-    def __init__(self, d_model: int, routing: RoutingConfig, *, causal: bool, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, d_model: int, routing: RoutingConfig, *, causal: bool, dtype: Any, rule: Rule = UNION, rngs: nnx.Rngs
+    ) -> None:
         if causal and routing.unit != "patch":
             raise ValueError(f"unit={routing.unit!r} in a causal block depends on later patches; use 'patch'")
         if causal and routing.priority != "position":
             raise ValueError(f"priority={routing.priority!r} in a causal block depends on later patches; use 'position'")
         self.routing, self.causal, self.dtype = routing, causal, dtype
-        self.router = Router(d_model, routing, causal=causal, rngs=rngs)
+        self.router = Router(d_model, routing, causal=causal, rule=rule, rngs=rngs)
 
     def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
         """Every expert's projections of its tokens, each [N,B,S,…]; a leading 1 in place of N means the same tokens."""
@@ -69,6 +71,10 @@ class Union(nnx.Module):
     def _experts(self, entered: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, Any]:
         """From projections at the slots to ([N,B,S,D] weighted outputs, what a prefill keeps)."""
         raise NotImplementedError
+
+    def _beside(self, x: jax.Array) -> jax.Array | None:
+        """What is added for every token [...,D] whatever it chose (the shared experts of some mixtures); None: nothing."""
+        return None
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats]:
         """Returns (y_BLD, statistics). The last patch is filled up where L is no multiple of P; padding tokens give zeros.
@@ -131,17 +137,22 @@ class Union(nnx.Module):
         with jax.named_scope("combine"):
             y_BMF = combine_slots(y_NBSD.reshape(n, r, c, p * d), selection, self.routing.dispatch)
         with jax.named_scope("union"):
-            y_BLD = region.leave(y_BMF.reshape(b, m * p, d)[:, :length])
+            y_BLD = _sum(y_BMF.reshape(b, m * p, d), self._beside(x_BMPD.reshape(b, m * p, d)))
+            y_BLD = region.leave(y_BLD[:, :length])
         if self.bias_out is not None:
             valid_BL1 = region.own_tokens(valid_BMP.reshape(b, m * p, 1)[:, :length])
             bias_D = region.for_own_tokens(self.bias_out).astype(self.dtype)
             y_BLD = y_BLD + jnp.where(valid_BL1, bias_D[None, None], 0)
         return y_BLD, stats, selection, kept
 
-    def _union(self, y_NB1D: jax.Array) -> jax.Array:
+    def _union(self, y_NB1D: jax.Array, x_BD: jax.Array) -> jax.Array:
         """Sums the experts' outputs for one token of each sequence, [B,D]."""
-        y_BD = y_NB1D.sum(axis=0)[:, 0]
+        y_BD = _sum(y_NB1D.sum(axis=0)[:, 0], self._beside(x_BD))
         return y_BD if self.bias_out is None else y_BD + self.bias_out[...].astype(self.dtype)[None]
+
+
+def _sum(y: jax.Array, more: jax.Array | None) -> jax.Array:
+    return y if more is None else y + more
 
 
 def _expert_keys(keys_B: jax.Array, sequence_NR: jax.Array, first: int | jax.Array) -> jax.Array:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.config import RoutingConfig
+from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.layers.common import GATED, Tokens, activate, scaled_normal, weight, zeros
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert
+from uoe_jax.routing import UNION, Rule
 
 
 class UoME(Union):
@@ -23,6 +24,7 @@ class UoME(Union):
       routing: N, K, capacity, patch size, gate.
       activation: gelu, gelu_tanh, relu, swiglu or geglu. bias: hidden biases per expert, one output bias for the union.
       causal: admit only what cannot see the future. dtype: of the computation; weights are float32.
+      fan_in: of the output projection's initialisation; 0: the whole F. rule: what the router's logits mean.
 
     Raises:
       ValueError: N does not divide F; causal with a unit or priority that sees the future.
@@ -39,18 +41,20 @@ class UoME(Union):
         causal: bool = False,
         dtype: Any = jnp.float32,
         out_scale: float = 1.0,
+        fan_in: int = 0,
+        rule: Rule = UNION,
         rngs: nnx.Rngs,
     ) -> None:
         d, n = d_model, routing.n_experts
         f, rest = divmod(d_hidden, n)
         if rest:
             raise ValueError(f"d_hidden={d_hidden} cannot be cut in n_experts={n} equal partitions")
-        super().__init__(d, routing, causal=causal, dtype=dtype, rngs=rngs)
+        super().__init__(d, routing, causal=causal, dtype=dtype, rule=rule, rngs=rngs)
         self.activation = activation
         into, out = ("expert", "embed", None), ("expert", None, "embed")
         self.w_up = weight(rngs, (n, d, f), into, scaled_normal(d))
         self.w_gate = weight(rngs, (n, d, f), into, scaled_normal(d)) if activation in GATED else None
-        self.w_down = weight(rngs, (n, f, d), out, scaled_normal(d_hidden, out_scale))
+        self.w_down = weight(rngs, (n, f, d), out, scaled_normal(fan_in or d_hidden, out_scale))
         self.b_up = weight(rngs, (n, f), ("expert", None), zeros) if bias else None
         self.b_gate = weight(rngs, (n, f), ("expert", None), zeros) if bias and self.w_gate is not None else None
         self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
@@ -81,4 +85,5 @@ class UoME(Union):
         """Token `t_B` of each sequence."""
         x_BD = x_BD.astype(self.dtype)
         cache = self.router.step(x_BD, cache, t_B)
-        return self._union(self._leave(self._enter(x_BD[None, :, None]), cache.weight_BN.T[..., None])), cache
+        y_NB1D = self._leave(self._enter(x_BD[None, :, None]), cache.weight_BN.T[..., None])
+        return self._union(y_NB1D, x_BD), cache

@@ -15,9 +15,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.checks import check_sizes
 from uoe_jax.config import Config, ModelConfig, OptimizerConfig
-from uoe_jax.decompose import BLOCKS
+from uoe_jax.config_peers import MoEConfig
 from uoe_jax.model import Stack, Stats
-from uoe_jax.routing import rebalanced
+from uoe_jax.routing import RoutingStats, rebalanced
 from uoe_jax.train import guard as guard_lib
 from uoe_jax.train.task import TASKS, Batch, Sums, task_of
 
@@ -177,15 +177,34 @@ def row_keys(config: Config, step: jax.Array) -> jax.Array:
 
 
 def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
-    """Moves the loss-free balancing biases of every layer by the load of the whole batch."""
-    for section, block in BLOCKS.items():
-        r = c.routed().get(section)
-        if r is not None and r.bias_rate:
-            router = params["layers"][block]["router"]
-            bias = rebalanced(router["load_bias"], routing[section].chosen_N, r.bias_rate)
-            new = {**params["layers"][block], "router": {**router, "load_bias": bias}}
-            params = {**params, "layers": {**params["layers"], block: new}}
-    return params
+    """Moves what balances the experts of every layer by the load of the whole batch: biases, and balance weights that adapt."""
+    layers = dict(params["layers"])
+    for name, r in c.routed().items():
+        place = c.place_of(name)
+        router = dict(layers[place].get("router", {}))
+        if r.bias_rate:
+            router["load_bias"] = rebalanced(router["load_bias"], routing[name].chosen_N, r.bias_rate)
+        if "balance_weight" in router:
+            router["balance_weight"] = adapted(router["balance_weight"], routing[name], c.moe)
+        if router:
+            layers[place] = {**layers[place], "router": router}
+    return {**params, "layers": layers}
+
+
+def adapted(weight_T1: jax.Array, stats: RoutingStats, c: MoEConfig) -> jax.Array:
+    """The balance weights after a step: they follow the share of choices that were dropped (Skywork-MoE, section 4.2)."""
+    dropped_T = 1 - stats.kept_N.sum(axis=-1) / jnp.maximum(stats.chosen_N.sum(axis=-1), 1)
+    return c.adaptive_decay * weight_T1 + (1 - c.adaptive_decay) * c.adaptive_rate * dropped_T[:, None]
+
+
+def routing_loss(c: ModelConfig, params: Params, routing: Stats) -> jax.Array:
+    """Balance and z losses of all layers, summed over rows."""
+    total = jnp.zeros(())
+    for name, r in c.routed().items():
+        stats, adaptive = routing[name], params["layers"][c.place_of(name)].get("router", {}).get("balance_weight")
+        weight = r.balance_weight if adaptive is None else jax.lax.stop_gradient(adaptive)[:, 0]
+        total += (weight * stats.balance).sum() + r.z_weight * stats.z.sum()
+    return total
 
 
 def accumulated_gradients(
@@ -201,11 +220,7 @@ def accumulated_gradients(
 
     def loss(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
         sums = task.sums(rebuild(params), part, config)
-        total = sums.nll / count
-        for name, routing in config.model.routed().items():
-            stats = sums.routing[name]
-            total += (routing.balance_weight * stats.balance.sum() + routing.z_weight * stats.z.sum()) / rows
-        return total, sums
+        return sums.nll / count + routing_loss(config.model, params, sums.routing) / rows, sums
 
     gradient = jax.grad(loss, has_aux=True)
     parts = config.train.accumulation

@@ -1,0 +1,24 @@
+"""Handwritten digits: mixtures of experts, full attention, and UoE with its ablations.
+
+Command:   uoe compare --config=compare/digits --workdir=runs/digits
+           uoe compare --config=compare/digits:short --workdir=runs/digits   one seed of fewer rows and steps
+Hardware:  2 CPU cores.
+Time:      not measured.
+Expected:  not measured.
+"""
+
+from uoe_jax import recipes
+from uoe_jax.compare.table import experiment, table
+
+PEERS = ("full_attention", "switch", "expert_choice", "deepseek_moe", "deepseek_v3", "skywork_moe", "xmoe", "uoe")
+ABLATIONS = ("smha_only", "uome_only", "hierarchical", "gate_normalized", "gate_score", "gate_straight_through", "gate_none")
+CAPACITIES = ("capacity_0.75", "capacity_1.0", "capacity_2.0", "no_balance")
+
+
+def get_config(variant: str = ""):
+    c = experiment("digits:tiny" if variant == "tiny" else "digits")
+    if variant != "tiny":
+        c.train.steps, c.eval.every = 800, 200
+        c.checkpoint.every = 200
+    title = "Handwritten digits of 8 x 8 pixels"
+    return recipes.compared(table(c, (*PEERS, "mosa", "moh", *ABLATIONS, *CAPACITIES), title=title), variant, PEERS)

@@ -1,0 +1,25 @@
+"""ListOps of at most 128 tokens: encoders with efficient attention, mixtures of experts, and UoE with its ablations.
+
+Command:   uoe compare --config=compare/listops --workdir=runs/listops
+           uoe compare --config=compare/listops:short --workdir=runs/listops   one seed of fewer rows and steps
+Hardware:  2 CPU cores.
+Time:      not measured.
+Expected:  not measured.
+"""
+
+from uoe_jax import recipes
+from uoe_jax.compare.table import experiment, table
+
+PEERS = ("full_attention", "expert_choice", "deepseek_v3", "xmoe", "uoe")
+ENCODERS = ("linformer", "nystromformer", "performer", "reformer", "long_short", "mosa")
+ABLATIONS = ("smha_only", "uome_only", "hierarchical", "gate_score", "gate_none")
+
+
+def get_config(variant: str = ""):
+    c = experiment("lra_listops:tiny" if variant == "tiny" else "lra_listops:short")
+    if variant != "tiny":
+        c.train.steps, c.eval.every = 1_000, 250
+        c.checkpoint.every = 250
+    c.model.linformer.rank = c.model.nystromformer.landmarks = 32
+    title = "ListOps, expressions of at most 128 tokens"
+    return recipes.compared(table(c, (*PEERS, *ENCODERS, *ABLATIONS), title=title, lengths="64,128,256,512,1024"), variant, PEERS)

@@ -1,0 +1,18 @@
+"""One Billion Word by words, at the sizes of the paper's released code.
+
+Command:   uoe compare --config=compare/lm1b --workdir=runs/lm1b
+           --config.base.data.path=DATA_DIR says where TensorFlow Datasets keeps its data
+Hardware:  accelerators.
+Time:      not run.
+Expected:  not run.
+"""
+
+from uoe_jax import recipes
+from uoe_jax.compare.table import experiment, table
+
+ROWS = ("full_attention", "xmoe", "deepseek_moe", "skywork_moe", "deepseek_v3", "uoe")
+
+
+def get_config(variant: str = ""):
+    c = experiment("lm1b:tiny" if variant == "tiny" else "lm1b")
+    return recipes.compared(table(c, ROWS, title="One Billion Word"), variant, ROWS)

@@ -1,0 +1,18 @@
+"""WikiText-103 by words, at the sizes of the paper's released code.
+
+Command:   uoe compare --config=compare/lm_wikitext103 --workdir=runs/lm_wikitext103
+           --config.base.data.path=DIR says where the archive is (see configs/wikitext103.py)
+Hardware:  accelerators.
+Time:      not run.
+Expected:  not run.
+"""
+
+from uoe_jax import recipes
+from uoe_jax.compare.table import experiment, table
+
+ROWS = ("full_attention", "xmoe", "deepseek_moe", "skywork_moe", "deepseek_v3", "uoe")
+
+
+def get_config(variant: str = ""):
+    c = experiment("wikitext103:tiny" if variant == "tiny" else "wikitext103")
+    return recipes.compared(table(c, ROWS, title="WikiText-103", lengths="64,128,256,512,1024,2048,4096"), variant, ROWS)

@@ -1,0 +1,28 @@
+"""Long Range Arena at the sizes of the paper's released code: mixtures of experts, efficient attention, UoE.
+
+Command:   uoe compare --config=compare/lra --workdir=runs/lra
+           --config=compare/lra:text, :retrieval, :image, :pathfinder; --config.base.data.path=DIR as in configs/lra_*.py
+Hardware:  accelerators.
+Time:      not run.
+Expected:  not run.
+"""
+
+from uoe_jax import recipes
+from uoe_jax.compare.table import experiment, table
+
+MIXTURES = ("full_attention", "expert_choice", "xmoe", "deepseek_moe", "skywork_moe", "deepseek_v3", "uoe")
+EFFICIENT = ("linformer", "nystromformer", "performer", "reformer", "long_short")
+TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
+
+
+def get_config(variant: str = "listops"):
+    task = "listops" if variant == "tiny" else variant
+    if task not in TASKS:
+        raise ValueError(f"there is no variant {variant!r}; give {', '.join(map(repr, TASKS))} or 'tiny'")
+    c = experiment(f"lra_{task}:tiny" if variant == "tiny" else f"lra_{task}")
+    # As in the authors' harness; LSH by chunks of 32 in two rounds.
+    c.model.linformer.rank, c.model.nystromformer.landmarks, c.model.performer.features = 256, 128, 256
+    if variant == "tiny":
+        c.model.linformer.rank, c.model.nystromformer.landmarks, c.model.performer.features = 8, 8, 8
+    made = table(c, (*MIXTURES, *EFFICIENT), title=f"Long Range Arena, {task}", lengths="64,128,256,512,1024,2048,4096")
+    return recipes.compared(made, "tiny" if variant == "tiny" else "", MIXTURES)

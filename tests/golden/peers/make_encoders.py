@@ -1,0 +1,133 @@
+"""Makes the golden vectors of the efficient attentions of encoders; run and read like make.py, beside which it stands.
+
+Nyströmformer and Reformer are the modules of `transformers`; Linformer, Performer and Long-Short the published equations,
+head by head in float64, without the tricks that make them fast.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from make import DH, EQUATIONS, HF, B, D, H, L, Weights, store, weights
+from torch.func import functional_call
+
+SHAPES = dict(w_q=(D, H, DH), w_v=(D, H, DH), w_o=(H, DH, D))
+WITH_KEYS = SHAPES | dict(w_k=(D, H, DH))
+ENCODER = dict(n_heads=H)
+
+
+def linear(w: torch.Tensor) -> torch.Tensor:
+    """[D,H,Dh] as the weight of a torch Linear."""
+    return w.flatten(1).T
+
+
+def out(heads: torch.Tensor, w: Weights) -> torch.Tensor:
+    """Heads' values [...,H·Dh] through the output projection."""
+    return heads @ w["w_o"].flatten(0, 1)
+
+
+def by_heads(mix):
+    """A function of one head's q, k, v [L,Dh] and its number as one of x and all weights."""
+
+    def forward(w: Weights, x: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for row in x:
+            heads = [mix(*(row @ w[n][:, i] for n in ("w_q", "w_k", "w_v")), w, i) for i in range(H)]
+            rows.append(out(torch.cat(heads, dim=-1), w))
+        return torch.stack(rows)
+
+    return forward
+
+
+def linformer(q, k, v, w, i):
+    """Wang et al., equation 7: softmax(Q·(E·K)ᵀ/√d)·(F·V)."""
+    return torch.softmax(q @ (w["w_keys"].T @ k).T / DH**0.5, dim=-1) @ (w["w_values"].T @ v)
+
+
+def performer(q, k, v, w, i):
+    """Choromanski et al., lemma 1 and the authors' stabilisers: the whole L x L matrix of φ(q)·φ(k), rows made to sum to 1."""
+
+    def phi(x, is_query):
+        a = (x / DH**0.25) @ w["directions"].T - (x / DH**0.25).square().sum(-1, keepdim=True) / 2
+        most = a.max(dim=-1, keepdim=True).values if is_query else a.max()
+        return torch.exp(a - most.detach()) + 1e-4
+
+    matrix = phi(q, True) @ phi(k, False).T
+    return matrix / matrix.sum(-1, keepdim=True) @ v
+
+
+def long_short(q, k, v, w, i, window=4):
+    """Zhu et al., section 3: one softmax over a window of 2·w keys around a segment and R projected ones, DualLN on both."""
+    p = torch.softmax(k @ w["w_p"][i], dim=0)
+    far_k, far_v = (F.layer_norm(p.T @ a, (DH,), w["far_scale"][i], w["far_bias"][i], 1e-6) for a in (k, v))
+    near_k, near_v = (F.layer_norm(a, (DH,), w["near_scale"][i], w["near_bias"][i], 1e-6) for a in (k, v))
+    rows = []
+    for t in range(L):
+        start = t // window * window
+        seen = [s for s in range(start - window // 2, start + window + window // 2) if 0 <= s < L]
+        keys, values = torch.cat([near_k[seen], far_k]), torch.cat([near_v[seen], far_v])
+        rows.append(torch.softmax(keys @ q[t] / DH**0.5, dim=0) @ values)
+    return torch.stack(rows)
+
+
+def main() -> None:
+    rng = np.random.default_rng
+    rank = dict(w_keys=(L, 5), w_values=(L, 5))
+    store("linformer", dict(attention="linformer", linformer=dict(rank=5), **ENCODER), weights(rng(0), **WITH_KEYS, **rank), by_heads(linformer), EQUATIONS)
+    config = dict(attention="performer", performer=dict(features=6), **ENCODER)
+    w = weights(rng(0), **WITH_KEYS, directions=(6, DH))
+    w["directions"] *= 2.5
+    store("performer", config, w, by_heads(lambda q, k, v, w, i: performer(q, k, v, w | {"directions": w["directions"].detach()}, i)), EQUATIONS)
+    both = {f"{kind}_{what}": (H, DH) for kind in ("near", "far") for what in ("scale", "bias")}
+    config = dict(attention="long_short", long_short=dict(window=4, rank=3), **ENCODER)
+    store("long_short", config, weights(rng(0), **WITH_KEYS, w_p=(H, DH, 3), **both), by_heads(long_short), EQUATIONS)
+
+    from transformers.models.nystromformer import modeling_nystromformer as nystrom
+
+    for kernel in (5, 0):
+        c = nystrom.NystromformerConfig(
+            hidden_size=D, num_attention_heads=H, num_landmarks=4, segment_means_seq_len=L, conv_kernel_size=kernel or 1,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        module = nystrom.NystromformerSelfAttention(c).double().eval()
+        module.init_option = "exact"  # every matrix by itself; its configuration cannot say so (5.24)
+        module.conv_kernel_size = kernel or None
+
+        def forward(w: Weights, x: torch.Tensor, module=module, kernel=kernel) -> torch.Tensor:
+            named = {f"{name}.weight": linear(w[f"w_{name[0]}"]) for name in ("query", "key", "value")}
+            named |= {f"{name}.bias": torch.zeros(D, dtype=torch.float64) for name in ("query", "key", "value")}
+            named |= {"conv.weight": w["w_conv"][:, None, :, None]} if kernel else {}
+            return out(functional_call(module, named, (x,))[0], w)
+
+        config = dict(attention="nystromformer", nystromformer=dict(landmarks=4, kernel=kernel), **ENCODER)
+        w = weights(rng(0), **WITH_KEYS, **(dict(w_conv=(H, kernel)) if kernel else {}))
+        store("nystromformer" if kernel else "nystromformer_no_convolution", config, w, forward, HF)
+
+    from transformers.models.reformer import modeling_reformer as reformer
+
+    for chunk, n_hashes in ((4, 2), (4, 1), (12, 2)):
+        half = -(-L // chunk)
+        c = reformer.ReformerConfig(
+            hidden_size=D, num_attention_heads=H, attention_head_size=DH, lsh_attn_chunk_length=chunk, num_buckets=2 * half, num_hashes=n_hashes,
+            lsh_num_chunks_before=1, lsh_num_chunks_after=0, is_decoder=False, lsh_attention_probs_dropout_prob=0.0, hash_seed=None, attn_layers=["lsh"],
+        )  # fmt: skip
+        module = reformer.LSHSelfAttention(c).double().eval()
+
+        def forward(w: Weights, x: torch.Tensor, module=module) -> torch.Tensor:
+            drawn = torch.randn
+            torch.randn = lambda *shape, **how: w["rotations"].detach()  # the directions, which it draws at every call
+            try:
+                named = {"query_key.weight": linear(w["w_q"]), "value.weight": linear(w["w_v"])}
+                return out(functional_call(module, named, (x,)).hidden_states, w)
+            finally:
+                torch.randn = drawn
+
+        config = dict(attention="reformer", reformer=dict(chunk=chunk, n_hashes=n_hashes), **ENCODER)
+        w = weights(rng(0), **SHAPES, rotations=(H, DH, n_hashes, half))
+        store(f"reformer_{chunk}_{n_hashes}", config, w, forward, HF)
+
+
+if __name__ == "__main__":
+    assert B == 2
+    main()

@@ -1,0 +1,205 @@
+"""`uoe compare`: tables load and are matched, are refused in words, survive stops, and say what was measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+from helpers import ROOT, environment, uoe_process
+from uoe_jax import cli
+from uoe_jax.compare import presets
+from uoe_jax.compare.measure import against, at_length, drawn_batch
+from uoe_jax.compare.report import results, rules, spread
+from uoe_jax.compare.run import _claim, is_finished, runs
+from uoe_jax.compare.table import load_table
+from uoe_jax.config import to_dict
+from uoe_jax.flops import forward_flops
+from uoe_jax.workdir import locate
+
+TABLES = sorted(path.stem for path in (ROOT / "configs" / "compare").glob("*.py"))
+LAPTOP = ("digits", "listops", "lm_stdlib")
+
+
+def whole_width(row) -> int:
+    """Hidden units of all of a row's MLP, routed and shared."""
+    return row.config.model.routed_hidden + row.config.model.whole_hidden
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_are_matched_by_width(name):
+    found = load_table(f"compare/{name}", {})
+    assert found.config.match == "width" and found.config.seeds == 3 and found.reference.name == "full_attention"
+    first = found.rows[0].config
+    for row in found.rows:
+        assert abs(whole_width(row) - first.model.d_hidden) < presets.hidden_parts(to_dict(row.config)["model"]), row.name
+        for part in ("data", "optimizer", "train", "eval", "augment"):  # what is not the architecture is the same
+            assert getattr(row.config, part) == getattr(first, part), (row.name, part)
+        shape = lambda c: (c.d_model, c.n_layers, c.n_heads, c.context_length, c.norm, c.position, c.dropout, c.dtype)  # noqa: E731
+        assert shape(row.config.model) == shape(first.model), row.name
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_are_matched_by_operations(name):
+    found = load_table(f"compare/{name}", {"match": "flops"})
+    target = forward_flops(found.reference.config.model)
+    for row in found.rows:
+        miss = forward_flops(row.config.model) / target - 1
+        assert row.miss == pytest.approx(miss)
+        smallest = presets.hidden_parts(to_dict(row.config)["model"])
+        assert abs(miss) < 0.02 or row.config.model.d_hidden <= 2 * smallest, (row.name, miss)  # the attention alone costs more
+    said = "\n".join(rules(found, {}))
+    assert all(row.name in said for row in found.rows if abs(row.miss) > 0.02)
+
+
+def test_the_small_tables_hold_what_the_paper_and_the_design_name():
+    rows = {name: {row.preset for row in load_table(f"compare/{name}", {}).rows} for name in LAPTOP}
+    gates = {f"gate_{gate}" for gate in presets.GATES if gate != "sigmoid"}  # sigmoid is the base's
+    assert gates <= rows["lm_stdlib"] & rows["digits"]
+    assert {"full_attention", "xmoe", "deepseek_moe", "deepseek_v3", "skywork_moe", "uoe"} <= rows["lm_stdlib"] & rows["digits"]
+    assert {"linformer", "nystromformer", "performer", "reformer", "expert_choice", "uoe", "full_attention"} <= rows["listops"]
+    for name in LAPTOP:
+        assert {"smha_only", "uome_only"} <= rows[name]
+    assert {"no_balance", "switch_balance", "bias_balance"} <= rows["lm_stdlib"]
+    assert sum(row.startswith("capacity") for row in rows["lm_stdlib"]) >= 3
+    for name in LAPTOP:
+        short = load_table(f"compare/{name}:short", {})
+        assert short.config.seeds == 1 and len(short.rows) < len(rows[name])
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        ({"seeds": "0"}, "config.seeds=0"),
+        ({"seeds": "two"}, "config.seeds='two'"),
+        ({"sedes": "2"}, "the nearest known key is config.seeds"),
+        ({"base.train.step": "2"}, "config.train.step: unknown key"),
+        ({"base.train.steps": "x"}, "config.train.steps='x'"),
+        ({"rows": "uoe,perciever"}, "'perciever' is none of"),
+        ({"rows": "uoe"}, "config.reference='full_attention': is none of the rows uoe"),
+        ({"match": "weight"}, "config.match='weight'"),
+        ({"learning_rates": "0.1,fast"}, "config.learning_rates='0.1,fast'"),
+        ({"lengths": "64,-1"}, "config.lengths='64,-1'"),
+        ({"base.model.n_heads": "3"}, "config.model.n_heads=3"),
+        ({"base.model.n_kv_heads": "2"}, "config.model.smha.n_experts=4"),
+        ({"base.model.d_hidden": "4"}, "config.model.d_hidden=4: (in the row 'expert_choice')"),
+    ],
+)
+def test_what_cannot_be_a_table_is_refused(overrides, said, capsys):
+    args = [f"--config.{key}={value}" for key, value in overrides.items()]
+    assert cli.main(["compare", "--config=compare/digits", "--workdir=/proc/never", *args]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and err.startswith("uoe: "), err
+
+
+def test_an_experiment_is_no_table_and_a_table_no_experiment(capsys):
+    assert cli.main(["compare", "--config=digits", "--workdir=/proc/never"]) == 2
+    assert "is no table of rows" in capsys.readouterr().err
+    assert cli.main(["train", "--config=compare/digits", "--workdir=/proc/never"]) == 2
+    assert "unknown key" in capsys.readouterr().err
+
+
+def a_run(place, config, value: float, seed_lines: int = 2) -> None:
+    """The metrics of a finished run of a classifier."""
+    place.mkdir(parents=True)
+    steps = config.train.steps
+    lines = [{"step": steps * i // seed_lines, "eval/loss": 2.0, "eval/accuracy": value / 2 + value / 2 * i / seed_lines} for i in range(1, seed_lines + 1)]
+    lines.append({"step": steps, "test/loss": 1.0, "test/accuracy": value, "test/step": steps})
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_table_is_made_of_what_was_measured(tmp_path):
+    """From runs whose figures are known: means, spreads, order, a row that diverged, one that is not finished."""
+    from uoe_jax.compare.report import write
+
+    found = load_table("compare/digits", {"seeds": "2", "rows": "full_attention,uoe,xmoe,switch"})
+    workdir = locate(str(tmp_path))
+    _claim(found, workdir)
+    values = {"full-attention": (0.8, 0.9), "uoe": (0.95, 0.93), "xmoe": (0.5,)}
+    planned = list(runs(found, workdir, {}))
+    assert [p.what for p in planned][:4] == ["full_attention, seed 0", "uoe, seed 0", "xmoe, seed 0", "switch, seed 0"]
+    assert {p.config.train.seed for p in planned} == {0, 1}
+    for p in planned:
+        seed = p.config.train.seed
+        if seed < len(values.get(p.row.slug, ())):
+            a_run(tmp_path / "rows" / p.row.slug / f"seed_{seed}", p.config, values[p.row.slug][seed])
+            assert is_finished(p.config, p.workdir)
+        else:
+            assert not is_finished(p.config, p.workdir)
+    place = tmp_path / "rows" / "xmoe" / "seed_1"
+    place.mkdir()
+    (place / "diverged").write_text("")
+    got = {r.name: r for r in results(found, workdir)}
+    assert set(got) == {"full_attention", "uoe", "xmoe"}
+    assert got["uoe"].finals == [95.0, 93.0] and got["xmoe"].diverged == 1
+    text = write(found, workdir, {})
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| uoe", "| full_attention", "| xmoe"]
+    assert "94.00 ± 1.41" in lines[2] and "85.00 ± 7.07" in lines[3] and "1 (1 diverged)" in lines[4]
+    assert "not measured" in lines[2]
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["row"], float(r["value"])) for r in rows] == [
+        ("full_attention", 80.0), ("full_attention", 90.0), ("uoe", 95.0), ("uoe", 93.0), ("xmoe", 50.0)
+    ]  # fmt: skip
+    assert (tmp_path / "steps.png").read_bytes()[:4] == b"\x89PNG"
+    assert spread([], 2) == "diverged" and spread([1.0], 1) == "1.0"
+    # Another table in the same place is refused; more seeds and rows are not.
+    _claim(load_table("compare/digits", {"seeds": "3"}), workdir)
+    with pytest.raises(cli.UserError, match="holds the row 'full_attention' with another configuration"):
+        _claim(load_table("compare/digits", {"base.train.steps": "7"}), workdir)
+
+
+def test_times_are_compared_within_a_round():
+    """A machine that is twice as slow in some rounds changes no ratio."""
+    seconds = {"a": [1.0, 2.0, 1.0, 4.0], "b": [0.5, 1.0, 0.5, 2.0]}
+    assert against(seconds, "a")["b"] == {"seconds": 0.75, "ratio": 0.5, "ratio_low": 0.5, "ratio_high": 0.5}
+
+
+def test_a_length_is_another_model_of_one_row():
+    row = load_table("compare/listops:tiny", {}).rows[0]
+    config = at_length(row.config, 128)
+    assert (config.model.context_length, config.train.batch_size) == (128, 1)
+    assert at_length(load_table("compare/digits:tiny", {}).rows[0].config, 128) is None
+    import dataclasses
+
+    known = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=16))
+    batch = drawn_batch(known)
+    assert batch["inputs"].shape == (1, 128) and batch["inputs"].max() < 16
+
+
+@pytest.mark.slow
+def test_a_table_from_nothing_to_the_end_with_a_stop_in_between(tmp_path):
+    """Real processes: SIGTERM while a row trains gives 75, the same command goes on, and a third time trains nothing."""
+    args = [
+        "compare", "--config=compare/digits:tiny", f"--workdir={tmp_path / 'table'}", "--config.rows=full_attention,deepseek_v3,uoe",
+        "--config.base.train.steps=30", "--config.learning_rates=0.001,0.003",
+    ]  # fmt: skip
+    env = environment(UOE_CACHE=str(tmp_path / "cache"))
+    process = uoe_process(*args, env=env)
+    first = tmp_path / "table" / "rows" / "deepseek-v3" / "seed_0" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not first.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert not (tmp_path / "table" / "table.md").exists()
+    process = uoe_process(*args, env=env)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert "full_attention, seed 0" not in err and "uoe, seed 0" in err  # what was finished is not started again
+    assert "| uoe " in out and (tmp_path / "table" / "table.md").exists()
+    measured = json.loads((tmp_path / "table" / "measured.json").read_text())
+    assert set(measured["rows"]) == {"full-attention", "deepseek-v3", "uoe"}
+    assert all(row["ratio"] > 0 and row["bytes"] > 0 for row in measured["rows"].values())
+    rates = json.loads((tmp_path / "table" / "rates.json").read_text())
+    assert all(set(tried) == {"0.001", "0.003"} for tried in rates.values())
+    shutil.rmtree(tmp_path / "table" / "rows" / "uoe" / "seed_0")
+    process = uoe_process(*args, env=env)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err.count("== ") == 2, err  # the row that was lost, and the measurement

@@ -1,0 +1,76 @@
+"""The compared architectures against code that is not ours (tests/golden/peers/make.py), and against the contracts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+
+from uoe_jax import config as config_lib
+from uoe_jax.config import ModelConfig
+from uoe_jax.layers.common import Tokens, rotary_tables, tokens_like
+from uoe_jax.model import make_attention, make_mlp
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "peers"
+FILES = sorted(p.stem for p in GOLDEN.glob("*.npz"))
+
+
+def load(name: str) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    g = dict(np.load(GOLDEN / f"{name}.npz"))
+    return config_lib.from_dict({"model": json.loads(str(g["config"]))}).model, g
+
+
+def make(c: ModelConfig) -> nnx.Module:
+    """The block that is compared: the one that the configuration does not leave at its default."""
+    return (make_mlp if c.mlp != "uome" else make_attention)(c, nnx.Rngs(0))
+
+
+def split(c: ModelConfig, w: dict[str, np.ndarray]) -> tuple[nnx.GraphDef, nnx.State]:
+    """The block with the weights of a golden file, all of which it must have."""
+    graphdef, state = nnx.split(make(c))
+    flat = {".".join(path): value for path, value in nnx.to_flat_state(state)}
+    assert set(flat) == set(w)
+    for name, value in w.items():
+        assert flat[name].shape == value.shape, name
+        flat[name].value = jnp.asarray(value)
+    return graphdef, state
+
+
+def under(g: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in g.items() if name.startswith(prefix)}
+
+
+def tokens_of(c: ModelConfig, x: jax.Array) -> Tokens:
+    tokens = tokens_like(x)
+    return tokens._replace(rotary=rotary_tables(tokens.positions_BL, c.rotary_dim, c.rope_theta)) if c.position == "rope" else tokens
+
+
+def test_every_file_is_read():
+    assert len(FILES) >= 14
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_values_and_gradients_are_theirs(name):
+    c, g = load(name)
+    graphdef, state = split(c, under(g, "w/"))
+
+    def loss(state, x):
+        y = nnx.merge(graphdef, state)(x, tokens_of(c, x))[0]
+        return (y * g["r"]).sum(), y
+
+    (d_w, d_x), y = reference.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(state, jnp.asarray(g["x"]))
+    assert reference.error(y, g["y"]) < 1e-5
+    assert reference.error(d_x, g["d_x"]) < 1e-5
+    wanted = under(g, "d/")
+    found = {".".join(path): value.value for path, value in nnx.to_flat_state(d_w)}
+    for name in wanted:
+        assert reference.error(found[name], wanted[name]) < 1e-5, name
+    untrained = {"router.load_bias", "directions", "rotations"}
+    assert {name for name in wanted if np.abs(wanted[name]).max() < 1e-3} == untrained & set(wanted)

@@ -1,0 +1,281 @@
+"""Whole models of compared architectures: causality, decoding, independence, meshes, balance, refusals, accounting."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from test_decoding import CONTEXT, V, build, draw
+from test_flops import compilers_count
+from test_mesh import ONE, assert_same, run, sized
+
+from uoe_jax import config as config_lib
+from uoe_jax import mesh as mesh_lib
+from uoe_jax.classifier import Classifier
+from uoe_jax.compare import presets
+from uoe_jax.config import ModelConfig
+from uoe_jax.errors import ConfigError
+from uoe_jax.flops import forward_flops
+from uoe_jax.memory import active_parameters, kept_bytes, parameters
+from uoe_jax.model import Transformer
+from uoe_jax.train.step import adapted
+from uoe_jax.train.step import build as build_program
+
+MOE = dict(n_experts=4, k=2, capacity_factor=0.75, capacity_window=6)
+CAUSAL = {
+    "mla, deepseek_moe as V3": dict(
+        attention="mla", mlp="deepseek_moe", mla=dict(q_rank=8, kv_rank=8, d_rope=4), activation="swiglu",
+        moe={**MOE, "n_shared": 1, "d_expert": 8, "score": "sigmoid", "scale": 2.5, "bias_rate": 0.01},
+    ),
+    "moh, token_choice": dict(attention="moh", mlp="token_choice", moh=dict(n_shared=2, k=1), moe=MOE, bias=True),
+    "mla, xmoe": dict(attention="mla", mlp="xmoe", mla=dict(q_rank=0, kv_rank=8), moe={**MOE, "threshold": 0.6}, bias=True),
+    "dense, skywork_moe": dict(attention="dense", mlp="skywork_moe", moe={**MOE, "k": 1, "d_expert": 16, "adaptive_rate": 0.5, "logit_scale": 2.0}),
+}  # fmt: skip
+SMALL = dict(vocab_size=V, d_model=16, n_layers=2, n_heads=4, d_hidden=32, context_length=CONTEXT)
+
+
+UNIONS = {name: dict(n_experts=4, k=2) for name in ("smha", "uome")}
+
+
+def model_of(**changes) -> ModelConfig:
+    return config_lib.from_dict({"model": {**SMALL, **UNIONS, **changes}}).model
+
+
+# --- contract 2 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_output_depends_on_a_later_token(name):
+    full, _, _ = build(model_of(**CAUSAL[name]))
+    row = draw(0, 1, CONTEXT)
+    wanted, stats = full(row)
+    wanted = np.asarray(wanted)
+    assert "moh" in name or sum(float(s.chosen_N.sum() - s.kept_N.sum()) for s in stats.values()) > 0  # capacity is felt
+    moved = 0
+    for t in range(0, CONTEXT, 3):
+        changed = row.copy()
+        changed[0, t] = (row[0, t] + 1) % V
+        got = np.asarray(full(changed)[0])
+        np.testing.assert_array_equal(got[0, :t], wanted[0, :t])
+        assert (got[0, t] != wanted[0, t]).any()
+        moved += int((got[0, t + 1 :] != wanted[0, t + 1 :]).any())
+    assert moved > CONTEXT // 3 // 2
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_decoding_gives_the_full_pass(name):
+    full, prefill, step = build(model_of(**CAUSAL[name]))
+    rows, lengths = draw(1, 2, CONTEXT), np.array([5, 13], np.int32)
+    wanted = np.asarray(full(rows)[0])
+    prompt = np.where(np.arange(16)[None] < lengths[:, None], rows[:, :16], 0)
+    logits, cache = prefill(prompt, lengths)
+    assert reference.error(logits, wanted[[0, 1], lengths - 1]) < 1e-5
+    for i in range(CONTEXT - lengths.max()):  # past several capacity windows
+        logits, cache = step(rows[[0, 1], lengths + i], cache)
+        assert reference.error(logits, wanted[[0, 1], lengths + i]) < 2e-5, i
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(attention="mosa"), "model.attention='mosa'"),
+        (dict(attention="performer"), "model.attention='performer'"),
+        (dict(mlp="expert_choice"), "model.mlp='expert_choice'"),
+        (dict(mlp="token_choice", moe=dict(n_experts=2, k=3)), "model.moe.k=3"),
+        (dict(mlp="token_choice", moe=dict(k=3)), "model.moe.d_expert=0"),
+        (dict(attention="moh", moh=dict(n_shared=3, k=2)), "model.moh.k=2"),
+        (dict(attention="mla", mla=dict(d_rope=3)), "model.mla.d_rope=3"),
+        (dict(attention="mla", qk_norm=True), "model.qk_norm=True"),
+        (dict(attention="nystromformer", causal=False, nystromformer=dict(kernel=4)), "nystromformer.kernel=4"),
+        (dict(attention="long_short", causal=False, long_short=dict(window=5)), "long_short.window=5"),
+        (dict(attention="linformer", causal=False, attention_dropout=0.1), "attention_dropout=0.1"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, named):
+    with pytest.raises(ConfigError, match=named):
+        model_of(**changes)
+
+
+# --- contract 3 -------------------------------------------------------------------------------------------------
+
+EFFICIENT = ("linformer", "nystromformer", "performer", "reformer", "long_short")
+SIZES = dict(
+    linformer=dict(rank=8), nystromformer=dict(landmarks=6, kernel=5), performer=dict(features=8), reformer=dict(chunk=8),
+    long_short=dict(window=8, rank=4),
+)  # fmt: skip
+ENCODERS = {
+    **{name: {"attention": name, "mlp": "dense", name: SIZES[name]} for name in EFFICIENT},
+    "mosa, expert_choice": dict(attention="mosa", mlp="expert_choice", moe={**MOE, "capacity_factor": 1.0}),
+    "moh, skywork_moe": dict(attention="moh", mlp="skywork_moe", moe=MOE),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_padding_and_batch_mates_change_nothing(name):
+    c = model_of(**ENCODERS[name], causal=False, task="classify")
+    graphdef, state = reference.build(lambda: Classifier(c, rngs=nnx.Rngs(0)))
+    f = reference.jit(lambda state, *args: nnx.merge(graphdef, state)(*args)[0])
+    rows = draw(2, 3, 24)
+    short = np.arange(24)[None] < np.array([24, 24, 17])[:, None]
+    wanted = f(state, rows, short.astype(np.int32))
+    longer = np.pad(rows, ((0, 0), (0, 8)), constant_values=3)
+    assert reference.error(f(state, longer, np.pad(short, ((0, 0), (0, 8))).astype(np.int32)), wanted) < 1e-5
+    alone = f(state, rows[2:], short[2:].astype(np.int32))
+    assert reference.error(alone, wanted[2:]) < 1e-5
+    assert reference.error(f(state, rows[2:, :17], None), wanted[2:]) < 1e-5
+
+
+def test_documents_of_a_row_do_not_meet():
+    full, _, _ = build(model_of(**{**CAUSAL["mla, xmoe"], "moe": {**MOE, "capacity_factor": 4.0}}))
+    row = draw(4, 1, CONTEXT)
+    segments = np.where(np.arange(CONTEXT) < 20, 1, 2)[None].astype(np.int32)
+    positions = np.where(np.arange(CONTEXT) < 20, np.arange(CONTEXT), np.arange(CONTEXT) - 20)[None].astype(np.int32)
+    wanted = np.asarray(full(row, segments, positions)[0])
+    changed = row.copy()
+    changed[0, :20] = (row[0, :20] + 1) % V
+    np.testing.assert_array_equal(np.asarray(full(changed, segments, positions)[0])[0, 20:], wanted[0, 20:])
+
+
+# --- contracts 5, 6, 7 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_router_learns(name):
+    c = model_of(**CAUSAL[name])
+    graphdef, state = nnx.split(Transformer(c, rngs=nnx.Rngs(0)))
+    tokens = draw(3, 2, CONTEXT)
+
+    def loss(state):
+        return nnx.merge(graphdef, state).nll(tokens, np.roll(tokens, -1, axis=1))[0].mean()
+
+    grads = dict(nnx.to_flat_state(reference.jit(jax.grad(loss))(state)))
+    for path, value in grads.items():
+        untrained = path[-1] in ("load_bias", "balance_weight")
+        assert np.isfinite(value.value).all(), path
+        assert (np.abs(value.value).max() > 0) != untrained, path
+
+
+ON_MESH = {
+    "mla, deepseek_moe as V3": {**CAUSAL["mla, deepseek_moe as V3"], "n_heads": 8, "d_model": 32},
+    "moh, skywork_moe": dict(
+        attention="moh", mlp="skywork_moe", n_heads=8, moh=dict(n_shared=2, k=3), moe={**MOE, "adaptive_rate": 0.5}, bias=True, dropout=0.1
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ON_MESH)
+def test_every_mesh_gives_the_same_run(name, sequence_parallel):
+    changes = dict(model=ON_MESH[name])
+    assert_same(run(ONE, 3, **changes), run(sized(1, 2, 2, 2, sequence_parallel), 3, **changes))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [name if name in ("nystromformer", "reformer") else pytest.param(name, marks=pytest.mark.slow) for name in EFFICIENT])
+def test_encoders_on_every_mesh(name, sequence_parallel):
+    """Loss and gradient norm of two steps, rows padded differently; heads lie on `expert`."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([32, 32, 17, 9, 25, 1, 30, 12])
+    rows = dict(
+        inputs=rng.integers(0, V, (8, 32)).astype(np.int32), segments=(np.arange(32)[None] < lengths[:, None]).astype(np.int32),
+        label=rng.integers(0, 2, 8).astype(np.int32), other=np.zeros(8, np.int32), share=np.ones(8, np.float32),
+    )  # fmt: skip
+
+    def losses(sizes: dict) -> list[float]:
+        model = dict(vocab_size=V, d_model=32, n_layers=2, n_heads=4, d_hidden=32, context_length=32, causal=False, task="classify", mlp="dense")
+        config = config_lib.from_dict({"model": {**model, "attention": name, name: SIZES[name]}, "train": {"batch_size": 8}, "mesh": sizes})
+        mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[: 8 // (1 if sizes["expert"] > 1 else 8)])
+        with jax.set_mesh(mesh):
+            program = build_program(config, mesh)
+            state, out = program.init(jax.random.key(0)), []
+            for _ in range(2):
+                state, told = program.train_step(state, mesh_lib.put_batch(mesh, rows))
+                out += [float(told["sums"].nll), float(told["grad_norm"])]
+        return out
+
+    np.testing.assert_allclose(losses(sized(1, 2, 2, 2, sequence_parallel)), losses(sized()), rtol=2e-5)
+
+
+def test_an_adaptive_balance_weight_follows_what_is_dropped():
+    """Skywork-MoE, section 4.2: alpha' = beta·alpha + (1 − beta)·xi·(dropped share), by layer."""
+    c = model_of(**CAUSAL["dense, skywork_moe"])
+    stats = jax.eval_shape(lambda: build(c)[0](draw(0, 1, CONTEXT))[1]["skywork_moe"])
+    stats = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stats)
+    stats = stats._replace(chosen_N=jnp.full((2, 4), 10.0), kept_N=jnp.array([[10.0] * 4, [5.0] * 4]))
+    found = adapted(jnp.array([[0.2], [0.2]]), stats, c.moe)
+    np.testing.assert_allclose(found, [[0.99 * 0.2], [0.99 * 0.2 + 0.01 * 0.5 * 0.5]], rtol=1e-6)
+
+
+# --- accounting -------------------------------------------------------------------------------------------------
+
+# One layer, wide: the compiler counts the body of the scan once, and elementwise work is small beside products.
+WIDE = dict(vocab_size=256, d_model=512, n_layers=1, n_heads=8, d_hidden=2048, context_length=128, remat="none")
+COUNTED = {
+    "mla": dict(attention="mla", mlp="dense", mla=dict(q_rank=128, kv_rank=192)),
+    "mla, whole queries": dict(attention="mla", mlp="dense", mla=dict(q_rank=0)),
+    "moh": dict(attention="moh", mlp="dense"),
+    "mosa": dict(attention="mosa", mlp="dense", causal=False),
+    "token_choice": dict(attention="dense", mlp="token_choice", moe=dict(k=1)),
+    "expert_choice": dict(attention="dense", mlp="expert_choice", causal=False),
+    **{name: dict(attention=name, mlp="dense", causal=False) for name in EFFICIENT},
+    "deepseek_moe": dict(attention="dense", mlp="deepseek_moe", activation="swiglu", moe=dict(n_experts=16, k=3, n_shared=1, bias_rate=0.1)),
+    "xmoe": dict(attention="dense", mlp="xmoe"),
+    "skywork_moe": dict(attention="dense", mlp="skywork_moe", moe=dict(adaptive_rate=1.0), bias=True),
+}
+
+
+def counted(name: str, **changes) -> ModelConfig:
+    return config_lib.from_dict({"model": {**WIDE, **COUNTED[name], **changes}}).model
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_operations_are_the_compilers(name):
+    c = counted(name)
+    tokens = jax.ShapeDtypeStruct((1, c.context_length), jnp.int32)
+    assert compilers_count(Transformer, c, tokens) == pytest.approx(forward_flops(c), rel=0.05)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_weights_and_what_is_kept_are_the_arrays(name):
+    c = counted(name)
+    state = nnx.state(nnx.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0))))
+    assert parameters(c) == sum(a.size for a in jax.tree.leaves(state))
+    tokens = jax.ShapeDtypeStruct((4, c.context_length), jnp.int32)
+
+    def handed(n_layers: int) -> int:
+        deep = counted(name, n_layers=n_layers, remat="slots")
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(deep, rngs=nnx.Rngs(0))))
+
+        def forward(state, tokens):
+            return jax.vjp(lambda state: nnx.merge(graphdef, state)(tokens)[0].mean(), state)[1]
+
+        kept = jax.eval_shape(forward, state, tokens)
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)) - sum(4 * a.size for a in jax.tree.leaves(state))
+
+    assert kept_bytes(counted(name, remat="slots"), 4) == pytest.approx((handed(6) - handed(2)) / 4, rel=0.01)
+
+
+BASE = {**WIDE, "causal": False, "smha": dict(n_experts=8, k=4, priority="score"), "uome": dict(n_experts=8, k=4, priority="score")}
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_operations_of_every_preset_are_the_compilers(name):
+    whole = config_lib.to_dict(config_lib.from_dict({"model": BASE}))["model"]
+    c = config_lib.from_dict({"model": presets.apply(name, whole)}).model
+    tokens = jax.ShapeDtypeStruct((1, c.context_length), jnp.int32)
+    assert compilers_count(Transformer, c, tokens) == pytest.approx(forward_flops(c), rel=0.05)
+    state = nnx.state(nnx.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0))))
+    assert parameters(c) == sum(a.size for a in jax.tree.leaves(state)) >= active_parameters(c)
+
+
+def test_active_weights():
+    """K of N experts of a mixture, and the shared ones; everything else."""
+    c = counted("deepseek_moe")
+    expert = 3 * c.d_model * c.d_expert
+    assert parameters(c) - active_parameters(c) == pytest.approx((16 - 3) * expert)
+    assert active_parameters(counted("mla")) == parameters(counted("mla"))

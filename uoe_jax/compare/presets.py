@@ -1,0 +1,99 @@
+"""The rows of the paper's tables by name: what a configuration must say so that its model is one of the compared architectures.
+
+A preset starts from a configuration of a union of experts and changes blocks and their sections, nothing else. Matched by
+width, the experts of a mixture together are as wide as the dense MLP: they have its weights. How many experts there are
+follows the released code's peers (facts of the paper: DeepSeek-MoE with 7 routed experts of which 3 are chosen and one
+shared one, Skywork-MoE with the better 2 of 4, XMoE with small ones); the numbers of the others are those of their authors'
+smallest models. No jax is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+from uoe_jax.config_peers import MLPS, SECTIONS
+from uoe_jax.errors import ConfigError
+
+Changes = dict[str, Any]  # values by dotted key below `model`
+
+GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
+CAPACITIES = (0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+def _mixture(kind: str, attention: str = "dense", *, n: int, k: int, shared: int = 0, **more: Any) -> Changes:
+    """N routed and `shared` experts, which together are as wide as the dense MLP (`hidden_parts`)."""
+    moe = {"n_experts": n, "k": k, **({"n_shared": shared} if shared else {}), **more}
+    return {"attention": attention, "mlp": kind, **{f"moe.{key}": value for key, value in moe.items()}}
+
+
+def _unions(**changes: Any) -> Changes:
+    return {f"{section}.{key}": value for section in ("smha", "uome") for key, value in changes.items()}
+
+
+PRESETS: dict[str, Changes] = {
+    "full_attention": {"attention": "dense", "mlp": "dense"},
+    "switch": _mixture("token_choice", n=4, k=1),
+    "gshard": _mixture("token_choice", n=8, k=2),
+    "expert_choice": _mixture("expert_choice", n=8, k=2, capacity_factor=1.0),
+    "deepseek_moe": _mixture("deepseek_moe", n=7, k=3, shared=1),
+    "deepseek_v3": _mixture("deepseek_moe", "mla", n=7, k=3, shared=1, score="sigmoid", bias_rate=0.001, balance_weight=0.0001),
+    "skywork_moe": _mixture("skywork_moe", n=4, k=2, adaptive_rate=0.2),
+    "xmoe": _mixture("xmoe", n=16, k=8, threshold=0.9),
+    "mosa": {"attention": "mosa", "mlp": "dense"},
+    "moh": {"attention": "moh", "mlp": "dense"},
+    "mla": {"attention": "mla", "mlp": "dense"},
+    "linformer": {"attention": "linformer", "mlp": "dense"},
+    "nystromformer": {"attention": "nystromformer", "mlp": "dense"},
+    "performer": {"attention": "performer", "mlp": "dense"},
+    "reformer": {"attention": "reformer", "mlp": "dense"},
+    "long_short": {"attention": "long_short", "mlp": "dense"},
+    "uoe": {"attention": "smha", "mlp": "uome"},
+    "smha_only": {"attention": "smha", "mlp": "dense"},
+    "uome_only": {"attention": "dense", "mlp": "uome"},
+    "hierarchical": _unions(unit="hierarchical", priority="score"),
+    "by_sequence": _unions(unit="sequence"),
+    "by_patch": _unions(unit="patch"),
+    **{f"gate_{gate}": _unions(gate=gate) for gate in GATES},
+    **{f"capacity_{factor}": _unions(capacity_factor=factor) for factor in CAPACITIES},
+    "no_balance": _unions(balance_weight=0.0, bias_rate=0.0),
+    "switch_balance": _unions(balance_weight=0.01, bias_rate=0.0),
+    "bias_balance": _unions(balance_weight=0.0, bias_rate=0.003),
+}
+
+
+def apply(name: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section of a configuration, as nested dicts, with the blocks of a preset.
+
+    Sizes that follow the model's own are filled in: experts are `d_hidden` / parts wide and count their capacity in the
+    windows of the base's UoME; MLA's latents are D/2 wide (as in the released code); MoH shares a quarter of the heads and
+    lets a token choose half of the others. Sections of blocks that the row does not have are dropped.
+
+    Raises:
+      KeyError: no such preset. ConfigError: the hidden width is too small for its experts.
+    """
+    out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in model.items()}
+    for key, value in PRESETS[name].items():
+        section, dot, last = key.rpartition(".")
+        (out[section] if dot else out)[last] = value
+    blocks, d, heads = (out["attention"], out["mlp"]), out["d_model"], out["n_heads"]
+    for section in {section for block, section in SECTIONS.items() if block not in blocks} - {SECTIONS.get(b) for b in blocks}:
+        if section not in ("smha", "uome"):
+            del out[section]  # what the base says of another row's blocks
+    if out["mlp"] in MLPS:
+        if out["d_hidden"] < hidden_parts(out):
+            remedy = f"(in the row {name!r}) it is cut in {hidden_parts(out)} experts; give at least that"
+            raise ConfigError("config.model.d_hidden", out["d_hidden"], remedy)
+        window = min(out["uome"]["capacity_window"], out["context_length"])
+        out["moe"].update(d_expert=out["d_hidden"] // hidden_parts(out), capacity_window=window)
+    if out["attention"] == "mla":
+        out["mla"].update(q_rank=d // 2, kv_rank=d // 2)
+    if out["attention"] == "moh":
+        out["moh"].update(n_shared=heads // 4, k=max(1, (heads - heads // 4) // 2))
+    return out
+
+
+def hidden_parts(model: Mapping[str, Any]) -> int:
+    """Into how many equal parts the hidden width of a model's MLP is cut: routed and shared experts; 1 in a dense one."""
+    if model["mlp"] == "uome":
+        return model["uome"]["n_experts"]
+    return 1 if model["mlp"] == "dense" else model["moe"]["n_experts"] + model["moe"]["n_shared"]

@@ -1,0 +1,188 @@
+"""`uoe compare`: trains every row of a table with every seed, measures them side by side, writes the table.
+
+Every run is an ordinary `uoe train` in a process of its own, in `<workdir>/rows/<row>/seed_<n>`: it resumes where it was
+stopped, and can be looked at, evaluated or exported like any other. A run that is finished is not started again.
+
+    1. of every row, where learning rates are given: a short run with each; the best on validation is kept (`rates.json`);
+    2. of every row and seed: the run;
+    3. in one process, interleaved: time, memory and operations of a step of every row, and over context lengths (`measured.json`);
+    4. `table.md`, `table.csv` and the plots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+from typing import Any, Iterator, NamedTuple, Sequence
+
+from etils import epath
+
+from uoe_jax import processes
+from uoe_jax.compare.table import Row, Table
+from uoe_jax.config import Config, to_dict
+from uoe_jax.errors import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, RunError, UserError
+from uoe_jax.train.metrics import read_metrics
+from uoe_jax.workdir import locate, write_json
+
+
+class Planned(NamedTuple):
+    """One run. what: in words."""
+
+    row: Row
+    config: Config
+    workdir: epath.Path
+    what: str
+
+
+def compare(table: Table, workdir_name: str) -> int:
+    """Does what is left of a table; returns 0, or 75 where it was asked to stop: the same command goes on.
+
+    Raises:
+      UserError: the workdir holds another table, or one process of several asks. RunError: a run failed.
+    """
+    if processes.are_several():
+        remedy = "a table is made by one process on all devices of one machine; give each row its own job of several"
+        raise UserError(f"--workdir={workdir_name}: {remedy} (uoe train --config={workdir_name}/rows/ROW/seed_0.json), then call this")
+    workdir = locate(workdir_name)
+    workdir.mkdir(parents=True, exist_ok=True)
+    _claim(table, workdir)
+    with Children() as children:
+        rates = found_rates(table, workdir, children)
+        for planned in runs(table, workdir, rates):
+            if children.stopped or not train(planned, children):
+                return EXIT_STOPPED
+        if children.run([sys.executable, "-m", "uoe_jax.compare.measure", str(workdir)], "measuring the rows side by side") == EXIT_STOPPED:
+            return EXIT_STOPPED
+    from uoe_jax.compare.report import write
+
+    print(write(table, workdir, rates))
+    return EXIT_DONE
+
+
+def _claim(table: Table, workdir: epath.Path) -> None:
+    """Writes what the table is into its directory, or makes sure that it is what is there; seeds and rows may be added."""
+    path = workdir / "table.json"
+    rows = {row.slug: {"name": row.name, "preset": row.preset, "miss": row.miss, "config": to_dict(row.config)} for row in table.rows}
+    known = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    for slug, row in rows.items():
+        if known["rows"].get(slug, row)["config"] != row["config"]:
+            raise UserError(f"{path}: holds the row {row['name']!r} with another configuration; give another --workdir")
+    # Rows that were left out this time (--config.rows) stay, and are in the table if they are finished.
+    write_json(path, {**dataclasses.asdict(table.config), "rows": known["rows"] | rows})
+
+
+def runs(table: Table, workdir: epath.Path, rates: dict[str, float]) -> Iterator[Planned]:
+    """Seed by seed, so that a table that is stopped early holds all rows."""
+    for seed in range(table.config.seeds):
+        for row in table.rows:
+            config = _with(row.config, rates.get(row.slug), seed=seed)
+            yield Planned(row, config, workdir / "rows" / row.slug / f"seed_{seed}", f"{row.name}, seed {seed}")
+
+
+def found_rates(table: Table, workdir: epath.Path, children: Children) -> dict[str, float]:
+    """The learning rate of every row that is best on validation after a short run: the same tries for all."""
+    if not table.rates:
+        return {}
+    path = workdir / "rates.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for row in table.rows:
+        tried = known.setdefault(row.slug, {})
+        for rate in table.rates:
+            if children.stopped or str(rate) in tried:
+                continue
+            config = _with(row.config, rate, steps=table.search_steps)
+            place = workdir / "rows" / row.slug / f"rate_{rate:g}"
+            planned = Planned(row, config, place, f"{row.name}, learning rate {rate:g}")
+            if not train(planned, children):
+                break
+            losses = [] if diverged(place) else [line["eval/loss"] for line in read_metrics(place) if "eval/loss" in line]
+            tried[str(rate)] = losses[-1] if losses else None  # None: its numbers went bad
+            write_json(path, known)
+    done = {slug: {rate: loss for rate, loss in tried.items() if loss is not None} for slug, tried in known.items()}
+    return {slug: float(min(losses, key=losses.get)) for slug, losses in done.items() if losses}
+
+
+def _with(config: Config, rate: float | None, seed: int = 0, steps: int = 0) -> Config:
+    """The same with a learning rate, a seed, and so many steps; a shorter run is not tested."""
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=rate or config.optimizer.learning_rate)
+    train = dataclasses.replace(config.train, seed=seed, steps=steps or config.train.steps)
+    found = dataclasses.replace(config, optimizer=optimizer, train=train)
+    if not steps:
+        return found
+    optimizer = dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, max(1, steps // 10)))
+    return dataclasses.replace(found, optimizer=optimizer, eval=dataclasses.replace(config.eval, test=False))
+
+
+def train(planned: Planned, children: Children) -> bool:
+    """Trains what is left of a run; False where it was asked to stop. A run whose numbers went bad is over.
+
+    Raises:
+      RunError: it failed.
+    """
+    if is_finished(planned.config, planned.workdir) or diverged(planned.workdir):
+        return True
+    planned.workdir.parent.mkdir(parents=True, exist_ok=True)
+    file = planned.workdir.parent / f"{planned.workdir.name}.json"
+    write_json(file, to_dict(planned.config))
+    command = [sys.executable, "-m", "uoe_jax", "train", f"--config={file}", f"--workdir={planned.workdir}"]
+    code = children.run(command, planned.what)
+    if code == EXIT_BAD_NUMBERS:
+        (planned.workdir / "diverged").write_text("bad numbers\n")
+    elif code not in (EXIT_DONE, EXIT_STOPPED):
+        raise RunError(f"{planned.what}: ended with exit code {code} (above); mend that and run the same command again")
+    return code != EXIT_STOPPED
+
+
+def is_finished(config: Config, workdir: epath.Path) -> bool:
+    """Whether a run has measured all it is to measure."""
+    if not (workdir / "metrics.jsonl").exists():
+        return False
+    lines = read_metrics(workdir)
+    evaluated = any(line["step"] == config.train.steps and "eval/loss" in line for line in lines)
+    return evaluated and (not config.eval.test or any("test/loss" in line for line in lines))
+
+
+def diverged(workdir: epath.Path) -> bool:
+    """Whether a run was given up because its numbers went bad."""
+    return (workdir / "diverged").exists()
+
+
+class Children:
+    """Processes one after the other. While entered, a wish to stop (SIGTERM, SIGINT, SIGUSR1) is handed to the running one."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._child: subprocess.Popen[bytes] | None = None
+        self._old: dict[int, Any] = {}
+
+    def run(self, command: Sequence[str], what: str) -> int:
+        """Its exit code; 75 where a wish to stop came before it began."""
+        if self.stopped:
+            return EXIT_STOPPED
+        print(f"== {what}", file=sys.stderr, flush=True)
+        # In a group of its own: a Ctrl-C then reaches it once, from here.
+        self._child = subprocess.Popen(command, start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        code = self._child.wait()
+        self._child = None
+        return EXIT_STOPPED if self.stopped and code < 0 else code
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        if self._child is not None:
+            self._child.send_signal(number)
+
+    def __enter__(self) -> Children:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        if self._child is not None:
+            self._child.kill()

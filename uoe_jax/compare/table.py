@@ -1,0 +1,231 @@
+"""A table to make: which architectures, from one experiment, matched how, with how many seeds. No jax is needed to check it.
+
+A config file under configs/compare/ returns `table(base, rows, …)`. A row is a preset (`compare.presets`) and changes beyond it:
+
+    rows={"full_attention": {}, "uoe, gate score": {"preset": "uoe", "model.smha.gate": "score", "model.uome.gate": "score"}}
+
+`preset` is the row's name where it is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from typing import Any, Mapping, NamedTuple
+
+from uoe_jax import config as config_lib
+from uoe_jax.compare import presets
+from uoe_jax.config import Config
+from uoe_jax.config_file import evaluate, put, validated
+from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.keys import checked, key
+
+SMALLEST_MISS = 0.02  # of the operations: beyond it, a row that should be matched is said not to be
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """What a table says beside its experiment (`base`) and its rows."""
+
+    title: str = key("", "heading of the table")
+    seeds: int = key(3, "runs of each row, with seeds 0, 1, …: initialisation and data order", low=1, high=100)
+    match: str = key(
+        "width", "rows have the reference's hidden width (and a mixture's experts together have it), or its operations",
+        choices=("width", "flops"),
+    )  # fmt: skip
+    reference: str = key("full_attention", "the row that others are matched to and compared with")
+    learning_rates: str = key("", "tried for every row alike, such as '0.001,0.003'; empty: that of the base")
+    search_steps: int = key(0, "steps of each try, with seed 0; 0: a quarter of the run's", low=0)
+    rounds: int = key(15, "interleaved measurements of a step's time", low=1, high=1000)
+    lengths: str = key("", "context lengths at which a step of one row is measured, such as '64,128,256'; empty: none")
+
+
+class Row(NamedTuple):
+    """One architecture: its name, its configuration (seed and learning rate are those of the base), and what it misses.
+
+    miss: how far its operations are from the reference's, relative to them, where they should be equal.
+    """
+
+    name: str
+    preset: str
+    config: Config
+    miss: float
+
+    @property
+    def slug(self) -> str:
+        """The name as a directory."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.") or "row"
+
+
+class Table(NamedTuple):
+    config: TableConfig
+    rows: tuple[Row, ...]
+
+    @property
+    def reference(self) -> Row:
+        return next(row for row in self.rows if row.name == self.config.reference)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to try; empty: none but the base's."""
+        return numbers("config.learning_rates", self.config.learning_rates, float)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return numbers("config.lengths", self.config.lengths, int)
+
+    @property
+    def search_steps(self) -> int:
+        return self.config.search_steps or max(1, self.rows[0].config.train.steps // 4)
+
+
+def table(base: Any, rows: Mapping[str, Mapping[str, Any]] | tuple[str, ...], **more: Any) -> Any:
+    """What a config file of a table returns: an `ml_collections.ConfigDict`; more: keys of `TableConfig`."""
+    from ml_collections import ConfigDict
+
+    rows = rows if isinstance(rows, Mapping) else {name: {} for name in rows}
+    given = {field.name: field.default for field in dataclasses.fields(TableConfig)} | more
+    # Names of rows may hold dots, which a ConfigDict takes for paths: a list.
+    return ConfigDict(given | {"base": base.to_dict(), "rows": [[name, dict(changes)] for name, changes in rows.items()]})
+
+
+def experiment(name: str) -> Any:
+    """The configuration of a shipped config file as a `ConfigDict`, to make a table of: 'digits', 'lra_listops:short'."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(evaluate(name))
+
+
+def load_table(name: str, overrides: Mapping[str, str]) -> Table:
+    """Reads a table's config file, with overrides `base.KEY`, `rows=NAME,NAME` (some of them), and keys of `TableConfig`.
+
+    Raises:
+      UserError: it is no table; an unknown key or row; two rows of one name; a row whose configuration cannot be used.
+    """
+    values = evaluate(name, "it must define get_config() that returns uoe_jax.compare.table.table(base, rows)")
+    if not isinstance(values.get("rows"), list) or not isinstance(values.get("base"), Mapping):
+        raise UserError(f"--config={name}: is no table of rows; train it with uoe train, or give one of configs/compare/")
+    base, rows, given = values.pop("base"), {n: dict(changes) for n, changes in values.pop("rows")}, values
+    for key_, text in overrides.items():
+        if key_.startswith("base."):
+            put(base, key_.removeprefix("base."), config_lib.parse_value(key_.removeprefix("base."), text))
+        elif key_ == "rows":
+            rows = _some(rows, text)
+        else:
+            given[key_] = _parsed(key_, text)
+    config = _table_config(given)
+    if config.reference not in rows:
+        raise ConfigError("config.reference", config.reference, f"is none of the rows {', '.join(rows)}")
+    made = _rows(base, rows, config)
+    found = Table(config, tuple(made))
+    found.rates, found.lengths  # noqa: B018  refused before anything runs
+    slugs = [row.slug for row in found.rows]
+    twice = [row.name for row in found.rows if slugs.count(row.slug) > 1]
+    if twice:
+        raise ConfigError("config.rows", twice[0], "two rows would have one directory; give another name")
+    return found
+
+
+def _rows(base: dict[str, Any], rows: Mapping[str, Mapping[str, Any]], config: TableConfig) -> list[Row]:
+    reference = _values(base, config.reference, rows[config.reference])
+    target = _operations(_validated(config.reference, reference))
+    out = []
+    for name, changes in rows.items():
+        values = _values(base, name, changes)
+        if config.match == "flops" and name != config.reference:
+            values = _matched(base, name, changes, target)
+        found = _validated(name, values)
+        miss = _operations(found) / target - 1 if config.match == "flops" else 0.0
+        out.append(Row(name, changes.get("preset", name), found, miss))
+    return out
+
+
+def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], d_hidden: int = 0) -> dict[str, Any]:
+    """A row's configuration as nested dicts; d_hidden: in place of the base's; 0: that."""
+    preset = changes.get("preset", name)
+    if preset not in presets.PRESETS:
+        near = difflib.get_close_matches(preset, presets.PRESETS, n=1, cutoff=0.0)[0]
+        raise UserError(f"config.rows: {preset!r} is no preset; the nearest is {near!r}")
+    values = config_lib.to_dict(config_lib.from_dict(base))
+    if d_hidden:
+        values["model"]["d_hidden"] = d_hidden
+    values["model"] = presets.apply(preset, values["model"])
+    for key_, value in changes.items():
+        if key_ != "preset":
+            if key_ not in config_lib.ALL_KEYS:
+                raise config_lib.unknown_key(key_)
+            put(values, key_, value)
+    return values
+
+
+def _matched(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], target: float) -> dict[str, Any]:
+    """A row's configuration with the hidden width at which a forward pass costs what the reference's does.
+
+    Operations are linear in the width of an MLP, of experts and of unions alike.
+    """
+    values = _values(base, name, changes)
+    step = presets.hidden_parts(values["model"])
+    low, high = (_operations(_validated(name, _values(base, name, changes, n * step))) for n in (1, 1001))
+    parts = max(1, round(1 + (target - low) / (high - low) * 1000))
+    return _values(base, name, changes, parts * step)
+
+
+def _operations(config: Config) -> float:
+    from uoe_jax.flops import forward_flops
+
+    return forward_flops(config.model)
+
+
+def _validated(name: str, values: Mapping[str, Any]) -> Config:
+    try:
+        return validated(values)
+    except ConfigError as error:
+        remedy = str(error).removeprefix(f"{error.key}={error.value!r}: ")
+        raise ConfigError(error.key, error.value, f"(in the row {name!r}) {remedy}") from error
+    except UserError as error:
+        raise UserError(f"row {name!r}: {error}") from error
+
+
+def _some(rows: dict[str, Any], text: str) -> dict[str, Any]:
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in rows:
+            raise ConfigError("config.rows", text, f"{name!r} is none of {', '.join(rows)}")
+    return {name: rows[name] for name in names}
+
+
+def _table_config(given: Mapping[str, Any]) -> TableConfig:
+    fields = {field.name: field for field in dataclasses.fields(TableConfig)}
+    for name in given:
+        if name not in fields:
+            raise _unknown(name)
+    kinds = {name: type(field.default) for name, field in fields.items()}
+    return TableConfig(**{name: checked(f"config.{name}", kinds[name], value, fields[name].metadata) for name, value in given.items()})
+
+
+def _parsed(name: str, text: str) -> Any:
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(TableConfig)}
+    if name not in kinds:
+        raise _unknown(name)
+    try:
+        return kinds[name](text)
+    except ValueError:
+        raise ConfigError(f"config.{name}", text, "give a whole number") from None
+
+
+def _unknown(name: str) -> UserError:
+    known = [*(field.name for field in dataclasses.fields(TableConfig)), "rows", *(f"base.{key_}" for key_ in config_lib.ALL_KEYS)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return UserError(f"config.{config_lib.printable(name)}: unknown key of a table; the nearest known key is config.{near}")
+
+
+def numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
+    """Comma-separated positive numbers; ConfigError where they are none."""
+    try:
+        found = tuple(kind(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        found = (0,)
+    if any(not 0 < n < 1e9 for n in found):
+        raise ConfigError(name, text, "give positive numbers with commas between them")
+    return found

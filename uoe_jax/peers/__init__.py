@@ -1,0 +1,37 @@
+"""The compared architectures, one file each: blocks of the same model, chosen by `model.attention` and `model.mlp`.
+
+Every block is made from the model's configuration, `Block(config, rngs=rngs)`, and is called as the blocks in `layers`
+are: (x [B,L,D], tokens) -> (y [B,L,D], routing statistics or None). Those that can be causal decode as well.
+"""
+
+from uoe_jax.peers.deepseek_moe import DeepSeekMoE
+from uoe_jax.peers.expert_choice import ExpertChoice
+from uoe_jax.peers.linformer import Linformer
+from uoe_jax.peers.long_short import LongShort
+from uoe_jax.peers.mla import MLA
+from uoe_jax.peers.moh import MoH
+from uoe_jax.peers.mosa import MoSA
+from uoe_jax.peers.nystromformer import Nystromformer
+from uoe_jax.peers.performer import Performer
+from uoe_jax.peers.reformer import Reformer
+from uoe_jax.peers.skywork_moe import SkyworkMoE
+from uoe_jax.peers.token_choice import TokenChoice
+from uoe_jax.peers.xmoe import XMoE
+
+ATTENTIONS = {
+    "mla": MLA,
+    "mosa": MoSA,
+    "moh": MoH,
+    "linformer": Linformer,
+    "nystromformer": Nystromformer,
+    "performer": Performer,
+    "reformer": Reformer,
+    "long_short": LongShort,
+}
+MLPS = {
+    "token_choice": TokenChoice,
+    "expert_choice": ExpertChoice,
+    "deepseek_moe": DeepSeekMoE,
+    "xmoe": XMoE,
+    "skywork_moe": SkyworkMoE,
+}

@@ -1,0 +1,54 @@
+"""What the efficient attentions of encoders share: the projections of the dense block, and another way to mix the heads' values.
+
+None of them can be causal here. A row's padding comes last and changes nothing: where the authors cut the padded length in
+pieces, the row's own number of tokens is cut.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.layers.attention import Attention
+from uoe_jax.layers.common import Tokens
+from uoe_jax.region import Region
+
+
+class EncoderAttention(Attention):
+    """A subclass says in `mix` how queries, keys and values become the heads' values; heads lie on `expert`."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        super().__init__(
+            c.d_model,
+            c.n_heads,
+            n_kv_heads=c.kv_heads,
+            bias=c.bias,
+            qk_norm_eps=c.norm_eps if c.qk_norm else None,
+            dtype=c.dtype,
+            out_scale=c.out_scale,
+            rngs=rngs,
+        )
+
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_BL: jax.Array) -> jax.Array:
+        """[B,L,h,Dh], what the heads held here give, from q, k, v [B,L,h,Dh] and which tokens are no padding."""
+        raise NotImplementedError
+
+    def _mix(self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, region: Region) -> jax.Array:
+        b, length, h, _ = q.shape
+        k, v = (jnp.repeat(a, h // a.shape[2], axis=2) for a in (k, v))
+        valid_BL = jnp.ones((b, length), bool) if tokens.segments_BL is None else tokens.segments_BL > 0
+        return checkpoint_name(self.mix(q, k, v, valid_BL).astype(q.dtype), "heads")
+
+
+def shares(scores: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
+    """float32 softmax over the last axis, of what is allowed (bool, broadcast); where nothing is, all alike."""
+    scores = scores.astype(jnp.float32)
+    return jax.nn.softmax(scores if allowed is None else jnp.where(allowed, scores, -1e30))
+
+
+def products(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.einsum` of values in the compute dtype, added up in float32."""
+    return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=jnp.float32)

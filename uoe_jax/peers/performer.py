@@ -1,0 +1,52 @@
+"""Performer (Choromanski et al. 2020, arXiv 2009.14794): softmax attention by positive orthogonal random features, FAVOR+.
+
+exp(q·k) is the mean of φ(q)·φ(k) over R drawn directions w, φ(x) = exp(w·x − |x|²/2); keys and values are then summed up once
+for all queries. Directions are orthogonal in blocks of Dh, as long as normal ones, drawn once with the weights and shared by
+the heads of a layer (the authors can draw them again while training). What is subtracted in the exponents against overflow
+is taken from a row's own tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.layers.common import weight
+from uoe_jax.peers.encoder import EncoderAttention
+
+SMALL = 1e-4  # added to every feature, as the authors do
+
+
+class Performer(EncoderAttention):
+    """model.attention='performer'."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        super().__init__(c, rngs=rngs)
+        shape = (c.performer.features, c.head_dim)
+        self.directions = weight(rngs, shape, (None, None), orthogonal_normal, exact=True, trained=False)
+
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_BL: jax.Array) -> jax.Array:
+        there = valid_BL[..., None, None]
+        w_Rk = jax.lax.stop_gradient(self.directions[...])
+        q, k = (a.astype(jnp.float32) * a.shape[-1] ** -0.25 for a in (q, k))
+        log_q, log_k = (jnp.einsum("blhk,rk->blhr", a, w_Rk) - jnp.square(a).sum(-1, keepdims=True) / 2 for a in (q, k))
+        most_q = jax.lax.stop_gradient(log_q.max(axis=-1, keepdims=True))
+        most_k = jax.lax.stop_gradient(jnp.where(there, log_k, -1e30).max(axis=(1, 3), keepdims=True))
+        phi_q = jnp.exp(log_q - most_q) + SMALL
+        phi_k = jnp.where(there, jnp.exp(jnp.where(there, log_k - most_k, 0)) + SMALL, 0)
+        summed = jnp.einsum("blhr,blhk->bhrk", phi_k, v.astype(jnp.float32))
+        total = jnp.einsum("blhr,bhr->blh", phi_q, phi_k.sum(axis=1))
+        return jnp.einsum("blhr,bhrk->blhk", phi_q, summed) / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+
+
+def orthogonal_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """[R,Dh]: rows that are orthogonal in blocks of Dh, each with the length of a normal vector."""
+    r, dh = shape
+    directions, lengths = jax.random.split(key)
+    blocks = jax.random.normal(directions, (-(-r // dh), dh, dh), dtype)
+    rows = jnp.linalg.qr(blocks)[0].swapaxes(-1, -2).reshape(-1, dh)[:r]
+    return rows * jnp.linalg.norm(jax.random.normal(lengths, (r, dh), dtype), axis=-1, keepdims=True)
