@@ -19,13 +19,14 @@ from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.classifier import Classifier
 from uoe_jax.config import MeshConfig, ModelConfig, from_dict
+from uoe_jax.config_peers import ATTENTIONS, MLPS, SECTIONS
 from uoe_jax.data.tokenizer import ByteTokenizer
 from uoe_jax.errors import ConfigError
 from uoe_jax.infer.sample import Sampler
 from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import tokens_like
 from uoe_jax.layers.mlp import MLP
-from uoe_jax.model import Block
+from uoe_jax.model import Block, make_attention, make_mlp
 from uoe_jax.plan.hlo import Collective, collectives
 from uoe_jax.train.step import build
 
@@ -125,12 +126,19 @@ def test_text_is_the_same_on_a_mesh():
 
 # --- contract 7 -------------------------------------------------------------------------------------------------
 
+PEERS = (*ATTENTIONS, *MLPS)
 MESHES = [(1, 2, 1, 4), (1, 1, 2, 4), (1, 2, 2, 2), (1, 1, 1, 8), (2, 1, 2, 2)]
 B, L, D, N = 8, 16, 32, 8
 
 
 def make(kind: str):
     routing, rngs = RoutingConfig(n_experts=N, k=4, capacity_window=8), nnx.Rngs(0)
+    if kind in PEERS:
+        own = dict(mla=dict(q_rank=8, kv_rank=8), reformer=dict(chunk=4), long_short=dict(window=4), moe=dict(n_experts=8, n_shared=1, d_expert=8))
+        own = {name: changes for name, changes in own.items() if name == SECTIONS[kind]}
+        model = dict(d_model=D, n_heads=8, d_hidden=64, context_length=L, causal=False, **own)
+        config = from_dict({"model": {**model, "attention" if kind in ATTENTIONS else "mlp": kind}}).model
+        return (make_attention if kind in ATTENTIONS else make_mlp)(config, rngs)
     return {
         "uome": lambda: UoME(D, 64, routing, bias=True, rngs=rngs),
         "smha": lambda: SMHA(D, 8, routing, rngs=rngs),
@@ -178,7 +186,7 @@ def over_expert(found: list[Collective]) -> list[tuple[str, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("kind", ["uome", "smha", "mlp", "attention"])
+@pytest.mark.parametrize("kind", ["uome", "smha", "mlp", "attention", "mla", "deepseek_moe", *(slow(p) for p in PEERS if p not in ("mla", "deepseek_moe"))])
 @pytest.mark.parametrize("shape", [MESHES[2], *map(slow, MESHES[:2] + MESHES[3:])], ids=lambda s: "x".join(map(str, s)))
 def test_one_reduction_over_expert(kind, shape, sequence_parallel):
     """Forward: one all-reduce of the device's activations; or one all-gather and one reduce-scatter."""

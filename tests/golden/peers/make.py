@@ -1,6 +1,6 @@
 """Makes the golden vectors of the compared architectures: `python tests/golden/peers/make.py`, with torch and transformers.
 
-Each file holds a small block's weights in uoe_jax's layout, an input x, a cotangent r, the output y, and the gradients of
+tests/test_parity.py makes them again and compares. Each file holds a small block's weights in uoe_jax's layout, an input x, a cotangent r, the output y, and the gradients of
 sum(y·r), all from code that is not uoe_jax's: the modules of `transformers` where it has them, and otherwise the published
 equations written out below, token by token, in float64. `config` is the block's configuration as JSON (keys of ModelConfig),
 `made` says by what. The efficient attentions of encoders are in make_encoders.py.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from typing import Any, Callable
 
 import numpy as np
@@ -282,8 +281,10 @@ def attentions() -> None:
         store(f"moh_{s}", config, weights(rng(0), **shapes, **own), lambda w, x, s=s: moh(w, x, s), EQUATIONS)
 
 
-if __name__ == "__main__":
-    torch.manual_seed(0)
+def main() -> None:
     mixtures()
     attentions()
-    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
