@@ -11,6 +11,7 @@ import pytest
 from helpers import ROOT
 from uoe_jax import cli
 from uoe_jax import mesh as mesh_lib
+from uoe_jax.compare.table import load_table
 from uoe_jax.config import with_vocabulary
 from uoe_jax.train.step import build
 
@@ -61,3 +62,21 @@ def test_the_train_step_lowers_for_every_platform(path):
 def test_it_lowers_on_every_axis_at_once(path):
     axes = {f"mesh.{axis}": "2" for axis in mesh_lib.AXES} | {"mesh.sequence_parallel": "true", "data.buckets": "1", "train.batch_size": "16"}
     lowers(loaded(path, axes), 16)
+
+
+def architectures() -> list[tuple[str, str]]:
+    """(table, row) of every pair of blocks that a shipped table compares, once."""
+    found: dict[tuple[str, str], tuple[str, str]] = {}
+    for path in TABLES:
+        for row in load_table(f"compare/{path.stem}", {}).rows:
+            found.setdefault((row.config.model.attention, row.config.model.mlp), (path.stem, row.name))
+    return list(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table, name", architectures())
+def test_every_compared_architecture_lowers(table, name):
+    """At the size of its table, on a mesh of two devices."""
+    row = next(row for row in load_table(f"compare/{table}", {}).rows if row.name == name)
+    words = max(row.config.model.cutoff_list, default=0) + 1000
+    lowers(with_vocabulary(row.config, 0 if row.config.model.stem == "image" else max(257, words)), 2)

@@ -63,9 +63,10 @@ def compared(made: Any, variant: str, short_rows: tuple[str, ...]) -> Any:
         base = made.base
         base.train.steps //= 3
         base.eval.every = base.checkpoint.every = 0
+        made.learning_rates = ""
         made.lengths, made.rounds = ",".join(made.lengths.split(",")[:3]), 8
     if variant == "tiny":
-        made.rounds, made.lengths = 2, "32,64" if made.lengths else ""
+        made.learning_rates, made.rounds, made.lengths = "", 2, "32,64" if made.lengths else ""
     return made
 
 

@@ -21,4 +21,5 @@ def get_config(variant: str = ""):
         c.train.steps, c.eval.every = 800, 200
         c.checkpoint.every = 200
     title = "Handwritten digits of 8 x 8 pixels"
-    return recipes.compared(table(c, (*PEERS, "mosa", "moh", *ABLATIONS, *CAPACITIES), title=title), variant, PEERS)
+    rows = (*PEERS, "mosa", "moh", *ABLATIONS, *CAPACITIES)
+    return recipes.compared(table(c, rows, title=title, learning_rates="0.001,0.003"), variant, PEERS)

@@ -22,4 +22,6 @@ def get_config(variant: str = ""):
         c.checkpoint.every = 250
     c.model.linformer.rank = c.model.nystromformer.landmarks = 32
     title = "ListOps, expressions of at most 128 tokens"
-    return recipes.compared(table(c, (*PEERS, *ENCODERS, *ABLATIONS), title=title, lengths="64,128,256,512,1024"), variant, PEERS)
+    rows = (*PEERS, *ENCODERS, *ABLATIONS)
+    made = table(c, rows, title=title, learning_rates="0.001,0.003", lengths="64,128,256,512,1024")
+    return recipes.compared(made, variant, PEERS)

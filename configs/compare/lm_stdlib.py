@@ -2,6 +2,7 @@
 
 Command:   uoe compare --config=compare/lm_stdlib --workdir=runs/lm_stdlib
            uoe compare --config=compare/lm_stdlib:short --workdir=runs/lm_stdlib   one seed of fewer rows and steps
+           uoe compare --config=compare/lm_stdlib:flops --workdir=runs/lm_stdlib_flops   matched by operations
 Hardware:  2 CPU cores.
 Time:      not measured.
 Expected:  not measured.
@@ -15,6 +16,9 @@ GATES = ("gate_normalized", "gate_score", "gate_straight_through", "gate_none") 
 CAPACITIES = ("capacity_0.75", "capacity_1.0", "capacity_2.0")
 BALANCE = ("no_balance", "switch_balance", "bias_balance")
 
+TITLE = "Language models on the Python standard library, bytes"
+MORE = dict(learning_rates="0.001,0.003", lengths="64,128,256,512,1024,2048")
+
 
 def get_config(variant: str = ""):
     c = experiment("quickstart:tiny" if variant == "tiny" else "quickstart")
@@ -23,5 +27,7 @@ def get_config(variant: str = ""):
         c.model.d_model, c.model.d_hidden = 128, 512
         c.train.steps, c.eval.every = 300, 100
         c.checkpoint.every = 0
-    title = "Language models on the Python standard library, bytes"
-    return recipes.compared(table(c, rows, title=title, lengths="64,128,256,512,1024,2048"), variant, PEERS)
+    if variant == "flops":  # as many operations as full attention, not its width; no row of other capacity
+        made = table(c, PEERS, title=f"{TITLE}, matched by operations", match="flops", **MORE)
+        return recipes.compared(made, "", PEERS)
+    return recipes.compared(table(c, rows, title=TITLE, **MORE), variant, PEERS)
