@@ -17,7 +17,7 @@ from uoe_jax import mesh as mesh_lib
 from uoe_jax.checks import check_cutoffs
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.adaptive import AdaptiveHead, look_up, make_words
-from uoe_jax.layers.attention import Attention
+from uoe_jax.layers.attention import Attention, options
 from uoe_jax.layers.common import KEPT, Norm, Tokens, dropout, rotary_tables, scaled_normal, weight
 from uoe_jax.layers.ends import cross_entropy, lookup, vocabulary_scores
 from uoe_jax.layers.mlp import MLP
@@ -42,18 +42,9 @@ def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The attention block that `model.attention` names."""
     if c.attention in ATTENTIONS:
         return ATTENTIONS[c.attention](c, rngs=rngs)
-    common = dict(
-        bias=c.bias,
-        causal=c.causal,
-        drop_rate=c.attention_dropout,
-        qk_norm_eps=c.norm_eps if c.qk_norm else None,
-        dtype=c.dtype,
-        out_scale=c.out_scale,
-        rngs=rngs,
-    )
     if c.attention == "smha":
-        return SMHA(c.d_model, c.n_heads, c.smha, n_kv_heads=c.kv_heads, **common)
-    return Attention(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, **common)
+        return SMHA(c.d_model, c.n_heads, c.smha, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
+    return Attention(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
 
 
 def make_mlp(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from uoe_jax.config import ModelConfig
 from uoe_jax.layers.common import (
     Tokens,
     along_last,
@@ -97,6 +98,18 @@ class DenseCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+
+
+def options(c: ModelConfig) -> dict[str, Any]:
+    """What every attention block is told of the model's configuration beside its sizes."""
+    return dict(
+        bias=c.bias,
+        causal=c.causal,
+        drop_rate=c.attention_dropout,
+        qk_norm_eps=c.norm_eps if c.qk_norm else None,
+        dtype=c.dtype,
+        out_scale=c.out_scale,
+    )
 
 
 class Attention(nnx.Module):

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.attention import Attention
+from uoe_jax.layers.attention import Attention, options
 from uoe_jax.layers.common import Tokens
 from uoe_jax.region import Region
 
@@ -21,16 +21,7 @@ class EncoderAttention(Attention):
     """A subclass says in `mix` how queries, keys and values become the heads' values; heads lie on `expert`."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(
-            c.d_model,
-            c.n_heads,
-            n_kv_heads=c.kv_heads,
-            bias=c.bias,
-            qk_norm_eps=c.norm_eps if c.qk_norm else None,
-            dtype=c.dtype,
-            out_scale=c.out_scale,
-            rngs=rngs,
-        )
+        super().__init__(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
 
     def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_BL: jax.Array) -> jax.Array:
         """[B,L,h,Dh], what the heads held here give, from q, k, v [B,L,h,Dh] and which tokens are no padding."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.attention import Attention
+from uoe_jax.layers.attention import Attention, options
 from uoe_jax.layers.common import scaled_normal, weight
 from uoe_jax.peers.mixture import rescaled
 from uoe_jax.region import Region
@@ -24,18 +24,7 @@ class MoH(Attention):
     """model.attention='moh'."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(
-            c.d_model,
-            c.n_heads,
-            n_kv_heads=c.kv_heads,
-            bias=c.bias,
-            causal=c.causal,
-            drop_rate=c.attention_dropout,
-            qk_norm_eps=c.norm_eps if c.qk_norm else None,
-            dtype=c.dtype,
-            out_scale=c.out_scale,
-            rngs=rngs,
-        )
+        super().__init__(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
         self.n_shared, self.k = c.moh.n_shared, c.moh.k
 
         def kernel(n: int) -> nnx.Param:

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.layers.attention import options
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.routing import UNION
 
@@ -25,16 +26,4 @@ class MoSA(SMHA):
     """model.attention='mosa'."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(
-            c.d_model,
-            c.n_heads,
-            c.mosa.routing(c.n_heads),
-            bias=c.bias,
-            causal=c.causal,
-            drop_rate=c.attention_dropout,
-            qk_norm_eps=c.norm_eps if c.qk_norm else None,
-            dtype=c.dtype,
-            out_scale=c.out_scale,
-            rule=RULE,
-            rngs=rngs,
-        )
+        super().__init__(c.d_model, c.n_heads, c.mosa.routing(c.n_heads), rule=RULE, rngs=rngs, **options(c))
