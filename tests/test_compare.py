@@ -150,6 +150,8 @@ def test_a_table_is_made_of_what_was_measured(tmp_path):
     assert spread([], 2) == "diverged" and spread([1.0], 1) == "1.0"
     # Another table in the same place is refused; more seeds and rows are not.
     _claim(load_table("compare/digits", {"seeds": "3"}), workdir)
+    with pytest.raises(cli.UserError, match="config.learning_rates='0.1': the table in this workdir has '0.001,0.003'"):
+        _claim(load_table("compare/digits", {"learning_rates": "0.1"}), workdir)
     with pytest.raises(cli.UserError, match="holds the row 'full_attention' with another configuration"):
         _claim(load_table("compare/digits", {"base.train.steps": "7"}), workdir)
 

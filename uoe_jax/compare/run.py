@@ -11,6 +11,7 @@ stopped, and can be looked at, evaluated or exported like any other. A run that 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -24,10 +25,13 @@ from etils import epath
 
 from uoe_jax import processes
 from uoe_jax.compare.table import Row, Table
-from uoe_jax.config import Config, to_dict
-from uoe_jax.errors import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, RunError, UserError
+from uoe_jax.config import Config, from_dict, to_dict
+from uoe_jax.errors import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, RunError, UserError
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import locate, write_json
+
+
+FIXED = ("match", "reference", "learning_rates", "search_steps")  # of TableConfig: what finished rows depend on
 
 
 class Planned(NamedTuple):
@@ -66,14 +70,17 @@ def compare(table: Table, workdir_name: str) -> int:
 
 def _claim(table: Table, workdir: epath.Path) -> None:
     """Writes what the table is into its directory, or makes sure that it is what is there; seeds and rows may be added."""
-    path = workdir / "table.json"
+    path, own = workdir / "table.json", dataclasses.asdict(table.config)
     rows = {row.slug: {"name": row.name, "preset": row.preset, "miss": row.miss, "config": to_dict(row.config)} for row in table.rows}
-    known = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    known = json.loads(path.read_text()) if path.exists() else {**own, "rows": {}}
+    for key in FIXED:
+        if known[key] != own[key]:
+            raise ConfigError(f"config.{key}", own[key], f"the table in this workdir has {known[key]!r}; give that, or another --workdir")
     for slug, row in rows.items():
-        if known["rows"].get(slug, row)["config"] != row["config"]:
+        if slug in known["rows"] and from_dict(known["rows"][slug]["config"]) != from_dict(row["config"]):
             raise UserError(f"{path}: holds the row {row['name']!r} with another configuration; give another --workdir")
     # Rows that were left out this time (--config.rows) stay, and are in the table if they are finished.
-    write_json(path, {**dataclasses.asdict(table.config), "rows": known["rows"] | rows})
+    write_json(path, {**own, "rows": known["rows"] | rows})
 
 
 def runs(table: Table, workdir: epath.Path, rates: dict[str, float]) -> Iterator[Planned]:
@@ -166,10 +173,11 @@ class Children:
             return EXIT_STOPPED
         print(f"== {what}", file=sys.stderr, flush=True)
         # In a group of its own: a Ctrl-C then reaches it once, from here.
-        self._child = subprocess.Popen(command, start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self._child = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent, env=env)
         code = self._child.wait()
         self._child = None
-        return EXIT_STOPPED if self.stopped and code < 0 else code
+        return EXIT_STOPPED if self.stopped and code else code
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.stopped = True
@@ -186,3 +194,10 @@ class Children:
             signal.signal(number, handler)
         if self._child is not None:
             self._child.kill()
+
+
+def _end_with_parent() -> None:
+    """In a child, before its program starts: SIGTERM when this process is killed, so that no run goes on unwatched (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
