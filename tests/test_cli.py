@@ -127,6 +127,16 @@ def source(tmp_path):
     return write_source(tmp_path / "source")
 
 
+def test_the_configuration_of_a_run_is_a_config_file(tmp_path):
+    first = cli.load_config(TINY, {"train.seed": "3"})
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict(first)))
+    assert cli.load_config(str(tmp_path / "config.json"), {}) == first
+    assert cli.load_config(str(tmp_path / "config.json"), {"train.seed": "4"}).train.seed == 4
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be used"):
+        cli.load_config(str(tmp_path / "config.json"), {})
+
+
 def test_workdirs_that_cannot_be_used(capsys, tmp_path, source, monkeypatch):
     """A file, a directory of other things, another run, a place nobody can write."""
     data = f"--config.data.path={source}"
