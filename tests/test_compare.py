@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 import signal
@@ -13,9 +14,10 @@ import pytest
 from helpers import ROOT, environment, uoe_process
 from uoe_jax import cli
 from uoe_jax.compare import presets
+from uoe_jax.compare import run as running
 from uoe_jax.compare.measure import against, at_length, drawn_batch
-from uoe_jax.compare.report import results, rules, spread
-from uoe_jax.compare.run import _claim, is_finished, runs
+from uoe_jax.compare.report import results, spread, write
+from uoe_jax.compare.run import claim, found_rates, is_finished, runs
 from uoe_jax.compare.table import load_table
 from uoe_jax.config import to_dict
 from uoe_jax.flops import forward_flops
@@ -52,8 +54,6 @@ def test_rows_are_matched_by_operations(name):
         assert row.miss == pytest.approx(miss)
         smallest = presets.hidden_parts(to_dict(row.config)["model"])
         assert abs(miss) < 0.02 or row.config.model.d_hidden <= 2 * smallest, (row.name, miss)  # the attention alone costs more
-    said = "\n".join(rules(found, {}))
-    assert all(row.name in said for row in found.rows if abs(row.miss) > 0.02)
 
 
 def test_the_small_tables_hold_what_the_paper_and_the_design_name():
@@ -85,6 +85,13 @@ def test_the_small_tables_hold_what_the_paper_and_the_design_name():
         ({"learning_rates": "0.1,fast"}, "config.learning_rates='0.1,fast'"),
         ({"lengths": "64,-1"}, "config.lengths='64,-1'"),
         ({"base.model.n_heads": "3"}, "config.model.n_heads=3"),
+        ({"learning_rates": "10000"}, "config.optimizer.learning_rate=10000.0"),
+        ({"search_steps": "801"}, "config.search_steps=801: a try is no longer than a run; give at most 800"),
+        ({"lengths": "100000000"}, "config.lengths='100000000'"),
+        ({"base.train.stop_after": "5"}, "config.base.train.stop_after=5"),
+        ({"base.model.mlp": "xmoe"}, "config.base.model.mlp='xmoe': no row takes it"),
+        ({"base.model.moe.k": "9"}, "config.base.model.moe.k=9: no row takes it"),
+        ({"base.model.performer.features": "3"}, "config.base.model.performer.features=3: no row takes it"),
         ({"base.model.n_kv_heads": "2"}, "config.model.smha.n_experts=4"),
         ({"base.model.d_hidden": "4"}, "config.model.d_hidden=4: (in the row 'expert_choice')"),
     ],
@@ -109,20 +116,23 @@ def a_run(place, config, value: float, seed_lines: int = 2) -> None:
     steps = config.train.steps
     lines = [{"step": steps * i // seed_lines, "eval/loss": 2.0, "eval/accuracy": value / 2 + value / 2 * i / seed_lines} for i in range(1, seed_lines + 1)]
     lines.append({"step": steps, "test/loss": 1.0, "test/accuracy": value, "test/step": steps})
+    (place / "config.json").write_text(json.dumps(to_dict(config)))
     (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_a_table_is_made_of_what_was_measured(tmp_path):
     """From runs whose figures are known: means, spreads, order, a row that diverged, one that is not finished."""
-    from uoe_jax.compare.report import write
-
     found = load_table("compare/digits", {"seeds": "2", "rows": "full_attention,uoe,xmoe,switch"})
     workdir = locate(str(tmp_path))
-    _claim(found, workdir)
+    claim(found, workdir)
+    rates = {slug: {"0.001": 1.0, "0.003": 2.0} for slug in ("full-attention", "uoe", "xmoe")} | {"switch": {"0.001": None, "0.003": None}}
+    (tmp_path / "rates.json").write_text(json.dumps(rates))
+    rates = running.best_rates(rates)
+    assert rates == {"full-attention": 0.001, "uoe": 0.001, "xmoe": 0.001, "switch": None}
     values = {"full-attention": (0.8, 0.9), "uoe": (0.95, 0.93), "xmoe": (0.5,)}
-    planned = list(runs(found, workdir, {}))
-    assert [p.what for p in planned][:4] == ["full_attention, seed 0", "uoe, seed 0", "xmoe, seed 0", "switch, seed 0"]
-    assert {p.config.train.seed for p in planned} == {0, 1}
+    planned = list(runs(found, workdir, rates))  # no rate suits switch: it is not trained
+    assert [p.what for p in planned][:4] == ["full_attention, seed 0", "uoe, seed 0", "xmoe, seed 0", "full_attention, seed 1"]
+    assert {p.config.train.seed for p in planned} == {0, 1} and {p.config.optimizer.learning_rate for p in planned} == {0.001}
     for p in planned:
         seed = p.config.train.seed
         if seed < len(values.get(p.row.slug, ())):
@@ -134,12 +144,13 @@ def test_a_table_is_made_of_what_was_measured(tmp_path):
     place.mkdir()
     (place / "diverged").write_text("")
     got = {r.name: r for r in results(found, workdir)}
-    assert set(got) == {"full_attention", "uoe", "xmoe"}
+    assert set(got) == {"full_attention", "uoe", "xmoe", "switch"} and got["switch"].diverged == 2
     assert got["uoe"].finals == [95.0, 93.0] and got["xmoe"].diverged == 1
-    text = write(found, workdir, {})
+    text = write(found, workdir)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| uoe", "| full_attention", "| xmoe"]
-    assert "94.00 ± 1.41" in lines[2] and "85.00 ± 7.07" in lines[3] and "1 (1 diverged)" in lines[4]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| uoe", "| full_attention", "| xmoe", "| switch"]
+    assert "94.00 ± 1.41" in lines[2] and "85.00 ± 7.07" in lines[3] and "1 (1 diverged)" in lines[4] and "| diverged |" in lines[5]
+    assert all(line.endswith("| 0.001 |") for line in lines[2:5])
     assert "not measured" in lines[2]
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -149,29 +160,88 @@ def test_a_table_is_made_of_what_was_measured(tmp_path):
     assert (tmp_path / "steps.png").read_bytes()[:4] == b"\x89PNG"
     assert spread([], 2) == "diverged" and spread([1.0], 1) == "1.0"
     # Another table in the same place is refused; more seeds and rows are not.
-    _claim(load_table("compare/digits", {"seeds": "3"}), workdir)
+    claim(load_table("compare/digits", {"seeds": "3"}), workdir)
     with pytest.raises(cli.UserError, match="config.learning_rates='0.1': the table in this workdir has '0.001,0.003'"):
-        _claim(load_table("compare/digits", {"learning_rates": "0.1"}), workdir)
-    with pytest.raises(cli.UserError, match="holds the row 'full_attention' with another configuration"):
-        _claim(load_table("compare/digits", {"base.train.steps": "7"}), workdir)
+        claim(load_table("compare/digits", {"learning_rates": "0.1"}), workdir)
+    with pytest.raises(cli.UserError, match="config.base.train.steps=7: the row 'full_attention' of the table in this workdir has 800"):
+        claim(load_table("compare/digits", {"base.train.steps": "7"}), workdir)
+    claim(load_table("compare/digits", {"base.train.log_every": "7"}), workdir)  # a run may change it as well
+    (tmp_path / "table.json").write_text("{")
+    with pytest.raises(cli.UserError, match="cannot be read"):
+        claim(found, workdir)
+
+
+def test_no_row_is_trained_on_half_a_search(tmp_path, monkeypatch):
+    """A try that is stopped stops the table, and the next call makes the same try."""
+    found = load_table("compare/digits", {"seeds": "1", "rows": "full_attention,uoe"})
+    ended, tried = [75, 0, 0, 76, 76], []
+
+    class Children(running.Children):
+        def run(self, command, what, accepted=()):
+            tried.append(what)
+            code = ended.pop(0)
+            if code == 75:
+                raise running.Stopped
+            if code == 0:
+                place = tmp_path / "rows" / ("uoe" if what.startswith("uoe") else "full-attention") / f"rate_{what.split()[-1]}"
+                place.mkdir(parents=True)
+                line = {"step": found.search_steps, "eval/loss": float(what.split()[-1]), "eval/accuracy": 0.5}
+                (place / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+            else:
+                (tmp_path / "rows" / "uoe" / f"rate_{what.split()[-1]}").mkdir(parents=True)
+            return code
+
+    workdir = locate(str(tmp_path))
+    with pytest.raises(running.Stopped):
+        found_rates(found, workdir, Children())
+    assert found_rates(found, workdir, Children()) == {"full-attention": 0.001, "uoe": None}
+    assert tried == [f"full_attention, learning rate {r}" for r in ("0.001", "0.001", "0.003")] + [f"uoe, learning rate {r}" for r in ("0.001", "0.003")]
+
+
+def test_a_child_that_fails_is_an_error_and_one_that_stops_a_stop():
+    with running.Children() as children:
+        assert children.run(["json.tool", "--help"], "fine") == 0
+        with pytest.raises(cli.UserError, match="odd: ended with exit code 1 .above.; mend that and run the same command again"):
+            children.run(["uoe_jax.no_such_module"], "odd")
+        children.stopped = True
+        with pytest.raises(running.Stopped):
+            children.run(["json.tool", "--help"], "late")
+
+
+def test_rows_differ_in_their_blocks_alone(tmp_path):
+    """Sizes follow the changes of a row, and what is not of its blocks is refused."""
+
+    def rows(text: str):
+        body = "from uoe_jax.compare.table import experiment, table\ndef get_config():\n    return table(experiment('digits:tiny'), {'full_attention': {}, %s}, seeds=1)"
+        (tmp_path / "t:1.py").write_text(body % text)
+        return load_table(str(tmp_path / "t:1.py"), {}).rows  # a colon in the path
+
+    wide = rows("'a': {'preset': 'switch', 'model.moe.n_experts': 16}")[1]
+    assert whole_width(wide) == 48 and wide.config.model.d_expert == 3
+    assert rows("'a': {'preset': 'moh', 'model.moh.n_shared': 0}")[1].config.model.moh.n_shared == 0
+    for change in ("'train.steps': 7", "'optimizer.learning_rate': 0.1", "'model.d_hidden': 96", "'model.moe.d_expert': 9"):
+        with pytest.raises(cli.UserError, match="would differ in more than its blocks"):
+            rows("'a': {'preset': 'switch', %s}" % change)
 
 
 def test_times_are_compared_within_a_round():
     """A machine that is twice as slow in some rounds changes no ratio."""
-    seconds = {"a": [1.0, 2.0, 1.0, 4.0], "b": [0.5, 1.0, 0.5, 2.0]}
-    assert against(seconds, "a")["b"] == {"seconds": 0.75, "ratio": 0.5, "ratio_low": 0.5, "ratio_high": 0.5}
+    found = against([0.5, 1.0, 0.5, 2.0], [1.0, 2.0, 1.0, 4.0])
+    assert found == {"seconds": 0.75, "ratio": 0.5, "ratio_low": 0.5, "ratio_high": 0.5}
 
 
 def test_a_length_is_another_model_of_one_row():
     row = load_table("compare/listops:tiny", {}).rows[0]
     config = at_length(row.config, 128)
     assert (config.model.context_length, config.train.batch_size) == (128, 1)
-    assert at_length(load_table("compare/digits:tiny", {}).rows[0].config, 128) is None
-    import dataclasses
-
     known = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=16))
     batch = drawn_batch(known)
     assert batch["inputs"].shape == (1, 128) and batch["inputs"].max() < 16
+
+
+def test_operations_are_matched_on_a_mesh_too():
+    found = load_table("compare/digits", {"match": "flops", "rows": "full_attention,moh,gate_none", "base.mesh.expert": "2"})
+    assert all(row.config.model.d_hidden % 2 == 0 and abs(row.miss) < 0.02 for row in found.rows)
 
 
 @pytest.mark.slow

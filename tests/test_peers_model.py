@@ -19,6 +19,7 @@ from uoe_jax import mesh as mesh_lib
 from uoe_jax.classifier import Classifier
 from uoe_jax.compare import presets
 from uoe_jax.config import ModelConfig
+from uoe_jax.config_peers import SECTIONS
 from uoe_jax.errors import ConfigError
 from uoe_jax.flops import forward_flops
 from uoe_jax.memory import active_parameters, kept_bytes, parameters
@@ -49,13 +50,14 @@ def model_of(**changes) -> ModelConfig:
 # --- contract 2 -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_no_output_depends_on_a_later_token(name):
-    full, _, _ = build(model_of(**CAUSAL[name]))
+def test_no_output_depends_on_a_later_token(name, dtype):
+    full, _, _ = build(model_of(**CAUSAL[name], dtype=dtype))
     row = draw(0, 1, CONTEXT)
     wanted, stats = full(row)
     wanted = np.asarray(wanted)
-    assert "moh" in name or sum(float(s.chosen_N.sum() - s.kept_N.sum()) for s in stats.values()) > 0  # capacity is felt
+    assert sum(float(s.chosen_N.sum() - s.kept_N.sum()) for s in stats.values()) > 0  # capacity is felt
     moved = 0
     for t in range(0, CONTEXT, 3):
         changed = row.copy()
@@ -279,3 +281,11 @@ def test_active_weights():
     expert = 3 * c.d_model * c.d_expert
     assert parameters(c) - active_parameters(c) == pytest.approx((16 - 3) * expert)
     assert active_parameters(counted("mla")) == parameters(counted("mla"))
+
+
+def test_a_run_from_before_these_sections_goes_on():
+    """Its config.json says nothing of them: that is the same as their defaults."""
+    whole = config_lib.to_dict(config_lib.Config())
+    old = {key: value for key, value in whole["model"].items() if key not in set(SECTIONS.values()) - {"smha", "uome"}}
+    before, now = config_lib.from_dict({**whole, "model": old}), config_lib.from_dict(whole)
+    assert len(old) < len(whole["model"]) and before == now and not config_lib.changed_keys(before, now)

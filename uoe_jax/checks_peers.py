@@ -89,3 +89,5 @@ def peer_uses(m: ModelConfig) -> Iterator[tuple[str, bool, str]]:
     }.items():
         for key in keys:
             yield f"model.moe.{key}", m.mlp == block, f"is for model.mlp={block!r}"
+    for key in ("balance_weight", "capacity_window"):
+        yield f"model.moe.{key}", m.mlp != "expert_choice", "does nothing where experts choose (model.mlp='expert_choice')"

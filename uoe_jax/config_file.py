@@ -9,14 +9,18 @@ import traceback
 from pathlib import Path
 from typing import Any, Mapping
 
+from etils import epath
+
 from uoe_jax import config as config_lib
 from uoe_jax.checks import check_training
 from uoe_jax.config import Config
 from uoe_jax.errors import UserError
 
 
-def find_config(name: str) -> tuple[Path, str]:
+def find_config(name: str) -> tuple[Path | epath.Path, str]:
     """(file, variant) of `--config`: a path, or the name of a shipped config, with an optional `:variant`."""
+    if "://" in name or os.path.isfile(os.path.expanduser(name)):  # a path may hold a colon
+        return epath.Path(os.path.expanduser(name)), ""
     stem, _, variant = name.partition(":")
     here = Path(__file__).parent
     places = (here / "configs", here.parent / "configs")

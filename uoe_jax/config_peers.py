@@ -43,14 +43,20 @@ class MoEConfig:
     def routing(self, kind: str) -> RoutingConfig:
         """The routing of a mixture as that of a union of experts: one patch a token, capacity counted in windows of the row.
 
-        Under expert choice all tokens come to every expert, which takes its best: K = N, and the factor is relative to that.
+        Under expert choice all tokens come to every expert, which takes the best ceil(factor · L · K / N) of them.
         """
-        shared = dict(n_experts=self.n_experts, capacity_window=self.capacity_window, z_weight=self.z_weight, gate="peer")
-        if kind == "expert_choice":
-            share = self.capacity_factor * self.k / self.n_experts
-            return RoutingConfig(k=self.n_experts, capacity_factor=share, priority="score", balance_weight=0.0, **shared)
-        rate = self.bias_rate if kind == "deepseek_moe" else 0.0
-        return RoutingConfig(k=self.k, capacity_factor=self.capacity_factor, balance_weight=self.balance_weight, bias_rate=rate, **shared)
+        chosen = kind == "expert_choice"
+        return RoutingConfig(
+            n_experts=self.n_experts,
+            k=self.k,
+            capacity_factor=self.capacity_factor,
+            capacity_window=self.capacity_window,
+            priority="score" if chosen else "position",
+            gate="peer",
+            balance_weight=0.0 if chosen else self.balance_weight,
+            bias_rate=self.bias_rate if kind == "deepseek_moe" else 0.0,
+            z_weight=self.z_weight,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -43,8 +43,8 @@ def active_parameters(c: ModelConfig) -> float:
     and of the words, all that it is scored against."""
     idle = 0.0
     for name, r in c.routed().items():
-        # Where experts choose, a token meets as many as take it; where it chooses, K.
-        share = min(1.0, r.capacity_factor) * (r.k / r.n_experts if r.unit == "patch" else 1) if r.priority == "score" else r.k / r.n_experts
+        # K of N experts; where they choose their tokens, as many as have a slot for it. (XMoE: K are expected.)
+        share = min(1.0, r.capacity_factor if r.priority == "score" else 1.0) * r.k / r.n_experts
         if name in UNIONS:
             idle += (1 - share) * c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)
         elif name != "moh":

@@ -88,7 +88,7 @@ def open_workdir(path: str, config: Config) -> epath.Path:
             there = _names(workdir)
             if there and CONFIG not in there:
                 raise UserError(f"--workdir={path}: holds other files ({there[0]}, …) and no run; give an empty directory")
-            _lock(path, workdir)
+            lock(path, workdir)
             if CONFIG in _names(workdir):
                 _refuse_other_run(path, read_config(path), config)
             write_json(workdir / CONFIG, to_dict(config))
@@ -107,7 +107,7 @@ def _names(workdir: epath.Path) -> list[str]:
         return []
 
 
-def _lock(path: str, workdir: epath.Path) -> None:
+def lock(path: str, workdir: epath.Path) -> None:
     """Makes this process the only one that writes to a workdir, or says that nothing keeps others out.
 
     Raises:
@@ -213,7 +213,7 @@ def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = 
     """
     path = locate(workdir) / RECORD
     with os_errors(path):
-        found = _read_json(path, "remove it, where you are sure of the run's data, or start in another --workdir")
+        found = read_json(path, "remove it, where you are sure of the run's data, or start in another --workdir")
         if found is None and not store:
             return
         if found is None:
@@ -239,7 +239,7 @@ def read_config(path: str) -> Config:
     """
     file = locate(path) / CONFIG
     remedy = "restore it, or start in another --workdir"
-    values = _read_json(file, remedy)
+    values = read_json(file, remedy)
     if values is None:
         raise UserError(f"--workdir={path}: no run there (config.json is missing); train one with uoe train")
     try:
@@ -248,7 +248,7 @@ def read_config(path: str) -> Config:
         raise UserError(f"{file}: cannot be used ({error}); {remedy}") from error
 
 
-def _read_json(file: epath.Path, remedy: str) -> dict[str, Any] | None:
+def read_json(file: epath.Path, remedy: str) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file; UserError with the remedy where it cannot be read."""
     try:
         with os_errors(file):

@@ -23,5 +23,5 @@ def get_config(variant: str = ""):
     c.model.linformer.rank = c.model.nystromformer.landmarks = 32
     title = "ListOps, expressions of at most 128 tokens"
     rows = (*PEERS, *ENCODERS, *ABLATIONS)
-    made = table(c, rows, title=title, learning_rates="0.001,0.003", lengths="64,128,256,512,1024")
+    made = table(c, rows, title=title, learning_rates="0.001,0.003", lengths="64,128,256,512,1024,2048,4096")
     return recipes.compared(made, variant, PEERS)

@@ -2,32 +2,30 @@
 
     python -m uoe_jax.compare.measure WORKDIR      after the rows were trained; writes WORKDIR/measured.json
 
-Times of separate runs cannot be compared on a machine that does other things as well. Here all steps are compiled first
-and then measured in turn, round by round: a row's time relative to the reference's is the median over rounds of the ratio
-within a round. Memory is what the compiler needs for the step: arguments and temporary buffers of one device.
+Times of separate runs cannot be compared on a machine that does other things as well. Here a row's step and the reference's
+are measured in turn, round by round: the relative time is the median over rounds of the ratio within a round. Memory is what the compiler needs for the step: arguments and temporary buffers of one device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
-from typing import Any, Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax import mesh as mesh_lib
 from uoe_jax import runtime
-from uoe_jax.config import Config, from_dict, with_vocabulary
+from uoe_jax.compare.run import DAMAGED
+from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
 from uoe_jax.errors import EXIT_DONE, ConfigError
 from uoe_jax.flops import forward_flops, train_flops
 from uoe_jax.memory import active_parameters, kept_bytes, parameters
 from uoe_jax.train.step import build
-from uoe_jax.workdir import locate, write_json
+from uoe_jax.workdir import locate, read_config, read_json, write_json
 
 
 def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -75,24 +73,28 @@ class Step:
         return time.perf_counter() - start
 
 
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step in every round; the first round, in which caches are cold, is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 1):
-        for name, step in steps.items():
-            seconds = step.seconds()
-            if i:
-                found[name].append(seconds)
-    return found
+def paired(step: Step, reference: Step, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of both in every round, one after the other; the first round, in which caches are cold, is not counted.
+
+    Two at a time, so that the memory of a device need not hold all rows.
+    """
+    found = [(reference.seconds(), step.seconds()) for _ in range(rounds + 1)][1:]
+    return [own for _, own in found], [other for other, _ in found]
 
 
-def against(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
-    """Of every row: the median of its ratio to the reference within a round, the quartiles around it, and median seconds."""
-    out = {}
-    for name, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, seconds[reference])]
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        out[name] = {"seconds": statistics.median(own), "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
+def against(own: list[float], reference: list[float]) -> dict[str, float]:
+    """The median of the ratios within a round, the quartiles around it, and the median seconds."""
+    ratios = [a / b for a, b in zip(own, reference)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"seconds": statistics.median(own), "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
+
+
+def side_by_side(configs: dict[str, Config], reference: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Time and memory of every row's step, each measured in turn with the reference's."""
+    first, out = Step(configs[reference]), {}
+    for name, config in configs.items():
+        step = first if name == reference else Step(config)
+        out[name] = {**against(*paired(step, first, rounds)), "bytes": step.bytes}
     return out
 
 
@@ -108,60 +110,55 @@ def counts(config: Config) -> dict[str, float]:
     }
 
 
-def at_length(config: Config, length: int) -> Config | None:
-    """The same model for one row of another length; None where the input settles it, or the blocks refuse it."""
-    if config.model.stem == "image":
-        return None
-    from uoe_jax.config import to_dict
-
+def at_length(config: Config, length: int) -> Config:
+    """The same model for one row of another length; ConfigError where the blocks refuse it."""
     values = to_dict(config)
     values["model"]["context_length"] = length
     values["train"].update(batch_size=1, accumulation=1)
     values["eval"].update(batch_size=1)
     values["mesh"].update(replica=1, data=1, fsdp=1, expert=1)
-    try:
-        return from_dict(values)
-    except ConfigError:
-        return None
+    return from_dict(values)
 
 
-def over_lengths(configs: dict[str, Config], lengths: list[int], reference: str, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Time and memory of a step of one row, row by row of the table and length by length."""
-    out = []
+def over_lengths(
+    configs: dict[str, Config], lengths: list[int], reference: str, rounds: int
+) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
+    """(time and memory of a step of one row by length, what was refused at which length and why)."""
+    out, refused = [], []
     for length in lengths:
-        say(f"   a step of one row of {length} tokens")
-        own = {name: c for name, config in configs.items() if (c := at_length(config, length)) is not None}
-        if not own:
-            return out
-        steps = {name: Step(c) for name, c in own.items()}
-        timed = against(interleaved(steps, max(3, min(rounds, 2048 // length))), reference)
-        out += [{"row": name, "length": length, "bytes": steps[name].bytes, **timed[name]} for name in steps]
-    return out
+        print(f"   a step of one row of {length} tokens", file=sys.stderr, flush=True)
+        own = {}
+        for name, config in configs.items():
+            try:
+                own[name] = at_length(config, length)
+            except ConfigError as error:
+                refused.append((name, length, str(error)))
+        if reference in own:
+            timed = side_by_side(own, reference, max(3, min(rounds, 2048 // length)))
+            out += [{"row": name, "length": length, **found} for name, found in timed.items()]
+    return out, refused
 
 
 def measure(workdir_name: str) -> int:
     """Measures the rows of a table that were trained; returns the exit code."""
     workdir = locate(workdir_name)
-    table = json.loads((workdir / "table.json").read_text())
+    table = read_json(workdir / "table.json", DAMAGED)
     reference = next(slug for slug, row in table["rows"].items() if row["name"] == table["reference"])
     configs = {}
-    for slug, row in table["rows"].items():
-        known = workdir / "rows" / slug / "seed_0" / "config.json"
-        if known.exists():
-            found = from_dict(json.loads(known.read_text()))
+    for slug in table["rows"]:
+        place = workdir / "rows" / slug / "seed_0"
+        if (place / "config.json").exists():
+            found = read_config(str(place))
             configs[slug] = found if found.model.vocab_size else with_vocabulary(found, 257)
-    first = configs[reference]
-    runtime.start(first)
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    steps = {slug: Step(config) for slug, config in configs.items()}
-    rows = against(interleaved(steps, table["rounds"]), reference)
-    rows = {slug: {**timed, "bytes": steps[slug].bytes, **counts(configs[slug])} for slug, timed in rows.items()}
-    del steps
-    lengths = [int(n) for n in table["lengths"].split(",") if n]
+    runtime.start(configs[reference])
+    rows = side_by_side(configs, reference, table["rounds"])
+    rows = {slug: {**timed, **counts(configs[slug])} for slug, timed in rows.items()}
+    image = configs[reference].model.stem == "image"  # whose tokens are settled
+    lengths = [] if image else [int(n) for n in table["lengths"].split(",") if n]
+    sweep, refused = over_lengths(configs, lengths, reference, table["rounds"])
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    made = {"jax": jax.__version__, "devices": devices, "python": sys.version.split()[0], "batch_size": first.train.batch_size}
-    sweep = over_lengths(configs, lengths, reference, table["rounds"], say)
-    write_json(workdir / "measured.json", {"made": made, "rows": rows, "lengths": sweep})
+    made = {"jax": jax.__version__, "devices": devices, "python": sys.version.split()[0]}
+    write_json(workdir / "measured.json", {"made": made, "rows": rows, "lengths": sweep, "refused": refused})
     return EXIT_DONE
 
 

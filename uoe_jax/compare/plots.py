@@ -24,8 +24,8 @@ def draw(found: Sequence[Result], lengths: list[dict[str, Any]], workdir: epath.
     if curves:
         name = measure_of(curves[0].config).name
         out.append(_figure(workdir, "steps.png", "step", f"{name}, validation", [(r.name, *_over_seeds(r, 1)) for r in curves]))
-        if all(r.measured for r in curves):
-            over = [(r.name, *_over_seeds(r, r.measured["train_flops_per_step"] / 1e12)) for r in curves]
+        over = [(r.name, *_over_seeds(r, r.measured["train_flops_per_step"] / 1e12)) for r in curves if r.measured]
+        if over:
             out.append(_figure(workdir, "flops.png", "TFLOPs of training", f"{name}, validation", over))
     names = {r.slug: r.name for r in found}
     for key, unit, scale, file in (("seconds", "ms of a step of one row", 1e3, "time.png"), ("bytes", "MB of a step of one row", 1e-6, "memory.png")):

@@ -9,6 +9,7 @@ smallest models. No jax is imported.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any, Mapping
 
 from uoe_jax.config_peers import MLPS, SECTIONS
@@ -61,8 +62,8 @@ PRESETS: dict[str, Changes] = {
 }
 
 
-def apply(name: str, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section of a configuration, as nested dicts, with the blocks of a preset.
+def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The `model` section of a configuration, as nested dicts, with the blocks of a preset and changes beyond it.
 
     Sizes that follow the model's own are filled in: experts are `d_hidden` / parts wide and count their capacity in the
     windows of the base's UoME; MLA's latents are D/2 wide (as in the released code); MoH shares a quarter of the heads and
@@ -72,7 +73,7 @@ def apply(name: str, model: Mapping[str, Any]) -> dict[str, Any]:
       KeyError: no such preset. ConfigError: the hidden width is too small for its experts.
     """
     out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in model.items()}
-    for key, value in PRESETS[name].items():
+    for key, value in (PRESETS[name] | dict(changes)).items():
         section, dot, last = key.rpartition(".")
         (out[section] if dot else out)[last] = value
     blocks, d, heads = (out["attention"], out["mlp"]), out["d_model"], out["n_heads"]
@@ -83,12 +84,16 @@ def apply(name: str, model: Mapping[str, Any]) -> dict[str, Any]:
         if out["d_hidden"] < hidden_parts(out):
             remedy = f"(in the row {name!r}) it is cut in {hidden_parts(out)} experts; give at least that"
             raise ConfigError("config.model.d_hidden", out["d_hidden"], remedy)
-        window = min(out["uome"]["capacity_window"], out["context_length"])
-        out["moe"].update(d_expert=out["d_hidden"] // hidden_parts(out), capacity_window=window)
-    if out["attention"] == "mla":
-        out["mla"].update(q_rank=d // 2, kv_rank=d // 2)
-    if out["attention"] == "moh":
-        out["moh"].update(n_shared=heads // 4, k=max(1, (heads - heads // 4) // 2))
+        out["moe"]["d_expert"] = out["d_hidden"] // hidden_parts(out)
+        if out["mlp"] != "expert_choice":
+            out["moe"]["capacity_window"] = min(out["uome"]["capacity_window"], out["context_length"])
+    sizes = {
+        "mla": {"q_rank": d // 2, "kv_rank": d // 2},
+        "moh": {"n_shared": heads // 4, "k": max(1, (heads - heads // 4) // 2)},
+    }.get(out["attention"], {})
+    for key, value in sizes.items():
+        if f"{out['attention']}.{key}" not in changes:
+            out[out["attention"]][key] = value
     return out
 
 

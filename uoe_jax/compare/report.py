@@ -5,19 +5,18 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-import json
 import statistics
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
-from uoe_jax.compare.run import diverged
+from uoe_jax.compare.run import DAMAGED, best_rates, diverged
 from uoe_jax.compare.table import SMALLEST_MISS, Table
 from uoe_jax.config import Config, from_dict
 from uoe_jax.flops import train_flops
 from uoe_jax.train.metrics import read_metrics
-from uoe_jax.workdir import write_text
+from uoe_jax.workdir import read_config, read_json, write_text
 
 
 class Measure(NamedTuple):
@@ -42,6 +41,7 @@ class Result(NamedTuple):
       finals: the measure of every seed that finished. diverged: how many did not, as their numbers went bad.
       curves: of every seed, (step, measure on validation).
       measured: of `measure.measure`; empty where it was not measured.
+      rate: the learning rate that it was trained with.
     """
 
     slug: str
@@ -52,6 +52,7 @@ class Result(NamedTuple):
     diverged: int
     curves: list[list[tuple[int, float]]]
     measured: dict[str, float]
+    rate: float
 
 
 def measure_of(config: Config) -> Measure:
@@ -62,14 +63,14 @@ def measure_of(config: Config) -> Measure:
 
 def results(table: Table, workdir: epath.Path) -> list[Result]:
     """Every row of the table that has a finished seed, those that were left out of this call too."""
-    stored = json.loads((workdir / "table.json").read_text())["rows"]
-    path = workdir / "measured.json"
-    measured = json.loads(path.read_text())["rows"] if path.exists() else {}
+    stored = (read_json(workdir / "table.json", DAMAGED) or {"rows": {}})["rows"]
+    measured = (read_json(workdir / "measured.json", DAMAGED) or {"rows": {}})["rows"]
+    rates = best_rates(read_json(workdir / "rates.json", DAMAGED) or {})
     out = []
     for slug, row in stored.items():
         config = from_dict(row["config"])
         split, measure = "test" if config.eval.test else "eval", measure_of(config)
-        finals, curves, bad = [], [], 0
+        finals, curves, bad = [], [], table.config.seeds if rates.get(slug, 0.0) is None else 0
         for seed in range(table.config.seeds):
             place = workdir / "rows" / slug / f"seed_{seed}"
             if diverged(place):
@@ -78,23 +79,24 @@ def results(table: Table, workdir: epath.Path) -> list[Result]:
             lines = read_metrics(place) if (place / "metrics.jsonl").exists() else []
             last = [line for line in lines if f"{split}/loss" in line and line["step"] == config.train.steps]
             if last:
+                config = read_config(str(place))
                 finals.append(measure.scale * last[-1][f"{split}/{measure.key}"])
                 curves.append([(line["step"], measure.scale * line[f"eval/{measure.key}"]) for line in lines if "eval/loss" in line])
         if finals or bad:
-            out.append(Result(slug, row["name"], config, row["miss"], finals, bad, curves, measured.get(slug, {})))
+            rate = config.optimizer.learning_rate
+            out.append(Result(slug, row["name"], config, row["miss"], finals, bad, curves, measured.get(slug, {}), rate))
     return out
 
 
-def write(table: Table, workdir: epath.Path, rates: dict[str, float]) -> str:
+def write(table: Table, workdir: epath.Path) -> str:
     """Writes `table.md`, `table.csv` and the plots; returns the table for the screen."""
     from uoe_jax.compare.plots import draw
 
     found = results(table, workdir)
-    path = workdir / "measured.json"
-    told = json.loads(path.read_text()) if path.exists() else {"made": {}, "lengths": []}
-    write_text(workdir / "table.csv", as_csv(found, rates))
+    told = read_json(workdir / "measured.json", DAMAGED) or {"made": {}, "lengths": [], "refused": []}
+    write_text(workdir / "table.csv", as_csv(found))
     pictures = draw(found, told["lengths"], workdir)
-    text = as_markdown(table, found, rates, told["made"])
+    text = as_markdown(table, found, told)
     shown = "\n".join(f"![{name}]({name})" for name in pictures)
     write_text(workdir / "table.md", f"{text}\n{shown}\n")
     return f"{text}\nwritten: {', '.join(str(workdir / name) for name in ('table.md', 'table.csv', *pictures))}"
@@ -108,14 +110,15 @@ def spread(finals: list[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(finals):.{digits}f}" if len(finals) > 1 else mean
 
 
-def as_markdown(table: Table, found: list[Result], rates: dict[str, float], made: dict[str, Any]) -> str:
+def as_markdown(table: Table, found: list[Result], told: dict[str, Any]) -> str:
     measure = measure_of(table.reference.config)
     split = "test" if table.reference.config.eval.test else "validation"
     head = [
         "row", f"{measure.name}, {split}", "seeds", "parameters", "active", "MFLOPs a token", "time of a step", "memory of a step",
         "activations kept a row",
     ]  # fmt: skip
-    head += ["learning rate"] * bool(rates)
+    searched = bool(table.rates)
+    head += ["learning rate"] * searched
     sign = 1 if measure.lower_is_better else -1
     ordered = sorted(found, key=lambda r: (not r.finals, sign * statistics.mean(r.finals or [0])))
     lines = [f"# {table.config.title or 'Comparison'}", "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
@@ -128,42 +131,46 @@ def as_markdown(table: Table, found: list[Result], rates: dict[str, float], made
              f"{m['ratio']:.2f} ({m['ratio_low']:.2f}-{m['ratio_high']:.2f})", f"{m['bytes'] / 1e6:.1f} MB", f"{m['kept_bytes_per_row'] / 1e3:.0f} kB"]
             if m else ["not measured"] * 6
         )  # fmt: skip
-        lines.append(_line(cells + [f"{rates[r.slug]:g}" if r.slug in rates else ""] * bool(rates)))
-    return "\n".join([*lines, "", *rules(table, made), ""])
+        lines.append(_line(cells + [f"{r.rate:g}"] * searched))
+    return "\n".join([*lines, "", *rules(table, found, told), ""])
 
 
-def rules(table: Table, made: dict[str, Any]) -> list[str]:
+def rules(table: Table, found: list[Result], told: dict[str, Any]) -> list[str]:
     """What was held alike, and what the columns are; one line each."""
     c, t = table.reference.config, table.config
-    tokens = c.train.steps * c.train.batch_size
+    rows_seen = c.train.steps * c.train.batch_size
     matched = {
         "width": f"matched by width: hidden width {c.model.d_hidden} in all MLPs; the experts of a mixture, shared ones too, have it together",
         "flops": f"matched by operations: the hidden width is such that a forward pass costs what that of {t.reference!r} does",
     }[t.match]
     out = [
-        f"- Same data in the same order for every row of a seed: {tokens:,} rows of up to {c.model.context_length} tokens "
+        f"- Same data in the same order for every row of a seed: {rows_seen:,} rows of up to {c.model.context_length} tokens "
         f"({c.train.steps:,} steps of {c.train.batch_size}) of {c.data.source}; D={c.model.d_model}, {c.model.n_layers} layers, {c.model.n_heads} heads.",
         f"- Rows are {matched}.",
     ]
-    far = [f"{row.name} {row.miss:+.0%}" for row in table.rows if abs(row.miss) > SMALLEST_MISS]
+    far = [f"{r.name} {r.miss:+.0%}" for r in found if abs(r.miss) > SMALLEST_MISS]
     out += [f"- Marked *: no width does that, as the attention alone costs more or less: {', '.join(far)}."] if far else []
     if table.rates:
         tried = ", ".join(f"{rate:g}" for rate in table.rates)
         out.append(f"- Same search for every row: learning rates {tried}, {table.search_steps:,} steps each with seed 0, the best on validation.")
     else:
         out.append(f"- No search: learning rate {c.optimizer.learning_rate:g} and the same schedule for every row.")
+    which = "test, read once, of the checkpoint that is best on validation" if c.eval.test else "validation, which also chose the learning rate"
     out += [
-        "- Mean ± sample standard deviation over seeds, which draw initialisation and data order.",
-        "- Operations are counted (forward pass, slots whether filled or not; active parameters: what a token meets). "
-        "Activations kept are those of the forward pass of one row for the backward pass (model.remat='slots').",
-        f"- Time of a step: relative to {t.reference!r}, measured in turn in one process, the median of {t.rounds} rounds and "
+        f"- The measure is of {which if table.rates or c.eval.test else 'validation'}, at the end of training; mean ± sample standard deviation "
+        "over seeds, which draw initialisation and data order. Seeds that diverged are counted and not in the mean.",
+        "- Operations are counted (forward pass, slots whether filled or not; active parameters: what a token meets, of XMoE what is "
+        "expected). Activations kept are those of the forward pass of one row for the backward pass (model.remat='slots').",
+        f"- Time of a step: relative to {t.reference!r}, measured in turn with it in one process, the median of {t.rounds} rounds and "
         "the quartiles; memory: what the compiler needs for a step.",
     ]
+    out += [f"- Not measured at {length} tokens: {row} ({why})." for row, length, why in told["refused"]]
+    made = told["made"]
     devices = f"{made['devices']}, jax {made['jax']}, Python {made['python']}" if made else f"jax {jax.__version__}"
     return [*out, f"- {datetime.date.today().isoformat()}, {devices}."]
 
 
-def as_csv(found: list[Result], rates: dict[str, float]) -> str:
+def as_csv(found: list[Result]) -> str:
     """One line a row and seed."""
     out = io.StringIO()
     columns = ["parameters", "active_parameters", "forward_flops_per_token", "train_flops_per_step", "ratio", "ratio_low", "ratio_high", "bytes", "kept_bytes_per_row"]
@@ -173,8 +180,7 @@ def as_csv(found: list[Result], rates: dict[str, float]) -> str:
         m, measure = r.config.model, measure_of(r.config)
         flops = train_flops(m, r.config.train.batch_size) * r.config.train.steps if m.vocab_size or m.task == "classify" else ""
         for i, value in enumerate(r.finals):
-            rate = rates.get(r.slug, r.config.optimizer.learning_rate)
-            writer.writerow([r.name, m.attention, m.mlp, m.d_hidden, measure.name, i, value, rate, flops, *(r.measured.get(c, "") for c in columns)])
+            writer.writerow([r.name, m.attention, m.mlp, m.d_hidden, measure.name, i, value, r.rate, flops, *(r.measured.get(c, "") for c in columns)])
     return out.getvalue()
 
 

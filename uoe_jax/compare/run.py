@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -25,12 +24,13 @@ from etils import epath
 
 from uoe_jax import processes
 from uoe_jax.compare.table import Row, Table
-from uoe_jax.config import Config, from_dict, to_dict
+from uoe_jax.config import Config, changed_keys, from_dict, to_dict
 from uoe_jax.errors import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, RunError, UserError
 from uoe_jax.train.metrics import read_metrics
-from uoe_jax.workdir import locate, write_json
+from uoe_jax.workdir import locate, lock, os_errors, read_json, release, write_json, write_text
 
 
+DAMAGED = "remove it and what it is about, or give another --workdir"
 FIXED = ("match", "reference", "learning_rates", "search_steps")  # of TableConfig: what finished rows depend on
 
 
@@ -50,68 +50,92 @@ def compare(table: Table, workdir_name: str) -> int:
       UserError: the workdir holds another table, or one process of several asks. RunError: a run failed.
     """
     if processes.are_several():
-        remedy = "a table is made by one process on all devices of one machine; give each row its own job of several"
-        raise UserError(f"--workdir={workdir_name}: {remedy} (uoe train --config={workdir_name}/rows/ROW/seed_0.json), then call this")
+        remedy = "a table is made by one process on all devices of one machine; start this once, and not by srun or its like"
+        raise UserError(f"--workdir={workdir_name}: {remedy}")
     workdir = locate(workdir_name)
-    workdir.mkdir(parents=True, exist_ok=True)
-    _claim(table, workdir)
-    with Children() as children:
-        rates = found_rates(table, workdir, children)
-        for planned in runs(table, workdir, rates):
-            if children.stopped or not train(planned, children):
-                return EXIT_STOPPED
-        if children.run([sys.executable, "-m", "uoe_jax.compare.measure", str(workdir)], "measuring the rows side by side") == EXIT_STOPPED:
-            return EXIT_STOPPED
+    try:
+        with os_errors(workdir_name):
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock(workdir_name, workdir)
+            claim(table, workdir)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir_name}: cannot be written ({error.strerror or error}); give a directory you may write to") from error
+    try:
+        with Children() as children:
+            rates = found_rates(table, workdir, children)
+            for planned in runs(table, workdir, rates):
+                train(planned, children)
+            measure(workdir, children)
+    except Stopped:
+        return EXIT_STOPPED
+    finally:
+        release(workdir)
     from uoe_jax.compare.report import write
 
-    print(write(table, workdir, rates))
+    print(write(table, workdir))
     return EXIT_DONE
 
 
-def _claim(table: Table, workdir: epath.Path) -> None:
+class Stopped(Exception):
+    """Asked to stop, here or by a child that was."""
+
+
+def claim(table: Table, workdir: epath.Path) -> None:
     """Writes what the table is into its directory, or makes sure that it is what is there; seeds and rows may be added."""
     path, own = workdir / "table.json", dataclasses.asdict(table.config)
     rows = {row.slug: {"name": row.name, "preset": row.preset, "miss": row.miss, "config": to_dict(row.config)} for row in table.rows}
-    known = json.loads(path.read_text()) if path.exists() else {**own, "rows": {}}
+    known = read_json(path, DAMAGED) or {**own, "rows": {}}
     for key in FIXED:
         if known[key] != own[key]:
             raise ConfigError(f"config.{key}", own[key], f"the table in this workdir has {known[key]!r}; give that, or another --workdir")
     for slug, row in rows.items():
-        if slug in known["rows"] and from_dict(known["rows"][slug]["config"]) != from_dict(row["config"]):
-            raise UserError(f"{path}: holds the row {row['name']!r} with another configuration; give another --workdir")
+        changed = changed_keys(from_dict(known["rows"].get(slug, row)["config"]), from_dict(row["config"]))
+        if changed:
+            key, old, new = changed[0]
+            remedy = f"the row {row['name']!r} of the table in this workdir has {old!r}; give that, or another --workdir"
+            raise ConfigError(f"config.base.{key}", new, remedy)
     # Rows that were left out this time (--config.rows) stay, and are in the table if they are finished.
     write_json(path, {**own, "rows": known["rows"] | rows})
 
 
-def runs(table: Table, workdir: epath.Path, rates: dict[str, float]) -> Iterator[Planned]:
-    """Seed by seed, so that a table that is stopped early holds all rows."""
+def runs(table: Table, workdir: epath.Path, rates: dict[str, float | None]) -> Iterator[Planned]:
+    """Seed by seed, so that a table that is stopped early holds all rows. A row that no learning rate suits has none."""
     for seed in range(table.config.seeds):
         for row in table.rows:
-            config = _with(row.config, rates.get(row.slug), seed=seed)
-            yield Planned(row, config, workdir / "rows" / row.slug / f"seed_{seed}", f"{row.name}, seed {seed}")
+            if rates.get(row.slug, 0.0) is not None:
+                config = _with(row.config, rates.get(row.slug), seed=seed)
+                yield Planned(row, config, workdir / "rows" / row.slug / f"seed_{seed}", f"{row.name}, seed {seed}")
 
 
-def found_rates(table: Table, workdir: epath.Path, children: Children) -> dict[str, float]:
-    """The learning rate of every row that is best on validation after a short run: the same tries for all."""
-    if not table.rates:
-        return {}
+def found_rates(table: Table, workdir: epath.Path, children: Children) -> dict[str, float | None]:
+    """The learning rate of every row that is best on validation after a short run, the same tries for all; None: all diverged.
+
+    Raises:
+      Stopped: before every try of every row is done: no row is trained on half a search.
+    """
     path = workdir / "rates.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = read_json(path, DAMAGED) or {}
     for row in table.rows:
         tried = known.setdefault(row.slug, {})
         for rate in table.rates:
-            if children.stopped or str(rate) in tried:
-                continue
-            config = _with(row.config, rate, steps=table.search_steps)
-            place = workdir / "rows" / row.slug / f"rate_{rate:g}"
-            planned = Planned(row, config, place, f"{row.name}, learning rate {rate:g}")
-            if not train(planned, children):
-                break
-            losses = [] if diverged(place) else [line["eval/loss"] for line in read_metrics(place) if "eval/loss" in line]
-            tried[str(rate)] = losses[-1] if losses else None  # None: its numbers went bad
-            write_json(path, known)
-    done = {slug: {rate: loss for rate, loss in tried.items() if loss is not None} for slug, tried in known.items()}
-    return {slug: float(min(losses, key=losses.get)) for slug, losses in done.items() if losses}
+            if str(rate) not in tried:
+                config = _with(row.config, rate, steps=table.search_steps)
+                place = workdir / "rows" / row.slug / f"rate_{rate:g}"
+                train(Planned(row, config, place, f"{row.name}, learning rate {rate:g}"), children)
+                losses = [] if diverged(place) else [line["eval/loss"] for line in read_metrics(place) if "eval/loss" in line]
+                tried[str(rate)] = losses[-1] if losses else None  # None: its numbers went bad
+                write_json(path, known)
+    return best_rates(known)
+
+
+def best_rates(tried: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
+    """Of the losses by row and rate, the best rate of every row; None where none has a loss."""
+    out: dict[str, float | None] = {}
+    for slug, losses in tried.items():
+        found = {rate: loss for rate, loss in losses.items() if loss is not None}
+        if losses:
+            out[slug] = float(min(found, key=found.get)) if found else None
+    return out
 
 
 def _with(config: Config, rate: float | None, seed: int = 0, steps: int = 0) -> Config:
@@ -125,24 +149,26 @@ def _with(config: Config, rate: float | None, seed: int = 0, steps: int = 0) -> 
     return dataclasses.replace(found, optimizer=optimizer, eval=dataclasses.replace(config.eval, test=False))
 
 
-def train(planned: Planned, children: Children) -> bool:
-    """Trains what is left of a run; False where it was asked to stop. A run whose numbers went bad is over.
+def train(planned: Planned, children: Children) -> None:
+    """Trains what is left of a run. One whose numbers went bad is over.
 
     Raises:
-      RunError: it failed.
+      Stopped: it was asked to stop. RunError: it failed.
     """
     if is_finished(planned.config, planned.workdir) or diverged(planned.workdir):
-        return True
+        return
     planned.workdir.parent.mkdir(parents=True, exist_ok=True)
     file = planned.workdir.parent / f"{planned.workdir.name}.json"
     write_json(file, to_dict(planned.config))
-    command = [sys.executable, "-m", "uoe_jax", "train", f"--config={file}", f"--workdir={planned.workdir}"]
-    code = children.run(command, planned.what)
-    if code == EXIT_BAD_NUMBERS:
-        (planned.workdir / "diverged").write_text("bad numbers\n")
-    elif code not in (EXIT_DONE, EXIT_STOPPED):
-        raise RunError(f"{planned.what}: ended with exit code {code} (above); mend that and run the same command again")
-    return code != EXIT_STOPPED
+    command = ["uoe_jax", "train", f"--config={file}", f"--workdir={planned.workdir}"]
+    if children.run(command, planned.what, accepted=(EXIT_BAD_NUMBERS,)) == EXIT_BAD_NUMBERS:
+        write_text(planned.workdir / "diverged", "bad numbers\n")
+
+
+def measure(workdir: epath.Path, children: Children) -> None:
+    """Measures all rows that were trained, anew: figures of another machine or version are not mixed with these."""
+    (workdir / "measured.json").unlink(missing_ok=True)
+    children.run(["uoe_jax.compare.measure", str(workdir)], "measuring the rows side by side")
 
 
 def is_finished(config: Config, workdir: epath.Path) -> bool:
@@ -167,17 +193,28 @@ class Children:
         self._child: subprocess.Popen[bytes] | None = None
         self._old: dict[int, Any] = {}
 
-    def run(self, command: Sequence[str], what: str) -> int:
-        """Its exit code; 75 where a wish to stop came before it began."""
+    def run(self, command: Sequence[str], what: str, accepted: Sequence[int] = ()) -> int:
+        """Runs a module of Python with arguments; its exit code, 0 or one that is accepted.
+
+        Raises:
+          Stopped: it was asked to stop, or this process was. RunError: another exit code.
+        """
         if self.stopped:
-            return EXIT_STOPPED
+            raise Stopped
         print(f"== {what}", file=sys.stderr, flush=True)
         # In a group of its own: a Ctrl-C then reaches it once, from here.
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", *command]
         self._child = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent, env=env)
+        if self.stopped:  # while it was started
+            self._child.send_signal(signal.SIGTERM)
         code = self._child.wait()
         self._child = None
-        return EXIT_STOPPED if self.stopped and code else code
+        if code == EXIT_STOPPED or self.stopped and code:
+            raise Stopped
+        if code != EXIT_DONE and code not in accepted:
+            raise RunError(f"{what}: ended with exit code {code} (above); mend that and run the same command again")
+        return code
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.stopped = True

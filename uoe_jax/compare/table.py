@@ -1,16 +1,18 @@
 """A table to make: which architectures, from one experiment, matched how, with how many seeds. No jax is needed to check it.
 
-A config file under configs/compare/ returns `table(base, rows, …)`. A row is a preset (`compare.presets`) and changes beyond it:
+A config file under configs/compare/ returns `table(base, rows, …)`. A row is a preset (`compare.presets`) and changes of its blocks'
+own sections beyond it:
 
     rows={"full_attention": {}, "uoe, gate score": {"preset": "uoe", "model.smha.gate": "score", "model.uome.gate": "score"}}
 
-`preset` is the row's name where it is left out.
+`preset` is the row's name where it is left out. What is not of the blocks is the same in all rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from typing import Any, Mapping, NamedTuple
 
@@ -18,9 +20,11 @@ from uoe_jax import config as config_lib
 from uoe_jax.compare import presets
 from uoe_jax.config import Config
 from uoe_jax.config_file import evaluate, put, validated
+from uoe_jax.config_peers import SECTIONS
 from uoe_jax.errors import ConfigError, UserError
-from uoe_jax.keys import checked, key
+from uoe_jax.keys import checked, key, leaves
 
+MOST_TOKENS = 1 << 20
 SMALLEST_MISS = 0.02  # of the operations: beyond it, a row that should be matched is said not to be
 
 
@@ -107,9 +111,12 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
     if not isinstance(values.get("rows"), list) or not isinstance(values.get("base"), Mapping):
         raise UserError(f"--config={name}: is no table of rows; train it with uoe train, or give one of configs/compare/")
     base, rows, given = values.pop("base"), {n: dict(changes) for n, changes in values.pop("rows")}, values
+    asked = {}
     for key_, text in overrides.items():
         if key_.startswith("base."):
-            put(base, key_.removeprefix("base."), config_lib.parse_value(key_.removeprefix("base."), text))
+            name_of = key_.removeprefix("base.")
+            asked[name_of] = config_lib.parse_value(name_of, text)
+            put(base, name_of, asked[name_of])
         elif key_ == "rows":
             rows = _some(rows, text)
         else:
@@ -117,14 +124,32 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
     config = _table_config(given)
     if config.reference not in rows:
         raise ConfigError("config.reference", config.reference, f"is none of the rows {', '.join(rows)}")
-    made = _rows(base, rows, config)
-    found = Table(config, tuple(made))
-    found.rates, found.lengths  # noqa: B018  refused before anything runs
+    found = Table(config, tuple(_rows(base, rows, config)))
+    _check(found, asked)
     slugs = [row.slug for row in found.rows]
     twice = [row.name for row in found.rows if slugs.count(row.slug) > 1]
     if twice:
         raise ConfigError("config.rows", twice[0], "two rows would have one directory; give another name")
     return found
+
+
+def _check(table: Table, asked: Mapping[str, Any]) -> None:
+    """What a row would be refused for only when it is its turn, and what would change nothing."""
+    reference, steps = table.reference.config, table.reference.config.train.steps
+    if reference.train.stop_after:
+        raise ConfigError("config.base.train.stop_after", reference.train.stop_after, "a table is made to its end; leave it out")
+    if table.config.search_steps > steps:
+        raise ConfigError("config.search_steps", table.config.search_steps, f"a try is no longer than a run; give at most {steps}")
+    for rate in table.rates:
+        values = config_lib.to_dict(reference)
+        values["optimizer"]["learning_rate"] = rate
+        _validated(table.config.reference, values)
+    if any(length > MOST_TOKENS for length in table.lengths):
+        raise ConfigError("config.lengths", table.config.lengths, f"give at most {MOST_TOKENS} tokens")
+    used = [{name: value for name, value, _ in leaves(row.config)} for row in table.rows]
+    for name, value in asked.items():
+        if name in ("model.attention", "model.mlp") or all(own[name] != value for own in used):
+            raise ConfigError(f"config.base.{name}", value, "no row takes it: presets set it, or no row has such a block; change the rows")
 
 
 def _rows(base: dict[str, Any], rows: Mapping[str, Mapping[str, Any]], config: TableConfig) -> list[Row]:
@@ -150,12 +175,14 @@ def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], d_hi
     values = config_lib.to_dict(config_lib.from_dict(base))
     if d_hidden:
         values["model"]["d_hidden"] = d_hidden
-    values["model"] = presets.apply(preset, values["model"])
-    for key_, value in changes.items():
-        if key_ != "preset":
-            if key_ not in config_lib.ALL_KEYS:
-                raise config_lib.unknown_key(key_)
-            put(values, key_, value)
+    own = {key_: value for key_, value in changes.items() if key_ != "preset"}
+    for key_, value in own.items():
+        if key_ not in config_lib.ALL_KEYS:
+            raise config_lib.unknown_key(key_)
+        if key_.removeprefix("model.").split(".")[0] not in SECTIONS.values() or key_ == "model.moe.d_expert":
+            remedy = f"the row {name!r} would differ in more than its blocks; give keys of {', '.join(sorted(set(SECTIONS.values())))}"
+            raise ConfigError(f"config.rows: {key_}", value, remedy)
+    values["model"] = presets.apply(preset, values["model"], {key_.removeprefix("model."): value for key_, value in own.items()})
     return values
 
 
@@ -165,8 +192,10 @@ def _matched(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], tar
     Operations are linear in the width of an MLP, of experts and of unions alike.
     """
     values = _values(base, name, changes)
-    step = presets.hidden_parts(values["model"])
-    low, high = (_operations(_validated(name, _values(base, name, changes, n * step))) for n in (1, 1001))
+    # Devices divide what they are given; as many as one device of the mesh may have are one step.
+    step = math.lcm(presets.hidden_parts(values["model"]), max(1, values["mesh"]["expert"]))
+    alone = {**base, "mesh": {}}
+    low, high = (_operations(config_lib.from_dict(_values(alone, name, changes, n * step))) for n in (1, 1001))
     parts = max(1, round(1 + (target - low) / (high - low) * 1000))
     return _values(base, name, changes, parts * step)
 

@@ -40,6 +40,11 @@ def shares(scores: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
     return jax.nn.softmax(scores if allowed is None else jnp.where(allowed, scores, -1e30))
 
 
+def exactly(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """`jnp.einsum` of float32 values at full precision, also where accelerators round products by default."""
+    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
 def products(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.einsum` of values in the compute dtype, added up in float32."""
     return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=jnp.float32)

@@ -7,6 +7,7 @@ on the tokens after it, so this is for encoders.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
@@ -18,4 +19,8 @@ class ExpertChoice(Mixture):
     """model.mlp='expert_choice'."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(c, UNION._replace(weigh=lambda r, logits, scores, chosen: scores), rngs=rngs)
+        rule = UNION._replace(
+            choose=lambda ranked, valid, k: jnp.broadcast_to(valid[..., None], ranked.shape),
+            weigh=lambda r, logits, scores, chosen: scores,
+        )
+        super().__init__(c, rule, rngs=rngs)

@@ -7,6 +7,7 @@ sums. E and F belong to positions, so that the context length is part of the mod
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
@@ -27,7 +28,7 @@ class Linformer(EncoderAttention):
         there = valid_BL[..., None, None].astype(k.dtype)
         length, scale = q.shape[1], q.shape[-1] ** -0.5
         few_k, few_v = (
-            products("blhk,lr->brhk", a * there, w[...][:length]).astype(q.dtype) for a, w in ((k, self.w_keys), (v, self.w_values))
+            jnp.einsum("blhk,lr->brhk", a * there, w[...][:length].astype(a.dtype)) for a, w in ((k, self.w_keys), (v, self.w_values))
         )
         weights_BhLR = shares(products("blhk,brhk->bhlr", q * scale, few_k))
         return products("brhk,bhlr->blhk", few_v, weights_BhLR)

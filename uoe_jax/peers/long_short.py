@@ -29,7 +29,7 @@ class LongShort(EncoderAttention):
 
     def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_BL: jax.Array) -> jax.Array:
         b, length, h, dh = q.shape
-        scores_BhRL = products("blhk,hkr->bhrl", k, self.w_p[...])
+        scores_BhRL = jnp.einsum("blhk,hkr->bhrl", k, self.w_p[...].astype(k.dtype))
         p_BhRL = shares(scores_BhRL, valid_BL[:, None, None])
         far_k, far_v = (self._normed(products("blhk,bhrl->brhk", a, p_BhRL), self.far_scale, self.far_bias, a.dtype) for a in (k, v))
         near_k, near_v = (self._normed(a, self.near_scale, self.near_bias, a.dtype) for a in (k, v))

@@ -8,13 +8,15 @@ guess of the inverse is made for every head of every row by itself (the authors'
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.common import scaled_normal, weight
-from uoe_jax.peers.encoder import EncoderAttention, products, shares
+from uoe_jax.peers.encoder import EncoderAttention, exactly, products, shares
 
 
 class Nystromformer(EncoderAttention):
@@ -39,7 +41,7 @@ class Nystromformer(EncoderAttention):
         to_all_BhRL = shares(products("brhk,blhk->bhrl", few_q, k), valid_BL[:, None, None])
         few_BhRk = products("blhk,bhrl->bhrk", v, to_all_BhRL)
         inverse_BhRR = pseudo_inverse(among_BhRR, self.iterations)
-        y_BLhk = jnp.einsum("bhlr,bhrs,bhsk->blhk", to_few_BhLR, inverse_BhRR, few_BhRk, optimize=[(1, 2), (0, 1)])
+        y_BLhk = exactly("bhlr,bhrk->blhk", to_few_BhLR, exactly("bhrs,bhsk->bhrk", inverse_BhRR, few_BhRk))
         return y_BLhk if self.w_conv is None else y_BLhk + self._convolved(v * valid_BL[..., None, None].astype(v.dtype))
 
     def _convolved(self, v: jax.Array) -> jax.Array:
@@ -67,7 +69,8 @@ def pseudo_inverse(a: jax.Array, iterations: int) -> jax.Array:
     """Of matrices [...,R,R] whose rows sum to 1, by the authors' iteration of third order, in float32."""
     one = jnp.eye(a.shape[-1])[(None,) * (a.ndim - 2)]
     z = a.swapaxes(-1, -2) / a.sum(axis=-2).max(axis=-1)[..., None, None]
+    times = functools.partial(exactly, "...rs,...st->...rt")
     for _ in range(iterations):
-        az = a @ z
-        z = 0.25 * z @ (13 * one - az @ (15 * one - az @ (7 * one - az)))
+        az = times(a, z)
+        z = times(0.25 * z, 13 * one - times(az, 15 * one - times(az, 7 * one - az)))
     return z

@@ -16,7 +16,7 @@ from flax import nnx
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.common import weight
-from uoe_jax.peers.encoder import EncoderAttention
+from uoe_jax.peers.encoder import EncoderAttention, exactly
 
 SMALL = 1e-4  # added to every feature, as the authors do
 
@@ -33,14 +33,16 @@ class Performer(EncoderAttention):
         there = valid_BL[..., None, None]
         w_Rk = jax.lax.stop_gradient(self.directions[...])
         q, k = (a.astype(jnp.float32) * a.shape[-1] ** -0.25 for a in (q, k))
-        log_q, log_k = (jnp.einsum("blhk,rk->blhr", a, w_Rk) - jnp.square(a).sum(-1, keepdims=True) / 2 for a in (q, k))
-        most_q = jax.lax.stop_gradient(log_q.max(axis=-1, keepdims=True))
-        most_k = jax.lax.stop_gradient(jnp.where(there, log_k, -1e30).max(axis=(1, 3), keepdims=True))
-        phi_q = jnp.exp(log_q - most_q) + SMALL
-        phi_k = jnp.where(there, jnp.exp(jnp.where(there, log_k - most_k, 0)) + SMALL, 0)
-        summed = jnp.einsum("blhr,blhk->bhrk", phi_k, v.astype(jnp.float32))
-        total = jnp.einsum("blhr,bhr->blh", phi_q, phi_k.sum(axis=1))
-        return jnp.einsum("blhr,bhrk->blhk", phi_q, summed) / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+        along_q, along_k = (exactly("blhk,rk->blhr", a, w_Rk) for a in (q, k))
+        half_q, half_k = (jnp.square(a).sum(axis=-1, keepdims=True) / 2 for a in (q, k))
+        most_q = jax.lax.stop_gradient(along_q.max(axis=-1, keepdims=True))
+        most_k = jax.lax.stop_gradient(jnp.where(there, along_k, -1e30).max(axis=(1, 3), keepdims=True))
+        phi_q = jnp.exp(along_q - half_q - most_q) + SMALL
+        phi_k = jnp.where(there, jnp.exp(jnp.where(there, along_k - half_k - most_k, 0)) + SMALL, 0)
+        summed = exactly("blhr,blhk->bhrk", phi_k, v.astype(jnp.float32))
+        total = exactly("blhr,bhr->blh", phi_q, phi_k.sum(axis=1))
+        # A row of padding has no total; whatever it is divided by, its gradient must stay finite.
+        return exactly("blhr,bhrk->blhk", phi_q, summed) / jnp.where(total > 0, total, 1)[..., None]
 
 
 def orthogonal_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

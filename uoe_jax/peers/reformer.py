@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import placed
 from uoe_jax.layers.common import lengthened, weight
-from uoe_jax.peers.encoder import EncoderAttention, products
+from uoe_jax.peers.encoder import EncoderAttention, exactly, products
 
 ITSELF = -1e5  # the score of a token with itself: less than any other, more than none
 
@@ -81,7 +81,7 @@ class Reformer(EncoderAttention):
     def _sorted(self, q_BhTk: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(int32 [B,h,R,T]: the tokens of every round in the order of their buckets, and the inverse); padding comes last."""
         directions = jax.lax.stop_gradient(self.rotations[...])
-        turned = jnp.einsum("bhtk,hkrn->bhrtn", jax.lax.stop_gradient(q_BhTk).astype(jnp.float32), directions)
+        turned = exactly("bhtk,hkrn->bhrtn", jax.lax.stop_gradient(q_BhTk).astype(jnp.float32), directions)
         bucket_BhRT = jnp.concatenate([turned, -turned], axis=-1).argmax(axis=-1)
         bucket_BhRT = jnp.where(valid_BT[:, None, None], bucket_BhRT, 2 * directions.shape[-1])
         order = jnp.argsort(bucket_BhRT, axis=-1, stable=True).astype(jnp.int32)

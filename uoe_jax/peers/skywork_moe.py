@@ -22,7 +22,7 @@ def normalised(logits: jax.Array, scale: float) -> jax.Array:
     """Logits [...,N] with mean 0 and standard deviation `scale` over the experts."""
     centred = logits - logits.mean(axis=-1, keepdims=True)
     # Not jnp.std, whose gradient is infinite where all logits are alike.
-    return scale * centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-12)
+    return scale * centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-8)
 
 
 class SkyworkMoE(Mixture):

@@ -49,9 +49,10 @@ def performer(q, k, v, w, i):
     """Choromanski et al., lemma 1 and the authors' stabilisers: the whole L x L matrix of φ(q)·φ(k), rows made to sum to 1."""
 
     def phi(x, is_query):
-        a = (x / DH**0.25) @ w["directions"].T - (x / DH**0.25).square().sum(-1, keepdim=True) / 2
-        most = a.max(dim=-1, keepdim=True).values if is_query else a.max()
-        return torch.exp(a - most.detach()) + 1e-4
+        x = x / DH**0.25
+        along = x @ w["directions"].T
+        most = along.max(dim=-1, keepdim=True).values if is_query else along.max()
+        return torch.exp(along - x.square().sum(-1, keepdim=True) / 2 - most.detach()) + 1e-4
 
     matrix = phi(q, True) @ phi(k, False).T
     return matrix / matrix.sum(-1, keepdim=True) @ v
