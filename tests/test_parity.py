@@ -19,10 +19,10 @@ def test_the_vectors_are_what_their_makers_give(name, tmp_path, monkeypatch):
     made, maker = importlib.import_module("make"), importlib.import_module(name)
     monkeypatch.setattr(made, "OUT", tmp_path)
     maker.main()
-    files = sorted(tmp_path.glob("*.npz"))
+    files = sorted(tmp_path.rglob("*.npz"))
     assert len(files) >= 8
     for file in files:
-        new, stored = np.load(file), np.load(GOLDEN / file.name)
+        new, stored = np.load(file), np.load(GOLDEN / file.relative_to(tmp_path))
         assert set(new.files) == set(stored.files)
         assert str(new["config"]) == str(stored["config"])
         for key in set(new.files) - {"config", "made"}:

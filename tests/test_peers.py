@@ -81,7 +81,7 @@ def test_values_and_gradients_are_theirs(name):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", [name for name in FILES if name not in ("switch", "moh_0", "reformer_12_2", "nystromformer_no_convolution")])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("switch", "moh_0", "reformer_32_2", "nystromformer_no_convolution")])
 def test_sixteen_bits_and_rows_of_padding(name, dtype):
     """Values near those of float32 at the same weights, and finite gradients, with a row that is all padding and one of a token."""
     c, g = load(name)

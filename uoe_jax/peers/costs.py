@@ -82,7 +82,7 @@ def performer(c: ModelConfig, length: int) -> Cost:
 def long_short(c: ModelConfig, length: int) -> Cost:
     r, w = c.long_short.rank, c.long_short.window
     padded = -(-length // w) * w
-    core = 8 * length * r * c.d_model + padded * (8 * w + 2 * r) * c.d_model
+    core = (6 * length * r + padded * (8 * w + 4 * r)) * c.d_model
     return _over_projections(c, length, core, more=c.d_model * (r + 4))
 
 

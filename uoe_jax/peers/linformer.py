@@ -1,7 +1,8 @@
 """Linformer (Wang et al. 2020, arXiv 2006.04768): keys and values of a row are projected from L tokens to R.
 
 K̄ = EᵀK and V̄ = FᵀV with E, F [L,R] that all heads share, and softmax attention over these R. A row's padding is zero in both
-sums. E and F belong to positions, so that the context length is part of the model.
+sums. E and F belong to positions, so that the context length is part of the model. Of the authors' ways to share projections
+this is one for all heads of a layer, keys and values apart.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Linformer(EncoderAttention):
         there = valid_BL[..., None, None].astype(k.dtype)
         length, scale = q.shape[1], q.shape[-1] ** -0.5
         few_k, few_v = (
-            jnp.einsum("blhk,lr->brhk", a * there, w[...][:length].astype(a.dtype)) for a, w in ((k, self.w_keys), (v, self.w_values))
+            jnp.einsum("blhk,lr->brhk", a * there, w[...][:length].astype(a.dtype))
+            for a, w in ((k, self.w_keys), (v, self.w_values))
         )
         weights_BhLR = shares(products("blhk,brhk->bhlr", q * scale, few_k))
         return products("brhk,bhlr->blhk", few_v, weights_BhLR)

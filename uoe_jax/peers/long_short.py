@@ -2,7 +2,8 @@
 
 A token attends, in one softmax, to the tokens of its own segment of w and of half a segment on either side, and to R dynamic
 projections of the whole row: P = softmax over the tokens of K·W_p, K̄ = PᵀK, V̄ = PᵀV. Both kinds are normalised by a
-LayerNorm of their own (DualLN), here of every head by itself, so that heads do not meet. Padding is left out of both.
+LayerNorm of their own (DualLN), here of every head by itself, so that heads do not meet (the authors norm all heads as one
+vector). Padding is left out of both.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ class LongShort(EncoderAttention):
 
     def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_BL: jax.Array) -> jax.Array:
         b, length, h, dh = q.shape
-        scores_BhRL = jnp.einsum("blhk,hkr->bhrl", k, self.w_p[...].astype(k.dtype))
+        # Weights first: the other way round, CPUs are asked for a product in bfloat16 that they do not have (jaxlib 0.10.2).
+        scores_BhRL = products("hkr,blhk->bhrl", self.w_p[...].astype(k.dtype), k)
         p_BhRL = shares(scores_BhRL, valid_BL[:, None, None])
-        far_k, far_v = (self._normed(products("blhk,bhrl->brhk", a, p_BhRL), self.far_scale, self.far_bias, a.dtype) for a in (k, v))
-        near_k, near_v = (self._normed(a, self.near_scale, self.near_bias, a.dtype) for a in (k, v))
+        far_k, far_v = (products("blhk,bhrl->brhk", a, p_BhRL) for a in (k, v))
+        far_k, far_v = (self._normed(a, self.far_scale, self.far_bias, q.dtype) for a in (far_k, far_v))
+        near_k, near_v = (self._normed(a, self.near_scale, self.near_bias, q.dtype) for a in (k, v))
         more = -length % self.window
         q_BSwhk = lengthened(q, more).reshape(b, -1, self.window, h, dh) * dh**-0.5
         near_k, near_v, there = (around(lengthened(a, more), self.window) for a in (near_k, near_v, valid_BL))

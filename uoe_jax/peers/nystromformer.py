@@ -49,9 +49,8 @@ class Nystromformer(EncoderAttention):
         b, length, h, dh = v.shape
         rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
         kernel = self.w_conv[...].T[:, None].astype(v.dtype)  # [kernel,1,h]
-        y = jax.lax.conv_general_dilated(
-            rows, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=h, preferred_element_type=jnp.float32
-        )
+        how = dict(dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=h, preferred_element_type=jnp.float32)
+        y = jax.lax.conv_general_dilated(rows, kernel, (1,), "SAME", **how)
         return y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
 
 

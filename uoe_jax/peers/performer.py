@@ -2,8 +2,8 @@
 
 exp(q·k) is the mean of φ(q)·φ(k) over R drawn directions w, φ(x) = exp(w·x − |x|²/2); keys and values are then summed up once
 for all queries. Directions are orthogonal in blocks of Dh, as long as normal ones, drawn once with the weights and shared by
-the heads of a layer (the authors can draw them again while training). What is subtracted in the exponents against overflow
-is taken from a row's own tokens.
+the heads of a layer (the authors can draw them again while training). Padding has no features φ(k), and what is subtracted
+in the exponents against overflow is taken from a row's own tokens.
 """
 
 from __future__ import annotations
@@ -50,5 +50,8 @@ def orthogonal_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax
     r, dh = shape
     directions, lengths = jax.random.split(key)
     blocks = jax.random.normal(directions, (-(-r // dh), dh, dh), dtype)
-    rows = jnp.linalg.qr(blocks)[0].swapaxes(-1, -2).reshape(-1, dh)[:r]
+    q, triangle = jnp.linalg.qr(blocks)
+    # As Gram and Schmidt give them: signs left to the factorisation favour a side, and the mean over directions is off.
+    q = q * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None]
+    rows = q.swapaxes(-1, -2).reshape(-1, dh)[:r]
     return rows * jnp.linalg.norm(jax.random.normal(lengths, (r, dh), dtype), axis=-1, keepdims=True)

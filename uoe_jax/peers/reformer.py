@@ -70,13 +70,8 @@ class Reformer(EncoderAttention):
         scores = jnp.where(there[..., None, :], scores, -1e30)
         total = jax.nn.logsumexp(scores, axis=-1)
         mixed = products("bhrcsk,bhrcqs->bhrcqk", values, jnp.exp(scores - total[..., None]))
-        back = place_BhRT.reshape(b, h, n_hashes * t)
-        offset = (t * jnp.arange(n_hashes, dtype=jnp.int32)).repeat(t)[None, None]
-        mixed = jnp.take_along_axis(mixed.reshape(b, h, n_hashes * t, dh), (back + offset)[..., None], axis=2)
-        total = jnp.take_along_axis(total.reshape(b, h, n_hashes * t), back + offset, axis=2)
-        weights = jax.nn.softmax(total.reshape(b, h, n_hashes, t), axis=2)
-        y = (mixed.reshape(b, h, n_hashes, t, dh) * weights[..., None]).sum(axis=2)
-        return y.transpose(0, 2, 1, 3)[:, :length]
+        mixed, total = mixed.reshape(b, h, n_hashes, t, dh), total.reshape(b, h, n_hashes, t)
+        return combined(mixed, total, place_BhRT).transpose(0, 2, 1, 3)[:, :length]
 
     def _sorted(self, q_BhTk: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(int32 [B,h,R,T]: the tokens of every round in the order of their buckets, and the inverse); padding comes last."""
@@ -86,6 +81,13 @@ class Reformer(EncoderAttention):
         bucket_BhRT = jnp.where(valid_BT[:, None, None], bucket_BhRT, 2 * directions.shape[-1])
         order = jnp.argsort(bucket_BhRT, axis=-1, stable=True).astype(jnp.int32)
         return order, jnp.argsort(order, axis=-1).astype(jnp.int32)
+
+
+def combined(mixed_BhRTk: jax.Array, total_BhRT: jax.Array, place_BhRT: jax.Array) -> jax.Array:
+    """[B,h,T,Dh]: the rounds' values in the tokens' own order, weighed by the softmax over the rounds of their totals."""
+    total_BhRT = jnp.take_along_axis(total_BhRT, place_BhRT, axis=-1)
+    mixed_BhRTk = jnp.take_along_axis(mixed_BhRTk, place_BhRT[..., None], axis=3)
+    return (mixed_BhRTk * jax.nn.softmax(total_BhRT, axis=2)[..., None]).sum(axis=2)
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -1,17 +1,24 @@
 """Makes the golden vectors of the efficient attentions of encoders; run and read like make.py, beside which it stands.
 
 Nyströmformer and Reformer are the modules of `transformers`; Linformer, Performer and Long-Short the published equations,
-head by head in float64, without the tricks that make them fast.
+head by head in float64, without the tricks that make them fast. So are Nyströmformer and Reformer where landmarks or chunks
+do not divide a row (uneven/), which the modules refuse or pad. Those stored were made with torch 2.13.0 and transformers
+5.24.0 on a CPU, which every file says in `made`. Rows are full: what padding does is in tests/test_peers_encoders.py.
 """
 
 from __future__ import annotations
 
+import functools
+from unittest import mock
+
+import make
 import numpy as np
 import torch
 import torch.nn.functional as F
-from make import DH, EQUATIONS, HF, B, D, H, L, Weights, store, weights
+from make import DH, EQUATIONS, HF, D, H, Weights, store, weights
 from torch.func import functional_call
 
+L = 32  # more than make.py's, for several chunks, segments and landmarks
 SHAPES = dict(w_q=(D, H, DH), w_v=(D, H, DH), w_o=(H, DH, D))
 WITH_KEYS = SHAPES | dict(w_k=(D, H, DH))
 ENCODER = dict(n_heads=H)
@@ -31,9 +38,9 @@ def by_heads(mix):
     """A function of one head's q, k, v [L,Dh] and its number as one of x and all weights."""
 
     def forward(w: Weights, x: torch.Tensor) -> torch.Tensor:
-        rows = []
+        rows, names = [], ("w_q", "w_k" if "w_k" in w else "w_q", "w_v")
         for row in x:
-            heads = [mix(*(row @ w[n][:, i] for n in ("w_q", "w_k", "w_v")), w, i) for i in range(H)]
+            heads = [mix(*(row @ w[n][:, i] for n in names), w, i) for i in range(H)]
             rows.append(out(torch.cat(heads, dim=-1), w))
         return torch.stack(rows)
 
@@ -72,26 +79,77 @@ def long_short(q, k, v, w, i, window=4):
     return torch.stack(rows)
 
 
-def main() -> None:
-    rng = np.random.default_rng
-    rank = dict(w_keys=(L, 5), w_values=(L, 5))
-    store("linformer", dict(attention="linformer", linformer=dict(rank=5), **ENCODER), weights(rng(0), **WITH_KEYS, **rank), by_heads(linformer), EQUATIONS)
+def nystromformer(q, k, v, w, i, landmarks):
+    """Xiong et al., section 3, over the landmarks that have tokens, with the iteration of equation 11."""
+    cuts = [range(j * L // landmarks, (j + 1) * L // landmarks) for j in range(landmarks)]
+    few_q, few_k = (torch.stack([a[list(cut)].mean(0) for cut in cuts if cut]) for a in (q, k))
+    near, among, far = (torch.softmax(a @ b.T / DH**0.5, dim=-1) for a, b in ((q, few_k), (few_q, few_k), (few_q, k)))
+    z, one = among.T / among.sum(0).max(), torch.eye(len(among)).double()
+    for _ in range(6):
+        az = among @ z
+        z = 0.25 * z @ (13 * one - az @ (15 * one - az @ (7 * one - az)))
+    return near @ z @ far @ v
+
+
+def reformer(q, k, v, w, i, chunk):
+    """Kitaev et al., section 2, token by token; before a round's first chunk stands the last one of the round before."""
+    k, rounds = k * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt() / DH**0.5, []
+    for turned in torch.einsum("tk,krn->rtn", q, w["rotations"][i]).detach():
+        bucket = torch.cat([turned, -turned], dim=-1).argmax(-1).tolist()
+        order = sorted(range(L), key=lambda t: (bucket[t], t))
+        rounds.append([order[start : start + chunk] for start in range(0, L, chunk)])
+    rows = []
+    for t in range(L):
+        found, totals = [], []
+        for r, chunks in enumerate(rounds):
+            c = next(c for c, own in enumerate(chunks) if t in own)
+            seen = [*(chunks[c - 1] if c else rounds[r - 1][-1]), *chunks[c]]
+            scores = torch.where(torch.tensor(seen) == t, -1e5, k[seen] @ q[t])
+            found.append(torch.softmax(scores, dim=0) @ v[seen])
+            totals.append(torch.logsumexp(scores, dim=0))
+        rows.append(torch.softmax(torch.stack(totals), dim=0) @ torch.stack(found))
+    return torch.stack(rows)
+
+
+def uneven() -> None:
+    (make.OUT / "uneven").mkdir(exist_ok=True)
+    for landmarks in (5, L + 8):  # the second: some have no token
+        config = dict(attention="nystromformer", nystromformer=dict(landmarks=landmarks, kernel=0), **ENCODER)
+        w, mix = weights(np.random.default_rng(0), **WITH_KEYS), functools.partial(nystromformer, landmarks=landmarks)
+        store(f"uneven/nystromformer_{landmarks}", config, w, by_heads(mix), EQUATIONS)
+    for chunk, n_hashes in ((5, 2), (20, 1)):
+        config = dict(attention="reformer", reformer=dict(chunk=chunk, n_hashes=n_hashes), **ENCODER)
+        w = weights(np.random.default_rng(0), **SHAPES, rotations=(H, DH, n_hashes, -(-L // chunk)))
+        store(f"uneven/reformer_{chunk}_{n_hashes}", config, w, by_heads(functools.partial(reformer, chunk=chunk)), EQUATIONS)
+
+
+def equations() -> None:
+    rng, config = np.random.default_rng, dict(attention="linformer", linformer=dict(rank=5), **ENCODER)
+    store("linformer", config, weights(rng(0), **WITH_KEYS, w_keys=(L, 5), w_values=(L, 5)), by_heads(linformer), EQUATIONS)
+
     config = dict(attention="performer", performer=dict(features=6), **ENCODER)
     w = weights(rng(0), **WITH_KEYS, directions=(6, DH))
     w["directions"] *= 2.5
-    store("performer", config, w, by_heads(lambda q, k, v, w, i: performer(q, k, v, w | {"directions": w["directions"].detach()}, i)), EQUATIONS)
+
+    def fixed(q, k, v, w, i):
+        return performer(q, k, v, w | {"directions": w["directions"].detach()}, i)
+
+    store("performer", config, w, by_heads(fixed), EQUATIONS)
+
     both = {f"{kind}_{what}": (H, DH) for kind in ("near", "far") for what in ("scale", "bias")}
     config = dict(attention="long_short", long_short=dict(window=4, rank=3), **ENCODER)
     store("long_short", config, weights(rng(0), **WITH_KEYS, w_p=(H, DH, 3), **both), by_heads(long_short), EQUATIONS)
 
-    from transformers.models.nystromformer import modeling_nystromformer as nystrom
+
+def nystromformers() -> None:
+    from transformers.models.nystromformer import modeling_nystromformer as theirs
 
     for kernel in (5, 0):
-        c = nystrom.NystromformerConfig(
+        c = theirs.NystromformerConfig(
             hidden_size=D, num_attention_heads=H, num_landmarks=4, segment_means_seq_len=L, conv_kernel_size=kernel or 1,
             attention_probs_dropout_prob=0.0,
         )  # fmt: skip
-        module = nystrom.NystromformerSelfAttention(c).double().eval()
+        module = theirs.NystromformerSelfAttention(c).double().eval()
         module.init_option = "exact"  # every matrix by itself; its configuration cannot say so (5.24)
         module.conv_kernel_size = kernel or None
 
@@ -102,33 +160,41 @@ def main() -> None:
             return out(functional_call(module, named, (x,))[0], w)
 
         config = dict(attention="nystromformer", nystromformer=dict(landmarks=4, kernel=kernel), **ENCODER)
-        w = weights(rng(0), **WITH_KEYS, **(dict(w_conv=(H, kernel)) if kernel else {}))
+        w = weights(np.random.default_rng(0), **WITH_KEYS, **(dict(w_conv=(H, kernel)) if kernel else {}))
         store("nystromformer" if kernel else "nystromformer_no_convolution", config, w, forward, HF)
 
-    from transformers.models.reformer import modeling_reformer as reformer
 
-    for chunk, n_hashes in ((4, 2), (4, 1), (12, 2)):
+def reformers() -> None:
+    """Several chunks, with and without rounds to combine; and a row of one chunk, which it does not hash."""
+    from transformers.models.reformer import modeling_reformer as theirs
+
+    for chunk, n_hashes in ((4, 2), (4, 1), (L, 2)):
         half = -(-L // chunk)
-        c = reformer.ReformerConfig(
-            hidden_size=D, num_attention_heads=H, attention_head_size=DH, lsh_attn_chunk_length=chunk, num_buckets=2 * half, num_hashes=n_hashes,
-            lsh_num_chunks_before=1, lsh_num_chunks_after=0, is_decoder=False, lsh_attention_probs_dropout_prob=0.0, hash_seed=None, attn_layers=["lsh"],
+        c = theirs.ReformerConfig(
+            hidden_size=D, num_attention_heads=H, attention_head_size=DH, lsh_attn_chunk_length=chunk, num_buckets=2 * half,
+            num_hashes=n_hashes, lsh_num_chunks_before=1, lsh_num_chunks_after=0, is_decoder=False, hash_seed=None,
+            lsh_attention_probs_dropout_prob=0.0, attn_layers=["lsh"],
         )  # fmt: skip
-        module = reformer.LSHSelfAttention(c).double().eval()
+        module = theirs.LSHSelfAttention(c).double().eval()
 
         def forward(w: Weights, x: torch.Tensor, module=module) -> torch.Tensor:
-            drawn = torch.randn
-            torch.randn = lambda *shape, **how: w["rotations"].detach()  # the directions, which it draws at every call
-            try:
-                named = {"query_key.weight": linear(w["w_q"]), "value.weight": linear(w["w_v"])}
+            named = {"query_key.weight": linear(w["w_q"]), "value.weight": linear(w["w_v"])}
+            # The directions, which it draws at every call.
+            with mock.patch.object(torch, "randn", lambda *shape, **how: w["rotations"].detach()):
                 return out(functional_call(module, named, (x,)).hidden_states, w)
-            finally:
-                torch.randn = drawn
 
         config = dict(attention="reformer", reformer=dict(chunk=chunk, n_hashes=n_hashes), **ENCODER)
-        w = weights(rng(0), **SHAPES, rotations=(H, DH, n_hashes, half))
+        w = weights(np.random.default_rng(0), **SHAPES, rotations=(H, DH, n_hashes, half))
         store(f"reformer_{chunk}_{n_hashes}", config, w, forward, HF)
 
 
+def main() -> None:
+    with mock.patch.object(make, "L", L):
+        equations()
+        nystromformers()
+        reformers()
+        uneven()
+
+
 if __name__ == "__main__":
-    assert B == 2
     main()
