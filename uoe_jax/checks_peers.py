@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Iterator
 
-from uoe_jax.config_peers import ATTENTIONS, ENCODER_ATTENTIONS, ENCODER_MLPS, MLPS, SECTIONS
+from uoe_jax.config_peers import ATTENTIONS, ENCODER_ATTENTIONS, ENCODER_MLPS, MLPS, SECTIONS, UNIONS
 from uoe_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def peer_uses(m: ModelConfig) -> Iterator[tuple[str, bool, str]]:
     """(key, or the beginning of several, whether it changes anything, the remedy), as `checks.check_idle` reads them."""
     for section in dict.fromkeys(SECTIONS.values()):
         blocks = [block for block, name in SECTIONS.items() if name == section]
-        if section not in ("smha", "uome"):  # of these, config files set what a variant without them leaves alone
+        if section not in UNIONS:  # of these, config files set what a variant without them leaves alone
             wanted = " or ".join(f"model.mlp={b!r}" if b in MLPS else f"model.attention={b!r}" for b in blocks)
             yield f"model.{section}.", bool({m.attention, m.mlp} & set(blocks)), f"is for {wanted}"
     for block, keys in {

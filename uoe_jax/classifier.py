@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.common import PLAIN, Tokens, along_last, fold, scaled_normal, valid_mean, weight, zeros
+from uoe_jax.layers.common import PLAIN, Tokens, along_last, fold, scaled_normal, valid_mean, valid_tokens, weight, zeros
 from uoe_jax.model import Stack, Stats
 
 
@@ -97,7 +97,7 @@ class Classifier(Stack):
         """float32 [B,D]; zeros for a row of padding only."""
         if self.cls is not None:
             return x_BLD[:, 0].astype(jnp.float32)
-        return valid_mean(x_BLD, jnp.ones(x_BLD.shape[:2], bool) if segments_BL is None else segments_BL > 0)
+        return valid_mean(x_BLD, valid_tokens(segments_BL, x_BLD))
 
     def _score(self, pooled_BID: jax.Array) -> jax.Array:
         u_BD = features = pooled_BID[:, 0]

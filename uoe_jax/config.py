@@ -18,6 +18,7 @@ from uoe_jax.config_data import AugmentConfig, DataConfig
 from uoe_jax.config_peers import (
     ATTENTIONS,
     MLPS,
+    UNIONS,
     LinformerConfig,
     LongShortConfig,
     MLAConfig,
@@ -30,7 +31,7 @@ from uoe_jax.config_peers import (
 )
 from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.errors import ConfigError, UserError
-from uoe_jax.keys import checked, key, leaves, printable
+from uoe_jax.keys import checked, key, leaves, parsed, printable
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")  # with a second projection into the hidden layer
 
@@ -181,9 +182,15 @@ class ModelConfig:
 
     def routed(self) -> dict[str, RoutingConfig]:
         """The routing of the blocks that route, by the block's name."""
-        found = {"smha": self.smha, "uome": self.uome, "mosa": self.mosa.routing(self.n_heads), "moh": self.moh.routing(self.n_heads)}
-        found |= {kind: self.moe.routing(kind) for kind in MLPS}
-        return {name: found[name] for name in (self.attention, self.mlp) if name in found}
+        found = ((name, self._routing(name)) for name in (self.attention, self.mlp))
+        return {name: routing for name, routing in found if routing is not None}
+
+    def _routing(self, name: str) -> RoutingConfig | None:
+        if name in UNIONS:
+            return getattr(self, name)
+        if name in ("mosa", "moh"):
+            return getattr(self, name).routing(self.n_heads)
+        return self.moe.routing(name) if name in MLPS else None
 
     def place_of(self, name: str) -> str:
         """Where in a layer the block of this name is: its attention or its MLP."""
@@ -191,7 +198,7 @@ class ModelConfig:
 
     def unions(self) -> dict[str, RoutingConfig]:
         """Of these, the unions of experts, which are a dense block cut in partitions."""
-        return {name: r for name, r in self.routed().items() if name in ("smha", "uome")}
+        return {name: r for name, r in self.routed().items() if name in UNIONS}
 
     @property
     def patch_multiple(self) -> int:
@@ -352,23 +359,11 @@ def unknown_key(name: str) -> UserError:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value of `--config.NAME=TEXT` in the type NAME was declared with; raises ConfigError or for an unknown key.
-
-    Numbers are written as in Python, in ASCII: underscores and spaces around them are allowed.
-    """
+    """The value of `--config.NAME=TEXT` in the type NAME was declared with; raises ConfigError or for an unknown key."""
     kinds = {n: type(v) for n, v, _ in leaves(Config())}
     if name not in kinds:
         raise unknown_key(name)
-    kind = kinds[name]
-    try:
-        if kind is bool:
-            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-        if kind is not str and not text.isascii():
-            raise ValueError
-        return kind(text)
-    except (ValueError, KeyError, OverflowError):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise ConfigError(f"config.{name}", text, f"give {wanted}") from None
+    return parsed(f"config.{name}", kinds[name], text)
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

@@ -24,9 +24,7 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
 }
-
-
-UNIONS = ("smha", "mosa")  # attentions whose heads work on slots
+ON_SLOTS = ("smha", "mosa")  # attentions whose heads work on slots
 
 
 def routing_flops(r: RoutingConfig, d_model: int, length: int) -> float:
@@ -37,9 +35,9 @@ def routing_flops(r: RoutingConfig, d_model: int, length: int) -> float:
 
 def attention_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     """Forward pass of one attention block over one row of `length` tokens."""
-    r = c.routed().get(c.attention)
-    if r is None or c.attention not in UNIONS:
+    if c.attention not in ON_SLOTS:
         return ATTENTIONS[c.attention](c, length).flops
+    r = c.routed()[c.attention]
     d, dh, h, g = c.d_model, c.head_dim, c.n_heads, c.kv_heads
     s = r.slot_tokens(length) * (r.row_share() if training else 1)
     entering = s if r.order == "gather" else r.patches(length) * r.patch_size
@@ -49,9 +47,9 @@ def attention_flops(c: ModelConfig, length: int, training: bool = False) -> floa
 
 def core_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     """Of these, the scores and the weighted sums: what a flash attention kernel does."""
-    r = c.routed().get(c.attention)
-    if r is None or c.attention not in UNIONS:
+    if c.attention not in ON_SLOTS:
         return ATTENTIONS[c.attention](c, length).core
+    r = c.routed()[c.attention]
     return (r.row_share() if training else 1) * 4 * c.n_heads * c.head_dim * r.slot_tokens(length) ** 2
 
 

@@ -44,6 +44,22 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def parsed(name: str, kind: type, text: str) -> Any:
+    """The value of a key from what a person typed; ConfigError where it is none of its type.
+
+    Numbers are written as in Python, in ASCII: underscores and spaces around them are allowed.
+    """
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind is not str and not text.isascii():
+            raise ValueError
+        return kind(text)
+    except (ValueError, KeyError, OverflowError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(name, text, f"give {wanted}") from None
+
+
 def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
     """The value of a key, if its declaration allows it; ConfigError otherwise."""
     if type(value) is not kind and not (kind is float and type(value) is int):

@@ -6,7 +6,7 @@ The counts are of one device that holds everything. Working memory inside a laye
 from __future__ import annotations
 
 from uoe_jax.config import ModelConfig, RoutingConfig
-from uoe_jax.flops import UNIONS
+from uoe_jax.flops import ON_SLOTS
 from uoe_jax.peers.costs import ATTENTIONS, Cost
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -45,7 +45,7 @@ def active_parameters(c: ModelConfig) -> float:
     for name, r in c.routed().items():
         # K of N experts; where they choose their tokens, as many as have a slot for it. (XMoE: K are expected.)
         share = min(1.0, r.capacity_factor if r.priority == "score" else 1.0) * r.k / r.n_experts
-        if name in UNIONS:
+        if name in ON_SLOTS:
             idle += (1 - share) * c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)
         elif name != "moh":
             idle += (1 - share) * (c.n_into + 1) * c.d_model * c.routed_hidden
@@ -107,7 +107,7 @@ def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1)
     if c.remat == "block":
         return stream
     kept = 2 * stream
-    if c.attention in UNIONS:
+    if c.attention in ON_SLOTS:
         heads = c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)  # q, k, v and the output of the heads
         kept += _kept_at_slots(c, c.routed()[c.attention], rows, heads, parts)
     else:

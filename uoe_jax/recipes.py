@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+LENGTHS = "64,128,256,512,1024,2048,4096"  # of the paper's figures of time and memory
+
 
 def long_range_arena(c: Any) -> None:
     """Sizes, routing and optimizer that the released code has for every task of Long Range Arena; routed by score."""

@@ -48,7 +48,7 @@ class Region(NamedTuple):
     def each(self, a: jax.Array) -> jax.Array:
         """What all parts have alike, for what each computes for itself: its gradient is added over the parts, once and
         as small as it is here."""
-        return jax.lax.pcast(a, "expert", to="varying")
+        return jax.lax.pcast(a, "expert", to="varying") if self.parts else a
 
     def leave(self, y_BLD: jax.Array) -> jax.Array:
         """The sum over the parts: the one reduction of a block."""

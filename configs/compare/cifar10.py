@@ -14,5 +14,5 @@ ROWS = ("full_attention", "switch", "expert_choice", "xmoe", "deepseek_moe", "sk
 
 
 def get_config(variant: str = ""):
-    c = experiment("cifar10:tiny" if variant == "tiny" else "cifar10")
+    c = experiment("cifar10", variant)
     return recipes.compared(table(c, ROWS, title="CIFAR-10"), variant, ROWS)

@@ -16,7 +16,7 @@ CAPACITIES = ("capacity_0.75", "capacity_1.0", "capacity_2.0", "no_balance")
 
 
 def get_config(variant: str = ""):
-    c = experiment("digits:tiny" if variant == "tiny" else "digits")
+    c = experiment("digits", variant)
     if variant != "tiny":
         c.train.steps, c.eval.every = 800, 200
         c.checkpoint.every = 200

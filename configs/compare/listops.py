@@ -16,12 +16,12 @@ ABLATIONS = ("smha_only", "uome_only", "hierarchical", "gate_score", "gate_none"
 
 
 def get_config(variant: str = ""):
-    c = experiment("lra_listops:tiny" if variant == "tiny" else "lra_listops:short")
+    c = experiment("lra_listops:short", variant)
     if variant != "tiny":
         c.train.steps, c.eval.every = 1_000, 250
         c.checkpoint.every = 250
     c.model.linformer.rank = c.model.nystromformer.landmarks = 32
     title = "ListOps, expressions of at most 128 tokens"
     rows = (*PEERS, *ENCODERS, *ABLATIONS)
-    made = table(c, rows, title=title, learning_rates="0.001,0.003", lengths="64,128,256,512,1024,2048,4096")
+    made = table(c, rows, title=title, learning_rates="0.001,0.003", lengths=recipes.LENGTHS)
     return recipes.compared(made, variant, PEERS)

@@ -14,5 +14,5 @@ ROWS = ("full_attention", "xmoe", "deepseek_moe", "skywork_moe", "deepseek_v3", 
 
 
 def get_config(variant: str = ""):
-    c = experiment("lm1b:tiny" if variant == "tiny" else "lm1b")
-    return recipes.compared(table(c, ROWS, title="One Billion Word", lengths="64,128,256,512,1024,2048,4096"), variant, ROWS)
+    c = experiment("lm1b", variant)
+    return recipes.compared(table(c, ROWS, title="One Billion Word", lengths=recipes.LENGTHS), variant, ROWS)

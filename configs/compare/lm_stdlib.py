@@ -17,11 +17,11 @@ CAPACITIES = ("capacity_0.75", "capacity_1.0", "capacity_2.0")
 BALANCE = ("no_balance", "switch_balance", "bias_balance")
 
 TITLE = "Language models on the Python standard library, bytes"
-MORE = dict(learning_rates="0.001,0.003", lengths="64,128,256,512,1024,2048,4096")
+MORE = dict(learning_rates="0.001,0.003", lengths=recipes.LENGTHS)
 
 
 def get_config(variant: str = ""):
-    c = experiment("quickstart:tiny" if variant == "tiny" else "quickstart")
+    c = experiment("quickstart", variant)
     rows = (*PEERS, "smha_only", "uome_only", *GATES, *CAPACITIES, *BALANCE)
     if variant != "tiny":
         c.model.d_model, c.model.d_hidden = 128, 512

@@ -14,5 +14,5 @@ ROWS = ("full_attention", "xmoe", "deepseek_moe", "skywork_moe", "deepseek_v3", 
 
 
 def get_config(variant: str = ""):
-    c = experiment("wikitext103:tiny" if variant == "tiny" else "wikitext103")
-    return recipes.compared(table(c, ROWS, title="WikiText-103", lengths="64,128,256,512,1024,2048,4096"), variant, ROWS)
+    c = experiment("wikitext103", variant)
+    return recipes.compared(table(c, ROWS, title="WikiText-103", lengths=recipes.LENGTHS), variant, ROWS)

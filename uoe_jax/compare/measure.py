@@ -3,7 +3,8 @@
     python -m uoe_jax.compare.measure WORKDIR      after the rows were trained; writes WORKDIR/measured.json
 
 Times of separate runs cannot be compared on a machine that does other things as well. Here a row's step and the reference's
-are measured in turn, round by round: the relative time is the median over rounds of the ratio within a round. Memory is what the compiler needs for the step: arguments and temporary buffers of one device.
+are measured in turn, round by round: the relative time is the median over rounds of the ratio within a round. Memory is
+what the compiler needs for the step: arguments and temporary buffers of one device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, Sequence
 
 import jax
 import numpy as np
@@ -20,20 +21,21 @@ import numpy as np
 from uoe_jax import mesh as mesh_lib
 from uoe_jax import runtime
 from uoe_jax.compare.run import DAMAGED
+from uoe_jax.compare.table import numbers
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
 from uoe_jax.errors import EXIT_DONE, ConfigError
 from uoe_jax.flops import forward_flops, train_flops
 from uoe_jax.memory import active_parameters, kept_bytes, parameters
 from uoe_jax.train.step import build
+from uoe_jax.train.task import task_of
 from uoe_jax.workdir import locate, read_config, read_json, write_json
 
 
 def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     """A batch of a train step without padding, of drawn tokens or pixels."""
-    rng, shapes = np.random.default_rng(seed), build_shapes(config)
-    rows = config.train.batch_size
+    rng = np.random.default_rng(seed)
     out = {}
-    for name, (shape, dtype) in shapes.items():
+    for name, (shape, dtype) in task_of(config).shapes(config).items():
         if name in ("tokens", "targets", "inputs"):
             out[name] = rng.integers(0, 256 if config.model.stem == "image" else config.model.vocab_size, shape).astype(dtype)
         elif name == "positions":
@@ -42,14 +44,7 @@ def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
             out[name] = rng.integers(0, config.model.classifier.n_classes, shape).astype(np.int32)
         else:  # segments, share; bytes are not asked for
             out[name] = np.ones(shape, dtype)
-    assert all(len(a) == rows for a in out.values())
     return out
-
-
-def build_shapes(config: Config) -> dict[str, Any]:
-    from uoe_jax.train.task import task_of
-
-    return task_of(config).shapes(config)
 
 
 class Step:
@@ -121,7 +116,7 @@ def at_length(config: Config, length: int) -> Config:
 
 
 def over_lengths(
-    configs: dict[str, Config], lengths: list[int], reference: str, rounds: int
+    configs: dict[str, Config], lengths: Sequence[int], reference: str, rounds: int
 ) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
     """(time and memory of a step of one row by length, what was refused at which length and why)."""
     out, refused = [], []
@@ -154,7 +149,7 @@ def measure(workdir_name: str) -> int:
     rows = side_by_side(configs, reference, table["rounds"])
     rows = {slug: {**timed, **counts(configs[slug])} for slug, timed in rows.items()}
     image = configs[reference].model.stem == "image"  # whose tokens are settled
-    lengths = [] if image else [int(n) for n in table["lengths"].split(",") if n]
+    lengths = () if image else numbers("config.lengths", table["lengths"], int)
     sweep, refused = over_lengths(configs, lengths, reference, table["rounds"])
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     made = {"jax": jax.__version__, "devices": devices, "python": sys.version.split()[0]}

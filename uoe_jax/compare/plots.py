@@ -55,8 +55,9 @@ def _figure(workdir: epath.Path, file: str, x_name: str, y_name: str, lines: Seq
         axes.fill_between(x, low, high, alpha=0.15, color=f"C{i % 10}")
     axes.set(xlabel=x_name, ylabel=y_name)
     if log:
+        ticks = sorted({n for line in lines for n in line[1]})
         axes.set(xscale="log", yscale="log")
-        axes.set_xticks(sorted({n for line in lines for n in line[1]}), labels=[str(n) for n in sorted({n for line in lines for n in line[1]})], minor=False)
+        axes.set_xticks(ticks, labels=[str(n) for n in ticks], minor=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     with (workdir / file).open("wb") as out:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any, Mapping
 
-from uoe_jax.config_peers import MLPS, SECTIONS
+from uoe_jax.config_peers import MLPS, SECTIONS, UNIONS
 from uoe_jax.errors import ConfigError
 
 Changes = dict[str, Any]  # values by dotted key below `model`
@@ -28,7 +28,7 @@ def _mixture(kind: str, attention: str = "dense", *, n: int, k: int, shared: int
 
 
 def _unions(**changes: Any) -> Changes:
-    return {f"{section}.{key}": value for section in ("smha", "uome") for key, value in changes.items()}
+    return {f"{section}.{key}": value for section in UNIONS for key, value in changes.items()}
 
 
 PRESETS: dict[str, Changes] = {
@@ -77,9 +77,8 @@ def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = Mapp
         section, dot, last = key.rpartition(".")
         (out[section] if dot else out)[last] = value
     blocks, d, heads = (out["attention"], out["mlp"]), out["d_model"], out["n_heads"]
-    for section in {section for block, section in SECTIONS.items() if block not in blocks} - {SECTIONS.get(b) for b in blocks}:
-        if section not in ("smha", "uome"):
-            del out[section]  # what the base says of another row's blocks
+    for section in set(SECTIONS.values()) - {*UNIONS, *(SECTIONS.get(block) for block in blocks)}:
+        del out[section]  # what the base says of another row's blocks
     if out["mlp"] in MLPS:
         if out["d_hidden"] < hidden_parts(out):
             remedy = f"(in the row {name!r}) it is cut in {hidden_parts(out)} experts; give at least that"

@@ -178,7 +178,7 @@ def as_csv(found: list[Result]) -> str:
     writer.writerow(["row", "attention", "mlp", "d_hidden", "measure", "run", "value", "learning_rate", "train_flops", *columns])
     for r in found:
         m, measure = r.config.model, measure_of(r.config)
-        flops = train_flops(m, r.config.train.batch_size) * r.config.train.steps if m.vocab_size or m.task == "classify" else ""
+        flops = train_flops(m, r.config.train.batch_size) * r.config.train.steps
         for i, value in enumerate(r.finals):
             writer.writerow([r.name, m.attention, m.mlp, m.d_hidden, measure.name, i, value, r.rate, flops, *(r.measured.get(c, "") for c in columns)])
     return out.getvalue()

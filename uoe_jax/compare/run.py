@@ -29,7 +29,6 @@ from uoe_jax.errors import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigErro
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import locate, lock, os_errors, read_json, release, write_json, write_text
 
-
 DAMAGED = "remove it and what it is about, or give another --workdir"
 FIXED = ("match", "reference", "learning_rates", "search_steps")  # of TableConfig: what finished rows depend on
 

@@ -22,7 +22,7 @@ from uoe_jax.config import Config
 from uoe_jax.config_file import evaluate, put, validated
 from uoe_jax.config_peers import SECTIONS
 from uoe_jax.errors import ConfigError, UserError
-from uoe_jax.keys import checked, key, leaves
+from uoe_jax.keys import checked, key, leaves, parsed
 
 MOST_TOKENS = 1 << 20
 SMALLEST_MISS = 0.02  # of the operations: beyond it, a row that should be matched is said not to be
@@ -89,16 +89,19 @@ def table(base: Any, rows: Mapping[str, Mapping[str, Any]] | tuple[str, ...], **
     from ml_collections import ConfigDict
 
     rows = rows if isinstance(rows, Mapping) else {name: {} for name in rows}
-    given = {field.name: field.default for field in dataclasses.fields(TableConfig)} | more
+    given = dataclasses.asdict(TableConfig()) | more
     # Names of rows may hold dots, which a ConfigDict takes for paths: a list.
     return ConfigDict(given | {"base": base.to_dict(), "rows": [[name, dict(changes)] for name, changes in rows.items()]})
 
 
-def experiment(name: str) -> Any:
-    """The configuration of a shipped config file as a `ConfigDict`, to make a table of: 'digits', 'lra_listops:short'."""
+def experiment(name: str, variant: str = "") -> Any:
+    """The configuration of a shipped config file as a `ConfigDict`, to make a table of: 'digits', 'lra_listops:short'.
+
+    variant: of the table; the `tiny` one is made of the file's own.
+    """
     from ml_collections import ConfigDict
 
-    return ConfigDict(evaluate(name))
+    return ConfigDict(evaluate(f"{name.partition(':')[0]}:tiny" if variant == "tiny" else name))
 
 
 def load_table(name: str, overrides: Mapping[str, str]) -> Table:
@@ -153,6 +156,7 @@ def _check(table: Table, asked: Mapping[str, Any]) -> None:
 
 
 def _rows(base: dict[str, Any], rows: Mapping[str, Mapping[str, Any]], config: TableConfig) -> list[Row]:
+    base = config_lib.to_dict(config_lib.from_dict(base))  # every key, so that presets find their sections
     reference = _values(base, config.reference, rows[config.reference])
     target = _operations(_validated(config.reference, reference))
     out = []
@@ -172,9 +176,7 @@ def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], d_hi
     if preset not in presets.PRESETS:
         near = difflib.get_close_matches(preset, presets.PRESETS, n=1, cutoff=0.0)[0]
         raise UserError(f"config.rows: {preset!r} is no preset; the nearest is {near!r}")
-    values = config_lib.to_dict(config_lib.from_dict(base))
-    if d_hidden:
-        values["model"]["d_hidden"] = d_hidden
+    model = base["model"] | ({"d_hidden": d_hidden} if d_hidden else {})
     own = {key_: value for key_, value in changes.items() if key_ != "preset"}
     for key_, value in own.items():
         if key_ not in config_lib.ALL_KEYS:
@@ -182,8 +184,7 @@ def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], d_hi
         if key_.removeprefix("model.").split(".")[0] not in SECTIONS.values() or key_ == "model.moe.d_expert":
             remedy = f"the row {name!r} would differ in more than its blocks; give keys of {', '.join(sorted(set(SECTIONS.values())))}"
             raise ConfigError(f"config.rows: {key_}", value, remedy)
-    values["model"] = presets.apply(preset, values["model"], {key_.removeprefix("model."): value for key_, value in own.items()})
-    return values
+    return {**base, "model": presets.apply(preset, model, {key_.removeprefix("model."): value for key_, value in own.items()})}
 
 
 def _matched(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], target: float) -> dict[str, Any]:
@@ -224,27 +225,24 @@ def _some(rows: dict[str, Any], text: str) -> dict[str, Any]:
     return {name: rows[name] for name in names}
 
 
+FIELDS = {field.name: field for field in dataclasses.fields(TableConfig)}
+
+
 def _table_config(given: Mapping[str, Any]) -> TableConfig:
-    fields = {field.name: field for field in dataclasses.fields(TableConfig)}
     for name in given:
-        if name not in fields:
+        if name not in FIELDS:
             raise _unknown(name)
-    kinds = {name: type(field.default) for name, field in fields.items()}
-    return TableConfig(**{name: checked(f"config.{name}", kinds[name], value, fields[name].metadata) for name, value in given.items()})
+    return TableConfig(**{n: checked(f"config.{n}", type(FIELDS[n].default), v, FIELDS[n].metadata) for n, v in given.items()})
 
 
 def _parsed(name: str, text: str) -> Any:
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(TableConfig)}
-    if name not in kinds:
+    if name not in FIELDS:
         raise _unknown(name)
-    try:
-        return kinds[name](text)
-    except ValueError:
-        raise ConfigError(f"config.{name}", text, "give a whole number") from None
+    return parsed(f"config.{name}", type(FIELDS[name].default), text)
 
 
 def _unknown(name: str) -> UserError:
-    known = [*(field.name for field in dataclasses.fields(TableConfig)), "rows", *(f"base.{key_}" for key_ in config_lib.ALL_KEYS)]
+    known = [*FIELDS, "rows", *(f"base.{key_}" for key_ in config_lib.ALL_KEYS)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return UserError(f"config.{config_lib.printable(name)}: unknown key of a table; the nearest known key is config.{near}")
 

@@ -139,6 +139,11 @@ def lengthened(a_BL: jax.Array, more: int) -> jax.Array:
     return jnp.pad(a_BL, ((0, 0), (0, more), *((0, 0),) * (a_BL.ndim - 2))) if more else a_BL
 
 
+def valid_tokens(segments_BL: jax.Array | None, like: jax.Array) -> jax.Array:
+    """bool [B,L], which tokens of `like` [B,L,…] are no padding."""
+    return jnp.ones(like.shape[:2], bool) if segments_BL is None else segments_BL > 0
+
+
 def valid_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
     """float32 mean of x [...,L,D] over its valid tokens (bool [...,L]), 0 where there are none."""
     total = jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum(axis=-2)

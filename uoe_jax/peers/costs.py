@@ -29,28 +29,26 @@ class Cost(NamedTuple):
 
 def dense(c: ModelConfig, length: int) -> Cost:
     """Full attention, which the others are measured by."""
-    d, dh, h, g = c.d_model, c.head_dim, c.n_heads, c.kv_heads
-    return _over_projections(c, length, core=4 * h * dh * length**2, per_row=2 * length * d * dh * (2 * h + 2 * g))
+    return _over_projections(c, length, core=4 * c.n_heads * c.head_dim * length**2)
 
 
-def _over_projections(
-    c: ModelConfig, length: int, core: float, per_row: float | None = None, more: int = 0, active_heads: float | None = None
-) -> Cost:
+def _over_projections(c: ModelConfig, length: int, core: float, more: int = 0) -> Cost:
     """Of a block with the dense block's projections, `more` weights beside them, and another core."""
     d, dh, h, g = c.d_model, c.head_dim, c.n_heads, c.kv_heads
     projections = d * dh * (2 * h + 2 * g)
     biases = c.bias * (dh * (h + 2 * g) + d)
     weights = projections + biases + 2 * dh * c.qk_norm + more
-    flops = 2 * length * projections if per_row is None else per_row
-    return Cost(flops + core, core, weights, weights, length * dh * (2 * h + 2 * g))
+    return Cost(2 * length * projections + core, core, weights, weights, length * dh * (2 * h + 2 * g))
 
 
 def moh(c: ModelConfig, length: int) -> Cost:
     shared, routed = c.moh.n_shared, c.n_heads - c.moh.n_shared
     choices = routed + (shared if shared > 1 else 0) + (2 if shared else 0)
-    whole = _over_projections(c, length, core=4 * c.n_heads * c.head_dim * length**2, more=c.d_model * choices)
+    whole, weights = dense(c, length), c.d_model * choices
     idle = (routed - c.moh.k) * c.d_model * c.head_dim * 2  # the query and output rows of heads that a token did not choose
-    return whole._replace(flops=whole.flops + 2 * length * c.d_model * choices, active=whole.parameters - idle)
+    return whole._replace(
+        flops=whole.flops + 2 * length * weights, parameters=whole.parameters + weights, active=whole.parameters + weights - idle
+    )
 
 
 def mla(c: ModelConfig, length: int) -> Cost:

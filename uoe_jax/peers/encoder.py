@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import Attention, options
-from uoe_jax.layers.common import Tokens
+from uoe_jax.layers.common import Tokens, valid_tokens
 from uoe_jax.region import Region
 
 
@@ -28,10 +28,8 @@ class EncoderAttention(Attention):
         raise NotImplementedError
 
     def _mix(self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, region: Region) -> jax.Array:
-        b, length, h, _ = q.shape
-        k, v = (jnp.repeat(a, h // a.shape[2], axis=2) for a in (k, v))
-        valid_BL = jnp.ones((b, length), bool) if tokens.segments_BL is None else tokens.segments_BL > 0
-        return checkpoint_name(self.mix(q, k, v, valid_BL).astype(q.dtype), "heads")
+        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
+        return checkpoint_name(self.mix(q, k, v, valid_tokens(tokens.segments_BL, q)).astype(q.dtype), "heads")
 
 
 def shares(scores: jax.Array, allowed: jax.Array | None = None) -> jax.Array:

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.attention import attend, group_keys
-from uoe_jax.layers.common import Tokens, along_last, ones, rms_norm, rotate, scaled_normal, tokens_like, weight, zeros
-from uoe_jax.region import WHOLE, Region, run
+from uoe_jax.layers.attention import Attention, attend, group_keys
+from uoe_jax.layers.common import Tokens, ones, rms_norm, rotate, scaled_normal, weight, zeros
+from uoe_jax.region import WHOLE, Region
 
 
 class MLACache(NamedTuple):
@@ -28,8 +28,11 @@ class MLACache(NamedTuple):
     rotary: jax.Array
 
 
-class MLA(nnx.Module):
-    """model.attention='mla'. On a mesh, heads lie on `expert`; every part makes the latents. With biases: one, of the output."""
+class MLA(Attention):
+    """model.attention='mla'. On a mesh, heads lie on `expert`; every part makes the latents. With biases: one, of the output.
+
+    Of the dense block it has the frame and the way out, and none of the projections.
+    """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         d, h, dh, r, dr, q_rank = c.d_model, c.n_heads, c.head_dim, c.mla.kv_rank, c.rotary_dim, c.mla.q_rank
@@ -45,30 +48,20 @@ class MLA(nnx.Module):
         self.w_o = weight(rngs, (h, dh, d), ("heads", None, "embed"), scaled_normal(d, c.out_scale))
         self.bias_out = weight(rngs, (d,), (None,), zeros) if c.bias else None
 
-    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
-        """Returns (y_BLD, None: nothing is routed)."""
-        graphdef, weights = nnx.split(self)
-
-        def share(weights: nnx.State, x_BLD: jax.Array, tokens: Tokens, region: Region) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, weights)._forward(x_BLD, tokens, region)[0], None
-
-        return run(share, weights, x_BLD, tokens_like(x_BLD) if tokens is None else tokens, dtype=self.dtype)
-
     def _forward(
         self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, None, jax.Array, jax.Array]:
         alike_BLD, own_BLD = region.enter(x_BLD.astype(self.dtype))
         latent_BLR, rotary_BLr = self._latent(alike_BLD, tokens.rotary)
-        each = region.each if region.parts else lambda a: a
-        q_BLhk = self._queries(own_BLD if self.w_down is None else each(self._narrow(alike_BLD)), tokens.rotary)
-        own_BLR, own_rotary_BL1r = each(latent_BLR), each(rotary_BLr)[:, :, None]
+        q_BLhk = self._queries(own_BLD if self.w_down is None else region.each(self._narrow(alike_BLD)), tokens.rotary)
+        own_BLR, own_rotary_BL1r = region.each(latent_BLR), region.each(rotary_BLr)[:, :, None]
         k_BLhk, v_BLhk = (checkpoint_name(self._heads(own_BLR, w), "qkv") for w in (self.w_k, self.w_v))
         shared_BLhr = jnp.broadcast_to(own_rotary_BL1r, (*k_BLhk.shape[:3], rotary_BLr.shape[-1]))
         keys_BH = None if tokens.keys_B is None else group_keys(tokens.keys_B, k_BLhk.shape[2], region.part)
         k = jnp.concatenate([k_BLhk, shared_BLhr], axis=-1)
         o = attend(q_BLhk, k, v_BLhk, tokens.segments_BL, self.causal, self.drop_rate, keys_BH)
         y_BLD = region.leave(self._out(o))
-        return self._biased(y_BLD, region.for_own_tokens(self.bias_out)), latent_BLR, rotary_BLr
+        return self._biased(y_BLD, region.for_own_tokens(self.bias_out)), None, latent_BLR, rotary_BLr
 
     def _latent(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:
         """(normalised latent [...,R], rotated shared key [...,d_rope])."""
@@ -90,15 +83,9 @@ class MLA(nnx.Module):
     def _heads(self, x: jax.Array, w: nnx.Param) -> jax.Array:
         return jnp.einsum("...r,rhk->...hk", x, w[...].astype(self.dtype))
 
-    def _out(self, o: jax.Array) -> jax.Array:
-        return jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype))
-
-    def _biased(self, y: jax.Array, bias: nnx.Param | jax.Array | None) -> jax.Array:
-        return y if bias is None else y + along_last(bias[...].astype(self.dtype), y)
-
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, MLACache]:
         """The whole prompt, and its latents and shared keys with room for `context` tokens."""
-        y_BLD, latent_BLR, rotary_BLr = self._forward(x_BLD, tokens)
+        y_BLD, _, latent_BLR, rotary_BLr = self._forward(x_BLD, tokens)
         room = ((0, 0), (0, context - x_BLD.shape[1]), (0, 0))
         return y_BLD, MLACache(jnp.pad(latent_BLR, room), jnp.pad(rotary_BLr, room))
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import Attention, options
-from uoe_jax.layers.common import scaled_normal, weight
+from uoe_jax.layers.common import scaled_normal, valid_tokens, weight
 from uoe_jax.peers.mixture import rescaled
 from uoe_jax.region import Region
 from uoe_jax.routing import RoutingStats, choose_experts, statistics
@@ -52,8 +52,8 @@ class MoH(Attention):
     ) -> tuple[jax.Array, RoutingStats]:
         weights_BLH, logits, chosen = self.weights(x_BLD)
         h = o.shape[2]
-        own_BLh = jax.lax.dynamic_slice_in_dim(region.each(weights_BLH), h * region.part, h, axis=2) if region.parts else weights_BLH
-        valid_BL = jnp.ones(x_BLD.shape[:2], bool) if segments_BL is None else segments_BL > 0
+        own_BLh = jax.lax.dynamic_slice_in_dim(region.each(weights_BLH), h * region.part, h, axis=2)
+        valid_BL = valid_tokens(segments_BL, x_BLD)
         chosen = chosen & valid_BL[..., None]
         return o * own_BLh[..., None].astype(o.dtype), statistics(logits, chosen, chosen, valid_BL)
 
