@@ -24,7 +24,7 @@ def get_config(variant: str = ""):
     c = experiment("quickstart", variant)
     rows = (*PEERS, "smha_only", "uome_only", *GATES, *CAPACITIES, *BALANCE)
     if variant != "tiny":
-        c.model.d_model, c.model.d_hidden = 128, 512
+        c.model.n_layers, c.model.d_model, c.model.d_hidden = 2, 128, 512
         c.train.steps, c.eval.every = 300, 100
         c.checkpoint.every = 0
     if variant == "flops":  # as many operations as full attention, not its width; no row of other capacity
