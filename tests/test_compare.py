@@ -88,6 +88,7 @@ def test_the_small_tables_hold_what_the_paper_and_the_design_name():
         ({"learning_rates": "10000"}, "config.optimizer.learning_rate=10000.0"),
         ({"search_steps": "801"}, "config.search_steps=801: a try is no longer than a run; give at most 800"),
         ({"lengths": "100000000"}, "config.lengths='100000000'"),
+        ({"length_rows": "uoe,mamba"}, "config.length_rows='uoe,mamba': 'mamba' is none of the rows"),
         ({"base.train.stop_after": "5"}, "config.base.train.stop_after=5"),
         ({"base.model.mlp": "xmoe"}, "config.base.model.mlp='xmoe': no row takes it"),
         ({"base.model.moe.k": "9"}, "config.base.model.moe.k=9: no row takes it"),

@@ -452,6 +452,39 @@ def test_every_epoch_has_every_row_once_in_a_new_order():
     assert flat == [i for epoch in epochs for i in epoch][: len(flat)]
 
 
+def test_batches_that_share_rows_out_by_length_hold_the_same_rows_in_any_process():
+    """LabelledRows of random lengths: every w steps hold what they held, cut by length; a function of the step alone."""
+    lengths = np.random.default_rng(0).integers(1, 33, 64)
+
+    class Ragged:
+        needs_all_rows = True
+
+        def __len__(self):
+            return len(lengths)
+
+        def n_tokens(self, i):
+            return lengths[i]
+
+        def drawn(self, i, seeds, other):
+            return {"row": np.int32(i), "tokens": np.int32(lengths[i])}
+
+        def trimmed(self, batch):
+            return batch
+
+    plain, shared = TrainBatches(Ragged(), 8, seed=1), TrainBatches(Ragged(), 8, seed=1, window=4)
+    orders = []
+    for group in range(4):  # two epochs
+        steps = range(4 * group, 4 * group + 4)
+        assert sorted(i for s in steps for i in plain.row_indices(s)) == sorted(i for s in steps for i in shared.row_indices(s))
+        spans = [(shared[s]["tokens"].min(), shared[s]["tokens"].max()) for s in steps]
+        assert all(a[1] <= b[0] for a, b in zip(sorted(spans), sorted(spans)[1:]))
+        orders.append(tuple(np.argsort([low for low, _ in spans])))
+    assert len(set(orders)) > 1
+    again = TrainBatches(Ragged(), 8, seed=1, held=[2, 5], window=4)
+    for step in (13, 2, 14, 3):
+        assert again[step]["row"].tolist() == shared[step]["row"][[2, 5]].tolist() == again.row_indices(step)
+
+
 @pytest.mark.parametrize("n_processes", [1, 2, 4])
 def test_processes_share_one_global_batch(n_processes):
     whole = TrainBatches(ROWS, 8, seed=1)

@@ -62,7 +62,7 @@ RULES = {
     "model.image": "height=1.. width=1.. channels=1.. patch=1..",
     "data": """
         source=stdlib|text|wikitext103|tfds_text|listops|imdb|aan|pathfinder|digits|cifar10|cifar100|imagenet2012 path=text name=text
-        tokenizer=bytes|bpe|words tokenizer_file=text min_count=1.. buckets=1..""",
+        tokenizer=bytes|bpe|words tokenizer_file=text min_count=1.. buckets=1.. sort_window=1..""",
     "data.listops": "min_length=1.. max_length=1.. max_depth=1..100 max_args=2..100 n_train=1.. n_eval=1.. seed=0..",
     "data.pathfinder": "size=16..512 length=2..30 distractors=0..100 n_train=1.. n_eval=1.. seed=0..",
     "augment": """
@@ -157,6 +157,7 @@ PAIRS: list[dict[str, Any]] = [
     *({name: value} for name, value in (("data.listops.seed", 1), ("data.pathfinder.size", 64), ("data.name", "lm1b"),
       ("data.min_count", 2), ("model.image.width", 8), ("model.classifier.pooling", "cls"))),
     {"eval.test": "true", "checkpoint.keep_best": 0},
+    {"data.sort_window": 4},
     {"data.buckets": 2, "mesh.expert": 4, "mesh.sequence_parallel": "true"},
     *({"model.context_length": n} for n in (1, 2, 4, 5)),  # no room for the sample's prompt
     {"generate.prompt": "x" * 64},

@@ -144,6 +144,7 @@ def check_idle(c: Config) -> None:
         ("data.path", d.source not in ("listops", "digits"), f"data.source={d.source!r} has no files; leave it out"),
         ("data.name", d.source == "tfds_text", "is for data.source='tfds_text'"),
         ("data.buckets", classify and (text or d.source == "listops"), "is for labelled text"),
+        ("data.sort_window", d.buckets > 1, "is for data.buckets of 2 or more"),
         ("data.min_count", d.tokenizer == "words", "is for data.tokenizer='words'"),
         ("data.tokenizer_file", d.tokenizer == "bpe", "is for data.tokenizer='bpe'"),
         ("data.tokenizer", text, f"is for text, and data.source={d.source!r} has none"),

@@ -73,6 +73,7 @@ class DataConfig:
     tokenizer_file: str = key("", "of tokenizer='bpe': what `uoe tokenizer train` or a tokenizers library wrote", free=True)
     min_count: int = key(3, "of tokenizer='words': how often a word must occur in the training split to be one", low=1)
     buckets: int = key(1, "lengths a batch of labelled text is padded to: this many, evenly up to model.context_length", low=1)
+    sort_window: int = key(1, "with buckets: consecutive training batches that share their rows out by length, so that most need little padding", low=1)
     listops: ListopsConfig = dataclasses.field(default_factory=ListopsConfig)
     pathfinder: PathfinderConfig = dataclasses.field(default_factory=PathfinderConfig)
 

@@ -61,6 +61,7 @@ def compared(made: Any, variant: str, short_rows: tuple[str, ...]) -> Any:
     if variant:
         made.seeds = 1
         made.rows = [row for row in made.rows if row[0] in short_rows]
+        made.length_rows = ""
     if variant == "short":
         base = made.base
         base.train.steps //= 3

@@ -17,6 +17,7 @@ ABLATIONS = ("smha_only", "uome_only", "hierarchical", "gate_none")
 
 def get_config(variant: str = ""):
     c = experiment("lra_listops:short", variant)
+    c.data.buckets = c.data.sort_window = 4
     if variant != "tiny":
         c.train.steps, c.eval.every = 500, 250
         c.checkpoint.every = 250
@@ -24,4 +25,5 @@ def get_config(variant: str = ""):
     title = "ListOps, expressions of at most 128 tokens"
     rows = (*PEERS, *ENCODERS, *ABLATIONS)
     made = table(c, rows, title=title, learning_rates="0.001,0.003", lengths=recipes.LENGTHS)
+    made.length_rows = ",".join((*PEERS, *ENCODERS))
     return recipes.compared(made, variant, PEERS)

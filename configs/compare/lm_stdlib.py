@@ -17,7 +17,7 @@ CAPACITIES = ("capacity_0.75", "capacity_1.0", "capacity_2.0")
 BALANCE = ("no_balance", "switch_balance", "bias_balance")
 
 TITLE = "Language models on the Python standard library, bytes"
-MORE = dict(learning_rates="0.001,0.003", lengths=recipes.LENGTHS)
+MORE = dict(learning_rates="0.001,0.003", lengths=recipes.LENGTHS, length_rows=",".join(PEERS))
 
 
 def get_config(variant: str = ""):

@@ -150,7 +150,9 @@ def measure(workdir_name: str) -> int:
     rows = {slug: {**timed, **counts(configs[slug])} for slug, timed in rows.items()}
     image = configs[reference].model.stem == "image"  # whose tokens are settled
     lengths = () if image else numbers("config.lengths", table["lengths"], int)
-    sweep, refused = over_lengths(configs, lengths, reference, table["rounds"])
+    wanted = {*table["length_rows"].split(","), table["reference"]}
+    swept = {slug: c for slug, c in configs.items() if not table["length_rows"] or table["rows"][slug]["name"] in wanted}
+    sweep, refused = over_lengths(swept, lengths, reference, table["rounds"])
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     made = {"jax": jax.__version__, "devices": devices, "python": sys.version.split()[0]}
     write_json(workdir / "measured.json", {"made": made, "rows": rows, "lengths": sweep, "refused": refused})

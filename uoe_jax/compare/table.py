@@ -43,6 +43,7 @@ class TableConfig:
     search_steps: int = key(0, "steps of each try, with seed 0; 0: a quarter of the run's", low=0)
     rounds: int = key(15, "interleaved measurements of a step's time", low=1, high=1000)
     lengths: str = key("", "context lengths at which a step of one row is measured, such as '64,128,256'; empty: none")
+    length_rows: str = key("", "the rows that are measured at these lengths, with commas between them; empty: all")
 
 
 class Row(NamedTuple):
@@ -114,7 +115,7 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
     if not isinstance(values.get("rows"), list) or not isinstance(values.get("base"), Mapping):
         raise UserError(f"--config={name}: is no table of rows; train it with uoe train, or give one of configs/compare/")
     base, rows, given = values.pop("base"), {n: dict(changes) for n, changes in values.pop("rows")}, values
-    asked = {}
+    asked, every = {}, tuple(rows)
     for key_, text in overrides.items():
         if key_.startswith("base."):
             name_of = key_.removeprefix("base.")
@@ -125,6 +126,9 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
         else:
             given[key_] = _parsed(key_, text)
     config = _table_config(given)
+    for name in filter(None, config.length_rows.split(",")):
+        if name not in every:
+            raise ConfigError("config.length_rows", config.length_rows, f"{name!r} is none of the rows {', '.join(every)}")
     if config.reference not in rows:
         raise ConfigError("config.reference", config.reference, f"is none of the rows {', '.join(rows)}")
     found = Table(config, tuple(_rows(base, rows, config)))

@@ -90,6 +90,10 @@ class PackedRows:
     def trimmed(self, batch: Row) -> Row:
         return batch
 
+    def n_tokens(self, i: int) -> int:
+        """All rows are alike: full."""
+        return self.length
+
     def drawn(self, i: int, seeds: Sequence[int], other: int) -> Row:
         """Row i; nothing of text is left to chance."""
         return self[i]

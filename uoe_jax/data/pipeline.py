@@ -43,6 +43,9 @@ class Rows(Protocol):
     def drawn(self, i: int, seeds: Sequence[int], other: int) -> Row:
         """Row i as training sees it, a pure function of all three: of the draws of `seeds`, and of another row it may be mixed with."""
 
+    def n_tokens(self, i: int) -> int:
+        """Tokens of row i, padding left out where there is much of it."""
+
     def padding_row(self) -> Row:
         """A row that counts for nothing."""
 
@@ -140,9 +143,12 @@ def _bundle(
 
 
 class TrainBatches:
-    """`batches[step]`: dict of arrays [B, …], or of the rows `held` of them; a new order every epoch."""
+    """`batches[step]`: dict of arrays [B, …], or of the rows `held` of them; a new order every epoch.
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int, held: Sequence[int] | None = None) -> None:
+    window: so many consecutive batches share their rows out by length, and come in an order drawn for them; 1: as they are.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int, held: Sequence[int] | None = None, window: int = 1) -> None:
         import grain  # imports jax, a second or two: only who trains pays for it
 
         if not 0 <= seed < 2**32:
@@ -151,18 +157,33 @@ class TrainBatches:
         self._batch_size = batch_size
         self._seed = seed
         self._held = _checked_rows(held, batch_size)
+        self._window, self._shared = window, (-1, np.zeros((0, 0), np.int64))
         # grain orders the indices and we fetch the rows: the order is the same, and grain need not measure each row.
         self._order = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat(None)
 
     def row_indices(self, step: int) -> list[int]:
         """Which rows this process takes at this step."""
-        base = step * self._batch_size
-        return [int(self._order[base + r]) for r in self._held]
+        entries = self._entries(step)
+        return [int(self._order[entries[r]]) for r in self._held]
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
             raise IndexError(f"step {step}")
-        return _batch(self._rows, lambda r: self._drawn(step * self._batch_size + r), self._batch_size, self._held)
+        entries = self._entries(step)
+        return _batch(self._rows, lambda r: self._drawn(int(entries[r])), self._batch_size, self._held)
+
+    def _entries(self, step: int) -> Sequence[int]:
+        """The places in the endless order of the rows of a batch."""
+        b, w = self._batch_size, self._window
+        if w == 1:
+            return range(step * b, (step + 1) * b)
+        group, turn = divmod(step, w)
+        if self._shared[0] != group:
+            places = np.arange(group * w * b, (group + 1) * w * b)
+            lengths = [self._rows.n_tokens(int(self._order[int(i)])) for i in places]
+            by_length = places[np.argsort(lengths, kind="stable")].reshape(w, b)
+            self._shared = group, by_length[np.random.default_rng((self._seed, group)).permutation(w)]
+        return self._shared[1][turn]
 
     def _drawn(self, entry: int) -> Row:
         """A row by its place in the endless order; the one after it is the one it may be mixed with."""

@@ -58,6 +58,10 @@ class LabelledRows:
             image = augment.mixed(image, self._image(augment.augmented, other, example, c, rng, *self._size), mix)
         return self._image_row(image, label, example.label, share)
 
+    def n_tokens(self, i: int) -> int:
+        """The valid tokens of row i; of a pair, of the longer input."""
+        return int(self[i]["segments"].sum(axis=-1).max())
+
     def padding_row(self) -> Row:
         """A row that holds nothing and counts for nothing."""
         return self._padding

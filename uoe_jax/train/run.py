@@ -82,7 +82,7 @@ class Run:
         """
         c, program = self.config, self.program
         rows = mesh_lib.local_rows(program.mesh, c.train.batch_size)
-        batches = TrainBatches(self.data.train, c.train.batch_size, c.train.seed, rows)
+        batches = TrainBatches(self.data.train, c.train.batch_size, c.train.seed, rows, c.data.sort_window)
         offset = int(jax.device_get(self.state.guard.offset))
         fetch = lambda step: mesh_lib.put_batch(program.mesh, batches[step + offset])  # noqa: E731
         if self.owed:
