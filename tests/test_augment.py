@@ -303,6 +303,7 @@ def test_grey_is_that_of_long_range_arena():
 
 
 def test_pixels_become_floats_around_nought():
-    x = as_floats(np.uint8([[[0], [255], [51]]]))
+    x = as_floats(np.uint8([[[0], [255], [51]]]), 2.0)
     assert x.dtype == np.float32 and x.shape == (1, 3, 1)
     np.testing.assert_allclose(x.reshape(-1), [-2, 2, -1.2], rtol=1e-6)
+    np.testing.assert_allclose(as_floats(np.uint8([[[0], [255], [51]]]), 1.0).reshape(-1), [-1, 1, -0.6], rtol=1e-6)

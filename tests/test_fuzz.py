@@ -39,7 +39,7 @@ RULES = {
     "model": """
         task=language|classify stem=tokens|image vocab_size=0.. d_model=1.. n_layers=1.. n_heads=1.. n_kv_heads=0.. d_hidden=1..
         context_length=1.. causal=bool activation=gelu|gelu_tanh|relu|swiglu|geglu
-        norm=rmsnorm|layernorm norm_eps=>0.0..1 qk_norm=bool position=rope|learned|none rope_theta=1.0..1e12 bias=bool
+        norm=rmsnorm|layernorm norm_eps=>0.0..1 qk_norm=bool position=rope|learned|none rope_theta=1.0..1e12 rope_scaling=text bias=bool qkv_bias=bool
         tie_embeddings=bool dropout=0.0..0.99 attention_dropout=0.0..0.99 dtype=float32|bfloat16|float16
         attention=smha|dense|mla|moh|mosa|linformer|nystromformer|performer|reformer|long_short
         mlp=uome|dense|token_choice|expert_choice|deepseek_moe|xmoe|skywork_moe
@@ -59,7 +59,7 @@ RULES = {
     "model.reformer": "n_hashes=1.. chunk=1..",
     "model.long_short": "window=2.. rank=1..",
     "model.classifier": "n_classes=2.. pooling=mean|cls n_inputs=1..2 d_head=0..",
-    "model.image": "height=1.. width=1.. channels=1.. patch=1..",
+    "model.image": "height=1.. width=1.. channels=1.. patch=1.. bound=>0.0..1e3",
     "data": """
         source=stdlib|text|wikitext103|tfds_text|listops|imdb|aan|pathfinder|digits|cifar10|cifar100|imagenet2012 path=text name=text
         tokenizer=bytes|bpe|words tokenizer_file=text min_count=1.. buckets=1.. sort_window=1..""",
@@ -158,6 +158,10 @@ PAIRS: list[dict[str, Any]] = [
       ("data.min_count", 2), ("model.image.width", 8), ("model.classifier.pooling", "cls"))),
     {"eval.test": "true", "checkpoint.keep_best": 0},
     {"data.sort_window": 4},
+    *({"model.rope_scaling": text} for text in ("8", "8,1,4", "8,4,1,64", "0.5,1,4,64", "a,b,c,d", "8,1,4,nan", "8,1,4,64,2")),
+    {"model.rope_scaling": "8,1,4,64", "model.position": "learned"},
+    {"model.qkv_bias": "true", "model.bias": "true"},
+    {"model.qkv_bias": "true", "model.attention": "mla"},
     {"data.buckets": 2, "mesh.expert": 4, "mesh.sequence_parallel": "true"},
     *({"model.context_length": n} for n in (1, 2, 4, 5)),  # no room for the sample's prompt
     {"generate.prompt": "x" * 64},

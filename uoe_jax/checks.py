@@ -31,11 +31,31 @@ def check_model(m: ModelConfig) -> None:
         odd = f"cuts d_model={m.d_model} into heads of odd width {m.head_dim}"
         remedy = f"{odd}; rope needs even, so give fewer heads, or position='learned'"
         raise ConfigError("config.model.n_heads", m.n_heads, remedy)
+    if m.qkv_bias and (m.bias or m.attention not in ("dense", "smha")):
+        remedy = "model.bias has these already; give one of both" if m.bias else "is for model.attention='dense' or 'smha'"
+        raise ConfigError("config.model.qkv_bias", True, remedy)
+    check_stretch(m)
     check_task(m)
     check_cutoffs(m, m.vocab_size)
     for name, r in m.unions().items():
         check_routing(f"config.model.{name}", r, m)
     check_peers(m)
+
+
+def check_stretch(m: ModelConfig) -> None:
+    """Checks the stretching of rotary frequencies."""
+    if not m.rope_scaling:
+        return
+    name = "config.model.rope_scaling"
+    if m.position != "rope":
+        raise ConfigError(name, m.rope_scaling, f"is for rotary positions, and config.model.position={m.position!r}; use ''")
+    try:
+        factor, low, high, length = m.rope_stretch
+    except ValueError:
+        factor = low = high = length = 0.0
+    if not (1 <= factor < 1e6 and 0 < low < high < 1e6 and 1 <= length < 1e12):
+        remedy = "give four numbers, factor (1 or more), low, high (above low) and length in tokens, such as '8,1,4,8192'"
+        raise ConfigError(name, m.rope_scaling, remedy)
 
 
 def check_cutoffs(m: ModelConfig, vocabulary: int) -> None:

@@ -54,6 +54,7 @@ class ImageConfig:
     width: int = key(32, "pixels", low=1)
     channels: int = key(3, "values of a pixel", low=1)
     patch: int = key(4, "side of the square that becomes one token, in pixels", low=1)
+    bound: float = key(2.0, "pixels are scaled to lie between -bound and bound", above=0, high=1e3)
 
     @property
     def values(self) -> int:
@@ -87,7 +88,11 @@ class ModelConfig:
     qk_norm: bool = key(False, "RMSNorm of every query and key, with one scale for all heads")
     position: str = key("rope", "position information", choices=("rope", "learned", "none"))
     rope_theta: float = key(10000.0, "base of the rotary frequencies", low=1, high=1e12)
+    rope_scaling: str = key(
+        "", "rotary frequencies stretched as in Llama 3.1: 'factor,low,high,length' such as '8,1,4,8192', for contexts longer than length"
+    )
     bias: bool = key(False, "biases in projections")
+    qkv_bias: bool = key(False, "biases of queries, keys and values alone, as in Qwen2")
     tie_embeddings: bool = key(True, "the output head is the embedding")
     cutoffs: str = key(
         "", "adaptive softmax: where the vocabulary, most frequent first, is cut, such as '20000,40000,200000'; empty: one piece"
@@ -126,6 +131,11 @@ class ModelConfig:
         """(words, width of their vectors) of every piece of the vocabulary."""
         edges = (0, *self.cutoff_list, self.vocab_size)
         return tuple((end - start, self.d_model // self.cutoff_div**i) for i, (start, end) in enumerate(zip(edges, edges[1:])))
+
+    @property
+    def rope_stretch(self) -> tuple[float, float, float, float] | None:
+        """(factor, low, high, length) of `rope_scaling`."""
+        return tuple(float(part) for part in self.rope_scaling.split(",")) if self.rope_scaling else None
 
     @property
     def kv_heads(self) -> int:

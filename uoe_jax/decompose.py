@@ -151,6 +151,7 @@ def _sizes(c: ModelConfig) -> dict[str, Any]:
 def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
     """The leaves the block has in a model of this configuration."""
     absent = set() if c.bias else {name for name in AXES[block] if name.startswith("b")}
+    absent -= {"b_q", "b_k", "b_v"} if c.qkv_bias else set()
     absent |= set() if c.activation in GATED else {"w_gate", "b_gate"}
     absent |= set() if c.qk_norm else {"q_scale", "k_scale"}
     return tuple(name for name in AXES[block] if name not in absent)

@@ -35,7 +35,8 @@ def _attention(c: ModelConfig) -> Cost:
 
 def bias_parameters(c: ModelConfig) -> tuple[int, int]:
     """Biases of one layer of dense blocks or unions: (into the heads and the hidden units, out of them)."""
-    return (c.head_dim * (c.n_heads + 2 * c.kv_heads) + c.n_into * c.d_hidden, 2 * c.d_model) if c.bias else (0, 0)
+    heads = c.head_dim * (c.n_heads + 2 * c.kv_heads)
+    return (heads + c.n_into * c.d_hidden, 2 * c.d_model) if c.bias else (heads * c.qkv_bias, 0)
 
 
 def active_parameters(c: ModelConfig) -> float:

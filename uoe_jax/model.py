@@ -135,7 +135,7 @@ class Stack(nnx.Module):
         """Rotary tables, where the model has them."""
         if self.config.position != "rope":
             return None
-        return rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
+        return rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta, self.config.rope_stretch)
 
 
 class Transformer(Stack):

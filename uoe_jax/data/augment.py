@@ -134,9 +134,9 @@ def grey_tokens(image: np.ndarray) -> np.ndarray:
     return (grey * np.float32(255.5)).astype(np.int32).reshape(-1)
 
 
-def as_floats(image: np.ndarray) -> np.ndarray:
-    """float32 of the same shape, from -2 to 2: what the model takes for uint8 pixels; of numpy as of jax."""
-    return (image.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.25)
+def as_floats(image: np.ndarray, bound: float) -> np.ndarray:
+    """float32 of the same shape, from -bound to bound: what the model takes for uint8 pixels; of numpy as of jax."""
+    return (image.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.5 / bound)
 
 
 def _check(image: np.ndarray) -> None:

@@ -104,6 +104,7 @@ def options(c: ModelConfig) -> dict[str, Any]:
     """What every attention block is told of the model's configuration beside its sizes."""
     return dict(
         bias=c.bias,
+        qkv_bias=c.qkv_bias,
         causal=c.causal,
         drop_rate=c.attention_dropout,
         qk_norm_eps=c.norm_eps if c.qk_norm else None,
@@ -115,6 +116,7 @@ def options(c: ModelConfig) -> dict[str, Any]:
 class Attention(nnx.Module):
     """Multi-head attention with grouped key/value heads; letters in `layers.common`.
 
+    bias: of all projections; qkv_bias: of those into the heads alone.
     qk_norm_eps: RMSNorm over every query and key, with a scale that all heads share (as in Qwen3); None: none.
     """
 
@@ -125,6 +127,7 @@ class Attention(nnx.Module):
         *,
         n_kv_heads: int = 0,
         bias: bool = False,
+        qkv_bias: bool = False,
         causal: bool = False,
         drop_rate: float = 0.0,
         qk_norm_eps: float | None = None,
@@ -138,9 +141,9 @@ class Attention(nnx.Module):
         self.w_k = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
         self.w_v = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
         self.w_o = weight(rngs, (h, dh, d), ("heads", None, "embed"), scaled_normal(d, out_scale))
-        self.b_q = weight(rngs, (h, dh), ("heads", None), zeros) if bias else None
-        self.b_k = weight(rngs, (g, dh), ("heads", None), zeros) if bias else None
-        self.b_v = weight(rngs, (g, dh), ("heads", None), zeros) if bias else None
+        self.b_q = weight(rngs, (h, dh), ("heads", None), zeros) if bias or qkv_bias else None
+        self.b_k = weight(rngs, (g, dh), ("heads", None), zeros) if bias or qkv_bias else None
+        self.b_v = weight(rngs, (g, dh), ("heads", None), zeros) if bias or qkv_bias else None
         self.q_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.k_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None

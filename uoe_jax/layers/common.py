@@ -169,11 +169,22 @@ def tokens_like(x_BLD: jax.Array) -> Tokens:
     return Tokens(None, jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l)))
 
 
-def rotary_tables(positions_BL: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, float32 [..., Dh/2] for positions [...]."""
+def rotary_tables(
+    positions_BL: jax.Array, head_dim: int, theta: float, stretch: tuple[float, float, float, float] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, float32 [..., Dh/2] for positions [...]; stretch: see `stretched`."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequency = frequency if stretch is None else stretched(frequency, *stretch)
     angle = along_last(frequency, positions_BL[..., None]) * positions_BL[..., None].astype(jnp.float32)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def stretched(frequency: jax.Array, factor: float, low: float, high: float, length: float) -> jax.Array:
+    """Rotary frequencies for contexts longer than the `length` they were trained with, as in Llama 3.1: divided by `factor`
+    where they turn fewer than `low` times in it, kept where more than `high` times, and in between blended."""
+    turns = length * frequency / (2 * math.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> jax.Array:

@@ -31,7 +31,7 @@ class SMHA(Union):
     Args:
       d_model, n_heads, n_kv_heads: D, H and G of the whole block; an expert has h = H/N and g = G/N heads.
       routing: N, K, capacity, patch size, gate.
-      bias: biases of q, k, v per expert, one output bias for the union.
+      bias: biases of q, k, v per expert, one output bias for the union. qkv_bias: the former alone.
       causal: admit only what cannot see the future. drop_rate: dropout of the attention weights, in training.
       qk_norm_eps: RMSNorm over every query and key, with a scale that all experts share; None: none.
       dtype: of the computation; weights are float32. rule: what the router's logits mean.
@@ -48,6 +48,7 @@ class SMHA(Union):
         *,
         n_kv_heads: int = 0,
         bias: bool = False,
+        qkv_bias: bool = False,
         causal: bool = False,
         drop_rate: float = 0.0,
         qk_norm_eps: float | None = None,
@@ -67,9 +68,9 @@ class SMHA(Union):
         self.w_k = weight(rngs, (n, d, g, dh), into, scaled_normal(d))
         self.w_v = weight(rngs, (n, d, g, dh), into, scaled_normal(d))
         self.w_o = weight(rngs, (n, h, dh, d), ("expert", None, None, "embed"), scaled_normal(d, out_scale))
-        self.b_q = weight(rngs, (n, h, dh), ("expert", None, None), zeros) if bias else None
-        self.b_k = weight(rngs, (n, g, dh), ("expert", None, None), zeros) if bias else None
-        self.b_v = weight(rngs, (n, g, dh), ("expert", None, None), zeros) if bias else None
+        self.b_q = weight(rngs, (n, h, dh), ("expert", None, None), zeros) if bias or qkv_bias else None
+        self.b_k = weight(rngs, (n, g, dh), ("expert", None, None), zeros) if bias or qkv_bias else None
+        self.b_v = weight(rngs, (n, g, dh), ("expert", None, None), zeros) if bias or qkv_bias else None
         self.q_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.k_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None

@@ -36,7 +36,7 @@ def _over_projections(c: ModelConfig, length: int, core: float, more: int = 0) -
     """Of a block with the dense block's projections, `more` weights beside them, and another core."""
     d, dh, h, g = c.d_model, c.head_dim, c.n_heads, c.kv_heads
     projections = d * dh * (2 * h + 2 * g)
-    biases = c.bias * (dh * (h + 2 * g) + d)
+    biases = (c.bias or c.qkv_bias) * dh * (h + 2 * g) + c.bias * d
     weights = projections + biases + 2 * dh * c.qk_norm + more
     return Cost(2 * length * projections + core, core, weights, weights, length * dh * (2 * h + 2 * g))
 

@@ -123,7 +123,7 @@ def _class_sums(model: Classifier, batch: Batch, c: Config) -> Sums:
     """Cross entropy with the class, in nats, over examples; in training smoothed as configured."""
     inputs = batch["inputs"]
     if c.model.stem == "image":  # a byte a pixel goes to the device
-        inputs = as_floats(inputs)
+        inputs = as_floats(inputs, c.model.image.bound)
     logits_BC, routing = model(inputs, batch["segments"], batch.get("keys"))
     n_classes = c.model.classifier.n_classes
     target_BC = jnp.zeros_like(logits_BC)
