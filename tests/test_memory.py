@@ -27,7 +27,7 @@ MODELS = {
         BASE, activation="swiglu", n_kv_heads=4, bias=True, norm="layernorm", position="learned", tie_embeddings=False,
         smha=dataclasses.replace(R, n_experts=4, k=1, router_bias=True), uome=dataclasses.replace(R, patch_size=4, capacity_factor=1.5, bias_rate=0.1),
     ),
-    "biases of queries, keys and values": dataclasses.replace(BASE, qkv_bias=True, n_kv_heads=4, smha=dataclasses.replace(R, n_experts=4), uome=R),
+    "biases of queries, keys and values": dataclasses.replace(BASE, qkv_bias=True, n_kv_heads=4, smha=dataclasses.replace(R, n_experts=4, k=2), uome=R),
     "project": dataclasses.replace(BASE, smha=dataclasses.replace(R, order="project"), uome=dataclasses.replace(R, order="project")),
     "scatter": dataclasses.replace(
         BASE, smha=dataclasses.replace(R, dispatch="scatter"), uome=dataclasses.replace(R, dispatch="scatter")
