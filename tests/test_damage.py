@@ -343,12 +343,12 @@ def test_evaluation_passes_over_a_damaged_checkpoint(good, tmp_path, monkeypatch
     def build(_, mesh):
         everywhere = NamedSharding(mesh, PartitionSpec())
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), rich_state(0))
-        return SimpleNamespace(abstract=shapes)
+        return SimpleNamespace(abstract=SimpleNamespace(**shapes))
 
     monkeypatch.setattr(restore, "build", build)
     with restore.restored(Config(), str(tmp_path / "run")) as run:
         assert run.step == 1
-        assert_same(run.state, rich_state(1))
+        assert_same(run.params, rich_state(1)["params"])
     said = capsys.readouterr().err
     assert said.startswith("uoe: ") and "checkpoints/2: this checkpoint is damaged" in said and said.count("\n") == 1
     with pytest.raises(CheckpointDamaged), restore.restored(Config(), str(tmp_path / "run"), "2"):

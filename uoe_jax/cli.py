@@ -205,7 +205,7 @@ def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config, data = agreed_data(config, options.workdir, step=options.step, split=options.split)
     processes.by_first(lambda: check_record(options.workdir, data.record, store=False))
     with restored(config, options.workdir, options.step) as run:
-        found, _ = evaluate(run.program, run.state.params, getattr(data, options.split), config)
+        found, _ = evaluate(run.program, run.params, getattr(data, options.split), config)
         if processes.is_first():
             print(json.dumps({"step": run.step, "split": options.split, **found}))
     return EXIT_DONE
@@ -232,7 +232,7 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     processes.same_command(config, step=options.step)
     tokenizer = tokenizer_of_run(config, options.workdir)
     with restored(config, options.workdir, options.step) as run:
-        sampler = Sampler(config, run.program.model, run.state.params, tokenizer)
+        sampler = Sampler(config, run.program.model, run.params, tokenizer)
         completion = sampler.complete([config.generate.prompt])[0]
         if processes.is_first():
             _print_completion(run.step, completion, sampler, cache_bytes(config.model, rows=1, dense=True))

@@ -252,13 +252,14 @@ class CheckpointStore:
         """
         return saved.read_metadata(self._path(step))
 
-    def restore(self, step: int, abstract_state: Any) -> Any:
+    def restore(self, step: int, abstract_state: Any, partial: bool = False) -> Any:
         """Reads the checkpoint of `step` into the structure, dtypes, shapes and shardings of `abstract_state`.
 
         Args:
           step: one of steps().
           abstract_state: the tree that was saved, with a jax.ShapeDtypeStruct with a sharding (or an array) for each
             leaf. The sharding may differ from the one at the time of the save, nothing else may.
+          partial: `abstract_state` is a part of that tree, as nested dicts, and the rest is not read.
 
         Raises:
           UserError: no such step, another format, or the checkpoint has other leaves, dtypes or shapes.
@@ -266,15 +267,15 @@ class CheckpointStore:
           RunError: it cannot be read now (rights, memory, the network).
           ValueError: a leaf without a sharding (Orbax would fall back on the saved devices).
         """
-        return saved.restore(self._path(step), abstract_state)[0]
+        return saved.restore(self._path(step), abstract_state, partial)[0]
 
     def restore_newest(
-        self, abstract_state: Any, say: Callable[[str], None] = log.warning
+        self, abstract_state: Any, say: Callable[[str], None] = log.warning, partial: bool = False
     ) -> tuple[Any, int, dict[str, Any]] | None:
         """Restores the newest checkpoint that is not damaged; None where there never was one.
 
         Newer ones, found damaged, are then moved to `<workdir>/damaged` (not where read_only), and `say` gets a sentence for
-        the person about each, in process 0.
+        the person about each, in process 0. partial: as `restore`.
 
         Returns:
           (state, step, metadata), see `restore` and `metadata`.
@@ -287,11 +288,11 @@ class CheckpointStore:
         self.wait()
         for step in reversed(self.steps()):
             try:
-                state, metadata = saved.restore(self._path(step), abstract_state)
+                state, metadata = saved.restore(self._path(step), abstract_state, partial)
             except CheckpointDamaged as error:
                 if self._read_only and not by_first((self.directory / str(step)).exists):
                     self._list()  # a run beside this deleted it, and has newer ones
-                    return self.restore_newest(abstract_state, say)
+                    return self.restore_newest(abstract_state, say, partial)
                 damaged[step] = error.reason
                 continue
             for bad, reason in damaged.items():  # not before: what fails for all of them lies elsewhere

@@ -12,14 +12,14 @@ from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config
 from uoe_jax.errors import UserError
 from uoe_jax.train.checkpoint import CheckpointStore
-from uoe_jax.train.step import Program, TrainState, build
+from uoe_jax.train.step import Params, Program, build
 
 
 class Restored(NamedTuple):
-    """A run at one of its checkpoints."""
+    """The parameters of a run at one of its checkpoints."""
 
     program: Program
-    state: TrainState
+    params: Params
     step: int
 
 
@@ -38,10 +38,11 @@ def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Re
     with jax.set_mesh(mesh), CheckpointStore(workdir, read_only=True) as store:
         step = _step(store, which)
         program = build(config, mesh)
-        if which == "latest" and (newest := store.restore_newest(program.abstract, say=_say)):
-            yield Restored(program, *newest[:2])
+        abstract = {"params": program.abstract.params}  # the optimizer's two thirds of a checkpoint stay on the disk
+        if which == "latest" and (newest := store.restore_newest(abstract, _say, partial=True)):
+            yield Restored(program, newest[0]["params"], newest[1])
         else:
-            yield Restored(program, store.restore(step, program.abstract), step)
+            yield Restored(program, store.restore(step, abstract, partial=True)["params"], step)
 
 
 def _say(sentence: str) -> None:

@@ -193,18 +193,22 @@ def names_aside(aside: epath.Path) -> list[str]:
 # --- reading back ---------------------------------------------------------------------------------------------------
 
 
-def restore(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
-    """(The whole state of a checkpoint, its metadata); see CheckpointStore.restore."""
+def restore(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any, dict[str, Any]]:
+    """(The whole state of a checkpoint, or `partial` what is asked for of it; its metadata); see CheckpointStore.restore."""
     _check_placed(abstract)
-    metadata = read_metadata(path)
-    if metadata["format_version"] == 1:
+    metadata, wanted = read_metadata(path), describe(abstract)
+    there = {name: leaf for name, leaf in metadata["leaves"].items() if name in wanted or not partial}
+    if not partial and all(name.startswith("params/") for name in there):
+        raise UserError(f"{path}: holds parameters alone, as an imported model does; train them in a new --workdir with "
+                        f"--{_INIT_FROM}={path}")
+    if metadata["format_version"] == 1 and not partial:
         raise UserError(f"{path}: format_version=1 is of an older uoe_jax, whose training state lacks leaves; start in a "
                         f"new --workdir with --{_INIT_FROM}={path}")
-    if differences := list(_differences(metadata["leaves"], describe(abstract))):
+    if differences := list(_differences(there, wanted)):
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
         raise UserError(f"{path}: this checkpoint does not fit the model: {differences[0]}{more}; use the configuration "
                         "it was saved with, or another --workdir")
-    return _load(path, abstract, metadata["leaves"]), metadata
+    return _load(path, abstract, there, partial), metadata
 
 
 def load_params(path: str | os.PathLike[str], abstract_params: Any) -> tuple[Any, list[str], dict[str, str]]:

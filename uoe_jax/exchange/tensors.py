@@ -1,0 +1,124 @@
+"""A directory of weights as Hugging Face has it: `model.safetensors`, or shards beside `model.safetensors.index.json`.
+
+Tensors are read one at a time, and written a shard at a time, so that a model is never held twice.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Callable, Iterable, NamedTuple
+
+import ml_dtypes  # noqa: F401  teaches numpy bfloat16
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from uoe_jax.errors import RunError, UserError
+from uoe_jax.workdir import read_json, write_json
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+_DOWNLOAD = "download the whole model again, or save it with save_pretrained"
+
+
+class Tensors:
+    """The tensors of a directory, by name.
+
+    Raises:
+      UserError: there are none, a shard is missing, or a file is cut off or no safetensors.
+    """
+
+    def __init__(self, directory: epath.Path, option: str = "--from") -> None:
+        self._place, self._option = directory, option
+        index = read_json(directory / INDEX, _DOWNLOAD)
+        if index is None:
+            self._file_of = dict.fromkeys(self._open(FILE).keys(), FILE)
+            return
+        self._file_of = index.get("weight_map")
+        if not isinstance(self._file_of, dict):
+            raise self._error(INDEX, "has no weight_map")
+        held = {file: set(self._open(file).keys()) for file in sorted(set(self._file_of.values()))}
+        for name, file in self._file_of.items():
+            if name not in held[file]:
+                raise self._error(file, f"lacks {name}, which {INDEX} says it holds")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in the dtype it has there."""
+        return self._open(self._file_of[name]).get_tensor(name)
+
+    def _open(self, file: str) -> Any:
+        # Opened for every read: what a mapped file had in memory is given back with it.
+        if not (self._place / file).is_file():
+            others = [p.name for p in self._place.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack")]
+            why = f"is missing ({others[0]} is there, which is not read)" if others else "is missing"
+            raise self._error(file, why)
+        try:
+            return safe_open(str(self._place / file), "numpy")
+        except (SafetensorError, OSError) as error:
+            raise self._error(file, f"cannot be read, cut off perhaps ({error})") from error
+
+    def _error(self, file: str, why: str) -> UserError:
+        return UserError(f"{self._option}={self._place}: {file} {why}; {_DOWNLOAD}")
+
+
+class Tensor(NamedTuple):
+    """A tensor to write. make: gives it, of that shape, when its turn has come."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def write(directory: epath.Path, tensors: Iterable[Tensor], dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes tensors into files of at most `shard_bytes` (or of one tensor), and reads every file back.
+
+    Raises:
+      RunError: what was read is not what was written.
+    """
+    kind = np.dtype(dtype)
+    shards: list[list[Tensor]] = [[]]
+    size = total = 0
+    for tensor in tensors:
+        nbytes = int(np.prod(tensor.shape)) * kind.itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size, total = size + nbytes, total + nbytes
+    files = [FILE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards):
+        # Contiguous: of a transposed view safetensors writes the bytes in the order of the memory, with no error.
+        held = {t.name: np.ascontiguousarray(np.asarray(t.make()).astype(kind, copy=False)) for t in shard}
+        save_file(held, str(directory / file), metadata={"format": "pt"})
+        _compare(directory / file, held)
+    if len(shards) > 1:
+        where = {t.name: file for file, shard in zip(files, shards) for t in shard}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _compare(file: epath.Path, held: dict[str, np.ndarray]) -> None:
+    """RunError unless a file holds exactly these."""
+    with safe_open(str(file), "numpy") as there:
+        if set(there.keys()) != set(held):
+            raise RunError(f"{file}: does not hold the tensors that were written; write it again, on another disk perhaps")
+        for name, array in held.items():
+            found = there.get_tensor(name)
+            same = found.shape == array.shape and found.dtype == array.dtype
+            if not same or found.tobytes() != array.tobytes():
+                raise RunError(f"{file}: {name} is not what was written; write it again, on another disk perhaps")
+
+
+def write_text_json(path: epath.Path, value: dict[str, Any]) -> None:
+    """JSON with sorted keys, as `save_pretrained` writes it."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
