@@ -83,7 +83,7 @@ def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
             for name, content in files.items():
                 _write(temporary / name, content)
             if damage := _damage({name: (temporary / name).read_bytes() for name in files}, files, config, weights, forward):
-                raise RunError(f"--out={out}: {damage}; nothing is left there, so look after the disk and run this again")
+                raise RunError(f"--out={out}: {damage}; nothing is left there: try again, and report it if it stays so")
         temporary.rename(out)
     except OSError as error:
         reason = error.strerror or error
