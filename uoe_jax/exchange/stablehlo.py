@@ -1,0 +1,197 @@
+"""A trained model as StableHLO with its weights, in a directory that jax alone can run.
+
+`model.stablehlo` is MAGIC, the length of the header in 8 little-endian bytes, a header in JSON, and what `jax.export`
+serialises: forward(weights by dotted name, *inputs) -> logits, for any batch size, on one device of any platform.
+`model.safetensors` has the weights, `load.py` an example that runs the model without this package. StableHLO promises to be
+read for half a year: it is for running a model elsewhere, and the checkpoint is what lasts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from jax import export
+
+import uoe_jax
+from uoe_jax.config import Config, MeshConfig
+from uoe_jax.errors import RunError, UserError
+from uoe_jax.mesh import make_mesh
+from uoe_jax.train.step import Params, functional
+from uoe_jax.train.task import task_of
+from uoe_jax.workdir import is_remote
+
+MAGIC = b"UOESHLO1"
+PLATFORMS = ("cpu", "cuda", "tpu")
+PROGRAM, WEIGHTS, EXAMPLE = "model.stablehlo", "model.safetensors", "load.py"
+_TOLERANCE = 1e-5  # of max|a-b| / max|b|
+
+_LOAD = f'''\
+"""Runs the model in this directory on one batch. Needs jax, flatbuffers, numpy and safetensors."""
+import hashlib, json, pathlib, sys
+import jax.export, numpy as np
+from safetensors.numpy import load_file
+
+here = pathlib.Path(__file__).parent
+data = (here / "{PROGRAM}").read_bytes()
+start = 16 + int.from_bytes(data[8:16], "little")  # of the program, behind the header
+if data[:8] != {MAGIC!r} or hashlib.sha256(data[start:]).hexdigest() != json.loads(data[16:start])["sha256"]:
+    sys.exit("{PROGRAM} is damaged: it does not have the checksum it was written with; copy it again")
+header = json.loads(data[16:start])  # inputs, outputs and parameters: names, shapes and dtypes
+forward = jax.jit(jax.export.deserialize(data[start:]).call)
+weights = load_file(here / "{WEIGHTS}")
+inputs = [np.ones([2 if n == "b" else n for n in a["shape"]], a["dtype"]) for a in header["inputs"]]
+print("logits", forward(weights, *inputs).shape)
+'''
+
+
+def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
+    """Writes the directory `out`, whole or not at all; what was written is read back and compared.
+
+    That takes memory on the host for some four times the weights.
+
+    The program takes tokens int32 [b,L] of a language model and gives logits float32 [b,L,V]. Of a classifier it takes
+    inputs, token ids int32 [b,L] or images float32 [b,height,width,channels] (bytes through `augment.as_floats`), and
+    segments int32 [b,L], 1 at tokens and 0 at padding, and gives [b,n_classes]; of two inputs, [b,2,…] each.
+
+    Args:
+      params: as `Program.model` takes them; the weights may lie on any mesh of this process.
+
+    Raises:
+      UserError: `out` exists, or cannot be written.
+      RunError: what is there is not what was written, or does not compute what the model does.
+    """
+    if is_remote(out):
+        raise UserError(f"--out={out}: a directory must be renamed, which gs:// cannot; give a local one, and copy that")
+    if os.path.lexists(out):
+        raise UserError(f"--out={out}: exists already; remove it, or give another directory")
+    temporary = out.parent / f".{out.name}.{os.getpid()}"
+    try:
+        temporary.mkdir()
+        # On one device nothing is cut. The CPU, because elsewhere two programs that are alike may round differently.
+        with jax.set_mesh(make_mesh(MeshConfig(), devices=_one_device())):
+            weights, forward = by_name(params), _forward(config, params)
+            program, data = _program(config, forward, weights), safetensors.numpy.save(weights)
+            files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
+            for name, content in files.items():
+                _write(temporary / name, content)
+            if damage := _damage({name: (temporary / name).read_bytes() for name in files}, files, config, weights, forward):
+                raise RunError(f"--out={out}: {damage}; nothing is left there: try again, and report it if it stays so")
+        temporary.rename(out)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--out={out}: cannot be written ({reason}); mend that, or give another directory") from error
+    finally:
+        temporary.rmtree(missing_ok=True)
+
+
+def by_name(params: Params) -> dict[str, np.ndarray]:
+    """The weights on the host by dotted name, in the order of their names, as jax orders them."""
+    # The writer of safetensors takes the bytes as they lie, whatever the strides.
+    weights = {_dotted(path): np.asarray(jax.device_get(leaf), order="C") for path, leaf in jax.tree.leaves_with_path(params)}
+    return dict(sorted(weights.items()))
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _one_device() -> list[jax.Device]:
+    """The CPU, or where jax was told to leave it out, the first device there is."""
+    try:
+        return jax.local_devices(backend="cpu")[:1]
+    except RuntimeError:
+        return jax.local_devices()[:1]
+
+
+def _forward(config: Config, params: Params) -> Any:
+    """(weights by dotted name, *inputs) -> logits."""
+    rebuild = functional(config.model)[1]
+    names = jax.tree.map_with_path(lambda path, _: _dotted(path), params)
+
+    def forward(weights: dict[str, jax.Array], *inputs: jax.Array) -> jax.Array:
+        return rebuild(jax.tree.map(weights.get, names))(*inputs)[0]
+
+    return forward
+
+
+def _inputs(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the model takes beside its weights, by name."""
+    batch = task_of(config).shapes(config)
+    (b,) = export.symbolic_shape("b")
+    found = {}
+    for name in ("tokens",) if config.model.task == "language" else ("inputs", "segments"):
+        shape, dtype = batch[name]
+        dtype = jnp.float32 if dtype == jnp.uint8 else dtype  # a byte a pixel goes to the device; the model takes floats
+        found[name] = jax.ShapeDtypeStruct((b, *shape[1:]), dtype)
+    return found
+
+
+def _program(config: Config, forward: Any, weights: dict[str, np.ndarray]) -> bytes:
+    """What is to stand in `model.stablehlo`."""
+    inputs, parameters = _inputs(config), {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()}
+    exported = export.export(jax.jit(forward, keep_unused=True), platforms=PLATFORMS)(parameters, *inputs.values())
+    blob = bytes(exported.serialize())
+
+    def described(name: str, a: Any) -> dict[str, Any]:
+        return {"name": name, "shape": [n if isinstance(n, int) else str(n) for n in a.shape], "dtype": str(a.dtype)}
+
+    header = {
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "versions": {"jax": jax.__version__, "uoe_jax": uoe_jax.__version__},
+        "platforms": list(exported.platforms),
+        "inputs": [described(name, a) for name, a in inputs.items()],
+        "outputs": [described("logits", a) for a in exported.out_avals],
+        "parameters": [described(name, a) for name, a in parameters.items()],
+    }
+    text = json.dumps(header).encode()
+    return MAGIC + len(text).to_bytes(8, "little") + text + blob
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut may leave an empty file under the final name
+
+
+def _damage(
+    found: dict[str, bytes], files: dict[str, bytes], config: Config, weights: dict[str, np.ndarray], forward: Any
+) -> str:
+    """How the files found differ from those written, or what they hold from the model; empty: they do not."""
+    for name, content in files.items():
+        if found[name] != content:
+            return f"{name} is not what was written"
+    there = safetensors.numpy.load(found[WEIGHTS])
+    for name in {**weights, **there}:
+        a, b = weights.get(name), there.get(name)
+        if a is None or b is None or (a.shape, a.dtype, a.tobytes()) != (b.shape, b.dtype, b.tobytes()):
+            return f"{name} in {WEIGHTS} is not the model's"
+    inputs, program = _example(config), found[PROGRAM]
+    wanted = np.asarray(jax.jit(forward)(weights, *inputs))
+    blob = bytearray(program[16 + int.from_bytes(program[8:16], "little") :])
+    got = np.asarray(export.deserialize(blob).call(there, *inputs))
+    miss, most = np.abs(got - wanted).max(), np.abs(wanted).max()
+    return "" if miss <= _TOLERANCE * most else f"the logits of {PROGRAM} differ by {miss:.1e} from the model's, up to {most:.1e}"
+
+
+def _example(config: Config) -> list[np.ndarray]:
+    """Two examples without padding, drawn."""
+    rng, inputs = np.random.default_rng(0), []
+    for name, a in _inputs(config).items():
+        shape = (2, *a.shape[1:])
+        if name == "segments":
+            values = np.ones(shape)
+        elif a.dtype == jnp.float32:
+            values = rng.normal(size=shape)
+        else:
+            values = rng.integers(config.model.vocab_size, size=shape)
+        inputs.append(values.astype(a.dtype))
+    return inputs
