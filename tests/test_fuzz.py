@@ -62,7 +62,7 @@ RULES = {
     "model.image": "height=1.. width=1.. channels=1.. patch=1.. bound=>0.0..1e3",
     "data": """
         source=stdlib|text|wikitext103|tfds_text|listops|imdb|aan|pathfinder|digits|cifar10|cifar100|imagenet2012 path=text name=text
-        tokenizer=bytes|bpe|words tokenizer_file=text min_count=1.. buckets=1.. sort_window=1..""",
+        tokenizer=bytes|bpe|words|library tokenizer_file=text min_count=1.. buckets=1.. sort_window=1..""",
     "data.listops": "min_length=1.. max_length=1.. max_depth=1..100 max_args=2..100 n_train=1.. n_eval=1.. seed=0..",
     "data.pathfinder": "size=16..512 length=2..30 distractors=0..100 n_train=1.. n_eval=1.. seed=0..",
     "augment": """

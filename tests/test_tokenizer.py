@@ -534,3 +534,54 @@ def test_damage_to_a_tokenizer_file_is_a_sentence_or_still_exact(data):
     except UserError:
         return
     assert_exact(tokenizer, b"abc ab\xc3\xa9")
+
+
+# --- any tokenizer.json ---------------------------------------------------------------------------------------------
+
+
+def sentencepiece_like() -> dict:
+    """As Llama 2 has it: spaces marked, bytes to fall back on, one <s> and one </s>."""
+    words = ["\u2581the", "\u2581", "t", "h", "e", "c", "\u2581c", "at", "a", "th", "the"]
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{b:02X}>": 3 + b for b in range(256)}}
+    vocab |= {word: len(vocab) + i for i, word in enumerate(words)}
+    special = [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+               for i, name in enumerate(("<unk>", "<s>", "</s>"))]  # fmt: skip
+    pieces = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+    back = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]  # fmt: skip
+    model = dict(type="BPE", dropout=None, unk_token="<unk>", continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=True,
+                 byte_fallback=True, vocab=vocab, merges=["t h", "th e", "\u2581 the", "a t", "\u2581 c"])  # fmt: skip
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=special, normalizer={"type": "Sequence", "normalizers": pieces},
+                pre_tokenizer=None, post_processor=None, decoder={"type": "Sequence", "decoders": back}, model=model)  # fmt: skip
+
+
+def test_any_tokenizer_of_the_library(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(sentencepiece_like()))
+    with pytest.raises(ConfigError, match="is not byte-level BPE"):
+        load_tokenizer("bpe", str(file))
+    tokenizer = load_tokenizer("library", str(file))
+    text = "the cat \u00e9\n the"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and len(ids) < len(text.encode())
+    assert (tokenizer.start, tokenizer.separator, tokenizer.vocab_size) == (1, 2, 259 + 11)
+    assert tokenizer.bytes_per_token[ids].sum() == len(text.encode()) + 1  # the space that the tokenizer puts in front
+    assert tokenizer.encode(text.encode()).tolist() == ids.tolist()
+    assert tokenizer.encode(b"\xff the")[0] == tokenizer.encode("\ufffd the")[0]
+    assert tokenizer.encode("</s>").tolist() != [2]  # text like any other
+    kept = stored(tokenizer.to_json())
+    assert kept.fingerprint == tokenizer.fingerprint and kept.encode(text).tolist() == ids.tolist()
+    kept_file = tmp_path / "kept.json"
+    kept_file.write_text(tokenizer.to_json())
+    assert load_tokenizer("library", str(kept_file)).fingerprint == tokenizer.fingerprint
+    with pytest.raises(ConfigError, match="config.data.tokenizer_file=.*is no tokenizer.json"):
+        file.write_text("{}")
+        load_tokenizer("library", str(file))
+
+
+def test_a_document_starts_with_the_token_that_models_of_its_kind_start_with(tmp_path):
+    content = json.loads(BPETokenizer.train([b"abc abc"] * 9, 270).to_json())
+    n = max(content["model"]["vocab"].values()) + 1
+    extra = {**content["added_tokens"][0], "content": "<|begin_of_text|>", "id": n}
+    both = BPETokenizer(content | {"added_tokens": [*content["added_tokens"], extra]})
+    assert both.start == n != both.separator == BPETokenizer(content).separator == BPETokenizer(content).start

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Mapping
 
 from uoe_jax.checks_peers import check_peers, peer_sizes, peer_uses
-from uoe_jax.config_data import FACTS, TEXT
+from uoe_jax.config_data import FACTS, FROM_FILE, TEXT
 from uoe_jax.errors import ConfigError
 from uoe_jax.keys import leaves
 
@@ -166,7 +166,7 @@ def check_idle(c: Config) -> None:
         ("data.buckets", classify and (text or d.source == "listops"), "is for labelled text"),
         ("data.sort_window", d.buckets > 1, "is for data.buckets of 2 or more"),
         ("data.min_count", d.tokenizer == "words", "is for data.tokenizer='words'"),
-        ("data.tokenizer_file", d.tokenizer == "bpe", "is for data.tokenizer='bpe'"),
+        ("data.tokenizer_file", d.tokenizer in FROM_FILE, "is for data.tokenizer='bpe' or 'library'"),
         ("data.tokenizer", text, f"is for text, and data.source={d.source!r} has none"),
         ("train.label_smoothing", classify, "is for classes (model.task='classify')"),
         ("model.classifier.", classify, "is for classes (model.task='classify')"),

@@ -9,6 +9,8 @@ from uoe_jax.keys import key
 
 TEXT = ("stdlib", "text", "wikitext103", "tfds_text")  # for a language model
 
+FROM_FILE = ("bpe", "library")  # tokenizers that data.tokenizer_file holds
+
 
 class Facts(NamedTuple):
     """What a labelled source gives: classes, inputs of an example, and (height, width, channels) of images; 0: any.
@@ -69,8 +71,8 @@ class DataConfig:
         "", "directory or glob of the source, or where TensorFlow Datasets keeps its data; empty: the source's own place", free=True
     )
     name: str = key("", "the dataset's name with source='tfds_text', such as 'lm1b' or 'c4/en:3.1.0'")
-    tokenizer: str = key("bytes", "tokens are bytes, pieces of words (BPE), or words", choices=("bytes", "bpe", "words"))
-    tokenizer_file: str = key("", "of tokenizer='bpe': what `uoe tokenizer train` or a tokenizers library wrote", free=True)
+    tokenizer: str = key("bytes", "tokens are bytes, exact pieces of words (BPE), words, or what any tokenizer.json makes", choices=("bytes", "bpe", "words", "library"))
+    tokenizer_file: str = key("", "of tokenizer='bpe' and 'library': what `uoe tokenizer train` or a tokenizers library wrote", free=True)
     min_count: int = key(3, "of tokenizer='words': how often a word must occur in the training split to be one", low=1)
     buckets: int = key(1, "lengths a batch of labelled text is padded to: this many, evenly up to model.context_length", low=1)
     sort_window: int = key(1, "with buckets: consecutive training batches that share their rows out by length, so that most need little padding", low=1)

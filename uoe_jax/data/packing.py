@@ -1,7 +1,7 @@
 """Rows of a fixed length out of documents of any length, by index arithmetic: row i is a pure function of i.
 
 Letters: L row length, P patch size, D number of documents, T their tokens. Each document becomes the inputs
-[SEP, t0 … t(n-1)] and the targets [t0 … t(n-1), SEP], padded to a multiple of P; the padded documents are laid end
+[START, t0 … t(n-1)] and the targets [t0 … t(n-1), SEP] (START is SEP with most tokenizers), padded to a multiple of P; the padded documents are laid end
 to end in store order and cut every L positions. Since P divides both, no patch holds two documents,
 and every patch that holds anything begins with a valid token.
 """
@@ -29,9 +29,9 @@ class PackedRows:
     """
 
     def __init__(
-        self, store: TokenStore, length: int, multiple: int, separator: int, bytes_per_token: np.ndarray
+        self, store: TokenStore, length: int, multiple: int, separator: int, bytes_per_token: np.ndarray, start: int | None = None
     ) -> None:
-        """Raises UserError where `length` is not a positive multiple of `multiple`, the patch size."""
+        """start: the first input of a document; None: the separator. Raises UserError where `length` is not a positive multiple of `multiple`, the patch size."""
         if multiple < 1 or length < 1 or length % multiple:
             at_least = max(length, 1) + -max(length, 1) % max(multiple, 1)
             raise UserError(
@@ -40,7 +40,7 @@ class PackedRows:
             )
         self.length = length
         self.multiple = multiple
-        self.separator = separator
+        self.separator, self.start = separator, separator if start is None else start
         self._bytes_V = np.asarray(bytes_per_token, np.int32)
         # One token that is never a valid one, so that a split of empty documents needs no special case below.
         self._tokens_T = store.tokens_T if store.tokens_T.size else np.zeros(1, store.tokens_T.dtype)
@@ -66,14 +66,14 @@ class PackedRows:
         at_L = np.arange(lo, hi)
         piece_L = np.searchsorted(starts, at_L, "right")  # 1, 2, …
         doc_L = first + piece_L - 1
-        within_L = at_L - starts[piece_L - 1]  # 0 is the separator's input, n the separator's target
+        within_L = at_L - starts[piece_L - 1]  # 0 is the start's input, n the separator's target
         begin_L = self._offsets[doc_L]
         n_L = self._offsets[doc_L + 1] - begin_L
         valid_L = within_L <= n_L  # false past the end of the last document as well
 
         next_L = begin_L + within_L
         ids_L = self._tokens_T.take(next_L - 1, mode="clip")
-        tokens_L = np.where(within_L == 0, self.separator, ids_L) * valid_L
+        tokens_L = np.where(within_L == 0, self.start, ids_L) * valid_L
         ids_L = self._tokens_T.take(next_L, mode="clip")
         targets_L = np.where(within_L == n_L, self.separator, ids_L) * valid_L
         positions_L = (at_L - np.maximum(starts, lo)[piece_L - 1]) * valid_L

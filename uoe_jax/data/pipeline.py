@@ -105,7 +105,7 @@ def _load_text(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> 
     for split in SPLITS:
         store = open_or_build(lambda: source.documents(split), tokenizer, cache_dir, source.key, split)
         rows[split] = PackedRows(
-            store, model.context_length, model.patch_multiple, tokenizer.separator, tokenizer.bytes_per_token
+            store, model.context_length, model.patch_multiple, tokenizer.separator, tokenizer.bytes_per_token, tokenizer.start
         )
     n_targets = {split: rows[split].n_targets for split in SPLITS}
     facts = {**described(source), "tokenizer": tokenizer.fingerprint, "n_targets": n_targets}

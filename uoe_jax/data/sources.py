@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from uoe_jax.config import Config
-from uoe_jax.config_data import FACTS, DataConfig
+from uoe_jax.config_data import FACTS, FROM_FILE, DataConfig
 from uoe_jax.data.examples import ExampleSource
 from uoe_jax.data.tokenizer import Tokenizer, WordTokenizer, load_tokenizer, stored
 from uoe_jax.errors import RunError, UserError
@@ -86,7 +86,7 @@ def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
         return len(SYMBOLS), None
     if d.source in FACTS and not FACTS[d.source].text:
         return 256, None  # pixels
-    if d.tokenizer == "bpe" and not (d.tokenizer_file and Path(d.tokenizer_file).expanduser().is_file()):
+    if d.tokenizer in FROM_FILE and not (d.tokenizer_file and Path(d.tokenizer_file).expanduser().is_file()):
         return 0, None  # a plan can do without, and a run that has kept its own
     tokenizer = load_tokenizer(d.tokenizer, d.tokenizer_file)
     return (tokenizer.vocab_size if tokenizer else 0), tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,13 +14,16 @@ from numpy.typing import ArrayLike
 from uoe_jax.data.vocabulary import WordTokenizer, known_ids
 from uoe_jax.errors import ConfigError, UserError
 
+T = TypeVar("T")
+
 
 class Tokenizer(Protocol):
     """What the data room and generation ask of a tokenizer.
 
     Attributes:
       vocab_size: V, the separator included.
-      separator: the id that is a document's first input and its last target; it stands for no bytes.
+      separator: the id that is a document's last target; it stands for no bytes.
+      start: the id that is a document's first input: the separator, but where a tokenizer has one of its own for that.
       bytes_per_token_V: int32 [V], how many bytes of text each token stands for (bits per byte divides by these).
       fingerprint: two tokenizers with one fingerprint give the same ids for the same bytes, in any process.
       tokens_are_words: whether perplexity per token is perplexity per word.
@@ -28,6 +31,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     separator: int
+    start: int
     fingerprint: str
     tokens_are_words: bool
 
@@ -44,7 +48,7 @@ class ByteTokenizer:
     """One token per byte, ids 0-255; 256 is the document separator."""
 
     vocab_size = 257
-    separator = 256
+    separator = start = 256
     fingerprint = "bytes-257-1"
     tokens_are_words = False
 
@@ -74,12 +78,13 @@ class ByteTokenizer:
 # --- pieces of words ----------------------------------------------------------------------------------------------
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+STARTS = ("<|begin_of_text|>", "<s>", "<bos>")
 _LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")  # pre-tokenizers that keep every character
 # The characters that stand for bytes in byte-level vocabularies, as GPT-2's encoder.py has it: bytes with a picture in
 # Latin-1 stand for themselves, the others are counted up from U+0100.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_BYTE_OF = {chr(b): b for b in _PRINTABLE}
-_BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+BYTE_OF = {chr(b): b for b in _PRINTABLE}
+BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
 
 
 class BPETokenizer:
@@ -90,30 +95,24 @@ class BPETokenizer:
     Special tokens are never found in text: the characters <|endoftext|> in a document are text like any other.
 
     The separator is the special token of the first of these names that the file has: <|endoftext|>, <|end_of_text|>,
-    </s>, <eos>, [EOS]; or else its only special token.
+    </s>, <eos>, [EOS]; or else its only special token. A document starts with the special token <|begin_of_text|>, <s> or
+    <bos> where the file has one, as models of the Llama family do, else with the separator.
     """
 
     tokens_are_words = False
 
     def __init__(self, content: dict[str, Any]) -> None:
         """content: the object in a tokenizer.json. Raises UserError for what is not exact byte-level BPE."""
-        from tokenizers import Tokenizer as Library
-
         # How long inputs may be and how they are filled up is for our configuration to say.
         self._content = content | {"truncation": None, "padding": None}
         text = json.dumps(self._content, sort_keys=True, ensure_ascii=False)
-        try:
-            self._library = Library.from_str(text)
-        except BaseException as error:  # a panic in the library is no Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-                raise
-            raise UserError(f"is no tokenizer.json ({' '.join(str(error).split())})") from error
+        self._library = of_library(text)
         self._library.encode_special_tokens = True  # as text
         explicit = json.loads(self._library.to_str())  # with every default
         _check_exact(explicit)
         special, self._bytes = _token_bytes(explicit["added_tokens"], self._library.get_vocab(with_added_tokens=False))
         self.vocab_size = len(self._bytes)
-        self.separator = _separator(special)
+        self.separator, self.start = ends(special)
         ids = {token: i for i, token in enumerate(self._bytes) if len(token) == 1}
         if missing := [b for b in range(256) if bytes([b]) not in ids]:
             raise UserError(f"has no token for the byte {missing[0]:#04x}, so not every text can be written with it")
@@ -138,7 +137,7 @@ class BPETokenizer:
             vocab_size=vocab_size,
             min_frequency=2,
             special_tokens=[SEPARATORS[0]],
-            initial_alphabet=list(_BYTE_OF),
+            initial_alphabet=list(BYTE_OF),
             show_progress=False,
         )
         library.train_from_iterator((piece for document in documents for piece in _pieces(document)[::2]), trainer)
@@ -147,26 +146,12 @@ class BPETokenizer:
     @classmethod
     def load(cls, path: str) -> BPETokenizer:
         """From a tokenizer.json. Raises ConfigError, naming config.data.tokenizer_file, for what cannot be used."""
-        from etils import epath
-
-        train = "make one with uoe tokenizer train --config=… --vocab=4096 --out=tokenizer.json"
-        key = "config.data.tokenizer_file"
-        if not path:
-            raise ConfigError(key, path, f"tokenizer='bpe' takes a file; give one, or {train}")
-        try:
-            text = epath.Path(path).expanduser().read_bytes().decode()
-        except Exception as error:  # the clients of gs:// raise exceptions of a dozen kinds
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise ConfigError(key, path, f"cannot be read ({reason}); give another file, or {train}") from error
-        try:
-            return cls.from_json(text)
-        except UserError as error:
-            raise ConfigError(key, path, f"{error}; give another file, or {train}") from error
+        return from_file(cls.from_json, path)
 
     @classmethod
     def from_json(cls, text: str) -> BPETokenizer:
         """Raises UserError for what is not exact byte-level BPE."""
-        return cls(_object(text))
+        return cls(json_object(text))
 
     def to_json(self) -> str:
         """A tokenizer.json that the tokenizers library reads as well."""
@@ -204,6 +189,18 @@ class BPETokenizer:
     def decode(self, ids: ArrayLike | Iterable[int]) -> str:
         """Text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def of_library(text: str) -> Any:
+    """What the tokenizers library makes of a tokenizer.json; raises UserError where that is nothing."""
+    from tokenizers import Tokenizer as Library
+
+    try:
+        return Library.from_str(text)
+    except BaseException as error:  # a panic in the library is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise UserError(f"is no tokenizer.json ({' '.join(str(error).split())})") from error
 
 
 def _pieces(data: bytes) -> list[str]:
@@ -252,7 +249,7 @@ def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> tup
     for token, i in sorted(vocabulary.items()):
         if token not in named and i not in found:
             try:
-                named[token] = i, bytes([_BYTE_OF[c] for c in token])
+                named[token] = i, bytes([BYTE_OF[c] for c in token])
             except KeyError as error:
                 raise UserError(f"is not byte-level BPE (its token {token!r} does not stand for bytes)") from error
     for token, (i, data) in named.items():
@@ -261,12 +258,11 @@ def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> tup
     return special, [found.get(i, b"") for i in range(max(found, default=-1) + 1)]
 
 
-def _separator(special: dict[str, int]) -> int:
-    for name in SEPARATORS:
-        if name in special:
-            return special[name]
-    if len(special) == 1:
-        return next(iter(special.values()))
+def ends(special: dict[str, int]) -> tuple[int, int]:
+    """(separator, start) among the special tokens of a file, by name."""
+    known = [special[name] for name in SEPARATORS if name in special] or (list(special.values()) if len(special) == 1 else [])
+    if known:
+        return known[0], next((special[name] for name in STARTS if name in special), known[0])
     known = ", ".join(special) or "none"
     raise UserError(f"has no special token to separate documents by ({', '.join(SEPARATORS)}; its special tokens: {known})")
 
@@ -274,21 +270,45 @@ def _separator(special: dict[str, int]) -> int:
 # --- which ----------------------------------------------------------------------------------------------------------
 
 
+def from_file(made: Callable[[str], T], path: str) -> T:
+    """A tokenizer made of the text of a file; raises ConfigError, naming config.data.tokenizer_file, where `made` raises UserError."""
+    from etils import epath
+
+    train = "make one with uoe tokenizer train --config=… --vocab=4096 --out=tokenizer.json"
+    key = "config.data.tokenizer_file"
+    if not path:
+        raise ConfigError(key, path, f"tokenizers 'bpe' and 'library' take a file; give one, or {train}")
+    try:
+        text = epath.Path(path).expanduser().read_bytes().decode()
+    except Exception as error:  # the clients of gs:// raise exceptions of a dozen kinds
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ConfigError(key, path, f"cannot be read ({reason}); give another file, or {train}") from error
+    try:
+        return made(text)
+    except UserError as error:
+        raise ConfigError(key, path, f"{error}; give another file, or {train}") from error
+
+
 def load_tokenizer(kind: str, file: str) -> Tokenizer | None:
     """The tokenizer that data.tokenizer names; None for words, which are counted in the data (`WordTokenizer.train`).
 
-    file: data.tokenizer_file. Raises ConfigError for a file that is missing, is not byte-level BPE, or has no use.
+    file: data.tokenizer_file. Raises ConfigError for a file that is missing, is not what it should be, or has no use.
     """
     if kind == "bpe":
         return BPETokenizer.load(file)
+    if kind == "library":
+        from uoe_jax.data.library import LibraryTokenizer
+
+        return LibraryTokenizer.load(file)
     if file:
-        raise ConfigError("config.data.tokenizer_file", file, f"is of no use with data.tokenizer={kind!r}; give 'bpe' there")
+        remedy = f"is of no use with data.tokenizer={kind!r}; give 'bpe' or 'library' there"
+        raise ConfigError("config.data.tokenizer_file", file, remedy)
     return ByteTokenizer() if kind == "bytes" else None
 
 
 def stored(text: str) -> Tokenizer:
     """The tokenizer of any kind whose `to_json` this is. Raises UserError for what is none."""
-    content = _object(text)
+    content = json_object(text)
     kind = content.get("kind", "bpe" if "model" in content else None)
     if kind == "bytes" and content.get("fingerprint") == ByteTokenizer.fingerprint:
         return ByteTokenizer()
@@ -296,10 +316,15 @@ def stored(text: str) -> Tokenizer:
         return WordTokenizer.from_json(text)
     if kind == "bpe":
         return BPETokenizer(content)
+    if kind == "library":
+        from uoe_jax.data.library import LibraryTokenizer
+
+        return LibraryTokenizer(content)
     raise UserError("is no tokenizer that this version of uoe_jax knows")
 
 
-def _object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """Raises UserError for what is no JSON object."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

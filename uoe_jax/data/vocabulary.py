@@ -49,7 +49,7 @@ class WordTokenizer:
         self._words, self._line_bytes = list(words), line_bytes
         self._ids = {word: i for i, word in enumerate(self._words)}
         self.vocab_size = len(self._words)
-        self.separator = self._ids[SEPARATOR]
+        self.separator = self.start = self._ids[SEPARATOR]
         self._unknown = self._ids[UNKNOWN]
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
         self.fingerprint = f"words-{self.vocab_size}-{hashlib.sha256(self.to_json().encode()).hexdigest()[:24]}"

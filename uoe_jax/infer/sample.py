@@ -81,7 +81,7 @@ class Sampler:
         """
         settings, context = self.config.generate, self.config.model.context_length
         separator = self.tokenizer.separator
-        rows = [np.concatenate([[separator], self.tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
+        rows = [np.concatenate([[self.tokenizer.start], self.tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
         longest = max(len(row) for row in rows)
         if longest >= context:
             raise UserError(f"--prompt: {longest} tokens leave no room in model.context_length={context}; shorten it")
