@@ -16,6 +16,7 @@ from uoe_jax.config import Config
 from uoe_jax.config_file import load_config
 from uoe_jax.config_peers import ATTENTIONS, MLPS
 from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
+from uoe_jax.exchange.command import DTYPES, FORMATS
 
 
 def console() -> NoReturn:
@@ -120,6 +121,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--step", default="latest", help="latest, best, or the step of a checkpoint")
     for name, value, meta in config_lib.leaves(config_lib.GenerateConfig()):
         generate.add_argument(f"--{name}", metavar=type(value).__name__.upper(), help=meta["doc"])
+
+    what = "a dense model of Hugging Face's layout, cut in experts, as a workdir to train from"
+    into = command("import", _import, what)
+    into.add_argument("--from", dest="source", required=True, metavar="DIR", help="with config.json, safetensors, and tokenizer.json for text")
+    into.add_argument("--experts", required=True, metavar="N", help="experts that attention and MLP are cut in")
+    into.add_argument("--k", required=True, metavar="K", help="of these, how many a patch chooses; N: the dense model")
+    into.add_argument("--capacity", metavar="FACTOR", help="capacity_factor of both blocks; left out: 1.25, or the config's")
+    into.add_argument("--config", metavar="FILE[:VARIANT]", help="whose data, optimizer and routing to take; the model is that of DIR")
+    into.set_defaults(takes_config=True)
+    into.epilog = "Any key can be overridden: --config.model.smha.n_experts=2, --config.model.attention=dense"
+
+    export = command("export", _export, "the weights of a run, for other programs; written whole, read back and compared")
+    export.add_argument("--format", required=True, choices=FORMATS, help="weights by name; a model for transformers; a program for jax alone")
+    export.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
+    export.add_argument("--routed", action="store_true", help="with --format=hf: the routed model and its code, not the dense one of all experts")
+    export.add_argument("--step", default="latest", help="latest, best, or the step of a checkpoint")
+    export.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
 
     what = "`uoe tokenizer train`: pieces of words (BPE) from the training split of the config's data"
     tokenizer = command("tokenizer", _tokenizer_train, what, workdir=False, config=True)
@@ -237,6 +255,18 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         if processes.is_first():
             _print_completion(run.step, completion, sampler, cache_bytes(config.model, rows=1, dense=True))
     return EXIT_DONE
+
+
+def _import(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.exchange.command import run_import
+
+    run_import(options, overrides)
+
+
+def _export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.exchange.command import run_export
+
+    run_export(options, _stored_config(options))
 
 
 def _tokenizer_train(options: argparse.Namespace, overrides: dict[str, str]) -> int:

@@ -100,15 +100,13 @@ def split(params: Weights, config: ModelConfig, routers: dict[str, Weights] | No
         dense, sizes = _block(layers, block), _sizes(config)
         _read(block, dense, sizes=sizes, names=_names(block, config))
         experts = _split(block, dense, n, sizes, f"config.model.{section}.n_experts")
-        names = _router_names(routing)
         if routers is None:
             # Float32 whatever the weights are: scores always are.
-            xp, by_axis = next(iter(dense.values())).__array_namespace__(), sizes | {"N": n}
-            shapes = {name: (*sizes["…"], *(by_axis[a] for a in AXES["router"][name].split())) for name in names}
-            router = {name: xp.zeros(shape, np.float32) for name, shape in shapes.items()}
+            xp = next(iter(dense.values())).__array_namespace__()
+            router = {name: xp.zeros(shape, np.float32) for name, shape in router_shapes(config, routing).items()}
         else:
             router = dict(routers[section])
-            _read("router", router, sizes=sizes | {"N": n}, names=names, where=f"routers.{section}")
+            _read("router", router, sizes=sizes | {"N": n}, names=_router_names(routing), where=f"routers.{section}")
         layers[block] = experts | {"router": router}
     return {**params, "layers": layers}
 
@@ -137,6 +135,28 @@ def merge(params: Weights, config: ModelConfig) -> Weights:
     return {**params, "layers": layers}
 
 
+def cut_leaf(path: str, a: Any, config: ModelConfig) -> Any:
+    """One leaf of the dense model, by its dotted path, as `config` has it: cut in experts where its block routes.
+
+    What `split` does to a whole tree, for who cannot hold two of them.
+    """
+    block, name, n = _routed_leaf(path, config)
+    return _cut(a, AXES[block][name].split(), n) if n else a
+
+
+def join_leaf(path: str, a: Any, config: ModelConfig) -> Any:
+    """The inverse of `cut_leaf`."""
+    block, name, n = _routed_leaf(path, config)
+    return _join(a, AXES[block][name].split()) if n else a
+
+
+def _routed_leaf(path: str, config: ModelConfig) -> tuple[str, str, int]:
+    """(block, name of the leaf, experts of the block, 0 where it does not route)."""
+    block, _, name = path.removeprefix("layers.").partition(".")
+    sections = {BLOCKS[section]: routing for section, routing in config.unions().items()}
+    return block, name, sections[block].n_experts if block in sections and name in AXES[block] else 0
+
+
 def _block(layers: Weights, block: str) -> Weights:
     if not isinstance(layers.get(block), dict):
         raise UserError(f"layers.{block} is missing: give the parameters of a whole model, as nested dicts")
@@ -155,6 +175,12 @@ def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
     absent |= set() if c.activation in GATED else {"w_gate", "b_gate"}
     absent |= set() if c.qk_norm else {"q_scale", "k_scale"}
     return tuple(name for name in AXES[block] if name not in absent)
+
+
+def router_shapes(config: ModelConfig, routing: RoutingConfig) -> dict[str, tuple[int, ...]]:
+    """The leaves of a block's router and their shapes, layers in front."""
+    sizes = _sizes(config) | {"N": routing.n_experts}
+    return {name: (*sizes["…"], *(sizes[a] for a in AXES["router"][name].split())) for name in _router_names(routing)}
 
 
 def _router_names(r: RoutingConfig) -> tuple[str, ...]:

@@ -199,7 +199,7 @@ class Transformer(Stack):
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
         tokens = Tokens(segments_BL, positions_BL, self.rotary(positions_BL), keys_B)
-        return self.run(self._embed(tokens_BL, positions_BL), tokens)
+        return self.run(self.embedded(tokens_BL, positions_BL), tokens)
 
     def prefill(self, tokens_BL: jax.Array, length_B: jax.Array, context: int) -> tuple[jax.Array, Cache]:
         """Runs prompts padded on the right; returns (logits float32 [B,V] after each prompt, cache for `context` tokens)."""
@@ -216,7 +216,7 @@ class Transformer(Stack):
         def layer(x_BLD, weights):
             return nnx.merge(graphdef, weights).prefill(x_BLD, tokens, context)
 
-        x_BLD, caches = jax.lax.scan(layer, self._embed(tokens_BL, positions_BL), stacked)
+        x_BLD, caches = jax.lax.scan(layer, self.embedded(tokens_BL, positions_BL), stacked)
         last_BD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
         return self._logits(last_BD), Cache(*caches, length_B.astype(jnp.int32))
 
@@ -233,11 +233,12 @@ class Transformer(Stack):
             weights, caches = xs
             return nnx.merge(graphdef, weights).step(x_BD, caches, cache.next_B, rotary)
 
-        x_BD = self._embed(tokens_B, cache.next_B)
+        x_BD = self.embedded(tokens_B, cache.next_B)
         x_BD, caches = jax.lax.scan(layer, x_BD, (stacked, (cache.attention, cache.mlp)))
         return self._logits(x_BD), Cache(*caches, cache.next_B + 1)
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """What enters the first layer."""
         return self.positioned(look_up(self.embedding, tokens, self.config.dtype), positions)
 
     def _logits(self, x: jax.Array) -> jax.Array:

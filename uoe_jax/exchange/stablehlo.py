@@ -22,11 +22,12 @@ from jax import export
 
 import uoe_jax
 from uoe_jax.config import Config, MeshConfig
-from uoe_jax.errors import RunError, UserError
+from uoe_jax.errors import RunError
+from uoe_jax.exchange.tensors import dotted
+from uoe_jax.exchange.whole import whole_directory
 from uoe_jax.mesh import make_mesh
 from uoe_jax.train.step import Params, functional
 from uoe_jax.train.task import task_of
-from uoe_jax.workdir import is_remote
 
 MAGIC = b"UOESHLO1"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -68,39 +69,23 @@ def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
       UserError: `out` exists, or cannot be written.
       RunError: what is there is not what was written, or does not compute what the model does.
     """
-    if is_remote(out):
-        raise UserError(f"--out={out}: a directory must be renamed, which gs:// cannot; give a local one, and copy that")
-    if os.path.lexists(out):
-        raise UserError(f"--out={out}: exists already; remove it, or give another directory")
-    temporary = out.parent / f".{out.name}.{os.getpid()}"
-    try:
-        temporary.mkdir()
+    with whole_directory(str(out), "--out") as place:
         # On one device nothing is cut. The CPU, because elsewhere two programs that are alike may round differently.
         with jax.set_mesh(make_mesh(MeshConfig(), devices=_one_device())):
             weights, forward = by_name(params), _forward(config, params)
             program, data = _program(config, forward, weights), safetensors.numpy.save(weights)
             files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
             for name, content in files.items():
-                _write(temporary / name, content)
-            if damage := _damage({name: (temporary / name).read_bytes() for name in files}, files, config, weights, forward):
+                _write(place / name, content)
+            if damage := _damage({name: (place / name).read_bytes() for name in files}, files, config, weights, forward):
                 raise RunError(f"--out={out}: {damage}; nothing is left there: try again, and report it if it stays so")
-        temporary.rename(out)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--out={out}: cannot be written ({reason}); mend that, or give another directory") from error
-    finally:
-        temporary.rmtree(missing_ok=True)
 
 
 def by_name(params: Params) -> dict[str, np.ndarray]:
     """The weights on the host by dotted name, in the order of their names, as jax orders them."""
     # The writer of safetensors takes the bytes as they lie, whatever the strides.
-    weights = {_dotted(path): np.asarray(jax.device_get(leaf), order="C") for path, leaf in jax.tree.leaves_with_path(params)}
+    weights = {dotted(path): np.asarray(jax.device_get(leaf), order="C") for path, leaf in jax.tree.leaves_with_path(params)}
     return dict(sorted(weights.items()))
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _one_device() -> list[jax.Device]:
@@ -114,7 +99,7 @@ def _one_device() -> list[jax.Device]:
 def _forward(config: Config, params: Params) -> Any:
     """(weights by dotted name, *inputs) -> logits."""
     rebuild = functional(config.model)[1]
-    names = jax.tree.map_with_path(lambda path, _: _dotted(path), params)
+    names = jax.tree.map_with_path(lambda path, _: dotted(path), params)
 
     def forward(weights: dict[str, jax.Array], *inputs: jax.Array) -> jax.Array:
         return rebuild(jax.tree.map(weights.get, names))(*inputs)[0]

@@ -5,16 +5,17 @@ Tensors are read one at a time, and written a shard at a time, so that a model i
 
 from __future__ import annotations
 
-import json
+import os
 from typing import Any, Callable, Iterable, NamedTuple
 
 import ml_dtypes  # noqa: F401  teaches numpy bfloat16
 import numpy as np
+import safetensors.numpy
 from etils import epath
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from uoe_jax.errors import RunError, UserError
+from uoe_jax.train.fingerprint import leaf_name
 from uoe_jax.workdir import read_json, write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -98,13 +99,20 @@ def write(directory: epath.Path, tensors: Iterable[Tensor], dtype: str = "float3
         size, total = size + nbytes, total + nbytes
     files = [FILE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards):
-        # Contiguous: of a transposed view safetensors writes the bytes in the order of the memory, with no error.
-        held = {t.name: np.ascontiguousarray(np.asarray(t.make()).astype(kind, copy=False)) for t in shard}
-        save_file(held, str(directory / file), metadata={"format": "pt"})
+        # In C's order: of a transposed view safetensors writes the bytes as they lie in memory, with no error.
+        held = {t.name: np.asarray(t.make(), kind, order="C") for t in shard}
+        safetensors.numpy.save_file(held, str(directory / file), metadata={"format": "pt"})
+        os.chmod(directory / file, 0o666 & ~_umask())  # it makes files that their owner alone can read
         _compare(directory / file, held)
     if len(shards) > 1:
         where = {t.name: file for file, shard in zip(files, shards) for t in shard}
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _compare(file: epath.Path, held: dict[str, np.ndarray]) -> None:
@@ -119,6 +127,6 @@ def _compare(file: epath.Path, held: dict[str, np.ndarray]) -> None:
                 raise RunError(f"{file}: {name} is not what was written; write it again, on another disk perhaps")
 
 
-def write_text_json(path: epath.Path, value: dict[str, Any]) -> None:
-    """JSON with sorted keys, as `save_pretrained` writes it."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+def dotted(path: tuple[Any, ...]) -> str:
+    """The name of a leaf of a tree of parameters, such as `layers.mlp.w_up`."""
+    return leaf_name(path).replace("/", ".")

@@ -145,6 +145,22 @@ class Union(nnx.Module):
             y_BLD = y_BLD + jnp.where(valid_BL1, bias_D[None, None], 0)
         return y_BLD, stats, selection, kept
 
+    def of_every_expert(self, x_BLD: jax.Array, tokens: Tokens) -> jax.Array:
+        """What each expert gives for every token at weight 1, [N,B,L,D]: the terms of the union with K = N and nothing dropped."""
+        n, (b, l) = self.routing.n_experts, x_BLD.shape[:2]
+
+        def for_each(a: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(a[None], (n, *a.shape))
+
+        slots = Slots(
+            weight_NBS=jnp.ones((n, b, l), jnp.float32),
+            filled_NBS=jnp.ones((n, b, l), bool),
+            segments_NBS=None if tokens.segments_BL is None else for_each(tokens.segments_BL),
+            rotary=None if tokens.rotary is None else tuple(for_each(t) for t in tokens.rotary),
+            keys_NB=None,
+        )
+        return self._experts(self._enter(x_BLD.astype(self.dtype)[None]), slots)[0]
+
     def _union(self, y_NB1D: jax.Array, x_BD: jax.Array) -> jax.Array:
         """Sums the experts' outputs for one token of each sequence, [B,D]."""
         y_BD = _sum(y_NB1D.sum(axis=0)[:, 0], self._beside(x_BD))

@@ -1,0 +1,104 @@
+"""Routers for a dense model that was cut in experts: the experts a patch chooses are those that give most to its output.
+
+A router is linear in the patch's summary, so what each expert gives is fitted by ridge regression: X the summaries, T the
+norms of the experts' outputs, less each expert's own mean, so that no expert is chosen for being large everywhere. With K = N the
+model computes what the dense one does whatever its routers are, and it is this model whose blocks are looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.layers.common import Tokens, valid_mean
+from uoe_jax.layers.router import patches
+from uoe_jax.layers.union import Union
+from uoe_jax.model import Transformer
+from uoe_jax.train.step import Params
+
+RIDGE = 1e-3  # of the mean square of the summaries
+SPREAD = 1.0  # standard deviation of the fitted logits: ranks must not be lost in the first steps of training
+SPREAD_WEIGHED = 0.02  # where the gate makes weights of logits, which must stay near 1
+UNWEIGHED = ("straight_through", "none")
+
+
+class Sums(NamedTuple):
+    """Of one block in every layer, over patches: XᵀX [T,D,D], XᵀT [T,D,N], the sums of X [T,D] and T [T,N], their number."""
+
+    xx: jax.Array
+    xt: jax.Array
+    x: jax.Array
+    t: jax.Array
+    count: jax.Array
+
+
+def seen(model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array) -> dict[str, Sums]:
+    """What the routers of a batch would have to tell apart, by block."""
+    tokens = Tokens(segments_BL, positions_BL, model.rotary(positions_BL))
+    graphdef, stacked = nnx.split(model.layers)
+
+    def layer(x_BLD: jax.Array, weights: nnx.State) -> tuple[jax.Array, dict[str, Sums]]:
+        block, found = nnx.merge(graphdef, weights), {}
+        for place, norm in (("attention", block.attention_norm), ("mlp", block.mlp_norm)):
+            part, h_BLD = getattr(block, place), norm(x_BLD)
+            if isinstance(part, Union):
+                y_NBLD = part.of_every_expert(h_BLD, tokens)
+                found[place] = _sums(part, h_BLD, y_NBLD, segments_BL)
+                y_BLD = y_NBLD.sum(axis=0)
+                y_BLD = y_BLD if part.bias_out is None else y_BLD + part.bias_out[...][None, None].astype(y_BLD.dtype)
+            else:
+                y_BLD = part(h_BLD, tokens)[0]
+            x_BLD = x_BLD + y_BLD
+        return x_BLD, found
+
+    return jax.lax.scan(layer, model.embedded(tokens_BL, positions_BL), stacked)[1]
+
+
+def _sums(block: Union, x_BLD: jax.Array, y_NBLD: jax.Array, segments_BL: jax.Array) -> Sums:
+    p, d = block.routing.patch_size, x_BLD.shape[-1]
+    valid_BMP, x_BMPD = patches(segments_BL, p) > 0, patches(x_BLD, p)
+    summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32) if block.causal else valid_mean(x_BMPD, valid_BMP)
+    given_BLN = jnp.linalg.norm(y_NBLD.astype(jnp.float32), axis=-1).transpose(1, 2, 0)
+    target_BMN = valid_mean(patches(given_BLN, p), valid_BMP)
+    counts_R = valid_BMP.any(axis=2).reshape(-1, 1).astype(jnp.float32)
+    x_RD, t_RN = summary_BMD.reshape(-1, d) * counts_R, target_BMN.reshape(counts_R.shape[0], -1) * counts_R
+    return Sums(x_RD.T @ x_RD, x_RD.T @ t_RN, x_RD.sum(0), t_RN.sum(0), counts_R.sum())
+
+
+def fitted(sums: Sums, gate: str) -> np.ndarray:
+    """The kernels float32 [T,D,N] of the routers of one block."""
+    xx, xt, x, t, count = (np.asarray(a, np.float64) for a in sums)
+    mean_TN = t / count[:, None]
+    xt = xt - x[:, :, None] * mean_TN[:, None]  # against targets less their mean
+    d = xx.shape[-1]
+    level = np.trace(xx, axis1=1, axis2=2)[:, None, None] / d
+    kernel_TDN = np.linalg.solve(xx + RIDGE * level * np.eye(d), xt)
+    spread = np.sqrt(np.einsum("tdn,tde,ten->tn", kernel_TDN, xx, kernel_TDN).mean(-1) / count)
+    wanted = SPREAD if gate in UNWEIGHED else SPREAD_WEIGHED
+    return (kernel_TDN * (wanted / np.maximum(spread, 1e-30))[:, None, None]).astype(np.float32)
+
+
+def calibrated(config: ModelConfig, model: Any, params: Params, batches: Iterable[dict[str, Any]]) -> Params:
+    """The parameters with the patches' routers fitted to batches of text; model: params -> Transformer."""
+    step = jax.jit(lambda p, tokens, segments, positions: seen(model(p), tokens, segments, positions))
+    total = None
+    for batch in batches:
+        found = step(params, batch["tokens"], batch["segments"], batch["positions"])
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    if total is None:
+        return params
+    layers = dict(params["layers"])
+    for name, routing in config.unions().items():
+        place = config.place_of(name)
+        if routing.unit == "sequence":
+            continue
+        block = dict(layers[place])
+        old = block["router"]["kernel"]
+        kernel = jax.device_put(fitted(total[place], routing.gate), old.sharding)
+        layers[place] = block | {"router": block["router"] | {"kernel": kernel}}
+    return {**params, "layers": layers}

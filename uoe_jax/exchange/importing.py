@@ -1,0 +1,162 @@
+"""`uoe import`: a dense model in Hugging Face's layout, cut in experts, as the workdir of a run.
+
+With all experts chosen the model computes what the dense one does, to rounding. Weights are read one tensor at a time and put
+on the device before the next, so that the host never holds the model twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import sys
+from typing import Any, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uoe_jax import decompose, processes
+from uoe_jax import mesh as mesh_lib
+from uoe_jax.config import Config, ModelConfig, to_dict
+from uoe_jax.config_data import FACTS, TEXT
+from uoe_jax.data.kept import keep_tokenizer
+from uoe_jax.data.pipeline import DataBundle, TrainBatches, default_cache_dir, load
+from uoe_jax.errors import UserError
+from uoe_jax.exchange.calibrate import calibrated
+from uoe_jax.exchange.families import Entry, into_ours, their_shape
+from uoe_jax.exchange.plan_import import Plan, whole
+from uoe_jax.exchange.tensors import Tensors, dotted
+from uoe_jax.exchange.whole import whole_directory
+from uoe_jax.train.checkpoint import CheckpointStore
+from uoe_jax.train.evaluate import evaluate
+from uoe_jax.train.step import Params, build, declared, functional
+from uoe_jax.workdir import CONFIG, write_json
+
+SOURCE = "source"  # of a workdir: the files of the model that was imported, its weights left out
+KEPT = ("*.json", "*.txt", "*.jinja", "*.model")
+LOOKED_AT = 8  # batches of training text that routers are fitted to
+# Buffers that old files hold beside the weights, and what a classifier here does without.
+IGNORED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)|vit\.pooler\..*")
+
+
+def import_model(plan: Plan, workdir: str) -> None:
+    """Writes a workdir with the checkpoint of step 0, and tells what the model loses with K experts of N.
+
+    Raises:
+      UserError: what is in the directory does not fit its config.json, or cannot be read, or the workdir exists already.
+    """
+    if processes.are_several():
+        raise UserError(f"--workdir={workdir}: a model is imported by one process; start this once, and not by srun or its like")
+    config, source = plan.config, Tensors(plan.source)
+    _check_names(plan, source)
+    data = _data(plan)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    with jax.set_mesh(mesh), whole_directory(workdir, "--workdir") as place:
+        program = build(config, mesh)
+        params = _parameters(plan, source, program.abstract.params)
+        if isinstance(data, DataBundle) and config.model.task == "language":
+            params = calibrated(config.model, program.model, params, _batches(config, data, mesh))
+        with CheckpointStore(place) as store:
+            store.save(0, {"params": params}, metadata={"config": to_dict(config), "imported": plan.theirs.get("_name_or_path", "")})
+        keep_tokenizer(place, plan.tokenizer)
+        for file in itertools.chain.from_iterable(plan.source.glob(pattern) for pattern in KEPT):
+            if file.name != "model.safetensors.index.json":
+                (place / SOURCE).mkdir(exist_ok=True)
+                shutil.copyfile(file, place / SOURCE / file.name)
+        write_json(place / CONFIG, to_dict(config))
+        for line in _losses(config, params, data, mesh):
+            print(line, file=sys.stderr, flush=True)
+
+
+def _check_names(plan: Plan, source: Tensors) -> None:
+    """UserError where a tensor is missing, has another shape than config.json says, or is left over."""
+    m, shapes, used = plan.config.model, _dense_shapes(plan.config.model), set()
+    for entry, layer, name in _tensors(plan, source):
+        used.add(name)
+        wanted = their_shape(entry, [shapes[path][layer is not None :] for path in entry.ours])
+        if name not in source:
+            raise UserError(f"--from={plan.source}: {name} is missing in its weights, and config.json asks for it; download the model again")
+        found = source.shape(name)
+        if found != wanted and not (entry.ours == ("positions",) and found[-2] >= wanted[-2] and found[-1] == wanted[-1]):
+            raise UserError(f"--from={plan.source}: {name} has shape {list(found)} where config.json asks for {list(wanted)}; they are not of one model")
+    ignored = IGNORED if not m.tie_embeddings else re.compile(IGNORED.pattern + r"|lm_head\.weight")
+    left = [name for name in source.names() if name not in used and not ignored.fullmatch(name)]
+    if left:
+        raise UserError(f"--from={plan.source}: {left[0]} (and {len(left) - 1} more) have no place in a {plan.family.kind} model here; they would be lost")
+
+
+def _tensors(plan: Plan, source: Tensors) -> Iterator[tuple[Entry, int | None, str]]:
+    """(entry, layer, name there) of every tensor."""
+    for entry in plan.family.entries(plan.config.model):
+        for layer in range(plan.config.model.n_layers) if "{i}" in entry.theirs else (None,):
+            name = entry.theirs.format(i=layer)
+            short = name.removeprefix(plan.family.prefix)
+            yield entry, layer, name if name in source or short not in source else short
+
+
+def _dense_shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{dotted path: shape} of the dense model."""
+    tree = declared(functional(decompose.dense_config(m))[2], lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32))
+    return {dotted(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _parameters(plan: Plan, source: Tensors, abstract: Params) -> Params:
+    """The parameters, on their shardings; routers are drawn."""
+    m, shapes, found = plan.config.model, _dense_shapes(plan.config.model), {}
+    where = {dotted(path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(abstract)}
+
+    def keep(path: str, dense: np.ndarray) -> None:
+        found[path] = jax.device_put(decompose.cut_leaf(path, dense, m), where[path])
+
+    for entry, layers in itertools.groupby(_tensors(plan, source), key=lambda item: item[0]):
+        arrays = [np.empty(shapes[path], np.float32) for path in entry.ours]
+        for _, layer, name in layers:
+            at = ... if layer is None else layer
+            theirs = source.read(name)
+            if entry.ours == ("positions",):
+                theirs = theirs[..., : arrays[0].shape[0], :]
+            for array, part in zip(arrays, into_ours(entry, theirs, [a[at].shape for a in arrays])):
+                array[at] = part
+        for path in entry.ours:
+            keep(path, arrays.pop(0))
+    rng = np.random.default_rng(plan.config.train.seed)
+    for name, routing in m.unions().items():
+        for leaf, shape in decompose.router_shapes(m, routing).items():
+            drawn = rng.normal(0, 0.3 * m.d_model**-0.5, shape) if "kernel" in leaf else np.zeros(shape)
+            keep(f"layers.{m.place_of(name)}.router.{leaf}", drawn.astype(np.float32))
+    return jax.tree.map_with_path(lambda path, _: found[dotted(path)], abstract)
+
+
+def _data(plan: Plan) -> DataBundle | str:
+    """The data the model is looked at with, or why there are none."""
+    c = plan.config
+    language = c.model.task == "language"
+    if language != (c.data.source in TEXT):
+        return f"config.data.source={c.data.source!r} has nothing for it; give one of {', '.join(TEXT if language else FACTS)}"
+    if language and plan.tokenizer is None:
+        return "there is no tokenizer.json, so no text can be given to it"
+    bundle = load(c, default_cache_dir(), plan.tokenizer)
+    if bundle.vocab_size > c.model.vocab_size and language:
+        raise UserError(f"config.data.tokenizer={c.data.tokenizer!r}: has {bundle.vocab_size} tokens and the model {c.model.vocab_size}; leave it out")
+    return bundle
+
+
+def _batches(config: Config, data: DataBundle, mesh: Any) -> Iterator[Mapping[str, Any]]:
+    batches = TrainBatches(data.train, config.train.batch_size, config.train.seed)
+    return (mesh_lib.put_batch(mesh, batches[i]) for i in range(LOOKED_AT))
+
+
+def _losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -> Iterator[str]:
+    """Lines for the person: the loss on validation with all experts and with those configured."""
+    if isinstance(data, str):
+        yield f"the loss was not measured, and routers are drawn: {data}"
+        return
+    limit = config.eval.batches or LOOKED_AT
+    for c, what in ((whole(config), "all experts, the dense model"), (config, _said(config.model))):
+        found, _ = evaluate(build(c, mesh), params, data.validation, c, limit, whole=False)
+        yield f"loss {found['eval/loss']:.4f} on {int(found['eval/rows'])} rows of validation with {what}"
+
+
+def _said(m: ModelConfig) -> str:
+    return ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in m.unions().items()) or "dense blocks"
