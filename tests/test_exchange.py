@@ -1,91 +1,269 @@
-"""Dense models in and out: what `transformers` makes, imported with all experts, gives the same logits, and exported the same weights."""
+"""Dense models in and out without torch: the layout, exact both ways; routers fitted to text; bad input leaves nothing behind."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from etils import epath
+from safetensors.numpy import load_file, save_file
 
 from uoe_jax import cli
-from uoe_jax.config import Config, to_dict
+from uoe_jax import mesh as mesh_lib
+from uoe_jax.config import Config, from_dict, to_dict
+from uoe_jax.data.tokenizer import BPETokenizer
+from uoe_jax.errors import RunError
+from uoe_jax.exchange import tensors
+from uoe_jax.exchange.calibrate import calibrated
+from uoe_jax.exchange.plan_import import whole
+from uoe_jax.exchange.tensors import Tensor, Tensors, dotted, write
+from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.restore import restored
+from uoe_jax.train.step import build
 from uoe_jax.workdir import read_config
 
-pytestmark = pytest.mark.parity
+LLAMA = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_hidden=64, context_length=32, vocab_size=300, activation="swiglu",
+             attention="dense", mlp="dense", tie_embeddings=False)  # fmt: skip
+GPT2 = dict(LLAMA, n_kv_heads=4, activation="gelu_tanh", norm="layernorm", norm_eps=1e-5, position="learned", bias=True)
+QWEN2 = dict(LLAMA, qkv_bias=True, tie_embeddings=True, rope_scaling="8,1,4,16")
+CUT = ["--experts=2", "--k=2"]
 
-# {name: (config class, model class, config)}; small, and unlike each other in what families allow.
-COMMON = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
-LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
-MODELS = {
-    "llama": ("Llama", "ForCausalLM", dict(COMMON, num_key_value_heads=2)),
-    "llama, tied, one head each": ("Llama", "ForCausalLM", dict(COMMON, tie_word_embeddings=True, hidden_act="gelu", rms_norm_eps=1e-5)),
-    "llama 3": ("Llama", "ForCausalLM", dict(COMMON, num_key_value_heads=2, rope_parameters=LLAMA3)),
-    "mistral": ("Mistral", "ForCausalLM", dict(COMMON, num_key_value_heads=2, sliding_window=None)),
-    "qwen2": ("Qwen2", "ForCausalLM", dict(COMMON, num_key_value_heads=2, tie_word_embeddings=False)),
-    "qwen2, tied": ("Qwen2", "ForCausalLM", dict(COMMON, num_key_value_heads=4, tie_word_embeddings=True)),
-    "gpt2": ("GPT2", "LMHeadModel", dict(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)),
-    "gpt2, narrow": ("GPT2", "LMHeadModel", dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, n_inner=48, activation_function="relu", bos_token_id=0, eos_token_id=0)),
-    "vit": ("ViT", "ForImageClassification", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4, num_labels=7)),
-    "vit of grey images": ("ViT", "ForImageClassification", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=12, patch_size=6, num_channels=1, num_labels=3)),
+
+def config_of(**model) -> Config:
+    return from_dict({"model": model, "train": {"batch_size": 8}})
+
+
+def run_of(config: Config, place) -> dict:
+    """A workdir with the checkpoint of step 0, every weight drawn; returns the parameters."""
+    mesh = mesh_lib.make_mesh(config.mesh)
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(mesh), CheckpointStore(place) as store:
+        abstract = build(config, mesh).abstract.params
+        params = jax.tree.map(lambda a: jax.device_put((0.3 * rng.normal(size=a.shape)).astype(a.dtype), a.sharding), abstract)
+        store.save(0, {"params": params})
+    (place / "config.json").write_text(json.dumps(to_dict(config)))
+    return params
+
+
+def exported(place, out, *more: str) -> int:
+    return cli.main(["export", f"--workdir={place}", "--format=hf", f"--out={out}", *more])
+
+
+def imported(source, run, *more: str) -> int:
+    return cli.main(["import", f"--from={source}", f"--workdir={run}", *(more or CUT)])
+
+
+def logits(workdir, config: Config | None = None) -> np.ndarray:
+    config = config or read_config(str(workdir))
+    tokens = np.random.default_rng(1).integers(0, 257, (8, config.model.context_length)).astype(np.int32)
+    with restored(config, str(workdir)) as run:
+        return np.asarray(reference.jit(lambda p, x: run.program.model(p)(x)[0])(run.params, tokens))
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A dense Llama with a tokenizer of its own, exported."""
+    place = tmp_path_factory.mktemp("hf")
+    params = run_of(config_of(**LLAMA), place / "run")
+    assert exported(place / "run", place / "hf") == 0
+    tokenizer = BPETokenizer.train([b"def f(x):\n    return x\n"] * 20, 280)
+    (place / "hf" / "tokenizer.json").write_text(tokenizer.to_json())
+    return place, params
+
+
+@pytest.mark.parametrize("model", [LLAMA, QWEN2, GPT2], ids=["llama", "qwen2", "gpt2"])
+def test_out_in_and_out_again(model, tmp_path):
+    run_of(config_of(**model), tmp_path / "run")
+    assert exported(tmp_path / "run", tmp_path / "hf") == 0
+    assert imported(tmp_path / "hf", tmp_path / "again") == 0
+    assert reference.error(logits(tmp_path / "again"), logits(tmp_path / "run")) < 1e-5
+    assert read_config(str(tmp_path / "again")).model.attention == "smha"
+    assert exported(tmp_path / "again", tmp_path / "out") == 0
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "out"))
+    assert old.keys() == new.keys() and all(old[key].tobytes() == new[key].tobytes() for key in old)
+
+
+def test_training_goes_on_from_an_imported_model(hf, tmp_path, capsys):
+    """The command that `uoe import` names; training in the workdir itself is refused with it."""
+    source = hf[0] / "hf"
+    assert imported(source, tmp_path / "run", "--experts=2", "--k=1", "--capacity=1.5", "--config.train.batch_size=8") == 0
+    err = capsys.readouterr().err
+    dense, routed = (float(line.split()[1]) for line in err.splitlines() if line.startswith("loss "))
+    assert 0 < dense < 20 and routed != dense and "1 of 2 experts in smha, 1 of 2 experts in uome" in err
+    args = [f"--config={tmp_path}/run/config.json", "--config.train.steps=2", "--config.eval.every=0", "--config.eval.batches=1"]
+    assert cli.main(["train", args[0], f"--workdir={tmp_path}/run"]) == 2
+    assert "--config.train.init_from" in capsys.readouterr().err
+    assert cli.main(["train", *args, f"--workdir={tmp_path}/tuned", f"--config.train.init_from={tmp_path}/run"]) == 0
+    err = capsys.readouterr().err
+    assert " 0 fresh" in err
+    assert (tmp_path / "tuned" / "tokenizer.json").exists()
+    assert cli.main(["export", f"--workdir={tmp_path}/tuned", "--format=hf", f"--out={tmp_path}/out"]) == 0
+    assert "merged into a dense model of all experts" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+
+
+def test_safetensors_have_every_weight_by_name(hf, tmp_path):
+    place, params = hf
+    assert cli.main(["export", f"--workdir={place}/run", "--format=safetensors", f"--out={tmp_path}/out"]) == 0
+    there = load_file(tmp_path / "out" / "model.safetensors")
+    flat = {dotted(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    assert there.keys() == flat.keys() and all(there[name].tobytes() == flat[name].tobytes() for name in flat)
+    assert from_dict(json.loads((tmp_path / "out" / "config.json").read_text())) == read_config(str(place / "run"))
+    assert cli.main(["export", f"--workdir={place}/run", "--format=safetensors", f"--out={tmp_path}/half", "--dtype=bfloat16"]) == 0
+    assert {str(a.dtype) for a in load_file(tmp_path / "half" / "model.safetensors").values()} == {"bfloat16"}
+
+
+def test_shards_views_and_what_is_read_back(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    values = {"a": rng.normal(size=(4, 6)).T, "b": rng.normal(size=(8, 2))[::2], "c": np.float64(3.0), "d": rng.normal(size=(3, 4, 5)).transpose(2, 0, 1)}
+    write(epath.Path(tmp_path), [Tensor(name, np.shape(a), lambda a=a: a) for name, a in values.items()], shard_bytes=120)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(np.size(a) for a in values.values()) and len(set(index["weight_map"].values())) == 3
+    found = Tensors(epath.Path(tmp_path))
+    for name, a in values.items():
+        assert found.shape(name) == np.shape(a)
+        np.testing.assert_array_equal(found.read(name), np.float32(a))
+    monkeypatch.setattr(tensors.safetensors.numpy, "save_file", lambda held, file, metadata: save_file({k: v + (k == "b") for k, v in held.items()}, file))
+    with pytest.raises(RunError, match="b is not what was written"):
+        write(epath.Path(tmp_path), [Tensor(name, np.shape(a), lambda a=a: a) for name, a in values.items()])
+
+
+def test_a_fitted_router_chooses_the_experts_that_give_most():
+    """Of every patch, the norm of what the chosen experts give, against that of drawn routers; all experts give what they gave."""
+    cut = dict(n_experts=4, k=1, gate="straight_through", capacity_factor=4.0)
+    config = config_of(**{**LLAMA, "n_kv_heads": 4, "attention": "smha", "mlp": "uome"}, smha=cut, uome=cut)
+    mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
+    tokens = np.random.default_rng(2).integers(0, 300, (8, 32)).astype(np.int32)
+    batch = dict(tokens=tokens, segments=np.ones_like(tokens), positions=np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape))
+    with jax.set_mesh(mesh):
+        program = build(config, mesh)
+        params = program.init(jax.random.key(0)).params
+        fitted = calibrated(config.model, program.model, params, [batch])
+
+        def far_from_dense(p) -> float:
+            full = build(whole(config), mesh).model(p)(tokens)[0]
+            return reference.error(program.model(p)(tokens)[0], full)
+
+        full = [build(whole(config), mesh).model(p)(tokens)[0] for p in (params, fitted)]
+        assert np.array_equal(*full)
+        assert far_from_dense(fitted) < 0.9 * far_from_dense(params)
+
+
+def test_every_expert_together_is_the_union():
+    cut = dict(n_experts=4, k=4, gate="none")
+    config = config_of(**{**GPT2, "attention": "smha", "mlp": "uome"}, smha=cut, uome=cut)
+    mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        program = build(config, mesh)
+        params = program.init(jax.random.key(0)).params
+        one = jax.tree.map(lambda a: a[0], params["layers"])
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32)), jnp.float32)
+        from uoe_jax.layers.common import tokens_like
+
+        model = program.model(params)
+        for place in ("attention", "mlp"):
+            block = getattr(jax.tree.map(lambda a: a[0], model.layers), place)
+            y = block.of_every_expert(x, tokens_like(x)).sum(axis=0) + block.bias_out[...][None, None]
+            assert reference.error(y, block(x)[0]) < 1e-5
+        assert one is not None
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def _config(place, **changes):
+    file = place / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def _weights(place, change):
+    held = load_file(place / "model.safetensors")
+    change(held)
+    save_file(held, place / "model.safetensors")
+
+
+BAD = {
+    "another family": (lambda p: _config(p, model_type="mamba"), CUT, "config.json has model_type='mamba'; models of the types"),
+    "no config.json": (lambda p: (p / "config.json").unlink(), CUT, "has no config.json"),
+    "config.json is none": (lambda p: (p / "config.json").write_text("{"), CUT, "config.json: cannot be read"),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), CUT, "model.safetensors is missing"),
+    "torch's own format": (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), CUT, "pytorch_model.bin is there, which is not read"),
+    "cut off": (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-7]), CUT, "cut off perhaps"),
+    "no safetensors": (lambda p: (p / "model.safetensors").write_bytes(b"x" * 100), CUT, "model.safetensors cannot be read"),
+    "a tensor is missing": (lambda p: _weights(p, lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), CUT, "model.layers.1.mlp.up_proj.weight is missing"),
+    "a tensor too many": (lambda p: _weights(p, lambda w: w.update(extra=np.zeros(2, np.float32))), CUT, "extra (and 0 more) have no place"),
+    "another shape": (lambda p: _config(p, intermediate_size=128), CUT, "has shape [64, 32] where config.json asks for [128, 32]"),
+    "another activation": (lambda p: _config(p, hidden_act="relu6"), CUT, "hidden_act='relu6', for which there is no block here"),
+    "wide heads": (lambda p: _config(p, head_dim=16), CUT, "head_dim=16"),
+    "other frequencies": (lambda p: _config(p, rope_parameters={"rope_type": "yarn"}), CUT, "rope_type='yarn'"),
+    "another tokenizer": (lambda p: _config(p, vocab_size=100), CUT, "tokenizer.json has 271 tokens and config.json vocab_size=100"),
+    "no tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), CUT, "tokenizer.json is no tokenizer.json"),
+    "a key is missing": (lambda p: (p / "config.json").write_text('{"model_type": "llama"}'), CUT, "config.json has no hidden_size"),
+    "too many experts": (lambda p: None, ["--experts=4", "--k=2"], "config.model.smha.n_experts=4: must divide n_kv_heads=2"),
+    "too many chosen": (lambda p: None, ["--experts=2", "--k=3"], "config.model.smha.k=3"),
+    "no number": (lambda p: None, ["--experts=two", "--k=2"], "n_experts='two'"),
+    "another width": (lambda p: None, [*CUT, "--config.model.d_model=64"], "--config.model.d_model=64: the weights are of a model with 32"),
 }  # fmt: skip
 
 
-def make(name: str, place, shards: str = "5GB"):
-    """A model of `transformers` with every weight drawn, saved."""
-    import torch
-    import transformers
-
-    kind, tail, values = MODELS[name]
-    torch.manual_seed(0)
-    model = getattr(transformers, kind + tail)(getattr(transformers, kind + "Config")(**values)).eval()
-    with torch.no_grad():
-        for key, weight in model.named_parameters():  # norms and biases are ones and zeros at first
-            weight.copy_(torch.randn(weight.shape) * (0.3 if weight.ndim > 1 else 0.1) + ("norm" in key or "ln_" in key) * (weight.ndim == 1))
-    model.save_pretrained(place, max_shard_size=shards)
-    return model
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_imported_is_refused_and_nothing_is_left(name, hf, tmp_path, capsys):
+    change, options, said = BAD[name]
+    shutil.copytree(hf[0] / "hf", tmp_path / "hf")
+    change(tmp_path / "hf")
+    assert imported(tmp_path / "hf", tmp_path / "run", *options) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.startswith("uoe: ") and err.count("\n") == 1, err
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def given(name: str):
-    rng = np.random.default_rng(0)
-    values = MODELS[name][2]
-    if "image_size" in values:
-        size = values["image_size"]
-        return rng.normal(size=(8, values.get("num_channels", 3), size, size)).astype(np.float32)
-    return rng.integers(0, 96, (8, 40))
+def test_a_shard_that_is_missing_or_emptied(hf, tmp_path, capsys):
+    held = load_file(hf[0] / "hf" / "model.safetensors")
+    shutil.copytree(hf[0] / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    write(epath.Path(tmp_path / "hf"), [Tensor(name, a.shape, lambda a=a: a) for name, a in held.items()], shard_bytes=40_000)
+    first, second, *_ = sorted(tmp_path.glob("hf/model-*"))
+    second.rename(tmp_path / "aside")
+    assert imported(tmp_path / "hf", tmp_path / "run") == 2
+    assert f"{second.name} is missing" in capsys.readouterr().err
+    shutil.copyfile(first, second)
+    assert imported(tmp_path / "hf", tmp_path / "run") == 2
+    assert f"{second.name} lacks" in capsys.readouterr().err
+    (tmp_path / "aside").rename(second)
+    assert imported(tmp_path / "hf", tmp_path / "run") == 0
 
 
-def theirs(model, x) -> np.ndarray:
-    import torch
+def test_a_place_that_is_taken_or_cannot_be(hf, tmp_path, capsys):
+    for taken in ("there", "file"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        (tmp_path / "file").write_text("mine")
+        assert imported(hf[0] / "hf", tmp_path / taken) == 2
+        assert f"--workdir={tmp_path / taken}: exists already" in capsys.readouterr().err
+        for form in ("hf", "safetensors", "stablehlo"):
+            assert cli.main(["export", f"--workdir={hf[0]}/run", f"--format={form}", f"--out={tmp_path / taken}"]) == 2
+            assert f"--out={tmp_path / taken}: exists already" in capsys.readouterr().err
+    assert cli.main(["export", f"--workdir={hf[0]}/run", "--format=hf", "--out=/proc/never/x"]) == 2
+    assert "--out=/proc/never/x: cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine" and {p.name for p in tmp_path.iterdir()} == {"there", "file"}
 
-    with torch.no_grad():
-        return model(torch.tensor(x)).logits.numpy()
 
-
-def ours(workdir, x) -> np.ndarray:
-    config = read_config(str(workdir))
-    with restored(config, str(workdir)) as run:
-        x = x.transpose(0, 2, 3, 1) if x.ndim == 4 else x.astype(np.int32)
-        return np.asarray(jax.jit(lambda p, x: run.program.model(p)(x)[0])(run.params, x))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_comes_in_and_goes_out(name, tmp_path):
-    import transformers
-
-    model = make(name, tmp_path / "hf", "20KB")
-    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
-    assert cli.main(["import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/run", "--experts=2", "--k=2"]) == 0
-    x = given(name)
-    wanted = theirs(model, x)
-    assert reference.error(ours(tmp_path / "run", x), wanted) < 1e-4
-    assert cli.main(["export", f"--workdir={tmp_path}/run", "--format=hf", f"--out={tmp_path}/out"]) == 0
-    again = getattr(transformers, "AutoModel" + ("ForImageClassification" if x.ndim == 4 else "ForCausalLM")).from_pretrained(tmp_path / "out").eval()
-    assert type(again) is type(model)
-    assert reference.error(theirs(again, x), wanted) < 1e-5
-    old, new = model.state_dict(), again.state_dict()
-    assert old.keys() == new.keys() and all((old[key] == new[key]).all() for key in old)  # bit for bit
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        (dict(LLAMA, activation="relu"), "config.model.activation='relu'"),
+        (dict(LLAMA, qk_norm=True), "config.model.qk_norm=True: the layout of Llama, Mistral or Qwen2 has False"),
+        (dict(GPT2, position="rope"), "config.model.position='rope': the layout of GPT-2 has 'learned'"),
+        (dict(LLAMA, n_kv_heads=4, attention="mla"), "config.model.attention='mla': is no dense block cut in experts"),
+    ],
+)  # fmt: skip
+def test_a_model_of_no_family_is_refused_with_the_key(model, said, tmp_path, capsys):
+    run_of(config_of(**model), tmp_path / "run")
+    assert exported(tmp_path / "run", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1, err
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
