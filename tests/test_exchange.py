@@ -128,7 +128,7 @@ def test_shards_views_and_what_is_read_back(tmp_path, monkeypatch):
     for name, a in values.items():
         assert found.shape(name) == np.shape(a)
         np.testing.assert_array_equal(found.read(name), np.float32(a))
-    monkeypatch.setattr(tensors.safetensors.numpy, "save_file", lambda held, file, metadata: save_file({k: v + (k == "b") for k, v in held.items()}, file))
+    monkeypatch.setattr(tensors.safetensors.numpy, "save_file", lambda held, file, metadata: save_file({k: v + 1 if k == "b" else v for k, v in held.items()}, file))
     with pytest.raises(RunError, match="b is not what was written"):
         write(epath.Path(tmp_path), [Tensor(name, np.shape(a), lambda a=a: a) for name, a in values.items()])
 

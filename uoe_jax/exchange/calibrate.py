@@ -1,8 +1,12 @@
 """Routers for a dense model that was cut in experts: the experts a patch chooses are those that give most to its output.
 
 A router is linear in the patch's summary, so what each expert gives is fitted by ridge regression: X the summaries, T the
-norms of the experts' outputs, less each expert's own mean, so that no expert is chosen for being large everywhere. With K = N the
-model computes what the dense one does whatever its routers are, and it is this model whose blocks are looked at.
+norms of the experts' outputs. With K = N the model computes what the dense one does whatever its routers are, and it is this
+model whose blocks are looked at.
+
+Measured (2026-11-25, a Llama of 2 layers and D 96 after 500 steps on bytes of the standard library, N = 4, validation loss on 128
+rows; dense 1.535): with K = 2 in the attention alone drawn routers 2.747, fitted 1.827; in the MLP alone 2.164 and 1.883; in both
+with capacity factor 1.25 3.058 and 2.393. Norms less each expert's mean, which even the load out, are worse in the attention (2.279).
 """
 
 from __future__ import annotations
@@ -28,12 +32,10 @@ UNWEIGHED = ("straight_through", "none")
 
 
 class Sums(NamedTuple):
-    """Of one block in every layer, over patches: XᵀX [T,D,D], XᵀT [T,D,N], the sums of X [T,D] and T [T,N], their number."""
+    """Of one block in every layer, over patches: XᵀX [layers,D,D], XᵀT [layers,D,N], the number of patches [layers]."""
 
     xx: jax.Array
     xt: jax.Array
-    x: jax.Array
-    t: jax.Array
     count: jax.Array
 
 
@@ -67,20 +69,19 @@ def _sums(block: Union, x_BLD: jax.Array, y_NBLD: jax.Array, segments_BL: jax.Ar
     target_BMN = valid_mean(patches(given_BLN, p), valid_BMP)
     counts_R = valid_BMP.any(axis=2).reshape(-1, 1).astype(jnp.float32)
     x_RD, t_RN = summary_BMD.reshape(-1, d) * counts_R, target_BMN.reshape(counts_R.shape[0], -1) * counts_R
-    return Sums(x_RD.T @ x_RD, x_RD.T @ t_RN, x_RD.sum(0), t_RN.sum(0), counts_R.sum())
+    return Sums(x_RD.T @ x_RD, x_RD.T @ t_RN, counts_R.sum())
 
 
 def fitted(sums: Sums, gate: str) -> np.ndarray:
-    """The kernels float32 [T,D,N] of the routers of one block."""
-    xx, xt, x, t, count = (np.asarray(a, np.float64) for a in sums)
-    mean_TN = t / count[:, None]
-    xt = xt - x[:, :, None] * mean_TN[:, None]  # against targets less their mean
+    """The kernels float32 [layers,D,N] of the routers of one block."""
+    xx, xt, count = (np.asarray(a, np.float64) for a in sums)
+    xt = xt - xt.mean(axis=-1, keepdims=True)  # what all experts have in common ranks none of them
     d = xx.shape[-1]
     level = np.trace(xx, axis1=1, axis2=2)[:, None, None] / d
-    kernel_TDN = np.linalg.solve(xx + RIDGE * level * np.eye(d), xt)
-    spread = np.sqrt(np.einsum("tdn,tde,ten->tn", kernel_TDN, xx, kernel_TDN).mean(-1) / count)
+    kernel = np.linalg.solve(xx + RIDGE * level * np.eye(d), xt)
+    spread = np.sqrt(np.einsum("tdn,tde,ten->tn", kernel, xx, kernel).mean(-1) / count)
     wanted = SPREAD if gate in UNWEIGHED else SPREAD_WEIGHED
-    return (kernel_TDN * (wanted / np.maximum(spread, 1e-30))[:, None, None]).astype(np.float32)
+    return (kernel * (wanted / np.maximum(spread, 1e-30))[:, None, None]).astype(np.float32)
 
 
 def calibrated(config: ModelConfig, model: Any, params: Params, batches: Iterable[dict[str, Any]]) -> Params:
