@@ -32,7 +32,9 @@ CASES = {
     "windows of one": ({}, dict(ROUTING, capacity_window=1, k=3)),
     "patches": (dict(n_kv_heads=4, activation="swiglu"), LARGE_PATCH),
     "patches, everything": (
-        dict(n_kv_heads=4, activation="geglu", norm="layernorm", bias=True, qk_norm=True, position="learned", tie_embeddings=True),
+        dict(
+            n_kv_heads=4, activation="geglu", norm="layernorm", bias=True, qk_norm=True, position="learned", tie_embeddings=True
+        ),
         dict(LARGE_PATCH, router_bias=True, bias_rate=0.01, gate="normalized"),
     ),
     "everything": (
@@ -42,7 +44,8 @@ CASES = {
     "normalized": (dict(activation="geglu", tie_embeddings=True), dict(SMALL_PATCH, gate="normalized", k=3)),
     "score": (dict(activation="relu", position="learned", bias=True), dict(SMALL_PATCH, gate="score", k=1)),
     "straight through": (dict(activation="gelu_tanh", norm="layernorm"), dict(SMALL_PATCH, gate="straight_through")),
-    "no gate": (dict(position="none", rope_theta=100.0), dict(SMALL_PATCH, gate="none", bias_rate=0.1)),
+    # 0.56 * 25 is 14 as decimals and more than 14 as binary numbers: one slot too many in every window.
+    "no gate": (dict(position="none"), dict(ROUTING, capacity_factor=0.56, capacity_window=25, gate="none", bias_rate=0.1)),
     "all experts": (dict(rope_theta=100.0), dict(SMALL_PATCH, k=4)),
     "eight experts": (dict(bias=True), dict(SMALL_PATCH, n_experts=8, k=3, router_bias=True)),
     "smha": (dict(mlp="dense", activation="swiglu", bias=True), SMALL_PATCH),
@@ -142,7 +145,7 @@ def test_logits(case, load, tmp_path):
     for name, routing in config.model.unions().items():  # otherwise the case would not tell what it is for
         drops = stats[name].chosen_N.sum() - stats[name].kept_N.sum()
         assert (drops > 0) == (routing.window_capacity() < routing.capacity_window), name
-        assert (stats[name].chosen_N > 0).all() and np.ptp(stats[name].chosen_N) > 0 or routing.k == routing.n_experts
+        assert np.ptp(stats[name].chosen_N) > 0 or routing.k == routing.n_experts
     model = load(write(tmp_path / "model", config, params))
     assert {name: tuple(a.shape) for name, a in model.state_dict().items()} == {k: a.shape for k, a in named(params).items()}
     assert difference(torch_logits(model, ids), logits) < 1e-4
@@ -212,8 +215,8 @@ def test_generate(case, load, tmp_path):
     out = model.generate(torch.from_numpy(prompt).long(), **options)
     assert len(np.unique(row)) > 10  # and no text of one token over and over
     np.testing.assert_array_equal(out.numpy(), row)
-    beams = model.generate(torch.from_numpy(prompt).long(), **options | dict(num_beams=3))
-    assert beams.shape == out.shape
+    beams = model.generate(torch.from_numpy(prompt).long(), **options | dict(num_beams=3, max_new_tokens=4))
+    assert beams.shape == (2, 13)
 
 
 def test_round_trip(load, tmp_path):

@@ -1,8 +1,9 @@
-"""Causal language models of unions of experts (UoE) in PyTorch, for `AutoModelForCausalLM.from_pretrained(dir, trust_remote_code=True)`.
+"""Causal language models of unions of experts (UoE) in PyTorch.
 
-This file is self-contained and lies beside the weights. Its logits are those of the JAX model the weights come from, which
+This file is self-contained and lies beside the weights, so that transformers loads both from one directory:
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. Its logits are those of the JAX model that
 uoe_jax trained. It is written to be read: every expert works on every token, and what an expert did not take is masked.
-No dropout, no balance loss.
+No cache, no dropout, no balance loss.
 
 Letters: B sequences, L tokens, M patches of P tokens, D model width, N experts (K chosen by a patch), H heads, G key/value
 heads, Dh head width, F hidden width of the MLP, T layers, V vocabulary.
@@ -67,11 +68,16 @@ class UoEConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
+def routed_blocks(m: Model) -> list[str]:
+    """Of "smha" and "uome", those that the model has."""
+    return [name for name in ("smha", "uome") if name in (m.get("attention"), m.get("mlp"))]
+
+
 def check(m: Model) -> None:
     """Raises ValueError where the configuration asks for what this file does not have."""
-    routed = [name for name in ("smha", "uome") if name in (m.get("attention"), m.get("mlp"))]
     asked = [(f"model.{key}", m.get(key), allowed) for key, allowed in SUPPORTED.items()]
-    asked += [(f"model.{b}.{key}", m[b].get(key), allowed) for b in routed for key, allowed in SUPPORTED_ROUTING.items()]
+    for block in routed_blocks(m):
+        asked += [(f"model.{block}.{key}", m[block].get(key), allowed) for key, allowed in SUPPORTED_ROUTING.items()]
     for key, value, allowed in asked:
         if value not in allowed:
             raise ValueError(f"config.{key}={value!r}: this model has {', '.join(map(repr, allowed))} only")
@@ -81,9 +87,9 @@ def check(m: Model) -> None:
 
 def shapes(m: Model) -> dict[str, Any]:
     """The shapes of all weights, nested by name. Those of `layers` are of one layer; T of them are stacked."""
-    d, norm = m["d_model"], _norm_shapes(m)
-    layer = {"attention_norm": norm, "attention": _attention_shapes(m), "mlp_norm": norm, "mlp": _mlp_shapes(m)}
-    tree = {"embedding": (m["vocab_size"], d), "layers": layer, "norm": norm}
+    d, scales = m["d_model"], _norm_shapes(m)
+    layer = {"attention_norm": scales, "attention": _attention_shapes(m), "mlp_norm": scales, "mlp": _mlp_shapes(m)}
+    tree = {"embedding": (m["vocab_size"], d), "layers": layer, "norm": scales}
     if m["position"] == "learned":
         tree["positions"] = (m["context_length"], d)
     if not m["tie_embeddings"]:
@@ -127,8 +133,8 @@ def _router_shapes(m: Model, block: str) -> Weights:
 
 def _experts(m: Model, block: str) -> tuple[tuple[int, ...], int]:
     """The leading axis of a block's weights, () where it is dense, and the number of its partitions."""
-    routed = block in (m["attention"], m["mlp"])
-    return ((m[block]["n_experts"],), m[block]["n_experts"]) if routed else ((), 1)
+    n = m[block]["n_experts"]
+    return ((n,), n) if block in routed_blocks(m) else ((), 1)
 
 
 def head_sizes(m: Model) -> tuple[int, int, int]:
@@ -287,12 +293,13 @@ class UoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = UoEConfig
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["router", "norm", "q_scale", "k_scale"]
 
     def __init__(self, config: UoEConfig) -> None:
         super().__init__(config)
         m = config.model
         check(m)
+        # float32 in a model of any dtype; transformers 4 refuses names of modules that are not there.
+        self._keep_in_fp32_modules_strict = ["norm", "attention_norm", "mlp_norm", *["router"] * bool(routed_blocks(m))]
         for name, shape in shapes(m).items():
             if isinstance(shape, dict):
                 self.add_module(name, Tree(shape, (m["n_layers"],) if name == "layers" else ()))
