@@ -248,7 +248,7 @@ def attention(w: Weights, x_BLD: Tensor, m: Model, rotary: Rotary | None) -> Ten
         y_BHLk = torch.einsum("bld,dhk->bhlk", x_BLD, merged(w[f"w_{name}"], 3))
         y_BHLk = y_BHLk + w[f"b_{name}"].reshape(-1, 1, dh) if f"b_{name}" in w else y_BHLk
         if f"{name}_scale" in w:
-            y_BHLk = rms_norm(y_BHLk, w[f"{name}_scale"], m["norm_eps"]).to(x_BLD.dtype)
+            y_BHLk = rms_norm(y_BHLk, w[f"{name}_scale"], m["norm_eps"]).to(y_BHLk.dtype)
         return y_BHLk if name == "v" else rotate(y_BHLk, rotary)
 
     q, k, v = (project(name) for name in "qkv")
