@@ -57,7 +57,8 @@ def import_model(plan: Plan, workdir: str) -> None:
         params = _parameters(plan, source, program.abstract.params)
         if isinstance(data, DataBundle) and config.model.task == "language":
             params = calibrated(config.model, program.model, params, _batches(config, data, mesh))
-        with CheckpointStore(place) as store:
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(params)) + 1
+        with CheckpointStore(place, write_bytes=largest) as store:
             store.save(0, {"params": params}, metadata={"config": to_dict(config), "imported": plan.theirs.get("_name_or_path", "")})
         keep_tokenizer(place, plan.tokenizer)
         for file in itertools.chain.from_iterable(plan.source.glob(pattern) for pattern in KEPT):

@@ -70,6 +70,7 @@ class CheckpointStore:
       workdir: the run's directory, local or `gs://`.
       keep_latest: how many of the newest checkpoints stay (at least 1); older ones go once a new one is committed.
       keep_best: how many of those with the lowest metrics["loss"] stay as well.
+      write_bytes: host memory that writing may take at a time, more than the largest leaf's; None: as much as there is.
       read_only: for evaluation and export: touches nothing, also not what a run beside it is writing.
 
     Raises:
@@ -77,7 +78,8 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], keep_latest: int = 2, keep_best: int = 1, read_only: bool = False
+        self, workdir: str | os.PathLike[str], keep_latest: int = 2, keep_best: int = 1, read_only: bool = False,
+        write_bytes: int | None = None,
     ) -> None:
         if keep_latest < 1:
             raise ConfigError("checkpoint.keep_latest", keep_latest, "must be at least 1, or nothing could be resumed")
@@ -96,13 +98,16 @@ class CheckpointStore:
         self._deletions: list[concurrent.futures.Future[None]] = []
         self._closed = False
         together(self._open_directory)
-        self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # _prune decides
-            step_name_format=_Unlisted(),
-            # A process killed while it saved or deleted leaves `*.orbax-checkpoint-tmp*`, which nobody else removes.
-            cleanup_tmp_directories=not read_only,
-        )
+        context = ocp.Context()
+        context.memory.write_concurrent_bytes = write_bytes
+        with context:
+            self._orbax = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # _prune decides
+                step_name_format=_Unlisted(),
+                # A process killed while it saved or deleted leaves `*.orbax-checkpoint-tmp*`, which nobody else removes.
+                cleanup_tmp_directories=not read_only,
+            )
         self._losses: dict[int, float | None] = {}  # of the committed steps
         self._list()
         self.hold: int | None = None  # a step that is kept besides the latest and the best
