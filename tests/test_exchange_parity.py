@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 import reference
 
+from test_exchange import config_of, run_of
 from uoe_jax import cli
-from uoe_jax.config import Config, to_dict
+from uoe_jax.data.tokenizer import ByteTokenizer
+from uoe_jax.infer.sample import Sampler
 from uoe_jax.train.restore import restored
 from uoe_jax.workdir import read_config
 
@@ -89,3 +89,29 @@ def test_a_model_comes_in_and_goes_out(name, tmp_path):
     assert reference.error(theirs(again, x), wanted) < 1e-5
     old, new = model.state_dict(), again.state_dict()
     assert old.keys() == new.keys() and all((old[key] == new[key]).all() for key in old)  # bit for bit
+
+
+def test_text_with_a_tokenizer_out_of_the_command_line(tmp_path, monkeypatch):
+    """A byte-level run exported routed: `generate` of transformers continues a prompt as the JAX model does, through its tokenizer."""
+    import torch
+    import transformers
+
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    cut = dict(n_experts=4, k=2, capacity_window=16, capacity_factor=0.75)
+    config = config_of(d_model=32, n_layers=2, n_heads=4, d_hidden=64, context_length=64, vocab_size=257, smha=cut, uome=cut)
+    run_of(config, tmp_path / "run")
+    assert cli.main(["export", f"--workdir={tmp_path}/run", "--format=hf", "--routed", f"--out={tmp_path}/out"]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    text = "def f\u00e9(x):\n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode()) and tokenizer.decode(ids) == text
+    prompt = torch.tensor([[tokenizer.bos_token_id, *ids]])
+    found = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :].tolist()
+    with restored(config, str(tmp_path / "run")) as run:
+        sampler = Sampler(dataclasses.replace(config, generate=dataclasses.replace(config.generate, max_tokens=20, temperature=0.0)),
+                          run.program.model, run.params, ByteTokenizer())  # fmt: skip
+        wanted = sampler.complete([text])[0]
+    found = found[: found.index(256)] if 256 in found else found
+    assert len(found) == wanted.n_tokens and tokenizer.decode(found) == wanted.text[len(text) :]

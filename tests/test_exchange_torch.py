@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import shutil
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-import uoe_jax.exchange
 from uoe_jax import config as config_lib
+from uoe_jax.exchange.exporting import export_routed
 from uoe_jax.train.step import functional
 
 pytestmark = pytest.mark.parity
@@ -48,6 +48,7 @@ CASES = {
     "no gate": (dict(position="none"), dict(ROUTING, capacity_factor=0.56, capacity_window=25, gate="none", bias_rate=0.1)),
     "all experts": (dict(rope_theta=100.0), dict(SMALL_PATCH, k=4)),
     "eight experts": (dict(bias=True), dict(SMALL_PATCH, n_experts=8, k=3, router_bias=True)),
+    "as qwen2 and llama 3": (dict(qkv_bias=True, n_kv_heads=4, activation="swiglu", rope_scaling="8,1,4,16"), SMALL_PATCH),
     "smha": (dict(mlp="dense", activation="swiglu", bias=True), SMALL_PATCH),
     "uome": (dict(attention="dense", n_kv_heads=2, bias=True, qk_norm=True), LARGE_PATCH),
     "dense": (dict(attention="dense", mlp="dense", n_kv_heads=1), ROUTING),
@@ -79,25 +80,10 @@ def named(params: dict) -> dict[str, np.ndarray]:
 
 def write(folder: pathlib.Path, config: config_lib.Config, params: dict) -> pathlib.Path:
     """A directory that transformers loads."""
-    from safetensors.numpy import save_file
-
-    m = config.model
-    standard = dict(
-        model_type="uoe",
-        architectures=["UoEForCausalLM"],
-        auto_map={"AutoConfig": "modeling_uoe.UoEConfig", "AutoModelForCausalLM": "modeling_uoe.UoEForCausalLM"},
-        vocab_size=m.vocab_size,
-        hidden_size=m.d_model,
-        num_hidden_layers=m.n_layers,
-        num_attention_heads=m.n_heads,
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=m.tie_embeddings,
-    )
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**standard, "model": config_lib.to_dict(m)}))
-    save_file(named(params), folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copy(pathlib.Path(uoe_jax.exchange.__file__).parent / "modeling_uoe.py", folder)
+    export_routed(config, params, None, epath.Path("none"), epath.Path(folder), "float32")
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"bos_token_id": 0, "eos_token_id": 0}))  # those of a tokenizer
     return folder
 
 

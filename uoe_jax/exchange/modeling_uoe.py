@@ -106,8 +106,10 @@ def _attention_shapes(m: Model) -> Weights:
     d, (lead, n) = m["d_model"], _experts(m, "smha")
     queries, keys = (h // n, dh), (g // n, dh)
     tree = {"w_q": (*lead, d, *queries), "w_k": (*lead, d, *keys), "w_v": (*lead, d, *keys), "w_o": (*lead, *queries, d)}
+    if m["bias"] or m["qkv_bias"]:
+        tree |= {"b_q": (*lead, *queries), "b_k": (*lead, *keys), "b_v": (*lead, *keys)}
     if m["bias"]:
-        tree |= {"b_q": (*lead, *queries), "b_k": (*lead, *keys), "b_v": (*lead, *keys), "bias_out": (d,)}
+        tree |= {"bias_out": (d,)}
     if m["qk_norm"]:
         tree |= {"q_scale": (dh,), "k_scale": (dh,)}
     return tree | _router_shapes(m, "smha")
@@ -177,9 +179,13 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * scale.float()
 
 
-def rotary_tables(length: int, dh: int, theta: float, device: torch.device) -> Rotary:
-    """cos and sin of the rotary angles of a row, float32 [L,Dh/2]."""
-    frequency = theta ** (-torch.arange(0, dh, 2, dtype=torch.float32, device=device) / dh)
+def rotary_tables(length: int, dh: int, m: Model, device: torch.device) -> Rotary:
+    """cos and sin of the rotary angles of a row, float32 [L,Dh/2]; slow ones are stretched where the model says so (Llama 3.1)."""
+    frequency = m["rope_theta"] ** (-torch.arange(0, dh, 2, dtype=torch.float32, device=device) / dh)
+    if m["rope_scaling"]:
+        factor, low, high, trained = (float(part) for part in m["rope_scaling"].split(","))
+        kept = ((trained * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
     angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
     return angle.cos(), angle.sin()
 
@@ -345,7 +351,7 @@ class UoEForCausalLM(PreTrainedModel, GenerationMixin):
         if m["position"] == "learned":
             x_BLD = x_BLD + self.positions[:length]
         rope = m["position"] == "rope"
-        rotary = rotary_tables(length, head_sizes(m)[2], m["rope_theta"], x_BLD.device) if rope else None
+        rotary = rotary_tables(length, head_sizes(m)[2], m, x_BLD.device) if rope else None
         for i in range(m["n_layers"]):
             w = self.layers.weights(i)
             x_BLD = x_BLD + attention(w["attention"], norm(w["attention_norm"], x_BLD, m["norm_eps"]), m, rotary)
