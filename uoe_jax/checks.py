@@ -134,10 +134,7 @@ def check_training(c: Config, prompt_tokens: int) -> None:
     prompt_tokens: of generate.prompt, with the separator in front.
     """
     m, classify = c.model, c.model.task == "classify"
-    if classify != (c.data.source in FACTS):
-        fit = FACTS if classify else TEXT
-        remedy = f"with config.model.task={m.task!r} it must be one of {', '.join(fit)}"
-        raise ConfigError("config.data.source", c.data.source, remedy)
+    check_source(c)
     check_idle(c)
     if c.eval.test and not c.checkpoint.keep_best:
         raise ConfigError("config.checkpoint.keep_best", 0, "eval.test measures the best checkpoint; give 1 or more")
@@ -150,6 +147,14 @@ def check_training(c: Config, prompt_tokens: int) -> None:
     if prompt_tokens >= m.context_length:
         room = f"its {prompt_tokens} tokens leave no room in config.model.context_length={m.context_length}"
         raise ConfigError("config.generate.prompt", c.generate.prompt, f"{room}; shorten it, or give a longer context")
+
+
+def check_source(c: Config) -> None:
+    """Checks that the data are for what the model is for."""
+    classify = c.model.task == "classify"
+    if classify != (c.data.source in FACTS):
+        remedy = f"with config.model.task={c.model.task!r} it must be one of {', '.join(FACTS if classify else TEXT)}"
+        raise ConfigError("config.data.source", c.data.source, remedy)
 
 
 def check_idle(c: Config) -> None:

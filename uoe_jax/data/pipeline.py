@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from uoe_jax.checks import check_source
 from uoe_jax.config import Config
 from uoe_jax.config_data import FACTS, TEXT
 from uoe_jax.data.examples import ExampleSource
@@ -91,6 +92,7 @@ def load(config: Config, cache_dir: Path, tokenizer: Tokenizer | None = None) ->
 
     Raises UserError for a source that cannot be read, a split without rows, and data that the model does not fit.
     """
+    check_source(config)
     if config.data.source in TEXT:
         return _load_text(config, cache_dir, tokenizer)
     return _load_labelled(config, cache_dir, tokenizer)

@@ -18,11 +18,11 @@ import numpy as np
 
 from uoe_jax import decompose, processes
 from uoe_jax import mesh as mesh_lib
+from uoe_jax.checks import check_source
 from uoe_jax.config import Config, ModelConfig, to_dict
-from uoe_jax.config_data import FACTS, TEXT
 from uoe_jax.data.kept import keep_tokenizer
 from uoe_jax.data.pipeline import DataBundle, TrainBatches, default_cache_dir, load
-from uoe_jax.errors import UserError
+from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.exchange.calibrate import calibrated
 from uoe_jax.exchange.families import Entry, into_ours, their_shape
 from uoe_jax.exchange.plan_import import Plan, whole
@@ -133,8 +133,10 @@ def _data(plan: Plan) -> DataBundle | str:
     """The data the model is looked at with, or why there are none."""
     c = plan.config
     language = c.model.task == "language"
-    if language != (c.data.source in TEXT):
-        return f"config.data.source={c.data.source!r} has nothing for it; give one of {', '.join(TEXT if language else FACTS)}"
+    try:
+        check_source(c)
+    except ConfigError as error:
+        return str(error)
     if language and plan.tokenizer is None:
         return "there is no tokenizer.json, so no text can be given to it"
     bundle = load(c, default_cache_dir(), plan.tokenizer)
