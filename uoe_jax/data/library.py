@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from uoe_jax.data.tokenizer import BYTE_OF, ends, from_file, json_object, known_ids, of_library
-from uoe_jax.errors import UserError
 
 
 class LibraryTokenizer:

@@ -19,7 +19,6 @@ from uoe_jax.data.library import LibraryTokenizer
 from uoe_jax.data.tokenizer import BYTE_OF, SEPARATORS, BPETokenizer, ByteTokenizer, Tokenizer
 from uoe_jax.errors import ConfigError, RunError
 from uoe_jax.exchange.families import FAMILIES, Values, family_for, into_theirs, their_shape
-from uoe_jax.exchange.importing import SOURCE
 from uoe_jax.exchange.tensors import Tensor, dotted, write
 from uoe_jax.train.step import Params
 from uoe_jax.workdir import CONFIG, read_json

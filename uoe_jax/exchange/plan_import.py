@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Mapping, NamedTuple
 
 from etils import epath
@@ -12,7 +11,7 @@ from uoe_jax import config as config_lib
 from uoe_jax.config import Config
 from uoe_jax.config_file import evaluate, put
 from uoe_jax.data.library import LibraryTokenizer
-from uoe_jax.data.tokenizer import BPETokenizer, Tokenizer, json_object
+from uoe_jax.data.tokenizer import BPETokenizer, Tokenizer
 from uoe_jax.errors import UserError
 from uoe_jax.exchange.families import Family, family_of
 from uoe_jax.workdir import locate, read_json
