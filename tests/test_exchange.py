@@ -25,8 +25,8 @@ from uoe_jax.exchange import tensors
 from uoe_jax.exchange.calibrate import calibrated
 from uoe_jax.exchange.families import family_for, their_shape
 from uoe_jax.exchange.importing import _dense_shapes
-from uoe_jax.exchange.plan_import import whole
 from uoe_jax.exchange.tensors import Tensor, Tensors, dotted, write
+from uoe_jax.infer.experts import all_experts
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import build
@@ -151,10 +151,10 @@ def test_a_fitted_router_chooses_the_experts_that_give_most():
         fitted = calibrated(config.model, program.model, params, [batch])
 
         def far_from_dense(p) -> float:
-            full = build(whole(config), mesh).model(p)(tokens)[0]
+            full = build(all_experts(config), mesh).model(p)(tokens)[0]
             return reference.error(program.model(p)(tokens)[0], full)
 
-        full = [build(whole(config), mesh).model(p)(tokens)[0] for p in (params, fitted)]
+        full = [build(all_experts(config), mesh).model(p)(tokens)[0] for p in (params, fitted)]
         assert np.array_equal(*full)
         assert far_from_dense(fitted) < 0.9 * far_from_dense(params)
 

@@ -116,9 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _eval, "one JSON line of measures; every row counted once")
     evaluate.add_argument("--split", default="validation", choices=("train", "validation", "test"))
     evaluate.add_argument("--step", default="latest", help="latest, best, or the step of a checkpoint")
+    evaluate.add_argument("--experts", metavar="K", help="another number than the run's: 2, smha=3,uome=4, or 1..4 for a line each")
 
     generate = command("generate", _generate, "text from a trained language model")
     generate.add_argument("--step", default="latest", help="latest, best, or the step of a checkpoint")
+    generate.add_argument("--prompts", metavar="FILE", help="many prompts, one a line, or .jsonl of {\"prompt\": …}; JSON lines come out")
+    generate.add_argument("--out", metavar="FILE", help="with --prompts: where to write them")
+    generate.add_argument("--batch", default="8", metavar="N", help="with --prompts: how many at a time")
+    generate.add_argument("--chat", action="store_true", help="lines from the terminal, each continued with all before it; an empty one ends")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it; may be given several times")
+    generate.add_argument("--no-stream", action="store_true", help="show the text when it is whole")
+    generate.add_argument("--experts", metavar="K", help="another number than the run's: 2, or smha=3,uome=4")
     for name, value, meta in config_lib.leaves(config_lib.GenerateConfig()):
         generate.add_argument(f"--{name}", metavar=type(value).__name__.upper(), help=meta["doc"])
 
@@ -212,49 +220,22 @@ def _compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     return compare(table, options.workdir)
 
 
-def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    config = _stored_config(options)
-    _start(config)
-    from uoe_jax.train.evaluate import evaluate
-    from uoe_jax.train.loop import agreed_data
-    from uoe_jax.train.restore import restored
-    from uoe_jax.workdir import check_record
-
-    config, data = agreed_data(config, options.workdir, step=options.step, split=options.split)
-    processes.by_first(lambda: check_record(options.workdir, data.record, store=False))
-    with restored(config, options.workdir, options.step) as run:
-        found, _ = evaluate(run.program, run.params, getattr(data, options.split), config)
-        if processes.is_first():
-            print(json.dumps({"step": run.step, "split": options.split, **found}))
-    return EXIT_DONE
-
-
-def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    import dataclasses
+def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.infer.experts import choices
 
     config = _stored_config(options)
-    values = config_lib.to_dict(config)
-    for name, _, _ in config_lib.leaves(config_lib.GenerateConfig()):
-        text = getattr(options, name)
-        if text is not None:
-            values["generate"][name] = config_lib.parse_value(f"generate.{name}", text)
-    config = dataclasses.replace(config, generate=config_lib.from_dict(values).generate)
-    if config.model.task != "language":
-        raise ConfigError("config.model.task", config.model.task, "gives classes and no text; use uoe eval")
+    if options.experts is not None:
+        choices(config, options.experts)
     _start(config)
-    from uoe_jax.data.kept import tokenizer_of_run
-    from uoe_jax.infer.sample import Sampler
-    from uoe_jax.memory import cache_bytes
-    from uoe_jax.train.restore import restored
+    from uoe_jax.infer.evaluation import run_eval
 
-    processes.same_command(config, step=options.step)
-    tokenizer = tokenizer_of_run(config, options.workdir)
-    with restored(config, options.workdir, options.step) as run:
-        sampler = Sampler(config, run.program.model, run.params, tokenizer)
-        completion = sampler.complete([config.generate.prompt])[0]
-        if processes.is_first():
-            _print_completion(run.step, completion, sampler, cache_bytes(config.model, rows=1, dense=True))
-    return EXIT_DONE
+    run_eval(options, config)
+
+
+def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.infer.command import run_generate
+
+    run_generate(options, _stored_config(options))
 
 
 def _import(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -314,19 +295,6 @@ def _write_once(out: Any, content: Any, shown: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--out={shown}: cannot be written ({reason}); mend that, or give another file") from error
-
-
-def _print_completion(step: int, completion: Any, sampler: Any, dense_bytes: int) -> None:
-    """The text, and to stderr what it took; dense_bytes: the cache of dense attention, to compare with."""
-    print(completion.text)
-    end = "end of document" if completion.ended else f"limit of {completion.n_tokens} tokens"
-    rate = sampler.drawn / max(sampler.seconds, 1e-9)
-    print(f"[step {step}: {end}; {rate:.1f} tokens/s, compilation included]", file=sys.stderr)
-    print(
-        f"[cache of {sampler.config.model.context_length} tokens: {sampler.cache_bytes / 1e3:.1f} kB, "
-        f"{sampler.cache_bytes / dense_bytes:.2f} of the {dense_bytes / 1e3:.1f} kB of dense attention]",
-        file=sys.stderr,
-    )
 
 
 def _stored_config(options: argparse.Namespace) -> Config:

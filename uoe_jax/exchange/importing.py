@@ -25,9 +25,10 @@ from uoe_jax.data.pipeline import DataBundle, TrainBatches, default_cache_dir, l
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.exchange.calibrate import calibrated
 from uoe_jax.exchange.families import Entry, into_ours, their_shape
-from uoe_jax.exchange.plan_import import Plan, whole
+from uoe_jax.exchange.plan_import import Plan
 from uoe_jax.exchange.tensors import Tensors, dotted
 from uoe_jax.exchange.whole import whole_directory
+from uoe_jax.infer.experts import all_experts
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.step import Params, build, declared, functional
@@ -156,7 +157,7 @@ def _losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -
         yield f"the loss was not measured, and routers are drawn: {data}"
         return
     limit = config.eval.batches or LOOKED_AT
-    for c, what in ((whole(config), "all experts, the dense model"), (config, _said(config.model))):
+    for c, what in ((all_experts(config), "all experts, the dense model"), (config, _said(config.model))):
         found, _ = evaluate(build(c, mesh), params, data.validation, c, limit, whole=False)
         yield f"loss {found['eval/loss']:.4f} on {int(found['eval/rows'])} rows of validation with {what}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Mapping, NamedTuple
 
 from etils import epath
@@ -116,10 +115,3 @@ def read_tokenizer(place: epath.Path) -> Tokenizer | None:
         except UserError as error:
             raise UserError(f"{TOKENIZER} {error}; download the model again") from error
 
-
-def whole(config: Config) -> Config:
-    """The same with all experts for every patch, and slots for all: the dense model's function, with gates that weigh alike."""
-    changes = {
-        name: dataclasses.replace(r, k=r.n_experts, capacity_factor=max(1.0, r.capacity_factor)) for name, r in config.model.unions().items()
-    }
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))

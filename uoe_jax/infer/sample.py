@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from uoe_jax.config import Config
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import UserError
+from uoe_jax.infer.growing import GrowingText
 from uoe_jax.mesh import everywhere
 from uoe_jax.model import Cache, Transformer
 from uoe_jax.train.step import Params, Program
@@ -21,11 +23,16 @@ from uoe_jax.train.step import Params, Program
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One prompt and what followed: `text` has both. `ended`: the model closed the document; else a limit was met."""
+    """One prompt and what followed. ended: "document" (the model closed it), "stop" (a stop string, left out), or "limit"."""
 
-    text: str
+    prompt: str
+    followed: str
     n_tokens: int
-    ended: bool
+    ended: str
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.followed
 
 
 def pick(logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -48,14 +55,20 @@ def pick(logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_k: ja
 
 
 class Sampler:
-    """Completes prompts with a model's parameters."""
+    """Completes prompts with a model's parameters.
+
+    Attributes:
+      seconds, timed: of decoding steps that met compiled programs, and the tokens drawn in them; for the report.
+      cache_bytes: of the attention's cache, of one row.
+    """
 
     def __init__(
         self, config: Config, model: Callable[[Params], Transformer], params: Params, tokenizer: Tokenizer
     ) -> None:
         self.config, self.tokenizer, self._params = config, tokenizer, params
-        self.seconds, self.drawn = 0.0, 0  # of decoding, for the report
-        self.cache_bytes = 0  # of the attention's cache, of one row
+        self.seconds, self.timed, self.cache_bytes = 0.0, 0, 0
+        self._warm: set[int] = set()  # numbers of rows whose programs are compiled
+        self._counts = False  # whether the tokens just drawn are timed
         context = config.model.context_length
         self._prefill = jax.jit(lambda p, tokens, length: model(p).prefill(tokens, length, context))
 
@@ -64,8 +77,7 @@ class Sampler:
             return model(p).step(token_B, cache)
 
         @jax.jit
-        def draw(logits_BV, seed, next_B, settings):
-            rows_B = jnp.arange(logits_BV.shape[0])
+        def draw(logits_BV, seed, rows_B, next_B, settings):
             fold = jax.vmap(jax.random.fold_in)
             keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows_B)
             known_BV = logits_BV[:, : tokenizer.vocab_size]  # a model may have more than there are tokens
@@ -73,50 +85,76 @@ class Sampler:
 
         self._step, self._draw = step, draw
 
-    def complete(self, prompts: Sequence[str]) -> list[Completion]:
-        """Continues every prompt as `config.generate` says.
+    def complete(
+        self,
+        prompts: Sequence[str],
+        stops: Sequence[str] = (),
+        first: int = 0,
+        batch: int = 0,
+        show: Callable[[int, str], None] = lambda i, text: None,
+    ) -> list[Completion]:
+        """Continues every prompt as `config.generate` says, with the same text whatever is beside it.
+
+        Args:
+          stops: the text of a prompt ends before the first of these.
+          first: number of the first prompt; a prompt's draws follow from the seed and its number.
+          batch: prompts worked on together, those of alike lengths; 0: all.
+          show: is given what follows a prompt piece by piece (its place in `prompts`, text).
 
         Raises:
           UserError: a prompt leaves no room in the context.
         """
-        settings, context = self.config.generate, self.config.model.context_length
-        separator = self.tokenizer.separator
-        rows = [np.concatenate([[self.tokenizer.start], self.tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
-        longest = max(len(row) for row in rows)
-        if longest >= context:
-            raise UserError(f"--prompt: {longest} tokens leave no room in model.context_length={context}; shorten it")
-        tokens_BL = np.zeros((len(rows), self._bucket(longest)), np.int32)
-        for i, row in enumerate(rows):
+        ids = [self.encoded(prompt) for prompt in prompts]
+        order = sorted(range(len(ids)), key=lambda i: (self._bucket(len(ids[i])), i))
+        size = min(batch or len(ids), len(ids))
+        room = self.config.model.context_length
+        texts = [
+            GrowingText(self.tokenizer, min(self.config.generate.max_tokens, room - len(row)), stops, prompt)
+            for row, prompt in zip(ids, prompts)
+        ]
+        for start in range(0, len(order), size):
+            members = order[start : start + size]
+            rows = members + members[:1] * (size - len(members))  # of one shape, so that one program does
+            for token_B in self._tokens([ids[i] for i in rows], [first + i for i in rows]):
+                for i, token in zip(members, token_B):
+                    if texts[i].ended is None:
+                        self.timed += self._counts
+                        if more := texts[i].push(int(token)):
+                            show(i, more)
+                if all(texts[i].ended for i in members):
+                    break
+        return [Completion(prompt, text.text, len(text.ids), text.ended or "limit") for prompt, text in zip(prompts, texts)]
+
+    def encoded(self, prompt: str) -> np.ndarray:
+        """The tokens of a prompt, int32 [L], behind the one that starts a document; UserError where the context has no room."""
+        ids = np.concatenate([[self.tokenizer.start], self.tokenizer.encode(prompt)]).astype(np.int32)
+        context = self.config.model.context_length
+        if len(ids) >= context:
+            shown = repr(prompt if len(prompt) < 40 else prompt[:36] + "…")
+            raise UserError(f"--prompt={shown}: {len(ids)} tokens leave no room in model.context_length={context}; shorten it")
+        return ids
+
+    def _tokens(self, ids: list[np.ndarray], numbers: list[int]) -> Iterator[np.ndarray]:
+        """One token after another for every row, int32 [B], until nobody asks for more. numbers: of the prompts."""
+        settings = self.config.generate
+        tokens_BL = np.zeros((len(ids), max(self._bucket(len(row)) for row in ids)), np.int32)
+        for i, row in enumerate(ids):
             tokens_BL[i, : len(row)] = row
-        length_B = np.array([len(row) for row in rows], np.int32)
+        length_B, rows_B = np.array([len(row) for row in ids], np.int32), np.array(numbers, np.uint32)
         knobs = (np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
         logits, cache = self._prefill(self._params, tokens_BL, length_B)
-        self.cache_bytes = sum(a.nbytes for a in jax.tree.leaves(cache.attention)) // len(rows)
-        generated: list[list[int]] = [[] for _ in rows]
-        open_rows = set(range(len(rows)))
-        started = time.perf_counter()
-        for _ in range(min(settings.max_tokens, context - longest)):
-            token_B = self._draw(logits, np.uint32(settings.seed), cache.next_B, knobs)
-            for i, token in enumerate(jax.device_get(token_B)):
-                if i in open_rows:
-                    if token == separator:
-                        open_rows.discard(i)
-                    else:
-                        generated[i].append(int(token))
-                        self.drawn += 1
-            if not open_rows:
-                break
+        self.cache_bytes = sum(a.nbytes for a in jax.tree.leaves(cache.attention)) // len(ids)
+        warm, started = len(ids) in self._warm, 0.0
+        for turn in itertools.count():
+            token_B = self._draw(logits, np.uint32(settings.seed), rows_B, cache.next_B, knobs)
+            host_B = jax.device_get(token_B)
+            self._counts = turn > 0 and (warm or turn > 1)  # the first two wait for compilations
+            if self._counts:
+                self.seconds += time.perf_counter() - started
+                self._warm.add(len(ids))
+            yield host_B
+            started = time.perf_counter()
             logits, cache = self._step(self._params, cache, token_B)
-        self.seconds += time.perf_counter() - started
-        return [
-            Completion(self._joined(prompt, self.tokenizer.decode(ids)), len(ids), i not in open_rows)
-            for i, (prompt, ids) in enumerate(zip(prompts, generated))
-        ]
-
-    def _joined(self, prompt: str, text: str) -> str:
-        """Words are parted by a space that no token stands for."""
-        parted = self.tokenizer.tokens_are_words and prompt and text and not prompt.endswith((" ", "\n"))
-        return f"{prompt}{' ' * bool(parted)}{text}"
 
     def _bucket(self, length: int) -> int:
         """A length to pad prompts to: few distinct ones, so that few prefills are compiled."""
