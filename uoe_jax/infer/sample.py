@@ -65,7 +65,7 @@ class Sampler:
     def __init__(
         self, config: Config, model: Callable[[Params], Transformer], params: Params, tokenizer: Tokenizer
     ) -> None:
-        self.config, self.tokenizer, self._params = config, tokenizer, params
+        self.config, self.tokenizer, self._model, self._params = config, tokenizer, model, params
         self.seconds, self.timed, self.cache_bytes = 0.0, 0, 0
         self._warm: set[int] = set()  # numbers of rows whose programs are compiled
         self._counts = False  # whether the tokens just drawn are timed
