@@ -50,6 +50,7 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
 
     runtime.start(config)
     from uoe_jax.exchange import exporting
+    from uoe_jax.exchange.importing import SOURCE
     from uoe_jax.exchange.stablehlo import export_stablehlo
     from uoe_jax.exchange.whole import whole_directory
     from uoe_jax.train.restore import restored
@@ -57,7 +58,7 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
 
     if processes.are_several():
         raise UserError(f"--out={options.out}: a model is exported by one process; start this once, and not by srun or its like")
-    m, source = config.model, locate(options.workdir) / exporting.SOURCE
+    m, source = config.model, locate(options.workdir) / SOURCE
     with restored(config, options.workdir, options.step) as run:
         if options.format == "stablehlo":
             export_stablehlo(config, run.params, locate(options.out, "--out"))
