@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import reference
 from etils import epath
-from helpers import environment
+from helpers import environment, write_source
 from safetensors.numpy import load_file, save_file
 
 from uoe_jax import cli
@@ -95,8 +95,9 @@ def test_out_in_and_out_again(model, tmp_path):
 
 def test_training_goes_on_from_an_imported_model(hf, tmp_path, capsys):
     """The command that `uoe import` names; training in the workdir itself is refused with it."""
-    source = hf[0] / "hf"
-    assert imported(source, tmp_path / "run", "--experts=2", "--k=1", "--capacity=1.5", "--config.train.batch_size=8") == 0
+    write_source(tmp_path / "text")
+    text = ["--config.data.source=text", f"--config.data.path={tmp_path}/text/*.py", "--config.train.batch_size=8"]
+    assert imported(hf[0] / "hf", tmp_path / "run", "--experts=2", "--k=1", "--capacity=1.5", *text) == 0
     err = capsys.readouterr().err
     dense, routed = (float(line.split()[1]) for line in err.splitlines() if line.startswith("loss "))
     assert 0 < dense < 20 and routed != dense and "1 of 2 experts in smha, 1 of 2 experts in uome" in err
