@@ -20,11 +20,12 @@ from uoe_jax import cli
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config, from_dict, to_dict
 from uoe_jax.data.tokenizer import BPETokenizer
-from uoe_jax.errors import RunError
+from uoe_jax.errors import RunError, UserError
 from uoe_jax.exchange import tensors
 from uoe_jax.exchange.calibrate import calibrated
 from uoe_jax.exchange.families import family_for, their_shape
 from uoe_jax.exchange.importing import _dense_shapes
+from uoe_jax.exchange.plan_import import plan
 from uoe_jax.exchange.tensors import Tensor, Tensors, dotted, write
 from uoe_jax.infer.experts import all_experts
 from uoe_jax.train.checkpoint import CheckpointStore
@@ -124,6 +125,14 @@ def test_safetensors_have_every_weight_by_name(hf, tmp_path):
     assert {str(a.dtype) for a in load_file(tmp_path / "half" / "model.safetensors").values()} == {"bfloat16"}
 
 
+def test_sixteen_bits_come_in_and_go_out_as_they_were(hf, tmp_path):
+    assert exported(hf[0] / "run", tmp_path / "hf", "--dtype=bfloat16") == 0
+    assert imported(tmp_path / "hf", tmp_path / "run") == 0
+    assert exported(tmp_path / "run", tmp_path / "out", "--dtype=bfloat16") == 0
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "out"))
+    assert {str(a.dtype) for a in new.values()} == {"bfloat16"} and all(old[key].tobytes() == new[key].tobytes() for key in old)
+
+
 def test_shards_views_and_what_is_read_back(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     values = {"a": rng.normal(size=(4, 6)).T, "b": rng.normal(size=(8, 2))[::2], "c": np.float64(3.0), "d": rng.normal(size=(3, 4, 5)).transpose(2, 0, 1)}
@@ -209,6 +218,54 @@ def test_a_model_is_never_held_twice(tmp_path):
         peaks.append(1024 * int(ran.stdout.split()[-1]))
         sizes.append(sum(4 * int(np.prod(tensor.shape)) for tensor in drawn))
     assert peaks[1] - peaks[0] < 1.7 * sizes[1]
+
+
+# Of config.json as published, cut to what is read and small sizes; with keys of older versions, absent, or null.
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, hidden_act="silu", torch_dtype="bfloat16")
+PUBLISHED = {
+    "llama 1": (dict(SIZES, model_type="llama", rms_norm_eps=1e-6, max_position_embeddings=2048, pretraining_tp=1), dict(kv=4, context=2048, theta=1e4, stretch="")),
+    "llama 2": (dict(SIZES, model_type="llama", rms_norm_eps=1e-5, max_position_embeddings=4096, rope_scaling=None, num_key_value_heads=2), dict(kv=2, context=2048, theta=1e4, stretch="")),
+    "llama 3.1": (
+        dict(SIZES, model_type="llama", rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=2, rope_theta=500000.0, attention_bias=False, mlp_bias=False,
+             rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192, rope_type="llama3")),
+        dict(kv=2, context=2048, theta=5e5, stretch="8,1,4,8192"),
+    ),
+    "mistral 0.1": (dict(SIZES, model_type="mistral", rms_norm_eps=1e-5, max_position_embeddings=32768, num_key_value_heads=2, rope_theta=10000.0, sliding_window=1024), dict(kv=2, context=1024, theta=1e4, stretch="")),
+    "mistral 0.3": (dict(SIZES, model_type="mistral", rms_norm_eps=1e-5, max_position_embeddings=32768, num_key_value_heads=2, rope_theta=1e6, sliding_window=None, head_dim=None), dict(kv=2, context=2048, theta=1e6, stretch="")),
+    "qwen 2.5": (
+        dict(SIZES, model_type="qwen2", rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=2, rope_theta=1e6, sliding_window=32768, use_sliding_window=False, max_window_layers=21, tie_word_embeddings=True),
+        dict(kv=2, context=2048, theta=1e6, stretch=""),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read(name, tmp_path):
+    theirs, wanted = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    found = plan(str(tmp_path), None, "2", "1", None, {}, str(tmp_path / "run")).config.model
+    assert (found.kv_heads, found.context_length, found.rope_theta, found.rope_scaling) == tuple(wanted.values())
+    assert found.qkv_bias == (name == "qwen 2.5") == found.tie_embeddings and found.norm_eps == theirs["rms_norm_eps"]
+    assert (found.smha.k, found.smha.n_experts, found.uome.gate) == (1, 2, "straight_through")
+    if name == "mistral 0.1":
+        with pytest.raises(UserError, match="context_length=2048: the model has 1024 tokens in the window of its attention"):
+            plan(str(tmp_path), None, "2", "1", None, {"model.context_length": "2048"}, str(tmp_path / "run"))
+
+
+def test_pixels_are_scaled_as_the_model_was_used_to(tmp_path):
+    theirs = dict(model_type="vit", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4, num_channels=3, hidden_act="gelu", layer_norm_eps=1e-12)
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+
+    def planned(**overrides):
+        return plan(str(tmp_path), None, "2", "1", None, overrides, str(tmp_path / "run")).config.model
+
+    assert planned().image.bound == 1.0 and planned().classifier.n_classes == 2
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5] * 3, image_std=[0.25] * 3)))
+    assert planned().image.bound == 2.0
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])))
+    with pytest.raises(UserError, match="preprocessor_config.json has image_mean=.*give --config.model.image.bound=2"):
+        planned()
+    assert planned(**{"model.image.bound": "2"}).image.bound == 2.0
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

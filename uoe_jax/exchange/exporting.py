@@ -24,7 +24,9 @@ from uoe_jax.train.step import Params
 from uoe_jax.workdir import CONFIG, read_json
 
 MODELING = "modeling_uoe.py"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja", "tokenizer.model")
+# Of the model that was imported; its tokenizer's are of the run's tokenizer, which is the same.
+_BESIDE = ("generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+           "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "tokenizer.model")  # fmt: skip
 
 
 def export_safetensors(config: Config, params: Params, tokenizer: Tokenizer | None, out: epath.Path, dtype: str) -> None:
@@ -65,8 +67,8 @@ def export_dense(config: Config, params: Params, tokenizer: Tokenizer | None, so
                 yield Tensor(entry.theirs.format(i=layer), their_shape(entry, shapes), make)
 
     write(out, tensors(), dtype)
-    _write_json(out / CONFIG, _as_imported(theirs, source, m) | {"dtype": dtype} | _ends(tokenizer))
-    _write_tokenizer(out, tokenizer, source)
+    _write_json(out / CONFIG, _ends(tokenizer) | _as_imported(theirs, source, m) | {"dtype": dtype})
+    _write_beside(out, tokenizer, source)
 
 
 def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, source: epath.Path, out: epath.Path, dtype: str) -> None:
@@ -91,7 +93,7 @@ def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, s
     _write_json(out / CONFIG, theirs | _ends(tokenizer))
     code = resources.files("uoe_jax.exchange").joinpath(MODELING).read_text()
     (out / MODELING).write_text(code)
-    _write_tokenizer(out, tokenizer, source)
+    _write_beside(out, tokenizer, source)
 
 
 def _leaves(params: Params) -> Iterator[Tensor]:
@@ -111,21 +113,19 @@ def _as_imported(theirs: Values, source: epath.Path, m: ModelConfig) -> Values:
     ours = {key: value for key, value in theirs.items() if key not in ("model_type", "architectures", "id2label", "label2id", "rope_parameters")}
     if m.position == "rope":  # a row was cut for training; the frequencies are what they were
         ours["max_position_embeddings"] = max(m.context_length, before["max_position_embeddings"])
-    return before | ours
+    return {key: value for key, value in before.items() if key != "torch_dtype"} | ours
 
 
 def _ends(tokenizer: Tokenizer | None) -> Values:
     return {} if tokenizer is None else {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.separator}
 
 
-def _write_tokenizer(out: epath.Path, tokenizer: Tokenizer | None, source: epath.Path) -> None:
+def _write_beside(out: epath.Path, tokenizer: Tokenizer | None, source: epath.Path) -> None:
     """The files of the imported model, or those made of the run's tokenizer."""
-    if tokenizer is None:
-        return
-    if (source / "tokenizer.json").is_file():
-        for name in _TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, out / name)
+    for name in _BESIDE:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    if tokenizer is None or (out / "tokenizer.json").exists():
         return
     content = tokenizer_file(tokenizer)
     if content is None:

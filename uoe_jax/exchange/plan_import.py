@@ -65,9 +65,12 @@ def plan(
         values["optimizer"] |= TUNING
         for name in ("smha", "uome"):
             values["model"][name] |= ROUTING | ({} if model["causal"] else {"priority": "score"})
+    longest = model["context_length"]
     if model["task"] == "language" and model["position"] == "rope":
-        model["context_length"] = min(model["context_length"], LONGEST)
-    values["model"] |= {"attention": "smha", "mlp": "uome", "moe": {}, "dropout": 0.0, **model}
+        model["context_length"] = min(longest, LONGEST)
+    values["model"] |= {"attention": "smha", "mlp": "uome", "moe": {}, "dropout": 0.0, "cutoff_div": 1, **model}
+    if model["stem"] == "image":
+        values["model"]["image"]["bound"] = bound_of(place, source, overrides)
     if tokenizer is not None:
         file = str(locate(workdir).resolve() / TOKENIZER)
         values["data"] |= {"tokenizer": "bpe" if isinstance(tokenizer, BPETokenizer) else "library", "tokenizer_file": file}
@@ -78,20 +81,37 @@ def plan(
             put(values, f"model.{name}.capacity_factor", config_lib.parse_value(f"model.{name}.capacity_factor", capacity))
     for key, text in overrides.items():
         put(values, key, config_lib.parse_value(key, text))
-    return Plan(place, family, theirs, _checked(config_lib.from_dict(values), model), tokenizer)
+    return Plan(place, family, theirs, _checked(config_lib.from_dict(values), model, longest, theirs), tokenizer)
 
 
-def _checked(config: Config, model: Mapping[str, Any]) -> Config:
+def _checked(config: Config, model: Mapping[str, Any], longest: int, theirs: Mapping[str, Any]) -> Config:
     """The configuration, where nothing of the model but routing and context differs from what the weights are."""
     own = config_lib.to_dict(config.model)
     for key, value in model.items():
         given = own[key] if not isinstance(value, Mapping) else {name: own[key][name] for name in value}
         if given != value and key != "context_length":
             raise UserError(f"--config.model.{key}={given!r}: the weights are of a model with {value!r}; leave it out")
-    if config.model.context_length > model["context_length"] and config.model.position == "learned":
-        most = model["context_length"]
-        raise UserError(f"--config.model.context_length={config.model.context_length}: there are {most} learned positions; give at most that")
+    m = config.model
+    why = "learned positions" if m.position == "learned" else "tokens in the window of its attention" if theirs.get("sliding_window") else ""
+    if m.context_length > longest and why and m.task == "language":
+        raise UserError(f"--config.model.context_length={m.context_length}: the model has {longest} {why}; give at most that")
     return config
+
+
+def bound_of(place: epath.Path, source: str, overrides: Mapping[str, str]) -> float:
+    """`model.image.bound` of the directory's preprocessor_config.json: pixels from 0 to 1, less 0.5, over one standard deviation.
+
+    Raises:
+      UserError: its channels are not alike, and nobody says that this does not matter.
+    """
+    given = read_json(place / "preprocessor_config.json", "download the model again") or {}
+    mean, deviation = given.get("image_mean") or [0.5], given.get("image_std") or [0.5]
+    if {*mean} == {0.5} and len({*deviation}) == 1:
+        return 0.5 / deviation[0]
+    if "model.image.bound" in overrides:
+        return 1.0
+    remedy = "pixels are scaled alike in all channels here; give --config.model.image.bound=2 to take the weights all the same"
+    raise UserError(f"--from={source}: preprocessor_config.json has image_mean={mean} and image_std={deviation}, and {remedy}")
 
 
 def read_tokenizer(place: epath.Path) -> Tokenizer | None:
