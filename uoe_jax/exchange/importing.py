@@ -49,11 +49,11 @@ def import_model(plan: Plan, workdir: str) -> None:
     """
     if processes.are_several():
         raise UserError(f"--workdir={workdir}: a model is imported by one process; start this once, and not by srun or its like")
-    config, source = plan.config, Tensors(plan.source)
-    _check_names(plan, source)
-    data = _data(plan)
-    mesh = mesh_lib.make_mesh(config.mesh)
+    config, mesh = plan.config, mesh_lib.make_mesh(plan.config.mesh)
     with jax.set_mesh(mesh), whole_directory(workdir, "--workdir") as place:
+        source = Tensors(plan.source)
+        _check_names(plan, source)
+        data = _data(plan)
         program = build(config, mesh)
         params = _parameters(plan, source, program.abstract.params)
         if isinstance(data, DataBundle) and config.model.task == "language":
