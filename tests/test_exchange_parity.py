@@ -108,7 +108,7 @@ def test_text_with_a_tokenizer_out_of_the_command_line(tmp_path, monkeypatch):
     config = config_of(d_model=32, n_layers=2, n_heads=4, d_hidden=64, context_length=64, vocab_size=257, smha=cut, uome=cut)
     run_of(config, tmp_path / "run")
     assert cli.main(["export", f"--workdir={tmp_path}/run", "--format=hf", "--routed", f"--out={tmp_path}/out"]) == 0
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     text = "def f\u00e9(x):\n"
     ids = tokenizer(text)["input_ids"]

@@ -62,7 +62,7 @@ RULES = {
     "model.image": "height=1.. width=1.. channels=1.. patch=1.. bound=>0.0..1e3",
     "data": """
         source=stdlib|text|wikitext103|tfds_text|listops|imdb|aan|pathfinder|digits|cifar10|cifar100|imagenet2012 path=text name=text
-        tokenizer=bytes|bpe|words|library tokenizer_file=text min_count=1.. buckets=1.. sort_window=1..""",
+        tokenizer=bytes|bpe|words|library tokenizer_file=text min_count=1.. buckets=1.. sort_window=1.. held_out=1..40""",
     "data.listops": "min_length=1.. max_length=1.. max_depth=1..100 max_args=2..100 n_train=1.. n_eval=1.. seed=0..",
     "data.pathfinder": "size=16..512 length=2..30 distractors=0..100 n_train=1.. n_eval=1.. seed=0..",
     "augment": """
@@ -158,6 +158,7 @@ PAIRS: list[dict[str, Any]] = [
       ("data.min_count", 2), ("model.image.width", 8), ("model.classifier.pooling", "cls"))),
     {"eval.test": "true", "checkpoint.keep_best": 0},
     {"data.sort_window": 4},
+    {"data.held_out": 10},
     *({"model.rope_scaling": text} for text in ("8", "8,1,4", "8,4,1,64", "0.5,1,4,64", "a,b,c,d", "8,1,4,nan", "8,1,4,64,2")),
     {"model.rope_scaling": "8,1,4,64", "model.position": "learned"},
     {"model.qkv_bias": "true", "model.bias": "true"},

@@ -172,6 +172,17 @@ def split_by_hand(document: bytes) -> str:
     return (["train"] * 98 + ["validation", "test"])[int(hashlib.sha256(document).hexdigest()[:16], 16) % 100]
 
 
+def test_more_is_held_out_of_a_little_text(tmp_path):
+    place = write(tmp_path / "in", {f"{i}.txt": f"document {i}".encode() for i in range(200)})
+    one, ten = (text.open_text(str(place), tmp_path, held_out) for held_out in (1, 10))
+    with pytest.raises(ConfigError, match="split empty.*98/1/1"):
+        list(text.open_text(str(write(tmp_path / "few", {"a.txt": b"a", "b.txt": b"b"})), tmp_path).documents("test"))
+    sizes = [len(list(ten.documents(split))) for split in SPLITS]
+    assert sum(sizes) == 200 and all(10 <= n <= 32 for n in sizes[1:]) and one.key != ten.key
+    documents = [f"document {i}".encode() for i in range(2000)]  # of test stays of test where more is held out
+    assert {d for d in documents if text.split_of(d) == "test"} < {d for d in documents if text.split_of(d, 10) == "test"}
+
+
 def read(source) -> dict[str, list[bytes]]:
     return {split: list(source.documents(split)) for split in SPLITS}
 
@@ -269,7 +280,7 @@ def test_text_that_cannot_be_used_is_answered_with_its_place(tmp_path):
     refused("", None, "data.path='/nowhere/\\*.txt': is neither a directory nor a glob", "/nowhere/*.txt")
     refused("x.txt", b"", "its 1 files are all empty: name files with text")
     refused("x.txt.gz", b"", "its 1 files hold no text")
-    refused("x.txt", b"one document", "its 1 documents leave the (train|validation|test) split empty.*98/1/1.*add files")
+    refused("x.txt", b"one document", "its 1 documents leave the (train|validation|test) split empty.*98/1/1.*raise data.held_out")
     refused("x.txt", b"abc\xff", "x.txt, byte 3.*is not UTF-8: convert")
     refused("x.txt", b"a" * LIMIT + b"\n\xe8\xaa\n", f"x.txt, byte {LIMIT + 1}.*is not UTF-8")
     refused("x.txt", b"\x80" * (LIMIT + 9), "x.txt, byte 0.*is not UTF-8")

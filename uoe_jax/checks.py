@@ -167,6 +167,7 @@ def check_idle(c: Config) -> None:
         ("data.listops.", d.source == "listops", "is for data.source='listops'"),
         ("data.pathfinder.", d.source == "pathfinder" and not d.path, "is for generated images: source='pathfinder' without data.path"),
         ("data.path", d.source not in ("listops", "digits"), f"data.source={d.source!r} has no files; leave it out"),
+        ("data.held_out", d.source == "text", "is for data.source='text'"),
         ("data.name", d.source == "tfds_text", "is for data.source='tfds_text'"),
         ("data.buckets", classify and (text or d.source == "listops"), "is for labelled text"),
         ("data.sort_window", d.buckets > 1, "is for data.buckets of 2 or more"),

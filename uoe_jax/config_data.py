@@ -76,6 +76,7 @@ class DataConfig:
     min_count: int = key(3, "of tokenizer='words': how often a word must occur in the training split to be one", low=1)
     buckets: int = key(1, "lengths a batch of labelled text is padded to: this many, evenly up to model.context_length", low=1)
     sort_window: int = key(1, "with buckets: consecutive training batches that share their rows out by length, so that most need little padding", low=1)
+    held_out: int = key(1, "of source='text': percent of the documents for validation, and as many for test", low=1, high=40)
     listops: ListopsConfig = dataclasses.field(default_factory=ListopsConfig)
     pathfinder: PathfinderConfig = dataclasses.field(default_factory=PathfinderConfig)
 

@@ -29,7 +29,7 @@ def text_source(c: DataConfig, cache_dir: Path) -> TextSource:
 
     opened: dict[str, Callable[[], TextSource]] = {
         "stdlib": lambda: stdlib.prepare(c.path, cache_dir),
-        "text": lambda: text.open_text(c.path, cache_dir),
+        "text": lambda: text.open_text(c.path, cache_dir, c.held_out),
         "wikitext103": lambda: wikitext.open_wikitext103(c.path, cache_dir),
         "tfds_text": lambda: named.open_tfds_text(c.name, c.path),
     }

@@ -53,19 +53,21 @@ class TextFiles:
     over. Any other file is text: one document, or several of at most 64 KiB that are cut at the ends of lines (inside a
     longer line, between two characters) and give the file back when they are put together.
 
-    A document is of the training split, the validation split or the test split by the hash of its bytes, about 98/1/1:
+    A document is of the training split, the validation split or the test split by the hash of its bytes:
     equal documents never fall into two splits, and added files move no document. Files are read in the order of their
     hashes, so neither names nor places matter.
 
     Attributes:
       key: names the documents and their order; caches derived from them are keyed by it.
       path: data.path as it was written.
+      held_out: percent of the documents that are of validation, and as many of test, about.
       files: those that are not empty, in reading order.
       n_bytes, n_empty: the bytes of `files` on disk, and how many files were passed over because they are empty.
     """
 
     key: str
     path: str
+    held_out: int
     files: tuple[TextFile, ...]
     sha256: str
     n_bytes: int
@@ -82,7 +84,7 @@ class TextFiles:
         for file in self.files:
             for document in _documents(file, self.raw):
                 n_documents += 1
-                if split_of(document) == split:
+                if split_of(document, self.held_out) == split:
                     n_yielded += 1
                     yield document
         if not n_documents:
@@ -90,7 +92,8 @@ class TextFiles:
         if not n_yielded:
             remedy = (
                 f"its {n_documents} documents leave the {split} split empty (a document goes to train/validation/test by "
-                "a hash of its content, 98/1/1; a text file is one document per 64 KiB): add files, or cut long ones."
+                f"a hash of its content, {100 - 2 * self.held_out}/{self.held_out}/{self.held_out}; a text file is one document per 64 KiB): "
+                "add files, cut long ones, or raise data.held_out."
             )
             raise ConfigError("data.path", self.path, remedy)
 
@@ -105,7 +108,7 @@ class TextFiles:
         }
 
 
-def open_text(path: str, cache_dir: Path) -> TextFiles:
+def open_text(path: str, cache_dir: Path, held_out: int = 1) -> TextFiles:
     """The text under a directory (its .txt, .jsonl and .ndjson files, also .gz, at any depth) or of the files of a glob.
 
     In a glob, `**` is any depth and .json is JSON lines too. Hidden files and directories are passed over.
@@ -121,8 +124,9 @@ def open_text(path: str, cache_dir: Path) -> TextFiles:
     files = sorted((TextFile(*pair) for pair in zip(full, hashes, strict=True)), key=lambda file: file.content)
     sha256 = hashlib.sha256(json.dumps([file.content for file in files]).encode()).hexdigest()
     return TextFiles(
-        key=f"text-{VERSION}-{sha256[:24]}",
+        key=f"text-{VERSION}-{sha256[:24]}" + (f"-{held_out}" if held_out != 1 else ""),
         path=path,
+        held_out=held_out,
         files=tuple(files),
         sha256=sha256,
         n_bytes=sum(sizes.values()),
@@ -131,10 +135,10 @@ def open_text(path: str, cache_dir: Path) -> TextFiles:
     )
 
 
-def split_of(document: bytes) -> str:
-    """The split of a document, about 98/1/1 by the hash of its bytes."""
+def split_of(document: bytes, held_out: int = 1) -> str:
+    """The split of a document by the hash of its bytes; held_out: percent for validation, and for test."""
     percent = int.from_bytes(hashlib.sha256(document).digest()[:8], "big") % 100
-    return "train" if percent < 98 else "validation" if percent < 99 else "test"
+    return "train" if percent < 100 - 2 * held_out else "validation" if percent < 100 - held_out else "test"
 
 
 def find(path: str) -> list[Path]:
