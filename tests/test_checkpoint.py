@@ -340,6 +340,13 @@ def test_disk_full_before_a_save(tmp_path, monkeypatch):
         assert store.save(3, bits_state(0))
 
 
+def test_a_directory_that_is_gone_before_a_save(tmp_path):
+    with CheckpointStore(tmp_path / "run") as store:
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(RunError, match="run/checkpoints: the checkpoint of step 3 cannot be written here .*put the directory back"):
+            store.save(3, bits_state(0))
+
+
 def test_a_failed_save_is_told_on_close(tmp_path):
     store = CheckpointStore(tmp_path)
     with small_files(tmp_path):

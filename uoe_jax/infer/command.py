@@ -175,8 +175,8 @@ def _report(sampler: Any, step: int) -> None:
     m = sampler.config.model
     dense = cache_bytes(m, rows=1, dense=True)
     rate = f"{sampler.timed / sampler.seconds:.1f} tokens/s once compiled" if sampler.timed else "too few tokens to time"
-    experts = "".join(f", {r.k} of {r.n_experts} experts in {name}" for name, r in m.unions().items())
-    print(f"[step {step}{experts}; {rate}]", file=sys.stderr)
+    experts = "".join(f"{r.k} of {r.n_experts} experts in {name}; " for name, r in m.unions().items())
+    print(f"[step {step}: {experts}{rate}]", file=sys.stderr)
     if sampler.cache_bytes:
         print(
             f"[cache of {m.context_length} tokens: {sampler.cache_bytes / 1e3:.1f} kB, "

@@ -389,7 +389,12 @@ class CheckpointStore:
         self._deletions.clear()
         if self._remote:
             return
-        if _free_bytes(self.directory) < nbytes * SPACE_MARGIN:
+        try:
+            free = _free_bytes(self.directory)
+        except OSError as error:
+            raise RunError(f"{self.directory}: the checkpoint of step {step} cannot be written here ({error.strerror or error}); put the "
+                           "directory back, or start in another --workdir") from error
+        if free < nbytes * SPACE_MARGIN:
             raise self._no_space(step, nbytes)
 
     def _no_space(self, step: int, nbytes: int) -> RunError:
