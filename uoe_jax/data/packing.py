@@ -1,9 +1,9 @@
 """Rows of a fixed length out of documents of any length, by index arithmetic: row i is a pure function of i.
 
 Letters: L row length, P patch size, D number of documents, T their tokens. Each document becomes the inputs
-[START, t0 … t(n-1)] and the targets [t0 … t(n-1), SEP] (START is SEP with most tokenizers), padded to a multiple of P; the padded documents are laid end
-to end in store order and cut every L positions. Since P divides both, no patch holds two documents,
-and every patch that holds anything begins with a valid token.
+[START, t0 … t(n-1)] and the targets [t0 … t(n-1), SEP] (START is SEP with most tokenizers), padded to a multiple of P;
+the padded documents are laid end to end in store order and cut every L positions. Since P divides both, no patch holds two
+documents, and every patch that holds anything begins with a valid token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class PackedRows:
     def __init__(
         self, store: TokenStore, length: int, multiple: int, separator: int, bytes_per_token: np.ndarray, start: int | None = None
     ) -> None:
-        """start: the first input of a document; None: the separator. Raises UserError where `length` is not a positive multiple of `multiple`, the patch size."""
+        """start: the first input of a document; None: the separator.
+
+        Raises UserError where `length` is not a positive multiple of `multiple`, the patch size.
+        """
         if multiple < 1 or length < 1 or length % multiple:
             at_least = max(length, 1) + -max(length, 1) % max(multiple, 1)
             raise UserError(

@@ -79,9 +79,9 @@ def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, s
     """
     m = config.model
     remedy = "has no code in PyTorch here; use --format=safetensors, or --format=stablehlo"
-    for key, given, known in (("task", m.task, ("language",)), ("attention", m.attention, ("dense", "smha")), ("mlp", m.mlp, ("dense", "uome")), ("cutoffs", m.cutoffs, ("",))):
-        if given not in known:
-            raise ConfigError(f"config.model.{key}", given, remedy)
+    for key, known in (("task", ("language",)), ("attention", ("dense", "smha")), ("mlp", ("dense", "uome")), ("cutoffs", ("",))):
+        if getattr(m, key) not in known:
+            raise ConfigError(f"config.model.{key}", getattr(m, key), remedy)
     write(out, _leaves(params), dtype)
     names = {"AutoConfig": "modeling_uoe.UoEConfig", "AutoModelForCausalLM": "modeling_uoe.UoEForCausalLM"}
     theirs: Values = {

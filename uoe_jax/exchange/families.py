@@ -308,22 +308,19 @@ def family_for(m: ModelConfig) -> tuple[Family, Values]:
     Raises:
       UserError: there is none.
     """
-    kinds = [VIT] if m.stem == "image" else [GPT2 if m.norm == "layernorm" else LLAMA]
-    for family in kinds:
-        theirs = family.config(m)
-        try:
-            back = family.model(theirs)
-        except UserError:
-            back = {"activation": None}
-        own = to_dict(m) | {"n_kv_heads": m.kv_heads, "vocab_size": m.vocab_size}
-        wrong = _first_difference(own, back, "config.model.")
-        if wrong is None:
-            return family, theirs
+    family = VIT if m.stem == "image" else GPT2 if m.norm == "layernorm" else LLAMA
+    theirs = family.config(m)
+    try:
+        back = family.model(theirs)
+    except UserError:  # only an activation that the family has no name for is not read back
+        back = {"activation": None}
+    wrong = _first_difference(to_dict(m) | {"n_kv_heads": m.kv_heads}, back, "config.model.")
+    if wrong is None:
+        return family, theirs
     key, value, wanted = wrong
-    raise UserError(
-        f"{key}={value!r}: the layout of {kinds[0].kind} has {'another' if wanted is None else repr(wanted)}, so no model of Hugging Face's own "
-        "loads these weights; export with --routed, or with --format=safetensors"
-    )
+    has = "another" if wanted is None else repr(wanted)
+    remedy = "so no model of Hugging Face's own loads these weights; export with --routed, or with --format=safetensors"
+    raise UserError(f"{key}={value!r}: the layout of {family.kind} has {has}, {remedy}")
 
 
 def _first_difference(own: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> tuple[str, Any, Any] | None:

@@ -81,11 +81,14 @@ def _check_names(plan: Plan, source: Tensors) -> None:
             raise UserError(f"--from={plan.source}: {name} is missing in its weights, and config.json asks for it; download the model again")
         found = source.shape(name)
         if found != wanted and not (entry.ours == ("positions",) and found[-2] >= wanted[-2] and found[-1] == wanted[-1]):
-            raise UserError(f"--from={plan.source}: {name} has shape {list(found)} where config.json asks for {list(wanted)}; they are not of one model")
+            raise UserError(
+                f"--from={plan.source}: {name} has shape {list(found)} where config.json asks for {list(wanted)}; they are not of one model"
+            )
     ignored = IGNORED if not m.tie_embeddings else re.compile(IGNORED.pattern + r"|lm_head\.weight")
     left = [name for name in source.names() if name not in used and not ignored.fullmatch(name)]
     if left:
-        raise UserError(f"--from={plan.source}: {left[0]} (and {len(left) - 1} more) have no place in a {plan.family.kind} model here; they would be lost")
+        lost = f"{left[0]} (and {len(left) - 1} more) have no place in a {plan.family.kind} model here; they would be lost"
+        raise UserError(f"--from={plan.source}: {lost}")
 
 
 def _tensors(plan: Plan, source: Tensors) -> Iterator[tuple[Entry, int | None, str]]:
@@ -142,7 +145,8 @@ def _data(plan: Plan) -> DataBundle | str:
         return "there is no tokenizer.json, so no text can be given to it"
     bundle = load(c, default_cache_dir(), plan.tokenizer)
     if bundle.vocab_size > c.model.vocab_size and language:
-        raise UserError(f"config.data.tokenizer={c.data.tokenizer!r}: has {bundle.vocab_size} tokens and the model {c.model.vocab_size}; leave it out")
+        sizes = f"has {bundle.vocab_size} tokens and the model {c.model.vocab_size}"
+        raise UserError(f"config.data.tokenizer={c.data.tokenizer!r}: {sizes}; leave it out")
     return bundle
 
 
