@@ -14,6 +14,7 @@ import pytest
 from etils import epath
 
 from uoe_jax import config as config_lib
+from uoe_jax.errors import ConfigError
 from uoe_jax.exchange.exporting import export_routed
 from uoe_jax.train.step import functional
 
@@ -275,7 +276,12 @@ def test_low_precision(load, tmp_path):
 )
 def test_what_it_does_not_have_is_refused(change, name, load, tmp_path):
     config = configure("default")
-    params = draw(config)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
+    file = write(tmp_path / "model", config, draw(config)) / "config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | {"model": written["model"] | change}))
     with pytest.raises(ValueError, match=rf"config\.model\.{name}="):
-        load(write(tmp_path / "model", config, params))
+        load(file.parent)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
+    if name != "vocab_size":  # nor does the export write it
+        with pytest.raises(ConfigError, match=rf"config\.model\.{name}="):
+            write(tmp_path / "other", other, {})

@@ -79,7 +79,7 @@ def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, s
     """
     m = config.model
     remedy = "has no code in PyTorch here; use --format=safetensors, or --format=stablehlo"
-    for key, known in (("task", ("language",)), ("attention", ("dense", "smha")), ("mlp", ("dense", "uome")), ("cutoffs", ("",))):
+    for key, known in (("task", ("language",)), ("causal", (True,)), ("attention", ("dense", "smha")), ("mlp", ("dense", "uome")), ("cutoffs", ("",))):
         if getattr(m, key) not in known:
             raise ConfigError(f"config.model.{key}", getattr(m, key), remedy)
     write(out, _leaves(params), dtype)
