@@ -20,7 +20,7 @@ from uoe_jax.checks import check_cutoffs
 from uoe_jax.config import ModelConfig, from_dict
 from uoe_jax.errors import ConfigError
 from uoe_jax.flops import forward_flops, tail_shares, vocabulary_flops
-from uoe_jax.layers import adaptive
+from uoe_jax import tiles
 from uoe_jax.layers.adaptive import AdaptiveHead, look_up, make_words
 from uoe_jax.memory import parameters
 from uoe_jax.model import Transformer
@@ -40,7 +40,8 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     """Few tokens at once, so that small tests take several turns and end inside one."""
-    monkeypatch.setattr(adaptive, "CHUNK", 16)
+    monkeypatch.setattr(tiles, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(tiles, "CHUNK_SCORES", 1)
 
 
 class Ends(nnx.Module):
@@ -170,7 +171,7 @@ def test_a_short_dtype_is_close(dtype):
 
 def test_the_scores_of_all_tokens_never_exist_at_once(monkeypatch):
     """Temporary memory of loss and gradients of 8192 tokens over 50,000 words: a quarter of one array of their scores."""
-    monkeypatch.setattr(adaptive, "CHUNK", 512)
+    monkeypatch.setattr(tiles, "LEAST_CHUNK", 512)
     c = dataclasses.replace(BASE, vocab_size=50_000, d_model=64, cutoffs="4000,20000")
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Ends(c, nnx.Rngs(0))))
     x, targets = jax.ShapeDtypeStruct((16, 512, 64), jnp.float32), jax.ShapeDtypeStruct((16, 512), jnp.int32)

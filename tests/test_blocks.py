@@ -178,6 +178,8 @@ CASES = {
     "uome straight through, not causal": Case("uome", score(gate="straight_through", patch_size=2), causal=False),
     "uome none, swiglu, biases": Case("uome", score(gate="none"), False, {"activation": "swiglu", "bias": True}),
     "uome scatter, P=4, biases": Case("uome", score(dispatch="scatter", patch_size=4), False, {"bias": True}),
+    "uome one-hot, P=4": Case("uome", route(dispatch="onehot", patch_size=4, capacity_window=3)),
+    "smha one-hot, project, P=2": Case("smha", score(dispatch="onehot", order="project", patch_size=2), False, {"bias": True}),
     "uome one expert": Case("uome", route(n_experts=1, k=1)),
     "uome one slot": Case("uome", route(capacity_factor=0.01, capacity_window=64)),
     "uome project, swiglu, biases": Case("uome", route(order="project"), options={"activation": "swiglu", "bias": True}),
@@ -293,7 +295,7 @@ def test_the_balance_losses_reach_the_router(name):
 
 
 GARBAGE = ["uome normalized, biases", "smha sigmoid, biases", "smha score, not causal, P=4", "smha scatter, P=4"]
-GARBAGE += ["uome project, swiglu, biases", "smha project, scatter, grouped, P=2"]
+GARBAGE += ["uome project, swiglu, biases", "smha project, scatter, grouped, P=2", "smha one-hot, project, P=2"]
 
 
 @pytest.mark.parametrize("name", GARBAGE)

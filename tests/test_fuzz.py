@@ -34,7 +34,7 @@ ROUTED = """
     n_experts=1.. k=1.. capacity_factor=>0.0..1e6 capacity_window=1.. sequence_capacity_factor=0.0..1e6 sequence_group=1..
     patch_size=1.. unit=patch|sequence|hierarchical priority=position|score router_noise=0.0..1e3 balance_weight=0.0..1e3
     gate=sigmoid|normalized|score|straight_through|none order=gather|project router_bias=bool bias_rate=0.0..1
-    z_weight=0.0..1e3 dispatch=auto|inverse|scatter"""
+    z_weight=0.0..1e3 dispatch=auto|inverse|scatter|onehot"""
 RULES = {
     "model": """
         task=language|classify stem=tokens|image vocab_size=0.. d_model=1.. n_layers=1.. n_heads=1.. n_kv_heads=0.. d_hidden=1..
@@ -69,7 +69,7 @@ RULES = {
         crop_padding=0..512 crop_area=>0.0..1 flip=bool rand_layers=0..16 rand_magnitude=0..30 mixup=0.0..100 cutmix=0.0..100""",
     "optimizer": """
         schedule=cosine|linear learning_rate=>0.0..1e3 warmup_steps=0.. decay_steps=0.. final_fraction=0.0..1 weight_decay=0.0..1e3 b1=0.0..0.999999
-        b2=0.0..0.999999 eps=>0.0..1 clip_norm=0.0..1e9""",
+        b2=0.0..0.999999 eps=>0.0..1 clip_norm=0.0..1e9 moment_dtype=float32|bfloat16""",
     "train": "steps=1.. batch_size=1.. accumulation=1.. seed=0.. log_every=1.. stop_after=0.. init_from=text deterministic=bool label_smoothing=0.0..0.99",
     "eval": "every=0.. batches=0.. batch_size=0.. test=bool",
     "checkpoint": "every=0.. keep_latest=1.. keep_best=0..",
@@ -355,7 +355,7 @@ def valid(rng: random.Random, causal: bool = True) -> dict[str, Any]:
         r = {
             "n_experts": n[block], "k": k, "patch_size": patch[block], "gate": pick(gates), "order": pick(("gather", "project")),
             "capacity_factor": pick((1.2e-38, 0.3, 1.0, 1.3, 1e6)), "capacity_window": pick((1, 2, 7, 64, 100_000)),
-            "dispatch": pick(("auto", "inverse", "scatter")), "router_bias": pick((True, False)), "router_noise": pick((0, 0.5, 1e3)),
+            "dispatch": pick(("auto", "inverse", "scatter", "onehot")), "router_bias": pick((True, False)), "router_noise": pick((0, 0.5, 1e3)),
             "balance_weight": pick((0, 0.01, 1)), "z_weight": pick((0, 1e-3)), "bias_rate": pick((0, 0.01, 1)),
             "sequence_group": HUGE,
         }  # fmt: skip

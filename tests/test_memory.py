@@ -105,7 +105,7 @@ def test_a_cache_is_as_large_as_counted(name):
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     prefill = lambda state, *args: nnx.merge(graphdef, state).prefill(*args, config.context_length)[1]  # noqa: E731
     cache = jax.eval_shape(prefill, state, jax.ShapeDtypeStruct((3, 16), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32))
-    held = sum(a.size * a.dtype.itemsize for a in (cache.attention.k, cache.attention.v))
+    held = sum(a.size * a.dtype.itemsize for a in (a for layer in cache.attention for a in (layer.k, layer.v)))
     assert held == cache_bytes(config, rows=3)
     if config.attention == "smha":  # K/N of a dense cache, or as much as the capacity leaves
         share = config.smha.slot_tokens(64) / 64

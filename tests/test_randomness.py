@@ -127,8 +127,8 @@ def test_attention_dropout_against_masks_by_hand(order):
     for e in range(2):
         q, k, v = (jnp.einsum("bld,dk->blk", x, getattr(block, f"w_{a}")[...][e, :, 0]) for a in "qkv")
         s = jnp.where(jnp.tril(jnp.ones((6, 6), bool))[None], jnp.einsum("btk,bsk->bts", q, k) / 4**0.5, -jnp.inf)
-        # The key of the row, for the experts (1), for this expert, for its one key head (0).
-        keys = jax.vmap(lambda key: functools.reduce(jax.random.fold_in, (1, e, 0), key))(KEYS[:2])
+        # The key of the row, for the experts (1), for this expert, for its one key head (0), for the one tile (0).
+        keys = jax.vmap(lambda key: functools.reduce(jax.random.fold_in, (1, e, 0, 0), key))(KEYS[:2])
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (6, 6)))(keys)
         wanted = wanted + jnp.where(keep, 2 * jax.nn.softmax(s, axis=-1), 0) @ v @ block.w_o[...][e, 0][None]
     assert reference.error(y, wanted) < 1e-5

@@ -90,13 +90,27 @@ def test_first_come(seed, density, shape):
 
 @few(max_examples=40)
 @given(seed=seeds, density=st.sampled_from([0.0, 0.2, 0.7, 1.0]), slots=st.sampled_from([1, 5, M]), ties=st.booleans())
-def test_best_first(seed, density, slots, ties):
+def test_best_first(monkeypatch, seed, density, slots, ties):
     rng = np.random.default_rng(seed)
     chosen = rng.random((B, M, N)) < density
     scores = rng.integers(0, 3, (B, M, N)).astype(np.float32) if ties else rng.random((B, M, N), np.float32)
     cap = rng.integers(0, slots + 1, B)
-    got = routing.best_first(jnp.asarray(chosen), jnp.asarray(scores), jnp.asarray(cap), slots)
-    np.testing.assert_array_equal(got, [reference.best_first(*row) for row in zip(chosen, scores, cap)])
+    wanted = [reference.best_first(*row) for row in zip(chosen, scores, cap)]
+    for many in (1, M + 1):  # by counting, by sorting
+        monkeypatch.setattr(routing, "MANY", many)
+        got = routing.best_first(jnp.asarray(chosen), jnp.asarray(scores), jnp.asarray(cap), slots)
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_counting_finds_what_sorting_finds_among_many():
+    """Of 3000 patches, with ties, scores that are 0, tiny or denormal, and experts that few or none came to."""
+    rng = np.random.default_rng(0)
+    scores = rng.choice(np.float32([0, 1e-45, 1e-38, 0.25, 0.5, 1 - 2**-24, 1]), (3, 4, 3000))
+    scores = np.where(rng.random(scores.shape) < 0.5, rng.random(scores.shape, np.float32), scores)
+    offered = jnp.asarray(np.where(rng.random(scores.shape) < np.array([0, 0.001, 0.5, 1])[None, :, None], scores, -1))
+    for capacity in (0, 1, 7, 1500, 3000):
+        args = offered, jnp.asarray([capacity, capacity // 2, 1]), max(capacity, 1)
+        np.testing.assert_array_equal(jax.jit(routing.by_counting, static_argnums=2)(*args), routing.by_sorting(*args))
 
 
 def test_all_want_one_expert():
@@ -240,7 +254,7 @@ def combine_and_back(backend: str):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", ["inverse", "scatter"])
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
 @few(max_examples=8)
 @given(seed=seeds, garbage=st.sampled_from([0.0, 1e30, float("nan")]))
 def test_dispatch(backend, dtype, seed, garbage):
@@ -267,7 +281,7 @@ def test_dispatch(backend, dtype, seed, garbage):
         assert error(np.where(empty[..., None], 0, got) if got.ndim == 4 else got, wanted) < tolerance
 
 
-@pytest.mark.parametrize("backend", ["inverse", "scatter"])
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
 @pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
 def test_garbage_in_empty_slots_changes_nothing(backend, garbage):
     rng = np.random.default_rng(0)
@@ -288,7 +302,12 @@ def test_garbage_in_empty_slots_changes_nothing(backend, garbage):
         np.testing.assert_array_equal(a, b)
 
 
-def test_auto_backend_is_one_of_the_two():
-    assert dispatch.backend_for("auto", jnp.dtype("float32")) == "inverse"
-    assert dispatch.backend_for("auto", jnp.dtype("bfloat16")) == "scatter"  # on a CPU
-    assert dispatch.backend_for("scatter", jnp.dtype("float32")) == "scatter"
+def test_the_backend_follows_platform_dtype_and_patches(monkeypatch):
+    def chosen(platform, name="auto", dtype="float32", patch_size=1, bounded=False):
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        return dispatch.backend_for(name, jnp.dtype(dtype), patch_size, bounded)
+
+    assert chosen("cpu") == chosen("gpu") == chosen("tpu") == chosen("gpu", dtype="bfloat16") == "inverse"
+    assert chosen("cpu", dtype="bfloat16", patch_size=16) == "scatter"
+    assert chosen("tpu", patch_size=16) == "onehot" and chosen("tpu", patch_size=16, bounded=True) == "inverse"
+    assert [chosen("tpu", name, patch_size=16) for name in dispatch.BACKENDS] == list(dispatch.BACKENDS)

@@ -120,6 +120,9 @@ def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
     if r.sequence_capacity_factor and r.unit == "patch":
         remedy = "bounds whole sequences and here each patch chooses; use 0, or unit='sequence' or 'hierarchical'"
         raise ConfigError(f"{name}.sequence_capacity_factor", r.sequence_capacity_factor, remedy)
+    if r.sequence_capacity_factor and r.dispatch == "onehot":
+        remedy = "the one-hot product has a row for every sequence, and sequence_capacity_factor bounds them; use 'auto'"
+        raise ConfigError(f"{name}.dispatch", r.dispatch, remedy)
     if m.causal and r.unit != "patch":
         remedy = "in a causal model the whole sequence is not known yet when its first patch is routed; use unit='patch'"
         raise ConfigError(f"{name}.unit", r.unit, remedy)
@@ -219,6 +222,9 @@ def check_run(c: Config) -> None:
     if c.train.batch_size % c.train.accumulation:
         remedy = f"must divide train.batch_size={c.train.batch_size}: {divisors(c.train.batch_size)}"
         raise ConfigError("config.train.accumulation", c.train.accumulation, remedy)
+    if c.optimizer.moment_dtype == "bfloat16" and c.optimizer.b2 > 0.99:
+        remedy = f"a second moment that moves by 1 - b2={c.optimizer.b2} of itself is lost in 8 bits; use float32, or b2 up to 0.99"
+        raise ConfigError("config.optimizer.moment_dtype", "bfloat16", remedy)
     axes = c.mesh.shape
     for axis, size in axes.items():
         if size == 0:

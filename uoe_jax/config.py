@@ -230,6 +230,7 @@ class OptimizerConfig:
     b2: float = key(0.95, "Adam's second moment", low=0, high=0.999999)
     eps: float = key(1e-8, "Adam's epsilon", above=0, high=1)
     clip_norm: float = key(1.0, "global gradient norm; 0 means no clipping", low=0, high=1e9)
+    moment_dtype: str = key("float32", "in which Adam's moments are held between steps", choices=("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,10 @@ class RoutingConfig:
     bias_rate: float = key(0.0, "step of the loss-free balancing bias; 0 turns it off", low=0, high=1)
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
     dispatch: str = key(
-        "auto", "how slots are gathered and combined", choices=("auto", "inverse", "scatter"), free=True
+        "auto",
+        "how slots are gathered and combined: by gathers alone, by scatter-add, or by a product with a one-hot matrix",
+        choices=("auto", "inverse", "scatter", "onehot"),
+        free=True,
     )
 
     def window_capacity(self, window: int | None = None) -> int:

@@ -2,7 +2,9 @@
 
 `gather_slots` and `combine_slots` are each the transpose of the other. Backends: `inverse` only gathers, forward and
 backward, through the inverse slot map of the `Selection`: no atomics, deterministic, accumulation in float32.
-`scatter` lets autodiff turn the gather into a scatter-add and back.
+`scatter` lets autodiff turn the gather into a scatter-add and back. `onehot` is a product with a matrix of zeros and ones,
+for devices that multiply faster than they gather: 2·N·C·M·F operations each way and a matrix of [N,B,C,M], so for patches of
+many tokens, which are few. `backend_for` chooses.
 
 Letters: B sequences, M patches per sequence, N experts, C slots per expert and sequence, F values of one patch (P·D);
 R rows in an expert's buffer, one for each sequence it works on: R = B but where `sequence_capacity_factor` bounds it.
@@ -15,6 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+
+BACKENDS = ("inverse", "scatter", "onehot")
 
 
 class Selection(NamedTuple):
@@ -91,34 +96,47 @@ def pack(
     return selection._replace(weights_NRC=checkpoint_name(weights_NRC, "selection"))
 
 
-def backend_for(name: str, dtype: jnp.dtype) -> str:
-    """Resolves `auto`: scatter-add was measured faster only for 16-bit values on CPU, where gathers convert one by one."""
+def backend_for(name: str, dtype: jnp.dtype, patch_size: int, bounded: bool) -> str:
+    """Resolves `auto`, for the device that jax runs on.
+
+    Scatter-add was measured faster only for 16-bit values on CPUs, where gathers convert one by one. On TPUs, whose gathers
+    are slow, patches of 16 tokens make the one-hot product cheap (not measured), but not where sequences are bounded.
+    """
     if name != "auto":
         return name
-    return "scatter" if jax.default_backend() == "cpu" and jnp.dtype(dtype).itemsize == 2 else "inverse"
+    platform = jax.default_backend()
+    if platform == "tpu" and patch_size >= 16 and not bounded:
+        return "onehot"
+    return "scatter" if platform == "cpu" and jnp.dtype(dtype).itemsize == 2 else "inverse"
 
 
-def gather_slots(x_BMF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:
-    """The patches each expert selected, [N,R,C,F]. What an empty slot holds is unspecified."""
-    if backend_for(backend, x_BMF.dtype) == "inverse":
+def gather_slots(x_BMF: jax.Array, selection: Selection, backend: str) -> jax.Array:
+    """The patches each expert selected, [N,R,C,F]. What an empty slot holds is unspecified, but finite."""
+    if backend == "inverse":
         return _gather(x_BMF, selection.patch_NRC, selection.place_BMN)
+    if backend == "onehot":
+        return _one_hot_product("nbcm,bmf->nbcf", selection, x_BMF)
     b, m, f = x_BMF.shape
     return x_BMF.reshape(b * m, f).at[_patch_or_none(selection)].get(mode="fill", fill_value=0)
 
 
-def gather_own(f_NBMF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:
+def gather_own(f_NBMF: jax.Array, selection: Selection, backend: str) -> jax.Array:
     """Every expert's own values of its patches at its slots, [N,B,M,F] to [N,R,C,F]; empty slots are unspecified."""
-    if backend_for(backend, f_NBMF.dtype) == "inverse":
+    if backend == "inverse":
         return _gather_own(f_NBMF, selection.patch_NRC, selection.place_BMN)
+    if backend == "onehot":
+        return _one_hot_product("nbcm,nbmf->nbcf", selection, f_NBMF)
     n, b, m, f = f_NBMF.shape
     rows = jax.vmap(lambda f_XF, patch_RC: f_XF.at[patch_RC].get(mode="fill", fill_value=0))
     return rows(f_NBMF.reshape(n, b * m, f), _patch_or_none(selection))
 
 
-def combine_slots(y_NRCF: jax.Array, selection: Selection, backend: str = "auto") -> jax.Array:
+def combine_slots(y_NRCF: jax.Array, selection: Selection, backend: str) -> jax.Array:
     """Sums the experts' results at their patches, [B,M,F]; empty slots and patches nobody took add nothing."""
-    if backend_for(backend, y_NRCF.dtype) == "inverse":
+    if backend == "inverse":
         return _combine(y_NRCF, selection.patch_NRC, selection.place_BMN)
+    if backend == "onehot":
+        return _one_hot_product("nbcm,nbcf->bmf", selection, y_NRCF)
     f = y_NRCF.shape[-1]
     b, m, _ = selection.slot_of_BMN.shape
     out = jnp.zeros((b * m, f), y_NRCF.dtype).at[_patch_or_none(selection)].add(y_NRCF, mode="drop")
@@ -129,6 +147,22 @@ def _patch_or_none(selection: Selection) -> jax.Array:
     """[N,R,C] index of each slot's patch in [B·M]; past the end for empty slots, so that they are dropped."""
     b, m, _ = selection.slot_of_BMN.shape
     return jnp.where(selection.valid_NRC, selection.patch_NRC, b * m)
+
+
+def _one_hot_product(subscripts: str, selection: Selection, values: jax.Array) -> jax.Array:
+    """Values times the [N,B,C,M] zeros and ones of which slot holds which patch: sums of one value, so exact.
+
+    A value that is not finite spreads over its sequence; those of empty slots, and of their gradients, are left out.
+    """
+    valid_NRC1 = selection.valid_NRC[..., None]
+    patch_M = jnp.arange(selection.slot_of_BMN.shape[1], dtype=jnp.int32)
+    held_NBCM = (selection.slots_NRC[..., None] == patch_M[None, None, None]) & valid_NRC1
+    of_slots = subscripts.endswith("bmf")
+    values = jnp.where(valid_NRC1, values, 0) if of_slots else values
+    # A TPU would round float32 values to bfloat16 in a product of the default precision.
+    exact = jax.lax.Precision.HIGHEST if values.dtype == jnp.float32 else None
+    y = jnp.einsum(subscripts, held_NBCM.astype(values.dtype), values, precision=exact)
+    return y if of_slots else jnp.where(valid_NRC1, y, 0)
 
 
 def gather_rows(x_BMF: jax.Array, patch_NRC: jax.Array) -> jax.Array:

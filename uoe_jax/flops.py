@@ -1,7 +1,7 @@
 """Floating-point operations of the model, counted from its configuration: what the compiled program executes.
 
-A multiply-add counts 2. Attention is counted as computed, the whole S x S square, also under a causal mask; routed
-blocks are counted by their slots, filled or not. Elementwise work is left out.
+A multiply-add counts 2. Attention is counted as computed, in whole tiles (`tiles`): all of a row of one tile, and of longer
+ones under a causal mask about half; routed blocks are counted by their slots, filled or not. Elementwise work is left out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Sequence
 
 from uoe_jax.config import ModelConfig, RoutingConfig
 from uoe_jax.peers.costs import ATTENTIONS
+from uoe_jax.tiles import computed_scores
 
 # Peak dense 16-bit FLOP/s of one device, by `device_kind`; a chip that is not listed has no MFU.
 PEAK_FLOPS = {
@@ -50,7 +51,7 @@ def core_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     if c.attention not in ON_SLOTS:
         return ATTENTIONS[c.attention](c, length).core
     r = c.routed()[c.attention]
-    return (r.row_share() if training else 1) * 4 * c.n_heads * c.head_dim * r.slot_tokens(length) ** 2
+    return (r.row_share() if training else 1) * 4 * c.n_heads * c.head_dim * computed_scores(r.slot_tokens(length), c.causal)
 
 
 def mlp_flops(c: ModelConfig, length: int, training: bool = False) -> float:

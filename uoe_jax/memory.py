@@ -113,6 +113,9 @@ def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1)
         kept += _kept_at_slots(c, c.routed()[c.attention], rows, heads, parts)
     else:
         kept += int(item * rows * _attention(c).kept) // parts
+    if c.attention in (*ON_SLOTS, "dense", "moh", "mla"):  # the logarithm of each query's sum, float32
+        r = c.routed()[c.attention] if c.attention in ON_SLOTS else None
+        kept += int(4 * rows * c.n_heads * (r.slot_tokens(length) * r.row_share() if r else length)) // parts
     if c.routed_hidden:
         kept += _kept_at_slots(c, c.routed()[c.mlp], rows, c.n_into * c.routed_hidden, parts)
     kept += item * rows * length * c.n_into * c.whole_hidden // parts

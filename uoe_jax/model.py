@@ -19,7 +19,7 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.layers.adaptive import AdaptiveHead, look_up, make_words
 from uoe_jax.layers.attention import Attention, options
 from uoe_jax.layers.common import KEPT, Norm, Tokens, dropout, rotary_tables, scaled_normal, weight
-from uoe_jax.layers.ends import cross_entropy, lookup, vocabulary_scores
+from uoe_jax.layers.ends import lookup, vocabulary_nll, vocabulary_scores
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.uome import UoME
@@ -27,14 +27,15 @@ from uoe_jax.mesh import placed_activations
 from uoe_jax.peers import ATTENTIONS, MLPS
 from uoe_jax.routing import RoutingStats
 
+Layers = tuple[nnx.State, ...]  # the weights of every layer
 Stats = dict[str, RoutingStats]  # by block ("smha", "uome"); leaves stacked over layers
 
 
 class Cache(NamedTuple):
-    """Decoding state: one cache per block, stacked over layers, and the position int32 [B] of the next token."""
+    """Decoding state: the caches of every layer's attention and MLP, and the position int32 [B] of the next token."""
 
-    attention: Any
-    mlp: Any
+    attention: tuple[Any, ...]
+    mlp: tuple[Any, ...]
     next_B: jax.Array
 
 
@@ -186,12 +187,13 @@ class Transformer(Stack):
     ) -> tuple[jax.Array, Stats]:
         """(-log p of the targets in nats, float32 [B,L], routing statistics); the other arguments are those of `__call__`.
 
-        An adaptive softmax never holds the scores of all tokens.
+        The scores of all tokens are never held.
         """
         x_BLD, stats = self._states(tokens_BL, segments_BL, positions_BL, keys_B)
         if isinstance(self.head, AdaptiveHead):
             return self.head.nll(self.norm(x_BLD), targets_BL, self.embedding), stats
-        return cross_entropy(self._logits(x_BLD), targets_BL), stats
+        head, tied = self._words()
+        return vocabulary_nll(head, tied, self.norm(x_BLD), targets_BL), stats
 
     def _states(
         self, tokens_BL: jax.Array, segments_BL: jax.Array | None, positions_BL: jax.Array | None, keys_B: jax.Array | None
@@ -217,25 +219,33 @@ class Transformer(Stack):
             return nnx.merge(graphdef, weights).prefill(x_BLD, tokens, context)
 
         x_BLD, caches = jax.lax.scan(layer, self.embedded(tokens_BL, positions_BL), stacked)
+        attention, mlp = (tuple(jax.tree.map(lambda a: a[i], c) for i in self._numbers()) for c in caches)
         last_BD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-        return self._logits(last_BD), Cache(*caches, length_B.astype(jnp.int32))
+        return self._logits(last_BD), Cache(attention, mlp, length_B.astype(jnp.int32))
 
-    def step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Appends one token to each sequence; returns (logits float32 [B,V] of the one after it, cache)."""
+    def step(self, tokens_B: jax.Array, cache: Cache, layers: Layers | None = None) -> tuple[jax.Array, Cache]:
+        """Appends one token to each sequence; returns (logits float32 [B,V] of the one after it, cache).
+
+        Every layer stands by itself in the program, so that a donated cache is written where it lies. layers: what
+        `each_layer` gave, made once for all steps; None: cut out of the stacked weights in every step, which takes longer.
+        """
         with mesh_lib.by_partitioner():
-            return self._step(tokens_B, cache)
+            rotary = self.rotary(cache.next_B)
+            x_BD, caches = self.embedded(tokens_B, cache.next_B), []
+            graphdef = nnx.graphdef(self.layers)
+            for weights, *own in zip(layers or self.each_layer(), cache.attention, cache.mlp, strict=True):
+                x_BD, own = nnx.merge(graphdef, weights).step(x_BD, tuple(own), cache.next_B, rotary)
+                caches.append(own)
+            attention, mlp = zip(*caches)
+            return self._logits(x_BD), Cache(attention, mlp, cache.next_B + 1)
 
-    def _step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        rotary = self.rotary(cache.next_B)
-        graphdef, stacked = nnx.split(self.layers)
+    def each_layer(self) -> Layers:
+        """The weights of every layer by itself; under `jax.jit` a copy of all of them."""
+        stacked = nnx.state(self.layers)
+        return tuple(jax.tree.map(lambda a: a[i], stacked) for i in self._numbers())
 
-        def layer(x_BD, xs):
-            weights, caches = xs
-            return nnx.merge(graphdef, weights).step(x_BD, caches, cache.next_B, rotary)
-
-        x_BD = self.embedded(tokens_B, cache.next_B)
-        x_BD, caches = jax.lax.scan(layer, x_BD, (stacked, (cache.attention, cache.mlp)))
-        return self._logits(x_BD), Cache(*caches, cache.next_B + 1)
+    def _numbers(self) -> range:
+        return range(self.config.n_layers)
 
     def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """What enters the first layer."""
@@ -244,8 +254,12 @@ class Transformer(Stack):
     def _logits(self, x: jax.Array) -> jax.Array:
         if isinstance(self.head, AdaptiveHead):
             return self.head(self.norm(x), self.embedding)
-        tied = self.head is None
-        return vocabulary_scores(self.embedding if tied else self.head, tied, self.norm(x))
+        head, tied = self._words()
+        return vocabulary_scores(head, tied, self.norm(x))
+
+    def _words(self) -> tuple[nnx.Param, bool]:
+        """The vectors that states are scored against, and whether they are the embedding's [V,D] or the head's own [D,V]."""
+        return (self.embedding, True) if self.head is None else (self.head, False)
 
 
 def _stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, key: jax.Array) -> nnx.Module:

@@ -17,7 +17,7 @@ from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import UserError
 from uoe_jax.infer.growing import GrowingText
 from uoe_jax.mesh import everywhere
-from uoe_jax.model import Cache, Transformer
+from uoe_jax.model import Cache, Layers, Transformer
 from uoe_jax.train.step import Params, Program
 
 
@@ -71,10 +71,11 @@ class Sampler:
         self._counts = False  # whether the tokens just drawn are timed
         context = config.model.context_length
         self._prefill = jax.jit(lambda p, tokens, length: model(p).prefill(tokens, length, context))
+        self._layers: Layers | None = None  # made for the first token; they hold the layers' weights once more
 
-        @functools.partial(jax.jit, donate_argnums=1)
-        def step(p: Params, cache: Cache, token_B: jax.Array) -> tuple[jax.Array, Cache]:
-            return model(p).step(token_B, cache)
+        @functools.partial(jax.jit, donate_argnums=2)
+        def step(p: Params, layers: Layers, cache: Cache, token_B: jax.Array) -> tuple[jax.Array, Cache]:
+            return model(p).step(token_B, cache, layers)
 
         @jax.jit
         def draw(logits_BV, seed, rows_B, next_B, settings):
@@ -154,7 +155,9 @@ class Sampler:
                 self._warm.add(len(ids))
             yield host_B
             started = time.perf_counter()
-            logits, cache = self._step(self._params, cache, token_B)
+            if self._layers is None:
+                self._layers = jax.jit(lambda p: self._model(p).each_layer())(self._params)
+            logits, cache = self._step(self._params, self._layers, cache, token_B)
 
     def _bucket(self, length: int) -> int:
         """A length to pad prompts to: few distinct ones, so that few prefills are compiled."""

@@ -3,8 +3,8 @@
 The first piece is scored for every token, together with one score for each further piece (a tail); a tail is scored only
 for the tokens whose word is in it: log p(w) = log softmax over the first piece and the tails, plus, where w is in a tail,
 log softmax inside it. With `cutoff_div` tail i has vectors of width D / div^i and one projection, in the embedding too.
-Losses are exact: tokens are sorted by the piece of their word and taken CHUNK at a time, as often as there are some, so
-that no token is dropped and no more than CHUNK rows of scores exist at once.
+Losses are exact: tokens are sorted by the piece of their word and taken a chunk at a time, as often as there are some, so
+that no token is dropped and no more than a chunk's scores exist at once.
 
 On a mesh the words are cut over `fsdp` as other weights are and stay whole over `expert`, over which the tokens are cut
 instead (where the axis divides L; else every part scores all tokens of its rows).
@@ -22,11 +22,10 @@ from flax import nnx
 
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import ModelConfig
+from uoe_jax.layers.chunked import word_scores, words_nll
 from uoe_jax.layers.common import scaled_normal, weight
 from uoe_jax.layers.ends import lookup
 from uoe_jax.region import Region, run
-
-CHUNK = 512  # tokens: enough for a product to outweigh adding the words' gradient up
 
 
 class Pieces(nnx.Module):
@@ -83,10 +82,10 @@ class AdaptiveHead(nnx.Module):
 
         def share(weights: Any, x: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
             first, *tails = self._pieces(weights, x.dtype)
-            head = jax.nn.log_softmax(_scores(x, first[0]), axis=-1)
+            head = jax.nn.log_softmax(word_scores(x, first[0]), axis=-1)
             out = [head[..., : self.cutoffs[0]]]
             for i, (table_vd, projection_Dd) in enumerate(tails, self.cutoffs[0]):
-                out.append(jax.nn.log_softmax(_scores(_narrowed(x, projection_Dd), table_vd), axis=-1) + head[..., i : i + 1])
+                out.append(jax.nn.log_softmax(word_scores(_narrowed(x, projection_Dd), table_vd), axis=-1) + head[..., i : i + 1])
             return jnp.concatenate(out, axis=-1), None
 
         return run(share, self._weights(embedding), x, dtype=x.dtype, on_own_tokens=True)[0]
@@ -144,10 +143,6 @@ def _narrowed(x: jax.Array, projection_Dd: jax.Array | None) -> jax.Array:
     return x if projection_Dd is None else x @ projection_Dd.astype(x.dtype)
 
 
-def _scores(x: jax.Array, table_vd: jax.Array) -> jax.Array:
-    return jnp.matmul(x, table_vd.T, preferred_element_type=jnp.float32)
-
-
 def _nll(pieces: list[_Piece], cutoffs: tuple[int, ...], x_nD: jax.Array, target_n: jax.Array) -> jax.Array:
     """-log p of the targets, float32 [n]."""
     n = target_n.shape[0]
@@ -156,82 +151,8 @@ def _nll(pieces: list[_Piece], cutoffs: tuple[int, ...], x_nD: jax.Array, target
     x_nD, target_n, piece_n = (a.at[order_n].get(unique_indices=True) for a in (x_nD, target_n, piece_n))
     starts = [(piece_n < i).sum(dtype=jnp.int32) for i in range(len(pieces) + 1)]
     in_first_n = jnp.where(piece_n == 0, target_n, cutoffs[0] - 1 + piece_n)
-    nll_n = piece_nll(x_nD, pieces[0][0], in_first_n, jnp.zeros_like(starts[0]), jnp.full_like(starts[0], n))
+    nll_n = words_nll(x_nD, pieces[0][0], in_first_n, jnp.zeros_like(starts[0]), jnp.full_like(starts[0], n))
     for i, (table_vd, projection_Dd) in enumerate(pieces[1:], 1):
         y_nd = _narrowed(x_nD, projection_Dd)
-        nll_n += piece_nll(y_nd, table_vd, target_n - cutoffs[i - 1], starts[i], starts[i + 1])
+        nll_n += words_nll(y_nd, table_vd, target_n - cutoffs[i - 1], starts[i], starts[i + 1])
     return jnp.zeros_like(nll_n).at[order_n].set(nll_n, unique_indices=True)
-
-
-@jax.custom_vjp
-def piece_nll(x_nd: jax.Array, table_vd: jax.Array, target_n: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
-    """-log softmax(x · table) at the targets of tokens start … stop-1, 0 for the others; float32 [n].
-
-    Differentiable in x and table, CHUNK tokens at a time both ways; the work is that of stop - start tokens. The product is
-    computed in the dtype of x, and the gradient of the table is added up in float32.
-    """
-    return _piece_forward(x_nd, table_vd, target_n, start, stop)[0]
-
-
-def _piece_forward(x_nd, table_vd, target_n, start, stop):
-    kernel_vd, n = table_vd.astype(x_nd.dtype), x_nd.shape[0]
-
-    def add(k: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        at, mine_c = _chunk(k, n, start, stop)
-        x_cd, target_c, nll_c, total_c = (_rows(a, at) for a in (x_nd, target_n, *sums))
-        scores_cv = _scores(x_cd, kernel_vd)
-        log_sum_c = jax.nn.logsumexp(scores_cv, axis=-1)
-        hit_c = jnp.where(_hits(target_c, scores_cv), scores_cv, 0).sum(axis=-1)
-        new = jnp.where(mine_c, log_sum_c - hit_c, nll_c), jnp.where(mine_c, log_sum_c, total_c)
-        return tuple(jax.lax.dynamic_update_slice_in_dim(a, b, at, axis=0) for a, b in zip(sums, new))
-
-    # Made like x, sums vary over the same axes of a mesh as what is added to them.
-    zero_n = jnp.zeros_like(x_nd, jnp.float32, shape=(n,))
-    nll_n, log_sum_n = jax.lax.fori_loop(0, _chunks(n, start, stop), add, (zero_n, zero_n))
-    return nll_n, (x_nd, table_vd, target_n, start, stop, log_sum_n)
-
-
-def _piece_backward(kept, d_n):
-    x_nd, table_vd, target_n, start, stop, log_sum_n = kept
-    kernel_vd, n = table_vd.astype(x_nd.dtype), x_nd.shape[0]
-    # A token's share of a mean loss is too small for float16: the largest is 1 in the products.
-    scale = jnp.maximum(jnp.abs(d_n).max(), jnp.finfo(jnp.float32).tiny)
-
-    def add(k: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        at, mine_c = _chunk(k, n, start, stop)
-        x_cd, target_c, log_sum_c, d_c, dx_cd = (_rows(a, at) for a in (x_nd, target_n, log_sum_n, d_n / scale, sums[0]))
-        scores_cv = _scores(x_cd, kernel_vd)
-        d_cv = jnp.exp(scores_cv - log_sum_c[:, None]) - _hits(target_c, scores_cv).astype(jnp.float32)
-        d_cv = jnp.where(mine_c[:, None], d_cv * d_c[:, None], 0).astype(x_cd.dtype)
-        dx_cd += jnp.matmul(d_cv, kernel_vd, preferred_element_type=jnp.float32)
-        d_table_vd = sums[1] + jnp.matmul(d_cv.T, x_cd, preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(sums[0], dx_cd, at, axis=0), d_table_vd
-
-    zeros = tuple(jnp.zeros_like(x_nd, jnp.float32, shape=a.shape) for a in (x_nd, table_vd))
-    dx_nd, d_table_vd = jax.lax.fori_loop(0, _chunks(n, start, stop), add, zeros)
-    return (scale * dx_nd).astype(x_nd.dtype), (scale * d_table_vd).astype(table_vd.dtype), None, None, None
-
-
-piece_nll.defvjp(_piece_forward, _piece_backward)
-
-
-def _chunks(n: int, start: jax.Array, stop: jax.Array) -> jax.Array:
-    """How many chunks hold the tokens start … stop-1."""
-    return -((start - stop) // min(CHUNK, n))
-
-
-def _chunk(k: jax.Array, n: int, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(where chunk k begins, bool [c] which of its tokens are its own): one that would end past n begins earlier."""
-    size = min(CHUNK, n)
-    first = start + k * size
-    at = jnp.minimum(first, n - size)
-    token_c = at + jnp.arange(size, dtype=jnp.int32)
-    return at, (token_c >= first) & (token_c < stop)
-
-
-def _rows(a: jax.Array, at: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(a, at, min(CHUNK, a.shape[0]), axis=0)
-
-
-def _hits(target_c: jax.Array, scores_cv: jax.Array) -> jax.Array:
-    return jnp.arange(scores_cv.shape[-1], dtype=jnp.int32)[None] == target_c[:, None]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax import mesh as mesh_lib
+from uoe_jax.layers.chunked import words_nll, words_sums
 from uoe_jax.region import Region, run
 
 
@@ -46,9 +47,27 @@ def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: jax.Array) -> jax.Arra
     return run(share, head, x_BLD, dtype=x_BLD.dtype, cut_last=cut, on_own_tokens=not cut)[0]
 
 
-def cross_entropy(scores_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
-    """-log softmax(scores) at the targets, float32 [B,L]; sums over V only, so that a cut vocabulary stays cut."""
-    top_BL1 = jax.lax.stop_gradient(scores_BLV.max(axis=-1, keepdims=True))
-    total_BL = jnp.log(jnp.exp(scores_BLV - top_BL1).sum(axis=-1)) + top_BL1[..., 0]
-    hit_BLV = jnp.arange(scores_BLV.shape[-1])[None, None] == targets_BL[..., None]
-    return total_BL - jnp.where(hit_BLV, scores_BLV, 0).sum(axis=-1)
+def vocabulary_nll(head: nnx.Param, tied: bool, x_BLD: jax.Array, targets_BL: jax.Array) -> jax.Array:
+    """-log softmax(scores) at the targets, float32 [B,L] as activations lie between blocks; never the scores of all tokens.
+
+    Over a cut vocabulary every part sums its own words, and what crosses `expert` are three numbers a token.
+    """
+    axis = 0 if tied else 1
+    cut = mesh_lib.is_cut("vocab", head.shape[axis])
+
+    def share(head: nnx.Param, x_BLD: jax.Array, targets_BL: jax.Array, region: Region) -> tuple[jax.Array, None]:
+        kernel_vD = head[...] if tied else head[...].T
+        parts = region._replace(sequence_parallel=region.sequence_parallel and not cut)
+        x_BLD = region.enter(x_BLD)[1] if cut else x_BLD
+        target_n = parts.own_tokens(targets_BL).reshape(-1)
+        n, x_nD = target_n.shape[0], x_BLD.reshape(-1, x_BLD.shape[-1])
+        if not cut:
+            return words_nll(x_nD, kernel_vD, target_n, 0, n).reshape(x_BLD.shape[:2]), None
+        own_n = region.each(target_n) - kernel_vD.shape[0] * region.part
+        log_sum_n, hit_n = words_sums(x_nD, kernel_vD, own_n, 0, n)
+        top_n = jax.lax.pmax(jax.lax.stop_gradient(log_sum_n), "expert")
+        total_n, hit_n = jax.lax.psum((jnp.exp(log_sum_n - top_n), hit_n), "expert")
+        nll_BL = (jnp.log(total_n) + top_n - hit_n).reshape(x_BLD.shape[:2])
+        return region.own_tokens(nll_BL), None
+
+    return run(share, head, x_BLD, targets_BL, dtype=x_BLD.dtype, on_own_tokens=not cut)[0]

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config_routing import RoutingConfig
-from uoe_jax.layers.attention import attend, attend_one, group_keys, placed
+from uoe_jax.layers.attention import attend, attend_one, cache_of, group_keys, placed, put
 from uoe_jax.layers.common import Tokens, ones, scaled_normal, weight, zeros
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert
@@ -18,7 +18,7 @@ from uoe_jax.routing import UNION, Rule
 
 
 class SMHACache(NamedTuple):
-    """Keys and values of the tokens each expert selected, [N,B,S,g,Dh], and the routing state."""
+    """Keys and values of the tokens each expert selected, [N,B,g,S,Dh], and the routing state."""
 
     k: jax.Array
     v: jax.Array
@@ -76,26 +76,27 @@ class SMHA(Union):
         self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
 
     def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
-        def project(w: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-            n, d, heads, dh = w.shape
-            y = per_expert(x_NBSD, w[...].astype(self.dtype).reshape(n, d, heads * dh))
-            y = y.reshape(*y.shape[:3], heads, dh)
-            return y if bias is None else y + bias[...].astype(self.dtype)[:, None, None]
-
-        return project(self.w_q, self.b_q), project(self.w_k, self.b_k), project(self.w_v, self.b_v)
+        # Three narrow matrices beside each other: the tokens, wider than what comes out, are read once and not three times.
+        weights = (self.w_q, self.w_k, self.w_v)
+        heads = [w.shape[2] for w in weights]
+        joined_NDY = jnp.concatenate([w[...].astype(self.dtype) for w in weights], axis=2)
+        n, d, _, dh = joined_NDY.shape
+        y = per_expert(x_NBSD, joined_NDY.reshape(n, d, -1))
+        y_NBSYk = y.reshape(*y.shape[:3], -1, dh)
+        parts = jnp.split(y_NBSYk, (heads[0], heads[0] + heads[1]), axis=3)
+        biases = (self.b_q, self.b_k, self.b_v)
+        return tuple(a if b is None else a + b[...].astype(self.dtype)[:, None, None] for a, b in zip(parts, biases))
 
     def _experts(self, entered: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         q, k, v = (checkpoint_name(a, "qkv") for a in entered)
         q, k = self._placed(q, k, slots.rotary)
         n, b = q.shape[:2]
-        # Empty slots come last, so the causal mask already hides them; without it they form a segment of their own.
-        segments_NBS = slots.segments_NBS
-        if not self.causal:
-            segments_NBS = jnp.where(slots.filled_NBS, 1 if segments_NBS is None else segments_NBS, -1)
-        folded = (a if a is None else a.reshape(n * b, *a.shape[2:]) for a in (q, k, v, segments_NBS, slots.keys_NB))
-        *rows, keys = folded
+        # Empty slots come last, so the causal mask already hides them; without it, what is filled is a length.
+        lengths_NB = None if self.causal else slots.filled_NBS.sum(axis=-1, dtype=jnp.int32)
+        by_row = (q, k, v, slots.segments_NBS, slots.keys_NB, lengths_NB)
+        *rows, keys, lengths = (a if a is None else a.reshape(n * b, *a.shape[2:]) for a in by_row)
         keys_RG = None if keys is None else group_keys(keys, k.shape[3])
-        o_NBShk = attend(*rows, self.causal, self.drop_rate, keys_RG).reshape(q.shape)
+        o_NBShk = attend(*rows, self.causal, self.drop_rate, keys_RG, lengths).reshape(q.shape)
         return self._out(o_NBShk, slots.weight_NBS), (k, v)
 
     def _placed(self, q: jax.Array, k: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:
@@ -111,13 +112,13 @@ class SMHA(Union):
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, SMHACache]:
         """The whole prompt, and a cache with a place for every token an expert may select among `context`."""
         y_BLD, _, selection, (k, v) = self._forward(x_BLD, tokens)
-        room = ((0, 0), (0, 0), (0, self.routing.slot_tokens(context) - k.shape[2]), (0, 0), (0, 0))
+        places = self.routing.slot_tokens(context)
         router = self.router.start_cache(selection, (tokens.segments_BL > 0).sum(axis=1))
-        return y_BLD, SMHACache(jnp.pad(k, room), jnp.pad(v, room), router)
+        return y_BLD, SMHACache(cache_of(k, places), cache_of(v, places), router)
 
     def step(self, x_BD: jax.Array, cache: SMHACache, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, SMHACache]:
         """Token `t_B` of each sequence; rotary tables are [B,Dh/2]."""
-        n, b, s = cache.k.shape[:3]
+        n, b, g, s, dh = cache.k.shape
         x_BD = x_BD.astype(self.dtype)
         router = self.router.step(x_BD, cache.router, t_B)
         q, k, v = self._enter(x_BD[None, :, None])
@@ -125,11 +126,12 @@ class SMHA(Union):
         q, k = self._placed(q, k, tables)
         p = self.routing.patch_size
         place_NB = ((router.filled_BN - 1) * p + (t_B % p)[:, None]).T
-        # Experts that did not take the patch write past the end, which drops the write.
-        into = (jnp.arange(n)[:, None], jnp.arange(b)[None], jnp.where(router.kept_BN.T, place_NB, s))
-        cache = SMHACache(
-            cache.k.at[into].set(k[:, :, 0], mode="drop"), cache.v.at[into].set(v[:, :, 0], mode="drop"), router
+        # The experts of all rows in front. Those that did not take the patch write past the end, which drops the write.
+        into = jnp.where(router.kept_BN.T, place_NB, s).reshape(-1)
+        q_XHk, k_Xgk, v_Xgk = (a.reshape(n * b, *a.shape[3:]) for a in (q, k, v))
+        k_cache, v_cache = (
+            put(a.reshape(n * b, g, s, dh), one, into) for a, one in ((cache.k, k_Xgk), (cache.v, v_Xgk))
         )
-        rows = [a.reshape(n * b, *a.shape[2:]) for a in (q[:, :, 0], cache.k, cache.v)]
-        o = attend_one(*rows, place_NB.reshape(-1)).reshape(q.shape)
+        o = attend_one(q_XHk, k_cache, v_cache, place_NB.reshape(-1)).reshape(q.shape)
+        cache = SMHACache(k_cache.reshape(cache.k.shape), v_cache.reshape(cache.v.shape), router)
         return self._union(self._out(o, router.weight_BN.T[..., None]), x_BD), cache

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config_routing import RoutingConfig
-from uoe_jax.dispatch import combine_slots, gather_own, gather_rows, gather_slots
+from uoe_jax.dispatch import backend_for, combine_slots, gather_own, gather_rows, gather_slots
 from uoe_jax.layers.common import Tokens, fold, tokens_like
 from uoe_jax.layers.router import Router, patches
 from uoe_jax.region import WHOLE, Region, run
@@ -123,19 +123,20 @@ class Union(nnx.Module):
             rotary=None if tokens.rotary is None else tuple(at_slots(t) for t in tokens.rotary),
             keys_NB=None if tokens.keys_B is None else _expert_keys(tokens.folded(1).keys_B, selection.sequence_NR, n * region.part),
         )
+        how = backend_for(self.routing.dispatch, x_BMPD.dtype, p, bool(self.routing.sequence_capacity_factor))
         if self.routing.order == "gather":
             with jax.named_scope("dispatch"):
-                x_NBCF = gather_slots(x_BMPD.reshape(b, m, p * d), selection, self.routing.dispatch)
+                x_NBCF = gather_slots(x_BMPD.reshape(b, m, p * d), selection, how)
             entered = self._enter(x_NBCF.reshape(n, r, c * p, d))
         else:
             projected = self._enter(x_BMPD.reshape(1, b, m * p, d))
             with jax.named_scope("dispatch"):
-                own = [gather_own(f.reshape(n, b, m, -1), selection, self.routing.dispatch) for f in projected]
+                own = [gather_own(f.reshape(n, b, m, -1), selection, how) for f in projected]
             entered = tuple(a.reshape(n, r, c * p, *f.shape[3:]) for a, f in zip(own, projected))
         with jax.named_scope("experts"):
             y_NBSD, kept = self._experts(entered, slots)
         with jax.named_scope("combine"):
-            y_BMF = combine_slots(y_NBSD.reshape(n, r, c, p * d), selection, self.routing.dispatch)
+            y_BMF = combine_slots(y_NBSD.reshape(n, r, c, p * d), selection, how)
         with jax.named_scope("union"):
             y_BLD = _sum(y_BMF.reshape(b, m * p, d), self._beside(x_BMPD.reshape(b, m * p, d)))
             y_BLD = region.leave(y_BLD[:, :length])

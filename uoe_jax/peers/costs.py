@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Callable, NamedTuple
 
 from uoe_jax.config import ModelConfig
+from uoe_jax.tiles import computed_scores
 
 
 class Cost(NamedTuple):
@@ -29,7 +30,7 @@ class Cost(NamedTuple):
 
 def dense(c: ModelConfig, length: int) -> Cost:
     """Full attention, which the others are measured by."""
-    return _over_projections(c, length, core=4 * c.n_heads * c.head_dim * length**2)
+    return _over_projections(c, length, core=4 * c.n_heads * c.head_dim * computed_scores(length, c.causal))
 
 
 def _over_projections(c: ModelConfig, length: int, core: float, more: int = 0) -> Cost:
@@ -55,7 +56,7 @@ def mla(c: ModelConfig, length: int) -> Cost:
     d, h, dh, r, dr, narrow = c.d_model, c.n_heads, c.head_dim, c.mla.kv_rank, c.rotary_dim, c.mla.q_rank
     queries = (d + h * (dh + dr)) * narrow if narrow else d * h * (dh + dr)
     products = d * (r + dr) + 2 * r * h * dh + queries + h * dh * d
-    core = 2 * length**2 * h * (2 * dh + dr)
+    core = 2 * computed_scores(length, c.causal) * h * (2 * dh + dr)
     weights = products + r + narrow + c.bias * d
     return Cost(2 * length * products + core, core, weights, weights, length * h * ((dh + dr) + 3 * dh))
 

@@ -12,12 +12,12 @@ import dataclasses
 from typing import NamedTuple
 
 from uoe_jax.config import Config
-from uoe_jax.flops import scored_pieces
 from uoe_jax.memory import (
     ITEM_SIZE, bias_parameters, classifier_parameters, ends_parameters, kept_bytes, layer_parameters, norm_parameters,
     router_parameters, vocabulary_parameters,
 )  # fmt: skip
-from uoe_jax.plan.predict import Shape, examples, rows, scored_alike, words_parts
+from uoe_jax.plan.predict import Shape, examples, rows, scored_here, words_parts
+from uoe_jax.tiles import chunk, tile
 
 
 class Peak(NamedTuple):
@@ -48,7 +48,7 @@ class Peak(NamedTuple):
 
 
 def peak(c: Config, shape: Shape, flash: bool) -> Peak:
-    """flash: attention that holds no scores; else the whole squares of a layer are held, float32."""
+    """flash: a kernel of attention that holds no scores; else those of one tile of every row and head are held, float32."""
     m, e, b = c.model, shape["expert"], rows(c, shape)
     item, length, d, dh = ITEM_SIZE[m.dtype], m.block_length, m.d_model, m.head_dim
     stream, tokens = item * b * length * d, {"smha": b * length, "uome": b * length}
@@ -59,11 +59,11 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     heads = item * tokens["smha"] * dh * (2 * m.n_heads + 2 * m.kv_heads) / e
     hidden = item * tokens["uome"] * m.d_hidden / e
     square = length if m.attention == "dense" else m.smha.slot_tokens(length)
-    scores = 0.0 if flash else 4 * tokens["smha"] * square * m.n_heads / e
+    scores = 0.0 if flash else 4 * tokens["smha"] / square * tile(square) ** 2 * m.n_heads / e
     # Whole weights and their gradient in the compute dtype, and that gradient in float32.
     weight = (2 * item + 4) / e
     attention = weight * 2 * d * dh * (m.n_heads + m.kv_heads)
-    attention += 2 * slots["smha"] + 4 * heads + (1 if m.remat in ("none", "dots") else 2) * scores + 9 * stream
+    attention += 2 * slots["smha"] + 4 * heads + 4 * scores + 9 * stream
     mlp = weight * (m.n_into + 1) * d * m.d_hidden + 2.5 * slots["uome"] + 4 * hidden + 13 * stream
     # Norms and biases of sums are whole on every device, routers are cut over `fsdp` alone, other biases over `expert` alone.
     routers = sum(router_parameters(r, d) for r in m.routed().values())
@@ -76,13 +76,13 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
 
     stored = dataclasses.replace(m, remat="slots") if m.remat in ("none", "dots") else m
     kept = kept_bytes(stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1)
-    if m.remat in ("none", "dots"):  # the scores and the products' results as well; with 'none' also what is made from them
-        kept += scores + sum(slots.values()) + (m.remat == "none") * (scores + 4 * stream + hidden)
+    if m.remat in ("none", "dots"):  # the products' results as well; with 'none' also what is made from them
+        kept += sum(slots.values()) + (m.remat == "none") * (4 * stream + hidden)
     if m.remat == "none" and (shape["fsdp"] > 1 or item < 4):  # weights as they are used, gathered or cast
         kept += item * cut
     return Peak(
         parameters=4 * held,
-        optimizer=8 * held,
+        optimizer=2 * ITEM_SIZE[c.optimizer.moment_dtype] * held,
         batch=_batch(c, shape),
         gradients=4 * held * (1 + (c.train.accumulation > 1)),
         kept=m.n_layers * kept,
@@ -102,16 +102,11 @@ def _batch(c: Config, shape: Shape) -> float:
 
 
 def _ends(c: Config, shape: Shape) -> float:
-    """Bytes of scores and of the words' gradient, or of images as they become tokens."""
+    """Bytes of a chunk's scores and of the words' gradient, or of images as they become tokens."""
     m, e = c.model, shape["expert"]
     tokens = rows(c, shape) * m.context_length
-    own = tokens * scored_alike(c, e) / e  # as many as it scores all words of
     words = vocabulary_parameters(m) / words_parts(m, e)
     if m.task == "classify":
         return tokens * m.image.values * (4 + ITEM_SIZE[m.dtype]) if m.stem == "image" else 4 * words
-    if not m.cutoffs:
-        return 3 * 4 * own * m.vocab_size + 4 * words
-    from uoe_jax.layers.adaptive import CHUNK
-
-    gathered_and_gradient = (2 * ITEM_SIZE[m.dtype] + 4) * words  # as of a layer's weights
-    return 3 * 4 * min(CHUNK, own) * max(scores for _, scores, _ in scored_pieces(m)) + gathered_and_gradient
+    gradient = (2 * ITEM_SIZE[m.dtype] + 4) * words if m.cutoffs else 4 * words  # the former gathered as a layer's weights
+    return max(3 * 4 * chunk(int(own), int(scores)) * scores for own, scores, _, _ in scored_here(c, shape, tokens)) + gradient

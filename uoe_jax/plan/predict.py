@@ -15,6 +15,7 @@ from uoe_jax.flops import attention_flops, core_flops, ends_flops, mlp_flops, sc
 from uoe_jax.memory import ITEM_SIZE, classifier_parameters, layer_parameters, parameters, vocabulary_parameters
 from uoe_jax.plan.hardware import Hardware, Range
 from uoe_jax.plan.hlo import Array, Collective
+from uoe_jax.tiles import chunk
 
 Shape = Mapping[str, int]  # sizes of the mesh axes, in the mesh's order
 
@@ -74,6 +75,15 @@ def scored_alike(c: Config, expert: int) -> int:
     return 1 if cut or c.mesh.sequence_parallel else expert
 
 
+def scored_here(c: Config, shape: Shape, tokens: float) -> list[tuple[float, float, float, int]]:
+    """(tokens of `tokens`, words, share of the tokens, width) that a device scores, for every piece of the vocabulary."""
+    m, e = c.model, shape["expert"]
+    if words_parts(m, e) > 1:  # its words for all tokens of its rows
+        return [(tokens, m.vocab_size / e, 1, m.d_model)]
+    own = tokens * scored_alike(c, e) / e
+    return [(own, scores, share, width) for share, scores, width in scored_pieces(m)]
+
+
 def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collective]) -> Prediction:
     """From the sizes of the model and the collectives of its compiled step (or `expected_collectives`)."""
     products, core = executed_flops(c, shape["expert"])
@@ -102,17 +112,17 @@ def executed_flops(c: Config, expert: int) -> tuple[float, float]:
     """(matrix products, attention core) of a step on all devices, what is recomputed and what several devices do alike
     included.
 
-    The core is flash attention's: half the square under a causal mask, two and a half times the forward pass backward
-    (it makes the scores again), and once more forward where a remat policy dropped what its backward pass needs. The
-    backward pass of an adaptive softmax makes its scores again, too.
+    The core is flash attention's: two and a half times the forward pass backward (it makes the scores again), and once
+    more forward where a remat policy dropped what its backward pass needs. The backward pass of a vocabulary makes its
+    scores again, too.
     """
     m, length = c.model, c.model.block_length
     core = m.n_layers * core_flops(m, length, training=True)
     blocks = m.n_layers * (attention_flops(m, length, training=True) + mlp_flops(m, length, training=True)) - core
     again = m.remat in ("slots", "block")
-    ends = 3 * ends_flops(m, length) + (score_flops(m, length) if m.cutoffs else 0)
+    ends = 3 * ends_flops(m, length) + (score_flops(m, length) if m.task == "language" else 0)
     products = (3 + (m.remat == "block")) * m.rows_per_example * blocks + scored_alike(c, expert) * ends
-    core *= m.rows_per_example * (0.5 if m.causal else 1) * (3.5 + again)
+    core *= m.rows_per_example * (3.5 + again)
     return c.train.batch_size * products, c.train.batch_size * core
 
 
@@ -133,25 +143,21 @@ def moved_bytes(c: Config, shape: Shape) -> float:
         into = slots * m.d_model if r.order == "gather" else slots * widths[name] / r.n_experts
         total += m.n_layers * item * (3 * (into + tokens * m.d_model) + 2 * (slots + tokens) * m.d_model)
     total += m.n_layers * item * at["uome"] * m.d_hidden / e * (4 * m.n_into + 3)
-    total += _ends_moved(c, tokens, e)
+    total += _ends_moved(c, tokens, shape)
     total += c.train.accumulation * m.n_layers * layer_parameters(m) / e * (3 * item + 4)
-    return total + 8 * 4 * parameters(m) / e / shape["fsdp"]
+    return total + 4 * (4 + ITEM_SIZE[c.optimizer.moment_dtype]) * parameters(m) / e / shape["fsdp"]
 
 
-def _ends_moved(c: Config, tokens: float, e: int) -> float:
+def _ends_moved(c: Config, tokens: float, shape: Shape) -> float:
     """Bytes moved for scores, or for images: `tokens` of a device in a step."""
-    m, own = c.model, tokens * scored_alike(c, e) / e
+    m = c.model
     if m.task == "classify":  # pixels come as bytes, are written and read as float32 and then as tokens
         return tokens * m.image.values * (1 + 2 * 4 + 3 * ITEM_SIZE[m.dtype]) if m.stem == "image" else 0
-    if not m.cutoffs:
-        return 6 * 4 * own * m.vocab_size
     # Scores are made twice, and every chunk of tokens reads and writes the gradient of the words it is scored against.
-    from uoe_jax.layers.adaptive import CHUNK
-
-    per_part, total = own / c.train.accumulation, 0.0
-    for share, scores, width in scored_pieces(m):
-        total += 8 * 4 * own * share * scores
-        total += c.train.accumulation * 2 * 4 * math.ceil(per_part * share / min(CHUNK, per_part)) * scores * width
+    parts, total = c.train.accumulation, 0.0
+    for own, scores, share, width in scored_here(c, shape, tokens / parts):
+        chunks = math.ceil(own * share / chunk(int(own), int(scores)))
+        total += parts * (8 * 4 * own * share * scores + 2 * 4 * chunks * scores * width)
     return total
 
 
@@ -217,7 +223,7 @@ def reductions(c: Config, shape: Shape, hardware: Hardware) -> tuple[Reduction, 
     sent = 2 * (e - 1) / e * ITEM_SIZE[m.dtype] * b * length * m.d_model
     seconds = sent / ring(("expert",), shape, hardware).bandwidth / hardware.network[1]
     core = core_flops(m, length, training=True)
-    flash = core * (0.5 if m.causal else 1) / hardware.attention[1]
+    flash = core / hardware.attention[1]
     blocks = {
         m.attention: (attention_flops(m, length, training=True) - core) / hardware.products[1] + flash,
         f"{m.mlp} MLP" if m.mlp == m.attention else m.mlp: mlp_flops(m, length, training=True) / hardware.products[1],

@@ -82,7 +82,7 @@ def text(plan: Plan, name: str) -> str:
         f"factor {plan.factor:.2f}.",
     ]
     if hardware is not None:
-        lines.append(f"  Assumed: {m.dtype}, and attention that holds no scores; holding them takes {_gb(plan.scores)} more.")
+        lines.append(f"  Assumed: {m.dtype}, and a kernel of attention that holds no scores; tiles of them take {_gb(plan.scores)} more.")
     sent = (
         (
             f"{t.kind} over {', '.join(t.axes)}",

@@ -1,0 +1,207 @@
+"""One block, forward and backward, against the dense block of its width: `python -m benchmarks.layer [--rounds=7]`.
+
+UoME and SMHA at half and a quarter of the tokens per expert, causal token choice and expert choice; beside them, of the same
+selection, the one-hot dispatch of Flaxformer's expert choice, and `jax.lax.ragged_dot`. On a CPU in float32; on an
+accelerator in bfloat16 at larger sizes, with the share of a roofline that adds up the kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from benchmarks import timing
+from uoe_jax.config import ModelConfig
+from uoe_jax.config_routing import RoutingConfig
+from uoe_jax.dispatch import backend_for, combine_slots, gather_slots
+from uoe_jax.flops import attention_flops, mlp_flops
+from uoe_jax.layers.common import Tokens, rotary_tables
+from uoe_jax.layers.uome import UoME
+from uoe_jax.model import make_attention, make_mlp
+from uoe_jax.routing import select
+
+
+class Sizes(NamedTuple):
+    """Of the cases of one kind of device."""
+
+    dtype: str
+    mlp: tuple[int, int, int, int]  # B, L, D, F
+    attention: tuple[int, int, int, int]  # B, L, D, H
+    n: int
+
+
+CPU = Sizes("float32", (8, 512, 512, 2048), (4, 1024, 512, 8), 8)
+ACCELERATOR = Sizes("bfloat16", (8, 4096, 2048, 8192), (8, 4096, 2048, 16), 8)
+# Share of the tokens an expert works on: (K of 8 with capacity 1, causal; capacity of expert choice, to which all may come)
+SHARES = {"half": (0.5, 4), "quarter": (0.25, 2)}
+BARS = {
+    "uome half": 0.53, "uome quarter": 0.28, "smha half": 0.39, "smha quarter": 0.17,
+    "accelerator uome half": 0.70, "accelerator smha half": 0.75,
+}  # fmt: skip
+
+
+class RaggedUoME(UoME):
+    """The same block with `jax.lax.ragged_dot` for the experts' products, as in mixtures whose groups differ in size."""
+
+    def _into(self, x_NBSD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+        return _ragged(x_NBSD, kernel[...].astype(self.dtype))
+
+    def _leave(self, entered: tuple[jax.Array, ...], weight_NBS: jax.Array) -> jax.Array:
+        hidden = jax.nn.gelu(entered[0], approximate=False) * weight_NBS[..., None].astype(self.dtype)
+        return _ragged(hidden, self.w_down[...].astype(self.dtype))
+
+
+def _ragged(x_NBSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
+    n, b, s, x = x_NBSX.shape
+    y = jax.lax.ragged_dot(x_NBSX.reshape(n * b * s, x), w_NXY, jnp.full((n,), b * s, jnp.int32))
+    return y.reshape(n, b, s, -1)
+
+
+class Variant(NamedTuple):
+    """run: () -> gradients. flops: forward and backward. bytes: temporary, as XLA counts them."""
+
+    run: Callable[[], Any]
+    flops: float
+    bytes: int
+
+
+def variant(make: Callable[..., nnx.Module], c: ModelConfig, b: int, flops: Callable[[ModelConfig, int], float]) -> Variant:
+    """The gradient of a block's result with respect to its input and weights, compiled."""
+    length, d = c.context_length, c.d_model
+    block = make(c, nnx.Rngs(0))
+    graphdef, state = nnx.split(block)
+    x, t = (jax.random.normal(jax.random.key(i), (b, length, d), c.dtype) for i in range(2))
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    tokens = Tokens(None, positions, rotary_tables(positions, c.head_dim, 1e4))
+
+    def loss(state: nnx.State, x: jax.Array) -> jax.Array:
+        return (nnx.merge(graphdef, state)(x, tokens)[0].astype(jnp.float32) * t).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(state, x).compile()
+    return Variant(lambda: compiled(state, x), 3 * b * flops(c, length), compiled.memory_analysis().temp_size_in_bytes)
+
+
+def routings(share: float, k: int, n: int) -> dict[str, tuple[bool, RoutingConfig]]:
+    """(causal, routing) of causal token choice and of expert choice."""
+    causal = RoutingConfig(n_experts=n, k=k)
+    choice = RoutingConfig(n_experts=n, k=n, priority="score", capacity_factor=share)
+    return {"causal token choice": (True, causal), "expert choice": (False, choice)}
+
+
+def mlp_variants(sizes: Sizes, share: float, k: int) -> dict[str, Variant]:
+    b, length, d, f = sizes.mlp
+    base = ModelConfig(d_model=d, d_hidden=f, context_length=length, n_heads=8, attention="dense", mlp="dense", dtype=sizes.dtype)
+
+    def made(make: Any = make_mlp, **changes: Any) -> Variant:
+        return variant(make, dataclasses.replace(base, **changes), b, mlp_flops)
+
+    def ragged(c: ModelConfig, rngs: nnx.Rngs) -> UoME:
+        return RaggedUoME(d, f, c.uome, causal=False, dtype=c.dtype, rngs=rngs)
+
+    both = routings(share, k, sizes.n)
+    out = {"dense": made()} | {name: made(mlp="uome", causal=causal, uome=r) for name, (causal, r) in both.items()}
+    choice = both["expert choice"][1]
+    if sizes is CPU:
+        out["one-hot dispatch"] = made(mlp="uome", causal=False, uome=dataclasses.replace(choice, dispatch="onehot"))
+    out["ragged_dot"] = made(ragged, mlp="uome", causal=False, uome=choice)
+    return out
+
+
+def attention_variants(sizes: Sizes, share: float, k: int, causal: bool) -> dict[str, Variant]:
+    b, length, d, h = sizes.attention
+    base = ModelConfig(
+        d_model=d, context_length=length, n_heads=h, attention="dense", mlp="dense", dtype=sizes.dtype, causal=causal
+    )
+
+    def made(**changes: Any) -> Variant:
+        return variant(make_attention, dataclasses.replace(base, **changes), b, attention_flops)
+
+    name = "causal token choice" if causal else "expert choice"
+    r = routings(share, k, sizes.n)[name][1]
+    return {
+        "dense": made(),
+        name: made(attention="smha", smha=r),
+        f"{name}, project first": made(attention="smha", smha=dataclasses.replace(r, order="project")),
+    }
+
+
+def moving(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], float]]:
+    """Gather and combine of half the tokens by themselves: (what runs, the bytes it must read and write)."""
+    b, length, d, _ = sizes.mlp
+    r = routings(0.5, 4, sizes.n)["expert choice"][1]
+    logits, valid = jax.random.normal(jax.random.key(0), (b, length, sizes.n)), jnp.ones((b, length), bool)
+    selection = jax.jit(lambda: select(logits, valid, r)[0])()
+    how = backend_for("auto", jnp.dtype(sizes.dtype), 1, False)
+    x = jax.random.normal(jax.random.key(1), (b, length, d), sizes.dtype)
+    gather, combine = (jax.jit(lambda a, f=f: f(a, selection, how)) for f in (gather_slots, combine_slots))
+    slots = jax.block_until_ready(gather(x))
+    return {"gather": (lambda: gather(x), 2.0 * slots.nbytes), "combine": (lambda: combine(slots), float(slots.nbytes + x.nbytes))}
+
+
+def kernel_sum(sizes: Sizes, share: float, peak: float, bandwidth: float) -> float:
+    """Seconds of a UoME's forward and backward where each kernel takes the longer of its operations and its bytes: gather,
+    product, activation, product, combine; the backward pass takes twice the forward."""
+    b, length, d, f = sizes.mlp
+    item, t, h = jnp.dtype(sizes.dtype).itemsize, b * length, f // sizes.n
+    rows = sizes.n * share * t
+
+    def kernel(flops: float, moved: float) -> float:
+        return max(flops / peak, item * moved / bandwidth)
+
+    product = kernel(2 * rows * d * h, rows * (d + h) + sizes.n * d * h)
+    return 3 * (2 * kernel(0, (rows + t) * d) + 2 * product + kernel(0, 2 * rows * h))
+
+
+def measured(case: str, variants: dict[str, Variant], rounds: int, dtype: str, bar: float) -> list[dict[str, Any]]:
+    """A row for every variant."""
+    product, operations = timing.matmul(dtype)
+    times = timing.interleaved({"peak": product} | {name: v.run for name, v in variants.items()}, rounds)
+    peak = operations / min(times["peak"])
+    rows = []
+    for name, v in variants.items():
+        found = timing.against(times[name], times["dense"])
+        row = {"case": case, "variant": name, **found, "flop_ratio": v.flops / variants["dense"].flops}
+        row |= {"of_peak_%": 100 * v.flops / found["seconds"] / peak, "temp_MB": v.bytes / 1e6}
+        if name in ("causal token choice", "expert choice"):
+            row |= {"bar": bar, "met": found["ratio"] <= bar}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    options = timing.arguments(__doc__, rounds=7)
+    sizes = CPU if jax.default_backend() == "cpu" else ACCELERATOR
+    prefix = "" if sizes is CPU else "accelerator "
+    rows: list[dict[str, Any]] = []
+    for named, (share, k) in SHARES.items():
+        bar = BARS.get(f"{prefix}uome {named}", float("nan"))
+        rows += measured(f"UoME, {named}", mlp_variants(sizes, share, k), options.rounds, sizes.dtype, bar)
+        for causal in (True, False):
+            bar = BARS.get(f"{prefix}smha {named}", float("nan"))
+            case = f"SMHA, {named}{', causal' if causal else ''}"
+            rows += measured(case, attention_variants(sizes, share, k, causal), options.rounds, sizes.dtype, bar)
+    for row in rows:  # the rivals, against ours of the same selection
+        if row["variant"] in ("one-hot dispatch", "ragged_dot"):
+            ours = next(r for r in rows if r["case"] == row["case"] and r["variant"] == "expert choice")
+            row["times_ours"] = row["seconds"] / ours["seconds"]
+            row |= {"bar": 2.0, "met": row["times_ours"] >= 2.0}
+    moved = moving(sizes)
+    (copied, copied_bytes), (product, operations) = timing.copy(), timing.matmul(sizes.dtype)
+    times = timing.interleaved({"copy": copied, "product": product} | {name: f for name, (f, _) in moved.items()}, options.rounds)
+    bandwidth, peak = copied_bytes / min(times["copy"]), operations / min(times["product"])
+    rates = {"copy_GB_per_s": bandwidth / 1e9, "matmul_TFLOP_per_s": peak / 1e12}
+    rates |= {f"{name}_GB_per_s": size / min(times[name]) / 1e9 for name, (_, size) in moved.items()}
+    for named, (share, _) in SHARES.items():
+        bound = kernel_sum(sizes, share, peak, bandwidth)
+        row = next(r for r in rows if r["case"] == f"UoME, {named}" and r["variant"] == "expert choice")
+        rates[f"uome_{named}_of_kernel_sum_%"] = 100 * bound / row["seconds"]
+    timing.finish("layer", options.out, rows, rates=rates)
+    print("  " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
+
+
+if __name__ == "__main__":
+    main()

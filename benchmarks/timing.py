@@ -1,0 +1,113 @@
+"""What every benchmark shares: variants measured in turn, what is made of the times, and the machine's own rates.
+
+Times of separate runs cannot be compared on a machine that does other things as well. Variants are measured round by round,
+each round in another order, and a ratio is the median over rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import pathlib
+import platform
+import statistics
+import time
+from typing import Any, Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+Seconds = dict[str, list[float]]  # of every round, by variant
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> Seconds:
+    """Seconds of every variant in every round; the first round, in which caches are cold, is not counted."""
+    out: Seconds = {name: [] for name in variants}
+    order = list(variants)
+    for _ in range(rounds + 1):
+        for name in order:
+            start = time.perf_counter()
+            jax.block_until_ready(variants[name]())
+            out[name].append(time.perf_counter() - start)
+        order = [*order[1:], order[0]]
+    return {name: times[1:] for name, times in out.items()}
+
+
+def against(own: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Median seconds, and the median and quartiles of the ratios within a round."""
+    ratios = [a / b for a, b in zip(own, reference, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"seconds": statistics.median(own), "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
+
+
+def matmul(dtype: str) -> tuple[Callable[[], Any], float]:
+    """(a large matrix product, its operations): the peak that shares of a peak are of."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), dtype)
+    f = jax.jit(lambda a: a @ a)
+    return lambda: f(a), 2.0 * n**3
+
+
+def copy() -> tuple[Callable[[], Any], float]:
+    """(a pass over a large array, the bytes it reads and writes): the bandwidth that rooflines are of."""
+    n = 1 << (26 if jax.default_backend() == "cpu" else 29)
+    a = jnp.ones((n,), jnp.float32)
+    f = jax.jit(lambda a: a + 1)
+    return lambda: f(a), 2 * a.nbytes
+
+
+def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
+    """Options of a benchmark: --out, and those given with their defaults."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmarks"), help="folder for NAME.json and NAME.png")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    return parser.parse_args()
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must be told with."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "backend": jax.default_backend(),
+        "cpu": _cpu(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def finish(name: str, out: pathlib.Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Prints the rows and writes them with the machine to OUT/NAME.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": list(rows), **more}, indent=1) + "\n")
+    print(f"{name}: {machine()['cpu']}, jax {jax.__version__}")
+    for line in table(rows):
+        print(f"  {line}")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows as aligned text; a column for every key that some row has."""
+    keys = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    cells = [[_shown(row.get(key)) for key in keys] for row in rows]
+    widths = [max(map(len, column)) for column in zip(keys, *cells)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (keys, *cells)]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

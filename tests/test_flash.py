@@ -1,0 +1,155 @@
+"""Attention in tiles, and losses of a vocabulary in chunks, against references of a few lines; memory that grows with the length."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import reference
+from uoe_jax import tiles
+from uoe_jax.layers import attention
+from uoe_jax.layers.attention import attend, fused, group_keys
+from uoe_jax.layers.chunked import words_nll
+
+B, H, G, DH = 2, 4, 2, 8
+
+
+def plain(q, k, v, segments, causal):
+    """Softmax attention with the whole square of scores."""
+    s, rep = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(a, rep, axis=2) for a in (k, v))
+    allowed = jnp.ones((1, s, s), bool) if segments is None else segments[:, :, None] == segments[:, None]
+    allowed = allowed & jnp.tril(jnp.ones((s, s), bool))[None] if causal else allowed
+    scores = jnp.where(allowed[:, None], jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+
+
+def drawn(s, dv=DH):
+    return (reference.normal(0, B, s, H, DH), reference.normal(1, B, s, G, DH), reference.normal(2, B, s, G, dv)), reference.normal(3, B, s, H, dv)
+
+
+def pulled(f, args, d):
+    y, pull = jax.vjp(f, *args)
+    return y, pull(d)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("s, side", [(24, 24), (48, 16), (50, 16), (17, 16)])
+@pytest.mark.parametrize("documents", [1, 3])
+def test_value_and_gradients(monkeypatch, s, side, causal, documents):
+    monkeypatch.setattr(tiles, "LARGEST", side)
+    args, d = drawn(s, dv=6)
+    segments = None if documents == 1 else jnp.asarray(np.arange(s)[None] * documents // s + np.array([[0], [1]]), jnp.int32)
+    found = jax.jit(lambda *a: pulled(lambda *b: attend(*b, segments, causal), a, d))(*args)
+    wanted = pulled(lambda *b: plain(*b, segments, causal), args, d)
+    assert reference.error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["tiles", "fused"])
+def test_empty_places_at_the_end_are_not_attended_to(monkeypatch, how):
+    monkeypatch.setattr(tiles, "LARGEST", 16)
+    s, lengths = 40, jnp.asarray([40, 23])
+    (q, k, v), d = drawn(s)
+    there = (jnp.arange(s)[None] < lengths[:, None])[..., None, None].astype(jnp.float32)
+    f = functools.partial(attend, causal=False, lengths=lengths) if how == "tiles" else lambda *a: fused(*a, False, lengths, "xla")
+    found, wanted = [], []
+    for fill in (0.0, 1e3):
+        filled = [jnp.where(there > 0, a, fill) for a in (q, k, v)]
+        found.append(jax.jit(lambda *a: pulled(lambda *b: f(*b, None) * there, a, d))(*filled))
+        segments = jnp.where(there[..., 0, 0] > 0, 1, 2 + jnp.arange(s)[None])
+        wanted.append(pulled(lambda *b: plain(*b, segments, False) * there, filled, d))
+    for a, b in zip(found, wanted):
+        assert reference.error(a[0], b[0]) < 1e-5
+    for a, b in zip(found[0][1], found[1][1]):
+        assert reference.error(a * there, b * there) < 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("documents", [1, 2])
+def test_the_fused_kernel_is_asked_for_the_same(causal, documents):
+    """The call that is cuDNN's on NVIDIA, by another implementation of the same function."""
+    s = 24
+    args, d = drawn(s)
+    segments = None if documents == 1 else jnp.asarray(np.arange(s)[None] // 9 + np.zeros((B, 1)), jnp.int32)
+    found = jax.jit(lambda *a: pulled(lambda *b: fused(*b, segments, causal, None, "xla"), a, d))(*args)
+    assert reference.error(found, pulled(lambda *b: plain(*b, segments, causal), args, d)) < 1e-5
+
+
+def test_what_cudnn_is_asked(monkeypatch):
+    def fits(dtype="bfloat16", dh=64, dv=64, s=32, drop_rate=0.0):
+        q, v = (jax.ShapeDtypeStruct((2, s, 4, width), dtype) for width in (dh, dv))
+        return attention.fits_cudnn(q, v, drop_rate)
+
+    assert not fits()  # there is no NVIDIA GPU
+    monkeypatch.setattr(attention, "_on_nvidia", lambda: True)
+    assert fits() and fits("float16") and fits(dh=128, dv=128)
+    assert not any((fits("float32"), fits(dh=96), fits(dh=60, dv=60), fits(dh=256, dv=256), fits(s=31), fits(drop_rate=0.1)))
+    asked = []
+    monkeypatch.setattr(attention, "fused", lambda *a: asked.append(a[3:]) or a[0])
+    q = jnp.zeros((2, 32, 4, 64), jnp.bfloat16)
+    attend(q, q, q, None, True)
+    assert asked == [(None, True, None, "cudnn")]
+
+
+def test_dropout_is_the_same_forward_and_backward(monkeypatch):
+    """With the weights that the forward pass dropped taken from it, the gradients are those of plain attention so dropped."""
+    monkeypatch.setattr(tiles, "LARGEST", 16)
+    s, rate = 32, 0.4
+    (q, k, _), _ = drawn(s)
+    v, d = reference.normal(2, B, s, G, s), reference.normal(3, B, s, H, s)
+    keys = group_keys(jax.random.split(jax.random.key(0), B), G)
+    found = jax.jit(lambda *a: pulled(lambda *b: attend(*b, None, True, rate, keys), a, d))(q, k, v)
+    # Values that are the unit vectors show the weights.
+    eye = jnp.broadcast_to(jnp.eye(s)[None, :, None], (B, s, G, s))
+    kept = attend(q, k, eye, None, True, rate, keys) != 0
+    share = int(kept.sum()) / (B * H * s * (s + 1) / 2)
+    assert abs(share - 0.6) < 0.05
+
+    def so_dropped(q, k, v):
+        weights = plain(q, k, eye, None, True)
+        weights = jnp.where(kept, weights / (1 - rate), 0)
+        return jnp.einsum("bqhk,bkhd->bqhd", weights, jnp.repeat(v, H // G, axis=2))
+
+    assert reference.error(found, pulled(so_dropped, (q, k, v), d)) < 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_grows_with_the_length_and_not_with_its_square(causal):
+    def held(s):
+        shapes = [jax.ShapeDtypeStruct((1, s, 4, 32), jnp.float32)] * 3
+        f = jax.jit(jax.grad(lambda *a: attend(*a, None, causal).sum(), argnums=(0, 1, 2)))
+        return f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert held(4096) < 1.7 * held(2048) < 3 * held(1024)
+    assert held(4096) < 4 * 4096 * 4096 * 4 / 10  # the scores would be 268 MB
+
+
+@pytest.mark.parametrize("length, side, n", [(1, 1, 1), (256, 256, 1), (257, 136, 2), (512, 256, 2), (300, 152, 2), (1000, 256, 4)])
+def test_tiles(length, side, n):
+    assert tiles.tile(length) == side and side * n >= length > side * (n - 1)
+    for causal in (True, False):
+        pairs = tiles.pairs(length, causal)
+        assert len(pairs) == (n * (n + 1) // 2 if causal else n * n)
+        assert tiles.computed_scores(length, causal) == len(pairs) * side**2
+
+
+@pytest.mark.parametrize("n, start, stop", [(40, 0, 40), (40, 3, 29), (16, 0, 16), (10, 0, 10), (40, 7, 7)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_losses_of_a_vocabulary(monkeypatch, n, start, stop, dtype):
+    monkeypatch.setattr(tiles, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(tiles, "CHUNK_SCORES", 1)
+    x, table, d = reference.normal(0, n, 8).astype(dtype), reference.normal(1, 29, 8), reference.normal(2, n)
+    target = jnp.asarray(np.random.default_rng(0).integers(0, 29, n), jnp.int32)
+    inside = (jnp.arange(n) >= start) & (jnp.arange(n) < stop)
+
+    def wanted(x, table):
+        scores = x.astype(jnp.float32) @ table.astype(dtype).astype(jnp.float32).T
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(scores), target[:, None], axis=1)[:, 0]
+        return jnp.where(inside, nll, 0)
+
+    found = jax.jit(lambda *a: pulled(lambda x, table: words_nll(x, table, target, start, stop), a, d))(x, table)
+    assert reference.error(found, pulled(wanted, (x, table), d)) < (1e-5 if dtype == "float32" else 1e-2)
