@@ -1,7 +1,8 @@
 """One block, forward and backward, against the dense block of its width: `python -m benchmarks.layer [--rounds=7]`.
 
 UoME and SMHA at half and a quarter of the tokens per expert, causal token choice and expert choice; beside them, of the same
-selection, the one-hot dispatch of Flaxformer's expert choice, and `jax.lax.ragged_dot`. On a CPU in float32; on an
+selection, the one-hot dispatch of Flaxformer's expert choice, and `jax.lax.ragged_dot`. Attention is compared with the dense
+block of this project, which computes tiles and none behind a causal mask, and with one that holds whole squares. On a CPU in float32; on an
 accelerator in bfloat16 at larger sizes, with the share of a roofline that adds up the kernels.
 """
 
@@ -19,10 +20,13 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.dispatch import backend_for, combine_slots, gather_slots
 from uoe_jax.flops import attention_flops, mlp_flops
+from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import Tokens, rotary_tables
 from uoe_jax.layers.uome import UoME
 from uoe_jax.model import make_attention, make_mlp
+from uoe_jax.region import Region
 from uoe_jax.routing import select
+from uoe_jax.tiles import computed_scores
 
 
 class Sizes(NamedTuple):
@@ -53,6 +57,24 @@ class RaggedUoME(UoME):
     def _leave(self, entered: tuple[jax.Array, ...], weight_NBS: jax.Array) -> jax.Array:
         hidden = jax.nn.gelu(entered[0], approximate=False) * weight_NBS[..., None].astype(self.dtype)
         return _ragged(hidden, self.w_down[...].astype(self.dtype))
+
+
+class WholeSquares(Attention):
+    """The dense block with every score of a row held at once, as XLA computes what is written down in two products."""
+
+    def _mix(self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, region: Region) -> jax.Array:
+        b, s, h, dh = q.shape
+        q, k, v = (a.swapaxes(1, 2).reshape(b * h, s, dh) for a in (q, k, v))
+        scores = jnp.einsum("xtk,xsk->xts", q * dh**-0.5, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(jnp.tril(jnp.ones((s, s), bool))[None], scores, -1e30) if self.causal else scores
+        o = jnp.einsum("xts,xsv->xtv", jax.nn.softmax(scores).astype(v.dtype), v)
+        return o.reshape(b, h, s, dh).swapaxes(1, 2)
+
+
+def whole_flops(c: ModelConfig, b: int) -> float:
+    """Of the dense block, forward and backward, with every score computed."""
+    length, heads = c.context_length, 4 * c.n_heads * c.head_dim
+    return 3 * b * (attention_flops(c, length) + heads * (length**2 - computed_scores(length, c.causal)))
 
 
 def _ragged(x_NBSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
@@ -100,7 +122,7 @@ def mlp_variants(sizes: Sizes, share: float, k: int) -> dict[str, Variant]:
         return variant(make, dataclasses.replace(base, **changes), b, mlp_flops)
 
     def ragged(c: ModelConfig, rngs: nnx.Rngs) -> UoME:
-        return RaggedUoME(d, f, c.uome, causal=False, dtype=c.dtype, rngs=rngs)
+        return RaggedUoME(d, f, c.uome, causal=False, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs)
 
     both = routings(share, k, sizes.n)
     out = {"dense": made()} | {name: made(mlp="uome", causal=causal, uome=r) for name, (causal, r) in both.items()}
@@ -122,8 +144,12 @@ def attention_variants(sizes: Sizes, share: float, k: int, causal: bool) -> dict
 
     name = "causal token choice" if causal else "expert choice"
     r = routings(share, k, sizes.n)[name][1]
+    def whole(c: ModelConfig, rngs: nnx.Rngs) -> Attention:
+        return WholeSquares(d, h, causal=causal, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs)
+
     return {
         "dense": made(),
+        "dense, whole squares": variant(whole, base, b, attention_flops)._replace(flops=whole_flops(base, b)),
         name: made(attention="smha", smha=r),
         f"{name}, project first": made(attention="smha", smha=dataclasses.replace(r, order="project")),
     }
@@ -134,7 +160,7 @@ def moving(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], float]]:
     b, length, d, _ = sizes.mlp
     r = routings(0.5, 4, sizes.n)["expert choice"][1]
     logits, valid = jax.random.normal(jax.random.key(0), (b, length, sizes.n)), jnp.ones((b, length), bool)
-    selection = jax.jit(lambda: select(logits, valid, r)[0])()
+    selection = jax.jit(lambda logits: select(logits, valid, r)[0])(logits)
     how = backend_for("auto", jnp.dtype(sizes.dtype), 1, False)
     x = jax.random.normal(jax.random.key(1), (b, length, d), sizes.dtype)
     gather, combine = (jax.jit(lambda a, f=f: f(a, selection, how)) for f in (gather_slots, combine_slots))
@@ -165,6 +191,8 @@ def measured(case: str, variants: dict[str, Variant], rounds: int, dtype: str, b
     for name, v in variants.items():
         found = timing.against(times[name], times["dense"])
         row = {"case": case, "variant": name, **found, "flop_ratio": v.flops / variants["dense"].flops}
+        if "dense, whole squares" in variants:
+            row["to_whole_squares"] = timing.against(times[name], times["dense, whole squares"])["ratio"]
         row |= {"of_peak_%": 100 * v.flops / found["seconds"] / peak, "temp_MB": v.bytes / 1e6}
         if name in ("causal token choice", "expert choice"):
             row |= {"bar": bar, "met": found["ratio"] <= bar}

@@ -1,19 +1,20 @@
 """How many times faster the loader makes batches than the model takes them: `python -m benchmarks.loader [--config=quickstart]`.
 
 Interleaves, in one process, batches made by one thread and steps of the compiled train step on one batch; any override of
-`uoe train` may follow. Prints one JSON line: median tokens a second of both, and the median of the round-by-round ratios.
+`uoe train` may follow.
 Half a minute for the quickstart on 2 cores, most of it compilation.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import pathlib
 import statistics
 import time
 
 import jax
 
+from benchmarks import timing
 from uoe_jax import cli, runtime
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.data.pipeline import TrainBatches
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=40, help="made in a round")
     parser.add_argument("--steps", type=int, default=4, help="trained in a round")
+    parser.add_argument("--out", type=pathlib.Path, default=timing.OUT)
     options, rest = parser.parse_known_args()
     overrides = cli._overrides(rest, argparse.Namespace(takes_config=True))
     config = cli.load_config(options.config, overrides)
@@ -51,18 +53,9 @@ def main() -> None:
                 state, told = program.train_step(state, batch)
             jax.block_until_ready(state)
             trained.append((time.perf_counter() - start) / options.steps)
-    print(
-        json.dumps(
-            {
-                "benchmark": "loader",
-                "config": options.config,
-                "loader_tokens_per_s": round(tokens / statistics.median(made)),
-                "model_tokens_per_s": round(tokens / statistics.median(trained)),
-                "ratio": round(statistics.median(t / m for t, m in zip(trained, made)), 1),
-                "rounds": options.rounds,
-            }
-        )
-    )
+    rows = [{"what": "model", "tokens_per_s": tokens / statistics.median(trained)}]
+    rows += [{"what": "loader", "tokens_per_s": tokens / statistics.median(made), "ratio": timing.against(trained, made)["ratio"]}]
+    timing.finish("loader", options.out, rows, config=options.config)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any, Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+OUT = pathlib.Path("runs/benchmarks")
 Seconds = dict[str, list[float]]  # of every round, by variant
 
 
@@ -61,7 +62,7 @@ def copy() -> tuple[Callable[[], Any], float]:
 def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
     """Options of a benchmark: --out, and those given with their defaults."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmarks"), help="folder for NAME.json and NAME.png")
+    parser.add_argument("--out", type=pathlib.Path, default=OUT, help="folder for NAME.json and NAME.png")
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser.parse_args()

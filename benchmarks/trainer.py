@@ -2,21 +2,19 @@
 
 Interleaves two loops over the same compiled train step in one process: bare (one batch, already on the device, read once
 at the end) and the real `Run.go` (prefetch, metrics, progress lines to a pipe, signals, transfer guard; evaluations and
-saves are not due). Prints one JSON line: median seconds a step of each, and the median of the round-by-round ratios.
+saves are not due).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
-import json
-import statistics
 import tempfile
 import time
 
 import jax
 
+from benchmarks import timing
 from uoe_jax import mesh as mesh_lib
 from uoe_jax import runtime
 from uoe_jax.cli import load_config
@@ -34,11 +32,7 @@ class _NoSaves(CheckpointStore):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="quickstart")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    options = parser.parse_args()
+    options = timing.arguments(__doc__, config="quickstart", rounds=5, steps=20)
     config = load_config(options.config, {"eval.every": "0", "checkpoint.every": "0"})
     runtime.start(config)
     config, data = load_data(config)
@@ -70,17 +64,9 @@ def main() -> None:
             trainer_times.append((time.perf_counter() - start) / options.steps)
             state = run.state
             run.writer.close()
-    ratios = [t / b for t, b in zip(trainer_times, bare_times)]
-    print(
-        json.dumps(
-            {
-                "bare_seconds_per_step": statistics.median(bare_times),
-                "trainer_seconds_per_step": statistics.median(trainer_times),
-                "ratio": statistics.median(ratios),
-                "ratios": ratios,
-            }
-        )
-    )
+    both = {"bare": bare_times, "trainer": trainer_times}
+    rows = [{"loop": name, **timing.against(times, bare_times)} for name, times in both.items()]
+    timing.finish("trainer", options.out, rows, config=options.config)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ CASES = {
     "uome straight through, not causal": Case("uome", score(gate="straight_through", patch_size=2), causal=False),
     "uome none, swiglu, biases": Case("uome", score(gate="none"), False, {"activation": "swiglu", "bias": True}),
     "uome scatter, P=4, biases": Case("uome", score(dispatch="scatter", patch_size=4), False, {"bias": True}),
-    "uome one-hot, P=4": Case("uome", route(dispatch="onehot", patch_size=4, capacity_window=3)),
+    "uome one-hot, P=4": Case("uome", route(dispatch="onehot", patch_size=4, capacity_factor=0.6, capacity_window=3)),
     "smha one-hot, project, P=2": Case("smha", score(dispatch="onehot", order="project", patch_size=2), False, {"bias": True}),
     "uome one expert": Case("uome", route(n_experts=1, k=1)),
     "uome one slot": Case("uome", route(capacity_factor=0.01, capacity_window=64)),

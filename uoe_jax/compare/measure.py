@@ -48,7 +48,11 @@ def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 class Step:
-    """A compiled training step with a state and a batch of its own."""
+    """A compiled training step with a state and a batch of its own.
+
+    Attributes:
+      temporary, bytes: what the compiler needs between, and with, the arguments of one device.
+    """
 
     def __init__(self, config: Config) -> None:
         mesh = mesh_lib.make_mesh(config.mesh)
@@ -58,14 +62,19 @@ class Step:
             self._step = program.train_step.lower(program.abstract, self._batch).compile()
             self._state = program.init(jax.random.key(0))
         found = self._step.memory_analysis()
-        self.bytes = found.argument_size_in_bytes + found.temp_size_in_bytes
+        self.temporary = found.temp_size_in_bytes
+        self.bytes = found.argument_size_in_bytes + self.temporary
 
     def seconds(self) -> float:
         """Of one step."""
         start = time.perf_counter()
-        self._state, told = self._step(self._state, self._batch)
-        jax.block_until_ready(told)
+        jax.block_until_ready(self.run())
         return time.perf_counter() - start
+
+    def run(self) -> dict[str, Any]:
+        """One step; its metrics, on the device."""
+        self._state, told = self._step(self._state, self._batch)
+        return told
 
 
 def paired(step: Step, reference: Step, rounds: int) -> tuple[list[float], list[float]]:

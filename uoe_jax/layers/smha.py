@@ -13,7 +13,7 @@ from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.layers.attention import attend, attend_one, cache_of, group_keys, placed, put
 from uoe_jax.layers.common import Tokens, ones, scaled_normal, weight, zeros
 from uoe_jax.layers.router import RouterCache
-from uoe_jax.layers.union import Slots, Union, per_expert
+from uoe_jax.layers.union import Slots, Union, per_expert, per_expert_each
 from uoe_jax.routing import UNION, Rule
 
 
@@ -76,16 +76,11 @@ class SMHA(Union):
         self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
 
     def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
-        # Three narrow matrices beside each other: the tokens, wider than what comes out, are read once and not three times.
-        weights = (self.w_q, self.w_k, self.w_v)
-        heads = [w.shape[2] for w in weights]
-        joined_NDY = jnp.concatenate([w[...].astype(self.dtype) for w in weights], axis=2)
-        n, d, _, dh = joined_NDY.shape
-        y = per_expert(x_NBSD, joined_NDY.reshape(n, d, -1))
-        y_NBSYk = y.reshape(*y.shape[:3], -1, dh)
-        parts = jnp.split(y_NBSYk, (heads[0], heads[0] + heads[1]), axis=3)
-        biases = (self.b_q, self.b_k, self.b_v)
-        return tuple(a if b is None else a + b[...].astype(self.dtype)[:, None, None] for a, b in zip(parts, biases))
+        weights, biases = (self.w_q, self.w_k, self.w_v), (self.b_q, self.b_k, self.b_v)
+        n, d, _, dh = self.w_q.shape
+        found = per_expert_each(x_NBSD, [w[...].astype(self.dtype).reshape(n, d, -1) for w in weights])
+        by_head = (y.reshape(*y.shape[:3], -1, dh) for y in found)
+        return tuple(y if b is None else y + b[...].astype(self.dtype)[:, None, None] for y, b in zip(by_head, biases))
 
     def _experts(self, entered: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         q, k, v = (checkpoint_name(a, "qkv") for a in entered)
@@ -118,7 +113,6 @@ class SMHA(Union):
 
     def step(self, x_BD: jax.Array, cache: SMHACache, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, SMHACache]:
         """Token `t_B` of each sequence; rotary tables are [B,Dh/2]."""
-        n, b, g, s, dh = cache.k.shape
         x_BD = x_BD.astype(self.dtype)
         router = self.router.step(x_BD, cache.router, t_B)
         q, k, v = self._enter(x_BD[None, :, None])
@@ -126,12 +120,8 @@ class SMHA(Union):
         q, k = self._placed(q, k, tables)
         p = self.routing.patch_size
         place_NB = ((router.filled_BN - 1) * p + (t_B % p)[:, None]).T
-        # The experts of all rows in front. Those that did not take the patch write past the end, which drops the write.
-        into = jnp.where(router.kept_BN.T, place_NB, s).reshape(-1)
-        q_XHk, k_Xgk, v_Xgk = (a.reshape(n * b, *a.shape[3:]) for a in (q, k, v))
-        k_cache, v_cache = (
-            put(a.reshape(n * b, g, s, dh), one, into) for a, one in ((cache.k, k_Xgk), (cache.v, v_Xgk))
-        )
-        o = attend_one(q_XHk, k_cache, v_cache, place_NB.reshape(-1)).reshape(q.shape)
-        cache = SMHACache(k_cache.reshape(cache.k.shape), v_cache.reshape(cache.v.shape), router)
+        # Experts that did not take the patch write past the end, which drops the write.
+        into_NB = jnp.where(router.kept_BN.T, place_NB, cache.k.shape[3])
+        cache = SMHACache(put(cache.k, k[:, :, 0], into_NB), put(cache.v, v[:, :, 0], into_NB), router)
+        o = attend_one(q[:, :, 0], cache.k, cache.v, place_NB)[:, :, None]
         return self._union(self._out(o, router.weight_BN.T[..., None]), x_BD), cache

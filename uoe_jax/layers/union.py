@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import itertools
+from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +38,29 @@ class Slots(NamedTuple):
 def per_expert(x_NBSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
     """Every expert's rows times its matrix, [N,B,S,Y]; with a leading 1 in place of N, the same rows for every expert.
 
-    One batched product over [N,B·S,X], the form that runs fastest.
+    One batched product over [N,B·S,X], the form that runs fastest. Many rows that all experts share are not copied for each
+    of them; for few rows, as in decoding, that costs less than another order of the weights.
     """
     rows, b, s, x = x_NBSX.shape
-    n = w_NXY.shape[0]
-    if rows == 1:
+    n, _, y = w_NXY.shape
+    if rows == 1 and b * s < y:
+        x_NBSX = jnp.broadcast_to(x_NBSX, (n, b, s, x))
+    elif rows == 1:
         return jnp.einsum("tx,nxy->nty", x_NBSX.reshape(b * s, x), w_NXY).reshape(n, b, s, -1)
     return jnp.einsum("ntx,nxy->nty", x_NBSX.reshape(n, b * s, x), w_NXY).reshape(n, b, s, -1)
+
+
+def per_expert_each(x_NBSX: jax.Array, ws_NXY: Sequence[jax.Array]) -> list[jax.Array]:
+    """`per_expert` for several matrices of the same rows.
+
+    Side by side they are one product, so that rows wider than what comes out are read once; few rows are read again sooner
+    than matrices are copied.
+    """
+    _, b, s, x = x_NBSX.shape
+    if b * s < x:
+        return [per_expert(x_NBSX, w) for w in ws_NXY]
+    y = per_expert(x_NBSX, jnp.concatenate(ws_NXY, axis=-1))
+    return jnp.split(y, list(itertools.accumulate(w.shape[-1] for w in ws_NXY[:-1])), axis=-1)
 
 
 class Union(nnx.Module):

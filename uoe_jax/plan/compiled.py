@@ -25,12 +25,13 @@ FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 class Compiled(NamedTuple):
     """Bytes are of one device, as XLA counts them: arguments (state and batch), outputs, outputs written over arguments,
-    and everything in between. `seconds` and `process_bytes` (largest resident size) are those of the compilation."""
+    and everything in between; `flops` too, with the body of a loop counted once. `seconds` and `process_bytes` (largest resident size) are those of the compilation."""
 
     arguments: int
     outputs: int
     alias: int
     temporary: int
+    flops: float
     parameters: int
     optimizer: int
     collectives: tuple[Collective, ...]
@@ -92,6 +93,7 @@ def describe(config: Config) -> Compiled:
         outputs=memory.output_size_in_bytes,
         alias=memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
+        flops=compiled.cost_analysis()["flops"],
         parameters=held(program.abstract.params),
         optimizer=held(program.abstract.opt),
         collectives=tuple(collectives(compiled.as_text(), dict(mesh.shape))),

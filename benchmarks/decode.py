@@ -1,0 +1,70 @@
+"""Tokens a second while text is generated, UoE against the dense model of its width: `python -m benchmarks.decode`.
+
+8 sequences, 8 layers, D 512, F 2048, H 8, V 256, capacity_factor 1, half the experts for every token. Both models write their
+caches in place. A step reads its whole cache however much of it is filled, so that prompts may be short.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import timing
+from benchmarks.model import config
+from uoe_jax.train.step import functional
+
+BATCH, STEPS = 8, 8
+BARS = {512: 1.2, 4096: 1.5}  # of the dense model's tokens a second
+BLOCKS = {"dense": ("dense", "dense"), "UoE": ("smha", "uome")}
+
+
+class Decoder(NamedTuple):
+    """run: STEPS tokens of every sequence. cache: bytes of keys and values."""
+
+    run: Callable[[], Any]
+    cache: int
+
+
+def decoder(attention: str, mlp: str, context: int) -> Decoder:
+    c = config(attention, mlp, "float32" if jax.default_backend() == "cpu" else "bfloat16", context_length=context)
+    init, model, _ = functional(c.model)
+    params = jax.jit(init)(jax.random.key(0))
+    layers = jax.jit(lambda p: model(p).each_layer())(params)
+    prompt = jnp.ones((BATCH, 16), jnp.int32)
+    _, cache = jax.jit(lambda p: model(p).prefill(prompt, jnp.full((BATCH,), 16), context))(params)
+    step = functools.partial(jax.jit, donate_argnums=2)(lambda p, layers, cache, token: model(p).step(token, cache, layers))
+    held = {"cache": cache}
+
+    def run() -> Any:
+        token = jnp.ones((BATCH,), jnp.int32)
+        for _ in range(STEPS):
+            logits, held["cache"] = step(params, layers, held["cache"], token)
+            token = logits.argmax(-1).astype(jnp.int32)
+        return token
+
+    return Decoder(run, sum(a.nbytes for layer in cache.attention for a in (layer.k, layer.v)))
+
+
+def main() -> None:
+    options = timing.arguments(__doc__, rounds=7)
+    rows = []
+    for context, bar in BARS.items():
+        decoders = {name: decoder(*blocks, context) for name, blocks in BLOCKS.items()}
+        times = timing.interleaved({name: d.run for name, d in decoders.items()}, options.rounds)
+        for name, d in decoders.items():
+            found = timing.against(times["dense"], times[name])  # tokens a second: the other way round
+            row = {"context": context, "model": name, "tokens_per_s": BATCH * STEPS / timing.against(times[name], times[name])["seconds"]}
+            row |= {"ratio": found["ratio"], "ratio_low": found["ratio_low"], "ratio_high": found["ratio_high"]}
+            row |= {"cache_MB": d.cache / 1e6, "cache_ratio": d.cache / decoders["dense"].cache}
+            if name == "UoE":
+                row |= {"bars": f"{bar}, 0.525", "met": row["ratio"] >= bar and row["cache_ratio"] <= 0.5 * 1.05}
+            rows.append(row)
+        del decoders
+    timing.finish("decode", options.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Time and memory of a train step over the length of its rows, the two figures of the paper: `python -m benchmarks.length`.
+
+As many tokens in every step, from rows of 64 to rows of 4096; 2 layers, D 256, F 1024, H 8, half the experts for every token.
+Writes a PNG of both beside the JSON.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+
+from benchmarks import timing
+from uoe_jax.compare.measure import Step
+from uoe_jax.config import from_dict
+from uoe_jax.flops import train_flops
+
+LENGTHS, TOKENS = (64, 128, 256, 512, 1024, 2048, 4096), 4096
+ROUTED = dict(n_experts=8, k=4)
+MODEL = dict(vocab_size=256, d_model=256, n_layers=2, n_heads=8, d_hidden=1024, smha=ROUTED, uome=ROUTED)
+BLOCKS = {"dense": ("dense", "dense"), "UoE": ("smha", "uome")}
+
+
+def main() -> None:
+    options = timing.arguments(__doc__, rounds=5)
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    rows: list[dict[str, Any]] = []
+    for length in LENGTHS:
+        steps, flops = {}, {}
+        for name, (attention, mlp) in BLOCKS.items():
+            model = {**MODEL, "attention": attention, "mlp": mlp, "context_length": length, "dtype": dtype}
+            c = from_dict({"model": model, "train": {"batch_size": TOKENS // length}})
+            steps[name], flops[name] = Step(c), train_flops(c.model, TOKENS // length)
+        times = timing.interleaved({name: step.run for name, step in steps.items()}, options.rounds)
+        for name, step in steps.items():
+            found = timing.against(times[name], times["dense"])
+            row = {"length": length, "step": name, **found, "flop_ratio": flops[name] / flops["dense"]}
+            rows.append(row | {"temp_MB": step.temporary / 1e6})
+    at = {(row["step"], row["length"]): row["seconds"] for row in rows}
+    growth = {name: at[name, 4096] / at[name, 512] for name in BLOCKS}
+    timing.finish("length", options.out, rows, growth=growth, met=growth["UoE"] < growth["dense"])
+    print("  time at 4096 over time at 512: " + ", ".join(f"{name} {value:.2f}" for name, value in growth.items()))
+    draw(rows, options.out / "length.png")
+
+
+def draw(rows: list[dict[str, Any]], file: Any) -> None:
+    """Time and memory over the length, one line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, key, unit, scale in zip(panels, ("seconds", "temp_MB"), ("ms of a step", "MB of temporary memory"), (1e3, 1)):
+        for name, mark in zip(BLOCKS, itertools.cycle("os^")):
+            own = [(row["length"], scale * row[key]) for row in rows if row["step"] == name]
+            axes.plot(*zip(*own), label=name, marker=mark)
+        axes.set(xlabel=f"tokens of a row ({TOKENS} in every step)", ylabel=unit, xscale="log", ylim=(0, None))
+        axes.set_xticks(LENGTHS, labels=[str(n) for n in LENGTHS], minor=False)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
