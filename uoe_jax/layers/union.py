@@ -38,12 +38,12 @@ class Slots(NamedTuple):
 def per_expert(x_NBSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
     """Every expert's rows times its matrix, [N,B,S,Y]; with a leading 1 in place of N, the same rows for every expert.
 
-    One batched product over [N,B·S,X], the form that runs fastest. Many rows that all experts share are not copied for each
-    of them; for few rows, as in decoding, that costs less than another order of the weights.
+    One batched product over [N,B·S,X], the form that runs fastest. Rows that all experts share are not copied for each of
+    them; but of single tokens, as in decoding, that costs less than another order of the weights.
     """
     rows, b, s, x = x_NBSX.shape
-    n, _, y = w_NXY.shape
-    if rows == 1 and b * s < y:
+    n = w_NXY.shape[0]
+    if rows == 1 and s == 1:
         x_NBSX = jnp.broadcast_to(x_NBSX, (n, b, s, x))
     elif rows == 1:
         return jnp.einsum("tx,nxy->nty", x_NBSX.reshape(b * s, x), w_NXY).reshape(n, b, s, -1)
@@ -53,11 +53,10 @@ def per_expert(x_NBSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
 def per_expert_each(x_NBSX: jax.Array, ws_NXY: Sequence[jax.Array]) -> list[jax.Array]:
     """`per_expert` for several matrices of the same rows.
 
-    Side by side they are one product, so that rows wider than what comes out are read once; few rows are read again sooner
-    than matrices are copied.
+    Side by side they are one product, so that rows wider than what comes out are read once; single tokens are read again
+    sooner than matrices are copied.
     """
-    _, b, s, x = x_NBSX.shape
-    if b * s < x:
+    if x_NBSX.shape[2] == 1:
         return [per_expert(x_NBSX, w) for w in ws_NXY]
     y = per_expert(x_NBSX, jnp.concatenate(ws_NXY, axis=-1))
     return jnp.split(y, list(itertools.accumulate(w.shape[-1] for w in ws_NXY[:-1])), axis=-1)
