@@ -1,4 +1,4 @@
-"""One block, forward and backward, against the dense block of its width: `python -m benchmarks.layer [--rounds=7]`.
+"""One block, forward and backward, against the dense block of its width: `python -m benchmarks.layer [--rounds=5]`.
 
 UoME and SMHA at half and a quarter of the tokens per expert, causal token choice and expert choice; beside them, of the same
 selection, the one-hot dispatch of Flaxformer's expert choice, and `jax.lax.ragged_dot`. Attention is compared with the dense
@@ -201,7 +201,7 @@ def measured(case: str, variants: dict[str, Variant], rounds: int, dtype: str, b
 
 
 def main() -> None:
-    options = timing.arguments(__doc__, rounds=7)
+    options = timing.arguments(__doc__, rounds=5)
     sizes = CPU if jax.default_backend() == "cpu" else ACCELERATOR
     prefix = "" if sizes is CPU else "accelerator "
     rows: list[dict[str, Any]] = []

@@ -23,7 +23,7 @@ BLOCKS = {"dense": ("dense", "dense"), "UoE": ("smha", "uome")}
 
 
 def main() -> None:
-    options = timing.arguments(__doc__, rounds=5)
+    options = timing.arguments(__doc__, rounds=3)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     rows: list[dict[str, Any]] = []
     for length in LENGTHS:
