@@ -60,10 +60,12 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     hidden = item * tokens["uome"] * m.d_hidden / e
     square = length if m.attention == "dense" else m.smha.slot_tokens(length)
     scores = 0.0 if flash else 4 * tokens["smha"] / square * tile(square) ** 2 * m.n_heads / e
+    # Along several tiles a loop carries the sums of heads and of their gradients, float32, in and out.
+    carried = 0.0 if flash or tile(square) == square else 2 * 4 / item * heads
     # Whole weights and their gradient in the compute dtype, and that gradient in float32.
     weight = (2 * item + 4) / e
     attention = weight * 2 * d * dh * (m.n_heads + m.kv_heads)
-    attention += 2 * slots["smha"] + 4 * heads + 4 * scores + 9 * stream
+    attention += 2 * slots["smha"] + 4 * heads + carried + 4 * scores + 9 * stream
     mlp = weight * (m.n_into + 1) * d * m.d_hidden + 2.5 * slots["uome"] + 4 * hidden + 13 * stream
     # Norms and biases of sums are whole on every device, routers are cut over `fsdp` alone, other biases over `expert` alone.
     routers = sum(router_parameters(r, d) for r in m.routed().values())
