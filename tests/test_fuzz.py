@@ -363,6 +363,8 @@ def valid(rng: random.Random, causal: bool = True) -> dict[str, Any]:
             r |= {"unit": pick(("patch", "sequence", "hierarchical")), "priority": pick(("position", "score"))}
             if r["unit"] != "patch":
                 r |= {"sequence_capacity_factor": pick((0, 0.01, 1.25, 1e6)), "sequence_group": own}
+                if r["sequence_capacity_factor"] and r["dispatch"] == "onehot":  # which has a row for every sequence
+                    r["dispatch"] = "inverse"
         c |= {f"model.{block}.{name}": value for name, value in r.items()}
     room = length - 2  # the separator, and a token to draw
     c |= {
