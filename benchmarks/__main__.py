@@ -1,4 +1,4 @@
-"""Every benchmark of a CPU, one after the other: `python -m benchmarks [NAME …] [--out=runs/benchmarks]`, about 10 minutes.
+"""Every benchmark of a CPU, one after the other: `python -m benchmarks [NAME …] [--out=runs/benchmarks]`, meant for under 10 minutes.
 
 Each runs in a process of its own, prints its table, and writes OUT/NAME.json (and PNG); this prints which bars were met.
 """

@@ -7,18 +7,18 @@ caches in place. A step reads its whole cache however much of it is filled, so t
 from __future__ import annotations
 
 import functools
+import statistics
 from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
-from benchmarks.model import config
+from benchmarks.model import PAIR, config
 from uoe_jax.train.step import functional
 
 BATCH, STEPS = 8, 8
 BARS = {512: 1.2, 4096: 1.5}  # of the dense model's tokens a second
-BLOCKS = {"dense": ("dense", "dense"), "UoE": ("smha", "uome")}
 
 
 class Decoder(NamedTuple):
@@ -29,7 +29,7 @@ class Decoder(NamedTuple):
 
 
 def decoder(attention: str, mlp: str, context: int) -> Decoder:
-    c = config(attention, mlp, "float32" if jax.default_backend() == "cpu" else "bfloat16", context_length=context)
+    c = config(attention, mlp, timing.dtype(), context_length=context)
     init, model, _ = functional(c.model)
     params = jax.jit(init)(jax.random.key(0))
     layers = jax.jit(lambda p: model(p).each_layer())(params)
@@ -52,11 +52,11 @@ def main() -> None:
     options = timing.arguments(__doc__, rounds=7)
     rows = []
     for context, bar in BARS.items():
-        decoders = {name: decoder(*blocks, context) for name, blocks in BLOCKS.items()}
+        decoders = {name: decoder(*blocks, context) for name, blocks in PAIR.items()}
         times = timing.interleaved({name: d.run for name, d in decoders.items()}, options.rounds)
         for name, d in decoders.items():
             found = timing.against(times["dense"], times[name])  # tokens a second: the other way round
-            row = {"context": context, "model": name, "tokens_per_s": BATCH * STEPS / timing.against(times[name], times[name])["seconds"]}
+            row = {"context": context, "model": name, "tokens_per_s": BATCH * STEPS / statistics.median(times[name])}
             row |= {"ratio": found["ratio"], "ratio_low": found["ratio_low"], "ratio_high": found["ratio_high"]}
             row |= {"cache_MB": d.cache / 1e6, "cache_ratio": d.cache / decoders["dense"].cache}
             if name == "UoE":

@@ -2,8 +2,8 @@
 
 UoME and SMHA at half and a quarter of the tokens per expert, causal token choice and expert choice; beside them, of the same
 selection, the one-hot dispatch of Flaxformer's expert choice, and `jax.lax.ragged_dot`. Attention is compared with the dense
-block of this project, which computes tiles and none behind a causal mask, and with one that holds whole squares. On a CPU in float32; on an
-accelerator in bfloat16 at larger sizes, with the share of a roofline that adds up the kernels.
+block of this project, which computes tiles and none behind a causal mask, and with one that holds whole squares. On a CPU in
+float32; on an accelerator in bfloat16 at larger sizes. Beside it, the share of a roofline that adds up the kernels.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ def attention_variants(sizes: Sizes, share: float, k: int, causal: bool) -> dict
 
     name = "causal token choice" if causal else "expert choice"
     r = routings(share, k, sizes.n)[name][1]
+
     def whole(c: ModelConfig, rngs: nnx.Rngs) -> Attention:
         return WholeSquares(d, h, causal=causal, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs)
 

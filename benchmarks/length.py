@@ -9,26 +9,23 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import jax
-
 from benchmarks import timing
+from benchmarks.model import PAIR, ROUTED
 from uoe_jax.compare.measure import Step
 from uoe_jax.config import from_dict
 from uoe_jax.flops import train_flops
 
 LENGTHS, TOKENS = (64, 128, 256, 512, 1024, 2048, 4096), 4096
-ROUTED = dict(n_experts=8, k=4)
 MODEL = dict(vocab_size=256, d_model=256, n_layers=2, n_heads=8, d_hidden=1024, smha=ROUTED, uome=ROUTED)
-BLOCKS = {"dense": ("dense", "dense"), "UoE": ("smha", "uome")}
 
 
 def main() -> None:
     options = timing.arguments(__doc__, rounds=3)
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = timing.dtype()
     rows: list[dict[str, Any]] = []
     for length in LENGTHS:
         steps, flops = {}, {}
-        for name, (attention, mlp) in BLOCKS.items():
+        for name, (attention, mlp) in PAIR.items():
             model = {**MODEL, "attention": attention, "mlp": mlp, "context_length": length, "dtype": dtype}
             c = from_dict({"model": model, "train": {"batch_size": TOKENS // length}})
             steps[name], flops[name] = Step(c), train_flops(c.model, TOKENS // length)
@@ -38,7 +35,7 @@ def main() -> None:
             row = {"length": length, "step": name, **found, "flop_ratio": flops[name] / flops["dense"]}
             rows.append(row | {"temp_MB": step.temporary / 1e6})
     at = {(row["step"], row["length"]): row["seconds"] for row in rows}
-    growth = {name: at[name, 4096] / at[name, 512] for name in BLOCKS}
+    growth = {name: at[name, 4096] / at[name, 512] for name in PAIR}
     timing.finish("length", options.out, rows, growth=growth, met=growth["UoE"] < growth["dense"])
     print("  time at 4096 over time at 512: " + ", ".join(f"{name} {value:.2f}" for name, value in growth.items()))
     draw(rows, options.out / "length.png")
@@ -53,7 +50,7 @@ def draw(rows: list[dict[str, Any]], file: Any) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, key, unit, scale in zip(panels, ("seconds", "temp_MB"), ("ms of a step", "MB of temporary memory"), (1e3, 1)):
-        for name, mark in zip(BLOCKS, itertools.cycle("os^")):
+        for name, mark in zip(PAIR, itertools.cycle("os^")):
             own = [(row["length"], scale * row[key]) for row in rows if row["step"] == name]
             axes.plot(*zip(*own), label=name, marker=mark)
         axes.set(xlabel=f"tokens of a row ({TOKENS} in every step)", ylabel=unit, xscale="log", ylim=(0, None))

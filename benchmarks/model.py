@@ -9,8 +9,6 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-import jax
-
 from benchmarks import timing
 from uoe_jax import tiles
 from uoe_jax.compare.measure import Step
@@ -19,7 +17,8 @@ from uoe_jax.flops import train_flops
 
 ROUTED = dict(n_experts=8, k=4)
 MODEL = dict(vocab_size=256, d_model=512, n_layers=8, n_heads=8, d_hidden=2048, context_length=1024, smha=ROUTED, uome=ROUTED)
-BLOCKS = {"dense": ("dense", "dense"), "UoE": ("smha", "uome"), "SMHA only": ("smha", "dense"), "UoME only": ("dense", "uome")}
+PAIR = {"dense": ("dense", "dense"), "UoE": ("smha", "uome")}
+BLOCKS = PAIR | {"SMHA only": ("smha", "dense"), "UoME only": ("dense", "uome")}
 WHOLE = "dense, whole squares"
 TIME, MEMORY = 0.58, 0.65  # bars, of the dense model's
 
@@ -31,7 +30,7 @@ def config(attention: str, mlp: str, dtype: str, **changes: Any) -> Config:
 
 def main() -> None:
     options = timing.arguments(__doc__, rounds=3)
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = timing.dtype()
     configs = {name: config(*blocks, dtype) for name, blocks in BLOCKS.items()}
     steps = {name: Step(c) for name, c in configs.items()}
     with mock.patch.object(tiles, "LARGEST", configs["dense"].model.context_length):

@@ -10,10 +10,10 @@ import collections
 from typing import Any
 
 from benchmarks import timing
+from benchmarks.model import ROUTED
 from uoe_jax.config import Config, from_dict
 from uoe_jax.plan.compiled import compile_step
 
-ROUTED = dict(n_experts=8, k=4)
 # One layer: XLA counts the body of the loop over layers once.
 MODEL = dict(vocab_size=256, d_model=256, n_layers=1, n_heads=8, d_hidden=1024, context_length=256, smha=ROUTED, uome=ROUTED)
 

@@ -12,12 +12,13 @@ import itertools
 import json
 import pathlib
 import platform
-import statistics
 import time
 from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+
+from uoe_jax.compare.measure import against as against  # of two variants' rounds; benchmarks read it from here
 
 OUT = pathlib.Path("runs/benchmarks")
 Seconds = dict[str, list[float]]  # of every round, by variant
@@ -36,19 +37,17 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> Secon
     return {name: times[1:] for name, times in out.items()}
 
 
-def against(own: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Median seconds, and the median and quartiles of the ratios within a round."""
-    ratios = [a / b for a, b in zip(own, reference, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"seconds": statistics.median(own), "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
-
-
 def matmul(dtype: str) -> tuple[Callable[[], Any], float]:
     """(a large matrix product, its operations): the peak that shares of a peak are of."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((n, n), dtype)
     f = jax.jit(lambda a: a @ a)
     return lambda: f(a), 2.0 * n**3
+
+
+def dtype() -> str:
+    """In which models are measured here."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def copy() -> tuple[Callable[[], Any], float]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config, from_dict
@@ -137,3 +138,19 @@ def test_compile_time_does_not_grow_with_depth():
     finally:
         jax.config.update("jax_enable_compilation_cache", cache)
     assert min(seconds[24]) <= 1.5 * min(seconds[4]), seconds
+
+
+def test_moments_in_bfloat16_are_held_so_and_computed_with_in_float32():
+    """Half the bytes, and after 3 steps parameters near those of float32; not where the second moment would stand still."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        run = program(config(optimizer={"moment_dtype": dtype}))
+        state = run.init(jax.random.key(0))
+        for _ in range(3):
+            state, _ = run.train_step(state, batch())
+        held = {a.dtype for a in jax.tree.leaves(state.opt) if jnp.issubdtype(a.dtype, jnp.floating)}
+        assert held == {jnp.dtype(dtype)} and {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+        found[dtype] = state.params
+    assert 0 < reference.norm_error(found["bfloat16"], found["float32"]) < 2e-3
+    with pytest.raises(ConfigError, match="moment_dtype.*b2=0.999.*use float32"):
+        config(optimizer={"moment_dtype": "bfloat16", "b2": 0.999})

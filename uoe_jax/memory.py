@@ -109,20 +109,18 @@ def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1)
         return stream
     kept = 2 * stream
     if c.attention in ON_SLOTS:
-        heads = c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)  # q, k, v and the output of the heads
+        # q, k, v and the output of the heads, and the logarithm of each query's sum, float32.
+        heads = c.head_dim * (2 * c.n_heads + 2 * c.kv_heads) + 4 / item * c.n_heads
         kept += _kept_at_slots(c, c.routed()[c.attention], rows, heads, parts)
     else:
-        kept += int(item * rows * _attention(c).kept) // parts
-    if c.attention in (*ON_SLOTS, "dense", "moh", "mla"):  # the logarithm of each query's sum, float32
-        r = c.routed()[c.attention] if c.attention in ON_SLOTS else None
-        kept += int(4 * rows * c.n_heads * (r.slot_tokens(length) * r.row_share() if r else length)) // parts
+        kept += int(rows * (item * _attention(c).kept + 4 * _attention(c).sums)) // parts
     if c.routed_hidden:
         kept += _kept_at_slots(c, c.routed()[c.mlp], rows, c.n_into * c.routed_hidden, parts)
     kept += item * rows * length * c.n_into * c.whole_hidden // parts
     return kept
 
 
-def _kept_at_slots(c: ModelConfig, r: RoutingConfig, rows: int, width: int, parts: int) -> int:
+def _kept_at_slots(c: ModelConfig, r: RoutingConfig, rows: int, width: float, parts: int) -> int:
     """Values of `width` at the slots of `rows` rows, and the selection."""
     at = r.slot_tokens(c.block_length) * r.row_share()
     return int(ITEM_SIZE[c.dtype] * rows * at * width) // parts + selection_bytes(r, rows, c.block_length) // parts

@@ -57,9 +57,8 @@ def vocabulary_nll(head: nnx.Param, tied: bool, x_BLD: jax.Array, targets_BL: ja
 
     def share(head: nnx.Param, x_BLD: jax.Array, targets_BL: jax.Array, region: Region) -> tuple[jax.Array, None]:
         kernel_vD = head[...] if tied else head[...].T
-        parts = region._replace(sequence_parallel=region.sequence_parallel and not cut)
         x_BLD = region.enter(x_BLD)[1] if cut else x_BLD
-        target_n = parts.own_tokens(targets_BL).reshape(-1)
+        target_n = (targets_BL if cut else region.own_tokens(targets_BL)).reshape(-1)
         n, x_nD = target_n.shape[0], x_BLD.reshape(-1, x_BLD.shape[-1])
         if not cut:
             return words_nll(x_nD, kernel_vD, target_n, 0, n).reshape(x_BLD.shape[:2]), None

@@ -18,7 +18,8 @@ class Cost(NamedTuple):
     Attributes:
       flops: forward pass over one row. core: of these, what compares tokens and mixes values.
       parameters: weights. active: of these, what a token meets.
-      kept: values of a row that the forward pass keeps for the backward pass under remat='slots'.
+      kept: values of a row that the forward pass keeps for the backward pass under remat='slots'. sums: float32 ones beside
+        them, the logarithm of each query's sum in every head whose attention is computed in tiles.
     """
 
     flops: float
@@ -26,11 +27,13 @@ class Cost(NamedTuple):
     parameters: int
     active: float
     kept: float
+    sums: float = 0
 
 
 def dense(c: ModelConfig, length: int) -> Cost:
     """Full attention, which the others are measured by."""
-    return _over_projections(c, length, core=4 * c.n_heads * c.head_dim * computed_scores(length, c.causal))
+    core = 4 * c.n_heads * c.head_dim * computed_scores(length, c.causal)
+    return _over_projections(c, length, core)._replace(sums=length * c.n_heads)
 
 
 def _over_projections(c: ModelConfig, length: int, core: float, more: int = 0) -> Cost:
@@ -58,7 +61,7 @@ def mla(c: ModelConfig, length: int) -> Cost:
     products = d * (r + dr) + 2 * r * h * dh + queries + h * dh * d
     core = 2 * computed_scores(length, c.causal) * h * (2 * dh + dr)
     weights = products + r + narrow + c.bias * d
-    return Cost(2 * length * products + core, core, weights, weights, length * h * ((dh + dr) + 3 * dh))
+    return Cost(2 * length * products + core, core, weights, weights, length * h * ((dh + dr) + 3 * dh), length * h)
 
 
 def linformer(c: ModelConfig, length: int) -> Cost:

@@ -25,7 +25,8 @@ FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 class Compiled(NamedTuple):
     """Bytes are of one device, as XLA counts them: arguments (state and batch), outputs, outputs written over arguments,
-    and everything in between; `flops` too, with the body of a loop counted once. `seconds` and `process_bytes` (largest resident size) are those of the compilation."""
+    and everything in between; `flops` too, with the body of a loop counted once. `seconds` and `process_bytes` (largest
+    resident size) are those of the compilation."""
 
     arguments: int
     outputs: int

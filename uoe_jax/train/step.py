@@ -71,13 +71,11 @@ def make_optimizer(c: OptimizerConfig, decay_steps: int, decayed: Params) -> opt
     adam = optax.adamw(
         learning_rate(c, decay_steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=lambda _: decayed
     )
-    return optax.chain(clip, held_in(jnp.dtype(c.moment_dtype), adam))
+    return optax.chain(clip, adam if c.moment_dtype == "float32" else held_in(jnp.dtype(c.moment_dtype), adam))
 
 
 def held_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """An optimizer whose float state is held in `dtype` between steps and computed with in float32."""
-    if dtype == jnp.float32:
-        return inner
 
     def cast(state: optax.OptState, to: jnp.dtype) -> optax.OptState:
         return jax.tree.map(lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, state)
