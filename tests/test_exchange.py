@@ -198,7 +198,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.slow
 def test_a_model_is_never_held_twice(tmp_path):
-    """Peak memory of real processes: a model of 285 MB takes less than 1.7 times that beyond what a tiny one takes."""
+    """Peak memory of real processes: a model of 285 MB takes less than twice that beyond what a tiny one takes (1.4 to 1.8 seen; 2.6 with a copy kept)."""
     peaks, sizes = [], []
     for name, model in {"tiny": {}, "large": dict(d_model=1024, n_layers=4, n_heads=8, n_kv_heads=8, d_hidden=4096, vocab_size=4096)}.items():
         m = config_of(**{**LLAMA, "tie_embeddings": True, **model}).model
@@ -217,7 +217,7 @@ def test_a_model_is_never_held_twice(tmp_path):
         assert ran.returncode == 0, ran.stderr
         peaks.append(1024 * int(ran.stdout.split()[-1]))
         sizes.append(sum(4 * int(np.prod(tensor.shape)) for tensor in drawn))
-    assert peaks[1] - peaks[0] < 1.7 * sizes[1]
+    assert peaks[1] - peaks[0] < 2 * sizes[1]
 
 
 # Of config.json as published, cut to what is read and small sizes; with keys of older versions, absent, or null.
