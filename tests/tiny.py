@@ -17,6 +17,7 @@ def get_config(variant: str = ""):
     c.train.steps = 20
     c.train.batch_size = 8
     c.train.log_every = 1
+    c.train.report = False  # it takes seconds
     c.eval.every = 7
     c.eval.batches = 2
     c.checkpoint.every = 5

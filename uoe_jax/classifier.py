@@ -67,6 +67,16 @@ class Classifier(Stack):
         Returns:
           (logits float32 [B,n_classes], routing statistics by block, stacked over layers).
         """
+        x_BLD, tokens = self.entered(inputs, segments, keys_B)
+        x_BLD, stats = self.run(x_BLD, tokens)
+        pooled_BD = self._pool(self.norm(x_BLD), tokens.segments_BL)
+        return self._score(pooled_BD.reshape(-1, self.config.classifier.n_inputs, pooled_BD.shape[-1])), stats
+
+    def entered(
+        self, inputs: jax.Array, segments: jax.Array | None = None, keys_B: jax.Array | None = None
+    ) -> tuple[jax.Array, Tokens]:
+        """What enters the first layer, [B,L,D], a row for every input of every example, and what the blocks must know of it;
+        the arguments are those of `__call__`."""
         n_inputs = self.config.classifier.n_inputs
         if n_inputs > 1:  # every input is a row of its own
             inputs = inputs.reshape(-1, *inputs.shape[2:])
@@ -79,9 +89,7 @@ class Classifier(Stack):
             segments = None if segments is None else jnp.pad(segments, ((0, 0), (1, 0)), constant_values=1)
         positions_BL = jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
         tokens = Tokens(segments, positions_BL, self.rotary(positions_BL), keys_B)
-        x_BLD, stats = self.run(self.positioned(x_BLD, positions_BL), tokens)
-        pooled_BD = self._pool(self.norm(x_BLD), segments)
-        return self._score(pooled_BD.reshape(-1, n_inputs, pooled_BD.shape[-1])), stats
+        return self.positioned(x_BLD, positions_BL), tokens
 
     def _enter(self, inputs: jax.Array) -> jax.Array:
         if self.project is None:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         exit_code = EXIT_FAILED
     except Exception as error:
-        workdir = None if options is None or options.debug else options.workdir
+        workdir = None if options is None or options.debug or isinstance(options.workdir, list) else options.workdir
         watch.leave_lost(error)
         exit_code, why = _unexpected(error, workdir)
     watch.leave(exit_code, why)
@@ -147,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", default="latest", help="latest, best, or the step of a checkpoint")
     export.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
 
+    report = command("report", _report, "one HTML file to look at: curves, load of experts, and the routing of a sample", workdir=False)
+    report.add_argument("--workdir", required=True, action="append", metavar="DIR", help="directory of the run; several times, to compare runs")
+    report.add_argument("--out", metavar="FILE", help="the file to write; left out, with one run: report.html in its workdir")
+    report.add_argument("--step", default="latest", help="whose routing is shown: latest, best, or the step of a checkpoint")
+    report.add_argument("--text", metavar="TEXT", help="a passage to show the routing of, instead of rows of the validation split")
+
     what = "`uoe tokenizer train`: pieces of words (BPE) from the training split of the config's data"
     tokenizer = command("tokenizer", _tokenizer_train, what, workdir=False, config=True)
     tokenizer.add_argument("action", choices=("train",), help="what to do")
@@ -180,9 +186,10 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     check_tokenizer(config, options.workdir)
     _start(config, stops_itself=True)
     from uoe_jax.infer.sample import sample
+    from uoe_jax.report.command import at_end
     from uoe_jax.train.loop import train
 
-    return train(config, options.workdir, sample)
+    return train(config, options.workdir, sample, at_end)
 
 
 def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -248,6 +255,18 @@ def _export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from uoe_jax.exchange.command import run_export
 
     run_export(options, _stored_config(options))
+
+
+def _report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.workdir import read_config
+
+    if options.out is None and len(options.workdir) > 1:
+        raise UserError(f"--workdir: {len(options.workdir)} runs are compared; say with --out=FILE where the report is to go")
+    configs = [read_config(workdir) for workdir in options.workdir]
+    _start(configs[0])
+    from uoe_jax.report.command import run_report
+
+    print(run_report(options, configs))
 
 
 def _tokenizer_train(options: argparse.Namespace, overrides: dict[str, str]) -> int:

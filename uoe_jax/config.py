@@ -241,6 +241,7 @@ class TrainConfig:
     seed: int = key(0, "initialisation and data order", low=0)
     log_every: int = key(10, "steps between lines of metrics", low=1, free=True)
     stop_after: int = key(0, "end this sitting after so many steps of the run; 0 means train.steps", low=0, free=True)
+    report: bool = key(True, "at the end, write report.html into the workdir", free=True)
     label_smoothing: float = key(0.0, "share of a class's target that goes to all classes alike (classifiers)", low=0, high=0.99)
     init_from: str = key("", "workdir of a run, or one of its checkpoints, whose parameters to start from where they fit")
     deterministic: bool = key(

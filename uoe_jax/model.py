@@ -22,6 +22,7 @@ from uoe_jax.layers.common import KEPT, Norm, Tokens, dropout, rotary_tables, sc
 from uoe_jax.layers.ends import lookup, vocabulary_nll, vocabulary_scores
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
+from uoe_jax.layers.union import Union
 from uoe_jax.layers.uome import UoME
 from uoe_jax.mesh import placed_activations
 from uoe_jax.peers import ATTENTIONS, MLPS
@@ -79,6 +80,17 @@ class Block(nnx.Module):
     def _dropped(self, y_BLD: jax.Array, tokens: Tokens) -> jax.Array:
         return dropout(y_BLD, self.drop_rate, tokens.keys_B)
 
+    def routes(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(x_BLD behind the block in evaluation, by the name of each union in it `Union.routed`'s weights)."""
+        found = {}
+        for name, part, norm in zip(self.names, (self.attention, self.mlp), (self.attention_norm, self.mlp_norm)):
+            if isinstance(part, Union):
+                y_BLD, found[name] = part.routed(norm(x_BLD), tokens)
+            else:
+                y_BLD, _ = part(norm(x_BLD), tokens)
+            x_BLD = x_BLD + y_BLD
+        return x_BLD, found
+
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, tuple[Any, Any]]:
         y_BLD, attention = self.attention.prefill(self.attention_norm(x_BLD), tokens, context)
         x_BLD = x_BLD + y_BLD
@@ -124,6 +136,16 @@ class Stack(nnx.Module):
 
         layers = jnp.arange(self.config.n_layers)
         return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, (stacked, layers))
+
+    def routes(self, x_BLD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """For every routed block its experts' weights of each patch, [layers,B,M,N] (`Union.routed`); from what `entered` gives."""
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x_BLD: jax.Array, weights: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return nnx.merge(graphdef, weights).routes(x_BLD, tokens)
+
+        with mesh_lib.by_partitioner():
+            return jax.lax.scan(layer, x_BLD, stacked)[1]
 
     def positioned(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [...,D] plus the learned positions, where the model has them."""
@@ -198,10 +220,19 @@ class Transformer(Stack):
     def _states(
         self, tokens_BL: jax.Array, segments_BL: jax.Array | None, positions_BL: jax.Array | None, keys_B: jax.Array | None
     ) -> tuple[jax.Array, Stats]:
+        return self.run(*self.entered(tokens_BL, segments_BL, positions_BL, keys_B))
+
+    def entered(
+        self,
+        tokens_BL: jax.Array,
+        segments_BL: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
+        keys_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, Tokens]:
+        """What enters the first layer, [B,L,D], and what the blocks must know of it; the arguments are those of `__call__`."""
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
-        tokens = Tokens(segments_BL, positions_BL, self.rotary(positions_BL), keys_B)
-        return self.run(self.embedded(tokens_BL, positions_BL), tokens)
+        return self.embedded(tokens_BL, positions_BL), Tokens(segments_BL, positions_BL, self.rotary(positions_BL), keys_B)
 
     def prefill(self, tokens_BL: jax.Array, length_B: jax.Array, context: int) -> tuple[jax.Array, Cache]:
         """Runs prompts padded on the right; returns (logits float32 [B,V] after each prompt, cache for `context` tokens)."""

@@ -140,7 +140,7 @@ def best_rates(tried: dict[str, dict[str, float | None]]) -> dict[str, float | N
 def _with(config: Config, rate: float | None, seed: int = 0, steps: int = 0) -> Config:
     """The same with a learning rate, a seed, and so many steps; a shorter run is not tested."""
     optimizer = dataclasses.replace(config.optimizer, learning_rate=rate or config.optimizer.learning_rate)
-    train = dataclasses.replace(config.train, seed=seed, steps=steps or config.train.steps)
+    train = dataclasses.replace(config.train, seed=seed, steps=steps or config.train.steps, report=False)
     found = dataclasses.replace(config, optimizer=optimizer, train=train)
     if not steps:
         return found

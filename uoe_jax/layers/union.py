@@ -162,6 +162,18 @@ class Union(nnx.Module):
             y_BLD = y_BLD + jnp.where(valid_BL1, bias_D[None, None], 0)
         return y_BLD, stats, selection, kept
 
+    def routed(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+        """(y_BLD, what each expert's output of each patch was weighed with, float32 [B,M,N], -1 where it did not take it).
+
+        To look at: all experts and rows in one piece, whatever the mesh.
+        """
+        y_BLD, _, selection, _ = self._forward(x_BLD, tokens)
+        kept_BMN = selection.kept_BMN
+        slot_BMN = jnp.where(kept_BMN, selection.slot_of_BMN, 0)
+        row_BMN = jnp.where(kept_BMN, selection.row_of_BN[:, None], 0)
+        expert_BMN = jnp.broadcast_to(jnp.arange(kept_BMN.shape[2])[None, None], kept_BMN.shape)
+        return y_BLD, jnp.where(kept_BMN, selection.weights_NRC[expert_BMN, row_BMN, slot_BMN], -1)
+
     def of_every_expert(self, x_BLD: jax.Array, tokens: Tokens) -> jax.Array:
         """What each expert gives for every token at weight 1, [N,B,L,D]: the terms of the union with K = N and nothing dropped."""
         n, (b, l) = self.routing.n_experts, x_BLD.shape[:2]

@@ -16,7 +16,7 @@ from uoe_jax.config import Config, with_vocabulary
 from uoe_jax.data.kept import keep_tokenizer, read_tokenizer
 from uoe_jax.data.pipeline import DataBundle, default_cache_dir, load
 from uoe_jax.data.tokenizer import Tokenizer
-from uoe_jax.errors import RunError
+from uoe_jax.errors import EXIT_DONE, RunError
 from uoe_jax.processes import by_first, is_first
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.metrics import MetricsWriter, Progress, Silent
@@ -34,10 +34,16 @@ def load_data(config: Config, workdir: str | None = None) -> tuple[Config, DataB
     return with_vocabulary(config, bundle.vocab_size), bundle
 
 
-def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, Params, Tokenizer], str]) -> int:
+def train(
+    config: Config,
+    workdir_name: str,
+    sample: Callable[[Config, Program, Params, Tokenizer], str],
+    report: Callable[[Config, Program, Params, DataBundle, epath.Path, int], str] | None = None,
+) -> int:
     """Trains the configured model in a workdir, or goes on with the run that is there; returns the exit code.
 
-    sample: makes the text shown at the end.
+    sample: makes the text shown at the end. report: writes the report of the run (train.report) and gives its
+    place, "" where that failed; it raises nothing.
 
     Order of a run:
       1. resume from the newest good checkpoint of the workdir; else start from `init_from`; else initialise;
@@ -72,8 +78,12 @@ def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, 
             watch.at("generating", slow=True)
             speaks = run.step == config.train.steps and config.model.task == "language"
             text = sample(config, program, run.state.params, data.tokenizer) if speaks else ""
+            place = ""
+            if report is not None and config.train.report and exit_code == EXIT_DONE:
+                watch.at("reporting", slow=True)
+                place = report(config, program, run.state.params, data, workdir, run.step)
             if is_first():
-                print(run.farewell(workdir_name, exit_code, text))
+                print(run.farewell(workdir_name, exit_code, text, place))
     return exit_code
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import resource
+import sys
 import time
 from typing import Any, Callable, Iterator
 
@@ -220,6 +222,7 @@ class Run:
             found["perf/tokens_per_second"] = found["train/tokens"] / seconds
             found["perf/model_flops_per_second"] = flops
             found["perf/mfu"] = flops / peak / jax.device_count() if peak else "n/a"
+        found |= peak_bytes()
         if due:
             self.writer.write(step, found)
         if self.in_a_row:
@@ -275,7 +278,7 @@ class Run:
             f"on {describe_devices()}{f'; deterministic: {cost_of_determinism()}' if c.train.deterministic else ''}"
         )
 
-    def farewell(self, workdir: str, exit_code: int, sample: str) -> str:
+    def farewell(self, workdir: str, exit_code: int, sample: str, report: str = "") -> str:
         if exit_code == EXIT_STOPPED:
             return f"stopped at step {self.step} with everything saved; the same command goes on from there"
         if self.step < self.config.train.steps:
@@ -288,9 +291,18 @@ class Run:
                 told.append(f"{name} at step {line.get('test/step', line['step'])}{then}: {self.said(line, prefix)}")
         if sample:
             told += ["a sample:", *("  | " + line for line in sample.splitlines())]
+        told += [f"report: {report}"] * bool(report)
         following = [] if self.config.eval.test else [f"  uoe eval --workdir={workdir} --split=test"]
         following += [f"  uoe generate --workdir={workdir} --prompt='class '"] * bool(sample)
         return "\n".join(told + ["next:", *following] * bool(following))
+
+
+def peak_bytes() -> dict[str, Any]:
+    """The most memory that was held so far by this process: of its first device ("n/a" on CPUs, whose memory is the host's), and of the host."""
+    device = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"perf/device_peak_bytes": device.get("peak_bytes_in_use", "n/a"), "perf/host_peak_bytes": host}
 
 
 def _own(found: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""The charts of a report, as Bokeh draws them: curves of all runs, and the figures of one routed block that page.js fills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from bokeh.layouts import gridplot
+from bokeh.models import BasicTicker, ColorBar, ColumnDataSource, HoverTool, LayoutDOM, LinearColorMapper, NumeralTickFormatter, PrintfTickFormatter
+from bokeh.palettes import Category10_10, Category20_20, cividis
+from bokeh.plotting import figure
+
+from uoe_jax.report.series import Logged
+
+TOOLS = "pan,wheel_zoom,box_zoom,reset,save"
+TRAIN = (  # (title, keys of metrics.jsonl, factor, format of a value)
+    ("loss", ("train/loss", "eval/loss"), 1.0, "0.0000"),
+    ("bits per byte", ("train/bits_per_byte", "eval/bits_per_byte"), 1.0, "0.0000"),
+    ("perplexity per word", ("train/word_perplexity", "eval/word_perplexity"), 1.0, "0.00"),
+    ("accuracy", ("train/accuracy", "eval/accuracy"), 1.0, "0.0000"),
+    ("learning rate", ("train/learning_rate",), 1.0, "0.00e+0"),
+    ("gradient norm", ("train/grad_norm",), 1.0, "0.000"),
+    ("tokens a second", ("perf/tokens_per_second",), 1.0, "0,0"),
+    ("peak memory, GB", ("perf/device_peak_bytes", "perf/host_peak_bytes"), 1e-9, "0.000"),
+    ("skipped steps", ("train/skipped",), 1.0, "0"),
+)
+CELL = ("left", "right", "top", "bottom", "value", "expert", "step")  # of the heat map
+WIDTH, HEIGHT = 460, 260
+
+
+def colours(runs: Sequence[Logged]) -> list[str]:
+    """A colour for every run."""
+    palette = Category10_10 if len(runs) <= 10 else Category20_20
+    return [palette[i % len(palette)] for i in range(len(runs))]
+
+
+def curves(runs: Sequence[Logged]) -> LayoutDOM:
+    """One figure for every measure that a run has; training as lines with their range, evaluations as dots on a line."""
+    drawn = [_curves(runs, *chart) for chart in TRAIN if any(_has(run, key) for run in runs for key in chart[1])]
+    return gridplot(drawn, ncols=3, width=WIDTH, height=HEIGHT, toolbar_options={"logo": None})
+
+
+def _has(run: Logged, key: str) -> bool:
+    """Whether there is anything to draw: of skipped steps, whether there are any."""
+    return key in run.curves and (key != "train/skipped" or bool(run.curves[key].high.any()))
+
+
+def _curves(runs: Sequence[Logged], title: str, keys: Sequence[str], factor: float, shown: str) -> figure:
+    chart = figure(title=title, tools=TOOLS, name=f"curve {title}", x_axis_label="step")
+    hovered = []
+    for run, colour in zip(runs, colours(runs)):
+        for key in keys:
+            if not _has(run, key):
+                continue
+            c, prefix = run.curves[key], key.split("/")[0]
+            what = {"train": "training", "eval": "validation"}.get(prefix, key.removeprefix("perf/").split("_")[0])
+            data = dict(x=c.step, step=c.step, tokens=c.tokens, value=factor * c.mean, low=factor * c.low, high=factor * c.high)
+            source = ColumnDataSource({**data, "what": np.full(len(c.step), f"{run.name}, {what}" if len(runs) > 1 else what)})
+            single = prefix == "eval" or key.startswith("perf/device")
+            if (c.high > c.low).any():
+                chart.varea("x", "low", "high", source=source, color=colour, alpha=0.15)
+            line = chart.line("x", "value", source=source, color=colour, width=2 if single else 1.3, dash="dashed" if prefix == "eval" else "solid")
+            hovered.append(line)
+            if prefix == "eval" or len(c.step) == 1:
+                chart.scatter("x", "value", source=source, color=colour, size=5)
+    tips = [("", "@what"), ("step", "@step{0,0}"), ("tokens", "@tokens{0.00a}"), (title, f"@value{{{shown}}}")]
+    chart.add_tools(HoverTool(renderers=hovered, tooltips=tips, mode="vline" if len(hovered) < 3 else "mouse"))
+    chart.xaxis.tags = ["over"]  # page.js renames it
+    chart.xaxis.formatter = NumeralTickFormatter(format="0[.]0a")
+    chart.yaxis.formatter = PrintfTickFormatter(format="%.0e") if title == "learning rate" else NumeralTickFormatter(format="0[.]00a")
+    return chart
+
+
+def routing() -> LayoutDOM:
+    """The figures of one block in one layer; page.js fills their sources, by name."""
+    load = figure(title="load of every expert, of the mean", tools=TOOLS, name="load", x_axis_label="step", y_axis_label="expert")
+    mapper = LinearColorMapper(cividis(256), low=0, high=2)
+    # One point each, as a figure without any warns that it has no range.
+    cells = ColumnDataSource({name: [float(name in ("right", "top"))] for name in CELL}, name="cells")
+    load.quad("left", "right", "top", "bottom", source=cells, fill_color={"field": "value", "transform": mapper}, line_color=None)
+    load.add_tools(HoverTool(tooltips=[("expert", "@expert"), ("from step", "@step{0,0}"), ("load / mean", "@value{0.00}")]))
+    load.add_layout(ColorBar(color_mapper=mapper, ticker=BasicTicker(), width=10), "right")
+    load.yaxis.ticker = BasicTicker(min_interval=1, mantissas=[1, 2, 5])
+    load.grid.visible = False
+    others = [
+        _lines("patches that were lost, share", ("choices without a slot", "patches no expert took"), "0.0000"),
+        _lines("router entropy, nats", ("router entropy, nats", "even: ln N"), "0.000"),
+        _lines("experts out of balance", ("highest load / mean", "dead experts"), "0.00"),
+        _lines("kept share by quarter of the row, of the mean", ("first quarter", "second quarter", "third quarter", "last quarter"), "0.000"),
+    ]
+    return gridplot([load, *others], ncols=3, width=WIDTH, height=HEIGHT, toolbar_options={"logo": None})
+
+
+def _lines(title: str, names: Sequence[str], shown: str) -> figure:
+    chart = figure(title=title, tools=TOOLS, x_axis_label="step")
+    for name, colour in zip(names, Category10_10):
+        source = ColumnDataSource({"step": [0], "value": [0]}, name=name)
+        line = chart.line("step", "value", source=source, color=colour, width=1.5, legend_label=name)
+        chart.add_tools(HoverTool(renderers=[line], tooltips=[("", name), ("step", "@step{0,0}"), ("", f"@value{{{shown}}}")], mode="vline"))
+    chart.legend.update(orientation="horizontal", label_text_font_size="8pt", padding=0, spacing=8, border_line_alpha=0)
+    chart.add_layout(chart.legend[0], "below")
+    return chart

@@ -1,0 +1,94 @@
+"""The command `uoe report`, and the report that `uoe train` writes at its end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+from uoe_jax import processes
+from uoe_jax.config import Config
+from uoe_jax.data.kept import tokenizer_of_run
+from uoe_jax.data.pipeline import DataBundle
+from uoe_jax.errors import UserError
+from uoe_jax.report.sample import Sample, of_rows, of_text, routes
+from uoe_jax.train.loop import load_data
+from uoe_jax.train.restore import restored
+from uoe_jax.train.step import Params, Program
+from uoe_jax.workdir import locate, os_errors, write_text
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.html"
+
+
+def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
+    """Writes the file; returns where it is. configs: of the runs, as their workdirs have them.
+
+    Raises:
+      UserError: there is no such run, its files cannot be read, or the report cannot be written.
+    """
+    from uoe_jax.report.page import page
+    from uoe_jax.report.series import POINTS, logged, names
+
+    if processes.are_several():
+        raise UserError("uoe report: is written by one process; start this once, and not by srun or its like")
+    workdirs = options.workdir
+    out = locate(workdirs[0]) / REPORT if options.out is None else locate(options.out, "--out")
+    runs = [logged(w, name, max(200, POINTS // len(workdirs))) for w, name in zip(workdirs, names(workdirs))]
+    looked = [_look(w, config, options.step, options.text) for w, config in zip(workdirs, configs)]
+    _write(out, page(runs, looked), f"--out={out}")
+    return os.fspath(out)
+
+
+def at_end(config: Config, program: Program, params: Params, data: DataBundle, workdir: epath.Path, step: int) -> str:
+    """Writes the report of a run that has just ended; returns its place. What goes wrong is told, and nothing else ("" then)."""
+    try:
+        from uoe_jax.report.page import Looked, page
+        from uoe_jax.report.series import logged
+
+        sample = of_rows(config, data.validation, data.tokenizer)
+        found = routes(program, params, sample, config)
+        if processes.is_first():
+            run = logged(os.fspath(workdir), workdir.name)
+            _write(workdir / REPORT, page([run], [Looked(sample, found, step)]), os.fspath(workdir / REPORT))
+        return os.fspath(workdir / REPORT)
+    except Exception as error:
+        log.warning("no %s (%s: %s); uoe report --workdir=%s writes one", REPORT, type(error).__name__, error, workdir)
+        return ""
+
+
+def _look(workdir: str, config: Config, step: str, text: str | None) -> Looked:
+    """The routing at a checkpoint of a run, if there is one and something to look at."""
+    from uoe_jax.report.page import Looked
+
+    if not config.model.routed():
+        return Looked(None, {}, 0, "This model does not route.")
+    try:
+        sample, config = _sample(workdir, config, text)
+        with restored(config, workdir, step) as run:
+            return Looked(sample, routes(run.program, run.params, sample, config), run.step)
+    except UserError as error:
+        if text is not None or step != "latest":
+            raise
+        return Looked(None, {}, 0, f"There is no sample to show: {error}.")
+
+
+def _sample(workdir: str, config: Config, text: str | None) -> tuple[Sample, Config]:
+    if text is not None:
+        return of_text(config, text, tokenizer_of_run(config, workdir)), config
+    config, data = load_data(config, workdir)
+    return of_rows(config, data.validation, data.tokenizer), config
+
+
+def _write(file: epath.Path, text: str, shown: str) -> None:
+    try:
+        with os_errors(file):
+            write_text(file, text)
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be written ({error.strerror or error}); give another file with --out") from error

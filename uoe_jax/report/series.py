@@ -1,0 +1,128 @@
+"""What a run logged, thinned out for drawing: means of stretches of steps with their lowest and highest values."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from uoe_jax.config import Config
+from uoe_jax.train.metrics import read_metrics
+from uoe_jax.workdir import read_config
+
+POINTS = 1200  # of a curve: more than a screen is wide
+CELLS = 160_000  # of all heat maps of a run
+PER_LAYER = {  # measures of a routed block that are one number a layer, and what they are called
+    "dropped": "choices without a slot",
+    "untouched": "patches no expert took",
+    "entropy": "router entropy, nats",
+    "dead": "dead experts",
+    "load_max": "highest load / mean",
+}
+
+
+class Curve(NamedTuple):
+    """One measure over a run: float64 [T] each. tokens: seen up to there, each logged step counted for those since the last."""
+
+    step: np.ndarray
+    tokens: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Routing(NamedTuple):
+    """How a block routed over the training, in T stretches of steps.
+
+    Attributes:
+      edges: float64 [T+1], steps at which stretches begin and end.
+      load: float32 [layers,T,N], share of the choices by expert, times N. quarters: float32 [layers,T,4], kept share by quarter of the row.
+      lines: the measures of `PER_LAYER`, float32 [layers,T] each.
+    """
+
+    edges: np.ndarray
+    load: np.ndarray
+    quarters: np.ndarray
+    lines: dict[str, np.ndarray]
+
+
+class Logged(NamedTuple):
+    """A run as its workdir tells it. curves: by key of metrics.jsonl. routing: by block. last: the newest evaluations' lines."""
+
+    name: str
+    workdir: str
+    config: Config
+    step: int
+    curves: dict[str, Curve]
+    routing: dict[str, Routing]
+    last: dict[str, dict[str, Any]]
+
+
+def logged(workdir: str, name: str, points: int = POINTS) -> Logged:
+    """Reads a run, finished or not.
+
+    Raises:
+      UserError: there is no run, or its files cannot be read.
+    """
+    config, lines = read_config(workdir), read_metrics(workdir)
+    train = [line for line in lines if "train/loss" in line]
+    taken = np.array([line["step"] for line in train], np.float64)
+    seen = np.cumsum([line["train/tokens"] for line in train] * np.diff(taken, prepend=0))
+    curves = {}
+    for key in sorted({key for line in lines for key, value in line.items() if key != "step" and isinstance(value, (int, float))}):
+        found = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
+        if found:
+            curves[key] = _curve(np.array(found, np.float64), taken, seen, points)
+    routing = {block: _routing(train, block, config) for block in config.model.routed() if train and f"train/{block}/load" in train[0]}
+    last = {split: line for line in lines for split in ("eval", "test") if f"{split}/loss" in line}
+    return Logged(name, workdir, config, max((line["step"] for line in lines), default=0), curves, routing, last)
+
+
+def names(workdirs: Sequence[str]) -> list[str]:
+    """Short names to tell runs apart: the last parts of their directories' names, as many as are needed."""
+    parts = [os.path.abspath(w).split("/") if "://" not in w else w.rstrip("/").split("/") for w in workdirs]
+    for n in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(p[-n:]) for p in parts]
+        if len(set(short)) == len(short):
+            return short
+    return [f"{name} ({i})" for i, name in enumerate(short)]
+
+
+def _curve(found: np.ndarray, taken: np.ndarray, seen: np.ndarray, points: int) -> Curve:
+    step, value = found.T
+    tokens = np.interp(step, np.append(0, taken), np.append(0, seen))
+    starts = _starts(len(step), points)
+    sizes = np.diff(starts, append=len(step))
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(x, starts) / sizes
+
+    return Curve(mean(step), mean(tokens), mean(value), np.minimum.reduceat(value, starts), np.maximum.reduceat(value, starts))
+
+
+def _starts(n: int, most: int) -> np.ndarray:
+    """Where at most so many stretches of n readings begin."""
+    return np.unique(np.arange(min(n, most)) * n // min(n, most))
+
+
+def _routing(train: Sequence[dict[str, Any]], block: str, config: Config) -> Routing:
+    layers, n = config.model.n_layers, config.model.routed()[block].n_experts
+    most = max(20, CELLS // (layers * n * len(config.model.routed())))
+    starts = _starts(len(train), min(most, 200))
+    sizes = np.diff(starts, append=len(train))
+    steps = np.array([line["step"] for line in train], np.float64)
+
+    def stretches(name: str, *shape: int) -> np.ndarray:
+        """float32 [layers,T,…]: means over what is finite."""
+        values = np.array([line[f"train/{block}/{name}"] for line in train], np.float64).reshape(len(train), layers, *shape)
+        finite = np.isfinite(values)
+        total = np.add.reduceat(np.where(finite, values, 0), starts, axis=0)
+        count = np.add.reduceat(finite, starts, axis=0, dtype=np.int64)
+        return np.moveaxis(total / np.maximum(count, 1), 0, 1).astype(np.float32)
+
+    edges = np.append(steps[starts], steps[-1] + max(1.0, (steps[-1] - steps[0]) / max(len(steps) - 1, 1)))
+    assert len(sizes) == len(edges) - 1
+    return Routing(edges, stretches("load", n), stretches("kept_by_quarter", 4), {name: stretches(name) for name in PER_LAYER})
