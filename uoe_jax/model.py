@@ -138,14 +138,16 @@ class Stack(nnx.Module):
         return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, (stacked, layers))
 
     def routes(self, x_BLD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
-        """For every routed block its experts' weights of each patch, [layers,B,M,N] (`Union.routed`); from what `entered` gives."""
+        """For every routed block its experts' weights of each patch, [layers,B,M,N] (`Union.routed`); from what `entered` gives.
+
+        On a mesh of several devices within `mesh.by_partitioner()`.
+        """
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x_BLD: jax.Array, weights: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
             return nnx.merge(graphdef, weights).routes(x_BLD, tokens)
 
-        with mesh_lib.by_partitioner():
-            return jax.lax.scan(layer, x_BLD, stacked)[1]
+        return jax.lax.scan(layer, x_BLD, stacked)[1]
 
     def positioned(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [...,D] plus the learned positions, where the model has them."""

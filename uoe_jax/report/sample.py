@@ -17,7 +17,7 @@ from uoe_jax.data.augment import as_floats
 from uoe_jax.data.pipeline import Rows
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import UserError
-from uoe_jax.mesh import everywhere
+from uoe_jax.mesh import by_partitioner, everywhere
 from uoe_jax.train.step import Params, Program
 
 TEXTS, PICTURES = 2, 6  # rows shown
@@ -113,7 +113,8 @@ def routes(program: Program, params: Params, sample: Sample, config: Config) -> 
             entered = model.entered(batch["tokens"], batch["segments"], batch["positions"])
         return jax.tree.map(everywhere, model.routes(*entered))
 
-    host = jax.device_get(found(params, sample.batch))
+    with by_partitioner():
+        host = jax.device_get(found(params, sample.batch))
     out = {}
     for block, weights in host.items():
         layers, rows, _, n = weights.shape
