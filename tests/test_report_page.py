@@ -116,7 +116,8 @@ def test_hovering(opened, report):
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.move(box["x"] + box["width"] / 2 + 3, box["y"] + box["height"] / 2)
     page.wait_for_selector(".bk-Tooltip", timeout=5_000)
-    assert "training" in page.locator(".bk-Tooltip").first.inner_text()
+    said = page.locator(".bk-Tooltip").first.evaluate("e => e.shadowRoot.textContent")
+    assert "training" in said and "loss" in said
 
 
 def test_pictures_and_their_squares(opened, tmp_path):
