@@ -23,7 +23,7 @@ from uoe_jax import runtime
 from uoe_jax.compare.run import DAMAGED
 from uoe_jax.compare.table import numbers
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
-from uoe_jax.errors import EXIT_DONE, ConfigError
+from uoe_jax.errors import EXIT_DONE, ConfigError, UserError
 from uoe_jax.flops import forward_flops, train_flops
 from uoe_jax.memory import active_parameters, kept_bytes, parameters
 from uoe_jax.train.step import build
@@ -147,6 +147,8 @@ def measure(workdir_name: str) -> int:
     """Measures the rows of a table that were trained; returns the exit code."""
     workdir = locate(workdir_name)
     table = read_json(workdir / "table.json", DAMAGED)
+    if table is None:
+        raise UserError(f"--workdir={workdir_name}: holds no table.json; give the directory of a table made by uoe compare")
     reference = next(slug for slug, row in table["rows"].items() if row["name"] == table["reference"])
     configs = {}
     for slug in table["rows"]:
