@@ -15,7 +15,8 @@ import numpy as np
 from uoe_jax.data.store import TokenStore
 from uoe_jax.errors import UserError
 
-Row = dict[str, np.ndarray]
+Row = dict[str, np.ndarray | np.int32 | np.float32]
+Batch = dict[str, np.ndarray]  # as a row, with a leading B
 
 
 class PackedRows:
@@ -90,7 +91,7 @@ class PackedRows:
 
     needs_all_rows = False  # every row is full
 
-    def trimmed(self, batch: Row) -> Row:
+    def trimmed(self, batch: Batch) -> Batch:
         return batch
 
     def n_tokens(self, i: int) -> int:

@@ -263,8 +263,8 @@ def ends(special: dict[str, int]) -> tuple[int, int]:
     known = [special[name] for name in SEPARATORS if name in special] or (list(special.values()) if len(special) == 1 else [])
     if known:
         return known[0], next((special[name] for name in STARTS if name in special), known[0])
-    known = ", ".join(special) or "none"
-    raise UserError(f"has no special token to separate documents by ({', '.join(SEPARATORS)}; its special tokens: {known})")
+    named = ", ".join(special) or "none"
+    raise UserError(f"has no special token to separate documents by ({', '.join(SEPARATORS)}; its special tokens: {named})")
 
 
 # --- which ----------------------------------------------------------------------------------------------------------
