@@ -62,6 +62,7 @@ class Step:
             self._step = program.train_step.lower(program.abstract, self._batch).compile()
             self._state = program.init(jax.random.key(0))
         found = self._step.memory_analysis()
+        assert found is not None  # as on CPUs, GPUs and TPUs
         self.temporary = found.temp_size_in_bytes
         self.bytes = found.argument_size_in_bytes + self.temporary
 

@@ -71,7 +71,7 @@ def train(config: Config, workdir_name: str, sample: Callable[[Config, Program, 
                     run.writer.close()
             watch.at("generating", slow=True)
             speaks = run.step == config.train.steps and config.model.task == "language"
-            text = sample(config, program, run.state.params, data.tokenizer) if speaks else ""
+            text = sample(config, program, run.state.params, data.tokenizer) if speaks and data.tokenizer else ""
             if is_first():
                 print(run.farewell(workdir_name, exit_code, text))
     return exit_code

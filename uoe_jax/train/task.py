@@ -24,7 +24,7 @@ class Sums(NamedTuple):
     """
 
     nll: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # over the method of tuples, which nobody asks of sums
     correct: jax.Array
     tokens: jax.Array
     n_bytes: jax.Array
