@@ -10,8 +10,8 @@ import signal
 import time
 
 import pytest
-
 from helpers import ROOT, environment, uoe_process
+
 from uoe_jax import cli
 from uoe_jax.compare import presets
 from uoe_jax.compare import run as running
@@ -222,7 +222,7 @@ def test_rows_differ_in_their_blocks_alone(tmp_path):
     assert rows("'a': {'preset': 'moh', 'model.moh.n_shared': 0}")[1].config.model.moh.n_shared == 0
     for change in ("'train.steps': 7", "'optimizer.learning_rate': 0.1", "'model.d_hidden': 96", "'model.moe.d_expert': 9"):
         with pytest.raises(cli.UserError, match="would differ in more than its blocks"):
-            rows("'a': {'preset': 'switch', %s}" % change)
+            rows(f"'a': {{'preset': 'switch', {change}}}")
 
 
 def test_a_directory_without_a_table_is_not_measured(tmp_path):

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-
 BACKENDS = ("inverse", "scatter", "onehot")
 
 

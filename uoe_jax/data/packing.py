@@ -105,4 +105,4 @@ class PackedRows:
     def padding_row(self) -> Row:
         """A row that holds nothing and counts for nothing."""
         zeros_L = np.zeros(self.length, np.int32)
-        return {**{key: zeros_L for key in ("tokens", "targets", "segments", "positions")}, "n_bytes": np.int32(0)}
+        return {**dict.fromkeys(("tokens", "targets", "segments", "positions"), zeros_L), "n_bytes": np.int32(0)}

@@ -23,9 +23,9 @@ from uoe_jax.config import Config
 from uoe_jax.config_data import FACTS, TEXT
 from uoe_jax.data.examples import Examples, ExampleSource
 from uoe_jax.data.packing import Batch, PackedRows, Row
+from uoe_jax.data.prepared import SPLITS
 from uoe_jax.data.rows import LabelledRows
 from uoe_jax.data.sources import TextSource, known_vocabulary, labelled_source, text_source, tokenizer_of
-from uoe_jax.data.prepared import SPLITS
 from uoe_jax.data.store import open_or_build
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import ConfigError, UserError

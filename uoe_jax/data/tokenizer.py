@@ -241,7 +241,7 @@ def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> tuple[dict[str, int], list[bytes]]:
     """The special tokens (name: id), and by id the bytes that every token stands for."""
     special = {token["content"]: token["id"] for token in added if token["special"]}
-    found: dict[int, bytes] = {i: b"" for i in special.values()}
+    found: dict[int, bytes] = dict.fromkeys(special.values(), b"")
     plain = [token for token in added if not token["special"]]
     if stripped := [token["content"] for token in plain if token["lstrip"] or token["rstrip"]]:
         raise UserError(f"does not give back its text (the added token {stripped[0]!r} takes the spaces beside it)")

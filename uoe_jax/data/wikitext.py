@@ -169,7 +169,7 @@ def _from_file(file: Path, sha256: str, raw: RawFiles) -> Iterator[bytes]:
 
 def _records(text: Callable[[], Iterator[bytes]], origin: Path) -> Iterator[dict[str, bytes]]:
     n_articles = 0
-    for n_articles, article in enumerate(articles(text()), 1):
+    for n_articles, article in enumerate(articles(text()), 1):  # noqa: B007, asked after the loop
         yield {"text": article}
     if not n_articles:
         raise _broken(origin, "without a line ' = Title = ' in one of its files")

@@ -13,9 +13,16 @@ from typing import NamedTuple
 
 from uoe_jax.config import Config
 from uoe_jax.memory import (
-    ITEM_SIZE, bias_parameters, classifier_parameters, ends_parameters, kept_bytes, layer_parameters, norm_parameters,
-    router_parameters, vocabulary_parameters,
-)  # fmt: skip
+    ITEM_SIZE,
+    bias_parameters,
+    classifier_parameters,
+    ends_parameters,
+    kept_bytes,
+    layer_parameters,
+    norm_parameters,
+    router_parameters,
+    vocabulary_parameters,
+)
 from uoe_jax.plan.predict import Shape, examples, rows, scored_here, words_parts
 from uoe_jax.tiles import chunk, tile
 
