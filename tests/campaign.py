@@ -24,7 +24,7 @@ STEPS = 60
 
 
 def command(source: pathlib.Path, workdir: pathlib.Path) -> tuple[str, ...]:
-    more = ("--config.train.steps=%d" % STEPS, "--config.checkpoint.every=3", "--config.eval.every=4", "--config.eval.batches=0")
+    more = (f"--config.train.steps={STEPS}", "--config.checkpoint.every=3", "--config.eval.every=4", "--config.eval.batches=0")
     return ("train", f"--config={TINY}", f"--config.data.path={source}", f"--workdir={workdir}", *more)
 
 

@@ -70,8 +70,8 @@ def merge(w: dict) -> dict:
     def rows(a):  # [N,x,…] -> [N·x,…]
         return a.reshape(-1, *a.shape[2:])
 
-    how = {name: columns for name in ("w_up", "w_gate", "w_q", "w_k", "w_v")}
-    how |= {name: rows for name in ("w_down", "w_o", "b_up", "b_gate", "b_q", "b_k", "b_v")}
+    how = dict.fromkeys(("w_up", "w_gate", "w_q", "w_k", "w_v"), columns)
+    how |= dict.fromkeys(("w_down", "w_o", "b_up", "b_gate", "b_q", "b_k", "b_v"), rows)
     how |= {name: lambda a: a for name in ("bias_out", "q_scale", "k_scale")}
     return {name: how[name](a) for name, a in w.items() if name in how}
 
@@ -139,7 +139,7 @@ def softmax(logits) -> np.ndarray:
 def stats(logits_BMN: np.ndarray, valid_BM: np.ndarray, r) -> dict[str, np.ndarray]:
     """What RoutingStats must hold, counted patch by patch in float64."""
     b, m, n = logits_BMN.shape
-    out = {name: 0.0 for name in ("balance", "z", "patches", "untouched", "entropy")}
+    out = dict.fromkeys(("balance", "z", "patches", "untouched", "entropy"), 0.0)
     out |= {name: np.zeros(n) for name in ("chosen_N", "kept_N")} | {name: np.zeros(4) for name in ("chosen_4", "kept_4")}
     for row in range(b):
         chosen, kept = select(logits_BMN[row], valid_BM[row], r)

@@ -14,13 +14,12 @@ from flax import nnx
 from test_mesh import EVERY, ONE, assert_same, program_on, sized, slow
 from test_model import MODEL, batch
 
-from uoe_jax import RoutingConfig
+from uoe_jax import RoutingConfig, tiles
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.checks import check_cutoffs
 from uoe_jax.config import ModelConfig, from_dict
 from uoe_jax.errors import ConfigError
 from uoe_jax.flops import forward_flops, tail_shares, vocabulary_flops
-from uoe_jax import tiles
 from uoe_jax.layers.adaptive import AdaptiveHead, look_up, make_words
 from uoe_jax.memory import parameters
 from uoe_jax.model import Transformer
@@ -110,8 +109,8 @@ def test_losses_and_gradients_are_those_of_the_dense_reference(kind, length):
 @kinds
 def test_probabilities_are_those_of_the_dense_reference_and_sum_to_one(kind):
     graphdef, state = ends(KINDS[kind])
-    x, _ = states(2, 5)
-    for x in (x, x[:, 0]):
+    x_BLD, _ = states(2, 5)
+    for x in (x_BLD, x_BLD[:, 0]):
         log_p = reference.jit(lambda state, x: (m := nnx.merge(graphdef, state)).head(x, m.words))(state, x)
         np.testing.assert_allclose(jnp.exp(log_p).sum(-1), 1, rtol=1e-5)
         assert log_p.dtype == jnp.float32 and reference.error(log_p, dense_log_p(reference.weights_of(state), x)) < 1e-5
@@ -121,8 +120,8 @@ def test_probabilities_are_those_of_the_dense_reference_and_sum_to_one(kind):
 def test_words_are_looked_up_in_their_piece(div):
     c = dataclasses.replace(BASE, cutoff_div=div)
     graphdef, state = ends(c)
-    ids = jnp.arange(V, dtype=jnp.int32)[::-1]
-    for ids in (ids.reshape(2, -1), ids):
+    every = jnp.arange(V, dtype=jnp.int32)[::-1]
+    for ids in (every.reshape(2, -1), every):
         found = look_up(nnx.merge(graphdef, state).words, ids, "float32")
         assert reference.error(found, dense_words(reference.weights_of(state)["words"], D)[ids]) < 1e-6
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-
 from test_model import MODEL, batch, program
+
 from uoe_jax import RoutingConfig, UoME, routing
 from uoe_jax.config import from_dict
 

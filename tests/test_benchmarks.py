@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 import reference
-from benchmarks import decode, layer, length, scaling, timing
 from helpers import ROOT, environment
+
+from benchmarks import decode, layer, length, scaling, timing
 
 
 def test_ratios_are_those_within_a_round():

@@ -1,7 +1,6 @@
 """The short form of tests/campaign.py: killed again and again, and bit for bit the run that nobody disturbed."""
 
 import pytest
-
 from campaign import campaign
 
 

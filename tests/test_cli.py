@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-
 from helpers import TINY, environment, uoe, write_source
+
 from uoe_jax import cli, config
 from uoe_jax.config import Config, ModelConfig, RoutingConfig
 from uoe_jax.errors import UserError

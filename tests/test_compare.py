@@ -10,12 +10,12 @@ import signal
 import time
 
 import pytest
-
 from helpers import ROOT, environment, uoe_process
+
 from uoe_jax import cli
 from uoe_jax.compare import presets
 from uoe_jax.compare import run as running
-from uoe_jax.compare.measure import against, at_length, drawn_batch
+from uoe_jax.compare.measure import against, at_length, drawn_batch, measure
 from uoe_jax.compare.report import results, spread, write
 from uoe_jax.compare.run import claim, found_rates, is_finished, runs
 from uoe_jax.compare.table import load_table
@@ -222,7 +222,12 @@ def test_rows_differ_in_their_blocks_alone(tmp_path):
     assert rows("'a': {'preset': 'moh', 'model.moh.n_shared': 0}")[1].config.model.moh.n_shared == 0
     for change in ("'train.steps': 7", "'optimizer.learning_rate': 0.1", "'model.d_hidden': 96", "'model.moe.d_expert': 9"):
         with pytest.raises(cli.UserError, match="would differ in more than its blocks"):
-            rows("'a': {'preset': 'switch', %s}" % change)
+            rows(f"'a': {{'preset': 'switch', {change}}}")
+
+
+def test_a_directory_without_a_table_is_not_measured(tmp_path):
+    with pytest.raises(cli.UserError, match="holds no table.json; give the directory of a table"):
+        measure(str(tmp_path))
 
 
 def test_times_are_compared_within_a_round():

@@ -7,8 +7,8 @@ import math
 
 import jax
 import pytest
-
 from helpers import ROOT
+
 from uoe_jax import cli
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.compare.table import load_table

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
 from helpers import environment, finish
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_checkpoint import REPOSITORY, abstract, assert_same, bits_state
+
 from uoe_jax.config import Config
 from uoe_jax.errors import BadNumbers, ConfigError, RunError, UserError
 from uoe_jax.train import fingerprint, restore, saved
@@ -518,7 +518,7 @@ def test_damage_that_one_of_two_processes_sees(tmp_path):
     ended = pair(tmp_path, "save")
     assert [code for code, _, _ in ended] == [0, 0], ended
     for step, change in ((5, lambda data: data[:100]), (4, lambda data: data[:-300] + bytes([data[-300] ^ 1]) + data[-299:])):
-        files = [p for p in (tmp_path / "run/checkpoints" / str(step) / "state/ocdbt.process_1/d").iterdir()]
+        files = list((tmp_path / "run/checkpoints" / str(step) / "state/ocdbt.process_1/d").iterdir())
         largest = max(files, key=lambda p: p.stat().st_size)
         assert largest.stat().st_size > 10_000  # the shard of process 1
         largest.write_bytes(change(largest.read_bytes()))

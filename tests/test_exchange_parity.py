@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 import reference
-
 from test_exchange import config_of, run_of
+
 from uoe_jax import cli
 from uoe_jax.data.tokenizer import ByteTokenizer
 from uoe_jax.infer.sample import Sampler

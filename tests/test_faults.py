@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
 from helpers import TINY, finish, metric_lines, uoe, uoe_process, uoe_together, write_source
 from test_train import assert_same_run
+
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import GuardConfig, from_dict
 from uoe_jax.train import guard, step

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import reference
+
 from uoe_jax import tiles
 from uoe_jax.layers import attention
 from uoe_jax.layers.attention import attend, fused, group_keys

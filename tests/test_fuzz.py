@@ -18,8 +18,8 @@ from typing import Any, Iterator
 import jax
 import numpy as np
 import pytest
-
 from helpers import TINY, environment, metric_lines, write_source
+
 from uoe_jax import cli, config
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.infer.sample import sample

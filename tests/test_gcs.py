@@ -9,9 +9,9 @@ from typing import Callable, Iterator
 
 import pytest
 from etils import epath
-
 from gcs_server import GcsServer
 from helpers import QUICK_CODE, TINY, environment, finish, metric_lines, uoe, uoe_process, uoe_together, write_source
+
 from uoe_jax import cli, workdir
 from uoe_jax.config import Config, from_dict
 from uoe_jax.errors import RunError, UserError

@@ -11,8 +11,8 @@ import sys
 import time
 
 import pytest
-
 from helpers import ROOT
+
 from uoe_jax import errors
 
 LOCAL = ROOT / "launch" / "local.py"

@@ -15,8 +15,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-
 from helpers import ROOT
+
 from uoe_jax import errors
 
 FILE = ROOT / "launch" / "gke_jobset.yaml"

@@ -17,7 +17,6 @@ import tarfile
 import time
 
 import pytest
-
 from helpers import ROOT
 
 SCRIPT = ROOT / "launch" / "tpu_vm.sh"

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uoe_jax import processes
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.train.metrics import MetricsWriter, Progress, read_metrics
-from uoe_jax import processes
 from uoe_jax.train.signals import StopSignal
 
 

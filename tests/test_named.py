@@ -293,7 +293,7 @@ def test_feature_must_be_plain(tmp_path):
         ("two", {"question": text(), "answer": text()}, ("2 features of text", "answer, question")),
         ("none", {"x": tfds.features.Tensor(shape=(), dtype=np.int64)}, ("no feature of text",)),
     ):
-        value = {feature: 3 if name == "none" else b"3" for feature in features}
+        value = dict.fromkeys(features, 3 if name == "none" else b"3")
         write(tmp_path, name, "1.0.0", features, {"train": [value] * 300})
         refusal(lambda: open_tfds_text(name, str(tmp_path)), f"data.name='{name}'", *parts, kind=ConfigError)
 

@@ -10,10 +10,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from helpers import ROOT, uoe
 from test_cli import sentence
 from test_model import batch
 
-from helpers import ROOT, uoe
 from uoe_jax import cli
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
@@ -340,6 +340,6 @@ def test_seven_billion_parameters_on_512_devices():
     assert time.monotonic() - begun < 300 and found["compiled"]["process_bytes"] < 4e9
     assert math.prod(found["mesh"].values()) == 512 and found["fits"] and 7e9 < found["parameters"] < 7.5e9
     assert found["factor"] == pytest.approx(1, abs=0.15)
-    assert {kind: True for kind in ("all-gather", "reduce-scatter")} == {
+    assert dict.fromkeys(("all-gather", "reduce-scatter"), True) == {
         t["kind"]: t["slow"] for t in found["traffic"] if t["axes"] == ["fsdp"] and t["sent"] > 1e6
     }

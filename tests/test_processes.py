@@ -6,9 +6,9 @@ import json
 import signal
 
 import pytest
-
 from helpers import TINY, finish, metric_lines, uoe_together, wait_for_step, write_source
 from test_train import assert_same_run
+
 from uoe_jax import processes, workdir
 from uoe_jax.config import Config
 from uoe_jax.errors import UserError

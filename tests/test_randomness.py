@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-
 from test_model import MODEL, batch
+
 from uoe_jax import SMHA, RoutingConfig, UoME, routing
 from uoe_jax.config import ModelConfig, from_dict
 from uoe_jax.errors import ConfigError

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from helpers import ROOT
+
 from uoe_jax import cli
 
 README = (ROOT / "README.md").read_text()

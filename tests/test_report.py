@@ -10,8 +10,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-
 from helpers import ROOT, TINY, environment, metric_lines, uoe, uoe_process, wait_for_step, write_source
+
 from uoe_jax import cli
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import from_dict, to_dict

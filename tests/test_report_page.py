@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
-
 from helpers import TINY, write_source
 from test_report import write_run
+
 from uoe_jax import cli
 
 pytestmark = pytest.mark.browser

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-
 import slurm_cluster
 from helpers import ROOT, TINY, environment, metric_lines, uoe, write_source
 

@@ -374,7 +374,7 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     expected[0] = hashlib.sha256(b"A").hexdigest()
     assert hashes() == ["a"] and hashes() == []
     (memo,) = (tmp_path / "cache").iterdir()
-    for damage in ("", "{", "[]", '{"%s": [1, 2]}' % files[0], json.dumps({str(file): None for file in files})):
+    for damage in ("", "{", "[]", json.dumps({str(files[0]): [1, 2]}), json.dumps({str(file): None for file in files})):
         memo.write_text(damage)
         assert hashes() == ["a", "b"] and hashes() == []
 
@@ -474,7 +474,7 @@ def test_wikitext_that_cannot_be_used_is_answered_with_what_to_download(tmp_path
         assert not list(tmp_path.glob("cache/sources/*"))
 
     refused(tmp_path / "nothing", f"neither {ZIP} nor wikitext-103-raw/ is in .*nothing.*put it into .*nothing")
-    for i, (name, data) in enumerate(RAW.items()):
+    for i, name in enumerate(RAW):
         without = {key: value for key, value in RAW.items() if key != name}
         refused(write_zip(tmp_path / f"a{i}", without), f"is without {name}: download")
         refused(write(tmp_path / f"b{i}", without), f"is without {Path(name).name}: download")

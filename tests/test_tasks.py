@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-
 import test_named
 import test_sources
 from helpers import ROOT, metric_lines, uoe, write_source
+
 from uoe_jax import cli
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.data.tokenizer import BPETokenizer, stored

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from helpers import TINY, environment, write_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import TINY, environment, write_source
 from uoe_jax import cli
 from uoe_jax.data import vocabulary
 from uoe_jax.data.packing import PackedRows

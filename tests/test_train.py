@@ -8,7 +8,6 @@ import signal
 
 import numpy as np
 import pytest
-
 from helpers import TINY, metric_lines, uoe, uoe_process, wait_for_step, write_source
 
 

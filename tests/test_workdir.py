@@ -18,8 +18,8 @@ import time
 from typing import Iterator
 
 import pytest
-
 from helpers import TINY, environment, finish, metric_lines, uoe_process, wait_for_step, write_source
+
 from uoe_jax import cli, workdir
 from uoe_jax.config import Config, to_dict
 from uoe_jax.errors import RunError, UserError
@@ -135,7 +135,7 @@ def test_where_there_are_no_locks_the_run_says_so(tmp_path, monkeypatch, capsys)
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    for code in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+    for code in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # noqa: B007, raised by flock
         assert workdir.open_workdir(str(tmp_path), Config()) == tmp_path
         err = capsys.readouterr().err
         assert err.startswith(f"uoe: {tmp_path}: nothing keeps a second writer out") and err.count("\n") == 1

@@ -50,9 +50,10 @@ def check_stretch(m: ModelConfig) -> None:
     if m.position != "rope":
         raise ConfigError(name, m.rope_scaling, f"is for rotary positions, and config.model.position={m.position!r}; use ''")
     try:
-        factor, low, high, length = m.rope_stretch
+        stretch = m.rope_stretch
     except ValueError:
-        factor = low = high = length = 0.0
+        stretch = None
+    factor, low, high, length = stretch or (0.0, 0.0, 0.0, 0.0)
     if not (1 <= factor < 1e6 and 0 < low < high < 1e6 and 1 <= length < 1e12):
         remedy = "give four numbers, factor (1 or more), low, high (above low) and length in tokens, such as '8,1,4,8192'"
         raise ConfigError(name, m.rope_scaling, remedy)
@@ -206,15 +207,15 @@ def check_labelled(c: Config) -> None:
         return
     side = d.pathfinder.size if d.source == "pathfinder" else 0
     height, width, channels = (known or side for known in facts.image)
-    given = {"height": m.image.height, "width": m.image.width, "channels": m.image.channels}
+    sides = {"height": m.image.height, "width": m.image.width, "channels": m.image.channels}
     if m.stem == "tokens":
         if height and m.context_length != height * width:
             remedy = f"an image of {height} x {width} pixels has {height * width} tokens; give that"
             raise ConfigError("config.model.context_length", m.context_length, remedy)
         return
     for name, wanted in {"height": height, "width": width, "channels": channels}.items():
-        if wanted and given[name] != wanted:
-            raise ConfigError(f"config.model.image.{name}", given[name], f"data.source={d.source!r} has {wanted}; give that")
+        if wanted and sides[name] != wanted:
+            raise ConfigError(f"config.model.image.{name}", sides[name], f"data.source={d.source!r} has {wanted}; give that")
 
 
 def check_run(c: Config) -> None:

@@ -93,6 +93,7 @@ class Classifier(Stack):
 
     def _enter(self, inputs: jax.Array) -> jax.Array:
         if self.project is None:
+            assert self.embedding is not None  # a stem of tokens
             x_BLD = self._lookup(self.embedding, inputs)
         else:
             x_BLD = self.project(squares(inputs, self.config.image.patch).astype(self.config.dtype))

@@ -163,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _overrides(rest: list[str], options: argparse.Namespace) -> dict[str, str]:
     """`--config.a.b=value` or `--config.a.b value` as {a.b: value}; anything else left over is an error."""
-    found, rest = {}, list(rest)
+    found: dict[str, str] = {}
+    rest = list(rest)
     while rest:
         name, equals, text = rest.pop(0).partition("=")
         if not name.startswith("--config.") or not options.takes_config:

@@ -135,7 +135,10 @@ class ModelConfig:
     @property
     def rope_stretch(self) -> tuple[float, float, float, float] | None:
         """(factor, low, high, length) of `rope_scaling`."""
-        return tuple(float(part) for part in self.rope_scaling.split(",")) if self.rope_scaling else None
+        if not self.rope_scaling:
+            return None
+        factor, low, high, length = (float(part) for part in self.rope_scaling.split(","))
+        return factor, low, high, length
 
     @property
     def kv_heads(self) -> int:

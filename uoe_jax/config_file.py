@@ -44,6 +44,7 @@ def evaluate(name: str, wanted: str = "it must define get_config() that returns 
             return dict(json.loads(path.read_text()))
         source = compile(path.read_text(), str(path), "exec")
         spec = importlib.util.spec_from_loader("uoe_config", None)
+        assert spec is not None  # of a name without a loader there always is one
         module = importlib.util.module_from_spec(spec)
         exec(source, module.__dict__)  # a config file is a program by design: run only those you trust
         given = module.get_config(variant) if variant else module.get_config()

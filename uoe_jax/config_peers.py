@@ -16,7 +16,7 @@ ATTENTIONS = (*CAUSAL_ATTENTIONS, *ENCODER_ATTENTIONS)
 MLPS = ("token_choice", "expert_choice", "deepseek_moe", "xmoe", "skywork_moe")
 ENCODER_MLPS = ("expert_choice",)
 UNIONS = ("smha", "uome")  # what they are compared with
-SECTIONS = {name: name for name in (*UNIONS, *ATTENTIONS)} | {kind: "moe" for kind in MLPS}  # of a block, by its name
+SECTIONS = {name: name for name in (*UNIONS, *ATTENTIONS)} | dict.fromkeys(MLPS, "moe")  # of a block, by its name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

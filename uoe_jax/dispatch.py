@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-
 BACKENDS = ("inverse", "scatter", "onehot")
 
 
@@ -49,13 +48,20 @@ class Selection(NamedTuple):
     @property
     def patch_NRC(self) -> jax.Array:
         """int32, the patch in each slot, counted over all sequences: an index into [B·M]."""
-        return self.sequence_NR[..., None] * self.slot_of_BMN.shape[1] + self.slots_NRC
+        return _patches(self.slots_NRC, self.sequence_NR, self.slot_of_BMN.shape[1])
 
     @property
     def place_BMN(self) -> jax.Array:
         """int32, the slot of each patch counted over all rows of an expert: an index into [R·C], R·C where it has none."""
-        _, r, c = self.slots_NRC.shape
-        return jnp.where(self.kept_BMN, self.row_of_BN[:, None] * c + self.slot_of_BMN, r * c)
+        return _places(self.slot_of_BMN, self.row_of_BN, *self.slots_NRC.shape[1:])
+
+
+def _patches(slots_NRC: jax.Array, sequence_NR: jax.Array, m: int) -> jax.Array:
+    return sequence_NR[..., None] * m + slots_NRC
+
+
+def _places(slot_of_BMN: jax.Array, row_of_BN: jax.Array, r: int, c: int) -> jax.Array:
+    return jnp.where(slot_of_BMN < c, row_of_BN[:, None] * c + slot_of_BMN, r * c)
 
 
 def all_sequences(b: int, n: int) -> tuple[jax.Array, jax.Array]:
@@ -90,10 +96,10 @@ def pack(
     maps = (slots.reshape(n, r, c), valid_NRC, slot_of_BMN, sequence_NR, row_of_BN)
     # Kept for the backward pass: decided again, a near tie might fall otherwise there than it did forward.
     slots_NRC, valid_NRC, slot_of_BMN, sequence_NR, row_of_BN = (checkpoint_name(a, "selection") for a in maps)
-    selection = Selection(slots_NRC, valid_NRC, None, slot_of_BMN, sequence_NR, row_of_BN)
     weights_NBM1 = jnp.transpose(weights_BMN, (2, 0, 1))[..., None]
-    weights_NRC = jnp.where(valid_NRC, gather_own(weights_NBM1, selection, "inverse")[..., 0], 0)
-    return selection._replace(weights_NRC=checkpoint_name(weights_NRC, "selection"))
+    own_NRC1 = _gather_own(weights_NBM1, _patches(slots_NRC, sequence_NR, m), _places(slot_of_BMN, row_of_BN, r, c))
+    weights_NRC = checkpoint_name(jnp.where(valid_NRC, own_NRC1[..., 0], 0), "selection")
+    return Selection(slots_NRC, valid_NRC, weights_NRC, slot_of_BMN, sequence_NR, row_of_BN)
 
 
 def backend_for(name: str, dtype: jnp.dtype, patch_size: int, bounded: bool) -> str:

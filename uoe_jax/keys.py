@@ -62,7 +62,8 @@ def parsed(name: str, kind: type, text: str) -> Any:
 
 def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
     """The value of a key, if its declaration allows it; ConfigError otherwise."""
-    if type(value) is not kind and not (kind is float and type(value) is int):
+    given = type(value)
+    if given is not kind and not (kind is float and given is int):
         raise ConfigError(name, value, f"give a value of type {kind.__name__}")
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(name, value, f"choose one of {', '.join(meta['choices'])}")
@@ -74,6 +75,8 @@ def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
         raise ConfigError(name, value, f"give more than {meta['above']}")
     if meta["high"] is not None and value > meta["high"]:
         raise ConfigError(name, value, f"give at most {meta['high']}")
-    if kind is float and 0 < abs(value) < FLOAT32_TINY:
+    if kind is not float:
+        return value
+    if 0 < abs(value) < FLOAT32_TINY:
         raise ConfigError(name, value, f"is 0 in float32; give at least {FLOAT32_TINY}")
-    return float(value) if kind is float else value
+    return float(value)

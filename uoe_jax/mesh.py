@@ -83,11 +83,12 @@ def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
                  f"over the mesh {written}; give replica a multiple of {groups}"
         raise ConfigError("config.mesh.replica", shape["replica"], remedy)
     fast = tuple(shape[a] // slow[a] for a in AXES)
-    how = dict(devices=devices, allow_split_physical_axes=True)
     try:
         if groups == 1:
-            return mesh_utils.create_device_mesh(fast, **how)
-        return mesh_utils.create_hybrid_device_mesh(fast, tuple(slow.values()), process_is_granule=by_process, **how)
+            return mesh_utils.create_device_mesh(fast, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(
+            fast, tuple(slow.values()), devices, process_is_granule=by_process, allow_split_physical_axes=True
+        )
     except (NotImplementedError, ValueError) as error:
         largest = max(AXES, key=lambda a: shape[a])
         remedy = f"the network of these devices cannot be cut as {written} ({error}); choose other sizes"
@@ -179,7 +180,12 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
     """The rows of a global batch that this process holds, ascending."""
     spans = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    return np.unique(np.concatenate([np.arange(rows)[span[0]] for span in spans]))
+    return np.unique(np.concatenate([np.arange(rows)[_of_rows(span)] for span in spans]))
+
+
+def _of_rows(index: tuple[slice, ...] | None) -> slice:
+    assert index is not None  # a NamedSharding knows the part of every device
+    return index[0]
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -190,8 +196,8 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         rows = len(own) // len(own_parts) * parts
         held = local_rows(mesh, rows)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            return own[np.searchsorted(held, np.arange(rows)[index[0]])]
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            return own[np.searchsorted(held, np.arange(rows)[_of_rows(index)])]
 
         return jax.make_array_from_callback((rows, *own.shape[1:]), batch_sharding(mesh), part)
 

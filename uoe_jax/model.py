@@ -6,7 +6,7 @@ layer axis, so that compile time does not grow with depth.
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from uoe_jax.checks import check_cutoffs
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.adaptive import AdaptiveHead, look_up, make_words
 from uoe_jax.layers.attention import Attention, options
-from uoe_jax.layers.common import KEPT, Norm, Tokens, dropout, rotary_tables, scaled_normal, weight
+from uoe_jax.layers.common import KEPT, Norm, Part, Tokens, dropout, rotary_tables, scaled_normal, weight
 from uoe_jax.layers.ends import lookup, vocabulary_nll, vocabulary_scores
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
@@ -29,6 +29,7 @@ from uoe_jax.peers import ATTENTIONS, MLPS
 from uoe_jax.routing import RoutingStats
 
 Layers = tuple[nnx.State, ...]  # the weights of every layer
+M = TypeVar("M", bound=nnx.Module)
 Stats = dict[str, RoutingStats]  # by block ("smha", "uome"); leaves stacked over layers
 
 
@@ -40,7 +41,7 @@ class Cache(NamedTuple):
     next_B: jax.Array
 
 
-def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> Part:
     """The attention block that `model.attention` names."""
     if c.attention in ATTENTIONS:
         return ATTENTIONS[c.attention](c, rngs=rngs)
@@ -49,14 +50,15 @@ def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     return Attention(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
 
 
-def make_mlp(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+def make_mlp(c: ModelConfig, rngs: nnx.Rngs) -> Part:
     """The MLP block that `model.mlp` names."""
     if c.mlp in MLPS:
         return MLPS[c.mlp](c, rngs=rngs)
-    common = dict(activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs)
     if c.mlp == "uome":
-        return UoME(c.d_model, c.d_hidden, c.uome, causal=c.causal, **common)
-    return MLP(c.d_model, c.d_hidden, **common)
+        return UoME(
+            c.d_model, c.d_hidden, c.uome, activation=c.activation, bias=c.bias, causal=c.causal, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs
+        )
+    return MLP(c.d_model, c.d_hidden, activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -175,6 +177,7 @@ class Transformer(Stack):
         shape = (c.vocab_size, c.d_model)
         self.embedding = make_words(c, rngs=rngs) if c.cutoffs else weight(rngs, shape, ("vocab", "embed"), small)
         super().__init__(c, rngs=rngs)
+        self.head: AdaptiveHead | nnx.Param | None
         if c.cutoffs:
             self.head = AdaptiveHead(c, rngs=rngs)
         else:
@@ -292,10 +295,12 @@ class Transformer(Stack):
 
     def _words(self) -> tuple[nnx.Param, bool]:
         """The vectors that states are scored against, and whether they are the embedding's [V,D] or the head's own [D,V]."""
-        return (self.embedding, True) if self.head is None else (self.head, False)
+        own = self.embedding if self.head is None else self.head
+        assert isinstance(own, nnx.Param)  # vectors in pieces have an AdaptiveHead
+        return own, self.head is None
 
 
-def _stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, key: jax.Array) -> nnx.Module:
+def _stack(make: Callable[[nnx.Rngs], M], n: int, key: jax.Array) -> M:
     """One module with the weights of `n` independently initialised ones stacked on a leading layer axis."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     states = jax.vmap(lambda k: nnx.split(make(nnx.Rngs(params=k)))[1])(jax.random.split(key, n))

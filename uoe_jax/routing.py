@@ -189,7 +189,7 @@ class Decision(NamedTuple):
         """The slots of every expert."""
         return pack(self.kept_BMN, self.weights_BMN, self.slots, self.rows)
 
-    def of_experts(self, first: jax.Array, n: int) -> Decision:
+    def of_experts(self, first: jax.Array | int, n: int) -> Decision:
         """What concerns the experts [first, first + n) alone."""
         own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n)
         rows = None if self.rows is None else (own(self.rows[0], axis=0), own(self.rows[1], axis=1))
@@ -235,17 +235,19 @@ def decide(
     """
     m = valid_BM.shape[1]
     # Of whoever chooses experts: [B,M,N], or [B,1,N] where all patches follow their sequence.
-    own, asking = logits_BMN, valid_BM
-    if routing.unit != "patch":
-        own, asking = sequence_logits_BN[:, None], valid_BM.any(axis=1, keepdims=True)
+    if routing.unit == "patch":
+        own, asking = _given(logits_BMN), valid_BM
+    else:
+        own, asking = _given(sequence_logits_BN)[:, None], valid_BM.any(axis=1, keepdims=True)
     own_scores = scores_BMN = rule.scores(own)
     ranked = biased(_noisy(own, own_scores, routing, keys_B, rule), load_bias_N)
     chosen_BMN = rule.choose(ranked, asking, routing.k) & valid_BM[..., None]
     weights_BMN = rule.weigh(routing, own, own_scores, chosen_BMN)
     if routing.unit == "hierarchical":
-        patch_scores_BMN = rule.scores(logits_BMN)
+        patch_logits_BMN = _given(logits_BMN)
+        patch_scores_BMN = rule.scores(patch_logits_BMN)
         scores_BMN = own_scores * patch_scores_BMN
-        weights_BMN = weights_BMN * rule.weigh(routing, logits_BMN, patch_scores_BMN, chosen_BMN)
+        weights_BMN = weights_BMN * rule.weigh(routing, patch_logits_BMN, patch_scores_BMN, chosen_BMN)
     rows, offered_BMN = None, chosen_BMN
     if routing.sequence_capacity_factor and keys_B is not None:
         rows = bound_sequences(
@@ -262,8 +264,14 @@ def decide(
         kept_BMN = best_first(offered_BMN, scores_BMN, jnp.asarray(table)[valid_BM.sum(axis=1)], c)
     stats = statistics(own, chosen_BMN, kept_BMN, valid_BM, rule)
     if routing.unit == "hierarchical":  # both routers' logits are kept small; the load is the sequences' choice alone
-        stats = stats._replace(z=stats.z + _z(logits_BMN, valid_BM).sum())
+        stats = stats._replace(z=stats.z + _z(_given(logits_BMN), valid_BM).sum())
     return Decision(kept_BMN, jnp.broadcast_to(weights_BMN, kept_BMN.shape), c, rows), stats
+
+
+def _given(logits: jax.Array | None) -> jax.Array:
+    """The logits of a router that the unit asks for, which is then there (`layers.router.Router`)."""
+    assert logits is not None
+    return logits
 
 
 def _noisy(

@@ -10,7 +10,6 @@ from uoe_jax import processes, watch
 from uoe_jax.config import Config
 from uoe_jax.data.pipeline import default_cache_dir
 
-
 # Of XLA on GPUs: no kernel that adds in the order of arrival, and no choice of kernels by their time, which differs from run
 # to run. CPUs and TPUs have nothing to turn on.
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"

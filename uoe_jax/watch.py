@@ -129,7 +129,7 @@ class Watch:
         now = time.monotonic()
         if self._me and now - self._answered > self._silence:
             self._lost(0, f"it has not answered for {now - self._answered:.0f} s")
-        for i, (_, place, since) in self._said.items():
+        for i, (_, _, since) in self._said.items():
             if now - since > self._silence:
                 self._lost(i, f"it has not been heard for {now - since:.0f} s")
         if self._me == 0:

@@ -23,7 +23,7 @@ from uoe_jax import runtime
 from uoe_jax.compare.run import DAMAGED
 from uoe_jax.compare.table import numbers
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
-from uoe_jax.errors import EXIT_DONE, ConfigError
+from uoe_jax.errors import EXIT_DONE, ConfigError, UserError
 from uoe_jax.flops import forward_flops, train_flops
 from uoe_jax.memory import active_parameters, kept_bytes, parameters
 from uoe_jax.train.step import build
@@ -62,6 +62,7 @@ class Step:
             self._step = program.train_step.lower(program.abstract, self._batch).compile()
             self._state = program.init(jax.random.key(0))
         found = self._step.memory_analysis()
+        assert found is not None  # as on CPUs, GPUs and TPUs
         self.temporary = found.temp_size_in_bytes
         self.bytes = found.argument_size_in_bytes + self.temporary
 
@@ -147,6 +148,8 @@ def measure(workdir_name: str) -> int:
     """Measures the rows of a table that were trained; returns the exit code."""
     workdir = locate(workdir_name)
     table = read_json(workdir / "table.json", DAMAGED)
+    if table is None:
+        raise UserError(f"--workdir={workdir_name}: holds no table.json; give the directory of a table made by uoe compare")
     reference = next(slug for slug, row in table["rows"].items() if row["name"] == table["reference"])
     configs = {}
     for slug in table["rows"]:

@@ -72,7 +72,7 @@ def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = Mapp
     Raises:
       KeyError: no such preset. ConfigError: the hidden width is too small for its experts.
     """
-    out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in model.items()}
+    out: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in model.items()}
     for key, value in (PRESETS[name] | dict(changes)).items():
         section, dot, last = key.rpartition(".")
         (out[section] if dot else out)[last] = value

@@ -82,7 +82,10 @@ class Stopped(Exception):
 def claim(table: Table, workdir: epath.Path) -> None:
     """Writes what the table is into its directory, or makes sure that it is what is there; seeds and rows may be added."""
     path, own = workdir / "table.json", dataclasses.asdict(table.config)
-    rows = {row.slug: {"name": row.name, "preset": row.preset, "miss": row.miss, "config": to_dict(row.config)} for row in table.rows}
+    rows: dict[str, dict[str, Any]] = {
+        row.slug: {"name": row.name, "preset": row.preset, "miss": row.miss, "config": to_dict(row.config)}
+        for row in table.rows
+    }
     known = read_json(path, DAMAGED) or {**own, "rows": {}}
     for key in FIXED:
         if known[key] != own[key]:
@@ -133,7 +136,7 @@ def best_rates(tried: dict[str, dict[str, float | None]]) -> dict[str, float | N
     for slug, losses in tried.items():
         found = {rate: loss for rate, loss in losses.items() if loss is not None}
         if losses:
-            out[slug] = float(min(found, key=found.get)) if found else None
+            out[slug] = float(min(found, key=lambda rate: found[rate])) if found else None
     return out
 
 

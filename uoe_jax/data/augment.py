@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from uoe_jax.config_data import AugmentConfig
 
 if TYPE_CHECKING:
+    import jax
     from PIL.Image import Image
 
 MARGIN = 0.875  # the share of the short side that evaluation keeps of an image of another size: 224 of 256
@@ -22,7 +23,9 @@ ASPECTS = (3 / 4, 4 / 3)  # of random crops, width by height
 CROP_TRIALS = 10
 EMPTY = 128  # the grey that RandAugment's shears, shifts and turns leave behind, as its authors' code has it
 TRANSLATED = 150 / 331  # share of a side that the strongest shift moves, as searched on images of 331 pixels
-LUMA = np.float32([0.2989, 0.5870, 0.1140])
+LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
+
+Pixels = TypeVar("Pixels", np.ndarray, "jax.Array")
 
 
 class Mix(NamedTuple):
@@ -134,7 +137,7 @@ def grey_tokens(image: np.ndarray) -> np.ndarray:
     return (grey * np.float32(255.5)).astype(np.int32).reshape(-1)
 
 
-def as_floats(image: np.ndarray, bound: float) -> np.ndarray:
+def as_floats(image: Pixels, bound: float) -> Pixels:
     """float32 of the same shape, from -bound to bound: what the model takes for uint8 pixels; of numpy as of jax."""
     return (image.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.5 / bound)
 

@@ -46,6 +46,7 @@ def check_tokenizer(config: Config, workdir: str) -> None:
     if kept is None:
         load_tokenizer(config.data.tokenizer, name)
     elif name and Path(name).expanduser().is_file():
-        if load_tokenizer(config.data.tokenizer, name).fingerprint != kept.fingerprint:
+        given = load_tokenizer(config.data.tokenizer, name)
+        if given is not None and given.fingerprint != kept.fingerprint:
             remedy = f"is not the tokenizer of the run in {workdir}; give that one, or none, or start in another --workdir"
             raise ConfigError("config.data.tokenizer_file", name, remedy)

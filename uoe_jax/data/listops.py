@@ -108,7 +108,7 @@ class ListOpsExamples:
             pass  # ends: `share_within_limits` is known not to be tiny
         levels = _lay_out(n_args)
         # Only the digits and operators are drawn again, so that the shapes are distributed alike in all splits.
-        while zlib.crc32(ids_T := _fill(rng, levels)) % 4 not in self._checksums:
+        while zlib.crc32((ids_T := _fill(rng, levels)).data) % 4 not in self._checksums:
             pass
         return Example((ids_T,), _evaluate(ids_T, levels))
 

@@ -15,7 +15,8 @@ import numpy as np
 from uoe_jax.data.store import TokenStore
 from uoe_jax.errors import UserError
 
-Row = dict[str, np.ndarray]
+Row = dict[str, np.ndarray | np.int32 | np.float32]
+Batch = dict[str, np.ndarray]  # as a row, with a leading B
 
 
 class PackedRows:
@@ -90,7 +91,7 @@ class PackedRows:
 
     needs_all_rows = False  # every row is full
 
-    def trimmed(self, batch: Row) -> Row:
+    def trimmed(self, batch: Batch) -> Batch:
         return batch
 
     def n_tokens(self, i: int) -> int:
@@ -104,4 +105,4 @@ class PackedRows:
     def padding_row(self) -> Row:
         """A row that holds nothing and counts for nothing."""
         zeros_L = np.zeros(self.length, np.int32)
-        return {**{key: zeros_L for key in ("tokens", "targets", "segments", "positions")}, "n_bytes": np.int32(0)}
+        return {**dict.fromkeys(("tokens", "targets", "segments", "positions"), zeros_L), "n_bytes": np.int32(0)}

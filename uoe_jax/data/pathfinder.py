@@ -276,7 +276,7 @@ def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _S
         taken.add(long[1])
         taken.add(long[:, [0, 0, -1, -1]], APART_DOT)
         starts = rng.uniform(MARGIN, side - MARGIN, (WALKERS + 16 * c.distractors, 2))
-        short = []
+        short: list[np.ndarray] = []
         found = _grow(rng, starts, max(1, c.length // 3), taken) if c.distractors else None
         while found is not None and len(found) and len(short) < c.distractors:
             short.append(found[0])

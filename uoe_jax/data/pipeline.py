@@ -12,25 +12,24 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from uoe_jax.checks import check_source
 from uoe_jax.config import Config
 from uoe_jax.config_data import FACTS, TEXT
-from uoe_jax.data.examples import ExampleSource
-from uoe_jax.data.packing import PackedRows, Row
+from uoe_jax.data.examples import Examples, ExampleSource
+from uoe_jax.data.packing import Batch, PackedRows, Row
+from uoe_jax.data.prepared import SPLITS
 from uoe_jax.data.rows import LabelledRows
 from uoe_jax.data.sources import TextSource, known_vocabulary, labelled_source, text_source, tokenizer_of
-from uoe_jax.data.prepared import SPLITS
 from uoe_jax.data.store import open_or_build
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import ConfigError, UserError
 
-Batch = dict[str, np.ndarray]  # as a row, with a leading B
 T = TypeVar("T")
 
 
@@ -117,13 +116,21 @@ def _load_text(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> 
 def _load_labelled(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> DataBundle:
     source = labelled_source(config.data, cache_dir)
     if FACTS[config.data.source].text and tokenizer is None:
-        tokenizer = tokenizer_of(config.data, lambda: (text for e in source.examples("train") for text in e.inputs))
+        tokenizer = tokenizer_of(config.data, lambda: _texts(source.examples("train")))
     rows = {
         split: LabelledRows(source.examples(split), source.n_classes, split, config, tokenizer) for split in SPLITS
     }
     facts = {**described(source), "tokenizer": tokenizer.fingerprint if tokenizer else None}
     ids = tokenizer.vocab_size if tokenizer else source.vocab_size or known_vocabulary(config)[0]
     return _bundle(config, rows, tokenizer, ids, facts)
+
+
+def _texts(examples: Examples) -> Iterator[bytes]:
+    """The inputs of examples of text."""
+    for i in range(len(examples)):
+        for text in examples[i].inputs:
+            assert isinstance(text, bytes), type(text)
+            yield text
 
 
 def described(source: TextSource | ExampleSource) -> dict[str, Any]:
@@ -134,7 +141,7 @@ def described(source: TextSource | ExampleSource) -> dict[str, Any]:
 
 
 def _bundle(
-    config: Config, rows: dict[str, Rows], tokenizer: Tokenizer | None, vocab_size: int, facts: dict[str, Any]
+    config: Config, rows: Mapping[str, Rows], tokenizer: Tokenizer | None, vocab_size: int, facts: dict[str, Any]
 ) -> DataBundle:
     for split in SPLITS:
         if not len(rows[split]):
@@ -150,7 +157,7 @@ class TrainBatches:
     window: so many consecutive batches share their rows out by length, and come in an order drawn for them; 1: as they are.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int, held: Sequence[int] | None = None, window: int = 1) -> None:
+    def __init__(self, rows: Rows, batch_size: int, seed: int, held: Iterable[int] | None = None, window: int = 1) -> None:
         import grain  # imports jax, a second or two: only who trains pays for it
 
         if not 0 <= seed < 2**32:
@@ -193,7 +200,7 @@ class TrainBatches:
 
 
 def eval_batches(
-    rows: Rows, batch_size: int, limit: int = 0, held: Sequence[int] | None = None
+    rows: Rows, batch_size: int, limit: int = 0, held: Iterable[int] | None = None
 ) -> Iterator[Batch]:
     """Every row exactly once, in order; the last batch is filled up with padding rows, which count for nothing.
 
@@ -217,7 +224,7 @@ def _batch(rows: Rows, row: Callable[[int], Row], batch_size: int, held: list[in
     return {name: a[held] for name, a in whole.items()}
 
 
-def _checked_rows(held: Sequence[int] | None, batch_size: int) -> list[int]:
+def _checked_rows(held: Iterable[int] | None, batch_size: int) -> list[int]:
     rows = list(range(batch_size)) if held is None else [int(r) for r in held]
     if not rows or any(not 0 <= r < batch_size for r in rows):
         raise ValueError(f"held={rows} are no rows of a batch of {batch_size}")
@@ -226,6 +233,12 @@ def _checked_rows(held: Sequence[int] | None, batch_size: int) -> list[int]:
 
 def _stack(rows: list[Row]) -> Batch:
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+class _Failed(NamedTuple):
+    """What a fetch raised, in the place of what it did not give."""
+
+    error: BaseException
 
 
 class Prefetcher(Generic[T]):
@@ -242,7 +255,7 @@ class Prefetcher(Generic[T]):
         self._next = start
         self._stop = stop
         self._depth = depth
-        self._ready: deque[tuple[T | None, BaseException | None]] = deque()
+        self._ready: deque[T | _Failed] = deque()
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, args=(start,), name="uoe-prefetch", daemon=True)
@@ -258,13 +271,13 @@ class Prefetcher(Generic[T]):
             self._changed.wait_for(lambda: self._ready or self._closed)
             if self._closed:
                 raise RuntimeError("the prefetcher is closed")
-            item, error = self._ready[0]
-            if error is not None:
-                raise error  # stays at the head: whoever asks again is told again
+            item = self._ready[0]
+            if isinstance(item, _Failed):
+                raise item.error  # stays at the head: whoever asks again is told again
             self._ready.popleft()
             self._next += 1
             self._changed.notify_all()
-        return item  # type: ignore[return-value]
+        return item
 
     def close(self, timeout: float = 10.0) -> None:
         """Stops the thread and drops what it held; waits at most `timeout` seconds for a fetch under way."""
@@ -288,16 +301,16 @@ class Prefetcher(Generic[T]):
                 self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
                 if self._closed:
                     return
-            item, error = None, None
+            item: T | _Failed
             try:
                 item = self._fetch(step)
-            except BaseException as e:  # everything is the consumer's to know, SystemExit included
-                error = e
+            except BaseException as error:  # everything is the consumer's to know, SystemExit included
+                item = _Failed(error)
             with self._changed:
                 if self._closed:
                     return
-                self._ready.append((item, error))
+                self._ready.append(item)
                 self._changed.notify_all()
-            item = None  # the queue owns it now: no second reference while waiting
-            if error is not None:
+            if isinstance(item, _Failed):
                 return
+            del item  # the queue owns it now: no second reference while waiting

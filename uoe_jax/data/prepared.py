@@ -22,7 +22,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 import numpy as np
 
@@ -76,6 +76,9 @@ class Documents(Records):
 
     def __getitem__(self, index: int) -> bytes:
         return super().__getitem__(index)["text"]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self.__getitem__, range(len(self)))
 
 
 def damaged(directory: Path, what: object) -> UserError:
@@ -300,7 +303,14 @@ def changed(file: Path) -> UserError:
     return UserError(f"{file}: changed while it was being read: run again.")
 
 
-def lines(reader: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
+class Reader(Protocol):
+    """What bytes are read from: a file, also one that is decompressed as it is read."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def readline(self, size: int, /) -> bytes: ...
+
+
+def lines(reader: Reader, file: Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line with its end) of what is read from `file`. Raises UserError for a line above LINE_BYTES."""
     number = 0
     while line := reader.readline(LINE_BYTES + 1):

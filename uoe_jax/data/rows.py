@@ -12,7 +12,7 @@ from uoe_jax.config import Config
 from uoe_jax.config_data import FACTS
 from uoe_jax.data import augment
 from uoe_jax.data.examples import Example, Examples, Input
-from uoe_jax.data.packing import Row
+from uoe_jax.data.packing import Batch, Row
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import UserError
 
@@ -69,9 +69,9 @@ class LabelledRows:
     @functools.cached_property
     def _padding(self) -> Row:
         zeros = {name: np.zeros_like(a) for name, a in self[0].items()}
-        return zeros | {"label": np.int32(-1), "other": np.int32(-1)}
+        return {**zeros, "label": np.int32(-1), "other": np.int32(-1)}
 
-    def trimmed(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def trimmed(self, batch: Batch) -> Batch:
         """A global batch without the padding that no row of it needs, but for whole buckets (data.buckets)."""
         if not self.needs_all_rows:
             return batch
@@ -130,6 +130,7 @@ class LabelledRows:
 
     def _ids(self, given: Input) -> np.ndarray:
         if isinstance(given, bytes):
+            assert self._tokenizer is not None  # bytes are text, and `pipeline.load` gives text its tokenizer
             return self._tokenizer.encode(given)
         return given if given.ndim == 1 else augment.grey_tokens(given)
 

@@ -17,8 +17,8 @@ from uoe_jax.errors import RunError, UserError
 class TextSource(Protocol):
     """Where documents come from. key: names this content under these rules; caches derived from it are keyed by it."""
 
-    key: str
-
+    @property
+    def key(self) -> str: ...
     def documents(self, split: str) -> Iterable[bytes]: ...
     def record(self) -> dict[str, Any]: ...
 

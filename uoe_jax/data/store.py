@@ -67,9 +67,9 @@ class TokenStore:
             tokens_T = np.load(directory / "tokens.npy", mmap_mode="r" if meta["n_tokens"] else None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             raise DamagedStore(f"{type(error).__name__}: {error}") from error
-        if zlib.crc32(offsets) != meta["offsets_crc"]:
+        if zlib.crc32(offsets.data) != meta["offsets_crc"]:
             raise DamagedStore("offsets.npy does not have the checksum it was written with")
-        if tokens_T.nbytes <= CHECKED_BYTES and zlib.crc32(tokens_T) != meta["tokens_crc"]:
+        if tokens_T.nbytes <= CHECKED_BYTES and zlib.crc32(tokens_T.data) != meta["tokens_crc"]:
             raise DamagedStore("tokens.npy does not have the checksum it was written with")
         # A plain view of the mapping: slicing np.memmap itself costs microseconds in __array_finalize__.
         tokens_T = tokens_T.view(np.ndarray)
@@ -89,7 +89,7 @@ class TokenStore:
             for document in documents:
                 ids = np.ascontiguousarray(tokenizer.encode(document), dtype)
                 file.write(ids.data)
-                crc = zlib.crc32(ids, crc)
+                crc = zlib.crc32(ids.data, crc)
                 ends.append(ends[-1] + len(ids))
             file.seek(0)
             _write_header(file, dtype, ends[-1])  # numpy pads headers for exactly this: an axis that grew
@@ -104,7 +104,7 @@ class TokenStore:
             "n_documents": len(offsets) - 1,
             "n_tokens": ends[-1],
             "tokens_crc": crc,
-            "offsets_crc": zlib.crc32(offsets),
+            "offsets_crc": zlib.crc32(offsets.data),
             "sizes": {name: (directory / name).stat().st_size for name in ("tokens.npy", "offsets.npy")},
         }
         (directory / "store.json").write_text(json.dumps(meta, indent=1))

@@ -13,9 +13,9 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from uoe_jax.data.prepared import RawFiles, lines, refuse
+from uoe_jax.data.prepared import RawFiles, Reader, lines, refuse
 from uoe_jax.errors import ConfigError
 
 VERSION = "1.0.0"  # of the rules below: raise it when the documents, their split or order change, or caches go stale
@@ -171,7 +171,10 @@ def _walk(root: str) -> Iterator[str]:
 
     def is_new(folder: str) -> bool:
         real = os.path.realpath(folder)
-        return real not in seen and not seen.add(real)
+        if real in seen:
+            return False
+        seen.add(real)
+        return True
 
     def refused(error: OSError) -> None:
         refuse(str(error.filename), error)
@@ -197,11 +200,11 @@ def _size(file: Path) -> int:
 
 def _documents(file: TextFile, raw: RawFiles) -> Iterator[bytes]:
     with raw.open(file.path, file.sha256) as opened, contextlib.ExitStack() as stack:
-        reader = stack.enter_context(gzip.GzipFile(fileobj=opened)) if file.packed else opened
+        reader: Reader = stack.enter_context(gzip.GzipFile(fileobj=opened)) if file.packed else opened
         yield from (_from_json_lines if file.json_lines else _from_text)(reader, file.path)
 
 
-def _from_text(reader: BinaryIO, file: Path) -> Iterator[bytes]:
+def _from_text(reader: Reader, file: Path) -> Iterator[bytes]:
     offset = 0
     rest = b""
     while rest := rest + reader.read(DOCUMENT_BYTES + 1 - len(rest)):
@@ -226,7 +229,7 @@ def _cut(data: bytes) -> int:
     return next(starts, DOCUMENT_BYTES)
 
 
-def _from_json_lines(reader: BinaryIO, file: Path) -> Iterator[bytes]:
+def _from_json_lines(reader: Reader, file: Path) -> Iterator[bytes]:
     for number, line in lines(reader, file):
         if line.isspace():
             continue

@@ -241,7 +241,7 @@ def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> tuple[dict[str, int], list[bytes]]:
     """The special tokens (name: id), and by id the bytes that every token stands for."""
     special = {token["content"]: token["id"] for token in added if token["special"]}
-    found: dict[int, bytes] = {i: b"" for i in special.values()}
+    found: dict[int, bytes] = dict.fromkeys(special.values(), b"")
     plain = [token for token in added if not token["special"]]
     if stripped := [token["content"] for token in plain if token["lstrip"] or token["rstrip"]]:
         raise UserError(f"does not give back its text (the added token {stripped[0]!r} takes the spaces beside it)")
@@ -263,8 +263,8 @@ def ends(special: dict[str, int]) -> tuple[int, int]:
     known = [special[name] for name in SEPARATORS if name in special] or (list(special.values()) if len(special) == 1 else [])
     if known:
         return known[0], next((special[name] for name in STARTS if name in special), known[0])
-    known = ", ".join(special) or "none"
-    raise UserError(f"has no special token to separate documents by ({', '.join(SEPARATORS)}; its special tokens: {known})")
+    named = ", ".join(special) or "none"
+    raise UserError(f"has no special token to separate documents by ({', '.join(SEPARATORS)}; its special tokens: {named})")
 
 
 # --- which ----------------------------------------------------------------------------------------------------------

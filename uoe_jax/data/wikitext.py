@@ -9,7 +9,7 @@ import io
 import itertools
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ ARCHIVE_BYTES = 191_984_949
 FOLDER = "wikitext-103-raw"
 MEMBERS = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "wiki.test.raw"}
 
-Content = tuple[str, dict[str, int], dict[str, Callable[[], Iterator[bytes]]]]
+Content = tuple[str, dict[str, int], Mapping[str, Callable[[], Iterator[bytes]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,7 @@ def _from_archive(archive: Path, sha256: str, name: str) -> Iterator[bytes]:
         file.seek(0)
         try:
             with zipfile.ZipFile(file) as opened, opened.open(name) as text:
+                assert isinstance(text, zipfile.ZipExtFile)  # what is opened for reading
                 for _, line in lines(io.BufferedReader(text, 1 << 20), archive / name):  # zipfile's own readline is slow
                     yield line
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted
@@ -168,7 +169,7 @@ def _from_file(file: Path, sha256: str, raw: RawFiles) -> Iterator[bytes]:
 
 def _records(text: Callable[[], Iterator[bytes]], origin: Path) -> Iterator[dict[str, bytes]]:
     n_articles = 0
-    for n_articles, article in enumerate(articles(text()), 1):
+    for n_articles, article in enumerate(articles(text()), 1):  # noqa: B007, asked after the loop
         yield {"text": article}
     if not n_articles:
         raise _broken(origin, "without a line ' = Title = ' in one of its files")

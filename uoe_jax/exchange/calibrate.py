@@ -11,7 +11,7 @@ with capacity factor 1.25 3.058 and 2.393. Norms less each expert's mean, which 
 
 from __future__ import annotations
 
-from typing import Any, Iterable, NamedTuple
+from typing import Any, Iterable, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Sums(NamedTuple):
 
     xx: jax.Array
     xt: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # over the method of tuples, which nobody asks of sums
 
 
 def seen(model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array) -> dict[str, Sums]:
@@ -84,7 +84,7 @@ def fitted(sums: Sums, gate: str) -> np.ndarray:
     return (kernel * (wanted / np.maximum(spread, 1e-30))[:, None, None]).astype(np.float32)
 
 
-def calibrated(config: ModelConfig, model: Any, params: Params, batches: Iterable[dict[str, Any]]) -> Params:
+def calibrated(config: ModelConfig, model: Any, params: Params, batches: Iterable[Mapping[str, Any]]) -> Params:
     """The parameters with the patches' routers fitted to batches of text; model: params -> Transformer."""
     step = jax.jit(lambda p, tokens, segments, positions: seen(model(p), tokens, segments, positions))
     total = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -98,7 +99,7 @@ def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, s
 
 def _leaves(params: Params) -> Iterator[Tensor]:
     for path, leaf in jax.tree.leaves_with_path(params):
-        yield Tensor(dotted(path), leaf.shape, lambda leaf=leaf: jax.device_get(leaf))
+        yield Tensor(dotted(path), leaf.shape, functools.partial(jax.device_get, leaf))
 
 
 def _dense_shape(path: str, shape: tuple[int, ...], m: ModelConfig) -> tuple[int, ...]:
@@ -108,7 +109,7 @@ def _dense_shape(path: str, shape: tuple[int, ...], m: ModelConfig) -> tuple[int
 def _as_imported(theirs: Values, source: epath.Path, m: ModelConfig) -> Values:
     """Our config.json over that of the model that was imported, which knows more than we need: names of classes, its own type."""
     before = read_json(source / CONFIG, "remove it")
-    if before is None or FAMILIES.get(before.get("model_type")) is not FAMILIES[theirs["model_type"]]:
+    if before is None or FAMILIES.get(str(before.get("model_type"))) is not FAMILIES[theirs["model_type"]]:
         return theirs
     ours = {key: value for key, value in theirs.items() if key not in ("model_type", "architectures", "id2label", "label2id", "rope_parameters")}
     if m.position == "rope":  # a row was cut for training; the frequencies are what they were

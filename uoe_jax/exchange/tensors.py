@@ -33,12 +33,14 @@ class Tensors:
     def __init__(self, directory: epath.Path, option: str = "--from") -> None:
         self._place, self._option = directory, option
         index = read_json(directory / INDEX, _DOWNLOAD)
+        self._file_of: dict[str, str]
         if index is None:
             self._file_of = dict.fromkeys(self._open(FILE).keys(), FILE)
             return
-        self._file_of = index.get("weight_map")
-        if not isinstance(self._file_of, dict):
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict):
             raise self._error(INDEX, "has no weight_map")
+        self._file_of = weight_map
         held = {file: set(self._open(file).keys()) for file in sorted(set(self._file_of.values()))}
         for name, file in self._file_of.items():
             if name not in held[file]:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from uoe_jax.checks import check_model
-from uoe_jax.config import Config
+from uoe_jax.config import Config, RoutingConfig
 from uoe_jax.errors import UserError
 
 
@@ -23,8 +23,7 @@ def with_experts(config: Config, k: dict[str, int]) -> Config:
             raise UserError(f"--experts={name}={value}: {has}; leave it out")
         if not 1 <= value <= unions[name].n_experts:
             raise UserError(f"--experts={value}: {name} has {unions[name].n_experts} experts; give a number from 1 to that")
-    changed = {name: dataclasses.replace(unions[name], k=value) for name, value in k.items()}
-    found = dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))
+    found = _with_routing(config, {name: dataclasses.replace(unions[name], k=value) for name, value in k.items()})
     check_model(found.model)
     return found
 
@@ -34,7 +33,14 @@ def all_experts(config: Config) -> Config:
     unions = config.model.unions()
     found = with_experts(config, {name: routing.n_experts for name, routing in unions.items()})
     room = {name: dataclasses.replace(r, capacity_factor=max(1.0, r.capacity_factor)) for name, r in found.model.unions().items()}
-    return dataclasses.replace(found, model=dataclasses.replace(found.model, **room))
+    return _with_routing(found, room)
+
+
+def _with_routing(config: Config, changed: dict[str, RoutingConfig]) -> Config:
+    """The same with another routing of the blocks named ("smha", "uome")."""
+    model = config.model
+    model = dataclasses.replace(model, smha=changed.get("smha", model.smha), uome=changed.get("uome", model.uome))
+    return dataclasses.replace(config, model=model)
 
 
 def choices(config: Config, text: str) -> list[Config]:

@@ -34,6 +34,7 @@ class Pieces(nnx.Module):
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         small = scaled_normal(c.d_model)  # of the projection: what is looked up is then as large as in one table [V,D]
         self.cutoffs = c.cutoff_list
+        self.table_0: nnx.Param
         for i, (size, width) in enumerate(c.vocabulary_pieces):
             setattr(self, f"table_{i}", weight(rngs, (size, width), (None, "embed"), scaled_normal(width if i else c.d_model)))
             if i:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
 import jax.extend
@@ -79,7 +79,8 @@ def _on_nvidia() -> bool:
 
 
 def fused(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, causal: bool, lengths: jax.Array | None, kernel: str
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, causal: bool, lengths: jax.Array | None,
+    kernel: Literal["cudnn", "xla"],
 ) -> jax.Array:
     """`attend` by `jax.nn.dot_product_attention` ("cudnn", or "xla" to try the same on any device).
 
@@ -129,7 +130,7 @@ def put(cache_GSk: jax.Array, k_Gk: jax.Array, at: jax.Array) -> jax.Array:
 
 def placed(x: jax.Array, scale: nnx.Param | None, eps: float | None, rotary: Any) -> jax.Array:
     """Queries or keys [...,heads,Dh] ready to be compared: QK-norm where the block has it, then their rotary positions."""
-    return rotate(x if scale is None else rms_norm(x, scale[...], eps).astype(x.dtype), rotary)
+    return rotate(x if scale is None or eps is None else rms_norm(x, scale[...], eps).astype(x.dtype), rotary)
 
 
 class DenseCache(NamedTuple):
@@ -139,9 +140,21 @@ class DenseCache(NamedTuple):
     v: jax.Array
 
 
-def options(c: ModelConfig) -> dict[str, Any]:
+class Options(TypedDict):
+    """Arguments that all attention blocks have in common."""
+
+    bias: bool
+    qkv_bias: bool
+    causal: bool
+    drop_rate: float
+    qk_norm_eps: float | None
+    dtype: Any
+    out_scale: float
+
+
+def options(c: ModelConfig) -> Options:
     """What every attention block is told of the model's configuration beside its sizes."""
-    return dict(
+    return Options(
         bias=c.bias,
         qkv_bias=c.qkv_bias,
         causal=c.causal,
@@ -152,7 +165,38 @@ def options(c: ModelConfig) -> dict[str, Any]:
     )
 
 
-class Attention(nnx.Module):
+class Heads(nnx.Module):
+    """The frame of a block whose heads see all tokens: the region around it, and the way out of the heads."""
+
+    dtype: Any
+    w_o: nnx.Param
+    bias_out: nnx.Param | None
+
+    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats | None]:
+        """Returns (y_BLD, None: nothing is routed). On a mesh, heads lie on `expert`."""
+        graphdef, weights = nnx.split(self)
+
+        def share(
+            weights: nnx.State, x_BLD: jax.Array, tokens: Tokens, region: Region
+        ) -> tuple[jax.Array, RoutingStats | None]:
+            return nnx.merge(graphdef, weights)._forward(x_BLD, tokens, region)[:2]
+
+        return run(share, weights, x_BLD, tokens_like(x_BLD) if tokens is None else tokens, dtype=self.dtype)
+
+    def _forward(
+        self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
+    ) -> tuple[jax.Array, RoutingStats | None, jax.Array, jax.Array]:
+        """(y_BLD, statistics where something is routed, and the two arrays that a prefill keeps)."""
+        raise NotImplementedError
+
+    def _out(self, o: jax.Array) -> jax.Array:
+        return jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype))
+
+    def _biased(self, y: jax.Array, b: nnx.Param | jax.Array | None) -> jax.Array:
+        return y if b is None else y + along_last(b[...].astype(self.dtype), y)
+
+
+class Attention(Heads):
     """Multi-head attention with grouped key/value heads; letters in `layers.common`.
 
     bias: of all projections; qkv_bias: of those into the heads alone.
@@ -177,7 +221,7 @@ class Attention(nnx.Module):
         d, h, g, dh = d_model, n_heads, n_kv_heads or n_heads, d_model // n_heads
         self.causal, self.drop_rate, self.qk_norm_eps, self.dtype = causal, drop_rate, qk_norm_eps, dtype
         self.w_q = weight(rngs, (d, h, dh), ("embed", "heads", None), scaled_normal(d))
-        self.w_k = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
+        self.w_k: nnx.Param | None = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
         self.w_v = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
         self.w_o = weight(rngs, (h, dh, d), ("heads", None, "embed"), scaled_normal(d, out_scale))
         self.b_q = weight(rngs, (h, dh), ("heads", None), zeros) if bias or qkv_bias else None
@@ -186,17 +230,6 @@ class Attention(nnx.Module):
         self.q_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.k_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
         self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
-
-    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats | None]:
-        """Returns (y_BLD, None: nothing is routed). On a mesh, heads lie on `expert`."""
-        graphdef, weights = nnx.split(self)
-
-        def share(
-            weights: nnx.State, x_BLD: jax.Array, tokens: Tokens, region: Region
-        ) -> tuple[jax.Array, RoutingStats | None]:
-            return nnx.merge(graphdef, weights)._forward(x_BLD, tokens, region)[:2]
-
-        return run(share, weights, x_BLD, tokens_like(x_BLD) if tokens is None else tokens, dtype=self.dtype)
 
     def _forward(
         self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
@@ -219,18 +252,13 @@ class Attention(nnx.Module):
         return attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
 
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        assert self.w_k is not None  # only Reformer has none, and projects in its own way
         q, k, v = (
             checkpoint_name(self._biased(jnp.einsum("...d,dhk->...hk", x, w[...].astype(self.dtype)), b), "qkv")
             for w, b in ((self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v))
         )
         q, k = placed(q, self.q_scale, self.qk_norm_eps, rotary), placed(k, self.k_scale, self.qk_norm_eps, rotary)
         return q, k, v
-
-    def _out(self, o: jax.Array) -> jax.Array:
-        return jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype))
-
-    def _biased(self, y: jax.Array, b: nnx.Param | jax.Array | None) -> jax.Array:
-        return y if b is None else y + along_last(b[...].astype(self.dtype), y)
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, DenseCache]:
         """The whole prompt, and its keys and values with room for `context` tokens."""

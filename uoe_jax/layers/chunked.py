@@ -47,7 +47,8 @@ def _forward(x_nd, table_vd, target_n, start, stop):
         scores_cv = word_scores(x_cd, kernel_vd)
         new_hit_c = jnp.where(_hits(target_c, scores_cv), scores_cv, 0).sum(axis=-1)
         new = jnp.where(mine_c, jax.nn.logsumexp(scores_cv, axis=-1), log_sum_c), jnp.where(mine_c, new_hit_c, hit_c)
-        return tuple(jax.lax.dynamic_update_slice_in_dim(a, b, at, axis=0) for a, b in zip(sums, new))
+        log_sum_n, hit_n = (jax.lax.dynamic_update_slice_in_dim(a, b, at, axis=0) for a, b in zip(sums, new))
+        return log_sum_n, hit_n
 
     # Made like x, sums vary over the same axes of a mesh as what is added to them.
     zero_n = jnp.zeros_like(x_nd, jnp.float32, shape=(n,))

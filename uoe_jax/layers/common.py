@@ -7,13 +7,14 @@ F hidden width (f = F/N per expert), H heads (h = H/N), G key/value heads (g = G
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config import GATED_ACTIVATIONS
+from uoe_jax.routing import RoutingStats
 
 # Names of the activations the default remat policy keeps for the backward pass (`model.REMAT`): the narrow ones.
 # Gathered slots, attention scores and activations are made again from these.
@@ -91,9 +92,9 @@ def _gelu_jvp(primals, tangents):
     return gelu(x), t * (cdf + x * pdf)
 
 
-GATED = {"swiglu": jax.nn.silu, "geglu": gelu}
+GATED: dict[str, Callable[[jax.Array], jax.Array]] = {"swiglu": jax.nn.silu, "geglu": gelu}
 assert tuple(GATED) == GATED_ACTIVATIONS
-PLAIN = {
+PLAIN: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
@@ -102,7 +103,20 @@ PLAIN = {
 
 def activate(name: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
     """The MLP's hidden values: act(up), or act(gate) * up for the gated kinds."""
-    return GATED[name](gate) * up if name in GATED else PLAIN[name](up)
+    return PLAIN[name](up) if gate is None else GATED[name](gate) * up
+
+
+class Part(Protocol):
+    """What a block is made of: an attention or an MLP, dense, routed or compared; called by position but for `tokens`."""
+
+    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats | None]:
+        """(y_BLD, statistics where something is routed)."""
+
+    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, Any]:
+        """(y_BLD of the whole prompt, a cache of its own kind with room for `context` tokens)."""
+
+    def step(self, x_BD: jax.Array, cache: Any, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, Any]:
+        """(y_BD of token `t_B` of each sequence, the cache with it)."""
 
 
 class Tokens(NamedTuple):

@@ -138,7 +138,7 @@ def _scores(q: jax.Array, k: jax.Array, marks: Marks, rule: Rule, pair: Pair) ->
 
 def _dropped(weight: jax.Array, marks: Marks, rule: Rule, pair: Pair) -> jax.Array:
     """Weights, or their gradient, after the dropout of a tile: the same forward and backward."""
-    if not rule.drop_rate:
+    if not rule.drop_rate or marks.keys_X is None:
         return weight
     tile = pair[0] * -(-rule.length // rule.side) + pair[1]
     return dropout(weight, rule.drop_rate, fold(marks.keys_X, tile))

@@ -51,6 +51,11 @@ class Router(nnx.Module):
 
         # Not trained: no gradient reaches it, and the train step moves it by the load (`routing.rebalanced`).
         self.load_bias = weight(rngs, (n,), (None,), zeros, exact=True) if routing.bias_rate else None
+        self.kernel: nnx.Param | None
+        self.bias: nnx.Param | None
+        self.sequence_kernel: nnx.Param | None
+        self.sequence_bias: nnx.Param | None
+        self.balance_weight: nnx.Param  # where a block gives it one (peers.skywork_moe)
         self.kernel, self.bias = (None, None) if unit == "sequence" else (kernel(), bias())
         self.sequence_kernel, self.sequence_bias = (None, None) if unit == "patch" else (kernel(), bias())
 
@@ -96,6 +101,7 @@ class Router(nnx.Module):
         r = self.routing
         first_B1 = (t_B % r.patch_size == 0)[:, None]
         opens_window_B1 = first_B1 & (t_B // r.patch_size % r.capacity_window == 0)[:, None]
+        assert self.kernel is not None  # what decodes is causal, and routes patches
         logits_BN = _logits(x_BD.astype(jnp.float32), self.kernel, self.bias)
         scores_BN = self.rule.scores(logits_BN)
         everyone = jnp.ones((x_BD.shape[0], 1), bool)

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.layers.attention import attend, attend_one, cache_of, group_keys, placed, put
-from uoe_jax.layers.common import Tokens, ones, scaled_normal, weight, zeros
+from uoe_jax.layers.common import Tokens, ones, scaled_normal, valid_tokens, weight, zeros
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert, per_expert_each
 from uoe_jax.routing import UNION, Rule
@@ -88,10 +88,11 @@ class SMHA(Union):
         n, b = q.shape[:2]
         # Empty slots come last, so the causal mask already hides them; without it, what is filled is a length.
         lengths_NB = None if self.causal else slots.filled_NBS.sum(axis=-1, dtype=jnp.int32)
-        by_row = (q, k, v, slots.segments_NBS, slots.keys_NB, lengths_NB)
-        *rows, keys, lengths = (a if a is None else a.reshape(n * b, *a.shape[2:]) for a in by_row)
+        q_R, k_R, v_R = (a.reshape(n * b, *a.shape[2:]) for a in (q, k, v))
+        by_row = (slots.segments_NBS, slots.keys_NB, lengths_NB)
+        segments, keys, lengths = (a if a is None else a.reshape(n * b, *a.shape[2:]) for a in by_row)
         keys_RG = None if keys is None else group_keys(keys, k.shape[3])
-        o_NBShk = attend(*rows, self.causal, self.drop_rate, keys_RG, lengths).reshape(q.shape)
+        o_NBShk = attend(q_R, k_R, v_R, segments, self.causal, self.drop_rate, keys_RG, lengths).reshape(q.shape)
         return self._out(o_NBShk, slots.weight_NBS), (k, v)
 
     def _placed(self, q: jax.Array, k: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:
@@ -108,7 +109,7 @@ class SMHA(Union):
         """The whole prompt, and a cache with a place for every token an expert may select among `context`."""
         y_BLD, _, selection, (k, v) = self._forward(x_BLD, tokens)
         places = self.routing.slot_tokens(context)
-        router = self.router.start_cache(selection, (tokens.segments_BL > 0).sum(axis=1))
+        router = self.router.start_cache(selection, valid_tokens(tokens.segments_BL, x_BLD).sum(axis=1))
         return y_BLD, SMHACache(cache_of(k, places), cache_of(v, places), router)
 
     def step(self, x_BD: jax.Array, cache: SMHACache, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, SMHACache]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,7 @@ class Union(nnx.Module):
         if causal and routing.priority != "position":
             raise ValueError(f"priority={routing.priority!r} in a causal block depends on later patches; use 'position'")
         self.routing, self.causal, self.dtype = routing, causal, dtype
+        self.bias_out: nnx.Param | None
         self.router = Router(d_model, routing, causal=causal, rule=rule, rngs=rngs)
 
     def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
@@ -132,12 +133,13 @@ class Union(nnx.Module):
             rows = gather_rows(values_BLX.reshape(b, m, -1), selection.patch_NRC)
             return rows.reshape(n, r, c * p, *values_BLX.shape[2:])
 
+        keys_B = tokens.folded(1).keys_B
         slots = Slots(
             weight_NBS=jnp.repeat(selection.weights_NRC, p, axis=-1) * at_slots(valid_BMP.reshape(b, m * p).astype(jnp.float32)),
             filled_NBS=jnp.repeat(selection.valid_NRC, p, axis=-1),
             segments_NBS=None if tokens.segments_BL is None else at_slots(tokens.segments_BL),
-            rotary=None if tokens.rotary is None else tuple(at_slots(t) for t in tokens.rotary),
-            keys_NB=None if tokens.keys_B is None else _expert_keys(tokens.folded(1).keys_B, selection.sequence_NR, n * region.part),
+            rotary=_both(at_slots, tokens.rotary),
+            keys_NB=None if keys_B is None else _expert_keys(keys_B, selection.sequence_NR, n * region.part),
         )
         how = backend_for(self.routing.dispatch, x_BMPD.dtype, p, bool(self.routing.sequence_capacity_factor))
         if self.routing.order == "gather":
@@ -156,10 +158,10 @@ class Union(nnx.Module):
         with jax.named_scope("union"):
             y_BLD = _sum(y_BMF.reshape(b, m * p, d), self._beside(x_BMPD.reshape(b, m * p, d)))
             y_BLD = region.leave(y_BLD[:, :length])
-        if self.bias_out is not None:
+        bias_D = region.for_own_tokens(self.bias_out)
+        if bias_D is not None:
             valid_BL1 = region.own_tokens(valid_BMP.reshape(b, m * p, 1)[:, :length])
-            bias_D = region.for_own_tokens(self.bias_out).astype(self.dtype)
-            y_BLD = y_BLD + jnp.where(valid_BL1, bias_D[None, None], 0)
+            y_BLD = y_BLD + jnp.where(valid_BL1, bias_D.astype(self.dtype)[None, None], 0)
         return y_BLD, stats, selection, kept
 
     def routed(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
@@ -185,7 +187,7 @@ class Union(nnx.Module):
             weight_NBS=jnp.ones((n, b, l), jnp.float32),
             filled_NBS=jnp.ones((n, b, l), bool),
             segments_NBS=None if tokens.segments_BL is None else for_each(tokens.segments_BL),
-            rotary=None if tokens.rotary is None else tuple(for_each(t) for t in tokens.rotary),
+            rotary=_both(for_each, tokens.rotary),
             keys_NB=None,
         )
         return self._experts(self._enter(x_BLD.astype(self.dtype)[None]), slots)[0]
@@ -194,6 +196,10 @@ class Union(nnx.Module):
         """Sums the experts' outputs for one token of each sequence, [B,D]."""
         y_BD = _sum(y_NB1D.sum(axis=0)[:, 0], self._beside(x_BD))
         return y_BD if self.bias_out is None else y_BD + self.bias_out[...].astype(self.dtype)[None]
+
+
+def _both(f: Callable[[jax.Array], jax.Array], tables: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array] | None:
+    return None if tables is None else (f(tables[0]), f(tables[1]))
 
 
 def _sum(y: jax.Array, more: jax.Array | None) -> jax.Array:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config_routing import RoutingConfig
-from uoe_jax.layers.common import GATED, Tokens, activate, scaled_normal, weight, zeros
+from uoe_jax.layers.common import GATED, Tokens, activate, scaled_normal, valid_tokens, weight, zeros
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert
 from uoe_jax.routing import UNION, Rule
@@ -79,7 +79,7 @@ class UoME(Union):
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, RouterCache]:
         """The whole prompt, and the cache for the tokens after it."""
         y_BLD, _, selection, _ = self._forward(x_BLD, tokens)
-        return y_BLD, self.router.start_cache(selection, (tokens.segments_BL > 0).sum(axis=1))
+        return y_BLD, self.router.start_cache(selection, valid_tokens(tokens.segments_BL, x_BLD).sum(axis=1))
 
     def step(self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, RouterCache]:
         """Token `t_B` of each sequence."""

@@ -4,6 +4,12 @@ Every block is made from the model's configuration, `Block(config, rngs=rngs)`, 
 are: (x [B,L,D], tokens) -> (y [B,L,D], routing statistics or None). Those that can be causal decode as well.
 """
 
+from typing import Protocol
+
+from flax import nnx
+
+from uoe_jax.config import ModelConfig
+from uoe_jax.layers.common import Part
 from uoe_jax.peers.deepseek_moe import DeepSeekMoE
 from uoe_jax.peers.expert_choice import ExpertChoice
 from uoe_jax.peers.linformer import Linformer
@@ -18,7 +24,14 @@ from uoe_jax.peers.skywork_moe import SkyworkMoE
 from uoe_jax.peers.token_choice import TokenChoice
 from uoe_jax.peers.xmoe import XMoE
 
-ATTENTIONS = {
+
+class Made(Protocol):
+    """The class of a block."""
+
+    def __call__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> Part: ...
+
+
+ATTENTIONS: dict[str, Made] = {
     "mla": MLA,
     "mosa": MoSA,
     "moh": MoH,
@@ -28,7 +41,7 @@ ATTENTIONS = {
     "reformer": Reformer,
     "long_short": LongShort,
 }
-MLPS = {
+MLPS: dict[str, Made] = {
     "token_choice": TokenChoice,
     "expert_choice": ExpertChoice,
     "deepseek_moe": DeepSeekMoE,

@@ -25,11 +25,14 @@ class Mixture(UoME):
 
     def __init__(self, c: ModelConfig, rule: Rule, *, rngs: nnx.Rngs) -> None:
         moe, width = c.moe, c.d_expert
-        common = dict(activation=c.activation, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs)
         super().__init__(
-            c.d_model, moe.n_experts * width, moe.routing(c.mlp), bias=c.bias, causal=c.causal, fan_in=width, rule=rule, **common
+            c.d_model, moe.n_experts * width, moe.routing(c.mlp), activation=c.activation, bias=c.bias, causal=c.causal,
+            dtype=c.dtype, out_scale=c.out_scale, fan_in=width, rule=rule, rngs=rngs,
+        )  # fmt: skip
+        hidden = moe.n_shared * width
+        self.shared = (
+            MLP(c.d_model, hidden, activation=c.activation, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs) if moe.n_shared else None
         )
-        self.shared = MLP(c.d_model, moe.n_shared * width, **common) if moe.n_shared else None
 
     def _beside(self, x: jax.Array) -> jax.Array | None:
         return None if self.shared is None else self.shared.partial(x)

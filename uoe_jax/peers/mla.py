@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.attention import Attention, attend, group_keys
+from uoe_jax.layers.attention import Heads, attend, group_keys
 from uoe_jax.layers.common import Tokens, ones, rms_norm, rotate, scaled_normal, weight, zeros
 from uoe_jax.region import WHOLE, Region
 
@@ -28,7 +28,7 @@ class MLACache(NamedTuple):
     rotary: jax.Array
 
 
-class MLA(Attention):
+class MLA(Heads):
     """model.attention='mla'. On a mesh, heads lie on `expert`; every part makes the latents. With biases: one, of the output.
 
     Of the dense block it has the frame and the way out, and none of the projections.
@@ -71,6 +71,7 @@ class MLA(Attention):
         return latent, rotate(both[..., None, r:], rotary)[..., 0, :]
 
     def _narrow(self, x: jax.Array) -> jax.Array:
+        assert self.w_down is not None and self.q_scale is not None  # asked for where there is a q_rank
         narrow = x @ self.w_down[...].astype(self.dtype)
         return rms_norm(narrow, self.q_scale[...], self.eps).astype(self.dtype)
 

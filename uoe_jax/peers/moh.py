@@ -41,9 +41,9 @@ class MoH(Attention):
         scores = jax.nn.softmax(logits)
         chosen = choose_experts(scores, jnp.ones(scores.shape[:2], bool), self.k)
         routed = rescaled(scores, chosen, self.k)
-        if not self.n_shared:
+        if self.w_kinds is None:
             return routed, logits, chosen
-        among = self.n_shared * jax.nn.softmax(_scores(x, self.w_shared)) if self.n_shared > 1 else 1.0
+        among = 1.0 if self.w_shared is None else self.n_shared * jax.nn.softmax(_scores(x, self.w_shared))
         kinds = 2 * jax.nn.softmax(_scores(x, self.w_kinds))
         return jnp.concatenate([kinds[..., :1] * among, kinds[..., 1:] * routed], axis=-1), logits, chosen
 

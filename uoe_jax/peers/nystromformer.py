@@ -42,16 +42,20 @@ class Nystromformer(EncoderAttention):
         few_BhRk = products("blhk,bhrl->bhrk", v, to_all_BhRL)
         inverse_BhRR = pseudo_inverse(among_BhRR, self.iterations)
         y_BLhk = exactly("bhlr,bhrk->blhk", to_few_BhLR, exactly("bhrs,bhsk->bhrk", inverse_BhRR, few_BhRk))
-        return y_BLhk if self.w_conv is None else y_BLhk + self._convolved(v * valid_BL[..., None, None].astype(v.dtype))
+        if self.w_conv is None:
+            return y_BLhk
+        return y_BLhk + convolved(v * valid_BL[..., None, None].astype(v.dtype), self.w_conv)
 
-    def _convolved(self, v: jax.Array) -> jax.Array:
-        """Every number of a head over the tokens around, with the head's own kernel: float32 [B,L,h,Dh]."""
-        b, length, h, dh = v.shape
-        rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
-        kernel = self.w_conv[...].T[:, None].astype(v.dtype)  # [kernel,1,h]
-        how = dict(dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=h, preferred_element_type=jnp.float32)
-        y = jax.lax.conv_general_dilated(rows, kernel, (1,), "SAME", **how)
-        return y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
+
+def convolved(v: jax.Array, w_conv: nnx.Param) -> jax.Array:
+    """Every number of a head over the tokens around, with the head's own kernel: float32 [B,L,h,Dh]."""
+    b, length, h, dh = v.shape
+    rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
+    kernel = w_conv[...].T[:, None].astype(v.dtype)  # [kernel,1,h]
+    y = jax.lax.conv_general_dilated(
+        rows, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=h, preferred_element_type=jnp.float32
+    )
+    return y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
 
 
 def landmark_means(valid_BL: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:

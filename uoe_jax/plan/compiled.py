@@ -83,7 +83,8 @@ def describe(config: Config) -> Compiled:
     with jax.set_mesh(mesh):
         program = build(config, mesh)
         compiled = program.train_step.lower(program.abstract, program.abstract_batch).compile()
-    memory = compiled.memory_analysis()
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    assert memory is not None and cost is not None and text is not None  # as for every program of a CPU
 
     def held(tree: Any) -> int:
         arrays = jax.tree.leaves(tree)
@@ -94,10 +95,10 @@ def describe(config: Config) -> Compiled:
         outputs=memory.output_size_in_bytes,
         alias=memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
-        flops=compiled.cost_analysis()["flops"],
+        flops=cost["flops"],
         parameters=held(program.abstract.params),
         optimizer=held(program.abstract.opt),
-        collectives=tuple(collectives(compiled.as_text(), dict(mesh.shape))),
+        collectives=tuple(collectives(text, dict(mesh.shape))),
         seconds=time.monotonic() - begun,
         process_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         jax=jax.__version__,

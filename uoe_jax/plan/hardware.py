@@ -8,6 +8,7 @@ but for the H200, on which a large bf16 product was measured at 790e12 FLOP/s an
 from __future__ import annotations
 
 import dataclasses
+from typing import TypedDict
 
 from uoe_jax.errors import UserError
 from uoe_jax.flops import PEAK_FLOPS
@@ -51,7 +52,22 @@ GIB = 2**30
 # Products: 0.80 of the peak was measured on H200; 0.66 is the best grouped product of tokamax's own H100 timings. Attention:
 # the same timings for cuDNN and Mosaic at head width 64 and 128, 512 to 4096 tokens, forward and backward.
 HOPS = (3.4e-6, 14e-6)  # NCCL's own tables of latency, ring, protocol Simple (src/graph/tuning.cc)
-HOPPER = dict(fast=450e9, domain=8, slow=50e9, hops=HOPS, products=(0.60, 0.80), attention=(0.25, 0.55))
+
+
+class _Generation(TypedDict):
+    """What the kinds of one generation of accelerators share."""
+
+    fast: float
+    domain: int
+    slow: float
+    hops: Range
+    products: Range
+    attention: Range
+
+
+HOPPER: _Generation = {
+    "fast": 450e9, "domain": 8, "slow": 50e9, "hops": HOPS, "products": (0.60, 0.80), "attention": (0.25, 0.55),
+}  # fmt: skip
 NVIDIA = {
     "h100": Hardware(
         kind="NVIDIA H100 80GB HBM3", memory=80e9, bandwidth=3.35e12, **HOPPER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Iterator, NamedTuple
+from typing import Iterator, Mapping, NamedTuple
 
 from uoe_jax.checks import check_sizes
 from uoe_jax.config import MESH_AXES, Config, MeshConfig
@@ -97,12 +97,17 @@ def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshC
     if total > MAX_DEVICES:
         remedy = f"the step is compiled here for at most {MAX_DEVICES}; plan fewer along data, with as many rows for each device"
         raise UserError(f"{f'--devices={devices}' if devices else source}: {total} devices; {remedy}")
-    mesh = dataclasses.replace(given, **sizes)
+    mesh = _resized(given, sizes)
     if devices is None:
         return mesh
     from uoe_jax import mesh as mesh_lib
 
-    return dataclasses.replace(mesh, **mesh_lib.sizes(mesh, devices))
+    return _resized(mesh, mesh_lib.sizes(mesh, devices))
+
+
+def _resized(mesh: MeshConfig, sizes: Mapping[str, int]) -> MeshConfig:
+    replica, data, fsdp, expert = (sizes[axis] for axis in MESH_AXES)
+    return dataclasses.replace(mesh, replica=replica, data=data, fsdp=fsdp, expert=expert)
 
 
 def make(config: Config, hardware_name: str) -> Plan:

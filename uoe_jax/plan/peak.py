@@ -13,9 +13,16 @@ from typing import NamedTuple
 
 from uoe_jax.config import Config
 from uoe_jax.memory import (
-    ITEM_SIZE, bias_parameters, classifier_parameters, ends_parameters, kept_bytes, layer_parameters, norm_parameters,
-    router_parameters, vocabulary_parameters,
-)  # fmt: skip
+    ITEM_SIZE,
+    bias_parameters,
+    classifier_parameters,
+    ends_parameters,
+    kept_bytes,
+    layer_parameters,
+    norm_parameters,
+    router_parameters,
+    vocabulary_parameters,
+)
 from uoe_jax.plan.predict import Shape, examples, rows, scored_here, words_parts
 from uoe_jax.tiles import chunk, tile
 
@@ -51,7 +58,8 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     """flash: a kernel of attention that holds no scores; else those of one tile of every row and head are held, float32."""
     m, e, b = c.model, shape["expert"], rows(c, shape)
     item, length, d, dh = ITEM_SIZE[m.dtype], m.block_length, m.d_model, m.head_dim
-    stream, tokens = item * b * length * d, {"smha": b * length, "uome": b * length}
+    stream = item * b * length * d
+    tokens: dict[str, float] = {"smha": b * length, "uome": b * length}
     slots = {"smha": 0.0, "uome": 0.0}  # what is gathered for the experts of a device, or comes out of them
     for name, r in m.routed().items():
         tokens[name] = b * r.slot_tokens(length) * r.row_share()
@@ -72,12 +80,12 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     into, out = bias_parameters(m)
     whole = 2 * norm_parameters(m) + out
     cut = (layer_parameters(m) - routers - whole - into) / e + routers
-    held = m.n_layers * (cut / shape["fsdp"] + into / e + whole) + norm_parameters(m)
+    held: float = m.n_layers * (cut / shape["fsdp"] + into / e + whole) + norm_parameters(m)
     held += (ends_parameters(m) / words_parts(m, e) + (length * d if m.position == "learned" else 0)) / shape["fsdp"]
     held += classifier_parameters(m)
 
     stored = dataclasses.replace(m, remat="slots") if m.remat in ("none", "dots") else m
-    kept = kept_bytes(stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1)
+    kept: float = kept_bytes(stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1)
     if m.remat in ("none", "dots"):  # the products' results as well; with 'none' also what is made from them
         kept += sum(slots.values()) + (m.remat == "none") * (4 * stream + hidden)
     if m.remat == "none" and (shape["fsdp"] > 1 or item < 4):  # weights as they are used, gathered or cast

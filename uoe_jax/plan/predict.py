@@ -117,7 +117,7 @@ def executed_flops(c: Config, expert: int) -> tuple[float, float]:
     scores again, too.
     """
     m, length = c.model, c.model.block_length
-    core = m.n_layers * core_flops(m, length, training=True)
+    core: float = m.n_layers * core_flops(m, length, training=True)
     blocks = m.n_layers * (attention_flops(m, length, training=True) + mlp_flops(m, length, training=True)) - core
     again = m.remat in ("slots", "block")
     ends = 3 * ends_flops(m, length) + (score_flops(m, length) if m.task == "language" else 0)
@@ -135,8 +135,8 @@ def moved_bytes(c: Config, shape: Shape) -> float:
     m, e = c.model, shape["expert"]
     item, tokens = ITEM_SIZE[m.dtype], rows(c, shape) * c.train.accumulation * m.block_length
     widths = {"smha": m.head_dim * (m.n_heads + 2 * m.kv_heads), "uome": m.n_into * m.d_hidden}
-    total = m.n_layers * 2 * 15 * item * tokens * m.d_model
-    at = {"smha": tokens, "uome": tokens}
+    total: float = m.n_layers * 2 * 15 * item * tokens * m.d_model
+    at: dict[str, float] = {"smha": tokens, "uome": tokens}
     for name, r in m.routed().items():
         at[name] = tokens * r.slot_tokens(m.block_length) / m.block_length * r.row_share()
         slots = r.n_experts / e * at[name]
@@ -234,7 +234,8 @@ def reductions(c: Config, shape: Shape, hardware: Hardware) -> tuple[Reduction, 
 def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
     """What a step must move, counted from the sizes alone, for meshes that are not compiled; small arrays are left out."""
     m, e, fsdp, parts = c.model, shape["expert"], shape["fsdp"], c.train.accumulation
-    batch, out = tuple(a for a in ("replica", "data") if shape[a] > 1), []
+    batch = tuple(a for a in ("replica", "data") if shape[a] > 1)
+    out: list[Collective] = []
 
     def add(kind: str, elements: float, axes: tuple[str, ...], times: int) -> None:
         group = math.prod(shape[a] for a in axes)

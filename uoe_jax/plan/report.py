@@ -27,8 +27,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
             return {name: plain(v) for name, v in value._asdict().items()}
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
-    found = plain(plan._replace(config=None, compiled=plan.compiled._replace(collectives=())))
-    del found["config"], found["compiled"]["collectives"]
+    shown = plan._replace(compiled=plan.compiled._replace(collectives=()))._asdict()
+    found = {name: plain(value) for name, value in shown.items() if name != "config"}
+    del found["compiled"]["collectives"]
     found["compiled"]["peak"] = plan.compiled.peak
     c = plan.config
     return {"mesh": c.mesh.shape, "parameters": parameters(c.model), "warnings": list(warnings(plan)), **found}
@@ -92,7 +93,7 @@ def text(plan: Plan, name: str) -> str:
         for t in plan.traffic
     )
     lines += ["", "Sent by one device in a step", *(_table(*sent) or ["  nothing"])]
-    if p is not None:
+    if p is not None and hardware is not None:
         lines += [
             "",
             "A step, best to worst",

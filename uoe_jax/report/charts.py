@@ -6,7 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 from bokeh.layouts import gridplot
-from bokeh.models import BasicTicker, ColorBar, ColumnDataSource, HoverTool, LayoutDOM, LinearColorMapper, NumeralTickFormatter, PrintfTickFormatter
+from bokeh.models import (
+    BasicTicker,
+    ColumnDataSource,
+    HoverTool,
+    LayoutDOM,
+    LinearColorMapper,
+    NumeralTickFormatter,
+    PrintfTickFormatter,
+)
+from bokeh.models.annotations import ColorBar
+from bokeh.models.renderers import DataRenderer
+from bokeh.models.ui import UIElement
 from bokeh.palettes import Category10_10, Category20_20, cividis
 from bokeh.plotting import figure
 
@@ -36,7 +47,7 @@ def colours(runs: Sequence[Logged]) -> list[str]:
 
 def curves(runs: Sequence[Logged]) -> LayoutDOM:
     """One figure for every measure that a run has; training as lines with their range, evaluations as dots on a line."""
-    drawn = [_curves(runs, *chart) for chart in TRAIN if any(_has(run, key) for run in runs for key in chart[1])]
+    drawn: list[UIElement | None] = [_curves(runs, *chart) for chart in TRAIN if any(_has(run, key) for run in runs for key in chart[1])]
     return gridplot(drawn, ncols=3, width=WIDTH, height=HEIGHT, toolbar_options={"logo": None})
 
 
@@ -47,7 +58,7 @@ def _has(run: Logged, key: str) -> bool:
 
 def _curves(runs: Sequence[Logged], title: str, keys: Sequence[str], factor: float, shown: str) -> figure:
     chart = figure(title=title, tools=TOOLS, name=f"curve {title}", x_axis_label="step")
-    hovered = []
+    hovered: list[DataRenderer] = []
     for run, colour in zip(runs, colours(runs)):
         for key in keys:
             if not _has(run, key):
@@ -59,7 +70,7 @@ def _curves(runs: Sequence[Logged], title: str, keys: Sequence[str], factor: flo
             single = prefix == "eval" or key.startswith("perf/device")
             if (c.high > c.low).any():
                 chart.varea("x", "low", "high", source=source, color=colour, alpha=0.15)
-            line = chart.line("x", "value", source=source, color=colour, width=2 if single else 1.3, dash="dashed" if prefix == "eval" else "solid")
+            line = chart.line("x", "value", source=source, color=colour, line_width=2 if single else 1.3, line_dash="dashed" if prefix == "eval" else "solid")
             hovered.append(line)
             if prefix == "eval" or len(c.step) == 1:
                 chart.scatter("x", "value", source=source, color=colour, size=5)
@@ -74,7 +85,7 @@ def _curves(runs: Sequence[Logged], title: str, keys: Sequence[str], factor: flo
 def routing() -> LayoutDOM:
     """The figures of one block in one layer; page.js fills their sources, by name."""
     load = figure(title="load of every expert, of the mean", tools=TOOLS, name="load", x_axis_label="step", y_axis_label="expert")
-    mapper = LinearColorMapper(cividis(256), low=0, high=2)
+    mapper = LinearColorMapper(palette=list(cividis(256)), low=0, high=2)
     # One point each, as a figure without any warns that it has no range.
     cells = ColumnDataSource({name: [float(name in ("right", "top"))] for name in CELL}, name="cells")
     load.quad("left", "right", "top", "bottom", source=cells, fill_color={"field": "value", "transform": mapper}, line_color=None)
@@ -88,14 +99,15 @@ def routing() -> LayoutDOM:
         _lines("experts out of balance", ("highest load / mean", "dead experts"), "0.00"),
         _lines("kept share by quarter of the row, of the mean", ("first quarter", "second quarter", "third quarter", "last quarter"), "0.000"),
     ]
-    return gridplot([load, *others], ncols=3, width=WIDTH, height=HEIGHT, toolbar_options={"logo": None})
+    all_of_them: list[UIElement | None] = [load, *others]
+    return gridplot(all_of_them, ncols=3, width=WIDTH, height=HEIGHT, toolbar_options={"logo": None})
 
 
 def _lines(title: str, names: Sequence[str], shown: str) -> figure:
     chart = figure(title=title, tools=TOOLS, x_axis_label="step")
     for name, colour in zip(names, Category10_10):
         source = ColumnDataSource({"step": [0], "value": [0]}, name=name)
-        line = chart.line("step", "value", source=source, color=colour, width=1.5, legend_label=name)
+        line = chart.line("step", "value", source=source, color=colour, line_width=1.5, legend_label=name)
         chart.add_tools(HoverTool(renderers=[line], tooltips=[("", name), ("step", "@step{0,0}"), ("", f"@value{{{shown}}}")], mode="vline"))
     chart.legend.update(orientation="horizontal", label_text_font_size="8pt", padding=0, spacing=8, border_line_alpha=0)
     chart.add_layout(chart.legend[0], "below")

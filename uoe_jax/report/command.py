@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 from collections.abc import Sequence
 
-import jax
 from etils import epath
 
 from uoe_jax import processes
@@ -16,7 +14,7 @@ from uoe_jax.config import Config
 from uoe_jax.data.kept import tokenizer_of_run
 from uoe_jax.data.pipeline import DataBundle
 from uoe_jax.errors import UserError
-from uoe_jax.report.sample import Sample, of_rows, of_text, routes
+from uoe_jax.report.sample import Looked, Sample, of_rows, of_text, routes
 from uoe_jax.train.loop import load_data
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import Params, Program
@@ -49,7 +47,7 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
 def at_end(config: Config, program: Program, params: Params, data: DataBundle, workdir: epath.Path, step: int) -> str:
     """Writes the report of a run that has just ended; returns its place. What goes wrong is told, and nothing else ("" then)."""
     try:
-        from uoe_jax.report.page import Looked, page
+        from uoe_jax.report.page import page
         from uoe_jax.report.series import logged
 
         sample = of_rows(config, data.validation, data.tokenizer)
@@ -65,8 +63,6 @@ def at_end(config: Config, program: Program, params: Params, data: DataBundle, w
 
 def _look(workdir: str, config: Config, step: str, text: str | None) -> Looked:
     """The routing at a checkpoint of a run, if there is one and something to look at."""
-    from uoe_jax.report.page import Looked
-
     if not config.model.routed():
         return Looked(None, {}, 0, "This model does not route.")
     try:

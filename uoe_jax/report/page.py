@@ -11,31 +11,23 @@ import json
 import math
 import string
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from bokeh.embed import components
+from bokeh.model import Model
 from bokeh.resources import Resources
 from PIL import Image
 
 from uoe_jax.flops import forward_flops
 from uoe_jax.report import charts
-from uoe_jax.report.sample import Sample
+from uoe_jax.report.sample import Looked
 from uoe_jax.report.series import PER_LAYER, Logged
-
-
-class Looked(NamedTuple):
-    """The routing of a sample at a checkpoint, or (sample None) why there is none."""
-
-    sample: Sample | None
-    routes: dict[str, np.ndarray]
-    step: int
-    why: str = ""
 
 
 def page(runs: Sequence[Logged], looked: Sequence[Looked]) -> str:
     """The file's text, for one run or several beside each other."""
-    figures = {"curves": charts.curves(runs)}
+    figures: dict[str, Model] = {"curves": charts.curves(runs)}
     if any(run.routing for run in runs):
         figures["routing"] = charts.routing()
     script, divs = components(figures)

@@ -44,13 +44,22 @@ class Sample(NamedTuple):
     titles: list[str]
 
 
+class Looked(NamedTuple):
+    """The routing of a sample at a checkpoint, or (sample None) why there is none."""
+
+    sample: Sample | None
+    routes: dict[str, np.ndarray]
+    step: int
+    why: str = ""
+
+
 def of_rows(config: Config, rows: Rows, tokenizer: Tokenizer | None) -> Sample:
     """The first rows of a split."""
     m = config.model
     if m.task == "language":
         found = [rows[i] for i in range(min(TEXTS, len(rows)))]
         batch = {name: np.stack([row[name] for row in found]) for name in ("tokens", "segments", "positions")}
-        texts = [pieces(row["tokens"][row["segments"] > 0], tokenizer, m) for row in found]
+        texts = [pieces(ids[valid > 0], tokenizer, m) for ids, valid in zip(batch["tokens"], batch["segments"])]
         return Sample(batch, texts, None, (0, 0), 0, [f"row {i} of the validation split" for i in range(len(found))])
     pictured = m.stem == "image" or (FACTS[config.data.source].image is not None and math.isqrt(m.context_length) ** 2 == m.context_length)
     examples = [rows[i] for i in range(min(PICTURES if pictured else TEXTS, len(rows)))]

@@ -114,8 +114,8 @@ class CheckpointStore:
 
     def _list(self) -> None:
         """Looks at the disk; the same in every process, as no two look at one moment."""
-        found = by_first(lambda: [list(item) for item in saved.listed(self.directory).items()])
-        self._losses = {step: loss for step, loss in found}
+        found = by_first(lambda: {str(step): loss for step, loss in saved.listed(self.directory).items()})
+        self._losses = {int(step): loss for step, loss in found.items()}
 
     def _open_directory(self) -> None:
         if self._read_only:

@@ -13,7 +13,7 @@ from uoe_jax.config import Config
 from uoe_jax.data.pipeline import Prefetcher, Rows, eval_batches
 from uoe_jax.train.measures import measures
 from uoe_jax.train.step import Params, Program
-from uoe_jax.train.task import task_of
+from uoe_jax.train.task import Sums, task_of
 
 
 class Interrupted(Exception):
@@ -46,15 +46,17 @@ def evaluate(
       Interrupted: `stop` gave True.
     """
     size = config.eval_batch_size
-    held = mesh_lib.local_rows(program.mesh, size)
-    total = ranking = None
+    held = mesh_lib.local_rows(program.devices, size)
+    total: Sums | None = None
+    ranking: Sums | None = None
     seen = set() if seen is None else seen
     for i, batch in enumerate(_ahead(eval_batches(rows, size, 0 if whole else limit, held)), start=1):
         watch.at("evaluation" if name == "eval" else "testing", step, slow=is_new(("eval", batch), seen))
         if stop():
             raise Interrupted
-        sums = program.eval_step(params, mesh_lib.put_batch(program.mesh, batch))
-        before, total = total, sums if total is None else _add(total, sums)
+        sums = program.eval_step(params, mesh_lib.put_batch(program.devices, batch))
+        before = total
+        total = sums if total is None else _add(total, sums)
         jax.block_until_ready(before)  # no further ahead of the device than one batch: a stop must not wait for a queue
         ranking = total if i == limit else ranking
     host = jax.device_get(total)

@@ -77,7 +77,7 @@ def train(
                     run.writer.close()
             watch.at("generating", slow=True)
             speaks = run.step == config.train.steps and config.model.task == "language"
-            text = sample(config, program, run.state.params, data.tokenizer) if speaks else ""
+            text = sample(config, program, run.state.params, data.tokenizer) if speaks and data.tokenizer else ""
             place = ""
             if report is not None and config.train.report and exit_code == EXIT_DONE:
                 watch.at("reporting", slow=True)

@@ -18,14 +18,14 @@ def routing_measures(stats: RoutingStats, k: int, rows: float) -> dict[str, list
     `kept_by_quarter`: kept share in each quarter of the row, relative to the mean. `load`: share of all choices by
     expert, times N. `load_max`: its maximum. `dead`: experts nobody chose. `entropy` in nats. `balance`, `z`: losses.
     """
-    s = RoutingStats(*(np.asarray(x, np.float64) for x in stats))
+    s = RoutingStats._make(np.asarray(x, np.float64) for x in stats)
     n = s.chosen_N.shape[-1]
     chosen = np.maximum(s.chosen_N.sum(-1), 1)
     patches = np.maximum(s.patches, 1)
     # Where nothing was chosen nothing was lost.
     kept_share = np.where(s.chosen_N.any(-1), s.kept_N.sum(-1) / chosen, 1.0)
-    quarter = s.kept_4 / np.maximum(s.chosen_4, 1) / np.maximum(kept_share, 1e-9)[:, None]
-    quarter = np.where(s.chosen_4 > 0, quarter, 1.0)
+    by_quarter = s.kept_4 / np.maximum(s.chosen_4, 1) / np.maximum(kept_share, 1e-9)[:, None]
+    quarter = np.where(s.chosen_4 > 0, by_quarter, 1.0)
     load = n * s.chosen_N / chosen[:, None]
     return {
         "dropped": (1 - kept_share).tolist(),

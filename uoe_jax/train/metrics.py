@@ -51,15 +51,15 @@ class MetricsWriter:
         self, workdir: str | os.PathLike[str], resume_step: int | None = None, tensorboard: bool = True,
         owed: bool = False,
     ) -> None:  # fmt: skip
-        workdir = locate(workdir)
-        self.path = workdir / "metrics.jsonl"
+        root = locate(workdir)
+        self.path = root / "metrics.jsonl"
         try:
             last = -1 if resume_step is None else resume_step
-            self._file = (_Object if is_remote(workdir) else _File)(self.path, last, owed)
+            self._file = (_Object if is_remote(root) else _File)(self.path, last, owed)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{self.path}: cannot be written ({reason}); choose another --workdir") from error
-        self._tensorboard = _TensorBoard(workdir / "tensorboard", resume_step) if tensorboard else None
+        self._tensorboard = _TensorBoard(root / "tensorboard", resume_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line. Scalars and arrays of numpy or jax are taken too (and waited for).
@@ -284,6 +284,7 @@ class _TensorBoard:
             self._give_up(error)
 
     def _event(self, step: int, **what: Any) -> None:
+        assert self._writer is not None
         self._writer.write_event(self._pb.Event(wall_time=time.time(), step=step, **what))
 
     def write(self, step: int, plain: Mapping[str, Any]) -> None:

@@ -56,7 +56,8 @@ def _step(store: CheckpointStore, which: str) -> int:
     if which == "latest":
         return steps[-1]
     if which == "best":
-        return steps[-1] if store.best_step() is None else store.best_step()
+        best = store.best_step()
+        return steps[-1] if best is None else best
     if which.isdigit() and int(which) in steps:
         return int(which)
     raise UserError(f"--step={which}: give latest, best, or one of {', '.join(map(str, steps))}")

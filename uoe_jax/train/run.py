@@ -83,13 +83,14 @@ class Run:
           BadStretch: too many bad steps in a row.
         """
         c, program = self.config, self.program
-        rows = mesh_lib.local_rows(program.mesh, c.train.batch_size)
+        rows = mesh_lib.local_rows(program.devices, c.train.batch_size)
         batches = TrainBatches(self.data.train, c.train.batch_size, c.train.seed, rows, c.data.sort_window)
         offset = int(jax.device_get(self.state.guard.offset))
-        fetch = lambda step: mesh_lib.put_batch(program.mesh, batches[step + offset])  # noqa: E731
+        fetch = lambda step: mesh_lib.put_batch(program.devices, batches[step + offset])  # noqa: E731
         if self.owed:
             self.evaluate(signal)
             self.owed = False
+            assert self.ranking_loss is not None  # of the evaluation
             self.store.rank(self.step, self.ranking_loss)
         with Prefetcher(fetch, self.start, self.stop) as prefetcher:
             while self.step < self.stop:
@@ -216,12 +217,11 @@ class Run:
         if seconds is not None:
             flops = train_flops(self.config.model, self.config.train.batch_size) / seconds
             peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-            if self.config.data.buckets > 1:  # steps are of several lengths
-                flops, peak = "n/a", None
+            alike = self.config.data.buckets <= 1  # else steps are of several lengths
             found["perf/seconds_per_step"] = seconds
             found["perf/tokens_per_second"] = found["train/tokens"] / seconds
-            found["perf/model_flops_per_second"] = flops
-            found["perf/mfu"] = flops / peak / jax.device_count() if peak else "n/a"
+            found["perf/model_flops_per_second"] = flops if alike else "n/a"
+            found["perf/mfu"] = flops / peak / jax.device_count() if peak and alike else "n/a"
         found |= peak_bytes()
         if due:
             self.writer.write(step, found)

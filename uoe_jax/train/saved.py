@@ -98,27 +98,27 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
       UserError: written by a newer format.
       CheckpointDamaged: they are not there, or not as they were written.
     """
-    found, reason = by_first(lambda: _read_metadata(path))
-    if reason is not None:
-        raise CheckpointDamaged(path, reason)
+    found = by_first(lambda: _read_metadata(path))
+    if isinstance(found, str):
+        raise CheckpointDamaged(path, found)
     if found["format_version"] > FORMAT_VERSION:
         raise UserError(f"{path}: format_version={found['format_version']} is newer than {FORMAT_VERSION}, the newest "
                         "this uoe_jax reads; update uoe_jax")
     return found
 
 
-def _read_metadata(path: epath.Path) -> tuple[dict[str, Any] | None, str | None]:
-    """(the metadata, None) or (None, what is wrong)."""
+def _read_metadata(path: epath.Path) -> dict[str, Any] | str:
+    """The metadata, or what is wrong with them."""
     try:
         found = json.loads((path / _METADATA).read_bytes())["custom_metadata"]
         if found["format_version"] == 1 and "digest" not in found:
             found["leaves"].items()  # nothing else can be checked there
         elif not _is_sealed(found):  # before the version is believed; every later format keeps this digest
-            return None, f"{_METADATA} is not as it was written"
+            return f"{_METADATA} is not as it was written"
     except Exception as error:
         _raise_if_passing(path, error)
-        return None, f"{_METADATA} has lost its content: {first_line(error)}"
-    return found, None
+        return f"{_METADATA} has lost its content: {first_line(error)}"
+    return found
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -329,26 +329,26 @@ def _alone(partial: bool) -> ocp.Context:
 
 def _in_each(path: epath.Path, do: Callable[[], T]) -> T:
     """What `do` gives in this process, once it has worked in all; else CheckpointDamaged, or RunError, in all."""
+    values: list[T] = []
     reasons: list[str] = []
 
-    def attempt() -> T | None:
+    def attempt() -> None:
         try:
-            return do()
+            values.append(do())
         except Exception as error:
             _raise_if_passing(path, error)
             reasons.append(f"it cannot be read: {first_line(error)}")
-            return None
 
     def tell() -> None:
         if reasons:
             raise _Damage(reasons[0])
 
-    value = together(attempt)
+    together(attempt)
     try:
         together(tell)
     except (_Damage, Told) as error:
         raise CheckpointDamaged(path, str(error)) from error
-    return value  # type: ignore[return-value]
+    return values[0]
 
 
 def _raise_if_passing(path: epath.Path, error: Exception) -> None:

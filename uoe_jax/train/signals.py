@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any, Callable
 
 from uoe_jax import processes
 
@@ -28,7 +29,7 @@ class StopSignal:
         self._asked = 0  # a number that is the same in all processes
         self._due = False
         self._interrupts = 0
-        self._old: dict[int, object] = {}
+        self._old: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def due(self) -> bool:
         """Whether to stop here; of several processes, all say so in the same one of their calls, and from then on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,13 @@ class TrainState(NamedTuple):
     guard: guard_lib.Guard
 
 
+class TrainStep(Protocol):
+    """What `jax.jit` makes of a train step: a function that can be lowered from shapes, too."""
+
+    def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, dict[str, Any]]: ...
+    def lower(self, *args: Any) -> jax.stages.Lowered: ...
+
+
 class Program(NamedTuple):
     """A configuration compiled for a mesh.
 
@@ -46,11 +53,17 @@ class Program(NamedTuple):
 
     mesh: Mesh | AbstractMesh
     init: Callable[[jax.Array], TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    train_step: TrainStep
     eval_step: Callable[[Params, Batch], Sums]
     abstract: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
     model: Callable[[Params], Any]
+
+    @property
+    def devices(self) -> Mesh:
+        """The mesh of what is to be run; one that is only planned may be abstract."""
+        assert isinstance(self.mesh, Mesh), self.mesh
+        return self.mesh
 
 
 def learning_rate(c: OptimizerConfig, decay_steps: int) -> optax.Schedule:
@@ -108,10 +121,11 @@ def declared(abstract: nnx.State, read: Callable[[nnx.Param, tuple[int, ...]], A
     flat = {path: read(v, v.get_value().shape) for path, v in nnx.to_flat_state(abstract)}
     out: Params = {}
     for path, value in flat.items():
+        *modules, name = map(str, path)  # which they are
         node = out
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = value
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[name] = value
     return out
 
 
@@ -133,7 +147,8 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     like_params = optax.tree_utils.tree_map_params(
         optimizer, lambda _, s: s, shapes.opt, shardings, transform_non_params=lambda _: everywhere
     )
-    placed = TrainState(everywhere, shardings, like_params, jax.tree.map(lambda _: everywhere, shapes.guard))
+    everything = jax.tree.map(lambda _: everywhere, shapes.guard)
+    placed = TrainState._make((everywhere, shardings, like_params, everything))  # shardings in the places of arrays
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
 
     def sharing(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ class Sums(NamedTuple):
     """
 
     nll: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # over the method of tuples, which nobody asks of sums
     correct: jax.Array
     tokens: jax.Array
     n_bytes: jax.Array
@@ -63,7 +63,7 @@ def task_of(c: Config) -> Task:
 
 def _text_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
     rows = c.train.batch_size
-    by_token = {name: ((rows, c.model.context_length), jnp.int32) for name in ("tokens", "targets", "segments", "positions")}
+    by_token = dict.fromkeys(("tokens", "targets", "segments", "positions"), ((rows, c.model.context_length), jnp.int32))
     return by_token | {"n_bytes": ((rows,), jnp.int32)}
 
 
