@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from uoe_jax.keys import key
 
-TEXT = ("stdlib", "text", "wikitext103", "tfds_text")  # for a language model
+TEXT = ["stdlib", "text", "wikitext103", "tfds_text"]  # for a language model
 
 FROM_FILE = ("bpe", "library")  # tokenizers that data.tokenizer_file holds
 
@@ -15,7 +15,8 @@ FROM_FILE = ("bpe", "library")  # tokenizers that data.tokenizer_file holds
 class Facts(NamedTuple):
     """What a labelled source gives: classes, inputs of an example, and (height, width, channels) of images; 0: any.
 
-    resize: images are of every size, and made to fit. text: a tokenizer makes tokens of the inputs.
+    resize: images are of every size, and made to fit. text: a tokenizer makes tokens of the inputs. n_ids: where neither image
+    nor text, how many token ids there are.
     """
 
     n_classes: int
@@ -23,6 +24,7 @@ class Facts(NamedTuple):
     image: tuple[int, int, int] | None = None
     resize: bool = False
     text: bool = False
+    n_ids: int = 256
 
 
 FACTS = {  # for a classifier
@@ -35,6 +37,8 @@ FACTS = {  # for a classifier
     "cifar100": Facts(100, image=(32, 32, 3)),
     "imagenet2012": Facts(1000, image=(0, 0, 3), resize=True),
 }
+
+SOURCES = [*TEXT, *FACTS]  # `data.sources.add_source` adds to all three
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ class PathfinderConfig:
 class DataConfig:
     """Where examples come from, and how text becomes tokens."""
 
-    source: str = key("stdlib", "where documents, or labelled examples, come from", choices=(*TEXT, *FACTS))
+    source: str = key("stdlib", "where documents, or labelled examples, come from", choices=SOURCES)
     path: str = key(
         "", "directory or glob of the source, or where TensorFlow Datasets keeps its data; empty: the source's own place", free=True
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from uoe_jax.errors import ConfigError
 
@@ -19,7 +20,7 @@ def key(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: Sequence[str] = (),
     free: bool = False,
 ) -> Any:
     """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`; `free` may change on resume."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from uoe_jax.config import Config
-from uoe_jax.config_data import FACTS, FROM_FILE, DataConfig
+from uoe_jax.config_data import FACTS, FROM_FILE, SOURCES, TEXT, DataConfig, Facts
 from uoe_jax.data.examples import ExampleSource
 from uoe_jax.data.tokenizer import Tokenizer, WordTokenizer, load_tokenizer, stored
 from uoe_jax.errors import RunError, UserError
@@ -23,6 +23,29 @@ class TextSource(Protocol):
     def record(self) -> dict[str, Any]: ...
 
 
+_own: dict[str, Callable[[DataConfig], Any]] = {}
+
+
+def add_source(name: str, opened: Callable[[DataConfig], TextSource | ExampleSource], facts: Facts | None = None) -> None:
+    """Makes `data.source=name` mean a source of one's own, in every process that calls this, such as from a config file.
+
+    Args:
+      opened: the `data` section -> documents of a language model, or with `facts` the examples of a classifier.
+
+    Raises:
+      ValueError: the project has a source of that name.
+    """
+    if name in SOURCES and name not in _own:
+        raise ValueError(f"data.source={name!r} is one of the project's own; choose another name")
+    if name not in _own:
+        SOURCES.append(name)
+        if facts is None:
+            TEXT.append(name)
+    if facts is not None:
+        FACTS[name] = facts
+    _own[name] = opened
+
+
 def text_source(c: DataConfig, cache_dir: Path) -> TextSource:
     """The documents of a language model; the modules are imported as they are needed. Raises UserError."""
     from uoe_jax.data import named, stdlib, text, wikitext
@@ -33,7 +56,7 @@ def text_source(c: DataConfig, cache_dir: Path) -> TextSource:
         "wikitext103": lambda: wikitext.open_wikitext103(c.path, cache_dir),
         "tfds_text": lambda: named.open_tfds_text(c.name, c.path),
     }
-    return opened[c.source]()
+    return _own[c.source](c) if c.source in _own else opened[c.source]()
 
 
 def labelled_source(c: DataConfig, cache_dir: Path) -> ExampleSource:
@@ -46,6 +69,8 @@ def labelled_source(c: DataConfig, cache_dir: Path) -> ExampleSource:
         "pathfinder": lambda: pathfinder.open_pathfinder(c.path, c.pathfinder),
         "digits": digits.Digits,
     }
+    if c.source in _own:
+        return _own[c.source](c)
     return opened[c.source]() if c.source in opened else named.open_named(c.source, c.path)
 
 
@@ -85,7 +110,7 @@ def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
 
         return len(SYMBOLS), None
     if d.source in FACTS and not FACTS[d.source].text:
-        return 256, None  # pixels
+        return FACTS[d.source].n_ids, None
     if d.tokenizer in FROM_FILE and not (d.tokenizer_file and Path(d.tokenizer_file).expanduser().is_file()):
         return 0, None  # a plan can do without, and a run that has kept its own
     tokenizer = load_tokenizer(d.tokenizer, d.tokenizer_file)
