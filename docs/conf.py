@@ -6,15 +6,21 @@ configs.md, from the declarations of the keys, and links to source files, which 
 
 from __future__ import annotations
 
+import ast
 import collections
 import dataclasses
+import inspect
 import pathlib
 import re
 import sys
+import textwrap
 from typing import Any, Iterator
 
 from docutils import nodes
+from flax import nnx
 from sphinx.addnodes import download_reference
+from sphinx.util.inspect import signature as signature_of
+from sphinx.util.inspect import stringify_signature
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,6 +39,9 @@ html_show_sourcelink = False
 myst_heading_anchors = 3
 default_role = "code"  # docstrings have Markdown's single backticks
 napoleon_use_ivar = True  # attributes of a named tuple are described once, where its docstring has them
+napoleon_attr_annotations = False  # the signature has their types
+napoleon_use_param = False  # several arguments may share a line
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True, "special-members": "__call__"}
 
@@ -114,7 +123,25 @@ def _skip_aliases(app: Any, what: str, name: str, obj: Any, skip: bool, options:
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+class _Code(str):
+    """A default as it is written."""
+
+    __repr__ = str.__str__
+
+
+def _signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returned: str) -> tuple[str, str] | None:
+    """That of a module's `__init__`, which Flax's metaclass hides."""
+    if what != "class" or not issubclass(obj, nnx.Module) or "__init__" not in vars(obj):
+        return None
+    written = ast.parse(textwrap.dedent(inspect.getsource(obj.__init__))).body[0].args
+    defaults = {a.arg: _Code(ast.unparse(d)) for a, d in zip(written.kwonlyargs, written.kw_defaults) if d is not None}
+    found = signature_of(obj.__init__, bound_method=True)
+    shown = [p.replace(default=defaults.get(p.name, p.default)) for p in found.parameters.values()]
+    return stringify_signature(found.replace(parameters=shown), show_return_annotation=False, unqualified_typehints=True), ""
+
+
 def setup(app: Any) -> None:
     app.connect("source-read", _fill_in)
     app.connect("doctree-read", _link_source, priority=400)  # before downloads are collected
     app.connect("autodoc-skip-member", _skip_aliases)
+    app.connect("autodoc-process-signature", _signature)
