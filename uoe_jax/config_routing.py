@@ -11,7 +11,7 @@ from uoe_jax.keys import key
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """How one block (SMHA or UoME) routes. Letters as in DESIGN: N experts, K chosen, C slots, P tokens per patch."""
+    """How one block (SMHA or UoME) routes. Letters: N experts, K chosen, C slots, P tokens per patch."""
 
     n_experts: int = key(8, "N, the number of equal partitions of the block", low=1)
     k: int = key(4, "K, experts each patch chooses", low=1)

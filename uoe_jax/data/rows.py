@@ -21,10 +21,11 @@ class LabelledRows:
     """One split, by index.
 
     `rows[i]`, as evaluation sees it, is a dict of arrays:
-      inputs: int32 [L] token ids, 0 where padding, or an image uint8 [height,width,channels]; of pairs [2,L].
-      segments: int32 [L] (of pairs [2,L]), 1 at tokens and 0 at padding; of images [tokens].
-      label, other: int32 [], classes; -1 in a row of padding. share: float32 [], what of the target is `label`, the rest
-        being `other` (mixed images).
+
+    - inputs: int32 [L] token ids, 0 where padding, or an image uint8 [height,width,channels]; of pairs [2,L].
+    - segments: int32 [L] (of pairs [2,L]), 1 at tokens and 0 at padding; of images [tokens].
+    - label, other: int32 [], classes; -1 in a row of padding. share: float32 [], what of the target is `label`, the rest
+      being `other` (mixed images).
     """
 
     def __init__(self, examples: Examples, n_classes: int, name: str, config: Config, tokenizer: Tokenizer | None) -> None:

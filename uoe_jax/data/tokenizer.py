@@ -92,11 +92,11 @@ class BPETokenizer:
 
     Any bytes come back exactly, and their tokens stand for exactly their number: bytes that are not UTF-8, which the
     library does not take, become their one-byte tokens, and the text between them is encoded piece by piece.
-    Special tokens are never found in text: the characters <|endoftext|> in a document are text like any other.
+    Special tokens are never found in text: the characters `<|endoftext|>` in a document are text like any other.
 
-    The separator is the special token of the first of these names that the file has: <|endoftext|>, <|end_of_text|>,
-    </s>, <eos>, [EOS]; or else its only special token. A document starts with the special token <|begin_of_text|>, <s> or
-    <bos> where the file has one, as models of the Llama family do, else with the separator.
+    The separator is the special token of the first of these names that the file has: `<|endoftext|>`,
+    `<|end_of_text|>`, `</s>`, `<eos>`, `[EOS]`; or else its only special token. A document starts with the special token
+    `<|begin_of_text|>`, `<s>` or `<bos>` where the file has one, as models of the Llama family do, else with the separator.
     """
 
     tokens_are_words = False

@@ -83,8 +83,9 @@ def open_wikitext103(path: str, cache_dir: Path) -> WikiText:
 def articles(text: Iterable[bytes]) -> Iterator[bytes]:
     """Cuts lines into articles before each title but the first; what precedes that belongs to its article.
 
-    A title is a line ` = Title = ` (sections have ` = = `) between two blank lines: the training text has hundreds of lines
-    of that form, from tables and formulas, in the middle of a paragraph. Yields nothing where there is no title.
+    A title is a line `= Title =` with a space around it (sections have `= =`) between two blank lines: the training text has
+    hundreds of lines of that form, from tables and formulas, in the middle of a paragraph. Yields nothing where there is no
+    title.
     """
     article: list[bytes] = []
     titled = False

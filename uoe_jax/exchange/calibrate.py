@@ -31,7 +31,7 @@ SPREAD_WEIGHED = 0.02  # where the gate makes weights of logits, which must stay
 UNWEIGHED = ("straight_through", "none")
 
 
-class Sums(NamedTuple):
+class Moments(NamedTuple):
     """Of one block in every layer, over patches: XᵀX [layers,D,D], XᵀT [layers,D,N], the number of patches [layers]."""
 
     xx: jax.Array
@@ -39,12 +39,12 @@ class Sums(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # over the method of tuples, which nobody asks of sums
 
 
-def seen(model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array) -> dict[str, Sums]:
+def seen(model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array) -> dict[str, Moments]:
     """What the routers of a batch would have to tell apart, by block."""
     tokens = Tokens(segments_BL, positions_BL, model.rotary(positions_BL))
     graphdef, stacked = nnx.split(model.layers)
 
-    def layer(x_BLD: jax.Array, weights: nnx.State) -> tuple[jax.Array, dict[str, Sums]]:
+    def layer(x_BLD: jax.Array, weights: nnx.State) -> tuple[jax.Array, dict[str, Moments]]:
         block, found = nnx.merge(graphdef, weights), {}
         for place, norm in (("attention", block.attention_norm), ("mlp", block.mlp_norm)):
             part, h_BLD = getattr(block, place), norm(x_BLD)
@@ -61,7 +61,7 @@ def seen(model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, posit
     return jax.lax.scan(layer, model.embedded(tokens_BL, positions_BL), stacked)[1]
 
 
-def _sums(block: Union, x_BLD: jax.Array, y_NBLD: jax.Array, segments_BL: jax.Array) -> Sums:
+def _sums(block: Union, x_BLD: jax.Array, y_NBLD: jax.Array, segments_BL: jax.Array) -> Moments:
     p, d = block.routing.patch_size, x_BLD.shape[-1]
     valid_BMP, x_BMPD = patches(segments_BL, p) > 0, patches(x_BLD, p)
     summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32) if block.causal else valid_mean(x_BMPD, valid_BMP)
@@ -69,10 +69,10 @@ def _sums(block: Union, x_BLD: jax.Array, y_NBLD: jax.Array, segments_BL: jax.Ar
     target_BMN = valid_mean(patches(given_BLN, p), valid_BMP)
     counts_R = valid_BMP.any(axis=2).reshape(-1, 1).astype(jnp.float32)
     x_RD, t_RN = summary_BMD.reshape(-1, d) * counts_R, target_BMN.reshape(counts_R.shape[0], -1) * counts_R
-    return Sums(x_RD.T @ x_RD, x_RD.T @ t_RN, counts_R.sum())
+    return Moments(x_RD.T @ x_RD, x_RD.T @ t_RN, counts_R.sum())
 
 
-def fitted(sums: Sums, gate: str) -> np.ndarray:
+def fitted(sums: Moments, gate: str) -> np.ndarray:
     """The kernels float32 [layers,D,N] of the routers of one block."""
     xx, xt, count = (np.asarray(a, np.float64) for a in sums)
     xt = xt - xt.mean(axis=-1, keepdims=True)  # what all experts have in common ranks none of them

@@ -1,7 +1,7 @@
 """A trained model as StableHLO with its weights, in a directory that jax alone can run.
 
 `model.stablehlo` is MAGIC, the length of the header in 8 little-endian bytes, a header in JSON, and what `jax.export`
-serialises: forward(weights by dotted name, *inputs) -> logits, for any batch size, on one device of any platform.
+serialises: `forward(weights by dotted name, *inputs) -> logits`, for any batch size, on one device of any platform.
 `model.safetensors` has the weights, `load.py` an example that runs the model without this package. StableHLO promises to be
 read for half a year: it is for running a model elsewhere, and the checkpoint is what lasts.
 """

@@ -1,6 +1,6 @@
 """Performer (Choromanski et al. 2020, arXiv 2009.14794): softmax attention by positive orthogonal random features, FAVOR+.
 
-exp(q·k) is the mean of φ(q)·φ(k) over R drawn directions w, φ(x) = exp(w·x − |x|²/2); keys and values are then summed up once
+exp(q·k) is the mean of φ(q)·φ(k) over R drawn directions w, `φ(x) = exp(w·x − |x|²/2)`; keys and values are then summed up once
 for all queries. Directions are orthogonal in blocks of Dh, as long as normal ones, drawn once with the weights and shared by
 the heads of a layer (the authors can draw them again while training). Padding has no features φ(k), and what is subtracted
 in the exponents against overflow is taken from a row's own tokens.

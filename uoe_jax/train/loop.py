@@ -46,10 +46,12 @@ def train(
     place, "" where that failed; it raises nothing.
 
     Order of a run:
+
       1. resume from the newest good checkpoint of the workdir; else start from `init_from`; else initialise;
       2. per step: evaluate if due (the state about to be trained) -> save if due -> stop if asked -> fetch batch(step)
          -> dispatch the step -> read the previous step's guard -> log;
       3. at the end: evaluate, save, measure the test split if that is due, and show what came of it.
+
     A metrics line of step s, a checkpoint s and `state.step` = s all speak of the state after s steps.
     """
     with StopSignal() as signal, contextlib.ExitStack() as held:

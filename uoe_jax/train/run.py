@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shlex
 import sys
 import time
 from typing import Any, Callable, Iterator
@@ -293,7 +294,7 @@ class Run:
             told += ["a sample:", *("  | " + line for line in sample.splitlines())]
         told += [f"report: {report}"] * bool(report)
         following = [] if self.config.eval.test else [f"  uoe eval --workdir={workdir} --split=test"]
-        following += [f"  uoe generate --workdir={workdir} --prompt='class '"] * bool(sample)
+        following += [f"  uoe generate --workdir={workdir} --prompt={shlex.quote(self.config.generate.prompt)}"] * bool(sample)
         return "\n".join(told + ["next:", *following] * bool(following))
 
 
