@@ -7,8 +7,8 @@ import runpy
 import shutil
 
 import pytest
-
 from helpers import ROOT, environment, uoe
+
 from uoe_jax import cli
 from uoe_jax.config_data import FACTS, SOURCES, TEXT
 from uoe_jax.data.sources import add_source
@@ -66,15 +66,18 @@ def test_own_examples_of_token_ids(forgotten):
 
 @pytest.mark.slow
 def test_the_notebook(tmp_path):
-    """Every cell; what trains in it tells its progress in plain lines."""
+    """Every cell. IPython gives commands a terminal, so there they show a bar; in the kernel itself there are plain lines."""
     import nbformat
     from nbclient import NotebookClient
 
     shutil.copy(EXAMPLES / "dense_to_experts.ipynb", tmp_path)
     notebook = nbformat.read(tmp_path / "dense_to_experts.ipynb", as_version=4)
+    own = "from uoe_jax import cli; cli.main(['train', '--config=digits:tiny', '--workdir=runs/own', '--config.train.log_every=1'])"
+    notebook.cells.append(nbformat.v4.new_code_cell(own))
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment(XLA_FLAGS=""))
     said = ["".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream") for cell in notebook.cells if cell.cell_type == "code"]
-    assert "step 200/200" in said[1] and "\r" not in said[1] and "\x1b" not in said[1]
+    assert "step 200/200 |" in said[1]
+    assert "\nstep 5/5  loss " in said[-1] and "\r" not in said[-1] and "\x1b" not in said[-1]
     losses = [float(line.split()[1]) for line in said[2].splitlines() if line.startswith("loss ")]
     assert len(losses) == 2 and abs(losses[0] - losses[1]) < 1e-3
     by_k = [float(line.split()[3]) for line in said[3].splitlines()]
