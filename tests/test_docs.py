@@ -154,6 +154,9 @@ def understood(words: list[str]) -> None:
             assert key in config_lib.ALL_KEYS, key
     elif words[:2] == ["python", "launch/local.py"]:
         understood(words[words.index("--") + 1 :])
+    elif program == "python" and words[1].startswith("examples/"):
+        assert (ROOT / words[1]).is_file(), words
+        understood(["uoe", *words[2:]])
     elif program == "sbatch":
         script = words.index("launch/slurm.sbatch")
         understood(["uoe", "train", *words[script + 1 :]])
@@ -304,7 +307,7 @@ def own_config(folder: pathlib.Path) -> None:
     (folder / "mine.py").write_text(python_of("getting-started")[-1])
 
 
-BEFORE = {"docs/exchange.md": small_model, "docs/data.md": small_text, "docs/generate.md": small_run, "docs/getting-started.md": own_config}
+BEFORE = {"docs/exchange.md": small_model, "docs/data.md": small_text, "docs/generate.md": small_run, "docs/report.md": small_run, "docs/getting-started.md": own_config}
 
 
 def made_small(words: list[str], folder: pathlib.Path) -> list[str]:
@@ -347,7 +350,7 @@ STORIES = [name for name, found in COMMANDS.items() if any(map(run_here, found))
 @pytest.mark.parametrize("name", STORIES)
 def test_the_commands_of_a_document_run_in_its_order(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for shared in ("configs", "launch"):
+    for shared in ("configs", "examples", "launch"):
         (tmp_path / shared).symlink_to(ROOT / shared)
     write_source(tmp_path / "source")
     BEFORE.get(name, lambda folder: None)(tmp_path)

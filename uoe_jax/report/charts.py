@@ -93,14 +93,14 @@ def routing() -> LayoutDOM:
     load.add_layout(ColorBar(color_mapper=mapper, ticker=BasicTicker(), width=10), "right")
     load.yaxis.ticker = BasicTicker(min_interval=1, mantissas=[1, 2, 5])
     load.grid.visible = False
-    others = [
+    figures: list[UIElement | None] = [
+        load,
         _lines("patches that were lost, share", ("choices without a slot", "patches no expert took"), "0.0000"),
         _lines("router entropy, nats", ("router entropy, nats", "even: ln N"), "0.000"),
         _lines("experts out of balance", ("highest load / mean", "dead experts"), "0.00"),
         _lines("kept share by quarter of the row, of the mean", ("first quarter", "second quarter", "third quarter", "last quarter"), "0.000"),
     ]
-    all_of_them: list[UIElement | None] = [load, *others]
-    return gridplot(all_of_them, ncols=3, width=WIDTH, height=HEIGHT, toolbar_options={"logo": None})
+    return gridplot(figures, ncols=3, width=WIDTH, height=HEIGHT, toolbar_options={"logo": None})
 
 
 def _lines(title: str, names: Sequence[str], shown: str) -> figure:

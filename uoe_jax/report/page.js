@@ -109,7 +109,7 @@
     const s = run().sample, b = block(), place = at("sample");
     place.replaceChildren();
     at("of-sample").hidden = !(s && b && b.routes);
-    at("why").textContent = run().why || (b && !b.routes ? "This block does not choose patches one by one." : `At step ${run().step}. Point at a token or a square to see who took it.`);
+    at("why").textContent = run().why || (b && !b.routes ? "Of this block there is no sample to show." : `At step ${run().step}. Point at a token or a square to see who took it.`);
     if (!s || !b || !b.routes) return;
     const top = Math.max(...numbers(b.routes)[layer()], 1e-9);
     drawLegend(b);

@@ -56,7 +56,7 @@ def _summary(runs: Sequence[Logged]) -> str:
         facts = {
             "run": f'<span style="color:{colour}">■</span> {html.escape(run.name)}',
             "blocks": f"{m.attention} + {m.mlp}, {m.n_layers} layers, D = {m.d_model}",
-            **{f"{name}": f"{r.k} of {r.n_experts} experts, patches of {r.patch_size}, {r.unit} by {r.priority}, gate {r.gate}" for name, r in m.unions().items()},
+            **{name: f"{r.k} of {r.n_experts} experts, patches of {r.patch_size}, {r.unit} by {r.priority}, gate {r.gate}" for name, r in m.unions().items()},
             "forward operations": f"{forward_flops(m) / m.rows_per_example / m.context_length / 1e6:.3g} MFLOPs a token",
             "data": html.escape(c.data.source),
             "batch": f"{c.train.batch_size} rows of {m.context_length} tokens",
