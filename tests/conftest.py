@@ -15,6 +15,7 @@ os.environ.setdefault("UOE_CACHE", str(CACHE / "data"))
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_CODE}"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -22,3 +23,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 (CACHE / "jax").mkdir(mode=0o700, parents=True, exist_ok=True)
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def forgotten():
+    """The sources as they were, after a test that adds one."""
+    from uoe_jax.config_data import FACTS, SOURCES, TEXT
+    from uoe_jax.data import sources
+
+    before = list(SOURCES), list(TEXT), dict(FACTS), dict(sources._own)
+    yield
+    SOURCES[:], TEXT[:] = before[:2]
+    for kept, old in ((FACTS, before[2]), (sources._own, before[3])):
+        kept.clear()
+        kept.update(old)

@@ -132,7 +132,8 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("command", EVERY)
-def test_a_command_is_run_or_says_what_it_needs(command):
+def test_a_command_is_run_or_says_what_it_needs(command, monkeypatch, forgotten):
+    monkeypatch.chdir(ROOT)
     if command.text in ELSEWHERE:
         file, line = ELSEWHERE[command.text]
         assert line in map(str.strip, (ROOT / file).read_text().splitlines()), file
@@ -154,7 +155,7 @@ def understood(words: list[str]) -> None:
             assert key in config_lib.ALL_KEYS, key
     elif words[:2] == ["python", "launch/local.py"]:
         understood(words[words.index("--") + 1 :])
-    elif program == "python" and words[1].startswith("examples/"):
+    elif program == "python" and words[1].startswith("examples/"):  # an example with the command line of `uoe`
         assert (ROOT / words[1]).is_file(), words
         understood(["uoe", *words[2:]])
     elif program == "sbatch":
@@ -307,7 +308,10 @@ def own_config(folder: pathlib.Path) -> None:
     (folder / "mine.py").write_text(python_of("getting-started")[-1])
 
 
-BEFORE = {"docs/exchange.md": small_model, "docs/data.md": small_text, "docs/generate.md": small_run, "docs/report.md": small_run, "docs/getting-started.md": own_config}
+BEFORE = {
+    "docs/exchange.md": small_model, "docs/data.md": small_text, "docs/getting-started.md": own_config,
+    "docs/generate.md": small_run, "docs/report.md": small_run,
+}  # fmt: skip
 
 
 def made_small(words: list[str], folder: pathlib.Path) -> list[str]:
@@ -335,8 +339,8 @@ def run(words: list[str], folder: pathlib.Path) -> None:
     if words[0] == "uoe":
         assert cli.main(made_small(words[1:], folder)) == 0, words
         return
-    if "--" in words:
-        at = words.index("--") + 2  # behind `uoe`
+    at = words.index("--") + 2 if "--" in words else 2 if words[1].startswith("examples/") else None
+    if at is not None:  # where the arguments of `uoe` begin
         words = [*words[:at], *made_small(words[at:], folder)]
     env = environment(PATH=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     done = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, env=env)
@@ -348,9 +352,9 @@ STORIES = [name for name, found in COMMANDS.items() if any(map(run_here, found))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STORIES)
-def test_the_commands_of_a_document_run_in_its_order(name, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_a_document_run_in_its_order(name, tmp_path, monkeypatch, forgotten):
     monkeypatch.chdir(tmp_path)
-    for shared in ("configs", "examples", "launch"):
+    for shared in ("configs", "launch", "examples"):
         (tmp_path / shared).symlink_to(ROOT / shared)
     write_source(tmp_path / "source")
     BEFORE.get(name, lambda folder: None)(tmp_path)

@@ -10,7 +10,6 @@ import pytest
 from helpers import ROOT, environment, uoe
 
 from uoe_jax import cli
-from uoe_jax.config_data import FACTS, SOURCES, TEXT
 from uoe_jax.data.sources import add_source
 
 EXAMPLES = ROOT / "examples"
@@ -25,19 +24,6 @@ def test_the_blocks_learn_in_a_model_of_ones_own(capsys):
         assert runpy.run_path(str(EXAMPLES / "blocks.py"))["main"]() < 0.6
     assert "tokens by expert" in capsys.readouterr().out
     assert len((EXAMPLES / "blocks.py").read_text().splitlines()) <= 60
-
-
-@pytest.fixture
-def forgotten():
-    """The sources as they were, after a test that adds one."""
-    from uoe_jax.data import sources
-
-    before = list(SOURCES), list(TEXT), dict(FACTS), dict(sources._own)
-    yield
-    SOURCES[:], TEXT[:] = before[:2]
-    for kept, old in ((FACTS, before[2]), (sources._own, before[3])):
-        kept.clear()
-        kept.update(old)
 
 
 def test_a_dataset_of_ones_own(tmp_path, capsys, forgotten):
