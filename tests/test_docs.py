@@ -66,7 +66,7 @@ INSTEAD = {
 # What makes a run small, whatever the document sets these keys to.
 FEW_STEPS = {
     "train.steps": 3, "train.batch_size": 8, "train.log_every": 1, "eval.every": 0, "eval.batches": 1, "checkpoint.every": 0,
-    "generate.max_tokens": 4, "optimizer.warmup_steps": 1,
+    "generate.max_tokens": 4, "optimizer.warmup_steps": 1, "train.report": "false",  # `uoe report` is run by itself
 }  # fmt: skip
 SMALL_MODEL = {"model.n_layers": 1, "model.d_model": 32, "model.d_hidden": 64}
 SHORT_ROWS = {"model.context_length": 64}  # not of images, whose size settles it
