@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import ModelConfig
+from uoe_jax.errors import UserError
 from uoe_jax.layers import union
 from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import Tokens, rotary_tables
@@ -416,3 +418,12 @@ def test_right_padding_of_a_model(priority):
     assert all(float(s.chosen_N.sum() - s.kept_N.sum()) > 0 for s in stats.values())  # capacity is tight
     assert reference.error(y[0, :24], alone[0]) < 1e-6
     assert reference.error(y[1, :22], alone[1, :22]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "values, said", [({"gate": "sigmod"}, "routing.gate='sigmod'"), ({"k": 9}, "routing.k=9"), ({"k": 2.0}, "routing.k=2.0"), ({"unit": "patchy"}, "routing.unit='patchy'")]
+)
+def test_a_routing_made_by_hand_is_checked(values, said):
+    """A misspelled gate must not become another one."""
+    with pytest.raises((ValueError, UserError), match=re.escape(said)):
+        UoME(16, 32, RoutingConfig(**{"n_experts": 8, "k": 2, **values}), causal=True, rngs=nnx.Rngs(0))

@@ -61,6 +61,12 @@ def parsed(name: str, kind: type, text: str) -> Any:
         raise ConfigError(name, text, f"give {wanted}") from None
 
 
+def check_declared(prefix: str, config: Any) -> None:
+    """Checks every value of a dataclass of keys against its declaration; ConfigError for the first that it does not allow."""
+    for name, value, meta in leaves(config):
+        checked(f"{prefix}.{name}", type(meta["default"]), value, meta)
+
+
 def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
     """The value of a key, if its declaration allows it; ConfigError otherwise."""
     given = type(value)

@@ -70,6 +70,13 @@ class DataBundle:
     vocab_size: int
     record: dict[str, Any]
 
+    def described(self) -> str:
+        """How much there is, for the person."""
+        sizes = [f"{len(getattr(self, split)):,}" for split in SPLITS]
+        n_files, n_bytes = self.record.get("n_files"), self.record.get("n_bytes")
+        read = f" from {n_files:,} files of {n_bytes / 1e6:,.3f} MB" if n_files and n_bytes else ""
+        return f"{' / '.join(sizes)} rows of {' / '.join(SPLITS)}{read}"
+
 
 def default_cache_dir() -> Path:
     """$UOE_CACHE, else ~/.cache/uoe_jax; made readable by its owner alone. Raises UserError if it cannot be written."""

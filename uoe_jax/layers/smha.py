@@ -37,7 +37,8 @@ class SMHA(Union):
       dtype: of the computation; weights are float32. rule: what the router's logits mean.
 
     Raises:
-      ValueError: N does not divide H or G; causal with a unit or priority that sees the future.
+      ValueError: N does not divide H or G; K above N; causal with a unit or priority that sees the future. ConfigError: a value of
+        `routing` that its declaration does not allow.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from flax import nnx
 
 from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.dispatch import backend_for, combine_slots, gather_own, gather_rows, gather_slots
+from uoe_jax.keys import check_declared
 from uoe_jax.layers.common import Tokens, fold, tokens_like
 from uoe_jax.layers.router import Router, patches
 from uoe_jax.region import WHOLE, Region, run
@@ -73,6 +74,9 @@ class Union(nnx.Module):
     def __init__(
         self, d_model: int, routing: RoutingConfig, *, causal: bool, dtype: Any, rule: Rule = UNION, rngs: nnx.Rngs
     ) -> None:
+        check_declared("routing", routing)  # a config file's is checked, but not one made by hand
+        if routing.k > routing.n_experts:
+            raise ValueError(f"routing.k={routing.k}: a patch cannot choose more than n_experts={routing.n_experts} experts")
         if causal and routing.unit != "patch":
             raise ValueError(f"unit={routing.unit!r} in a causal block depends on later patches; use 'patch'")
         if causal and routing.priority != "position":

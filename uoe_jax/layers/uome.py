@@ -27,7 +27,8 @@ class UoME(Union):
       fan_in: of the output projection's initialisation; 0: the whole F. rule: what the router's logits mean.
 
     Raises:
-      ValueError: N does not divide F; causal with a unit or priority that sees the future.
+      ValueError: N does not divide F; K above N; causal with a unit or priority that sees the future. ConfigError: a value of
+        `routing` that its declaration does not allow.
     """
 
     def __init__(

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from bokeh.layouts import gridplot
 from bokeh.models import (
     BasicTicker,
     ColumnDataSource,
     HoverTool,
-    LayoutDOM,
     LinearColorMapper,
     NumeralTickFormatter,
     PrintfTickFormatter,
 )
 from bokeh.models.annotations import ColorBar
 from bokeh.models.renderers import DataRenderer
-from bokeh.models.ui import UIElement
 from bokeh.palettes import Category10_10, Category20_20, cividis
 from bokeh.plotting import figure
 
@@ -36,7 +34,7 @@ TRAIN = (  # (title, keys of metrics.jsonl, factor, format of a value)
     ("skipped steps", ("train/skipped",), 1.0, "0"),
 )
 CELL = ("left", "right", "top", "bottom", "value", "expert", "step")  # of the heat map
-WIDTH, HEIGHT = 460, 260
+WIDTH, HEIGHT = 450, 260
 
 
 def colours(runs: Sequence[Logged]) -> list[str]:
@@ -45,10 +43,9 @@ def colours(runs: Sequence[Logged]) -> list[str]:
     return [palette[i % len(palette)] for i in range(len(runs))]
 
 
-def curves(runs: Sequence[Logged]) -> LayoutDOM:
+def curves(runs: Sequence[Logged]) -> list[figure]:
     """One figure for every measure that a run has; training as lines with their range, evaluations as dots on a line."""
-    drawn: list[UIElement | None] = [_curves(runs, *chart) for chart in TRAIN if any(_has(run, key) for run in runs for key in chart[1])]
-    return gridplot(drawn, ncols=3, width=WIDTH, height=HEIGHT, toolbar_options={"logo": None})
+    return [_curves(runs, *chart) for chart in TRAIN if any(_has(run, key) for run in runs for key in chart[1])]
 
 
 def _has(run: Logged, key: str) -> bool:
@@ -57,7 +54,7 @@ def _has(run: Logged, key: str) -> bool:
 
 
 def _curves(runs: Sequence[Logged], title: str, keys: Sequence[str], factor: float, shown: str) -> figure:
-    chart = figure(title=title, tools=TOOLS, name=f"curve {title}", x_axis_label="step")
+    chart = _figure(title)
     hovered: list[DataRenderer] = []
     for run, colour in zip(runs, colours(runs)):
         for key in keys:
@@ -78,13 +75,13 @@ def _curves(runs: Sequence[Logged], title: str, keys: Sequence[str], factor: flo
     chart.add_tools(HoverTool(renderers=hovered, tooltips=tips, mode="vline" if len(hovered) < 3 else "mouse"))
     chart.xaxis.tags = ["over"]  # page.js renames it
     chart.xaxis.formatter = NumeralTickFormatter(format="0[.]0a")
-    chart.yaxis.formatter = PrintfTickFormatter(format="%.0e") if title == "learning rate" else NumeralTickFormatter(format="0[.]00a")
+    chart.yaxis.formatter = PrintfTickFormatter(format="%.1e") if title == "learning rate" else NumeralTickFormatter(format="0[.]00a")
     return chart
 
 
-def routing() -> LayoutDOM:
+def routing() -> list[figure]:
     """The figures of one block in one layer; page.js fills their sources, by name."""
-    load = figure(title="load of every expert, of the mean", tools=TOOLS, name="load", x_axis_label="step", y_axis_label="expert")
+    load = _figure("load of every expert, of the mean", name="load", y_axis_label="expert")
     mapper = LinearColorMapper(palette=list(cividis(256)), low=0, high=2)
     # One point each, as a figure without any warns that it has no range.
     cells = ColumnDataSource({name: [float(name in ("right", "top"))] for name in CELL}, name="cells")
@@ -93,18 +90,23 @@ def routing() -> LayoutDOM:
     load.add_layout(ColorBar(color_mapper=mapper, ticker=BasicTicker(), width=10), "right")
     load.yaxis.ticker = BasicTicker(min_interval=1, mantissas=[1, 2, 5])
     load.grid.visible = False
-    figures: list[UIElement | None] = [
+    return [
         load,
         _lines("patches that were lost, share", ("choices without a slot", "patches no expert took"), "0.0000"),
         _lines("router entropy, nats", ("router entropy, nats", "even: ln N"), "0.000"),
         _lines("experts out of balance", ("highest load / mean", "dead experts"), "0.00"),
         _lines("kept share by quarter of the row, of the mean", ("first quarter", "second quarter", "third quarter", "last quarter"), "0.000"),
     ]
-    return gridplot(figures, ncols=3, width=WIDTH, height=HEIGHT, toolbar_options={"logo": None})
+
+
+def _figure(title: str, **more: Any) -> figure:
+    chart = figure(title=title, tools=TOOLS, x_axis_label="step", width=WIDTH, height=HEIGHT, **more)
+    chart.toolbar.update(logo=None, autohide=True)
+    return chart
 
 
 def _lines(title: str, names: Sequence[str], shown: str) -> figure:
-    chart = figure(title=title, tools=TOOLS, x_axis_label="step")
+    chart = _figure(title)
     for name, colour in zip(names, Category10_10):
         source = ColumnDataSource({"step": [0], "value": [0]}, name=name)
         line = chart.line("step", "value", source=source, color=colour, line_width=1.5, legend_label=name)

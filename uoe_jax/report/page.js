@@ -221,7 +221,8 @@
   }
 
   function start() {
-    if (!window.Bokeh || !Bokeh.documents.length) return setTimeout(start, 20);
+    const charts = document.querySelector(".charts > div");  // none before the first logged step
+    if (charts && !Bokeh.documents.length) return setTimeout(start, 20);
     at("routed").hidden = !runs.some((r) => Object.keys(r.blocks).length);
     offer(chosen.run, runs.map((r, i) => [String(i), r.name]).filter(([i]) => Object.keys(runs[i].blocks).length));
     if (at("routed").hidden) return;

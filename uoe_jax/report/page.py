@@ -20,6 +20,7 @@ from bokeh.resources import Resources
 from PIL import Image
 
 from uoe_jax.flops import forward_flops
+from uoe_jax.memory import parameters
 from uoe_jax.report import charts
 from uoe_jax.report.sample import Looked
 from uoe_jax.report.series import PER_LAYER, Logged
@@ -27,10 +28,9 @@ from uoe_jax.report.series import PER_LAYER, Logged
 
 def page(runs: Sequence[Logged], looked: Sequence[Looked]) -> str:
     """The file's text, for one run or several beside each other."""
-    figures: dict[str, Model] = {"curves": charts.curves(runs)}
-    if any(run.routing for run in runs):
-        figures["routing"] = charts.routing()
-    script, divs = components(figures)
+    curves, routing = charts.curves(runs), charts.routing() if any(run.routing for run in runs) else []
+    figures: list[Model] = [*curves, *routing]
+    script, divs = components(figures) if figures else ("", ())
     title = " · ".join(run.name for run in runs)
     data = [_run(run, look) for run, look in zip(runs, looked)]
     own = importlib.resources.files("uoe_jax.report")
@@ -41,8 +41,8 @@ def page(runs: Sequence[Logged], looked: Sequence[Looked]) -> str:
         bokeh=Resources(mode="inline", components=["bokeh"]).render_js(),
         figures=script,
         summary=_summary(runs),
-        curves=divs["curves"],
-        routing=divs.get("routing", ""),
+        curves="".join(divs[: len(curves)]),
+        routing="".join(divs[len(curves) :]),
         data=json.dumps(data, ensure_ascii=False).replace("</", "<\\/"),
         script=(own / "page.js").read_text(),
     )
@@ -57,8 +57,9 @@ def _summary(runs: Sequence[Logged]) -> str:
             "run": f'<span style="color:{colour}">■</span> {html.escape(run.name)}',
             "blocks": f"{m.attention} + {m.mlp}, {m.n_layers} layers, D = {m.d_model}",
             **{name: f"{r.k} of {r.n_experts} experts, patches of {r.patch_size}, {r.unit} by {r.priority}, gate {r.gate}" for name, r in m.unions().items()},
+            "parameters": f"{parameters(m) / 1e6:,.2f} M",
             "forward operations": f"{forward_flops(m) / m.rows_per_example / m.context_length / 1e6:.3g} MFLOPs a token",
-            "data": html.escape(c.data.source),
+            "data": html.escape(" ".join(filter(None, (c.data.source, c.data.name, c.data.path)))),
             "batch": f"{c.train.batch_size} rows of {m.context_length} tokens",
             "steps": f"{run.step:,} of {c.train.steps:,}" + ("" if run.step >= c.train.steps else " (in progress, or stopped)"),
             **{_called(split, key): f"{line[key]:.4f} (step {line.get('test/step', line['step']):,})" for split, line in run.last.items() for key in line if _told(key)},

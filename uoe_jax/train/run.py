@@ -276,7 +276,8 @@ class Run:
         return (
             f"{where} in {workdir}: {c.model.attention} + {c.model.mlp}, {c.model.n_layers} layers, D={c.model.d_model}, "
             f"{n / 1e6:.2f}M parameters, {c.train.steps} steps of {c.train.batch_size} x {c.model.context_length} tokens "
-            f"on {describe_devices()}{f'; deterministic: {cost_of_determinism()}' if c.train.deterministic else ''}"
+            f"on {describe_devices()}{f'; deterministic: {cost_of_determinism()}' if c.train.deterministic else ''}\n"
+            f"data: {c.data.source}, {self.data.described()}"
         )
 
     def farewell(self, workdir: str, exit_code: int, sample: str, report: str = "") -> str:
