@@ -74,7 +74,9 @@ class DataBundle:
         """How much there is, for the person."""
         sizes = [f"{len(getattr(self, split)):,}" for split in SPLITS]
         n_files, n_bytes = self.record.get("n_files"), self.record.get("n_bytes")
-        read = f" from {n_files:,} files of {n_bytes / 1e6:,.3f} MB" if n_files and n_bytes else ""
+        read = ""  # of some sources it is known for every split
+        if isinstance(n_files, int) and isinstance(n_bytes, int):
+            read = f" from {n_files:,} files of {n_bytes / 1e6:,.3f} MB"
         return f"{' / '.join(sizes)} rows of {' / '.join(SPLITS)}{read}"
 
 

@@ -74,7 +74,8 @@ class Union(nnx.Module):
     def __init__(
         self, d_model: int, routing: RoutingConfig, *, causal: bool, dtype: Any, rule: Rule = UNION, rngs: nnx.Rngs
     ) -> None:
-        check_declared("routing", routing)  # a config file's is checked, but not one made by hand
+        if rule is UNION:  # that of a config file is checked already, and the compared mixtures make their own
+            check_declared("routing", routing)
         if routing.k > routing.n_experts:
             raise ValueError(f"routing.k={routing.k}: a patch cannot choose more than n_experts={routing.n_experts} experts")
         if causal and routing.unit != "patch":
