@@ -34,7 +34,7 @@ TRAIN = (  # (title, keys of metrics.jsonl, factor, format of a value)
     ("skipped steps", ("train/skipped",), 1.0, "0"),
 )
 CELL = ("left", "right", "top", "bottom", "value", "expert", "step")  # of the heat map
-WIDTH, HEIGHT = 450, 260
+WIDTH, HEIGHT = 410, 250
 
 
 def colours(runs: Sequence[Logged]) -> list[str]:
