@@ -26,7 +26,8 @@ def console() -> NoReturn:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+        where = "" if self.prog == "uoe" else f"{self.prog}: "  # every sentence begins with it
+        raise UserError(f"{where}{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -369,7 +369,7 @@ def unknown_key(name: str) -> UserError:
     """The error for a key that no section has, naming the nearest one that exists."""
     near = difflib.get_close_matches(name, ALL_KEYS, n=1, cutoff=0.0)
     last = name.rsplit(".", 1)[-1]
-    same = [k for k in ALL_KEYS if k.rsplit(".", 1)[-1] == last]
+    same = sorted((k for k in ALL_KEYS if k.rsplit(".", 1)[-1] == last), key=lambda k: k.count("."))  # train.seed before data.listops.seed
     return UserError(f"config.{printable(name)}: unknown key; the nearest known key is config.{(same or near)[0]}")
 
 
