@@ -20,6 +20,7 @@ from uoe_jax.report import command
 from uoe_jax.report.sample import Sample, of_text, pieces, routes
 from uoe_jax.report.series import logged, names
 from uoe_jax.train.step import build
+from uoe_jax.workdir import read_config
 
 SMALL = dict(d_model=32, n_layers=2, n_heads=4, d_hidden=64, context_length=32, vocab_size=257)
 ROUTING = dict(n_experts=4, k=2, capacity_window=8, patch_size=2)
@@ -113,7 +114,7 @@ def test_curves_are_means_and_ranges_of_what_was_logged(tmp_path):
     run = write_run(tmp_path / "run", 1000)
     lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
     loss = np.array([json.loads(line)["train/loss"] for line in lines]).reshape(100, 10)
-    found = logged(str(run), "run", points=100)
+    found = logged(str(run), read_config(str(run)), "run", points=100)
     curve = found.curves["train/loss"]
     for got, wanted in ((curve.mean, loss.mean(1)), (curve.low, loss.min(1)), (curve.high, loss.max(1)), (curve.step, 10 * np.arange(100) + 5.5)):
         np.testing.assert_allclose(got, wanted)
@@ -130,7 +131,7 @@ def test_numbers_that_are_not_finite_leave_a_gap(tmp_path):
     text = (run / "metrics.jsonl").read_text().splitlines()
     text[3] = text[3].replace(re.search(r'"train/loss": ([\d.]+)', text[3])[1], '"nan"')
     (run / "metrics.jsonl").write_text("\n".join(text) + "\n{torn")
-    curve = logged(str(run), "run").curves["train/loss"]
+    curve = logged(str(run), read_config(str(run)), "run").curves["train/loss"]
     assert len(curve.step) == 19 and 4 not in curve.step and np.isfinite(curve.mean).all()
 
 

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         exit_code = EXIT_FAILED
     except Exception as error:
-        workdir = None if options is None or options.debug or isinstance(options.workdir, list) else options.workdir
+        workdir = None if options is None or options.debug else options.workdir
         watch.leave_lost(error)
         exit_code, why = _unexpected(error, workdir)
     watch.leave(exit_code, why)
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
 
     report = command("report", _report, "one HTML file to look at: curves, load of experts, and the routing of a sample", workdir=False)
-    report.add_argument("--workdir", required=True, action="append", metavar="DIR", help="directory of the run; several times, to compare runs")
+    report.add_argument("--workdir", dest="workdirs", required=True, action="append", metavar="DIR", help="directory of the run; several times, to compare runs")
     report.add_argument("--out", metavar="FILE", help="the file to write; left out, with one run: report.html in its workdir")
     report.add_argument("--step", default="latest", help="whose routing is shown: latest, best, or the step of a checkpoint")
     report.add_argument("--text", metavar="TEXT", help="a passage to show the routing of, instead of rows of the validation split")
@@ -262,9 +262,9 @@ def _export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from uoe_jax.workdir import read_config
 
-    if options.out is None and len(options.workdir) > 1:
-        raise UserError(f"--workdir: {len(options.workdir)} runs are compared; say with --out=FILE where the report is to go")
-    configs = [read_config(workdir) for workdir in options.workdir]
+    if options.out is None and len(options.workdirs) > 1:
+        raise UserError(f"--workdir: {len(options.workdirs)} runs are compared; say with --out=FILE where the report is to go")
+    configs = [read_config(workdir) for workdir in options.workdirs]
     _start(configs[0])
     from uoe_jax.report.command import run_report
 

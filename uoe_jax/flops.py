@@ -116,6 +116,11 @@ def forward_flops(c: ModelConfig, length: int | None = None, training: bool = Fa
     return c.rows_per_example * c.n_layers * per_layer + ends_flops(c, length)
 
 
+def forward_flops_per_token(c: ModelConfig) -> float:
+    """`forward_flops` of an example over the tokens of its inputs."""
+    return forward_flops(c) / c.rows_per_example / c.context_length
+
+
 def train_flops(c: ModelConfig, rows: int) -> float:
     """One optimizer step over `rows` rows: forward and a backward of twice that; recomputation is not counted."""
     return 3 * rows * forward_flops(c, training=True)

@@ -201,7 +201,7 @@ class Transformer(Stack):
         Returns:
           (logits float32 [B,L,V], routing statistics by block, stacked over layers).
         """
-        x_BLD, stats = self._states(tokens_BL, segments_BL, positions_BL, keys_B)
+        x_BLD, stats = self.run(*self.entered(tokens_BL, segments_BL, positions_BL, keys_B))
         return self._logits(x_BLD), stats
 
     def nll(
@@ -216,16 +216,11 @@ class Transformer(Stack):
 
         The scores of all tokens are never held.
         """
-        x_BLD, stats = self._states(tokens_BL, segments_BL, positions_BL, keys_B)
+        x_BLD, stats = self.run(*self.entered(tokens_BL, segments_BL, positions_BL, keys_B))
         if isinstance(self.head, AdaptiveHead):
             return self.head.nll(self.norm(x_BLD), targets_BL, self.embedding), stats
         head, tied = self._words()
         return vocabulary_nll(head, tied, self.norm(x_BLD), targets_BL), stats
-
-    def _states(
-        self, tokens_BL: jax.Array, segments_BL: jax.Array | None, positions_BL: jax.Array | None, keys_B: jax.Array | None
-    ) -> tuple[jax.Array, Stats]:
-        return self.run(*self.entered(tokens_BL, segments_BL, positions_BL, keys_B))
 
     def entered(
         self,
@@ -248,13 +243,13 @@ class Transformer(Stack):
         b, l = tokens_BL.shape
         positions_BL = jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
         segments_BL = (positions_BL < length_B[:, None]).astype(jnp.int32)
-        tokens = Tokens(segments_BL, positions_BL, self.rotary(positions_BL))
+        x_BLD, tokens = self.entered(tokens_BL, segments_BL, positions_BL)
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x_BLD, weights):
             return nnx.merge(graphdef, weights).prefill(x_BLD, tokens, context)
 
-        x_BLD, caches = jax.lax.scan(layer, self.embedded(tokens_BL, positions_BL), stacked)
+        x_BLD, caches = jax.lax.scan(layer, x_BLD, stacked)
         attention, mlp = (tuple(jax.tree.map(lambda a: a[i], c) for i in self._numbers()) for c in caches)
         last_BD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
         return self._logits(last_BD), Cache(attention, mlp, length_B.astype(jnp.int32))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 
 import jax
 
@@ -36,6 +38,12 @@ def cost_of_determinism() -> str:
     if jax.default_backend() == "gpu":
         return f"{_DETERMINISTIC}: some kernels are slower (how much was not measured), and none is chosen by its time"
     return f"nothing to turn on for {jax.default_backend()}, which is deterministic as it is: no cost"
+
+
+def host_peak_bytes() -> int:
+    """The most memory this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def describe_devices() -> str:

@@ -268,6 +268,15 @@ def write_json(path: epath.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_asked(name: str, text: str) -> None:
+    """Writes the file that a person named with --out, whole or not at all; UserError where that fails."""
+    try:
+        with os_errors(name):
+            write_text(locate(name, "--out"), text)
+    except OSError as error:
+        raise UserError(f"--out={name}: cannot be written ({error.strerror or error}); give another file") from error
+
+
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes a file whole or not at all."""
     path = epath.Path(path)

@@ -24,7 +24,7 @@ from uoe_jax.compare.run import DAMAGED
 from uoe_jax.compare.table import numbers
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
 from uoe_jax.errors import EXIT_DONE, ConfigError, UserError
-from uoe_jax.flops import forward_flops, train_flops
+from uoe_jax.flops import forward_flops_per_token, train_flops
 from uoe_jax.memory import active_parameters, kept_bytes, parameters
 from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of
@@ -109,7 +109,7 @@ def counts(config: Config) -> dict[str, float]:
     return {
         "parameters": parameters(m),
         "active_parameters": active_parameters(m),
-        "forward_flops_per_token": forward_flops(m) / m.rows_per_example / m.context_length,
+        "forward_flops_per_token": forward_flops_per_token(m),
         "train_flops_per_step": train_flops(m, config.train.batch_size),
         "kept_bytes_per_row": m.n_layers * kept_bytes(dataclasses.replace(m, remat="slots"), 1),
     }

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.common import Tokens, valid_mean
+from uoe_jax.layers.common import valid_mean
 from uoe_jax.layers.router import patches
 from uoe_jax.layers.union import Union
 from uoe_jax.model import Transformer
@@ -41,7 +41,7 @@ class Moments(NamedTuple):
 
 def seen(model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array) -> dict[str, Moments]:
     """What the routers of a batch would have to tell apart, by block."""
-    tokens = Tokens(segments_BL, positions_BL, model.rotary(positions_BL))
+    x_BLD, tokens = model.entered(tokens_BL, segments_BL, positions_BL)
     graphdef, stacked = nnx.split(model.layers)
 
     def layer(x_BLD: jax.Array, weights: nnx.State) -> tuple[jax.Array, dict[str, Moments]]:
@@ -58,7 +58,7 @@ def seen(model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, posit
             x_BLD = x_BLD + y_BLD
         return x_BLD, found
 
-    return jax.lax.scan(layer, model.embedded(tokens_BL, positions_BL), stacked)[1]
+    return jax.lax.scan(layer, x_BLD, stacked)[1]
 
 
 def _sums(block: Union, x_BLD: jax.Array, y_NBLD: jax.Array, segments_BL: jax.Array) -> Moments:

@@ -13,7 +13,7 @@ from uoe_jax import processes
 from uoe_jax.config import Config
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.infer.experts import choices
-from uoe_jax.workdir import locate, os_errors, write_text
+from uoe_jax.workdir import locate, os_errors, write_asked
 
 
 def configured(options: argparse.Namespace, config: Config) -> Config:
@@ -100,11 +100,7 @@ def _write(out: str | None, completions: list[Any]) -> None:
     if not out:
         print(lines, end="", flush=True)
         return
-    try:
-        with os_errors(out):
-            write_text(locate(out, "--out"), lines)
-    except OSError as error:
-        raise UserError(f"--out={out}: cannot be written ({error.strerror or error}); give another file") from error
+    write_asked(out, lines)
 
 
 def _show(text: str) -> None:

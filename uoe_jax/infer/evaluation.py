@@ -12,7 +12,7 @@ from uoe_jax.config import Config
 from uoe_jax.config_data import TEXT
 from uoe_jax.data.pipeline import DataBundle, default_cache_dir
 from uoe_jax.data.sources import text_source
-from uoe_jax.flops import forward_flops
+from uoe_jax.flops import forward_flops_per_token
 from uoe_jax.infer.experts import choices
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.loop import agreed_data
@@ -33,7 +33,7 @@ def run_eval(options: argparse.Namespace, config: Config) -> None:
             line: dict[str, Any] = {"step": run.step, "split": options.split}
             if options.experts is not None:
                 line["experts"] = {name: routing.k for name, routing in c.model.unions().items()}
-                line["forward_flops_per_token"] = forward_flops(c.model) / c.model.rows_per_example / c.model.context_length
+                line["forward_flops_per_token"] = forward_flops_per_token(c.model)
             if per_word is not None:
                 found |= perplexities(found["eval/loss"], per_word)
             if processes.is_first():

@@ -175,11 +175,10 @@ class Union(nnx.Module):
         To look at: all experts and rows in one piece, whatever the mesh.
         """
         y_BLD, _, selection, _ = self._forward(x_BLD, tokens)
-        kept_BMN = selection.kept_BMN
-        slot_BMN = jnp.where(kept_BMN, selection.slot_of_BMN, 0)
-        row_BMN = jnp.where(kept_BMN, selection.row_of_BN[:, None], 0)
-        expert_BMN = jnp.broadcast_to(jnp.arange(kept_BMN.shape[2])[None, None], kept_BMN.shape)
-        return y_BLD, jnp.where(kept_BMN, selection.weights_NRC[expert_BMN, row_BMN, slot_BMN], -1)
+        place_BMN = selection.place_BMN
+        weights_NX = selection.weights_NRC.reshape(place_BMN.shape[2], -1)
+        weights_XN = jnp.take_along_axis(weights_NX.T, place_BMN.reshape(-1, place_BMN.shape[2]), axis=0, mode="fill", fill_value=-1)
+        return y_BLD, weights_XN.reshape(place_BMN.shape)
 
     def of_every_expert(self, x_BLD: jax.Array, tokens: Tokens) -> jax.Array:
         """What each expert gives for every token at weight 1, [N,B,L,D]: the terms of the union with K = N and nothing dropped."""

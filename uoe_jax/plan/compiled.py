@@ -71,11 +71,10 @@ def compile_step(config: Config) -> Compiled:
 
 def describe(config: Config) -> Compiled:
     """The same in this process, which must have the devices."""
-    import resource
-
     import jax
 
     from uoe_jax import mesh as mesh_lib
+    from uoe_jax.runtime import host_peak_bytes
     from uoe_jax.train.step import build
 
     begun = time.monotonic()
@@ -100,7 +99,7 @@ def describe(config: Config) -> Compiled:
         optimizer=held(program.abstract.opt),
         collectives=tuple(collectives(text, dict(mesh.shape))),
         seconds=time.monotonic() - begun,
-        process_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        process_bytes=host_peak_bytes(),
         jax=jax.__version__,
     )
 

@@ -8,7 +8,6 @@ but for the H200, on which a large bf16 product was measured at 790e12 FLOP/s an
 from __future__ import annotations
 
 import dataclasses
-from typing import TypedDict
 
 from uoe_jax.errors import UserError
 from uoe_jax.flops import PEAK_FLOPS
@@ -54,27 +53,15 @@ GIB = 2**30
 HOPS = (3.4e-6, 14e-6)  # NCCL's own tables of latency, ring, protocol Simple (src/graph/tuning.cc)
 
 
-class _Generation(TypedDict):
-    """What the kinds of one generation of accelerators share."""
-
-    fast: float
-    domain: int
-    slow: float
-    hops: Range
-    products: Range
-    attention: Range
-
-
-HOPPER: _Generation = {
-    "fast": 450e9, "domain": 8, "slow": 50e9, "hops": HOPS, "products": (0.60, 0.80), "attention": (0.25, 0.55),
-}  # fmt: skip
+H100 = Hardware(
+    kind="NVIDIA H100 80GB HBM3", memory=80e9, bandwidth=3.35e12, fast=450e9, domain=8, slow=50e9, hops=HOPS,
+    products=(0.60, 0.80), attention=(0.25, 0.55),
+    source="NVIDIA H100 SXM data sheet (80 GB, 3.35 TB/s, NVLink 900 GB/s both ways); DGX H100: 8 GPUs, 400 Gb/s each",
+)  # fmt: skip
 NVIDIA = {
-    "h100": Hardware(
-        kind="NVIDIA H100 80GB HBM3", memory=80e9, bandwidth=3.35e12, **HOPPER,
-        source="NVIDIA H100 SXM data sheet (80 GB, 3.35 TB/s, NVLink 900 GB/s both ways); DGX H100: 8 GPUs, 400 Gb/s each",
-    ),
-    "h200": Hardware(
-        kind="NVIDIA H200", memory=141e9, bandwidth=4.8e12, **HOPPER,
+    "h100": H100,
+    "h200": dataclasses.replace(  # of the same generation
+        H100, kind="NVIDIA H200", memory=141e9, bandwidth=4.8e12,
         source="NVIDIA H200 SXM data sheet (141 GB, 4.8 TB/s, NVLink 900 GB/s both ways); DGX H200: 8 GPUs, 400 Gb/s each",
     ),
     "b200": Hardware(

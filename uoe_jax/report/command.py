@@ -15,10 +15,11 @@ from uoe_jax.data.kept import tokenizer_of_run
 from uoe_jax.data.pipeline import DataBundle
 from uoe_jax.errors import UserError
 from uoe_jax.report.sample import Looked, Sample, of_rows, of_text, routes
+from uoe_jax.report.series import POINTS, logged, names
 from uoe_jax.train.loop import load_data
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import Params, Program
-from uoe_jax.workdir import locate, os_errors, write_text
+from uoe_jax.workdir import locate, write_asked
 
 log = logging.getLogger(__name__)
 
@@ -32,30 +33,29 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
       UserError: there is no such run, its files cannot be read, or the report cannot be written.
     """
     from uoe_jax.report.page import page
-    from uoe_jax.report.series import POINTS, logged, names
 
     if processes.are_several():
         raise UserError("uoe report: is written by one process; start this once, and not by srun or its like")
-    workdirs = options.workdir
-    out = locate(workdirs[0]) / REPORT if options.out is None else locate(options.out, "--out")
-    runs = [logged(w, name, max(200, POINTS // len(workdirs))) for w, name in zip(workdirs, names(workdirs))]
+    workdirs = options.workdirs
+    out = options.out or os.fspath(locate(workdirs[0]) / REPORT)
+    points = max(200, POINTS // len(workdirs))
+    runs = [logged(w, config, name, points) for w, config, name in zip(workdirs, configs, names(workdirs))]
     looked = [_look(w, config, options.step, options.text) for w, config in zip(workdirs, configs)]
-    _write(out, page(runs, looked), f"--out={out}")
-    return os.fspath(out)
+    write_asked(out, page(runs, looked))
+    return out
 
 
 def at_end(config: Config, program: Program, params: Params, data: DataBundle, workdir: epath.Path, step: int) -> str:
     """Writes the report of a run that has just ended; returns its place. What goes wrong is told, and nothing else ("" then)."""
     try:
         from uoe_jax.report.page import page
-        from uoe_jax.report.series import logged
 
         sample = of_rows(config, data.validation, data.tokenizer)
-        found = routes(program, params, sample, config)
+        found, out = routes(program, params, sample, config), os.fspath(workdir / REPORT)
         if processes.is_first():
-            run = logged(os.fspath(workdir), workdir.name)
-            _write(workdir / REPORT, page([run], [Looked(sample, found, step)]), os.fspath(workdir / REPORT))
-        return os.fspath(workdir / REPORT)
+            run = logged(os.fspath(workdir), config, workdir.name)
+            write_asked(out, page([run], [Looked(sample, found, step)]))
+        return out
     except Exception as error:
         log.warning("no %s (%s: %s); uoe report --workdir=%s writes one", REPORT, type(error).__name__, error, workdir)
         return ""
@@ -80,11 +80,3 @@ def _sample(workdir: str, config: Config, text: str | None) -> tuple[Sample, Con
         return of_text(config, text, tokenizer_of_run(config, workdir)), config
     config, data = load_data(config, workdir)
     return of_rows(config, data.validation, data.tokenizer), config
-
-
-def _write(file: epath.Path, text: str, shown: str) -> None:
-    try:
-        with os_errors(file):
-            write_text(file, text)
-    except OSError as error:
-        raise UserError(f"{shown}: cannot be written ({error.strerror or error}); give another file with --out") from error

@@ -19,7 +19,7 @@ from bokeh.model import Model
 from bokeh.resources import Resources
 from PIL import Image
 
-from uoe_jax.flops import forward_flops
+from uoe_jax.flops import forward_flops_per_token
 from uoe_jax.memory import parameters
 from uoe_jax.report import charts
 from uoe_jax.report.sample import Looked
@@ -58,7 +58,7 @@ def _summary(runs: Sequence[Logged]) -> str:
             "blocks": f"{m.attention} + {m.mlp}, {m.n_layers} layers, D = {m.d_model}",
             **{name: f"{r.k} of {r.n_experts} experts, patches of {r.patch_size}, {r.unit} by {r.priority}, gate {r.gate}" for name, r in m.unions().items()},
             "parameters": f"{parameters(m) / 1e6:,.2f} M",
-            "forward operations": f"{forward_flops(m) / m.rows_per_example / m.context_length / 1e6:.3g} MFLOPs a token",
+            "forward operations": f"{forward_flops_per_token(m) / 1e6:.3g} MFLOPs a token",
             "data": html.escape(" ".join(filter(None, (c.data.source, c.data.name, c.data.path)))),
             "batch": f"{c.train.batch_size} rows of {m.context_length} tokens",
             "steps": f"{run.step:,} of {c.train.steps:,}" + ("" if run.step >= c.train.steps else " (in progress, or stopped)"),
@@ -84,7 +84,7 @@ def _run(run: Logged, looked: Looked) -> dict[str, Any]:
     blocks = {}
     for name, r in m.routed().items():
         own = run.routing.get(name)
-        found: dict[str, Any] = {"n": r.n_experts, "k": r.k, "patch": r.patch_size, "heads": m.n_heads // r.n_experts if name == "smha" else 0}
+        found: dict[str, Any] = {"n": r.n_experts, "patch": r.patch_size, "heads": m.n_heads // r.n_experts if name == "smha" else 0}
         if own is not None:
             found |= {
                 "edges": own.edges.tolist(),

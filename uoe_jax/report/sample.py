@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from uoe_jax.classifier import Classifier
-from uoe_jax.config import Config
+from uoe_jax.config import Config, ModelConfig
 from uoe_jax.config_data import FACTS
 from uoe_jax.data import listops
 from uoe_jax.data.augment import as_floats
@@ -92,16 +92,15 @@ def of_text(config: Config, text: str, tokenizer: Tokenizer) -> Sample:
     return Sample({name: a[None] for name, a in batch.items()}, [pieces(ids, tokenizer, m)], None, (0, 0), 0, ["the text given"])
 
 
-def pieces(ids: np.ndarray, tokenizer: Tokenizer | None, m: Any) -> list[str]:
+def pieces(ids: np.ndarray, tokenizer: Tokenizer | None, m: ModelConfig) -> list[str]:
     """The text of every token. A character of several tokens is shown with the last of them."""
     if tokenizer is None:
         return [listops.to_text([i]) + " " for i in ids]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    out = []
-    for i in ids:
-        marks = {tokenizer.start, tokenizer.separator}
-        out.append(START if int(i) in marks and m.task == "language" else decoder.decode(tokenizer.decode_bytes([i]) if i < tokenizer.vocab_size else b""))
-    return out
+    marks = {tokenizer.start, tokenizer.separator} if m.task == "language" else set()
+    return [
+        START if int(i) in marks else decoder.decode(tokenizer.decode_bytes([i]) if i < tokenizer.vocab_size else b"") for i in ids
+    ]
 
 
 def routes(program: Program, params: Params, sample: Sample, config: Config) -> dict[str, np.ndarray]:

@@ -11,7 +11,6 @@ import numpy as np
 
 from uoe_jax.config import Config
 from uoe_jax.train.metrics import read_metrics
-from uoe_jax.workdir import read_config
 
 POINTS = 1200  # of a curve: more than a screen is wide
 CELLS = 160_000  # of all heat maps of a run
@@ -53,7 +52,6 @@ class Logged(NamedTuple):
     """A run as its workdir tells it. curves: by key of metrics.jsonl. routing: by block. last: the newest evaluations' lines."""
 
     name: str
-    workdir: str
     config: Config
     step: int
     curves: dict[str, Curve]
@@ -61,13 +59,13 @@ class Logged(NamedTuple):
     last: dict[str, dict[str, Any]]
 
 
-def logged(workdir: str, name: str, points: int = POINTS) -> Logged:
+def logged(workdir: str, config: Config, name: str, points: int = POINTS) -> Logged:
     """Reads a run, finished or not.
 
     Raises:
-      UserError: there is no run, or its files cannot be read.
+      UserError: its metrics cannot be read.
     """
-    config, lines = read_config(workdir), read_metrics(workdir)
+    lines = read_metrics(workdir)
     train = [line for line in lines if "train/loss" in line]
     taken = np.array([line["step"] for line in train], np.float64)
     seen = np.cumsum([line["train/tokens"] for line in train] * np.diff(taken, prepend=0))
@@ -78,7 +76,7 @@ def logged(workdir: str, name: str, points: int = POINTS) -> Logged:
             curves[key] = _curve(np.array(found, np.float64), taken, seen, points)
     routing = {block: _routing(train, block, config) for block in config.model.routed() if train and f"train/{block}/load" in train[0]}
     last = {split: line for line in lines for split in ("eval", "test") if f"{split}/loss" in line}
-    return Logged(name, workdir, config, max((line["step"] for line in lines), default=0), curves, routing, last)
+    return Logged(name, config, max((line["step"] for line in lines), default=0), curves, routing, last)
 
 
 def names(workdirs: Sequence[str]) -> list[str]:
@@ -112,7 +110,6 @@ def _routing(train: Sequence[dict[str, Any]], block: str, config: Config) -> Rou
     layers, n = config.model.n_layers, config.model.routed()[block].n_experts
     most = max(20, CELLS // (layers * n * len(config.model.routed())))
     starts = _starts(len(train), min(most, 200))
-    sizes = np.diff(starts, append=len(train))
     steps = np.array([line["step"] for line in train], np.float64)
 
     def stretches(name: str, *shape: int) -> np.ndarray:
@@ -124,5 +121,4 @@ def _routing(train: Sequence[dict[str, Any]], block: str, config: Config) -> Rou
         return np.moveaxis(total / np.maximum(count, 1), 0, 1).astype(np.float32)
 
     edges = np.append(steps[starts], steps[-1] + max(1.0, (steps[-1] - steps[0]) / max(len(steps) - 1, 1)))
-    assert len(sizes) == len(edges) - 1
     return Routing(edges, stretches("load", n), stretches("kept_by_quarter", 4), {name: stretches(name) for name in PER_LAYER})

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import shlex
-import sys
 import time
 from typing import Any, Callable, Iterator
 
@@ -19,7 +17,7 @@ from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches
 from uoe_jax.errors import EXIT_DONE, EXIT_STOPPED, BadNumbers, RunError
 from uoe_jax.flops import PEAK_FLOPS, train_flops
 from uoe_jax.processes import by_first
-from uoe_jax.runtime import cost_of_determinism, describe_devices
+from uoe_jax.runtime import cost_of_determinism, describe_devices, host_peak_bytes
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import Interrupted, evaluate, is_new
 from uoe_jax.train.measures import measures
@@ -302,9 +300,7 @@ class Run:
 def peak_bytes() -> dict[str, Any]:
     """The most memory that was held so far by this process: of its first device ("n/a" on CPUs, whose memory is the host's), and of the host."""
     device = jax.local_devices()[0].memory_stats() or {}
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"perf/device_peak_bytes": device.get("peak_bytes_in_use", "n/a"), "perf/host_peak_bytes": host}
+    return {"perf/device_peak_bytes": device.get("peak_bytes_in_use", "n/a"), "perf/host_peak_bytes": host_peak_bytes()}
 
 
 def _own(found: dict[str, Any], prefix: str) -> dict[str, Any]:
