@@ -12,8 +12,10 @@ import reference
 
 from uoe_jax import tiles
 from uoe_jax.layers import attention
-from uoe_jax.layers.attention import attend, fused, group_keys
+from uoe_jax.layers import fused as fused_lib
+from uoe_jax.layers.attention import attend, group_keys
 from uoe_jax.layers.chunked import words_nll
+from uoe_jax.layers.fused import fused
 
 B, H, G, DH = 2, 4, 2, 8
 
@@ -79,13 +81,61 @@ def test_the_fused_kernel_is_asked_for_the_same(causal, documents):
     assert reference.error(found, pulled(lambda *b: plain(*b, segments, causal), args, d)) < 1e-5
 
 
+class Packed:
+    """cuDNN's packed form as JAX describes it, by plain attention: documents are told by their first tokens and lengths."""
+
+    class MaskType:
+        PADDING, PADDING_CAUSAL = "padding", "causal"
+
+    @staticmethod
+    def dot_product_attention(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+        assert q_seqlen is kv_seqlen and q_offsets is kv_offsets and scale == q.shape[-1] ** -0.5
+        begun = (q_offsets[..., None] <= jnp.arange(q.shape[1])[None, None]) & (q_offsets[..., None] >= 0)
+        jax.debug.callback(lambda o, n: Packed.asked.append((o.tolist(), n.tolist())), q_offsets, q_seqlen)
+        return plain(q, k, v, begun.sum(axis=1), mask_type == "causal")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("documents, most", [(1, 3), (3, 3), (3, 2)])
+def test_documents_are_told_by_where_they_stand(monkeypatch, causal, documents, most):
+    """Rows of three documents, one of them with empty places behind, or of one each: masked only where they are more than `most`."""
+    monkeypatch.setattr(fused_lib, "_packed_form", lambda: Packed)
+    monkeypatch.setattr(fused_lib, "MOST", most)
+    masked, Packed.asked = jax.nn.dot_product_attention, []
+    s, lengths = 24, jnp.asarray([24, 20 if documents > 1 else 24])
+    args, d = drawn(s)
+    there = jnp.arange(s)[None] < lengths[:, None]
+    rows = [[1] * 9 + [2] * 14 + [3], [1] * 16 + [2] * 4 + [1] * 4] if documents > 1 else [[1] * 24, [2] * 24]
+    segments = jnp.asarray(rows, jnp.int32)
+
+    def asked(*a, implementation, **more):
+        assert implementation == "cudnn"
+        return masked(*a, implementation="xla", **more)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", asked)
+    d = jnp.where(there[..., None, None], d, 0)
+    y, found = jax.jit(lambda *a: pulled(lambda *b: fused(*b, segments, causal, lengths, "cudnn"), a, d))(*args)
+    wanted_y, wanted = pulled(lambda *b: plain(*b, jnp.where(there, segments, -1), causal), args, d)
+    y, wanted_y = (jnp.where(there[..., None, None], a, 0) for a in (y, wanted_y))
+    assert reference.error((y, found), (wanted_y, wanted)) < 1e-5
+    jax.effects_barrier()
+    told = ([[0, 9, 23, -1], [0, 16, 20, -1]], [[9, 14, 1], [16, 4, 4]])
+    assert Packed.asked == ([told, told] if documents == most else [])  # forward, and in the backward pass
+
+
+def test_runs_of_documents():
+    firsts, lengths, most = fused_lib.runs(jnp.asarray([[1, 1, 2, 2, 0], [4, 4, 4, 4, 4], [1, 2, 1, 2, 1]], jnp.int32), 3)
+    assert most == 5
+    assert firsts[:2].tolist() == [[0, 2, 4, -1], [0, -1, -1, -1]] and lengths[:2].tolist() == [[2, 2, 1], [5, -1, -1]]
+
+
 def test_what_cudnn_is_asked(monkeypatch):
     def fits(dtype="bfloat16", dh=64, dv=64, s=32, drop_rate=0.0):
         q, v = (jax.ShapeDtypeStruct((2, s, 4, width), dtype) for width in (dh, dv))
-        return attention.fits_cudnn(q, v, drop_rate)
+        return fused_lib.fits_cudnn(q, v, drop_rate)
 
     assert not fits()  # there is no NVIDIA GPU
-    monkeypatch.setattr(attention, "_on_nvidia", lambda: True)
+    monkeypatch.setattr(fused_lib, "_on_nvidia", lambda: True)
     assert fits() and fits("float16") and fits(dh=128, dv=128)
     assert not any((fits("float32"), fits(dh=96), fits(dh=60, dv=60), fits(dh=256, dv=256), fits(s=31), fits(drop_rate=0.1)))
     asked = []

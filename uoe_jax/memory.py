@@ -121,9 +121,10 @@ def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1)
 
 
 def _kept_at_slots(c: ModelConfig, r: RoutingConfig, rows: int, width: float, parts: int) -> int:
-    """Values of `width` at the slots of `rows` rows, and the selection."""
+    """Values of `width` at the slots of `rows` rows, the selection, and the logits it was made from."""
     at = r.slot_tokens(c.block_length) * r.row_share()
-    return int(ITEM_SIZE[c.dtype] * rows * at * width) // parts + selection_bytes(r, rows, c.block_length) // parts
+    logits = 4 * r.n_experts * rows * r.patches(c.block_length) if r.unit != "sequence" else 0  # every part has those of all experts
+    return int(ITEM_SIZE[c.dtype] * rows * at * width) // parts + selection_bytes(r, rows, c.block_length) // parts + logits
 
 
 def selection_bytes(r: RoutingConfig, rows: int, length: int) -> int:

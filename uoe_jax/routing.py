@@ -71,14 +71,15 @@ def first_come(chosen_BMN: jax.Array, window: int, capacity: int) -> jax.Array:
     return (windows & (place <= capacity)).reshape(b, -1, n)[:, :m]
 
 
-MANY = 1024  # patches from which the best are found by counting: faster than sorting on CPUs (docs/performance.md)
+MANY = 1024  # patches from which the best are found by counting, which is faster than sorting but on GPUs (docs/performance.md)
 
 
 def best_first(chosen_BMN: jax.Array, scores_BMN: jax.Array, capacity_B: jax.Array, slots: int) -> jax.Array:
     """Data selection by score: bool [B,M,N], the `capacity_B` (at most `slots`) best-scored choices of each expert; of equal
     ones the first."""
     offered_BNM = jnp.where(chosen_BMN, jax.lax.stop_gradient(scores_BMN), -1.0).swapaxes(1, 2)
-    best = by_counting if offered_BNM.shape[-1] >= MANY else by_sorting
+    counts = offered_BNM.shape[-1] >= MANY and jax.default_backend() != "gpu"
+    best = by_counting if counts else by_sorting
     return best(offered_BNM, capacity_B, slots).swapaxes(1, 2)
 
 

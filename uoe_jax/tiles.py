@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 LARGEST = 256  # tokens: of 128, 256 and 512 the fastest on CPUs (docs/performance.md)
-LEAST_CHUNK = 512  # tokens: enough for a product to outweigh adding the words' gradient up
+LEAST_CHUNK = 1024  # tokens: enough for a product to outweigh adding the words' gradient up (docs/performance.md)
 CHUNK_SCORES = 1 << 22  # 16 MiB of float32
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -25,6 +23,7 @@ from uoe_jax.layers.common import (
     zeros,
 )
 from uoe_jax.layers.flash import Marks, flash_attention
+from uoe_jax.layers.fused import fits_cudnn, fused
 from uoe_jax.region import WHOLE, Region, run
 from uoe_jax.routing import RoutingStats
 
@@ -64,33 +63,6 @@ def attend(
     )
     o_XRSv = flash_attention(q_XRSk, k_XSk, v_XSv, marks, causal, drop_rate)
     return o_XRSv.reshape(b, g, h // g, s, dv).transpose(0, 3, 1, 2, 4).reshape(b, s, h, dv)
-
-
-def fits_cudnn(q: jax.Array, v: jax.Array, drop_rate: float) -> bool:
-    """Whether cuDNN's fused attention takes these: 16 bits, heads of at most 128 numbers, alike for keys and values."""
-    dh, even = q.shape[-1], q.shape[1] % 2 == 0
-    sizes = dh == v.shape[-1] and dh % 8 == 0 and dh <= 128 and even
-    return q.dtype.itemsize == 2 and sizes and not drop_rate and _on_nvidia()
-
-
-@functools.cache
-def _on_nvidia() -> bool:
-    return jax.default_backend() == "gpu" and "cuda" in jax.extend.backend.get_backend().platform_version.lower()
-
-
-def fused(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, causal: bool, lengths: jax.Array | None,
-    kernel: Literal["cudnn", "xla"],
-) -> jax.Array:
-    """`attend` by `jax.nn.dot_product_attention` ("cudnn", or "xla" to try the same on any device).
-
-    Empty places are told by lengths, and by a mask only where a row holds several segments.
-    """
-    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
-    o = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=kernel
-    )
-    return checkpoint_name(o, "heads")
 
 
 def group_keys(keys_B: jax.Array, g: int, part: int | jax.Array = 0) -> jax.Array:

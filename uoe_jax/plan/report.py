@@ -105,7 +105,7 @@ def text(plan: Plan, name: str) -> str:
                 ("MFU", f"{p.mfu[0]:.0%} to {p.mfu[1]:.0%} of {hardware.flops / 1e12:.0f} TFLOP/s"),
             ),
             f"  {plan.hardware}: {hardware.source}.",
-            "  A roofline from what such devices are known to reach; not measured on one.",
+            "  A roofline from what such devices are known to reach; how near it came on an H200: docs/plan.md.",
         ]
     lines.append("")
     if plan.suggestion is not None:

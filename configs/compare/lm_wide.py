@@ -1,0 +1,25 @@
+"""A language model of bytes on the Python standard library, as wide as fits a short stay on one accelerator: D 512, six layers.
+
+Command:   uoe compare --config=compare/lm_wide --workdir=runs/lm_wide
+           --config.base.data.source=text --config.base.data.path=DIR trains on text of your own instead
+Hardware:  one GPU or TPU.
+Time:      not run.
+Expected:  not run.
+"""
+
+from uoe_jax import recipes
+from uoe_jax.compare.table import experiment, table
+
+ROWS = ("full_attention", "deepseek_v3", "xmoe", "uoe")
+
+
+def get_config(variant: str = ""):
+    c = experiment("quickstart", variant)
+    if variant != "tiny":
+        c.model.n_layers, c.model.d_model, c.model.d_hidden, c.model.context_length = 6, 512, 2048, 1024
+        c.model.dtype = "bfloat16"
+        c.train.steps, c.train.batch_size = 300, 32
+        c.optimizer.learning_rate = 1e-3
+        c.eval.every, c.eval.batch_size, c.eval.batches = 100, 32, 8
+        c.checkpoint.every = 0
+    return recipes.compared(table(c, ROWS, title="Wider language models on the Python standard library, bytes"), variant, ROWS)
