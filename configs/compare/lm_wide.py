@@ -3,8 +3,9 @@
 Command:   uoe compare --config=compare/lm_wide --workdir=runs/lm_wide
            --config.base.data.source=text --config.base.data.path=DIR trains on text of your own instead
 Hardware:  one GPU or TPU.
-Time:      not run.
-Expected:  not run.
+Time:      not run to its end; 300 steps of four rows at once took 2.5 minutes on an H200 (2026-11-26, Python 3.12.3, jax 0.11.2).
+Expected:  bits per byte of validation, one seed: full attention 1.52, XMoE 1.71, DeepSeek-V3 1.72; UoE (1.74 at step 200, where full
+           attention had 1.79) was not seen to the end: docs/results.md.
 """
 
 from uoe_jax import recipes
