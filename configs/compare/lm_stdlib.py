@@ -23,6 +23,7 @@ MORE = dict(learning_rates="0.001,0.003", lengths=recipes.LENGTHS, length_rows="
 
 def get_config(variant: str = ""):
     c = experiment("quickstart", variant)
+    c.model.smha.gate = c.model.uome.gate = "sigmoid"  # as it was when this was run
     rows = (*PEERS, "smha_only", "uome_only", *GATES, *CAPACITIES, *BALANCE)
     if variant != "tiny":
         c.model.n_layers, c.model.d_model, c.model.d_hidden = 2, 128, 512

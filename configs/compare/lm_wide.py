@@ -16,6 +16,7 @@ ROWS = ("full_attention", "deepseek_v3", "xmoe", "uoe")
 
 def get_config(variant: str = ""):
     c = experiment("quickstart", variant)
+    c.model.smha.gate = c.model.uome.gate = "sigmoid"  # as it was when this was run
     if variant != "tiny":
         c.model.n_layers, c.model.d_model, c.model.d_hidden, c.model.context_length = 6, 512, 2048, 1024
         c.model.dtype = "bfloat16"
