@@ -49,7 +49,7 @@ def decoder(attention: str, mlp: str, context: int) -> Decoder:
 
 
 def main() -> None:
-    options = timing.arguments(__doc__, rounds=7)
+    options = timing.arguments(__doc__, rounds=5)
     rows = []
     for context, bar in BARS.items():
         decoders = {name: decoder(*blocks, context) for name, blocks in PAIR.items()}

@@ -1,4 +1,4 @@
-"""One block, forward and backward, against the dense block of its width: `python -m benchmarks.layer [--rounds=5] [--shares=half,quarter]`.
+"""One block, forward and backward, against the dense block of its width: `python -m benchmarks.layer [--rounds=4] [--shares=half,quarter]`.
 
 UoME and SMHA at half and a quarter of the tokens per expert, causal token choice and expert choice; beside them, of the same
 selection, the one-hot dispatch of Flaxformer's expert choice, and `jax.lax.ragged_dot`. Attention is compared with the dense
@@ -202,7 +202,7 @@ def measured(case: str, variants: dict[str, Variant], rounds: int, dtype: str, b
 
 
 def main() -> None:
-    options = timing.arguments(__doc__, rounds=5, shares=",".join(SHARES))
+    options = timing.arguments(__doc__, rounds=4, shares=",".join(SHARES))
     shares = {named: SHARES[named] for named in options.shares.split(",")}
     sizes = CPU if jax.default_backend() == "cpu" else ACCELERATOR
     prefix = "" if sizes is CPU else "accelerator "

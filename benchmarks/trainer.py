@@ -1,4 +1,4 @@
-"""What the trainer adds to a step: `python -m benchmarks.trainer [--config=quickstart] [--rounds=5] [--steps=20]`.
+"""What the trainer adds to a step: `python -m benchmarks.trainer [--config=quickstart] [--rounds=4] [--steps=20]`.
 
 Interleaves two loops over the same compiled train step in one process: bare (one batch, already on the device, read once
 at the end) and the real `Run.go` (prefetch, metrics, progress lines to a pipe, signals, transfer guard; evaluations and
@@ -32,7 +32,7 @@ class _NoSaves(CheckpointStore):
 
 
 def main() -> None:
-    options = timing.arguments(__doc__, config="quickstart", rounds=5, steps=20)
+    options = timing.arguments(__doc__, config="quickstart", rounds=4, steps=20)
     config = load_config(options.config, {"eval.every": "0", "checkpoint.every": "0"})
     runtime.start(config)
     config, data = load_data(config)

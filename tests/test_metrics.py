@@ -195,7 +195,7 @@ def test_progress_in_a_pipe():
     text = stream.getvalue()
     assert "\r" not in text and "\x1b" not in text
     first, said, second = text.splitlines()
-    assert first == "step 101/200  loss 3.2500  1.5000 bits per byte  12,346 tokens/s  ? left"
+    assert first == "step 101/200  loss 3.2500  1.5000 bits per byte  12,346 tokens/s"
     assert said == "saved step 101"
     assert second == "step 150/200  loss nan  nan bits per byte  1,000,000 tokens/s  0:00:00 left"
 

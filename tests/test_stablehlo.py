@@ -170,17 +170,18 @@ def test_a_place_that_cannot_be_used_is_refused(tmp_path):
     config = config_of("dense")
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
     for name, why in {
         "there": "exists already; remove it, or give another directory",
         "link": "exists already; remove it, or give another directory",
-        "no/where": "cannot be written (No such file or directory); mend that, or give another directory",
+        "file/where": "cannot be written (Not a directory); mend that, or give another directory",
     }.items():
         with pytest.raises(UserError) as caught:
             export_stablehlo(config, params_of(config), epath.Path(tmp_path / name))
         assert str(caught.value) == f"--out={tmp_path / name}: {why}" and caught.value.exit_code == 2
     with pytest.raises(UserError, match=r"^--out=gs://bucket/out: .*; give a local one, and copy that$"):
         export_stablehlo(config, params_of(config), epath.Path("gs://bucket/out"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "there"]
 
 
 def test_what_is_not_as_it_was_written_is_not_left_there(tmp_path, monkeypatch):

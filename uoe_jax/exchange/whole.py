@@ -26,7 +26,7 @@ def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
         raise UserError(f"{option}={path}: exists already; remove it, or give another directory")
     temporary = out.parent / f".{out.name}.{os.getpid()}"
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         yield temporary
         temporary.rename(out)
     except OSError as error:

@@ -357,7 +357,8 @@ class Progress:
         facts = [f"loss {loss:.4f}", said]
         if tokens_per_second is not None:
             facts.append(f"{tokens_per_second:,.0f} tokens/s")
-        facts.append(f"{self._time_left(step)} left")
+        if left := self._time_left(step):
+            facts.append(f"{left} left")
         if self._bar is None:
             self.say(f"step {step}/{self._total}  " + "  ".join(facts))
         else:
@@ -365,10 +366,11 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def _time_left(self, step: int) -> str:
+        """Empty where it is not known yet."""
         now = time.monotonic()
         if self._first is None or step <= self._first[1]:
             self._first = (now, step)
-            return "?"
+            return ""
         start, first = self._first
         seconds = round((now - start) / (step - first) * max(self._total - step, 0))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
