@@ -33,4 +33,5 @@ def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
         reason = error.strerror or error
         raise UserError(f"{option}={path}: cannot be written ({reason}); mend that, or give another directory") from error
     finally:
-        temporary.rmtree(missing_ok=True)
+        if temporary.exists():
+            temporary.rmtree()
