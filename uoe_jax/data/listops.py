@@ -116,8 +116,8 @@ class ListOpsExamples:
 def to_text(ids: ArrayLike) -> str:
     """The symbols with spaces between them; padding is left out. Raises ValueError for an id without a symbol."""
     ids_T = np.asarray(ids, np.int64).reshape(-1)
-    if ids_T.size and not (0 <= ids_T.min() and ids_T.max() < len(SYMBOLS)):
-        raise ValueError(f"ids from {ids_T.min()} to {ids_T.max()} are not all in [0, {len(SYMBOLS)})")
+    if ids_T.size and not (0 <= np.min(ids_T) and np.max(ids_T) < len(SYMBOLS)):
+        raise ValueError(f"ids from {np.min(ids_T)} to {np.max(ids_T)} are not all in [0, {len(SYMBOLS)})")
     return " ".join(SYMBOLS[i] for i in ids_T if i)
 
 

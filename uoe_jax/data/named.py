@@ -96,7 +96,7 @@ def hash_order(salt: str, n: int, k: int) -> np.ndarray:
         fresh = np.arange(start, min(n, start + (1 << 20)))
         fresh_hashes = _splitmix64(fresh.astype(np.uint64) + offset)
         if len(kept) == k:  # sorting only what can still be among the first makes this a pass at memory speed
-            below = fresh_hashes < hashes.max(initial=0)
+            below = fresh_hashes < np.max(hashes, initial=0)
             fresh, fresh_hashes = fresh[below], fresh_hashes[below]
         kept, hashes = np.concatenate([kept, fresh]), np.concatenate([hashes, fresh_hashes])
         first = np.argsort(hashes)[:k]

@@ -61,7 +61,7 @@ class LabelledRows:
 
     def n_tokens(self, i: int) -> int:
         """The valid tokens of row i; of a pair, of the longer input."""
-        return int(self[i]["segments"].sum(axis=-1).max())
+        return int(np.sum(self[i]["segments"], axis=-1).max())
 
     def padding_row(self) -> Row:
         """A row that holds nothing and counts for nothing."""

@@ -23,8 +23,8 @@ CHUNK = 1 << 20  # bytes split at a time: a corpus in one document then takes no
 def known_ids(ids: ArrayLike | Iterable[int], vocab_size: int) -> np.ndarray:
     """int64 [T]. Raises ValueError for an id outside the vocabulary."""
     ids_T = np.asarray(ids, np.int64).reshape(-1)
-    if ids_T.size and not (0 <= ids_T.min() and ids_T.max() < vocab_size):
-        raise ValueError(f"token ids from {ids_T.min()} to {ids_T.max()} are not all in [0, {vocab_size})")
+    if ids_T.size and not (0 <= np.min(ids_T) and np.max(ids_T) < vocab_size):
+        raise ValueError(f"token ids from {np.min(ids_T)} to {np.max(ids_T)} are not all in [0, {vocab_size})")
     return ids_T
 
 

@@ -8,6 +8,7 @@ projections out of the latent are applied to the query, and to the weighted sum 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -99,12 +100,12 @@ class MLA(Heads):
         q_BHk = self._queries(x_BD if self.w_down is None else self._narrow(x_BD), rotary)
         dh = self.w_k.shape[-1]
         q_BHR = jnp.einsum("bhk,rhk->bhr", q_BHk[..., :dh], self.w_k[...].astype(self.dtype))
-        f32 = dict(preferred_element_type=jnp.float32)
-        scores_BHS = jnp.einsum("bhr,bsr->bhs", q_BHR, cache.latent, **f32)
-        scores_BHS += jnp.einsum("bhk,bsk->bhs", q_BHk[..., dh:], cache.rotary, **f32)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores_BHS = einsum("bhr,bsr->bhs", q_BHR, cache.latent)
+        scores_BHS += einsum("bhk,bsk->bhs", q_BHk[..., dh:], cache.rotary)
         seen_BS = jnp.arange(cache.latent.shape[1])[None] <= t_B[:, None]
         scores_BHS = jnp.where(seen_BS[:, None], scores_BHS * q_BHk.shape[-1] ** -0.5, -1e30)
         weights_BHS = jax.nn.softmax(scores_BHS).astype(self.dtype)
-        mixed_BHR = jnp.einsum("bhs,bsr->bhr", weights_BHS, cache.latent, **f32).astype(self.dtype)
+        mixed_BHR = einsum("bhs,bsr->bhr", weights_BHS, cache.latent).astype(self.dtype)
         o_BHk = jnp.einsum("bhr,rhk->bhk", mixed_BHR, self.w_v[...].astype(self.dtype))
         return self._biased(self._out(o_BHk), self.bias_out), cache

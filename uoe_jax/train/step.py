@@ -90,7 +90,7 @@ def make_optimizer(c: OptimizerConfig, decay_steps: int, decayed: Params) -> opt
 def held_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """An optimizer whose float state is held in `dtype` between steps and computed with in float32."""
 
-    def cast(state: optax.OptState, to: jnp.dtype) -> optax.OptState:
+    def cast(state: optax.OptState, to: Any) -> optax.OptState:
         return jax.tree.map(lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, state)
 
     def update(grads: Params, state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
