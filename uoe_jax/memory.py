@@ -91,7 +91,7 @@ def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1)
     """What one layer keeps of `rows` rows from the forward to the backward pass, with remat='slots' or 'block'.
 
     'block' keeps the layer's input. 'slots' keeps as well the state between attention and MLP, and of each block the
-    projections at the slots, the heads' outputs and the selection; gathered slots and attention scores are made again.
+    projections at the slots, the heads' outputs and the selection with the logits it was made from; gathered slots and attention scores are made again.
 
     Args:
       parts: devices over which the experts are spread (heads and hidden units, in a dense block).

@@ -71,7 +71,7 @@ def first_come(chosen_BMN: jax.Array, window: int, capacity: int) -> jax.Array:
     return (windows & (place <= capacity)).reshape(b, -1, n)[:, :m]
 
 
-MANY = 1024  # patches from which the best are found by counting, which is faster than sorting but on GPUs (docs/performance.md)
+MANY = 1024  # patches from which the best are found by counting, faster than sorting everywhere but on GPUs (docs/performance.md)
 
 
 def best_first(chosen_BMN: jax.Array, scores_BMN: jax.Array, capacity_B: jax.Array, slots: int) -> jax.Array:

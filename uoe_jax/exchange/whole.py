@@ -14,7 +14,8 @@ from uoe_jax.workdir import is_remote, locate
 
 @contextlib.contextmanager
 def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
-    """An empty directory to write in, which gets the name `path` at the end; where anything fails nothing is left.
+    """An empty directory to write in, which gets the name `path` at the end; where anything fails nothing is left but
+    the directories around it, which are made where they are missing.
 
     Raises:
       UserError: `path` exists, cannot be written, or is on gs://, where nothing can be renamed.

@@ -13,6 +13,7 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.layers.common import (
     Tokens,
     along_last,
+    empty_apart,
     fold,
     ones,
     rms_norm,
@@ -52,9 +53,7 @@ def attend(
     g, dv = v.shape[2:]
     if fits_cudnn(q, v, drop_rate if keys_BG is not None else 0.0):
         return fused(q, k, v, segments, causal, lengths, "cudnn")
-    if lengths is not None:
-        there_BS = jnp.arange(s)[None] < lengths[:, None]
-        segments = jnp.where(there_BS, 1 if segments is None else segments, -1)
+    segments = empty_apart(segments, lengths, s)
     # The heads of all rows in front, and the h/g queries of a key head beside each other.
     q_XRSk = q.reshape(b, s, g, h // g, dh).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g, s, dh) * dh**-0.5
     k_XSk, v_XSv = (a.transpose(0, 2, 1, 3).reshape(b * g, s, a.shape[-1]) for a in (k, v))

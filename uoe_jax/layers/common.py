@@ -158,6 +158,13 @@ def valid_tokens(segments_BL: jax.Array | None, like: jax.Array) -> jax.Array:
     return jnp.ones(like.shape[:2], bool) if segments_BL is None else segments_BL > 0
 
 
+def empty_apart(segments_BS: jax.Array | None, lengths_B: jax.Array | None, s: int) -> jax.Array | None:
+    """Segments of rows of s places in which those from each row's length on, empty ones, are a segment of their own."""
+    if lengths_B is None:
+        return segments_BS
+    return jnp.where(jnp.arange(s)[None] < lengths_B[:, None], 1 if segments_BS is None else segments_BS, -1)
+
+
 def valid_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
     """float32 mean of x [...,L,D] over its valid tokens (bool [...,L]), 0 where there are none."""
     total = jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum(axis=-2)

@@ -19,6 +19,8 @@ import jax.extend
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from uoe_jax.layers.common import empty_apart
+
 MOST = 16  # documents of a row that the packed form is compiled for
 Kernel = Literal["cudnn", "xla"]
 
@@ -56,9 +58,7 @@ def fused(
             q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=kernel
         )
     else:
-        if lengths is not None:
-            segments = jnp.where(jnp.arange(q.shape[1])[None] < lengths[:, None], segments, -1)
-        o = _of_documents(q, k, v, segments, causal, kernel)
+        o = _of_documents(q, k, v, empty_apart(segments, lengths, q.shape[1]), causal, kernel)
     return checkpoint_name(o, "heads")
 
 
