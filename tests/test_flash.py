@@ -11,7 +11,7 @@ import pytest
 import reference
 
 from uoe_jax import tiles
-from uoe_jax.layers import attention, flash
+from uoe_jax.layers import attention
 from uoe_jax.layers import fused as fused_lib
 from uoe_jax.layers.attention import attend, group_keys
 from uoe_jax.layers.chunked import words_nll
@@ -49,24 +49,6 @@ def test_value_and_gradients(monkeypatch, s, side, causal, documents):
     found = jax.jit(lambda *a: pulled(lambda *b: attend(*b, segments, causal), a, d))(*args)
     wanted = pulled(lambda *b: plain(*b, segments, causal), args, d)
     assert reference.error(found, wanted) < 1e-5
-
-
-@pytest.mark.parametrize("cores, loops", [(1, 1), (2, 2), (3, 2), (64, 4)])  # of 4 heads
-def test_heads_in_several_loops_give_what_they_give_in_one(monkeypatch, cores, loops):
-    """With documents and dropout, whose keys belong to rows and heads."""
-    monkeypatch.setattr(tiles, "LARGEST", 16)
-    (q, k, v), d = drawn(40)
-    segments = jnp.asarray(np.arange(40)[None] // 25 + np.zeros((B, 1)), jnp.int32)
-    keys_BG = group_keys(jax.random.split(jax.random.key(0), B), G)
-
-    def run(cores):
-        monkeypatch.setattr(flash.os, "cpu_count", lambda: cores)
-        traced = jax.jit(lambda *a: pulled(lambda *b: attend(*b, segments, True, 0.3, keys_BG), a, d)).trace(q, k, v)
-        return str(traced.jaxpr).count("scan["), traced.lower().compile()(q, k, v)
-
-    scans, found = run(cores)
-    assert scans == 2 * loops  # forward and backward
-    assert reference.error(found, run(1)[1]) < 1e-6
 
 
 @pytest.mark.parametrize("how", ["tiles", "fused"])
@@ -192,7 +174,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(causal):
         f = jax.jit(jax.grad(lambda *a: attend(*a, None, causal).sum(), argnums=(0, 1, 2)))
         return f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    assert held(4096) < 2.1 * held(2048) < 2.1**2 * held(1024)  # squares: 4 times
+    assert held(4096) < 1.7 * held(2048) < 3 * held(1024)
     assert held(4096) < 4 * 4096 * 4096 * 4 / 10  # the scores would be 268 MB
 
 

@@ -10,8 +10,7 @@ Letters: X key heads of all rows, R queries heads that share one, S tokens, t to
 from __future__ import annotations
 
 import functools
-import os
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,6 @@ from jax.ad_checkpoint import checkpoint_name
 from uoe_jax import tiles
 from uoe_jax.layers.common import dropout, fold
 
-LOOPS = 4  # at most, on a CPU with as many cores: each is compiled by itself
 HIDDEN = -1e30  # the score of what a query may not attend to
 Pair = tuple[Any, Any]  # tile of queries, tile of keys
 
@@ -60,20 +58,7 @@ def flash_attention(q_XRSk: jax.Array, k_XSk: jax.Array, v_XSv: jax.Array, marks
         q_XRSk, k_XSk, v_XSv = (jnp.pad(a, (*((0, 0),) * (a.ndim - 2), (0, more), (0, 0))) for a in (q_XRSk, k_XSk, v_XSv))
         if marks.segments_XS is not None:
             marks = marks._replace(segments_XS=jnp.pad(marks.segments_XS, ((0, 0), (0, more))))
-    parts = _parts(q_XRSk.shape[0])
-    each = zip(*(_cut(a, parts) for a in (q_XRSk, k_XSk, v_XSv, *marks)))
-    return jnp.concatenate([_attention(q, k, v, Marks(*own), rule) for q, k, v, *own in each])[:, :, :s]
-
-
-def _parts(x: int) -> int:
-    """Into how many loops x heads are cut. A CPU computes a product of a tile on one core, but runs loops side by side."""
-    if jax.default_backend() != "cpu":
-        return 1
-    return max(n for n in range(1, LOOPS + 1) if x % n == 0 and n <= (os.cpu_count() or 1))
-
-
-def _cut(a: jax.Array | None, parts: int) -> Sequence[jax.Array | None]:
-    return [None] * parts if a is None else jnp.split(a, parts)
+    return _attention(q_XRSk, k_XSk, v_XSv, marks, rule)[:, :, :s]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
