@@ -203,6 +203,7 @@ def measured(case: str, variants: dict[str, Variant], rounds: int, dtype: str, b
 
 def main() -> None:
     options = timing.arguments(__doc__, rounds=4, shares=",".join(SHARES))
+    timing.keep_memory()
     shares = {named: SHARES[named] for named in options.shares.split(",")}
     sizes = CPU if jax.default_backend() == "cpu" else ACCELERATOR
     prefix = "" if sizes is CPU else "accelerator "

@@ -15,6 +15,7 @@ from uoe_jax.layers.common import (
     along_last,
     empty_apart,
     fold,
+    linear,
     ones,
     rms_norm,
     rotate,
@@ -161,7 +162,7 @@ class Heads(nnx.Module):
         raise NotImplementedError
 
     def _out(self, o: jax.Array) -> jax.Array:
-        return jnp.einsum("...hk,hkd->...d", o, self.w_o[...].astype(self.dtype))
+        return linear(o, self.w_o[...].astype(self.dtype), axes=2)
 
     def _biased(self, y: jax.Array, b: nnx.Param | jax.Array | None) -> jax.Array:
         return y if b is None else y + along_last(b[...].astype(self.dtype), y)
@@ -225,7 +226,7 @@ class Attention(Heads):
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         assert self.w_k is not None  # only Reformer has none, and projects in its own way
         q, k, v = (
-            checkpoint_name(self._biased(jnp.einsum("...d,dhk->...hk", x, w[...].astype(self.dtype)), b), "qkv")
+            checkpoint_name(self._biased(linear(x, w[...].astype(self.dtype)), b), "qkv")
             for w, b in ((self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v))
         )
         q, k = placed(q, self.q_scale, self.qk_norm_eps, rotary), placed(k, self.k_scale, self.qk_norm_eps, rotary)

@@ -48,6 +48,16 @@ def scaled_normal(fan_in: int, scale: float = 1.0) -> Initializer:
     return nnx.initializers.normal(scale / fan_in**0.5)
 
 
+def linear(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
+    """Tokens times a matrix: the last `axes` axes of x with the first of w, [...,X] and [X,Y] to [...,Y]; both in their dtype.
+
+    As a product of two matrices, whatever axes tokens and heads have: of more axes XLA makes a transposed copy of their
+    gradient on CPUs, which took more time than the products of an MLP (docs/performance.md).
+    """
+    tokens, rows = x.shape[: x.ndim - axes], math.prod(w.shape[:axes])
+    return (x.reshape(-1, rows) @ w.reshape(rows, -1)).reshape(*tokens, *w.shape[axes:])
+
+
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last axis, computed in float32."""
 

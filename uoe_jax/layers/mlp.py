@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.layers.common import GATED, Tokens, activate, along_last, scaled_normal, weight, zeros
+from uoe_jax.layers.common import GATED, Tokens, activate, along_last, linear, scaled_normal, weight, zeros
 from uoe_jax.region import WHOLE, Region, run
 
 
@@ -56,7 +56,7 @@ class MLP(nnx.Module):
         return self._linear(activate(self.activation, up, gate), self.w_down, None)
 
     def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        return self._biased(x @ kernel[...].astype(self.dtype), bias)
+        return self._biased(linear(x, kernel[...].astype(self.dtype)), bias)
 
     def _biased(self, y: jax.Array, bias: nnx.Param | jax.Array | None) -> jax.Array:
         return y if bias is None else y + along_last(bias[...].astype(self.dtype), y)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import Heads, attend, group_keys
-from uoe_jax.layers.common import Tokens, ones, rms_norm, rotate, scaled_normal, weight, zeros
+from uoe_jax.layers.common import Tokens, linear, ones, rms_norm, rotate, scaled_normal, weight, zeros
 from uoe_jax.region import WHOLE, Region
 
 
@@ -66,14 +66,14 @@ class MLA(Heads):
 
     def _latent(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:
         """(normalised latent [...,R], rotated shared key [...,d_rope])."""
-        both = x @ self.w_latent[...].astype(self.dtype)
+        both = linear(x, self.w_latent[...].astype(self.dtype))
         r = self.latent_scale.shape[0]
         latent = rms_norm(both[..., :r], self.latent_scale[...], self.eps).astype(self.dtype)
         return latent, rotate(both[..., None, r:], rotary)[..., 0, :]
 
     def _narrow(self, x: jax.Array) -> jax.Array:
         assert self.w_down is not None and self.q_scale is not None  # asked for where there is a q_rank
-        narrow = x @ self.w_down[...].astype(self.dtype)
+        narrow = linear(x, self.w_down[...].astype(self.dtype))
         return rms_norm(narrow, self.q_scale[...], self.eps).astype(self.dtype)
 
     def _queries(self, x: jax.Array, rotary: Any) -> jax.Array:
@@ -83,7 +83,7 @@ class MLA(Heads):
         return jnp.concatenate([q[..., :dh], rotate(q[..., dh:], rotary)], axis=-1)
 
     def _heads(self, x: jax.Array, w: nnx.Param) -> jax.Array:
-        return jnp.einsum("...r,rhk->...hk", x, w[...].astype(self.dtype))
+        return linear(x, w[...].astype(self.dtype))
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, MLACache]:
         """The whole prompt, and its latents and shared keys with room for `context` tokens."""

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import placed
-from uoe_jax.layers.common import lengthened, weight
+from uoe_jax.layers.common import lengthened, linear, weight
 from uoe_jax.peers.encoder import EncoderAttention, exactly, products
 
 ITSELF = -1e5  # the score of a token with itself: less than any other, more than none
@@ -37,7 +37,7 @@ class Reformer(EncoderAttention):
 
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         qk, v = (
-            checkpoint_name(self._biased(jnp.einsum("...d,dhk->...hk", x, w[...].astype(self.dtype)), b), "qkv")
+            checkpoint_name(self._biased(linear(x, w[...].astype(self.dtype)), b), "qkv")
             for w, b in ((self.w_q, self.b_q), (self.w_v, self.b_v))
         )
         qk = placed(qk, None, None, rotary)
