@@ -89,7 +89,8 @@ def _forward(q, k, v, marks, rule):
 
 def _backward(rule, kept, d_o):
     q, k, v, marks, o, log_total = kept
-    shift = (d_o.astype(jnp.float32) * o.astype(jnp.float32)).sum(axis=-1)
+    # As a product: a sum over so few values was 12 times as slow on CPUs.
+    shift = jnp.einsum("xrtv,xrtv->xrt", d_o, o, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
     def add(sums: tuple[jax.Array, ...], pair: Pair) -> tuple[jax.Array, ...]:
         i, j = pair
