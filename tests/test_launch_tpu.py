@@ -94,9 +94,11 @@ class Cloud:
         self.env = {**os.environ, "PATH": f"{home}/bin:{os.environ['PATH']}", "FAKE": str(home), "UOE_POLL_S": "0"}
 
     def start(self, *args: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            ["bash", str(SCRIPT), *args], env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        def heard() -> None:  # a shell cannot trap what is ignored when it starts, as SIGINT is below a shell's background job
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(["bash", str(SCRIPT), *args], env=self.env, preexec_fn=heard, **piped)
 
     def __call__(self, *args: str) -> tuple[int, str, str]:
         process = self.start(*args)
