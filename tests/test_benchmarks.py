@@ -28,6 +28,14 @@ def test_table():
     assert timing.table([{"a": 1, "b": 0.12345}, {"a": "x", "met": False}]) == ["a  b       met", "1  0.1235", "x          NO"]
 
 
+def test_freed_memory_is_kept():
+    """The second array of a process lies where the first one was: the system has no page to give for it."""
+    faults = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
+    text = f"import resource\nfrom benchmarks import timing\ntiming.keep_memory()\nbytearray(1 << 27)\nn = {faults}\nbytearray(1 << 27)\nprint({faults} - n)"
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, env=environment(), check=True)
+    assert int(done.stdout) < 1000, done.stdout  # of 32768
+
+
 SMALL = layer.Sizes("float32", (2, 128, 32, 64), (2, 128, 32, 8), 8)
 
 

@@ -119,6 +119,19 @@ def test_smha_is_the_attention(kv_heads, bias, padded, causal):
     )
 
 
+@pytest.mark.parametrize("make", [lambda rngs: MLP(D, F, rngs=rngs), lambda rngs: Attention(D, H, rngs=rngs)], ids=["mlp", "attention"])
+def test_dense_blocks_multiply_matrices(make):
+    """Forward and backward: of a product of more axes XLA made a transposed copy on CPUs (`common.linear`)."""
+    graphdef, weights = nnx.split(make(nnx.Rngs(0)))
+    f = jax.jit(jax.grad(lambda w, x: nnx.merge(graphdef, w)(x)[0].sum(), argnums=(0, 1)))
+    text = f.lower(weights, jax.ShapeDtypeStruct((B, L, D), jnp.float32)).as_text()
+    unbatched = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "batching_dims" not in line]
+    assert len(unbatched) >= 5
+    for line in unbatched:
+        left, right = re.findall(r"tensor<([0-9x]+)xf32>", line)[:2]
+        assert left.count("x") == right.count("x") == 1, line
+
+
 @pytest.mark.parametrize("kind", ["uome", "smha"])
 @pytest.mark.parametrize("gate", GATES)
 def test_every_gate_at_a_zero_router_is_the_dense_block(gate, kind):
