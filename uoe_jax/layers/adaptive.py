@@ -23,7 +23,7 @@ from flax import nnx
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.chunked import word_scores, words_nll
-from uoe_jax.layers.common import scaled_normal, weight
+from uoe_jax.layers.common import linear, scaled_normal, weight
 from uoe_jax.layers.ends import lookup
 from uoe_jax.region import Region, run
 
@@ -49,7 +49,7 @@ class Pieces(nnx.Module):
             for start, (table_vd, projection_Dd) in zip(starts, words.pieces(dtype, self.cutoffs), strict=True):
                 here_BL = (own_BL >= start) & (own_BL < start + table_vd.shape[0])
                 x = jnp.where(here_BL[..., None], table_vd[jnp.where(here_BL, own_BL - start, 0)], 0)
-                found.append(x if projection_Dd is None else x @ projection_Dd.T)
+                found.append(x if projection_Dd is None else linear(x, projection_Dd.T))
             return sum(found[1:], found[0]), None
 
         return run(share, _words(self), ids_BL, dtype=dtype, enters=False, on_own_tokens=True)[0]
