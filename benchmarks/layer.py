@@ -62,7 +62,9 @@ class RaggedUoME(UoME):
 class WholeSquares(Attention):
     """The dense block with every score of a row held at once, as XLA computes what is written down in two products."""
 
-    def _mix(self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, region: Region) -> jax.Array:
+    def _mix(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, tokens: Tokens, region: Region
+    ) -> jax.Array:
         b, s, h, dh = q.shape
         q, k, v = (a.swapaxes(1, 2).reshape(b * h, s, dh) for a in (q, k, v))
         scores = jnp.einsum("xtk,xsk->xts", q * dh**-0.5, k, preferred_element_type=jnp.float32)

@@ -13,6 +13,7 @@ import pytest
 from helpers import ROOT, environment, uoe_process
 
 from uoe_jax import cli
+from uoe_jax.compare import measure as measuring
 from uoe_jax.compare import presets
 from uoe_jax.compare import run as running
 from uoe_jax.compare.measure import against, at_length, drawn_batch, measure
@@ -53,7 +54,8 @@ def test_rows_are_matched_by_operations(name):
         miss = forward_flops(row.config.model) / target - 1
         assert row.miss == pytest.approx(miss)
         smallest = presets.hidden_parts(to_dict(row.config)["model"])
-        assert abs(miss) < 0.02 or row.config.model.d_hidden <= 2 * smallest, (row.name, miss)  # the attention alone costs more
+        # Half a step of the width is more where it is small; or the attention alone costs more.
+        assert abs(miss) < 0.03 or row.config.model.d_hidden <= 2 * smallest, (row.name, miss)
 
 
 def test_the_small_tables_hold_what_the_paper_and_the_design_name():
@@ -94,6 +96,8 @@ def test_the_small_tables_hold_what_the_paper_and_the_design_name():
         ({"base.model.moe.k": "9"}, "config.base.model.moe.k=9: no row takes it"),
         ({"base.model.performer.features": "3"}, "config.base.model.performer.features=3: no row takes it"),
         ({"base.model.n_kv_heads": "2"}, "config.model.smha.n_experts=4"),
+        ({"base.train.seed": "7"}, "config.base.train.seed=7: every row is trained with the seeds"),
+        ({"base.optimizer.learning_rate": "0.02"}, "config.base.optimizer.learning_rate=0.02: it is searched for"),
         ({"base.model.d_hidden": "4"}, "config.model.d_hidden=4: (in the row 'expert_choice')"),
     ],
 )
@@ -151,7 +155,7 @@ def test_a_table_is_made_of_what_was_measured(tmp_path):
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| uoe", "| full_attention", "| xmoe", "| switch"]
     assert "94.00 ± 1.41" in lines[2] and "85.00 ± 7.07" in lines[3] and "1 (1 diverged)" in lines[4] and "| diverged |" in lines[5]
-    assert all(line.endswith("| 0.001 |") for line in lines[2:5])
+    assert all(line.endswith("| 0.001 |") for line in lines[2:5]) and lines[5].endswith("| none |")
     assert "not measured" in lines[2]
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -167,6 +171,8 @@ def test_a_table_is_made_of_what_was_measured(tmp_path):
     with pytest.raises(cli.UserError, match="config.base.train.steps=7: the row 'full_attention' of the table in this workdir has 800"):
         claim(load_table("compare/digits", {"base.train.steps": "7"}), workdir)
     claim(load_table("compare/digits", {"base.train.log_every": "7"}), workdir)  # a run may change it as well
+    with pytest.raises(cli.UserError, match="config.base.eval.test=False: the row 'full_attention' of the table in this workdir has True"):
+        claim(load_table("compare/digits", {"base.eval.test": "False"}), workdir)  # a run may, but two measures are no table
     (tmp_path / "table.json").write_text("{")
     with pytest.raises(cli.UserError, match="cannot be read"):
         claim(found, workdir)
@@ -197,6 +203,12 @@ def test_no_row_is_trained_on_half_a_search(tmp_path, monkeypatch):
         found_rates(found, workdir, Children())
     assert found_rates(found, workdir, Children()) == {"full-attention": 0.001, "uoe": None}
     assert tried == [f"full_attention, learning rate {r}" for r in ("0.001", "0.001", "0.003")] + [f"uoe, learning rate {r}" for r in ("0.001", "0.003")]
+
+
+def test_a_table_whose_reference_diverged_says_so(tmp_path):
+    found = load_table("compare/digits", {"seeds": "1", "rows": "full_attention,uoe"})
+    with running.Children() as children, pytest.raises(cli.UserError, match="row 'full_attention': every learning rate diverged"):
+        running.measure(found, locate(str(tmp_path)), children)
 
 
 def test_a_child_that_fails_is_an_error_and_one_that_stops_a_stop():
@@ -234,6 +246,23 @@ def test_times_are_compared_within_a_round():
     """A machine that is twice as slow in some rounds changes no ratio."""
     found = against([0.5, 1.0, 0.5, 2.0], [1.0, 2.0, 1.0, 4.0])
     assert found == {"seconds": 0.75, "ratio": 0.5, "ratio_low": 0.5, "ratio_high": 0.5}
+
+
+def test_seconds_are_the_ratio_of_the_references(monkeypatch):
+    """Rows are not measured at the same moment: the reference is slower beside one of them, and no row is shown so."""
+
+    class Step:
+        bytes, moments = 1, iter([2.0] * 6 + [8.0, 4.0] * 3)  # beside itself, then beside a row that takes half as long
+
+        def __init__(self, config):
+            pass
+
+        def seconds(self):
+            return next(self.moments)
+
+    monkeypatch.setattr(measuring, "Step", Step)
+    found = measuring.side_by_side({"dense": None, "half": None}, "dense", 2)
+    assert (found["dense"]["seconds"], found["half"]["ratio"], found["half"]["seconds"]) == (2.0, 0.5, 1.0)
 
 
 def test_a_length_is_another_model_of_one_row():

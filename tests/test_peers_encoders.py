@@ -164,6 +164,18 @@ def test_enough_of_it_is_dense_attention(name):
     assert reference.error(y, np.stack([heads_of(state, row.astype(np.float64), mix) for row in x])) < bound
 
 
+def test_equal_tokens_share_a_bucket_wherever_they_are():
+    """Of the Reformer: rotary positions turn what is compared, not what is hashed."""
+    block = make(config("reformer", dict(chunk=4, n_hashes=4), position="rope"))
+    second = np.arange(L) % 2 == 1
+    x, tokens = jnp.asarray(np.where(second[:, None], *random(1, 2, 1, D))[None]), tokens_of((L,), head_dim=D // H)
+    q, k, v = block._project(x, tokens.rotary)
+    valid = jnp.ones((1, L), bool)
+    changes = [int(np.diff(second[block._sorted(a.transpose(0, 2, 1, 3), valid)[0]], axis=-1).sum(axis=-1).max()) for a in (k, q)]
+    assert changes[0] <= 1 < changes[1]
+    assert reference.error(block.mix(q, q, v, x, valid), block.mix(q, k, v, x, valid)) > 1e-3
+
+
 # --- meshes, dtypes, weights ------------------------------------------------------------------------------------
 
 

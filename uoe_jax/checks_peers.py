@@ -20,6 +20,7 @@ NOT_CAUSAL = {
     "long_short": "its dynamic projections are means over the whole row",
     "expert_choice": "which tokens an expert takes depends on later ones",
 }
+NEVER_LEARNS = "the weights of the chosen are rescaled, and of one alone it is always the same, so that the router never learns; give at least 2"
 assert set(NOT_CAUSAL) == {*ENCODER_ATTENTIONS, *ENCODER_MLPS}
 
 
@@ -38,6 +39,8 @@ def _check_mixture(m: ModelConfig) -> None:
     c, at_once = m.moe, m.moe.k + m.moe.n_shared
     if c.k > c.n_experts:
         raise ConfigError("config.model.moe.k", c.k, f"a token cannot choose more than n_experts={c.n_experts} experts")
+    if c.k == 1 < c.n_experts and (m.mlp == "skywork_moe" or m.mlp == "deepseek_moe" and c.score == "sigmoid"):
+        raise ConfigError("config.model.moe.k", 1, f"(mlp={m.mlp!r}) {NEVER_LEARNS}")
     if not c.d_expert and m.d_hidden % at_once:
         remedy = f"0 cuts d_hidden={m.d_hidden} in k={c.k} + n_shared={c.n_shared} parts, which leaves a rest; give a width"
         raise ConfigError("config.model.moe.d_expert", 0, remedy)
@@ -59,6 +62,8 @@ def _check_attention(m: ModelConfig) -> None:
     if m.attention == "moh" and m.moh.k > routed:
         remedy = f"beside n_shared={m.moh.n_shared} of n_heads={m.n_heads} heads there are {max(routed, 0)} to choose from"
         raise ConfigError("config.model.moh.k", m.moh.k, remedy)
+    if m.attention == "moh" and m.moh.k == 1 < routed:
+        raise ConfigError("config.model.moh.k", 1, NEVER_LEARNS)
     if m.attention == "nystromformer" and m.nystromformer.kernel and m.nystromformer.kernel % 2 == 0:
         raise ConfigError("config.model.nystromformer.kernel", m.nystromformer.kernel, "a token is in the middle; give an odd number, or 0")
     if m.attention == "long_short" and m.long_short.window % 2:
@@ -85,7 +90,7 @@ def peer_uses(m: ModelConfig) -> Iterator[tuple[str, bool, str]]:
     for block, keys in {
         "deepseek_moe": ("n_shared", "score", "scale", "bias_rate"),
         "xmoe": ("threshold",),
-        "skywork_moe": ("logit_scale", "adaptive_rate", "adaptive_decay"),
+        "skywork_moe": ("logit_scale", "adaptive_rate", "adaptive_decay", "adaptive_most"),
     }.items():
         for key in keys:
             yield f"model.moe.{key}", m.mlp == block, f"is for model.mlp={block!r}"

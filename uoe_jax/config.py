@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from uoe_jax.checks import check_cutoffs, check_model, check_run
 from uoe_jax.config_data import AugmentConfig, DataConfig
@@ -419,12 +419,12 @@ def with_vocabulary(config: Config, size: int) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or size))
 
 
-def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """Keys whose change would change a run: (key, old value, new value) for those not declared `free`."""
+def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
+    """Keys whose change would change a run: (key, old value, new value) for those not declared `free`, and for `more`."""
     extendable = old.optimizer.decay_steps == new.optimizer.decay_steps > 0  # train.steps then only says when to stop
     before = {name: value for name, value, _ in leaves(old)}
     return [
         (name, before[name], value)
         for name, value, meta in leaves(new)
-        if before[name] != value and not meta["free"] and not (name == "train.steps" and extendable)
+        if before[name] != value and (not meta["free"] or name in more) and not (name == "train.steps" and extendable)
     ]

@@ -37,6 +37,7 @@ class MoEConfig:
     adaptive_rate: float = key(
         0.0, "of skywork_moe: a layer's balance weight follows this times its share of dropped tokens; 0: it stays", low=0, high=1e3
     )
+    adaptive_most: float = key(0.01, "what it follows is no more than this", low=0, high=1e3)
     adaptive_decay: float = key(0.99, "how slowly it follows: the share of the old weight that a step keeps", low=0, high=1)
     bias_rate: float = key(0.0, "step of the loss-free balancing bias (deepseek_moe); 0 turns it off", low=0, high=1)
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)

@@ -45,7 +45,8 @@ def active_parameters(c: ModelConfig) -> float:
     idle = 0.0
     for name, r in c.routed().items():
         # K of N experts; where they choose their tokens, as many as have a slot for it. (XMoE: K are expected.)
-        share = min(1.0, r.capacity_factor if r.priority == "score" else 1.0) * r.k / r.n_experts
+        k = r.n_experts if name == "expert_choice" else r.k  # all experts may take a token there
+        share = min(k, (r.capacity_factor if r.priority == "score" else 1.0) * r.k) / r.n_experts
         if name in ON_SLOTS:
             idle += (1 - share) * c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)
         elif name != "moh":

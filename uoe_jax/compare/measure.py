@@ -30,6 +30,8 @@ from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of
 from uoe_jax.workdir import locate, read_config, read_json, write_json
 
+FEWEST_ROUNDS = 5  # of the longest rows, a step of which takes long
+
 
 def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     """A batch of a train step without padding, of drawn tokens or pixels."""
@@ -95,12 +97,16 @@ def against(own: list[float], reference: list[float]) -> dict[str, float]:
 
 
 def side_by_side(configs: dict[str, Config], reference: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Time and memory of every row's step, each measured in turn with the reference's."""
+    """Time and memory of every row's step, each measured in turn with the reference's.
+
+    Rows are not measured at the same time as each other, so that a row's seconds are its ratio of the reference's.
+    """
     first, out = Step(configs[reference]), {}
     for name, config in configs.items():
         step = first if name == reference else Step(config)
         out[name] = {**against(*paired(step, first, rounds)), "bytes": step.bytes}
-    return out
+    seconds = out[reference]["seconds"]
+    return {name: {**found, "seconds": seconds * (1 if name == reference else found["ratio"])} for name, found in out.items()}
 
 
 def counts(config: Config) -> dict[str, float]:
@@ -139,7 +145,7 @@ def over_lengths(
             except ConfigError as error:
                 refused.append((name, length, str(error)))
         if reference in own:
-            timed = side_by_side(own, reference, max(3, min(rounds, 2048 // length)))
+            timed = side_by_side(own, reference, max(FEWEST_ROUNDS, min(rounds, 2048 // length)))
             out += [{"row": name, "length": length, **found} for name, found in timed.items()]
     return out, refused
 

@@ -39,7 +39,7 @@ PRESETS: dict[str, Changes] = {
     "deepseek_moe": _mixture("deepseek_moe", n=7, k=3, shared=1),
     "deepseek_v3": _mixture("deepseek_moe", "mla", n=7, k=3, shared=1, score="sigmoid", bias_rate=0.001, balance_weight=0.0001),
     "skywork_moe": _mixture("skywork_moe", n=4, k=2, adaptive_rate=0.2),
-    "xmoe": _mixture("xmoe", n=16, k=8, threshold=0.9),
+    "xmoe": _mixture("xmoe", n=16, k=10, capacity_factor=1.6, threshold=0.9),
     "mosa": {"attention": "mosa", "mlp": "dense"},
     "moh": {"attention": "moh", "mlp": "dense"},
     "mla": {"attention": "mla", "mlp": "dense"},
@@ -67,7 +67,7 @@ def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = Mapp
 
     Sizes that follow the model's own are filled in: experts are `d_hidden` / parts wide and count their capacity in the
     windows of the base's UoME; MLA's latents are D/2 wide (as in the released code); MoH shares a quarter of the heads and
-    lets a token choose half of the others. Sections of blocks that the row does not have are dropped.
+    lets a token choose half of the others, at least two. Sections of blocks that the row does not have are dropped.
 
     Raises:
       KeyError: no such preset. ConfigError: the hidden width is too small for its experts.
@@ -88,7 +88,7 @@ def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = Mapp
             out["moe"]["capacity_window"] = min(out["uome"]["capacity_window"], out["context_length"])
     sizes = {
         "mla": {"q_rank": d // 2, "kv_rank": d // 2},
-        "moh": {"n_shared": heads // 4, "k": max(1, (heads - heads // 4) // 2)},
+        "moh": {"n_shared": heads // 4, "k": min(heads - heads // 4, max(2, (heads - heads // 4) // 2))},
     }.get(out["attention"], {})
     for key, value in sizes.items():
         if f"{out['attention']}.{key}" not in changes:

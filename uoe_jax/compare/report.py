@@ -41,7 +41,7 @@ class Result(NamedTuple):
       finals: the measure of every seed that finished. diverged: how many did not, as their numbers went bad.
       curves: of every seed, (step, measure on validation).
       measured: of `measure.measure`; empty where it was not measured.
-      rate: the learning rate that it was trained with.
+      rate: the learning rate that it was trained with; None: none of those tried suits it.
     """
 
     slug: str
@@ -52,7 +52,7 @@ class Result(NamedTuple):
     diverged: int
     curves: list[list[tuple[int, float]]]
     measured: dict[str, float]
-    rate: float
+    rate: float | None
 
 
 def measure_of(config: Config) -> Measure:
@@ -83,7 +83,7 @@ def results(table: Table, workdir: epath.Path) -> list[Result]:
                 finals.append(measure.scale * last[-1][f"{split}/{measure.key}"])
                 curves.append([(line["step"], measure.scale * line[f"eval/{measure.key}"]) for line in lines if "eval/loss" in line])
         if finals or bad:
-            rate = config.optimizer.learning_rate
+            rate = None if rates.get(slug, 0.0) is None else config.optimizer.learning_rate
             out.append(Result(slug, row["name"], config, row["miss"], finals, bad, curves, measured.get(slug, {}), rate))
     return out
 
@@ -131,7 +131,7 @@ def as_markdown(table: Table, found: list[Result], told: dict[str, Any]) -> str:
              f"{m['ratio']:.2f} ({m['ratio_low']:.2f}-{m['ratio_high']:.2f})", f"{m['bytes'] / 1e6:.1f} MB", f"{m['kept_bytes_per_row'] / 1e3:.0f} kB"]
             if m else ["not measured"] * 6
         )  # fmt: skip
-        lines.append(_line(cells + [f"{r.rate:g}"] * searched))
+        lines.append(_line(cells + ["none" if r.rate is None else f"{r.rate:g}"] * searched))
     return "\n".join([*lines, "", *rules(table, found, told), ""])
 
 

@@ -31,6 +31,8 @@ from uoe_jax.workdir import locate, lock, os_errors, read_json, release, write_j
 
 DAMAGED = "remove it and what it is about, or give another --workdir"
 FIXED = ("match", "reference", "learning_rates", "search_steps")  # of TableConfig: what finished rows depend on
+# Of a run that goes on these may change; in a table they settle what is measured, and of which checkpoint.
+MEASURES = ("eval.test", "eval.every", "checkpoint.every", "checkpoint.keep_best")
 
 
 class Planned(NamedTuple):
@@ -64,7 +66,7 @@ def compare(table: Table, workdir_name: str) -> int:
             rates = found_rates(table, workdir, children)
             for planned in runs(table, workdir, rates):
                 train(planned, children)
-            measure(workdir, children)
+            measure(table, workdir, children)
     except Stopped:
         return EXIT_STOPPED
     finally:
@@ -91,7 +93,7 @@ def claim(table: Table, workdir: epath.Path) -> None:
         if known[key] != own[key]:
             raise ConfigError(f"config.{key}", own[key], f"the table in this workdir has {known[key]!r}; give that, or another --workdir")
     for slug, row in rows.items():
-        changed = changed_keys(from_dict(known["rows"].get(slug, row)["config"]), from_dict(row["config"]))
+        changed = changed_keys(from_dict(known["rows"].get(slug, row)["config"]), from_dict(row["config"]), MEASURES)
         if changed:
             key, old, new = changed[0]
             remedy = f"the row {row['name']!r} of the table in this workdir has {old!r}; give that, or another --workdir"
@@ -167,8 +169,15 @@ def train(planned: Planned, children: Children) -> None:
         write_text(planned.workdir / "diverged", "bad numbers\n")
 
 
-def measure(workdir: epath.Path, children: Children) -> None:
-    """Measures all rows that were trained, anew: figures of another machine or version are not mixed with these."""
+def measure(table: Table, workdir: epath.Path, children: Children) -> None:
+    """Measures all rows that were trained, anew: figures of another machine or version are not mixed with these.
+
+    Raises:
+      Stopped: it was asked to stop. RunError: it failed, or nothing was trained of the row that others are measured by.
+    """
+    if not (workdir / "rows" / table.reference.slug / "seed_0" / "config.json").exists():
+        remedy = f"others are measured by it; give another --workdir and config.learning_rates than {table.config.learning_rates!r}"
+        raise RunError(f"row {table.config.reference!r}: every learning rate diverged, and {remedy}")
     (workdir / "measured.json").unlink(missing_ok=True)
     children.run(["uoe_jax.compare.measure", str(workdir)], "measuring the rows side by side")
 

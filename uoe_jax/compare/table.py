@@ -145,6 +145,11 @@ def _check(table: Table, asked: Mapping[str, Any]) -> None:
     reference, steps = table.reference.config, table.reference.config.train.steps
     if reference.train.stop_after:
         raise ConfigError("config.base.train.stop_after", reference.train.stop_after, "a table is made to its end; leave it out")
+    if "train.seed" in asked:
+        raise ConfigError("config.base.train.seed", asked["train.seed"], "every row is trained with the seeds 0, 1, …; give config.seeds")
+    if "optimizer.learning_rate" in asked and table.rates:
+        remedy = "it is searched for; give config.learning_rates, or that as '' to train all rows with one"
+        raise ConfigError("config.base.optimizer.learning_rate", asked["optimizer.learning_rate"], remedy)
     if table.config.search_steps > steps:
         raise ConfigError("config.search_steps", table.config.search_steps, f"a try is no longer than a run; give at most {steps}")
     for rate in table.rates:

@@ -208,7 +208,7 @@ class Attention(Heads):
     ) -> tuple[jax.Array, RoutingStats | None, jax.Array, jax.Array]:
         shared_BLD, x_BLD = region.enter(x_BLD.astype(self.dtype))
         q, k, v = self._project(x_BLD, tokens.rotary)
-        o = self._mix(q, k, v, tokens, region)
+        o = self._mix(q, k, v, x_BLD, tokens, region)
         o, stats = self._weighed(o, shared_BLD, tokens.segments_BL, region)
         return self._biased(region.leave(self._out(o)), region.for_own_tokens(self.bias_out)), stats, k, v
 
@@ -218,8 +218,10 @@ class Attention(Heads):
         """The heads' values as they are added up, and statistics where something is routed; x_BLD as all parts have it."""
         return o, None
 
-    def _mix(self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, region: Region) -> jax.Array:
-        """The heads' values [B,L,H,Dh] from queries [B,L,H,Dh] and keys and values [B,L,G,Dh]."""
+    def _mix(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, tokens: Tokens, region: Region
+    ) -> jax.Array:
+        """The heads' values [B,L,H,Dh] from queries [B,L,H,Dh], keys and values [B,L,G,Dh], and what they were made of."""
         keys_BG = None if tokens.keys_B is None else group_keys(tokens.keys_B, k.shape[2], region.part)
         return attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
 

@@ -84,8 +84,9 @@ def performer(c: ModelConfig, length: int) -> Cost:
 def long_short(c: ModelConfig, length: int) -> Cost:
     r, w = c.long_short.rank, c.long_short.window
     padded = -(-length // w) * w
-    core = (6 * length * r + padded * (8 * w + 4 * r)) * c.d_model
-    return _over_projections(c, length, core, more=c.d_model * (r + 4))
+    scores = c.d_model * c.n_heads * r
+    core = 2 * length * scores + (4 * length * r + padded * (8 * w + 4 * r)) * c.d_model
+    return _over_projections(c, length, core, more=scores + 4 * c.d_model)
 
 
 def reformer(c: ModelConfig, length: int) -> Cost:

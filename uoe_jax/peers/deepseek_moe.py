@@ -3,7 +3,8 @@
 score='softmax' is DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066): the K best experts, weighed by their softmax
 probabilities as they are. score='sigmoid' is DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): experts are chosen by
 sigmoid(logit) + bias, and weighed by the sigmoids of the chosen ones rescaled to sum to `model.moe.scale`; the bias
-(`model.moe.bias_rate`) balances the load without a loss. The balance loss is over the sigmoids rescaled to sum to 1.
+(`model.moe.bias_rate`) balances the load without a loss. The balance loss is over the sigmoids rescaled to sum to 1, of every
+row by itself; it counts the experts that were chosen, with the bias (in equation 18 those of the best sigmoids alone).
 Tokens beyond an expert's capacity are dropped, which DeepSeek does not do: give a large capacity_factor for that.
 """
 

@@ -1,9 +1,10 @@
 """Long-Short Transformer (Zhu et al. 2021, arXiv 2107.02192), for encoders.
 
 A token attends, in one softmax, to the tokens of its own segment of w and of half a segment on either side, and to R dynamic
-projections of the whole row: P = softmax over the tokens of K·W_p, K̄ = PᵀK, V̄ = PᵀV. Both kinds are normalised by a
-LayerNorm of their own (DualLN), here of every head by itself, so that heads do not meet (the authors norm all heads as one
-vector). Padding is left out of both.
+projections of the whole row: P = softmax over the tokens of X·W_p, by head, K̄ = PᵀK, V̄ = PᵀV (equation 3). Both kinds are
+normalised by a LayerNorm of their own (DualLN), here of every head by itself, so that heads do not meet (the authors norm all
+heads as one vector), and K̄ and V̄ are made of keys and values as projected (the authors' code norms these first). Padding is
+left out of both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.common import lengthened, ones, scaled_normal, weight, zeros
+from uoe_jax.layers.common import lengthened, linear, ones, scaled_normal, weight, zeros
 from uoe_jax.peers.encoder import EncoderAttention, products, shares
 
 
@@ -24,15 +25,14 @@ class LongShort(EncoderAttention):
         super().__init__(c, rngs=rngs)
         h, dh = c.n_heads, c.head_dim
         self.window, self.eps = c.long_short.window, c.norm_eps
-        self.w_p = weight(rngs, (h, dh, c.long_short.rank), ("heads", None, None), scaled_normal(dh))
+        self.w_p = weight(rngs, (c.d_model, h, c.long_short.rank), ("embed", "heads", None), scaled_normal(c.d_model))
         self.near_scale, self.far_scale = (weight(rngs, (h, dh), ("heads", None), ones, exact=True) for _ in range(2))
         self.near_bias, self.far_bias = (weight(rngs, (h, dh), ("heads", None), zeros, exact=True) for _ in range(2))
 
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
         b, length, h, dh = q.shape
-        # Weights first: the other way round, CPUs are asked for a product in bfloat16 that they do not have (jaxlib 0.10.2).
-        scores_BhRL = products("hkr,blhk->bhrl", self.w_p[...].astype(k.dtype), k)
-        p_BhRL = shares(scores_BhRL, valid_BL[:, None, None])
+        scores_BLhR = linear(x_BLD, self.w_p[...].astype(x_BLD.dtype))
+        p_BhRL = shares(scores_BLhR.transpose(0, 2, 3, 1), valid_BL[:, None, None])
         far_k, far_v = (products("blhk,bhrl->brhk", a, p_BhRL) for a in (k, v))
         far_k, far_v = (self._normed(a, self.far_scale, self.far_bias, q.dtype) for a in (far_k, far_v))
         near_k, near_v = (self._normed(a, self.near_scale, self.near_bias, q.dtype) for a in (k, v))

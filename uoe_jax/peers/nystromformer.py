@@ -28,7 +28,7 @@ class Nystromformer(EncoderAttention):
         self.landmarks, self.iterations = n.landmarks, n.iterations
         self.w_conv = weight(rngs, (c.n_heads, n.kernel), ("heads", None), scaled_normal(n.kernel)) if n.kernel else None
 
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
         scale = q.shape[-1] ** -0.25
         q, k = q * scale, k * scale
         means_BRL, there_BR = landmark_means(valid_BL, self.landmarks)

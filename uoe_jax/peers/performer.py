@@ -29,7 +29,7 @@ class Performer(EncoderAttention):
         shape = (c.performer.features, c.head_dim)
         self.directions = weight(rngs, shape, (None, None), orthogonal_normal, exact=True, trained=False)
 
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
         there = valid_BL[..., None, None]
         w_Rk = jax.lax.stop_gradient(self.directions[...])
         q, k = (a.astype(jnp.float32) * a.shape[-1] ** -0.25 for a in (q, k))

@@ -3,7 +3,7 @@
 Queries and keys are one projection, keys of length 1. In every round a token's bucket is the nearest of n_buckets drawn
 directions; tokens are sorted by bucket, cut in chunks, and attend to their own chunk and the one before it, the first of a
 round to the last of the round before. A token attends to itself only where there is nothing else. Rounds are weighed by
-their softmax totals. Directions are drawn once with the weights (the authors draw them at every step). Padding is sorted to
+their softmax totals. Rotary positions, which the authors do not have, turn what is compared and not what is hashed. Directions are drawn once with the weights (the authors draw them at every step). Padding is sorted to
 the end and belongs to no chunk; the last chunk is the last one with tokens.
 """
 
@@ -40,15 +40,15 @@ class Reformer(EncoderAttention):
             checkpoint_name(self._biased(linear(x, w[...].astype(self.dtype)), b), "qkv")
             for w, b in ((self.w_q, self.b_q), (self.w_v, self.b_v))
         )
-        qk = placed(qk, None, None, rotary)
-        return qk, qk, v
+        # What is hashed is not turned: equal tokens fall into one bucket wherever they are.
+        return placed(qk, None, None, rotary), qk, v
 
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
         b, length, h, dh = q.shape
         more = -length % self.chunk
-        q, v, valid_BT = (lengthened(a, more) for a in (q, v, valid_BL))
-        q_BhTk, v_BhTk = (a.transpose(0, 2, 1, 3) for a in (q, v))
-        order_BhRT, place_BhRT = self._sorted(q_BhTk, valid_BT)
+        q, hashed, v, valid_BT = (lengthened(a, more) for a in (q, k, v, valid_BL))
+        q_BhTk, hashed_BhTk, v_BhTk = (a.transpose(0, 2, 1, 3) for a in (q, hashed, v))
+        order_BhRT, place_BhRT = self._sorted(hashed_BhTk, valid_BT)
         n_hashes, t = order_BhRT.shape[2:]
 
         def at(a_BhTx: jax.Array) -> jax.Array:
@@ -73,10 +73,10 @@ class Reformer(EncoderAttention):
         mixed, total = mixed.reshape(b, h, n_hashes, t, dh), total.reshape(b, h, n_hashes, t)
         return combined(mixed, total, place_BhRT).transpose(0, 2, 1, 3)[:, :length]
 
-    def _sorted(self, q_BhTk: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _sorted(self, hashed_BhTk: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(int32 [B,h,R,T]: the tokens of every round in the order of their buckets, and the inverse); padding comes last."""
         directions = jax.lax.stop_gradient(self.rotations[...])
-        turned = exactly("bhtk,hkrn->bhrtn", jax.lax.stop_gradient(q_BhTk).astype(jnp.float32), directions)
+        turned = exactly("bhtk,hkrn->bhrtn", jax.lax.stop_gradient(hashed_BhTk).astype(jnp.float32), directions)
         bucket_BhRT = jnp.concatenate([turned, -turned], axis=-1).argmax(axis=-1)
         bucket_BhRT = jnp.where(valid_BT[:, None, None], bucket_BhRT, 2 * directions.shape[-1])
         order = jnp.argsort(bucket_BhRT, axis=-1, stable=True).astype(jnp.int32)

@@ -2,8 +2,8 @@
 
 A token's logits are shifted and scaled to mean 0 and standard deviation `model.moe.logit_scale` before the softmax, which
 keeps the choice of experts from blurring. The K best probabilities are rescaled to sum to 1, as in Mixtral. After every
-step a layer's balance weight moves towards `adaptive_rate` times the share of its choices that were dropped
-(`train.step.rebalance`).
+step a layer's balance weight moves towards `adaptive_rate` times the share of its choices that were dropped, or towards
+`adaptive_most` where that is less (equation 9, `train.step.rebalance`). The balance loss is of every row by itself.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 K = 1 is the Switch Transformer (Fedus, Zoph, Shazeer 2021, arXiv 2101.03961), whose output is scaled by the softmax
 probability; K > 1 is GShard (Lepikhin et al. 2020, arXiv 2006.16668) and Mixtral (Jiang et al. 2024, arXiv 2401.04088),
-whose chosen probabilities are rescaled to sum to 1. GShard's capacity counts in groups across the batch, here in windows of a
-row; its balance loss counts first choices, here all K; and it draws the second expert, which here is the second best.
+whose chosen probabilities are rescaled to sum to 1. GShard's capacity counts in groups across the batch and takes first choices
+before second ones, here in windows of a row, token by token (a causal model cannot know later first choices); its balance loss
+counts first choices, here all K; and it draws the second expert, which here is the second best. Balance losses are of every
+row by itself, as no row depends on the others here; the authors' are of the batch.
 """
 
 from __future__ import annotations

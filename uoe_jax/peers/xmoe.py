@@ -1,7 +1,9 @@
 """XMoE (Yang et al. 2024, arXiv 2403.18926): small experts, of which a token takes as many as it needs.
 
 A token takes its best experts until their softmax probabilities sum to `model.moe.threshold`, each weighed by its
-probability. The capacity is that of K experts a token: K says how many are expected.
+probability. The capacity is that of K experts a token: K says how many are expected. A router that knows nothing yet chooses
+nearly all, and slots are filled in the order of the tokens, as causal models must (the authors fill them first choices first):
+capacity_factor = N/K drops nothing. The balance loss counts all choices of a row (the authors': first choices of the batch).
 """
 
 from __future__ import annotations

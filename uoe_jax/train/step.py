@@ -222,7 +222,8 @@ def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
 def adapted(weight_T1: jax.Array, stats: RoutingStats, c: MoEConfig) -> jax.Array:
     """The balance weights after a step: they follow the share of choices that were dropped (Skywork-MoE, section 4.2)."""
     dropped_T = 1 - stats.kept_N.sum(axis=-1) / jnp.maximum(stats.chosen_N.sum(axis=-1), 1)
-    return c.adaptive_decay * weight_T1 + (1 - c.adaptive_decay) * c.adaptive_rate * dropped_T[:, None]
+    wanted_T = jnp.minimum(c.adaptive_rate * dropped_T, c.adaptive_most)
+    return c.adaptive_decay * weight_T1 + (1 - c.adaptive_decay) * wanted_T[:, None]
 
 
 def routing_loss(c: ModelConfig, params: Params, routing: Stats) -> jax.Array:

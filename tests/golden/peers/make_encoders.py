@@ -35,24 +35,24 @@ def out(heads: torch.Tensor, w: Weights) -> torch.Tensor:
 
 
 def by_heads(mix):
-    """A function of one head's q, k, v [L,Dh] and its number as one of x and all weights."""
+    """A function of one head's q, k, v [L,Dh], the weights, its number, and the row [L,D] as one of x and all weights."""
 
     def forward(w: Weights, x: torch.Tensor) -> torch.Tensor:
         rows, names = [], ("w_q", "w_k" if "w_k" in w else "w_q", "w_v")
         for row in x:
-            heads = [mix(*(row @ w[n][:, i] for n in names), w, i) for i in range(H)]
+            heads = [mix(*(row @ w[n][:, i] for n in names), w, i, row) for i in range(H)]
             rows.append(out(torch.cat(heads, dim=-1), w))
         return torch.stack(rows)
 
     return forward
 
 
-def linformer(q, k, v, w, i):
+def linformer(q, k, v, w, i, x):
     """Wang et al., equation 7: softmax(Q·(E·K)ᵀ/√d)·(F·V)."""
     return torch.softmax(q @ (w["w_keys"].T @ k).T / DH**0.5, dim=-1) @ (w["w_values"].T @ v)
 
 
-def performer(q, k, v, w, i):
+def performer(q, k, v, w, i, x):
     """Choromanski et al., lemma 1 and the authors' stabilisers: the whole L x L matrix of φ(q)·φ(k), rows made to sum to 1."""
 
     def phi(x, is_query):
@@ -65,9 +65,9 @@ def performer(q, k, v, w, i):
     return matrix / matrix.sum(-1, keepdim=True) @ v
 
 
-def long_short(q, k, v, w, i, window=4):
-    """Zhu et al., section 3: one softmax over a window of 2·w keys around a segment and R projected ones, DualLN on both."""
-    p = torch.softmax(k @ w["w_p"][i], dim=0)
+def long_short(q, k, v, w, i, x, window=4):
+    """Zhu et al., section 3 (P from the row itself, equation 3): one softmax over a window of 2·w keys around a segment and R projected ones, DualLN on both."""
+    p = torch.softmax(x @ w["w_p"][:, i], dim=0)
     far_k, far_v = (F.layer_norm(p.T @ a, (DH,), w["far_scale"][i], w["far_bias"][i], 1e-6) for a in (k, v))
     near_k, near_v = (F.layer_norm(a, (DH,), w["near_scale"][i], w["near_bias"][i], 1e-6) for a in (k, v))
     rows = []
@@ -79,7 +79,7 @@ def long_short(q, k, v, w, i, window=4):
     return torch.stack(rows)
 
 
-def nystromformer(q, k, v, w, i, landmarks):
+def nystromformer(q, k, v, w, i, x, landmarks):
     """Xiong et al., section 3, over the landmarks that have tokens, with the iteration of equation 11."""
     cuts = [range(j * L // landmarks, (j + 1) * L // landmarks) for j in range(landmarks)]
     few_q, few_k = (torch.stack([a[list(cut)].mean(0) for cut in cuts if cut]) for a in (q, k))
@@ -91,7 +91,7 @@ def nystromformer(q, k, v, w, i, landmarks):
     return near @ z @ far @ v
 
 
-def reformer(q, k, v, w, i, chunk):
+def reformer(q, k, v, w, i, x, chunk):
     """Kitaev et al., section 2, token by token; before a round's first chunk stands the last one of the round before."""
     k, rounds = k * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt() / DH**0.5, []
     for turned in torch.einsum("tk,krn->rtn", q, w["rotations"][i]).detach():
@@ -131,14 +131,14 @@ def equations() -> None:
     w = weights(rng(0), **WITH_KEYS, directions=(6, DH))
     w["directions"] *= 2.5
 
-    def fixed(q, k, v, w, i):
-        return performer(q, k, v, w | {"directions": w["directions"].detach()}, i)
+    def fixed(q, k, v, w, i, x):
+        return performer(q, k, v, w | {"directions": w["directions"].detach()}, i, x)
 
     store("performer", config, w, by_heads(fixed), EQUATIONS)
 
     both = {f"{kind}_{what}": (H, DH) for kind in ("near", "far") for what in ("scale", "bias")}
     config = dict(attention="long_short", long_short=dict(window=4, rank=3), **ENCODER)
-    store("long_short", config, weights(rng(0), **WITH_KEYS, w_p=(H, DH, 3), **both), by_heads(long_short), EQUATIONS)
+    store("long_short", config, weights(rng(0), **WITH_KEYS, w_p=(D, H, 3), **both), by_heads(long_short), EQUATIONS)
 
 
 def nystromformers() -> None:
