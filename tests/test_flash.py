@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from flax import nnx
 
-from uoe_jax import tiles
-from uoe_jax.layers import attention
+from uoe_jax import RoutingConfig, tiles
+from uoe_jax.layers import attention, smha
 from uoe_jax.layers import fused as fused_lib
 from uoe_jax.layers.attention import attend, group_keys
 from uoe_jax.layers.chunked import words_nll
+from uoe_jax.layers.common import tokens_like
 from uoe_jax.layers.fused import fused
 
 B, H, G, DH = 2, 4, 2, 8
@@ -99,7 +102,7 @@ class Packed:
 @pytest.mark.parametrize("documents, most", [(1, 3), (3, 3), (3, 2)])
 def test_documents_are_told_by_where_they_stand(monkeypatch, causal, documents, most):
     """Rows of three documents, one of them with empty places behind, or of one each: masked only where they are more than `most`."""
-    monkeypatch.setattr(fused_lib, "_packed_form", lambda: Packed)
+    monkeypatch.setattr(fused_lib, "_packed_form", lambda grouped: Packed)
     monkeypatch.setattr(fused_lib, "MOST", most)
     masked, Packed.asked = jax.nn.dot_product_attention, []
     s, lengths = 24, jnp.asarray([24, 20 if documents > 1 else 24])
@@ -121,6 +124,38 @@ def test_documents_are_told_by_where_they_stand(monkeypatch, causal, documents, 
     jax.effects_barrier()
     told = ([[0, 9, 23, -1], [0, 16, 20, -1]], [[9, 14, 1], [16, 4, 4]])
     assert Packed.asked == ([told, told] if documents == most else [])  # forward, and in the backward pass
+
+
+@pytest.mark.parametrize("version", [(0, 10, 2), (0, 11, 0), (0, 11, 1), (0, 12, 0)])
+def test_key_heads_that_are_shared_are_packed_where_jax_knows_where_they_begin(monkeypatch, version):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(fused_lib, "_on_nvidia", lambda: True)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    monkeypatch.setattr(fused_lib.importlib, "import_module", lambda name: Packed)
+    assert fused_lib._packed_form.__wrapped__(False) is Packed
+    assert (fused_lib._packed_form.__wrapped__(True) is Packed) == (version >= (0, 11, 1))
+
+
+def test_what_a_kernel_leaves_in_empty_places_reaches_nothing(monkeypatch):
+    """Not causal, rows of one token and of none: attention that leaves NaN behind a row's length gives finite gradients."""
+    whole = smha.attend
+
+    def careless(q, k, v, segments, causal, drop_rate, keys, lengths):
+        o = whole(q, k, v, segments, causal, drop_rate, keys, lengths)
+        return jnp.where((jnp.arange(o.shape[1])[None] < lengths[:, None])[..., None, None], o, jnp.nan)
+
+    routing = RoutingConfig(n_experts=4, k=2, priority="score")
+    graphdef, state = nnx.split(smha.SMHA(16, 4, routing, causal=False, rngs=nnx.Rngs(0)))
+    x, segments = reference.normal(0, 3, 8, 16), jnp.asarray([[1] * 8, [1] + [0] * 7, [0] * 8], jnp.int32)
+
+    def loss(state, x):
+        tokens = tokens_like(x)._replace(segments_BL=segments)
+        return jnp.square(nnx.merge(graphdef, state)(x, tokens)[0]).sum()
+
+    wanted = jax.grad(loss, argnums=(0, 1))(state, x)
+    monkeypatch.setattr(smha, "attend", careless)
+    found = jax.grad(loss, argnums=(0, 1))(state, x)
+    assert reference.error(found, wanted) < 1e-6 and all(np.isfinite(a).all() for a in jax.tree.leaves(found))
 
 
 def test_runs_of_documents():

@@ -48,7 +48,7 @@ RULES = {
     "model.uome": ROUTED,
     "model.moe": """
         n_experts=1.. k=1.. n_shared=0.. d_expert=0.. capacity_factor=>0.0..1e6 capacity_window=1.. score=softmax|sigmoid scale=>0.0..1e3
-        threshold=>0.0..1 logit_scale=>0.0..1e3 balance_weight=0.0..1e3 adaptive_rate=0.0..1e3 adaptive_decay=0.0..1
+        threshold=>0.0..1 logit_scale=>0.0..1e3 balance_weight=0.0..1e3 adaptive_rate=0.0..1e3 adaptive_decay=0.0..1 adaptive_most=0.0..1e3
         bias_rate=0.0..1 z_weight=0.0..1e3""",
     "model.mla": "q_rank=0.. kv_rank=1.. d_rope=0..",
     "model.mosa": "capacity_factor=>0.0..1",

@@ -11,6 +11,7 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.checks import divisors
 from uoe_jax.config_routing import RoutingConfig
@@ -299,7 +300,8 @@ def statistics(
     log_shares = rule.log_shares(logits)
     shares = jnp.exp(log_shares)
     choices_B = jnp.maximum(chosen_BMN.sum(axis=(1, 2), dtype=jnp.float32), 1)
-    share_BN = chosen_BMN.sum(axis=1, dtype=jnp.float32) / choices_B[:, None]
+    # Kept, as nothing else of the choice is needed for a gradient.
+    share_BN = checkpoint_name(chosen_BMN.sum(axis=1, dtype=jnp.float32) / choices_B[:, None], "selection")
     valid_f32_BM = valid_BM.astype(jnp.float32)
     count_B = jnp.maximum(valid_BM.sum(axis=1), 1).astype(jnp.float32)
     mean_share_BN = (shares * valid_f32_BM[..., None]).sum(axis=1) / count_B[:, None]

@@ -46,10 +46,11 @@ class Pieces(nnx.Module):
 
         def share(words: _Words, ids_BL: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
             own_BL, found = region.own_tokens(ids_BL), []
-            for start, (table_vd, projection_Dd) in zip(starts, words.pieces(dtype, self.cutoffs), strict=True):
+            # In float32, and rounded then, for the sums of the gradient (`ends.lookup`).
+            for start, (table_vd, projection_Dd) in zip(starts, words.pieces(jnp.float32, self.cutoffs), strict=True):
                 here_BL = (own_BL >= start) & (own_BL < start + table_vd.shape[0])
-                x = jnp.where(here_BL[..., None], table_vd[jnp.where(here_BL, own_BL - start, 0)], 0)
-                found.append(x if projection_Dd is None else linear(x, projection_Dd.T))
+                x = jnp.where(here_BL[..., None], table_vd[jnp.where(here_BL, own_BL - start, 0)].astype(dtype), 0)
+                found.append(x if projection_Dd is None else linear(x, projection_Dd.T.astype(dtype)))
             return sum(found[1:], found[0]), None
 
         return run(share, _words(self), ids_BL, dtype=dtype, enters=False, on_own_tokens=True)[0]

@@ -18,17 +18,22 @@ from uoe_jax.region import Region, run
 
 
 def lookup(table: nnx.Param, ids_BL: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of a table [V,D] at ids, [B,L,D] in `dtype`, as activations lie between blocks."""
+    """Rows of a table [V,D] at ids, [B,L,D] in `dtype`, as activations lie between blocks.
+
+    They are looked up in float32 and then rounded: a row's gradient is the sum over all places of its id, and a sum that is
+    rounded to 16 bits after each of them stands still for frequent words.
+    """
     whole = table.shape[0]
 
     def share(table: nnx.Param, ids_BL: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
-        table_vD = table[...].astype(dtype)
+        table_vD = table[...].astype(jnp.float32)
         v = table_vD.shape[0]
         if v == whole:
-            return table_vD[region.own_tokens(ids_BL)], None
+            return table_vD[region.own_tokens(ids_BL)].astype(dtype), None
         own_BL = ids_BL - v * region.part
         here_BL = (own_BL >= 0) & (own_BL < v)
-        return region.leave(jnp.where(here_BL[..., None], table_vD[jnp.where(here_BL, own_BL, 0)], 0)), None
+        found_BLD = table_vD[jnp.where(here_BL, own_BL, 0)].astype(dtype)
+        return region.leave(jnp.where(here_BL[..., None], found_BLD, 0)), None
 
     cut = mesh_lib.is_cut(table.logical_axes[0], whole)
     return run(share, table, ids_BL, dtype=dtype, enters=False, on_own_tokens=not cut)[0]

@@ -38,8 +38,14 @@ def _on_nvidia() -> bool:
 
 
 @functools.cache
-def _packed_form() -> Any:
-    """The module of JAX that has the packed form, which needs Hopper GPUs or newer; None: neither here."""
+def _packed_form(grouped: bool) -> Any:
+    """The module of JAX that has the packed form, which needs Hopper GPUs or newer; None: neither here.
+
+    grouped: several queries share a key head. Before 0.11.1 JAX told cuDNN where keys begin as if they did not, so that
+    others' keys were read (jax-ml/jax #39521).
+    """
+    if grouped and jax.__version_info__ < (0, 11, 1):
+        return None
     if not _on_nvidia() or float(jax.devices()[0].compute_capability) < 9:
         return None
     try:
@@ -64,7 +70,7 @@ def fused(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _of_documents(q: jax.Array, k: jax.Array, v: jax.Array, segments_BS: jax.Array, causal: bool, kernel: Kernel) -> jax.Array:
-    return _packed_or_masked(lambda f: f(q, k, v), segments_BS, causal, kernel)
+    return _packed_or_masked(lambda f: f(q, k, v), q.shape != k.shape, segments_BS, causal, kernel)
 
 
 def _forward(q, k, v, segments_BS, causal, kernel):
@@ -74,13 +80,16 @@ def _forward(q, k, v, segments_BS, causal, kernel):
 def _backward(causal, kernel, kept, d_o):
     # The choice stands around the whole of it: what either form keeps for its gradient never leaves a branch.
     *qkv, segments_BS = kept
-    return *_packed_or_masked(lambda f: jax.vjp(f, *qkv)[1](d_o), segments_BS, causal, kernel), None
+    grouped = qkv[0].shape != qkv[1].shape
+    return *_packed_or_masked(lambda f: jax.vjp(f, *qkv)[1](d_o), grouped, segments_BS, causal, kernel), None
 
 
 _of_documents.defvjp(_forward, _backward)
 
 
-def _packed_or_masked(use: Callable[[Callable[..., jax.Array]], Any], segments_BS: jax.Array, causal: bool, kernel: Kernel) -> Any:
+def _packed_or_masked(
+    use: Callable[[Callable[..., jax.Array]], Any], grouped: bool, segments_BS: jax.Array, causal: bool, kernel: Kernel
+) -> Any:
     """What `use` makes of the attention of q, k, v by the form that the rows allow."""
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -89,7 +98,7 @@ def _packed_or_masked(use: Callable[[Callable[..., jax.Array]], Any], segments_B
     def masked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return plain(q, k, v, (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None])
 
-    form = _packed_form()
+    form = _packed_form(grouped)
     if form is None or kernel != "cudnn":
         return use(masked)
     firsts, lengths, most = runs(segments_BS, MOST)

@@ -94,6 +94,8 @@ class SMHA(Union):
         segments, keys, lengths = (a if a is None else a.reshape(n * b, *a.shape[2:]) for a in by_row)
         keys_RG = None if keys is None else group_keys(keys, k.shape[3])
         o_NBShk = attend(q_R, k_R, v_R, segments, self.causal, self.drop_rate, keys_RG, lengths).reshape(q.shape)
+        if lengths is not None:  # what a kernel leaves in places behind them: 0 times that must be 0
+            o_NBShk = jnp.where(slots.filled_NBS[..., None, None], o_NBShk, 0)
         return self._out(o_NBShk, slots.weight_NBS), (k, v)
 
     def _placed(self, q: jax.Array, k: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:

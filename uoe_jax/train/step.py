@@ -236,6 +236,9 @@ def routing_loss(c: ModelConfig, params: Params, routing: Stats) -> jax.Array:
     return total
 
 
+HALF_SCALE = 4096.0  # of the loss in float16, in which a token's share of the mean of millions is nothing; float32 and bfloat16 need none
+
+
 def accumulated_gradients(
     config: Config, rebuild: Callable[[Params], Stack], params: Params, batch: Batch
 ) -> tuple[Params, Sums]:
@@ -245,13 +248,17 @@ def accumulated_gradients(
     gradient of the whole batch however it is cut.
     """
     task = task_of(config)
+    scale = HALF_SCALE if config.model.dtype == "float16" else 1.0
     count, rows = (jnp.maximum(n, 1) for n in task.counts(batch))
 
     def loss(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
         sums = task.sums(rebuild(params), part, config)
-        return sums.nll / count + routing_loss(config.model, params, sums.routing) / rows, sums
+        return scale * (sums.nll / count + routing_loss(config.model, params, sums.routing) / rows), sums
 
-    gradient = jax.grad(loss, has_aux=True)
+    def gradient(params: Params, part: Batch) -> tuple[Params, Sums]:
+        found, sums = jax.grad(loss, has_aux=True)(params, part)
+        return found if scale == 1 else jax.tree.map(lambda a: a / scale, found), sums
+
     parts = config.train.accumulation
     if parts == 1:
         return gradient(params, batch)
