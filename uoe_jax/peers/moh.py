@@ -2,8 +2,8 @@
 
 The first S heads are every token's; of the others a token chooses K. A head's output is weighed: routed heads by K times
 their softmax scores rescaled over the chosen, shared heads by S times a softmax among themselves, and both kinds by twice a
-softmax between the two kinds, as the authors' code does; the balance loss is of every row by itself. All heads are computed for all tokens, as there: a token's idle heads
-are left out of the active parameters (`memory.active_parameters`), and nowhere else.
+softmax between the two kinds, as the authors' code does; the balance loss is of every row by itself. All heads are computed for
+all tokens, as there: a token's idle heads are left out of the active parameters (`memory.active_parameters`), and nowhere else.
 """
 
 from __future__ import annotations

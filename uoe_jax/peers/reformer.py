@@ -3,8 +3,9 @@
 Queries and keys are one projection, keys of length 1. In every round a token's bucket is the nearest of n_buckets drawn
 directions; tokens are sorted by bucket, cut in chunks, and attend to their own chunk and the one before it, the first of a
 round to the last of the round before. A token attends to itself only where there is nothing else. Rounds are weighed by
-their softmax totals. Rotary positions, which the authors do not have, turn what is compared and not what is hashed. Directions are drawn once with the weights (the authors draw them at every step). Padding is sorted to
-the end and belongs to no chunk; the last chunk is the last one with tokens.
+their softmax totals. Rotary positions, which the authors do not have, turn what is compared and not what is hashed. Directions
+are drawn once with the weights (the authors draw them at every step). Padding is sorted to the end and belongs to no chunk; the
+last chunk is the last one with tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Reformer(EncoderAttention):
         return placed(qk, None, None, rotary), qk, v
 
     def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
-        b, length, h, dh = q.shape
+        b, length, h, dh = q.shape  # k: the same as q, as it is hashed
         more = -length % self.chunk
         q, hashed, v, valid_BT = (lengthened(a, more) for a in (q, k, v, valid_BL))
         q_BhTk, hashed_BhTk, v_BhTk = (a.transpose(0, 2, 1, 3) for a in (q, hashed, v))
