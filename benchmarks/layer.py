@@ -40,8 +40,8 @@ class Sizes(NamedTuple):
 
 CPU = Sizes("float32", (8, 512, 512, 2048), (4, 1024, 512, 8), 8)
 ACCELERATOR = Sizes("bfloat16", (8, 4096, 2048, 8192), (8, 4096, 2048, 16), 8)
-# Share of the tokens an expert works on: (K of 8 with capacity 1, causal; capacity of expert choice, to which all may come)
 RIVALS = ("one-hot dispatch", "ragged_dot")
+# Share of the tokens an expert works on: (K of 8 with capacity 1, causal; capacity of expert choice, to which all may come)
 SHARES = {"half": (0.5, 4), "quarter": (0.25, 2)}
 BARS = {
     "uome half": 0.53, "uome quarter": 0.28, "smha half": 0.39, "smha quarter": 0.17,

@@ -54,8 +54,10 @@ def test_rows_are_matched_by_operations(name):
         miss = forward_flops(row.config.model) / target - 1
         assert row.miss == pytest.approx(miss)
         smallest = presets.hidden_parts(to_dict(row.config)["model"])
-        # Half a step of the width is more where it is small; or the attention alone costs more.
-        assert abs(miss) < 0.03 or row.config.model.d_hidden <= 2 * smallest, (row.name, miss)
+        m = row.config.model
+        wider = dataclasses.replace(m, d_hidden=m.d_hidden + smallest, moe=dataclasses.replace(m.moe, d_expert=m.moe.d_expert + 1))
+        half_step = (forward_flops(wider) - forward_flops(m)) / target / 2
+        assert abs(miss) < 0.02 or abs(miss) < half_step + 1e-9 or m.d_hidden <= 2 * smallest, (row.name, miss)  # the attention alone costs more
 
 
 def test_the_small_tables_hold_what_the_paper_and_the_design_name():

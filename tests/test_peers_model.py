@@ -18,6 +18,7 @@ from uoe_jax import config as config_lib
 from uoe_jax import mesh as mesh_lib
 from uoe_jax.classifier import Classifier
 from uoe_jax.compare import presets
+from uoe_jax.compare.measure import drawn_batch
 from uoe_jax.config import ModelConfig
 from uoe_jax.config_peers import SECTIONS
 from uoe_jax.errors import ConfigError
@@ -27,6 +28,7 @@ from uoe_jax.model import Transformer
 from uoe_jax.train import step
 from uoe_jax.train.step import accumulated_gradients, adapted, functional
 from uoe_jax.train.step import build as build_program
+from uoe_jax.train.task import task_of
 
 MOE = dict(n_experts=4, k=2, capacity_factor=0.75, capacity_window=6)
 CAUSAL = {
@@ -169,16 +171,14 @@ def test_every_router_learns(name):
 
 def test_float16_sums_millions_of_targets(monkeypatch):
     """Of a mean over so many, a token's share is below float16's least number: the loss is scaled for it, the gradient is not."""
-    rows, million = draw(5, 2, CONTEXT), 1 << 22
-    batch = dict(tokens=rows, targets=np.roll(rows, -1, axis=1), segments=np.ones_like(rows), positions=np.tile(np.arange(CONTEXT, dtype=np.int32), (2, 1)), n_bytes=np.ones(2, np.int32))
-    counted = step.task_of(config_lib.from_dict({"model": {**SMALL, **UNIONS}}))._replace(counts=lambda batch: (jnp.float32(million), jnp.float32(million)))
-    monkeypatch.setattr(step, "task_of", lambda config: counted)
+    millions = jnp.float32(1 << 22)
+    monkeypatch.setattr(step, "task_of", lambda config: task_of(config)._replace(counts=lambda batch: (millions, millions)))
 
     def gradient(dtype):
         c = config_lib.from_dict({"model": {**SMALL, "attention": "dense", "mlp": "dense", "dtype": dtype}, "train": {"batch_size": 2}})
         init, rebuild, _ = functional(c.model)
         params = init(jax.random.key(0))
-        return reference.jit(lambda params: accumulated_gradients(c, rebuild, params, batch)[0])(params)["layers"]
+        return reference.jit(lambda params: accumulated_gradients(c, rebuild, params, drawn_batch(c))[0])(params)["layers"]
 
     assert reference.norm_error(gradient("float16"), gradient("float32")) < 0.05
 

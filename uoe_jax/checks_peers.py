@@ -20,8 +20,8 @@ NOT_CAUSAL = {
     "long_short": "its dynamic projections are means over the whole row",
     "expert_choice": "which tokens an expert takes depends on later ones",
 }
-NEVER_LEARNS = "the weights of the chosen are rescaled, and of one alone it is always the same, so that the router never learns; give at least 2"
 assert set(NOT_CAUSAL) == {*ENCODER_ATTENTIONS, *ENCODER_MLPS}
+NEVER_LEARNS = "the weights of the chosen are rescaled, and of one alone it is always the same, so that the router never learns; give at least 2"
 
 
 def check_peers(m: ModelConfig) -> None:

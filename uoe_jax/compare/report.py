@@ -149,7 +149,7 @@ def rules(table: Table, found: list[Result], told: dict[str, Any]) -> list[str]:
         f"- Rows are {matched}.",
     ]
     far = [f"{r.name} {r.miss:+.0%}" for r in found if abs(r.miss) > SMALLEST_MISS]
-    out += [f"- Marked *: no width does that, as the attention alone costs more or less: {', '.join(far)}."] if far else []
+    out += [f"- Marked *: no width does that, as the attention alone costs more or less, or a step of the width does: {', '.join(far)}."] if far else []
     if table.rates:
         tried = ", ".join(f"{rate:g}" for rate in table.rates)
         out.append(f"- Same search for every row: learning rates {tried}, {table.search_steps:,} steps each with seed 0, the best on validation.")

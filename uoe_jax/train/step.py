@@ -23,6 +23,8 @@ from uoe_jax.train.task import TASKS, Batch, Sums, task_of
 
 Params = dict[str, Any]  # nested, by module and weight name
 
+HALF_SCALE = 4096.0  # of the loss in float16, in which a token's share of the mean of millions is nothing; float32 and bfloat16 need none
+
 
 class TrainState(NamedTuple):
     """All that a checkpoint holds. `step` is the number of steps done, skipped ones too, int32."""
@@ -234,9 +236,6 @@ def routing_loss(c: ModelConfig, params: Params, routing: Stats) -> jax.Array:
         weight = r.balance_weight if adaptive is None else jax.lax.stop_gradient(adaptive)[:, 0]
         total += (weight * stats.balance).sum() + r.z_weight * stats.z.sum()
     return total
-
-
-HALF_SCALE = 4096.0  # of the loss in float16, in which a token's share of the mean of millions is nothing; float32 and bfloat16 need none
 
 
 def accumulated_gradients(

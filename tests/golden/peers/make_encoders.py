@@ -66,7 +66,10 @@ def performer(q, k, v, w, i, x):
 
 
 def long_short(q, k, v, w, i, x, window=4):
-    """Zhu et al., section 3 (P from the row itself, equation 3): one softmax over a window of 2·w keys around a segment and R projected ones, DualLN on both."""
+    """Zhu et al., section 3: one softmax over a window of 2·w keys around a segment and R projected ones, DualLN on both.
+
+    P is made of the row itself (equation 3).
+    """
     p = torch.softmax(x @ w["w_p"][:, i], dim=0)
     far_k, far_v = (F.layer_norm(p.T @ a, (DH,), w["far_scale"][i], w["far_bias"][i], 1e-6) for a in (k, v))
     near_k, near_v = (F.layer_norm(a, (DH,), w["near_scale"][i], w["near_bias"][i], 1e-6) for a in (k, v))
