@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import time
@@ -21,7 +22,8 @@ from uoe_jax.compare.report import results, spread, write
 from uoe_jax.compare.run import claim, found_rates, is_finished, runs
 from uoe_jax.compare.table import load_table
 from uoe_jax.config import to_dict
-from uoe_jax.flops import forward_flops
+from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
+from uoe_jax.flops import attention_flops, ends_flops, mlp_flops, train_flops
 from uoe_jax.workdir import locate
 
 TABLES = sorted(path.stem for path in (ROOT / "configs" / "compare").glob("*.py"))
@@ -49,14 +51,21 @@ def test_rows_are_matched_by_width(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_rows_are_matched_by_operations(name):
     found = load_table(f"compare/{name}", {"match": "flops"})
-    target = forward_flops(found.reference.config.model)
+
+    def operations(m) -> float:
+        """Of all but the words, which are not known before the data is read (there is no other end in a language model)."""
+        ends = ends_flops(m, m.block_length) if m.task == "classify" else 0
+        return m.rows_per_example * m.n_layers * (attention_flops(m, m.block_length) + mlp_flops(m, m.block_length)) + ends
+
+    target = operations(found.reference.config.model)
+    assert target > 0
     for row in found.rows:
-        miss = forward_flops(row.config.model) / target - 1
-        assert row.miss == pytest.approx(miss)
-        smallest = presets.hidden_parts(to_dict(row.config)["model"])
         m = row.config.model
+        miss = operations(m) / target - 1
+        assert row.miss == pytest.approx(miss, abs=1e-9)
+        smallest = presets.hidden_parts(to_dict(row.config)["model"])
         wider = dataclasses.replace(m, d_hidden=m.d_hidden + smallest, moe=dataclasses.replace(m.moe, d_expert=m.moe.d_expert + 1))
-        half_step = (forward_flops(wider) - forward_flops(m)) / target / 2
+        half_step = (operations(wider) - operations(m)) / target / 2
         assert abs(miss) < 0.02 or abs(miss) < half_step + 1e-9 or m.d_hidden <= 2 * smallest, (row.name, miss)  # the attention alone costs more
 
 
@@ -136,23 +145,22 @@ def test_a_table_is_made_of_what_was_measured(tmp_path):
     (tmp_path / "rates.json").write_text(json.dumps(rates))
     rates = running.best_rates(rates)
     assert rates == {"full-attention": 0.001, "uoe": 0.001, "xmoe": 0.001, "switch": None}
-    values = {"full-attention": (0.8, 0.9), "uoe": (0.95, 0.93), "xmoe": (0.5,)}
+    values = {"full-attention": (0.8, 0.9), "uoe": (0.95, 0.93), "xmoe": (None, 0.5)}
     planned = list(runs(found, workdir, rates))  # no rate suits switch: it is not trained
     assert [p.what for p in planned][:4] == ["full_attention, seed 0", "uoe, seed 0", "xmoe, seed 0", "full_attention, seed 1"]
     assert {p.config.train.seed for p in planned} == {0, 1} and {p.config.optimizer.learning_rate for p in planned} == {0.001}
     for p in planned:
         seed = p.config.train.seed
-        if seed < len(values.get(p.row.slug, ())):
+        assert not is_finished(p.config, p.workdir)
+        if values[p.row.slug][seed] is not None:
             a_run(tmp_path / "rows" / p.row.slug / f"seed_{seed}", p.config, values[p.row.slug][seed])
             assert is_finished(p.config, p.workdir)
-        else:
-            assert not is_finished(p.config, p.workdir)
-    place = tmp_path / "rows" / "xmoe" / "seed_1"
+    place = tmp_path / "rows" / "xmoe" / "seed_0"
     place.mkdir()
     (place / "diverged").write_text("")
     got = {r.name: r for r in results(found, workdir)}
     assert set(got) == {"full_attention", "uoe", "xmoe", "switch"} and got["switch"].diverged == 2
-    assert got["uoe"].finals == [95.0, 93.0] and got["xmoe"].diverged == 1
+    assert got["uoe"].finals == {0: 95.0, 1: 93.0} and got["xmoe"].finals == {1: 50.0} and got["xmoe"].diverged == 1
     text = write(found, workdir)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| uoe", "| full_attention", "| xmoe", "| switch"]
@@ -161,9 +169,15 @@ def test_a_table_is_made_of_what_was_measured(tmp_path):
     assert "not measured" in lines[2]
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(r["row"], float(r["value"])) for r in rows] == [
-        ("full_attention", 80.0), ("full_attention", 90.0), ("uoe", 95.0), ("uoe", 93.0), ("xmoe", 50.0)
+    assert [(r["row"], int(r["seed"]), float(r["value"])) for r in rows] == [
+        ("full_attention", 0, 80.0), ("full_attention", 1, 90.0), ("uoe", 0, 95.0), ("uoe", 1, 93.0), ("xmoe", 1, 50.0)
     ]  # fmt: skip
+    (tmp_path / "rows" / "uoe" / "seed_0" / "metrics.jsonl").unlink()
+    (tmp_path / "rows" / "uoe" / "seed_0" / "diverged").write_text("")
+    (tmp_path / "rows" / "uoe" / "seed_1" / "metrics.jsonl").unlink()
+    (tmp_path / "rows" / "uoe" / "seed_1" / "diverged").write_text("")
+    gone = next(r for r in results(found, workdir) if r.name == "uoe")
+    assert (gone.finals, gone.diverged, gone.rate) == ({}, 2, 0.001)  # the rate it was trained with, not the experiment's
     assert (tmp_path / "steps.png").read_bytes()[:4] == b"\x89PNG"
     assert spread([], 2) == "diverged" and spread([1.0], 1) == "1.0"
     # Another table in the same place is refused; more seeds and rows are not.
@@ -175,6 +189,11 @@ def test_a_table_is_made_of_what_was_measured(tmp_path):
     claim(load_table("compare/digits", {"base.train.log_every": "7"}), workdir)  # a run may change it as well
     with pytest.raises(cli.UserError, match="config.base.eval.test=False: the row 'full_attention' of the table in this workdir has True"):
         claim(load_table("compare/digits", {"base.eval.test": "False"}), workdir)  # a run may, but two measures are no table
+    scheduled = {"base.optimizer.decay_steps": "800", "base.train.steps": "1600"}  # a run may go on then, but no table has two lengths
+    (tmp_path / "other").mkdir()
+    claim(load_table("compare/digits", {"base.optimizer.decay_steps": "800"}), locate(str(tmp_path / "other")))
+    with pytest.raises(cli.UserError, match="config.base.train.steps=1600: the row 'full_attention' of the table in this workdir has 800"):
+        claim(load_table("compare/digits", scheduled), locate(str(tmp_path / "other")))
     (tmp_path / "table.json").write_text("{")
     with pytest.raises(cli.UserError, match="cannot be read"):
         claim(found, workdir)
@@ -194,7 +213,8 @@ def test_no_row_is_trained_on_half_a_search(tmp_path, monkeypatch):
             if code == 0:
                 place = tmp_path / "rows" / ("uoe" if what.startswith("uoe") else "full-attention") / f"rate_{what.split()[-1]}"
                 place.mkdir(parents=True)
-                line = {"step": found.search_steps, "eval/loss": float(what.split()[-1]), "eval/accuracy": 0.5}
+                rate = float(what.split()[-1])  # the last evaluation of the larger one is no number
+                line = {"step": found.search_steps, "eval/loss": rate if rate == 0.001 else math.nan, "eval/accuracy": 0.5}
                 (place / "metrics.jsonl").write_text(json.dumps(line) + "\n")
             else:
                 (tmp_path / "rows" / "uoe" / f"rate_{what.split()[-1]}").mkdir(parents=True)
@@ -232,11 +252,47 @@ def test_rows_differ_in_their_blocks_alone(tmp_path):
         return load_table(str(tmp_path / "t:1.py"), {}).rows  # a colon in the path
 
     wide = rows("'a': {'preset': 'switch', 'model.moe.n_experts': 16}")[1]
-    assert whole_width(wide) == 48 and wide.config.model.d_expert == 3
+    assert whole_width(wide) == 48 and wide.config.model.d_expert == 3 and wide.miss == 0
+    odd = rows("'a': {'preset': 'switch', 'model.moe.n_experts': 5}")[1]
+    assert whole_width(odd) == 45 and odd.miss == pytest.approx(-3 / 48)  # and is marked
     assert rows("'a': {'preset': 'moh', 'model.moh.n_shared': 0}")[1].config.model.moh.n_shared == 0
+    for shared, chosen in ((0, 2), (1, 2), (2, 2)):  # of 4 heads: half of the others, at least two
+        assert rows(f"'a': {{'preset': 'moh', 'model.moh.n_shared': {shared}}}")[1].config.model.moh.k == chosen
+    assert rows("'a': {'preset': 'switch', 'model.moe.capacity_window': 2}")[1].config.model.moe.capacity_window == 2
+    for change in ("'preset': 'switch', 'model.moh.k': 3", "'preset': 'performer', 'model.linformer.rank': 7", "'preset': 'switch', 'model.smha.gate': 'none'"):
+        with pytest.raises(cli.UserError, match=r"config.rows: model.\w+.\w+=.*which read nothing of it; leave it out"):
+            rows(f"'a': {{{change}}}")
     for change in ("'train.steps': 7", "'optimizer.learning_rate': 0.1", "'model.d_hidden': 96", "'model.moe.d_expert': 9"):
         with pytest.raises(cli.UserError, match="would differ in more than its blocks"):
             rows(f"'a': {{'preset': 'switch', {change}}}")
+
+
+def test_an_ablation_of_unions_needs_unions():
+    dense = to_dict(load_table("compare/digits:tiny", {}).reference.config)["model"]
+    assert (dense["attention"], dense["mlp"]) == ("dense", "dense")
+    for name in ("gate_none", "capacity_2.0", "hierarchical", "no_balance"):
+        with pytest.raises(cli.UserError, match=f"config.rows={name!r}: changes unions of experts, and its blocks are dense . dense"):
+            presets.apply(name, dense)
+        assert presets.apply(name, dense | {"mlp": "uome"})["mlp"] == "uome"
+
+
+def test_training_is_counted_by_the_lengths_of_its_batches():
+    """Batches that are padded to several lengths: their operations are those of the arrays that a step is given."""
+    found = load_table("compare/listops:tiny", {"rows": "full_attention,uoe", "base.train.steps": "12"})
+    c = found.reference.config
+    assert c.data.buckets > 1
+    rows = load(c, default_cache_dir()).train
+    batches = TrainBatches(rows, c.train.batch_size, 0, window=c.data.sort_window)
+    widths = [batches[i]["inputs"].shape[1] for i in range(c.train.steps)]
+    assert len(set(widths)) > 1
+    lengths = measuring.batch_lengths(c)
+    in_front = c.model.block_length - c.model.context_length
+    for row in found.rows:
+        want = sum(train_flops(row.config.model, c.train.batch_size, w + in_front) for w in widths) / len(widths)
+        told = measuring.counts(row.config, lengths)["train_flops_per_step"]
+        assert told == pytest.approx(want) and told < train_flops(row.config.model, c.train.batch_size)
+    whole = load_table("compare/digits:tiny", {}).reference.config
+    assert measuring.batch_lengths(whole) == {whole.model.block_length: 1}
 
 
 def test_a_directory_without_a_table_is_not_measured(tmp_path):

@@ -304,6 +304,17 @@ def test_active_weights():
     expert = 3 * c.d_model * c.d_expert
     assert parameters(c) - active_parameters(c) == pytest.approx((16 - 3) * expert)
     assert active_parameters(counted("mla")) == parameters(counted("mla"))
+    union = {"attention": "dense", "mlp": "uome", "n_layers": 1, "causal": False}
+    for routing, share in (
+        (dict(n_experts=8, k=4), 4 / 8),
+        (dict(n_experts=8, k=4, capacity_factor=0.5), 2 / 8),  # no slots for more
+        (dict(n_experts=8, k=4, capacity_factor=0.5, priority="score"), 2 / 8),
+        (dict(n_experts=8, k=4, capacity_factor=2.0), 4 / 8),
+        (dict(n_experts=8, k=4, capacity_factor=0.5, unit="hierarchical", priority="score"), 2 / 8),  # half of a chosen sequence
+    ):
+        c = config_lib.from_dict({"model": {**WIDE, **union, "uome": routing}}).model
+        idle = (1 - share) * (c.n_into + 1) * c.d_model * c.d_hidden
+        assert parameters(c) - active_parameters(c) == pytest.approx(idle), routing
 
 
 def test_a_run_from_before_these_sections_goes_on():

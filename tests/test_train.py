@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import random
 import signal
+import time
 
 import numpy as np
 import pytest
 from helpers import TINY, metric_lines, uoe, uoe_process, wait_for_step, write_source
+
+from uoe_jax.train.run import Clock
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,23 @@ def test_perf_keys(finished):
     line = json.loads((finished[0] / "metrics.jsonl").read_text().splitlines()[9])
     assert line["perf/tokens_per_second"] > 0 and line["perf/model_flops_per_second"] > 0
     assert line["perf/mfu"] == "n/a"  # nobody knows the peak of this CPU
+
+
+def test_tokens_a_second_are_of_all_steps_since_the_last_reading():
+    """Not of the one that is read at: batches that are padded to their rows' lengths hold very different numbers of tokens."""
+    clock = Clock()
+    assert clock.read(1) is None
+    for tokens in (100, 20, 30):
+        clock.count(tokens)
+    with clock.paused():
+        time.sleep(0.2)  # an evaluation, which is left out
+    time.sleep(0.05)
+    speed = clock.read(4)
+    assert 0.05 / 3 <= speed.seconds_per_step < 0.2 / 3
+    assert speed.tokens_per_second == pytest.approx(150 / 3 / speed.seconds_per_step)
+    clock.count(7)
+    speed = clock.read(5)
+    assert speed.tokens_per_second == pytest.approx(7 / speed.seconds_per_step)
 
 
 REFERENCE = {1: 5.9783, 10: 2.4459, 20: 1.7509}

@@ -1,7 +1,8 @@
 """Floating-point operations of the model, counted from its configuration: what the compiled program executes.
 
 A multiply-add counts 2. Attention is counted as computed, in whole tiles (`tiles`): all of a row of one tile, and of longer
-ones under a causal mask about half; routed blocks are counted by their slots, filled or not. Elementwise work is left out.
+ones under a causal mask about half; routed blocks are counted by their slots, filled or not. Elementwise work is left out, and
+so is moving tokens to slots and back, which is a product only with routing.dispatch='onehot'.
 """
 
 from __future__ import annotations
@@ -121,6 +122,9 @@ def forward_flops_per_token(c: ModelConfig) -> float:
     return forward_flops(c) / c.rows_per_example / c.context_length
 
 
-def train_flops(c: ModelConfig, rows: int) -> float:
-    """One optimizer step over `rows` rows: forward and a backward of twice that; recomputation is not counted."""
-    return 3 * rows * forward_flops(c, training=True)
+def train_flops(c: ModelConfig, rows: int, length: int | None = None) -> float:
+    """One optimizer step over `rows` rows: forward and a backward of twice that; recomputation is not counted.
+
+    length: tokens of a row as blocks see them, where batches are padded to less than the context (data.buckets).
+    """
+    return 3 * rows * forward_flops(c, length, training=True)

@@ -40,13 +40,14 @@ def bias_parameters(c: ModelConfig) -> tuple[int, int]:
 
 
 def active_parameters(c: ModelConfig) -> float:
-    """Of `parameters`, those a token meets on average where nothing is dropped: experts it does not choose are left out,
-    and of the words, all that it is scored against."""
+    """Of `parameters`, those a token meets on average: of the experts K of N, or as many as have a slot for it where those are
+    fewer or choose their tokens themselves. Words, and the biases of experts, all count."""
     idle = 0.0
     for name, r in c.routed().items():
-        # K of N experts; where they choose their tokens, as many as have a slot for it. (XMoE: K are expected.)
-        k = r.n_experts if name == "expert_choice" else r.k  # all experts may take a token there
-        share = min(k, (r.capacity_factor if r.priority == "score" else 1.0) * r.k) / r.n_experts
+        # All experts may take a token under expert choice. (XMoE: K are expected.)
+        k = r.n_experts if name == "expert_choice" else r.k
+        slots = r.slot_tokens(c.block_length) / c.block_length
+        share = min(k / r.n_experts, slots) if r.unit == "patch" else k / r.n_experts * min(1, slots)
         if name in ON_SLOTS:
             idle += (1 - share) * c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)
         elif name != "moh":

@@ -9,10 +9,11 @@ what the compiler needs for the step: arguments and temporary buffers of one dev
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import statistics
 import sys
 import time
+from dataclasses import replace
 from typing import Any, Sequence
 
 import jax
@@ -23,6 +24,7 @@ from uoe_jax import runtime
 from uoe_jax.compare.run import DAMAGED
 from uoe_jax.compare.table import numbers
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
+from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
 from uoe_jax.errors import EXIT_DONE, ConfigError, UserError
 from uoe_jax.flops import forward_flops_per_token, train_flops
 from uoe_jax.memory import active_parameters, kept_bytes, parameters
@@ -31,6 +33,7 @@ from uoe_jax.train.task import task_of
 from uoe_jax.workdir import locate, read_config, read_json, write_json
 
 FEWEST_ROUNDS = 5  # of the longest rows, a step of which takes long
+MOST_BATCHES = 256  # whose lengths are looked at
 
 
 def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -109,15 +112,27 @@ def side_by_side(configs: dict[str, Config], reference: str, rounds: int) -> dic
     return {name: {**found, "seconds": seconds * (1 if name == reference else found["ratio"])} for name, found in out.items()}
 
 
-def counts(config: Config) -> dict[str, float]:
-    """What is counted from the configuration (`flops`, `memory`)."""
+def batch_lengths(config: Config) -> collections.Counter[int]:
+    """How many training batches, of the first ones with seed 0, have rows of how many tokens as blocks see them; all rows of a
+    table see the same batches."""
+    c = config
+    if c.data.buckets == 1:
+        return collections.Counter({c.model.block_length: 1})
+    batches = TrainBatches(load(c, default_cache_dir()).train, c.train.batch_size, seed=0, window=c.data.sort_window)
+    in_front = c.model.block_length - c.model.context_length
+    return collections.Counter(batches[i]["inputs"].shape[-1] + in_front for i in range(min(c.train.steps, MOST_BATCHES)))
+
+
+def counts(config: Config, lengths: collections.Counter[int]) -> dict[str, float]:
+    """What is counted from the configuration (`flops`, `memory`), and of training by the lengths of its batches."""
     m = config.model
+    trained = sum(n * train_flops(m, config.train.batch_size, length) for length, n in lengths.items())
     return {
         "parameters": parameters(m),
         "active_parameters": active_parameters(m),
         "forward_flops_per_token": forward_flops_per_token(m),
-        "train_flops_per_step": train_flops(m, config.train.batch_size),
-        "kept_bytes_per_row": m.n_layers * kept_bytes(dataclasses.replace(m, remat="slots"), 1),
+        "train_flops_per_step": trained / lengths.total(),
+        "kept_bytes_per_row": m.n_layers * kept_bytes(replace(m, remat="slots"), 1),
     }
 
 
@@ -163,9 +178,12 @@ def measure(workdir_name: str) -> int:
         if (place / "config.json").exists():
             found = read_config(str(place))
             configs[slug] = found if found.model.vocab_size else with_vocabulary(found, 257)
-    runtime.start(configs[reference])
-    rows = side_by_side(configs, reference, table["rounds"])
-    rows = {slug: {**timed, **counts(configs[slug])} for slug, timed in rows.items()}
+    # What may change while a table is made is the same for all that are compared.
+    first = configs[reference]
+    configs = {slug: replace(c, mesh=first.mesh, model=replace(c.model, remat=first.model.remat)) for slug, c in configs.items()}
+    runtime.start(first)
+    rows, trained_on = side_by_side(configs, reference, table["rounds"]), batch_lengths(first)
+    rows = {slug: {**timed, **counts(configs[slug], trained_on)} for slug, timed in rows.items()}
     image = configs[reference].model.stem == "image"  # whose tokens are settled
     lengths = () if image else numbers("config.lengths", table["lengths"], int)
     wanted = {*table["length_rows"].split(","), table["reference"]}

@@ -70,25 +70,34 @@ def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = Mapp
     lets a token choose half of the others, at least two. Sections of blocks that the row does not have are dropped.
 
     Raises:
-      KeyError: no such preset. ConfigError: the hidden width is too small for its experts.
+      KeyError: no such preset. ConfigError: the hidden width is too small for its experts; a change, or all that the preset
+        changes, is of blocks that the row does not have.
     """
     out: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in model.items()}
-    for key, value in (PRESETS[name] | dict(changes)).items():
+    preset = PRESETS[name]
+    for key, value in (preset | dict(changes)).items():
         section, dot, last = key.rpartition(".")
         (out[section] if dot else out)[last] = value
     blocks, d, heads = (out["attention"], out["mlp"]), out["d_model"], out["n_heads"]
-    for section in set(SECTIONS.values()) - {*UNIONS, *(SECTIONS.get(block) for block in blocks)}:
+    own = {SECTIONS.get(block) for block in blocks}
+    for key, value in changes.items():
+        if "." in key and key.split(".")[0] not in own:
+            raise ConfigError(f"config.rows: model.{key}", value, f"the row {name!r} is {blocks[0]} + {blocks[1]}, which read nothing of it; leave it out")
+    if not {"attention", "mlp"} & preset.keys() and own.isdisjoint(key.split(".")[0] for key in preset):
+        raise ConfigError("config.rows", name, f"changes unions of experts, and its blocks are {blocks[0]} + {blocks[1]}; leave it out")
+    for section in set(SECTIONS.values()) - {*UNIONS, *own}:
         del out[section]  # what the base says of another row's blocks
     if out["mlp"] in MLPS:
         if out["d_hidden"] < hidden_parts(out):
             remedy = f"(in the row {name!r}) it is cut in {hidden_parts(out)} experts; give at least that"
             raise ConfigError("config.model.d_hidden", out["d_hidden"], remedy)
         out["moe"]["d_expert"] = out["d_hidden"] // hidden_parts(out)
-        if out["mlp"] != "expert_choice":
+        if out["mlp"] != "expert_choice" and "moe.capacity_window" not in changes:
             out["moe"]["capacity_window"] = min(out["uome"]["capacity_window"], out["context_length"])
+    shared = changes.get("moh.n_shared", heads // 4)
     sizes = {
         "mla": {"q_rank": d // 2, "kv_rank": d // 2},
-        "moh": {"n_shared": heads // 4, "k": min(heads - heads // 4, max(2, (heads - heads // 4) // 2))},
+        "moh": {"n_shared": shared, "k": min(heads - shared, max(2, (heads - shared) // 2))},
     }.get(out["attention"], {})
     for key, value in sizes.items():
         if f"{out['attention']}.{key}" not in changes:

@@ -6,7 +6,7 @@ import csv
 import datetime
 import io
 import statistics
-from typing import Any, NamedTuple
+from typing import Any, Collection, NamedTuple
 
 import jax
 from etils import epath
@@ -14,7 +14,6 @@ from etils import epath
 from uoe_jax.compare.run import DAMAGED, best_rates, diverged
 from uoe_jax.compare.table import SMALLEST_MISS, Table
 from uoe_jax.config import Config, from_dict
-from uoe_jax.flops import train_flops
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import read_config, read_json, write_text
 
@@ -38,7 +37,7 @@ class Result(NamedTuple):
     """One row as it came out.
 
     Attributes:
-      finals: the measure of every seed that finished. diverged: how many did not, as their numbers went bad.
+      finals: the measure of every seed that finished, by seed. diverged: how many did not, as their numbers went bad.
       curves: of every seed, (step, measure on validation).
       measured: of `measure.measure`; empty where it was not measured.
       rate: the learning rate that it was trained with; None: none of those tried suits it.
@@ -48,7 +47,7 @@ class Result(NamedTuple):
     name: str
     config: Config
     miss: float
-    finals: list[float]
+    finals: dict[int, float]
     diverged: int
     curves: list[list[tuple[int, float]]]
     measured: dict[str, float]
@@ -70,7 +69,8 @@ def results(table: Table, workdir: epath.Path) -> list[Result]:
     for slug, row in stored.items():
         config = from_dict(row["config"])
         split, measure = "test" if config.eval.test else "eval", measure_of(config)
-        finals, curves, bad = [], [], table.config.seeds if rates.get(slug, 0.0) is None else 0
+        finals: dict[int, float] = {}
+        curves, bad = [], table.config.seeds if rates.get(slug, 0.0) is None else 0
         for seed in range(table.config.seeds):
             place = workdir / "rows" / slug / f"seed_{seed}"
             if diverged(place):
@@ -80,10 +80,10 @@ def results(table: Table, workdir: epath.Path) -> list[Result]:
             last = [line for line in lines if f"{split}/loss" in line and line["step"] == config.train.steps]
             if last:
                 config = read_config(str(place))
-                finals.append(measure.scale * last[-1][f"{split}/{measure.key}"])
+                finals[seed] = measure.scale * last[-1][f"{split}/{measure.key}"]
                 curves.append([(line["step"], measure.scale * line[f"eval/{measure.key}"]) for line in lines if "eval/loss" in line])
         if finals or bad:
-            rate = None if rates.get(slug, 0.0) is None else config.optimizer.learning_rate
+            rate = rates.get(slug, config.optimizer.learning_rate)
             out.append(Result(slug, row["name"], config, row["miss"], finals, bad, curves, measured.get(slug, {}), rate))
     return out
 
@@ -102,7 +102,7 @@ def write(table: Table, workdir: epath.Path) -> str:
     return f"{text}\nwritten: {', '.join(str(workdir / name) for name in ('table.md', 'table.csv', *pictures))}"
 
 
-def spread(finals: list[float], digits: int) -> str:
+def spread(finals: Collection[float], digits: int) -> str:
     """'2.5312 ± 0.0121': mean and sample standard deviation over seeds."""
     if not finals:
         return "diverged"
@@ -120,12 +120,12 @@ def as_markdown(table: Table, found: list[Result], told: dict[str, Any]) -> str:
     searched = bool(table.rates)
     head += ["learning rate"] * searched
     sign = 1 if measure.lower_is_better else -1
-    ordered = sorted(found, key=lambda r: (not r.finals, sign * statistics.mean(r.finals or [0])))
+    ordered = sorted(found, key=lambda r: (not r.finals, sign * statistics.mean(r.finals.values() or [0])))
     lines = [f"# {table.config.title or 'Comparison'}", "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
     for r in ordered:
         m = r.measured
         mark = " *" if abs(r.miss) > SMALLEST_MISS else ""
-        cells = [r.name + mark, spread(r.finals, measure.digits), f"{len(r.finals)}" + (f" ({r.diverged} diverged)" if r.diverged else "")]
+        cells = [r.name + mark, spread(r.finals.values(), measure.digits), f"{len(r.finals)}" + (f" ({r.diverged} diverged)" if r.diverged else "")]
         cells += (
             [f"{m['parameters'] / 1e6:.3f} M", f"{m['active_parameters'] / 1e6:.3f} M", f"{m['forward_flops_per_token'] / 1e6:.3f}",
              f"{m['ratio']:.2f} ({m['ratio_low']:.2f}-{m['ratio_high']:.2f})", f"{m['bytes'] / 1e6:.1f} MB", f"{m['kept_bytes_per_row'] / 1e3:.0f} kB"]
@@ -140,8 +140,9 @@ def rules(table: Table, found: list[Result], told: dict[str, Any]) -> list[str]:
     c, t = table.reference.config, table.config
     rows_seen = c.train.steps * c.train.batch_size
     matched = {
-        "width": f"matched by width: hidden width {c.model.d_hidden} in all MLPs; the experts of a mixture, shared ones too, have it together",
-        "flops": f"matched by operations: the hidden width is such that a forward pass costs what that of {t.reference!r} does",
+        "width": f"matched by width: hidden width {c.model.d_hidden} in all MLPs; the experts of a mixture, shared ones too, have it together "
+        "(or what is left of it when they are as many)",
+        "flops": f"matched by operations: the hidden width is such that a forward pass, in evaluation, costs what that of {t.reference!r} does",
     }[t.match]
     out = [
         f"- Same data in the same order for every row of a seed: {rows_seen:,} rows of up to {c.model.context_length} tokens "
@@ -149,18 +150,20 @@ def rules(table: Table, found: list[Result], told: dict[str, Any]) -> list[str]:
         f"- Rows are {matched}.",
     ]
     far = [f"{r.name} {r.miss:+.0%}" for r in found if abs(r.miss) > SMALLEST_MISS]
-    out += [f"- Marked *: no width does that, as the attention alone costs more or less, or a step of the width does: {', '.join(far)}."] if far else []
+    why = {"width": "the experts do not divide it", "flops": "no width does that, as the attention alone costs more or less, or a step of the width does"}
+    out += [f"- Marked *: {why[t.match]}: {', '.join(far)}."] if far else []
     if table.rates:
         tried = ", ".join(f"{rate:g}" for rate in table.rates)
         out.append(f"- Same search for every row: learning rates {tried}, {table.search_steps:,} steps each with seed 0, the best on validation.")
     else:
         out.append(f"- No search: learning rate {c.optimizer.learning_rate:g} and the same schedule for every row.")
+    several = c.data.buckets > 1
     which = "test, read once, of the checkpoint that is best on validation" if c.eval.test else "validation, which also chose the learning rate"
     out += [
         f"- The measure is of {which if table.rates or c.eval.test else 'validation'}, at the end of training; mean ± sample standard deviation "
         "over seeds, which draw initialisation and data order. Seeds that diverged are counted and not in the mean.",
-        "- Operations are counted (forward pass, slots whether filled or not; active parameters: what a token meets, of XMoE what is "
-        "expected). Activations kept are those of the forward pass of one row for the backward pass (model.remat='slots').",
+        f"- Operations are counted (forward pass{' of full rows' * several}, slots whether filled or not; active parameters: what a token meets, of XMoE what is "
+        f"expected). {'In the picture, those of training are of the batches, which are padded to several lengths. ' * several}Activations kept are those of the forward pass of one row for the backward pass (model.remat='slots').",
         f"- Time of a step: relative to {t.reference!r}, measured in turn with it in one process, the median of {t.rounds} rounds and "
         "the quartiles; memory: what the compiler needs for a step.",
     ]
@@ -175,12 +178,13 @@ def as_csv(found: list[Result]) -> str:
     out = io.StringIO()
     columns = ["parameters", "active_parameters", "forward_flops_per_token", "train_flops_per_step", "ratio", "ratio_low", "ratio_high", "bytes", "kept_bytes_per_row"]
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "attention", "mlp", "d_hidden", "measure", "run", "value", "learning_rate", "train_flops", *columns])
+    writer.writerow(["row", "attention", "mlp", "d_hidden", "measure", "seed", "value", "learning_rate", "train_flops", *columns])
     for r in found:
         m, measure = r.config.model, measure_of(r.config)
-        flops = train_flops(m, r.config.train.batch_size) * r.config.train.steps
-        for i, value in enumerate(r.finals):
-            writer.writerow([r.name, m.attention, m.mlp, m.d_hidden, measure.name, i, value, r.rate, flops, *(r.measured.get(c, "") for c in columns)])
+        flops = r.measured["train_flops_per_step"] * r.config.train.steps if r.measured else ""
+        for seed, value in r.finals.items():
+            width = m.routed_hidden + m.whole_hidden
+            writer.writerow([r.name, m.attention, m.mlp, width, measure.name, seed, value, r.rate, flops, *(r.measured.get(c, "") for c in columns)])
     return out.getvalue()
 
 

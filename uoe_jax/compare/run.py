@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -31,8 +32,9 @@ from uoe_jax.workdir import locate, lock, os_errors, read_json, release, write_j
 
 DAMAGED = "remove it and what it is about, or give another --workdir"
 FIXED = ("match", "reference", "learning_rates", "search_steps")  # of TableConfig: what finished rows depend on
-# Of a run that goes on these may change; in a table they settle what is measured, and of which checkpoint.
-MEASURES = ("eval.test", "eval.every", "checkpoint.every", "checkpoint.keep_best")
+# Of a run that goes on these may change; in a table they settle what is measured, and of which checkpoint, and its length,
+# where the optimizer's schedule has its own.
+MEASURES = ("eval.test", "eval.every", "checkpoint.every", "checkpoint.keep_best", "train.steps")
 
 
 class Planned(NamedTuple):
@@ -127,7 +129,7 @@ def found_rates(table: Table, workdir: epath.Path, children: Children) -> dict[s
                 place = workdir / "rows" / row.slug / f"rate_{rate:g}"
                 train(Planned(row, config, place, f"{row.name}, learning rate {rate:g}"), children)
                 losses = [] if diverged(place) else [line["eval/loss"] for line in read_metrics(place) if "eval/loss" in line]
-                tried[str(rate)] = losses[-1] if losses else None  # None: its numbers went bad
+                tried[str(rate)] = losses[-1] if losses and math.isfinite(losses[-1]) else None  # None: its numbers went bad
                 write_json(path, known)
     return best_rates(known)
 

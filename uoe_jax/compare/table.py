@@ -49,7 +49,8 @@ class TableConfig:
 class Row(NamedTuple):
     """One architecture: its name, its configuration (seed and learning rate are those of the base), and what it misses.
 
-    miss: how far its operations are from the reference's, relative to them, where they should be equal.
+    miss: how far its operations (of the blocks), or where rows are matched by width its hidden units, are from the reference's,
+      relative to them.
     """
 
     name: str
@@ -150,6 +151,8 @@ def _check(table: Table, asked: Mapping[str, Any]) -> None:
     if "optimizer.learning_rate" in asked and table.rates:
         remedy = "it is searched for; give config.learning_rates, or that as '' to train all rows with one"
         raise ConfigError("config.base.optimizer.learning_rate", asked["optimizer.learning_rate"], remedy)
+    if table.config.match == "flops" and reference.mesh.expert == -1:
+        raise ConfigError("config.base.mesh.expert", -1, "widths that match operations must be a multiple of it; give the number")
     if table.config.search_steps > steps:
         raise ConfigError("config.search_steps", table.config.search_steps, f"a try is no longer than a run; give at most {steps}")
     for rate in table.rates:
@@ -167,14 +170,16 @@ def _check(table: Table, asked: Mapping[str, Any]) -> None:
 def _rows(base: dict[str, Any], rows: Mapping[str, Mapping[str, Any]], config: TableConfig) -> list[Row]:
     base = config_lib.to_dict(config_lib.from_dict(base))  # every key, so that presets find their sections
     reference = _values(base, config.reference, rows[config.reference])
-    target = _operations(_validated(config.reference, reference))
+    whole = _validated(config.reference, reference)
+    target = _operations(whole)
     out = []
     for name, changes in rows.items():
         values = _values(base, name, changes)
         if config.match == "flops" and name != config.reference:
             values = _matched(base, name, changes, target)
         found = _validated(name, values)
-        miss = _operations(found) / target - 1 if config.match == "flops" else 0.0
+        own, wanted = (_operations(found), target) if config.match == "flops" else (_hidden(found), _hidden(whole))
+        miss = own / wanted - 1
         out.append(Row(name, changes.get("preset", name), found, miss))
     return out
 
@@ -211,9 +216,15 @@ def _matched(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], tar
 
 
 def _operations(config: Config) -> float:
+    """Of a forward pass without the words' scores: how many words there are is not known before the data is read."""
     from uoe_jax.flops import forward_flops
 
-    return forward_flops(config.model)
+    return forward_flops(dataclasses.replace(config.model, vocab_size=0, cutoffs=""))
+
+
+def _hidden(config: Config) -> int:
+    """Hidden units of all of a row's MLP, routed and shared."""
+    return config.model.routed_hidden + config.model.whole_hidden
 
 
 def _validated(name: str, values: Mapping[str, Any]) -> Config:

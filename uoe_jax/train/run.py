@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 import numpy as np
@@ -196,7 +196,9 @@ class Run:
         if self.pending is None:
             return
         (step, on_device), self.pending = self.pending, None
-        self.in_a_row = int(jax.device_get(on_device["guard"].in_a_row))
+        in_a_row, tokens = jax.device_get((on_device["guard"].in_a_row, on_device["sums"].tokens))
+        self.in_a_row = int(in_a_row)
+        self.clock.count(int(tokens))
         last, c = step == self.config.train.steps, self.config
         due = step % c.train.log_every == 0 or last or self.in_a_row > 0
         if due or step == self.start + 1:
@@ -212,13 +214,14 @@ class Run:
         found["train/tokens"] = int(host["sums"].tokens)
         found["train/skipped"] = int(host["guard"].skipped)
         found["train/rollbacks"] = int(host["guard"].rollbacks)
-        seconds = self.clock.per_step(step)
-        if seconds is not None:
+        speed = self.clock.read(step)
+        if speed is not None:
+            seconds = speed.seconds_per_step
             flops = train_flops(self.config.model, self.config.train.batch_size) / seconds
             peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
             alike = self.config.data.buckets <= 1  # else steps are of several lengths
             found["perf/seconds_per_step"] = seconds
-            found["perf/tokens_per_second"] = found["train/tokens"] / seconds
+            found["perf/tokens_per_second"] = speed.tokens_per_second
             found["perf/model_flops_per_second"] = flops if alike else "n/a"
             found["perf/mfu"] = flops / peak / jax.device_count() if peak and alike else "n/a"
         found |= peak_bytes()
@@ -227,8 +230,8 @@ class Run:
         if self.in_a_row:
             text = f"loss {found['train/loss']:.4g}, gradient norm {found['train/grad_norm']:.4g}"
             self.progress.say(f"step {step} skipped: {text} ({self.in_a_row} in a row, {found['train/skipped']} in all)")
-        speed = found.get("perf/tokens_per_second")
-        self.progress.update(step, found["train/loss"], task_of(self.config).said(_own(found, "train")), speed)
+        told = task_of(self.config).said(_own(found, "train"))
+        self.progress.update(step, found["train/loss"], told, found.get("perf/tokens_per_second"))
 
     def before(self, step: int) -> int | None:
         """The newest checkpoint of `step` or earlier."""
@@ -312,12 +315,19 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+class Speed(NamedTuple):
+    """Means over the steps between two readings."""
+
+    seconds_per_step: float
+    tokens_per_second: float
+
+
 class Clock:
-    """Seconds per step between two readings, evaluations and saves left out."""
+    """How fast steps are between two readings, evaluations and saves left out."""
 
     def __init__(self) -> None:
         self._last: tuple[int, float] | None = None
-        self._pause = 0.0
+        self._pause, self._tokens = 0.0, 0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -328,11 +338,16 @@ class Clock:
         finally:
             self._pause += time.perf_counter() - since
 
-    def per_step(self, step: int) -> float | None:
-        """Mean seconds a step since the last reading; None at the first, which only waited for the compiler."""
+    def count(self, tokens: int) -> None:
+        """Of a step, before a reading at it."""
+        self._tokens += tokens
+
+    def read(self, step: int) -> Speed | None:
+        """Since the last reading; None at the first, which only waited for the compiler."""
         now, last = time.perf_counter(), self._last
         self._last = (step, now)
-        pause, self._pause = self._pause, 0.0
+        (pause, self._pause), (tokens, self._tokens) = (self._pause, 0.0), (self._tokens, 0)
         if last is None or step <= last[0]:
             return None
-        return max(now - last[1] - pause, 1e-9) / (step - last[0])
+        seconds = max(now - last[1] - pause, 1e-9)
+        return Speed(seconds / (step - last[0]), tokens / seconds)
