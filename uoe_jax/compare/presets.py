@@ -2,9 +2,9 @@
 
 A preset starts from a configuration of a union of experts and changes blocks and their sections, nothing else. Matched by
 width, the experts of a mixture together are as wide as the dense MLP: they have its weights. How many experts there are
-follows the released code's peers (facts of the paper: DeepSeek-MoE with 7 routed experts of which 3 are chosen and one
-shared one, Skywork-MoE with the better 2 of 4, XMoE with small ones); the numbers of the others are those of their authors'
-smallest models. No jax is imported.
+follows the released code's peers (DeepSeek-MoE with 7 routed experts of which 3 are chosen and one shared one, Skywork-MoE
+with the better 2 of 4, XMoE with small ones); the numbers of the others are those of their authors' smallest models. DeepSeek's
+and XMoE drop nothing, as their authors', so that each of their experts has slots for every token. No jax is imported.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ PRESETS: dict[str, Changes] = {
     "switch": _mixture("token_choice", n=4, k=1),
     "gshard": _mixture("token_choice", n=8, k=2),
     "expert_choice": _mixture("expert_choice", n=8, k=2, capacity_factor=1.0),
-    "deepseek_moe": _mixture("deepseek_moe", n=7, k=3, shared=1),
-    "deepseek_v3": _mixture("deepseek_moe", "mla", n=7, k=3, shared=1, score="sigmoid", bias_rate=0.001, balance_weight=0.0001),
+    "deepseek_moe": _mixture("deepseek_moe", n=7, k=3, shared=1, capacity_factor=2.34),
+    "deepseek_v3": _mixture(
+        "deepseek_moe", "mla", n=7, k=3, shared=1, capacity_factor=2.34, score="sigmoid", bias_rate=0.001, balance_weight=0.0001
+    ),
     "skywork_moe": _mixture("skywork_moe", n=4, k=2, adaptive_rate=0.2),
     "xmoe": _mixture("xmoe", n=16, k=10, capacity_factor=1.6, threshold=0.9),
     "mosa": {"attention": "mosa", "mlp": "dense"},
