@@ -1,7 +1,7 @@
 """Time and memory of a train step over the length of its rows, the two figures of the paper: `python -m benchmarks.length`.
 
 As many tokens in every step, from rows of 64 to rows of 4096; 2 layers, D 256, F 1024, H 8, half the experts for every token.
-Writes a PNG of both beside the JSON.
+The PNG shows both.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ def main() -> None:
             model = {**MODEL, "attention": attention, "mlp": mlp, "context_length": length, "dtype": dtype}
             c = from_dict({"model": model, "train": {"batch_size": TOKENS // length}})
             steps[name], flops[name] = Step(c), train_flops(c.model, TOKENS // length)
-        times = timing.interleaved({name: step.run for name, step in steps.items()}, options.rounds)
+        product, operations = timing.matmul(dtype)
+        times = timing.interleaved({"peak": product} | {name: step.run for name, step in steps.items()}, options.rounds)
+        peak = operations / min(times["peak"])
         for name, step in steps.items():
             found = timing.against(times[name], times["dense"])
             row = {"length": length, "step": name, **found, "flop_ratio": flops[name] / flops["dense"]}
-            rows.append(row | {"temp_MB": step.temporary / 1e6})
+            rows.append(row | {"of_peak_%": 100 * flops[name] / found["seconds"] / peak, "temp_MB": step.temporary / 1e6})
     at = {(row["step"], row["length"]): row for row in rows}
     growth = {name: at[name, 4096]["seconds"] / at[name, 512]["seconds"] for name in PAIR}
     # 512 and 4096 were not measured at the same time; that UoE grows less, ratios within rounds say.

@@ -110,12 +110,35 @@ def _cpu() -> str:
 
 
 def finish(name: str, out: pathlib.Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-    """Prints the rows and writes them with the machine to OUT/NAME.json."""
+    """Prints the rows and writes them with the machine to OUT/NAME.json, and a picture of them to OUT/NAME.png."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": list(rows), **more}, indent=1) + "\n")
     print(f"{name}: {machine()['cpu']}, jax {jax.__version__}")
     for line in table(rows):
         print(f"  {line}")
+    draw(rows, out / f"{name}.png")
+
+
+def draw(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
+    """A bar for the ratio of every row (or its share of the work) with the quartiles, and a mark where operations would have it."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display
+    import matplotlib.pyplot as plt
+
+    key, ideal = ("ratio", "flop_ratio") if any("ratio" in row for row in rows) else ("work_share", "ideal")
+    shown = [row for row in rows if key in row]
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.28 * len(shown)), layout="constrained")
+    for i, row in enumerate(shown):
+        low, high = row.get("ratio_low", row[key]), row.get("ratio_high", row[key])
+        axes.barh(i, row[key], color="C0", xerr=[[max(0, row[key] - low)], [max(0, high - row[key])]], ecolor="0.4")
+        axes.plot(row.get(ideal, float("nan")), i, "k|", markersize=10)
+    named = ["  ".join(str(v) for k, v in row.items() if isinstance(v, (str, int)) and k not in ("met", "bars")) for row in shown]
+    axes.set_yticks(range(len(shown)), labels=named, fontsize=8)
+    axes.set(xlabel=f"{key}; a stroke: {ideal}", ylim=(len(shown) - 0.4, -0.6))
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

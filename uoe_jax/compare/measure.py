@@ -95,7 +95,7 @@ def paired(step: Step, reference: Step, rounds: int) -> tuple[list[float], list[
 def against(own: list[float], reference: list[float]) -> dict[str, float]:
     """The median of the ratios within a round, the quartiles around it, and the median seconds."""
     ratios = [a / b for a, b in zip(own, reference)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"seconds": statistics.median(own), "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
 
 

@@ -157,6 +157,7 @@ def rules(table: Table, found: list[Result], told: dict[str, Any]) -> list[str]:
         out.append(f"- Same search for every row: learning rates {tried}, {table.search_steps:,} steps each with seed 0, the best on validation.")
     else:
         out.append(f"- No search: learning rate {c.optimizer.learning_rate:g} and the same schedule for every row.")
+    out.append("- Nothing else was searched for here: unions are routed as the table's experiment says, mixtures and other attentions by their presets.")
     several = c.data.buckets > 1
     which = "test, read once, of the checkpoint that is best on validation" if c.eval.test else "validation, which also chose the learning rate"
     out += [

@@ -26,7 +26,7 @@ from etils import epath
 from uoe_jax import processes
 from uoe_jax.compare.table import Row, Table
 from uoe_jax.config import Config, changed_keys, from_dict, to_dict
-from uoe_jax.errors import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, RunError, UserError
+from uoe_jax.errors import EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, RunError, UserError
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import locate, lock, os_errors, read_json, release, write_json, write_text
 
@@ -47,7 +47,8 @@ class Planned(NamedTuple):
 
 
 def compare(table: Table, workdir_name: str) -> int:
-    """Does what is left of a table; returns 0, or 75 where it was asked to stop: the same command goes on.
+    """Does what is left of a table; returns 0, 75 where it was asked to stop (the same command goes on), or 2 where a run found
+    its input bad.
 
     Raises:
       UserError: the workdir holds another table, or one process of several asks. RunError: a run failed.
@@ -71,6 +72,8 @@ def compare(table: Table, workdir_name: str) -> int:
             measure(table, workdir, children)
     except Stopped:
         return EXIT_STOPPED
+    except Refused:
+        return EXIT_BAD_INPUT
     finally:
         release(workdir)
     from uoe_jax.compare.report import write
@@ -81,6 +84,10 @@ def compare(table: Table, workdir_name: str) -> int:
 
 class Stopped(Exception):
     """Asked to stop, here or by a child that was."""
+
+
+class Refused(Exception):
+    """A child was refused its input, and has said so."""
 
 
 def claim(table: Table, workdir: epath.Path) -> None:
@@ -210,7 +217,7 @@ class Children:
         """Runs a module of Python with arguments; its exit code, 0 or one that is accepted.
 
         Raises:
-          Stopped: it was asked to stop, or this process was. RunError: another exit code.
+          Stopped: it was asked to stop, or this process was. Refused: by its input. RunError: another exit code.
         """
         if self.stopped:
             raise Stopped
@@ -225,6 +232,8 @@ class Children:
         self._child = None
         if code == EXIT_STOPPED or self.stopped and code:
             raise Stopped
+        if code == EXIT_BAD_INPUT:
+            raise Refused
         if code != EXIT_DONE and code not in accepted:
             raise RunError(f"{what}: ended with exit code {code} (above); mend that and run the same command again")
         return code

@@ -2,7 +2,8 @@
 
 A head takes the `capacity_factor`·L tokens whose sigmoid router score is highest, attends among them at their true
 positions, and its output is scaled by the scores. That is an SMHA of one head an expert, to which all tokens may come.
-Which tokens are best depends on later ones, so this is for encoders.
+Which tokens are best depends on later ones, so this is for encoders: the authors' language models mask by position among
+what was chosen with knowledge of the future. They also put some dense heads beside these, and rotate half of a head.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Queries and keys are one projection, keys of length 1. In every round a token's bucket is the nearest of n_buckets drawn
 directions; tokens are sorted by bucket, cut in chunks, and attend to their own chunk and the one before it, the first of a
 round to the last of the round before. A token attends to itself only where there is nothing else. Rounds are weighed by
-their softmax totals. Rotary positions, which the authors do not have, turn what is compared and not what is hashed. Directions
+their softmax totals, and a pair that meets in several rounds counts in each (the paper divides by their number, N_ij; the
+implementation that this equals does not). Rotary positions, which the authors do not have, turn what is compared and not what is hashed. Directions
 are drawn once with the weights (the authors draw them at every step). Padding is sorted to the end and belongs to no chunk; the
 last chunk is the last one with tokens.
 """
