@@ -15,7 +15,7 @@ from flax import nnx
 from uoe_jax import RoutingConfig, tiles
 from uoe_jax.layers import attention, smha
 from uoe_jax.layers import fused as fused_lib
-from uoe_jax.layers.attention import attend, group_keys
+from uoe_jax.layers.attention import attend, attend_one, group_keys
 from uoe_jax.layers.chunked import words_nll
 from uoe_jax.layers.common import tokens_like
 from uoe_jax.layers.fused import fused
@@ -52,6 +52,24 @@ def test_value_and_gradients(monkeypatch, s, side, causal, documents):
     found = jax.jit(lambda *a: pulled(lambda *b: attend(*b, segments, causal), a, d))(*args)
     wanted = pulled(lambda *b: plain(*b, segments, causal), args, d)
     assert reference.error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_queries_in_16_bits_are_not_rounded_by_their_scale(monkeypatch, causal, dtype):
+    """Heads of 32, whose 1/sqrt(Dh) is no power of two, and scores of which a rounded query would move the largest."""
+    monkeypatch.setattr(tiles, "LARGEST", 32)
+    q, k, v, d = (4 * reference.normal(i, 1, 64, 2, 32).astype(dtype) for i in range(4))
+    y, pulled_back = jax.jit(lambda *a: pulled(lambda *b: attend(*b, None, causal), a, d))(q, k, v)
+    wanted = pulled(lambda *b: plain(*b, None, causal), [a.astype(jnp.float32) for a in (q, k, v)], d.astype(jnp.float32))
+    assert y.dtype == dtype
+    limit = 2.5e-3 if dtype == "bfloat16" else 3.5e-4
+    assert reference.norm_error(y, wanted[0]) < limit
+    for found, sought in zip(pulled_back, wanted[1]):
+        assert reference.norm_error(found, sought) < 4 * limit
+    if causal:
+        last = attend_one(q[:, -1], k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.array([63]))
+        assert reference.norm_error(last, wanted[0][:, -1]) < 1.5 * limit
 
 
 @pytest.mark.parametrize("how", ["tiles", "fused"])

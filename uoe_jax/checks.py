@@ -223,8 +223,8 @@ def check_run(c: Config) -> None:
     if c.train.batch_size % c.train.accumulation:
         remedy = f"must divide train.batch_size={c.train.batch_size}: {divisors(c.train.batch_size)}"
         raise ConfigError("config.train.accumulation", c.train.accumulation, remedy)
-    if c.optimizer.moment_dtype == "bfloat16" and c.optimizer.b2 > 0.99:
-        remedy = f"a second moment that moves by 1 - b2={c.optimizer.b2} of itself is lost in 8 bits; use float32, or b2 up to 0.99"
+    if c.optimizer.moment_dtype == "bfloat16" and c.optimizer.b2 > 0.95:
+        remedy = f"a second moment that moves by 1 - b2 of itself, b2={c.optimizer.b2}, stands still in 8 bits; use float32, or b2 up to 0.95"
         raise ConfigError("config.optimizer.moment_dtype", "bfloat16", remedy)
     axes = c.mesh.shape
     for axis, size in axes.items():

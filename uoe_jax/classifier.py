@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.common import PLAIN, Tokens, along_last, fold, scaled_normal, valid_mean, valid_tokens, weight, zeros
+from uoe_jax.layers.common import PLAIN, Tokens, add_bias, fold, scaled_normal, valid_mean, valid_tokens, weight, zeros
 from uoe_jax.model import Stack, Stats
 
 
@@ -22,8 +22,7 @@ class Linear(nnx.Module):
         self.bias = weight(rngs, (n_out,), (None,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y + along_last(self.bias[...].astype(x.dtype), y)
+        return add_bias(x @ self.kernel[...].astype(x.dtype), self.bias)
 
 
 def squares(images: jax.Array, patch: int) -> jax.Array:

@@ -16,7 +16,7 @@ class RoutingConfig:
     n_experts: int = key(8, "N, the number of equal partitions of the block", low=1)
     k: int = key(4, "K, experts each patch chooses", low=1)
     capacity_factor: float = key(1.0, "slots per expert, relative to an even load of the patches that may come to it", above=0, high=1e6)
-    capacity_window: int = key(64, "patches per capacity window (priority='position')", low=1)
+    capacity_window: int = key(64, "patches per capacity window (priority='position'); a shorter row, or the rest of one, has as many slots as a whole window", low=1)
     sequence_capacity_factor: float = key(
         0.0, "in training, sequences per expert relative to an even load (unit not 'patch'); 0: no bound", low=0, high=1e6
     )

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.common import (
     Tokens,
+    add_bias,
     along_last,
     empty_apart,
     fold,
@@ -56,12 +57,14 @@ def attend(
         return fused(q, k, v, segments, causal, lengths, "cudnn")
     segments = empty_apart(segments, lengths, s)
     # The heads of all rows in front, and the h/g queries of a key head beside each other.
-    q_XRSk = q.reshape(b, s, g, h // g, dh).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g, s, dh) * dh**-0.5
+    q_XRSk = q.reshape(b, s, g, h // g, dh).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g, s, dh)
+    # In 16 bits a factor that is no power of two rounds every query once more: there it is put on the scores, in float32.
+    in_queries, on_scores = (dh**-0.5, 1.0) if q.dtype.itemsize == 4 else (1.0, dh**-0.5)
     k_XSk, v_XSv = (a.transpose(0, 2, 1, 3).reshape(b * g, s, a.shape[-1]) for a in (k, v))
     marks = Marks(
         None if segments is None else jnp.repeat(segments, g, axis=0), None if keys_BG is None else keys_BG.reshape(-1)
     )
-    o_XRSv = flash_attention(q_XRSk, k_XSk, v_XSv, marks, causal, drop_rate)
+    o_XRSv = flash_attention(q_XRSk * in_queries, k_XSk, v_XSv, marks, causal, drop_rate, on_scores)
     return o_XRSv.reshape(b, g, h // g, s, dv).transpose(0, 3, 1, 2, 4).reshape(b, s, h, dv)
 
 
@@ -78,8 +81,8 @@ def attend_one(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax
     # Not jax.nn.dot_product_attention, which asks CPUs for a product in bf16 or float16 that they do not have (0.10.2).
     *rows, h, dh = q.shape
     g, s = k.shape[-3:-1]
-    q_GRk = q.reshape(*rows, g, h // g, dh) * dh**-0.5
-    scores_GRS = jnp.einsum("...grk,...gsk->...grs", q_GRk, k, preferred_element_type=jnp.float32)
+    q_GRk = q.reshape(*rows, g, h // g, dh)
+    scores_GRS = jnp.einsum("...grk,...gsk->...grs", q_GRk, k, preferred_element_type=jnp.float32) * dh**-0.5
     seen_S = along_last(jnp.arange(s), scores_GRS) <= last[..., None, None, None]
     weights_GRS = jax.nn.softmax(jnp.where(seen_S, scores_GRS, -1e30))
     o_GRk = jnp.einsum("...grs,...gsk->...grk", weights_GRS.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -164,9 +167,6 @@ class Heads(nnx.Module):
     def _out(self, o: jax.Array) -> jax.Array:
         return linear(o, self.w_o[...].astype(self.dtype), axes=2)
 
-    def _biased(self, y: jax.Array, b: nnx.Param | jax.Array | None) -> jax.Array:
-        return y if b is None else y + along_last(b[...].astype(self.dtype), y)
-
 
 class Attention(Heads):
     """Multi-head attention with grouped key/value heads; letters in `layers.common`.
@@ -210,7 +210,7 @@ class Attention(Heads):
         q, k, v = self._project(x_BLD, tokens.rotary)
         o = self._mix(q, k, v, x_BLD, tokens, region)
         o, stats = self._weighed(o, shared_BLD, tokens.segments_BL, region)
-        return self._biased(region.leave(self._out(o)), region.for_own_tokens(self.bias_out)), stats, k, v
+        return add_bias(region.leave(self._out(o)), region.for_own_tokens(self.bias_out)), stats, k, v
 
     def _weighed(
         self, o: jax.Array, x_BLD: jax.Array, segments_BL: jax.Array | None, region: Region
@@ -228,7 +228,7 @@ class Attention(Heads):
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         assert self.w_k is not None  # only Reformer has none, and projects in its own way
         q, k, v = (
-            checkpoint_name(self._biased(linear(x, w[...].astype(self.dtype)), b), "qkv")
+            checkpoint_name(add_bias(linear(x, w[...].astype(self.dtype)), b), "qkv")
             for w, b in ((self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v))
         )
         q, k = placed(q, self.q_scale, self.qk_norm_eps, rotary), placed(k, self.k_scale, self.qk_norm_eps, rotary)
@@ -244,4 +244,4 @@ class Attention(Heads):
         q, k, v = self._project(x_BD.astype(self.dtype), rotary)
         cache = DenseCache(put(cache.k, k, t_B), put(cache.v, v, t_B))
         o, _ = self._weighed(attend_one(q, cache.k, cache.v, t_B)[:, None], x_BD.astype(self.dtype)[:, None], None, WHOLE)
-        return self._biased(self._out(o[:, 0]), self.bias_out), cache
+        return add_bias(self._out(o[:, 0]), self.bias_out), cache

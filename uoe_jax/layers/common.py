@@ -88,6 +88,14 @@ def along_last(v: jax.Array, like: jax.Array) -> jax.Array:
     return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
+def add_bias(y: jax.Array, bias: nnx.Param | jax.Array | None) -> jax.Array:
+    """y [...,X] with a bias along its last axes, or of as many axes; None: none.
+
+    Added in float32 and then rounded: the gradient of a bias is a sum over all tokens, which in 16 bits stands still.
+    """
+    return y if bias is None else (y.astype(jnp.float32) + along_last(bias[...], y)).astype(y.dtype)
+
+
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, x·Φ(x). Its derivative Φ(x) + x·φ(x) is written out: that of erf fails in a manual region on jax 0.12.0."""

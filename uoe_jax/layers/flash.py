@@ -30,13 +30,14 @@ class Rule(NamedTuple):
     Attributes:
       causal: a token attends to itself and those before it.
       side: tokens of a tile. length: of a row; the tokens behind it fill up the last tile.
-      drop_rate: dropout of the attention weights.
+      drop_rate: dropout of the attention weights. scale: of the scores.
     """
 
     causal: bool
     side: int
     length: int
     drop_rate: float
+    scale: float
 
 
 class Marks(NamedTuple):
@@ -46,13 +47,15 @@ class Marks(NamedTuple):
     keys_X: jax.Array | None
 
 
-def flash_attention(q_XRSk: jax.Array, k_XSk: jax.Array, v_XSv: jax.Array, marks: Marks, causal: bool, drop_rate: float = 0.0) -> jax.Array:
-    """softmax(q·kᵀ)·v for queries that are scaled already, in their dtype, [X,R,S,v]; sums and softmax in float32.
+def flash_attention(
+    q_XRSk: jax.Array, k_XSk: jax.Array, v_XSv: jax.Array, marks: Marks, causal: bool, drop_rate: float = 0.0, scale: float = 1.0
+) -> jax.Array:
+    """softmax(scale·q·kᵀ)·v in the dtype of the queries, [X,R,S,v]; sums, scale and softmax in float32.
 
     Every query must be allowed to attend to something: under a causal mask and in a segment it attends to itself.
     """
     s = q_XRSk.shape[2]
-    rule = Rule(causal, tiles.tile(s), s, drop_rate if marks.keys_X is not None else 0.0)
+    rule = Rule(causal, tiles.tile(s), s, drop_rate if marks.keys_X is not None else 0.0, scale)
     more = -s % rule.side
     if more:
         q_XRSk, k_XSk, v_XSv = (jnp.pad(a, (*((0, 0),) * (a.ndim - 2), (0, more), (0, 0))) for a in (q_XRSk, k_XSk, v_XSv))
@@ -99,7 +102,7 @@ def _backward(rule, kept, d_o):
         weight = jnp.exp(_scores(q, k, marks, rule, pair) - log_t[..., None])
         d_v = _product("xrts,xrtv->xsv", _dropped(weight, marks, rule, pair).astype(v.dtype), d_t)
         d_weight = _dropped(_product("xrtv,xsv->xrts", d_t, v_s), marks, rule, pair)
-        d_scores = (weight * (d_weight - shift_t[..., None])).astype(q.dtype)
+        d_scores = (weight * (d_weight - shift_t[..., None]) * rule.scale).astype(q.dtype)
         new = _product("xrts,xsk->xrtk", d_scores, k_s), _product("xrts,xrtk->xsk", d_scores, q_t), d_v
         places = ((i, 2), (j, 1), (j, 1))
         return tuple(_put(a, _part(a, at, rule, axis) + b, at, rule, axis) for a, b, (at, axis) in zip(sums, new, places))
@@ -122,7 +125,7 @@ def _over_pairs(add: Callable[[Any, Pair], Any], start: Any, rule: Rule) -> Any:
 
 def _scores(q: jax.Array, k: jax.Array, marks: Marks, rule: Rule, pair: Pair) -> jax.Array:
     """float32 [X,R,t,t], HIDDEN where a query may not attend."""
-    scores = _product("xrtk,xsk->xrts", _part(q, pair[0], rule, 2), _part(k, pair[1], rule, 1))
+    scores = _product("xrtk,xsk->xrts", _part(q, pair[0], rule, 2), _part(k, pair[1], rule, 1)) * rule.scale
     query_t1, key_1t = (at * rule.side + jnp.arange(rule.side) for at in pair)
     query_t1, key_1t = query_t1[:, None], key_1t[None]
     allowed = None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.layers.common import GATED, Tokens, activate, along_last, linear, scaled_normal, weight, zeros
+from uoe_jax.layers.common import GATED, Tokens, activate, add_bias, linear, scaled_normal, weight, zeros
 from uoe_jax.region import WHOLE, Region, run
 
 
@@ -47,7 +47,7 @@ class MLP(nnx.Module):
 
     def _forward(self, x_BLD: jax.Array, region: Region = WHOLE) -> jax.Array:
         y = region.leave(self.partial(region.enter(x_BLD.astype(self.dtype))[1]))
-        return self._biased(y, region.for_own_tokens(self.bias_out))
+        return add_bias(y, region.for_own_tokens(self.bias_out))
 
     def partial(self, x: jax.Array) -> jax.Array:
         """What the hidden units held here give for tokens [...,D], without the output bias."""
@@ -56,10 +56,7 @@ class MLP(nnx.Module):
         return self._linear(activate(self.activation, up, gate), self.w_down, None)
 
     def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        return self._biased(linear(x, kernel[...].astype(self.dtype)), bias)
-
-    def _biased(self, y: jax.Array, bias: nnx.Param | jax.Array | None) -> jax.Array:
-        return y if bias is None else y + along_last(bias[...].astype(self.dtype), y)
+        return add_bias(linear(x, kernel[...].astype(self.dtype)), bias)
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, tuple]:
         """The whole prompt; a dense MLP needs no cache."""

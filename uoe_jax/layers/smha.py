@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.layers.attention import attend, attend_one, cache_of, group_keys, placed, put
-from uoe_jax.layers.common import Tokens, ones, scaled_normal, valid_tokens, weight, zeros
+from uoe_jax.layers.common import Tokens, add_bias, ones, scaled_normal, valid_tokens, weight, zeros
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert, per_expert_each
 from uoe_jax.routing import UNION, Rule
@@ -81,7 +81,7 @@ class SMHA(Union):
         n, d, _, dh = self.w_q.shape
         found = per_expert_each(x_NBSD, [w[...].astype(self.dtype).reshape(n, d, -1) for w in weights])
         by_head = (y.reshape(*y.shape[:3], -1, dh) for y in found)
-        return tuple(y if b is None else y + b[...].astype(self.dtype)[:, None, None] for y, b in zip(by_head, biases))
+        return tuple(add_bias(y, None if b is None else b[...][:, None, None]) for y, b in zip(by_head, biases))
 
     def _experts(self, entered: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         q, k, v = (checkpoint_name(a, "qkv") for a in entered)

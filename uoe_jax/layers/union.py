@@ -12,7 +12,7 @@ from flax import nnx
 from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.dispatch import backend_for, combine_slots, gather_own, gather_rows, gather_slots
 from uoe_jax.keys import check_declared
-from uoe_jax.layers.common import Tokens, fold, tokens_like
+from uoe_jax.layers.common import Tokens, add_bias, fold, tokens_like
 from uoe_jax.layers.router import Router, patches
 from uoe_jax.region import WHOLE, Region, run
 from uoe_jax.routing import UNION, RoutingStats, Rule, Selection
@@ -166,7 +166,7 @@ class Union(nnx.Module):
         bias_D = region.for_own_tokens(self.bias_out)
         if bias_D is not None:
             valid_BL1 = region.own_tokens(valid_BMP.reshape(b, m * p, 1)[:, :length])
-            y_BLD = y_BLD + jnp.where(valid_BL1, bias_D.astype(self.dtype)[None, None], 0)
+            y_BLD = add_bias(y_BLD, jnp.where(valid_BL1, bias_D[None, None], 0))
         return y_BLD, stats, selection, kept
 
     def routed(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
@@ -199,7 +199,7 @@ class Union(nnx.Module):
     def _union(self, y_NB1D: jax.Array, x_BD: jax.Array) -> jax.Array:
         """Sums the experts' outputs for one token of each sequence, [B,D]."""
         y_BD = _sum(y_NB1D.sum(axis=0)[:, 0], self._beside(x_BD))
-        return y_BD if self.bias_out is None else y_BD + self.bias_out[...].astype(self.dtype)[None]
+        return add_bias(y_BD, self.bias_out)
 
 
 def _both(f: Callable[[jax.Array], jax.Array], tables: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array] | None:

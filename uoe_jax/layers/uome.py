@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config_routing import RoutingConfig
-from uoe_jax.layers.common import GATED, Tokens, activate, scaled_normal, valid_tokens, weight, zeros
+from uoe_jax.layers.common import GATED, Tokens, activate, add_bias, scaled_normal, valid_tokens, weight, zeros
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert
 from uoe_jax.routing import UNION, Rule
@@ -75,7 +75,7 @@ class UoME(Union):
 
     def _into(self, x_NBSD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
         y_NBSf = per_expert(x_NBSD, kernel[...].astype(self.dtype))
-        return y_NBSf if bias is None else y_NBSf + bias[...].astype(self.dtype)[:, None, None]
+        return add_bias(y_NBSf, None if bias is None else bias[...][:, None, None])
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, RouterCache]:
         """The whole prompt, and the cache for the tokens after it."""

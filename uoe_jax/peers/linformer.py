@@ -27,10 +27,10 @@ class Linformer(EncoderAttention):
 
     def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
         there = valid_BL[..., None, None].astype(k.dtype)
-        length, scale = q.shape[1], q.shape[-1] ** -0.5
+        length = q.shape[1]
         few_k, few_v = (
             jnp.einsum("blhk,lr->brhk", a * there, w[...][:length].astype(a.dtype))
             for a, w in ((k, self.w_keys), (v, self.w_values))
         )
-        weights_BhLR = shares(products("blhk,brhk->bhlr", q * scale, few_k))
+        weights_BhLR = shares(products("blhk,brhk->bhlr", q, few_k) * q.shape[-1] ** -0.5)
         return products("brhk,bhlr->blhk", few_v, weights_BhLR)

@@ -37,12 +37,12 @@ class LongShort(EncoderAttention):
         far_k, far_v = (self._normed(a, self.far_scale, self.far_bias, q.dtype) for a in (far_k, far_v))
         near_k, near_v = (self._normed(a, self.near_scale, self.near_bias, q.dtype) for a in (k, v))
         more = -length % self.window
-        q_BSwhk = lengthened(q, more).reshape(b, -1, self.window, h, dh) * dh**-0.5
+        q_BSwhk = lengthened(q, more).reshape(b, -1, self.window, h, dh)
         near_k, near_v, there = (around(lengthened(a, more), self.window) for a in (near_k, near_v, valid_BL))
         near = products("bswhk,bsthk->bshwt", q_BSwhk, near_k)
         near = jnp.where(there[:, :, None, None], near, -1e30)
         far = products("bswhk,brhk->bshwr", q_BSwhk, far_k)
-        weights = shares(jnp.concatenate([near, far], axis=-1))
+        weights = shares(jnp.concatenate([near, far], axis=-1) * dh**-0.5)
         near, far = weights[..., : 2 * self.window], weights[..., 2 * self.window :]
         y = products("bsthk,bshwt->bswhk", near_v, near) + products("brhk,bshwr->bswhk", far_v, far)
         return y.reshape(b, -1, h, dh)[:, :length]

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import Heads, attend, group_keys
-from uoe_jax.layers.common import Tokens, linear, ones, rms_norm, rotate, scaled_normal, weight, zeros
+from uoe_jax.layers.common import Tokens, add_bias, linear, ones, rms_norm, rotate, scaled_normal, weight, zeros
 from uoe_jax.region import WHOLE, Region
 
 
@@ -62,7 +62,7 @@ class MLA(Heads):
         k = jnp.concatenate([k_BLhk, shared_BLhr], axis=-1)
         o = attend(q_BLhk, k, v_BLhk, tokens.segments_BL, self.causal, self.drop_rate, keys_BH)
         y_BLD = region.leave(self._out(o))
-        return self._biased(y_BLD, region.for_own_tokens(self.bias_out)), None, latent_BLR, rotary_BLr
+        return add_bias(y_BLD, region.for_own_tokens(self.bias_out)), None, latent_BLR, rotary_BLr
 
     def _latent(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:
         """(normalised latent [...,R], rotated shared key [...,d_rope])."""
@@ -108,4 +108,4 @@ class MLA(Heads):
         weights_BHS = jax.nn.softmax(scores_BHS).astype(self.dtype)
         mixed_BHR = einsum("bhs,bsr->bhr", weights_BHS, cache.latent).astype(self.dtype)
         o_BHk = jnp.einsum("bhr,rhk->bhk", mixed_BHR, self.w_v[...].astype(self.dtype))
-        return self._biased(self._out(o_BHk), self.bias_out), cache
+        return add_bias(self._out(o_BHk), self.bias_out), cache

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import placed
-from uoe_jax.layers.common import lengthened, linear, weight
+from uoe_jax.layers.common import add_bias, lengthened, linear, weight
 from uoe_jax.peers.encoder import EncoderAttention, exactly, products
 
 ITSELF = -1e5  # the score of a token with itself: less than any other, more than none
@@ -39,7 +39,7 @@ class Reformer(EncoderAttention):
 
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         qk, v = (
-            checkpoint_name(self._biased(linear(x, w[...].astype(self.dtype)), b), "qkv")
+            checkpoint_name(add_bias(linear(x, w[...].astype(self.dtype)), b), "qkv")
             for w, b in ((self.w_q, self.b_q), (self.w_v, self.b_v))
         )
         # What is hashed is not turned: equal tokens fall into one bucket wherever they are.
