@@ -110,13 +110,12 @@ def _cpu() -> str:
 
 
 def finish(name: str, out: pathlib.Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-    """Prints the rows and writes them with the machine to OUT/NAME.json, and a picture of them to OUT/NAME.png."""
+    """Prints the rows and writes them with the machine to OUT/NAME.json."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": list(rows), **more}, indent=1) + "\n")
     print(f"{name}: {machine()['cpu']}, jax {jax.__version__}")
     for line in table(rows):
         print(f"  {line}")
-    draw(rows, out / f"{name}.png")
 
 
 def draw(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:

@@ -258,6 +258,10 @@ def test_rows_differ_in_their_blocks_alone(tmp_path):
     assert rows("'a': {'preset': 'moh', 'model.moh.n_shared': 0}")[1].config.model.moh.n_shared == 0
     for shared, chosen in ((0, 2), (1, 2), (2, 2)):  # of 4 heads: half of the others, at least two
         assert rows(f"'a': {{'preset': 'moh', 'model.moh.n_shared': {shared}}}")[1].config.model.moh.k == chosen
+    for preset in ("deepseek_moe", "deepseek_v3", "xmoe"):  # whatever their experts, they have slots for all
+        for more in ("", ", 'model.moe.n_experts': 10, 'model.moe.k': 3"):
+            c = rows(f"'a': {{'preset': '{preset}'{more}}}")[1].config.model
+            assert c.routed()[c.mlp].slot_tokens(64) == 64, (preset, more)
     assert rows("'a': {'preset': 'switch', 'model.moe.capacity_window': 2}")[1].config.model.moe.capacity_window == 2
     for change in ("'preset': 'switch', 'model.moh.k': 3", "'preset': 'performer', 'model.linformer.rank': 7", "'preset': 'switch', 'model.smha.gate': 'none'"):
         with pytest.raises(cli.UserError, match=r"config.rows: model.\w+.\w+=.*which read nothing of it; leave it out"):

@@ -98,7 +98,7 @@ class Classifier(Stack):
             x_BLD = self.project(squares(inputs, self.config.image.patch).astype(self.config.dtype))
         if self.cls is None:
             return x_BLD
-        cls_B1D = jnp.broadcast_to(self.cls[...].astype(x_BLD.dtype), (x_BLD.shape[0], 1, x_BLD.shape[-1]))
+        cls_B1D = jnp.broadcast_to(self.cls[...], (x_BLD.shape[0], 1, x_BLD.shape[-1])).astype(x_BLD.dtype)  # rounded last, as in add_bias
         return jnp.concatenate([cls_B1D, x_BLD], axis=1)
 
     def _pool(self, x_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:

@@ -420,7 +420,10 @@ def with_vocabulary(config: Config, size: int) -> Config:
 
 
 def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
-    """Keys whose change would change a run: (key, old value, new value) for those not declared `free`, and for `more`."""
+    """Keys whose change would change a run: (key, old value, new value) for those not declared `free`, and for `more`.
+
+    train.steps is free, unless it is among `more`, where the schedule's length does not follow it.
+    """
     extendable = old.optimizer.decay_steps == new.optimizer.decay_steps > 0 and "train.steps" not in more  # it then only says when to stop
     before = {name: value for name, value, _ in leaves(old)}
     return [

@@ -182,7 +182,8 @@ def measure(workdir_name: str) -> int:
     first = configs[reference]
     configs = {slug: replace(c, mesh=first.mesh, model=replace(c.model, remat=first.model.remat)) for slug, c in configs.items()}
     runtime.start(first)
-    rows, trained_on = side_by_side(configs, reference, table["rounds"]), batch_lengths(first)
+    trained_on = batch_lengths(first)  # before all that takes long: it may find no data
+    rows = side_by_side(configs, reference, table["rounds"])
     rows = {slug: {**timed, **counts(configs[slug], trained_on)} for slug, timed in rows.items()}
     image = configs[reference].model.stem == "image"  # whose tokens are settled
     lengths = () if image else numbers("config.lengths", table["lengths"], int)
@@ -195,5 +196,13 @@ def measure(workdir_name: str) -> int:
     return EXIT_DONE
 
 
+def main() -> int:
+    try:
+        return measure(sys.argv[1])
+    except UserError as error:
+        print(f"uoe: {error}", file=sys.stderr)
+        return error.exit_code
+
+
 if __name__ == "__main__":
-    sys.exit(measure(sys.argv[1]))
+    sys.exit(main())

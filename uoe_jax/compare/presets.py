@@ -2,13 +2,14 @@
 
 A preset starts from a configuration of a union of experts and changes blocks and their sections, nothing else. Matched by
 width, the experts of a mixture together are as wide as the dense MLP: they have its weights. How many experts there are
-follows the released code's peers (DeepSeek-MoE with 7 routed experts of which 3 are chosen and one shared one, Skywork-MoE
-with the better 2 of 4, XMoE with small ones); the numbers of the others are those of their authors' smallest models. DeepSeek's
-and XMoE drop nothing, as their authors', so that each of their experts has slots for every token. No jax is imported.
+follows the released code's peers on Long Range Arena (DeepSeek-MoE with 7 routed experts of which 3 are chosen and one shared
+one, Skywork-MoE with the better 2 of 4, XMoE with small ones); the numbers of the others are those of their authors' smallest
+models. No jax is imported.
 """
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 from typing import Any, Mapping
 
@@ -17,6 +18,7 @@ from uoe_jax.errors import ConfigError
 
 Changes = dict[str, Any]  # values by dotted key below `model`
 
+DROPLESS = ("deepseek_moe", "xmoe")  # mixtures whose experts have slots for every token: the former's authors drop nothing
 GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
 CAPACITIES = (0.75, 1.0, 1.25, 1.5, 2.0)
 
@@ -36,12 +38,10 @@ PRESETS: dict[str, Changes] = {
     "switch": _mixture("token_choice", n=4, k=1),
     "gshard": _mixture("token_choice", n=8, k=2),
     "expert_choice": _mixture("expert_choice", n=8, k=2, capacity_factor=1.0),
-    "deepseek_moe": _mixture("deepseek_moe", n=7, k=3, shared=1, capacity_factor=2.34),
-    "deepseek_v3": _mixture(
-        "deepseek_moe", "mla", n=7, k=3, shared=1, capacity_factor=2.34, score="sigmoid", bias_rate=0.001, balance_weight=0.0001
-    ),
+    "deepseek_moe": _mixture("deepseek_moe", n=7, k=3, shared=1),
+    "deepseek_v3": _mixture("deepseek_moe", "mla", n=7, k=3, shared=1, score="sigmoid", bias_rate=0.001, balance_weight=0.0001),
     "skywork_moe": _mixture("skywork_moe", n=4, k=2, adaptive_rate=0.2),
-    "xmoe": _mixture("xmoe", n=16, k=10, capacity_factor=1.6, threshold=0.9),
+    "xmoe": _mixture("xmoe", n=16, k=10, threshold=0.9),
     "mosa": {"attention": "mosa", "mlp": "dense"},
     "moh": {"attention": "moh", "mlp": "dense"},
     "mla": {"attention": "mla", "mlp": "dense"},
@@ -68,7 +68,7 @@ def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = Mapp
     """The `model` section of a configuration, as nested dicts, with the blocks of a preset and changes beyond it.
 
     Sizes that follow the model's own are filled in: experts are `d_hidden` / parts wide and count their capacity in the
-    windows of the base's UoME; MLA's latents are D/2 wide (as in the released code); MoH shares a quarter of the heads and
+    windows of the base's UoME; those of mixtures that drop nothing have slots for every token; MLA's latents are D/2 wide (as in the released code); MoH shares a quarter of the heads and
     lets a token choose half of the others, at least two. Sections of blocks that the row does not have are dropped.
 
     Raises:
@@ -83,9 +83,9 @@ def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = Mapp
     blocks, d, heads = (out["attention"], out["mlp"]), out["d_model"], out["n_heads"]
     own = {SECTIONS.get(block) for block in blocks}
     for key, value in changes.items():
-        if "." in key and key.split(".")[0] not in own:
+        if "." in key and key.partition(".")[0] not in own:
             raise ConfigError(f"config.rows: model.{key}", value, f"the row {name!r} is {blocks[0]} + {blocks[1]}, which read nothing of it; leave it out")
-    if not {"attention", "mlp"} & preset.keys() and own.isdisjoint(key.split(".")[0] for key in preset):
+    if not {"attention", "mlp"} & preset.keys() and own.isdisjoint(key.partition(".")[0] for key in preset):
         raise ConfigError("config.rows", name, f"changes unions of experts, and its blocks are {blocks[0]} + {blocks[1]}; leave it out")
     for section in set(SECTIONS.values()) - {*UNIONS, *own}:
         del out[section]  # what the base says of another row's blocks
@@ -94,6 +94,8 @@ def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = Mapp
             remedy = f"(in the row {name!r}) it is cut in {hidden_parts(out)} experts; give at least that"
             raise ConfigError("config.model.d_hidden", out["d_hidden"], remedy)
         out["moe"]["d_expert"] = out["d_hidden"] // hidden_parts(out)
+        if out["mlp"] in DROPLESS and "moe.capacity_factor" not in changes:
+            out["moe"]["capacity_factor"] = math.ceil(100 * out["moe"]["n_experts"] / out["moe"]["k"]) / 100
         if out["mlp"] != "expert_choice" and "moe.capacity_window" not in changes:
             out["moe"]["capacity_window"] = min(out["uome"]["capacity_window"], out["context_length"])
     shared = changes.get("moh.n_shared", heads // 4)

@@ -11,6 +11,7 @@ from typing import Any, Collection, NamedTuple
 import jax
 from etils import epath
 
+from uoe_jax.compare.measure import MOST_BATCHES
 from uoe_jax.compare.run import DAMAGED, best_rates, diverged
 from uoe_jax.compare.table import SMALLEST_MISS, Table
 from uoe_jax.config import Config, from_dict
@@ -141,8 +142,8 @@ def rules(table: Table, found: list[Result], told: dict[str, Any]) -> list[str]:
     rows_seen = c.train.steps * c.train.batch_size
     matched = {
         "width": f"matched by width: hidden width {c.model.d_hidden} in all MLPs; the experts of a mixture, shared ones too, have it together "
-        "(or what is left of it when they are as many)",
-        "flops": f"matched by operations: the hidden width is such that a forward pass, in evaluation, costs what that of {t.reference!r} does",
+        "(or the largest multiple of their number below it)",
+        "flops": f"matched by operations: the hidden width is such that a forward pass in evaluation, words left out, costs what that of {t.reference!r} does",
     }[t.match]
     out = [
         f"- Same data in the same order for every row of a seed: {rows_seen:,} rows of up to {c.model.context_length} tokens "
@@ -157,14 +158,14 @@ def rules(table: Table, found: list[Result], told: dict[str, Any]) -> list[str]:
         out.append(f"- Same search for every row: learning rates {tried}, {table.search_steps:,} steps each with seed 0, the best on validation.")
     else:
         out.append(f"- No search: learning rate {c.optimizer.learning_rate:g} and the same schedule for every row.")
-    out.append("- Nothing else was searched for here: unions are routed as the table's experiment says, mixtures and other attentions by their presets.")
+    out.append("- Nothing else was searched for here: unions are routed as the table's experiment says, mixtures and other attentions as their presets and rows do.")
     several = c.data.buckets > 1
     which = "test, read once, of the checkpoint that is best on validation" if c.eval.test else "validation, which also chose the learning rate"
     out += [
         f"- The measure is of {which if table.rates or c.eval.test else 'validation'}, at the end of training; mean ± sample standard deviation "
         "over seeds, which draw initialisation and data order. Seeds that diverged are counted and not in the mean.",
         f"- Operations are counted (forward pass{' of full rows' * several}, slots whether filled or not; active parameters: what a token meets, of XMoE what is "
-        f"expected). {'In the picture, those of training are of the batches, which are padded to several lengths. ' * several}Activations kept are those of the forward pass of one row for the backward pass (model.remat='slots').",
+        f"expected). {f'In the picture, those of training are of the lengths of the first {MOST_BATCHES} batches. ' * several}Activations kept are those of the forward pass of one row for the backward pass (model.remat='slots').",
         f"- Time of a step: relative to {t.reference!r}, measured in turn with it in one process, the median of {t.rounds} rounds and "
         "the quartiles; memory: what the compiler needs for a step.",
     ]
@@ -179,12 +180,12 @@ def as_csv(found: list[Result]) -> str:
     out = io.StringIO()
     columns = ["parameters", "active_parameters", "forward_flops_per_token", "train_flops_per_step", "ratio", "ratio_low", "ratio_high", "bytes", "kept_bytes_per_row"]
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "attention", "mlp", "d_hidden", "measure", "seed", "value", "learning_rate", "train_flops", *columns])
+    writer.writerow(["row", "attention", "mlp", "hidden", "measure", "seed", "value", "learning_rate", "train_flops", *columns])
     for r in found:
         m, measure = r.config.model, measure_of(r.config)
         flops = r.measured["train_flops_per_step"] * r.config.train.steps if r.measured else ""
+        width = m.routed_hidden + m.whole_hidden
         for seed, value in r.finals.items():
-            width = m.routed_hidden + m.whole_hidden
             writer.writerow([r.name, m.attention, m.mlp, width, measure.name, seed, value, r.rate, flops, *(r.measured.get(c, "") for c in columns)])
     return out.getvalue()
 

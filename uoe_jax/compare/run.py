@@ -32,8 +32,8 @@ from uoe_jax.workdir import locate, lock, os_errors, read_json, release, write_j
 
 DAMAGED = "remove it and what it is about, or give another --workdir"
 FIXED = ("match", "reference", "learning_rates", "search_steps")  # of TableConfig: what finished rows depend on
-# Of a run that goes on these may change; in a table they settle what is measured, and of which checkpoint, and its length,
-# where the optimizer's schedule has its own.
+# Of a run that goes on these may change (train.steps where optimizer.decay_steps is set). In a table they settle what is
+# measured, of which checkpoint, and after how many steps.
 MEASURES = ("eval.test", "eval.every", "checkpoint.every", "checkpoint.keep_best", "train.steps")
 
 
@@ -105,7 +105,7 @@ def claim(table: Table, workdir: epath.Path) -> None:
         changed = changed_keys(from_dict(known["rows"].get(slug, row)["config"]), from_dict(row["config"]), MEASURES)
         if changed:
             key, old, new = changed[0]
-            remedy = f"the row {row['name']!r} of the table in this workdir has {old!r}; give that, or another --workdir"
+            remedy = f"the row {row['name']!r} of the table in this workdir has {old!r}, from its config or preset of then; give that, or another --workdir"
             raise ConfigError(f"config.base.{key}", new, remedy)
     # Rows that were left out this time (--config.rows) stay, and are in the table if they are finished.
     write_json(path, {**own, "rows": known["rows"] | rows})

@@ -49,7 +49,7 @@ class TableConfig:
 class Row(NamedTuple):
     """One architecture: its name, its configuration (seed and learning rate are those of the base), and what it misses.
 
-    miss: how far its operations (of the blocks), or where rows are matched by width its hidden units, are from the reference's,
+    miss: how far its operations (of all but the words), or where rows are matched by width its hidden units, are from the reference's,
       relative to them.
     """
 

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.common import valid_mean
+from uoe_jax.layers.common import add_bias, valid_mean
 from uoe_jax.layers.router import patches
 from uoe_jax.layers.union import Union
 from uoe_jax.model import Transformer
@@ -51,8 +51,7 @@ def seen(model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, posit
             if isinstance(part, Union):
                 y_NBLD = part.of_every_expert(h_BLD, tokens)
                 found[place] = _sums(part, h_BLD, y_NBLD, segments_BL)
-                y_BLD = y_NBLD.sum(axis=0)
-                y_BLD = y_BLD if part.bias_out is None else y_BLD + part.bias_out[...][None, None].astype(y_BLD.dtype)
+                y_BLD = add_bias(y_NBLD.sum(axis=0), part.bias_out)
             else:
                 y_BLD = part(h_BLD, tokens)[0]
             x_BLD = x_BLD + y_BLD

@@ -91,7 +91,8 @@ def along_last(v: jax.Array, like: jax.Array) -> jax.Array:
 def add_bias(y: jax.Array, bias: nnx.Param | jax.Array | None) -> jax.Array:
     """y [...,X] with a bias along its last axes, or of as many axes; None: none.
 
-    Added in float32 and then rounded: the gradient of a bias is a sum over all tokens, which in 16 bits stands still.
+    Added in float32 and then rounded: the gradient of a bias is a sum over all tokens, and one that is rounded to 16 bits
+    on the way stands still once it is a few hundred times a term.
     """
     return y if bias is None else (y.astype(jnp.float32) + along_last(bias[...], y)).astype(y.dtype)
 

@@ -102,8 +102,10 @@ def _backward(rule, kept, d_o):
         weight = jnp.exp(_scores(q, k, marks, rule, pair) - log_t[..., None])
         d_v = _product("xrts,xrtv->xsv", _dropped(weight, marks, rule, pair).astype(v.dtype), d_t)
         d_weight = _dropped(_product("xrtv,xsv->xrts", d_t, v_s), marks, rule, pair)
-        d_scores = (weight * (d_weight - shift_t[..., None]) * rule.scale).astype(q.dtype)
-        new = _product("xrts,xsk->xrtk", d_scores, k_s), _product("xrts,xrtk->xsk", d_scores, q_t), d_v
+        d_scores = (weight * (d_weight - shift_t[..., None])).astype(q.dtype)
+        # The scale goes on the sums: on what is rounded to 16 bits it would push small values of float16 below its least one.
+        d_q, d_k = _product("xrts,xsk->xrtk", d_scores, k_s), _product("xrts,xrtk->xsk", d_scores, q_t)
+        new = d_q * rule.scale, d_k * rule.scale, d_v
         places = ((i, 2), (j, 1), (j, 1))
         return tuple(_put(a, _part(a, at, rule, axis) + b, at, rule, axis) for a, b, (at, axis) in zip(sums, new, places))
 

@@ -5,7 +5,7 @@ probabilities as they are. score='sigmoid' is DeepSeek-V3 (arXiv 2412.19437, sec
 sigmoid(logit) + bias, and weighed by the sigmoids of the chosen ones rescaled to sum to `model.moe.scale`; the bias
 (`model.moe.bias_rate`) balances the load without a loss. The balance loss is over the sigmoids rescaled to sum to 1, of every
 row by itself; it counts the experts that were chosen, with the bias (in equation 18 those of the best sigmoids alone).
-Tokens beyond an expert's capacity are dropped, which DeepSeek does not do: the presets have N / K for capacity_factor, with
+Tokens beyond an expert's capacity are dropped, which DeepSeek does not do: `uoe compare` gives N / K for capacity_factor, with
 which nothing is. V3's limit to experts of a few groups, which bounds what its machines send each other, is left out.
 """
 

@@ -29,16 +29,15 @@ class Nystromformer(EncoderAttention):
         self.w_conv = weight(rngs, (c.n_heads, n.kernel), ("heads", None), scaled_normal(n.kernel)) if n.kernel else None
 
     def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
-        scale = q.shape[-1] ** -0.25
-        q, k = q * scale, k * scale
+        scale = q.shape[-1] ** -0.5  # on the scores, which are float32
         means_BRL, there_BR = landmark_means(valid_BL, self.landmarks)
         few_q, few_k = (products("blhk,brl->brhk", a, means_BRL).astype(a.dtype) for a in (q, k))
         there = there_BR[:, None, None]
-        to_few_BhLR = shares(products("blhk,brhk->bhlr", q, few_k), there)
-        among_BhRR = shares(products("brhk,bshk->bhrs", few_q, few_k), there)
+        to_few_BhLR = shares(scale * products("blhk,brhk->bhlr", q, few_k), there)
+        among_BhRR = shares(scale * products("brhk,bshk->bhrs", few_q, few_k), there)
         # Landmarks without tokens: ones on the diagonal, so that the inverse of the others is what it is without them.
         among_BhRR = jnp.where(there_BR[:, None, :, None], among_BhRR, jnp.eye(self.landmarks)[None, None])
-        to_all_BhRL = shares(products("brhk,blhk->bhrl", few_q, k), valid_BL[:, None, None])
+        to_all_BhRL = shares(scale * products("brhk,blhk->bhrl", few_q, k), valid_BL[:, None, None])
         few_BhRk = products("blhk,bhrl->bhrk", v, to_all_BhRL)
         inverse_BhRR = pseudo_inverse(among_BhRR, self.iterations)
         y_BLhk = exactly("bhlr,bhrk->blhk", to_few_BhLR, exactly("bhrs,bhsk->bhrk", inverse_BhRR, few_BhRk))
