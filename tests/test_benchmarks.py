@@ -28,6 +28,14 @@ def test_table():
     assert timing.table([{"a": 1, "b": 0.12345}, {"a": "x", "met": False}]) == ["a  b       met", "1  0.1235", "x          NO"]
 
 
+def test_rows_are_drawn(tmp_path):
+    """Whatever columns a benchmark has: ratios with quartiles, or shares of the work."""
+    rows = [{"case": "a", "ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6, "flop_ratio": 0.5, "met": True}, {"case": "b"}]
+    for rows in (rows, [{"axis": "data", "devices": 2, "work_share": 0.5, "ideal": 0.5}]):
+        timing.draw(rows, tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_freed_memory_is_kept():
     """The second array of a process lies where the first one was: the system has no page to give for it."""
     faults = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
@@ -70,6 +78,7 @@ def test_one_command_measures_everything_that_is_named(tmp_path):
     by_axis = {(row["axis"], row["devices"]): row for row in rows}
     for (axis, devices), row in by_axis.items():  # with `expert`, routing and norms are done by all
         assert row["ideal"] <= row["work_share"] * 1.02 < row["ideal"] + 0.15, (axis, devices)
+    assert (tmp_path / "scaling.png").read_bytes()[:4] == (tmp_path / "loader.png").read_bytes()[:4] == b"\x89PNG"
     assert by_axis["expert", 8]["sent_MB"] > by_axis["expert", 2]["sent_MB"] > 0
     assert {row["what"] for row in json.loads((tmp_path / "loader.json").read_text())["rows"]} == {"model", "loader"}
 

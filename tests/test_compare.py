@@ -243,6 +243,18 @@ def test_a_child_that_fails_is_an_error_and_one_that_stops_a_stop():
             children.run(["json.tool", "--help"], "late")
 
 
+def test_bad_input_that_a_child_finds_is_told_once(tmp_path):
+    """Text without a word in it, which is seen only where it is read."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("")
+    args = ["compare", "--config=compare/lm_stdlib:tiny", f"--workdir={tmp_path / 'table'}", "--config.rows=full_attention"]
+    args += ["--config.base.data.source=text", f"--config.base.data.path={tmp_path / 'texts'}"]
+    done = uoe_process(*args, cwd=tmp_path)
+    out, err = done.communicate(timeout=300)
+    said = [line for line in err.splitlines() if line.startswith("uoe: ")]
+    assert done.returncode == 2 and len(said) == 1 and "texts" in said[0], (done.returncode, err)
+
+
 def test_rows_differ_in_their_blocks_alone(tmp_path):
     """Sizes follow the changes of a row, and what is not of its blocks is refused."""
 

@@ -68,8 +68,9 @@ def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = Mapp
     """The `model` section of a configuration, as nested dicts, with the blocks of a preset and changes beyond it.
 
     Sizes that follow the model's own are filled in: experts are `d_hidden` / parts wide and count their capacity in the
-    windows of the base's UoME; those of mixtures that drop nothing have slots for every token; MLA's latents are D/2 wide (as in the released code); MoH shares a quarter of the heads and
-    lets a token choose half of the others, at least two. Sections of blocks that the row does not have are dropped.
+    windows of the base's UoME; those of mixtures that drop nothing have slots for every token; MLA's latents are D/2 wide (as
+    in the released code); MoH shares a quarter of the heads and lets a token choose half of the others, at least two. Sections of
+    blocks that the row does not have are dropped.
 
     Raises:
       KeyError: no such preset. ConfigError: the hidden width is too small for its experts; a change, or all that the preset
