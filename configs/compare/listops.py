@@ -3,9 +3,8 @@
 Command:   uoe compare --config=compare/listops --workdir=runs/listops
            uoe compare --config=compare/listops:short --workdir=runs/listops   one seed of fewer rows and steps
 Hardware:  2 CPU cores.
-Time:      about 3.5 hours on one of two shared cores, beside other work (2026-11-25, Python 3.11.7, jax 0.10.2); `:short`
-           11 minutes (2026-11-26).
-Expected:  UoE 41.4 % of test, full attention 43.7, UoME alone 42.8, SMHA alone 40.1, each +- 0.5 to 2.2: docs/results.md.
+Time:      2:10 hours on one of two cores, beside other work (2026-11-26, Python 3.11.7, jax 0.10.2); `:short` 11 minutes.
+Expected:  UoE 41.3 % of test, full attention 43.5, UoME alone 42.6, SMHA alone 41.2, each +- 0.9 to 1.7: docs/results.md.
 """
 
 from uoe_jax import recipes

@@ -7,7 +7,7 @@ Hardware:  one GPU or TPU; `:cpu` 2 CPU cores.
 Time:      not run to its end; 300 steps of four rows at once took 2.5 minutes on an H200 (2026-11-26, Python 3.12.3, jax 0.11.2).
            `:cpu` 10 to 17 minutes for each of the 12 runs on one of two shared cores (2026-11-26, Python 3.11.7, jax 0.10.2).
 Expected:  bits per byte of validation. `:cpu`, three seeds: UoE 2.368 +- 0.026, full attention 2.392 +- 0.031, XMoE 2.399 +- 0.013,
-           DeepSeek-V3 2.452 +- 0.035. On the H200, one seed, gate `sigmoid`: full attention 1.52, XMoE 1.71, DeepSeek-V3 1.72;
+           DeepSeek-V3 2.471 +- 0.024. On the H200, one seed, gate `sigmoid`: full attention 1.52, XMoE 1.71, DeepSeek-V3 1.72, both with drops;
            UoE (1.74 at step 200, where full attention had 1.79) was not seen to the end. docs/results.md has both.
 """
 

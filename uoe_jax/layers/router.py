@@ -65,7 +65,7 @@ class Router(nnx.Module):
     ) -> tuple[Decision, RoutingStats]:
         """Routes whole rows. Args: x_BMPD patches; valid_BMP bool, False for padding tokens; keys_B in training."""
         if self.causal:
-            summary_BMD = jnp.where(valid_BMP[:, :, :1], x_BMPD[:, :, 0].astype(jnp.float32), 0)
+            summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32)
         else:
             summary_BMD = valid_mean(x_BMPD, valid_BMP)
         patch_logits = None
