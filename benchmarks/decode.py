@@ -73,7 +73,6 @@ def main() -> None:
             rows.append(row)
         del decoders
     timing.finish("decode", options.out, rows)
-    timing.draw(rows, options.out / "decode.png")
 
 
 if __name__ == "__main__":

@@ -234,7 +234,6 @@ def main() -> None:
         row = next(r for r in rows if r["case"] == f"UoME, {named}" and r["variant"] == "expert choice")
         rates[f"uome_{named}_of_kernel_sum_%"] = 100 * bound / row["seconds"]
     timing.finish("layer", options.out, rows, rates=rates)
-    timing.draw(rows, options.out / "layer.png")
     print("  " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
 
 

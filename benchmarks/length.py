@@ -7,7 +7,8 @@ The PNG shows both.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+import pathlib
+from typing import Any, Mapping, Sequence
 
 from benchmarks import timing
 from benchmarks.model import PAIR, ROUTED
@@ -40,12 +41,11 @@ def main() -> None:
     growth = {name: at[name, 4096]["seconds"] / at[name, 512]["seconds"] for name in PAIR}
     # 512 and 4096 were not measured at the same time; that UoE grows less, ratios within rounds say.
     met = at["UoE", 4096]["ratio"] < at["UoE", 512]["ratio"]
-    timing.finish("length", options.out, rows, growth=growth, met=met)
+    timing.finish("length", options.out, rows, draw, growth=growth, met=met)
     print("  time at 4096 over time at 512: " + ", ".join(f"{name} {value:.2f}" for name, value in growth.items()))
-    draw(rows, options.out / "length.png")
 
 
-def draw(rows: list[dict[str, Any]], file: Any) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
     """Time and memory over the length, one line a model."""
     import matplotlib
 

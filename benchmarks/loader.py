@@ -57,7 +57,6 @@ def main() -> None:
     found = timing.against(trained, made)
     rows += [{"what": "loader", "tokens_per_s": tokens / statistics.median(made), **{k: v for k, v in found.items() if k != "seconds"}}]
     timing.finish("loader", options.out, rows, config=options.config)
-    timing.draw(rows, options.out / "loader.png")
 
 
 if __name__ == "__main__":

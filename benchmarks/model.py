@@ -60,7 +60,6 @@ def main() -> None:
             row |= {"bars": f"{OF_PEAK} %", "met": row["of_peak_%"] >= OF_PEAK}
         rows.append(row)
     timing.finish("model", options.out, rows, parameters={name: parameters(c.model) for name, c in configs.items()})
-    timing.draw(rows, options.out / "model.png")
 
 
 if __name__ == "__main__":

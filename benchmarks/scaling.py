@@ -38,7 +38,6 @@ def main() -> None:
             row |= {"temp_MB": found.temporary / 1e6, "sent_MB": sum(sent.values()) / 1e6}
             rows.append(row | {f"{kind}_MB": size / 1e6 for kind, size in sent.items()})
     timing.finish("scaling", options.out, rows)
-    timing.draw(rows, options.out / "scaling.png")
 
 
 if __name__ == "__main__":

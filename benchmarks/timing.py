@@ -23,6 +23,7 @@ from uoe_jax.compare.measure import against as against  # of two variants' round
 
 OUT = pathlib.Path("runs/benchmarks")
 Seconds = dict[str, list[float]]  # of every round, by variant
+Picture = Callable[[Sequence[Mapping[str, Any]], pathlib.Path], None]
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> Seconds:
@@ -109,15 +110,6 @@ def _cpu() -> str:
     return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
-def finish(name: str, out: pathlib.Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-    """Prints the rows and writes them with the machine to OUT/NAME.json."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": list(rows), **more}, indent=1) + "\n")
-    print(f"{name}: {machine()['cpu']}, jax {jax.__version__}")
-    for line in table(rows):
-        print(f"  {line}")
-
-
 def draw(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
     """A bar for the ratio of every row (or its share of the work) with the quartiles, and a mark where operations would have it."""
     import matplotlib
@@ -138,6 +130,16 @@ def draw(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def finish(name: str, out: pathlib.Path, rows: Sequence[Mapping[str, Any]], picture: Picture = draw, **more: Any) -> None:
+    """Prints the rows and writes them with the machine to OUT/NAME.json, and their picture to OUT/NAME.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": list(rows), **more}, indent=1) + "\n")
+    print(f"{name}: {machine()['cpu']}, jax {jax.__version__}")
+    for line in table(rows):
+        print(f"  {line}")
+    picture(rows, out / f"{name}.png")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -67,7 +67,6 @@ def main() -> None:
     both = {"bare": bare_times, "trainer": trainer_times}
     rows = [{"loop": name, **timing.against(times, bare_times)} for name, times in both.items()]
     timing.finish("trainer", options.out, rows, config=options.config)
-    timing.draw(rows, options.out / "trainer.png")
 
 
 if __name__ == "__main__":

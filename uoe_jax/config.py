@@ -193,6 +193,11 @@ class ModelConfig:
         """Hidden units that every token goes through: those of a dense MLP, or of shared experts."""
         return self.moe.n_shared * self.d_expert if self.mlp in MLPS else (self.d_hidden if self.mlp == "dense" else 0)
 
+    @property
+    def all_hidden(self) -> int:
+        """Hidden units of the whole MLP block."""
+        return self.routed_hidden + self.whole_hidden
+
     def routed(self) -> dict[str, RoutingConfig]:
         """The routing of the blocks that route, by the block's name."""
         found = ((name, self._routing(name)) for name in (self.attention, self.mlp))

@@ -20,9 +20,8 @@ def router_parameters(r: RoutingConfig, d_model: int) -> int:
 
 def layer_parameters(c: ModelConfig) -> int:
     """Weights of one layer: attention, MLP, routers and the two norms."""
-    hidden = c.routed_hidden + c.whole_hidden
     with_biases = c.routed_hidden if c.routed_hidden else c.whole_hidden  # shared experts have none
-    mlp = (c.n_into + 1) * c.d_model * hidden + c.bias * (c.n_into * with_biases + c.d_model)
+    mlp = (c.n_into + 1) * c.d_model * c.all_hidden + c.bias * (c.n_into * with_biases + c.d_model)
     routers = sum(router_parameters(r, c.d_model) for name, r in c.routed().items() if name != "moh")
     adaptive = c.mlp == "skywork_moe" and c.moe.adaptive_rate > 0
     return _attention(c).parameters + mlp + routers + adaptive + 2 * norm_parameters(c)

@@ -13,6 +13,7 @@ import math
 from types import MappingProxyType
 from typing import Any, Mapping
 
+from uoe_jax.config_file import put
 from uoe_jax.config_peers import MLPS, SECTIONS, UNIONS
 from uoe_jax.errors import ConfigError
 
@@ -77,36 +78,46 @@ def apply(name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = Mapp
         changes, is of blocks that the row does not have.
     """
     out: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in model.items()}
-    preset = PRESETS[name]
-    for key, value in (preset | dict(changes)).items():
-        section, dot, last = key.rpartition(".")
-        (out[section] if dot else out)[last] = value
-    blocks, d, heads = (out["attention"], out["mlp"]), out["d_model"], out["n_heads"]
-    own = {SECTIONS.get(block) for block in blocks}
-    for key, value in changes.items():
-        if "." in key and key.partition(".")[0] not in own:
-            raise ConfigError(f"config.rows: model.{key}", value, f"the row {name!r} is {blocks[0]} + {blocks[1]}, which read nothing of it; leave it out")
-    if not {"attention", "mlp"} & preset.keys() and own.isdisjoint(key.partition(".")[0] for key in preset):
-        raise ConfigError("config.rows", name, f"changes unions of experts, and its blocks are {blocks[0]} + {blocks[1]}; leave it out")
+    for key, value in (PRESETS[name] | dict(changes)).items():
+        put(out, key, value)
+    own = {SECTIONS.get(out["attention"]), SECTIONS.get(out["mlp"])}
+    _refuse_without_effect(name, changes, out, own)
     for section in set(SECTIONS.values()) - {*UNIONS, *own}:
         del out[section]  # what the base says of another row's blocks
-    if out["mlp"] in MLPS:
-        if out["d_hidden"] < hidden_parts(out):
-            remedy = f"(in the row {name!r}) it is cut in {hidden_parts(out)} experts; give at least that"
-            raise ConfigError("config.model.d_hidden", out["d_hidden"], remedy)
-        out["moe"]["d_expert"] = out["d_hidden"] // hidden_parts(out)
-        if out["mlp"] in DROPLESS and "moe.capacity_factor" not in changes:
-            out["moe"]["capacity_factor"] = math.ceil(100 * out["moe"]["n_experts"] / out["moe"]["k"]) / 100
-        if out["mlp"] != "expert_choice" and "moe.capacity_window" not in changes:
-            out["moe"]["capacity_window"] = min(out["uome"]["capacity_window"], out["context_length"])
-    shared = changes.get("moh.n_shared", heads // 4)
-    sizes = {
-        "mla": {"q_rank": d // 2, "kv_rank": d // 2},
-        "moh": {"n_shared": shared, "k": min(heads - shared, max(2, (heads - shared) // 2))},
-    }.get(out["attention"], {})
-    for key, value in sizes.items():
-        if f"{out['attention']}.{key}" not in changes:
-            out[out["attention"]][key] = value
+    for key, value in _following(name, out, changes).items():
+        if key not in changes:
+            put(out, key, value)
+    return out
+
+
+def _refuse_without_effect(name: str, changes: Mapping[str, Any], model: Mapping[str, Any], own: set[str | None]) -> None:
+    """own: the sections of the row's blocks."""
+    blocks = f"{model['attention']} + {model['mlp']}"
+    for key, value in changes.items():
+        if "." in key and key.partition(".")[0] not in own:
+            raise ConfigError(f"config.rows: model.{key}", value, f"the row {name!r} is {blocks}, which read nothing of it; leave it out")
+    preset = PRESETS[name]
+    if not {"attention", "mlp"} & preset.keys() and own.isdisjoint(key.partition(".")[0] for key in preset):
+        raise ConfigError("config.rows", name, f"changes unions of experts, and its blocks are {blocks}; leave it out")
+
+
+def _following(name: str, model: Mapping[str, Any], changes: Mapping[str, Any]) -> Changes:
+    """What follows from the sizes of the model, unless the row says otherwise."""
+    out: Changes = {}
+    d, heads, parts = model["d_model"], model["n_heads"], hidden_parts(model)
+    if model["mlp"] in MLPS:
+        if model["d_hidden"] < parts:
+            raise ConfigError("config.model.d_hidden", model["d_hidden"], f"(in the row {name!r}) it is cut in {parts} experts; give at least that")
+        out["moe.d_expert"] = model["d_hidden"] // parts
+        if model["mlp"] in DROPLESS:
+            out["moe.capacity_factor"] = math.ceil(100 * model["moe"]["n_experts"] / model["moe"]["k"]) / 100
+        if model["mlp"] != "expert_choice":
+            out["moe.capacity_window"] = min(model["uome"]["capacity_window"], model["context_length"])
+    if model["attention"] == "mla":
+        out |= {"mla.q_rank": d // 2, "mla.kv_rank": d // 2}
+    if model["attention"] == "moh":
+        shared = changes.get("moh.n_shared", heads // 4)
+        out |= {"moh.n_shared": shared, "moh.k": min(heads - shared, max(2, (heads - shared) // 2))}
     return out
 
 

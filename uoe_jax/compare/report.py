@@ -184,9 +184,8 @@ def as_csv(found: list[Result]) -> str:
     for r in found:
         m, measure = r.config.model, measure_of(r.config)
         flops = r.measured["train_flops_per_step"] * r.config.train.steps if r.measured else ""
-        width = m.routed_hidden + m.whole_hidden
         for seed, value in r.finals.items():
-            writer.writerow([r.name, m.attention, m.mlp, width, measure.name, seed, value, r.rate, flops, *(r.measured.get(c, "") for c in columns)])
+            writer.writerow([r.name, m.attention, m.mlp, m.all_hidden, measure.name, seed, value, r.rate, flops, *(r.measured.get(c, "") for c in columns)])
     return out.getvalue()
 
 

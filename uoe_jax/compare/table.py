@@ -178,7 +178,7 @@ def _rows(base: dict[str, Any], rows: Mapping[str, Mapping[str, Any]], config: T
         if config.match == "flops" and name != config.reference:
             values = _matched(base, name, changes, target)
         found = _validated(name, values)
-        own, wanted = (_operations(found), target) if config.match == "flops" else (_hidden(found), _hidden(whole))
+        own, wanted = (_operations(found), target) if config.match == "flops" else (found.model.all_hidden, whole.model.all_hidden)
         miss = own / wanted - 1
         out.append(Row(name, changes.get("preset", name), found, miss))
     return out
@@ -220,11 +220,6 @@ def _operations(config: Config) -> float:
     from uoe_jax.flops import forward_flops
 
     return forward_flops(dataclasses.replace(config.model, vocab_size=0, cutoffs=""))
-
-
-def _hidden(config: Config) -> int:
-    """Hidden units of all of a row's MLP, routed and shared."""
-    return config.model.routed_hidden + config.model.whole_hidden
 
 
 def _validated(name: str, values: Mapping[str, Any]) -> Config:
