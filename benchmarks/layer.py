@@ -87,7 +87,7 @@ def _ragged(x_NBSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
 
 
 class Variant(NamedTuple):
-    """run: () -> gradients. flops: forward and backward. bytes: temporary, as XLA counts them."""
+    """run: () -> the loss and gradients. flops: forward and backward. bytes: temporary, as XLA counts them."""
 
     run: Callable[[], Any]
     flops: float
@@ -95,7 +95,10 @@ class Variant(NamedTuple):
 
 
 def variant(make: Callable[..., nnx.Module], c: ModelConfig, b: int, flops: Callable[[ModelConfig, int], float]) -> Variant:
-    """The gradient of a block's result with respect to its input and weights, compiled."""
+    """A block's result and its gradient with respect to input and weights, compiled.
+
+    The loss is given back as well: the gradient of a sum alone needs no last product of the forward pass, and XLA leaves it out.
+    """
     length, d = c.context_length, c.d_model
     block = make(c, nnx.Rngs(0))
     graphdef, state = nnx.split(block)
@@ -106,7 +109,7 @@ def variant(make: Callable[..., nnx.Module], c: ModelConfig, b: int, flops: Call
     def loss(state: nnx.State, x: jax.Array) -> jax.Array:
         return (nnx.merge(graphdef, state)(x, tokens)[0].astype(jnp.float32) * t).sum()
 
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(state, x).compile()
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(state, x).compile()
     return Variant(lambda: compiled(state, x), 3 * b * flops(c, length), compiled.memory_analysis().temp_size_in_bytes)
 
 

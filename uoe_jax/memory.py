@@ -39,8 +39,8 @@ def bias_parameters(c: ModelConfig) -> tuple[int, int]:
 
 
 def active_parameters(c: ModelConfig) -> float:
-    """Of `parameters`, those a token meets on average: of the experts K of N, or as many as have a slot for it where those are
-    fewer or choose their tokens themselves. Words, and the biases of experts, all count."""
+    """Of `parameters`, those a token meets on average: of N experts the K that it chose, or as many as have a slot for it where
+    those are fewer; under expert choice as many as have a slot. Words, and the biases of experts, all count."""
     idle = 0.0
     for name, r in c.routed().items():
         # All experts may take a token under expert choice. (XMoE: K are expected.)

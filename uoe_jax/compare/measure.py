@@ -102,7 +102,7 @@ def against(own: list[float], reference: list[float]) -> dict[str, float]:
 def side_by_side(configs: dict[str, Config], reference: str, rounds: int) -> dict[str, dict[str, float]]:
     """Time and memory of every row's step, each measured in turn with the reference's.
 
-    Rows are not measured at the same time as each other, so that a row's seconds are its ratio of the reference's.
+    Rows are not measured at the same time as each other, so that a row's seconds are its ratio times the reference's.
     """
     first, out = Step(configs[reference]), {}
     for name, config in configs.items():

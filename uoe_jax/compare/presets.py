@@ -3,8 +3,8 @@
 A preset starts from a configuration of a union of experts and changes blocks and their sections, nothing else. Matched by
 width, the experts of a mixture together are as wide as the dense MLP: they have its weights. How many experts there are
 follows the released code's peers on Long Range Arena (DeepSeek-MoE with 7 routed experts of which 3 are chosen and one shared
-one, Skywork-MoE with the better 2 of 4, XMoE with small ones); the numbers of the others are those of their authors' smallest
-models. No jax is imported.
+one, Skywork-MoE with the better 2 of 4, XMoE with small ones); the numbers of the others are small ones
+chosen here. No jax is imported.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A config file under configs/compare/ returns `table(base, rows, …)`. A row is a preset (`compare.presets`) and changes of its blocks'
 own sections beyond it:
 
-    rows={"full_attention": {}, "uoe, gate score": {"preset": "uoe", "model.smha.gate": "score", "model.uome.gate": "score"}}
+    rows={"full_attention": {}, "uoe gate score": {"preset": "uoe", "model.smha.gate": "score", "model.uome.gate": "score"}}
 
 `preset` is the row's name where it is left out. What is not of the blocks is the same in all rows.
 """
@@ -25,7 +25,7 @@ from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.keys import checked, key, leaves, parsed
 
 MOST_TOKENS = 1 << 20
-SMALLEST_MISS = 0.02  # of the operations: beyond it, a row that should be matched is said not to be
+SMALLEST_MISS = 0.02  # of the operations, or of the hidden units: beyond it, a row that should be matched is said not to be
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
