@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import fcntl
 import json
 import math
 import shutil
 import signal
+import threading
 import time
 
+import jax
 import pytest
 from helpers import ROOT, environment, uoe_process
 
@@ -24,7 +27,7 @@ from uoe_jax.compare.table import load_table
 from uoe_jax.config import to_dict
 from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
 from uoe_jax.flops import attention_flops, ends_flops, mlp_flops, train_flops
-from uoe_jax.workdir import locate
+from uoe_jax.workdir import locate, wait_for_writer
 
 TABLES = sorted(path.stem for path in (ROOT / "configs" / "compare").glob("*.py"))
 LAPTOP = ("digits", "listops", "lm_stdlib")
@@ -97,6 +100,7 @@ def test_the_small_tables_hold_what_the_paper_and_the_design_name():
         ({"match": "weight"}, "config.match='weight'"),
         ({"learning_rates": "0.1,fast"}, "config.learning_rates='0.1,fast'"),
         ({"lengths": "64,-1"}, "config.lengths='64,-1'"),
+        ({"learning_rates": "0.0010000001,0.0010000002"}, "config.learning_rates='0.0010000001,0.0010000002': give each once"),
         ({"base.model.n_heads": "3"}, "config.model.n_heads=3"),
         ({"learning_rates": "10000"}, "config.optimizer.learning_rate=10000.0"),
         ({"search_steps": "801"}, "config.search_steps=801: a try is no longer than a run; give at most 800"),
@@ -227,6 +231,35 @@ def test_no_row_is_trained_on_half_a_search(tmp_path, monkeypatch):
     assert tried == [f"full_attention, learning rate {r}" for r in ("0.001", "0.001", "0.003")] + [f"uoe, learning rate {r}" for r in ("0.001", "0.003")]
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [("rates.json", {"uoe": []}), ("rates.json", {"uoe": {"fast": 1.0}}), ("rates.json", {"uoe": {"0.001": "x"}}), ("table.json", {"a": 1}),
+     ("table.json", {"match": "width", "reference": "full_attention", "learning_rates": "0.001,0.003", "search_steps": 0, "rows": {"uoe": {}}})],
+)  # fmt: skip
+def test_what_others_wrote_is_no_traceback(tmp_path, name, content):
+    found = load_table("compare/digits", {"seeds": "1", "rows": "full_attention,uoe"})
+    (tmp_path / name).write_text(json.dumps(content))
+    with running.Children() as children, pytest.raises(cli.UserError, match=rf"{name}: .*; remove it and what it is about"):
+        claim(found, locate(str(tmp_path)))
+        found_rates(found, locate(str(tmp_path)), children)
+
+
+def test_a_run_that_outlived_its_table_is_waited_for(tmp_path):
+    workdir = locate(str(tmp_path))
+    wait_for_writer(workdir, 60, lambda: False)  # nobody ever wrote there
+    with (tmp_path / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        wait_for_writer(workdir, 60, lambda: True)  # asked to stop
+        start = time.monotonic()
+        wait_for_writer(workdir, 0.3, lambda: False)
+        assert time.monotonic() - start >= 0.3
+        threading.Timer(0.5, fcntl.flock, (held, fcntl.LOCK_UN)).start()
+        start = time.monotonic()
+        wait_for_writer(workdir, 60, lambda: False)
+        assert 0.4 < time.monotonic() - start < 30
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and it keeps nobody out
+
+
 def test_a_table_whose_reference_diverged_says_so(tmp_path):
     found = load_table("compare/digits", {"seeds": "1", "rows": "full_attention,uoe"})
     with running.Children() as children, pytest.raises(cli.UserError, match="row 'full_attention': every learning rate diverged"):
@@ -281,6 +314,17 @@ def test_rows_differ_in_their_blocks_alone(tmp_path):
     for change in ("'train.steps': 7", "'optimizer.learning_rate': 0.1", "'model.d_hidden': 96", "'model.moe.d_expert': 9"):
         with pytest.raises(cli.UserError, match="would differ in more than its blocks"):
             rows(f"'a': {{'preset': 'switch', {change}}}")
+    refused = {
+        "'a': {'preset': 'switch', 'model.moe.n_experts': 0}": "config.rows: model.moe.n_experts=0: give at least 1",
+        "'a': {'preset': 'deepseek_moe', 'model.moe.k': '2'}": "config.rows: model.moe.k='2': give a value of type int",
+        "'a': {'preset': 'moh', 'model.moh.n_shared': 4}": "config.rows: model.moh.n_shared=4: .in the row 'moh'. tokens choose among the other heads; give less than 4",
+        "'a': {'preset': None}": "config.rows: None is no preset",
+        "3: {'preset': 'switch'}": "config.rows: 3 is no name",
+        f"'{'a' * 300}': {{'preset': 'switch'}}": "give one of at most 200 characters",
+    }
+    for text, said in refused.items():
+        with pytest.raises(cli.UserError, match=said):
+            rows(text)
 
 
 def test_an_ablation_of_unions_needs_unions():
@@ -335,8 +379,41 @@ def test_seconds_are_the_ratio_of_the_references(monkeypatch):
             return next(self.moments)
 
     monkeypatch.setattr(measuring, "Step", Step)
-    found = measuring.side_by_side({"dense": None, "half": None}, "dense", 2)
+    found, failed = measuring.side_by_side({"dense": None, "half": None}, "dense", 2)
+    assert not failed
     assert (found["dense"]["seconds"], found["half"]["ratio"], found["half"]["seconds"]) == (2.0, 0.5, 1.0)
+
+
+def test_rows_that_cannot_run_are_left_out(tmp_path, monkeypatch, capfd):
+    """One that was not trained to its end, and one for which two models at a time are too much; the table is made without them."""
+    found = load_table("compare/digits:tiny", {"seeds": "1", "rows": "full_attention,uoe,xmoe,switch", "learning_rates": ""})
+    workdir = locate(str(tmp_path))
+    claim(found, workdir)
+    for planned in runs(found, workdir, {}):
+        a_run(planned.workdir, planned.config, 0.5)
+    (tmp_path / "rows" / "xmoe" / "seed_0" / "metrics.jsonl").unlink()
+
+    class Step:
+        bytes = 1
+
+        def __init__(self, config):
+            assert config.model.mlp != "xmoe"
+            self.mlp = config.model.mlp
+
+        def seconds(self):
+            if self.mlp == "token_choice":
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more")
+            return 1.0
+
+    monkeypatch.setattr(measuring, "Step", Step)
+    monkeypatch.setattr(measuring.runtime, "start", lambda config: None)
+    assert measure(str(tmp_path)) == 0
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert measured["rows"].keys() == {"full-attention", "uoe"}
+    assert measured["refused"] == [["switch", found.reference.config.model.context_length, "RESOURCE_EXHAUSTED: Out of memory"]]
+    assert "switch is not measured: RESOURCE_EXHAUSTED: Out of memory\n" in capfd.readouterr().err
+    text = write(found, workdir)
+    assert "| switch | 50.00 | 1 | not measured |" in text and "- Not measured at 4 tokens: switch (RESOURCE" in text and "xmoe" not in text
 
 
 def test_a_length_is_another_model_of_one_row():

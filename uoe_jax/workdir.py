@@ -17,7 +17,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -139,6 +139,25 @@ def lock(path: str, workdir: epath.Path) -> None:
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     os.ftruncate(lock, 0)
     os.pwrite(lock, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode(), 0)
+
+
+def wait_for_writer(workdir: epath.Path, seconds: float, given_up: Callable[[], bool]) -> None:
+    """Waits until no process writes to a local workdir, so long at most or until it is given up."""
+    if is_remote(workdir) or not (workdir / LOCK).exists():
+        return
+    said, until = False, time.monotonic() + seconds
+    with open(workdir / LOCK) as file:
+        while time.monotonic() < until and not given_up():
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not said:
+                    print(f"uoe: {workdir}: {_holder(file.fileno())}; waiting for it", file=sys.stderr, flush=True)
+                said = True
+                time.sleep(0.2)
+            except OSError:  # no locks here
+                return
 
 
 def _holder(lock: int) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from uoe_jax import mesh as mesh_lib
 from uoe_jax import runtime
-from uoe_jax.compare.run import DAMAGED
+from uoe_jax.compare.run import DAMAGED, diverged, is_finished
 from uoe_jax.compare.table import numbers
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
 from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
@@ -99,17 +99,23 @@ def against(own: list[float], reference: list[float]) -> dict[str, float]:
     return {"seconds": statistics.median(own), "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
 
 
-def side_by_side(configs: dict[str, Config], reference: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Time and memory of every row's step, each measured in turn with the reference's.
+def side_by_side(configs: dict[str, Config], reference: str, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """(time and memory of every row's step, each measured in turn with the reference's; of rows that the device could not run, why).
 
     Rows are not measured at the same time as each other, so that a row's seconds are its ratio times the reference's.
     """
-    first, out = Step(configs[reference]), {}
+    first, out, failed = Step(configs[reference]), {}, {}
     for name, config in configs.items():
-        step = first if name == reference else Step(config)
-        out[name] = {**against(*paired(step, first, rounds)), "bytes": step.bytes}
+        try:
+            step = first if name == reference else Step(config)
+            out[name] = {**against(*paired(step, first, rounds)), "bytes": step.bytes}
+        except jax.errors.JaxRuntimeError as error:  # such as too little memory for two models
+            if name == reference:
+                raise
+            failed[name] = str(error).partition("\n")[0]
+            print(f"uoe: {name} is not measured: {failed[name]}", file=sys.stderr, flush=True)
     seconds = out[reference]["seconds"]
-    return {name: {**found, "seconds": seconds * (1 if name == reference else found["ratio"])} for name, found in out.items()}
+    return {name: {**found, "seconds": seconds * (1 if name == reference else found["ratio"])} for name, found in out.items()}, failed
 
 
 def batch_lengths(config: Config) -> collections.Counter[int]:
@@ -149,7 +155,7 @@ def at_length(config: Config, length: int) -> Config:
 def over_lengths(
     configs: dict[str, Config], lengths: Sequence[int], reference: str, rounds: int
 ) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
-    """(time and memory of a step of one row by length, what was refused at which length and why)."""
+    """(time and memory of a step of one row by length, what was not measured at which length and why)."""
     out, refused = [], []
     for length in lengths:
         print(f"   a step of one row of {length} tokens", file=sys.stderr, flush=True)
@@ -160,7 +166,8 @@ def over_lengths(
             except ConfigError as error:
                 refused.append((name, length, str(error)))
         if reference in own:
-            timed = side_by_side(own, reference, max(FEWEST_ROUNDS, min(rounds, 2048 // length)))
+            timed, failed = side_by_side(own, reference, max(FEWEST_ROUNDS, min(rounds, 2048 // length)))
+            refused += [(name, length, why) for name, why in failed.items()]
             out += [{"row": name, "length": length, **found} for name, found in timed.items()]
     return out, refused
 
@@ -175,21 +182,24 @@ def measure(workdir_name: str) -> int:
     configs = {}
     for slug in table["rows"]:
         place = workdir / "rows" / slug / "seed_0"
-        if (place / "config.json").exists():
-            found = read_config(str(place))
+        if not (place / "config.json").exists():
+            continue
+        found = read_config(str(place))
+        if is_finished(found, place) or diverged(place):  # others were left out this time, maybe because they cannot run
             configs[slug] = found if found.model.vocab_size else with_vocabulary(found, 257)
     # What may change while a table is made is the same for all that are compared.
     first = configs[reference]
     configs = {slug: replace(c, mesh=first.mesh, model=replace(c.model, remat=first.model.remat)) for slug, c in configs.items()}
     runtime.start(first)
     trained_on = batch_lengths(first)  # before all that takes long: it may find no data
-    rows = side_by_side(configs, reference, table["rounds"])
-    rows = {slug: {**timed, **counts(configs[slug], trained_on)} for slug, timed in rows.items()}
+    timed_rows, failed = side_by_side(configs, reference, table["rounds"])
+    rows = {slug: {**timed, **counts(configs[slug], trained_on)} for slug, timed in timed_rows.items()}
     image = configs[reference].model.stem == "image"  # whose tokens are settled
     lengths = () if image else numbers("config.lengths", table["lengths"], int)
     wanted = {*table["length_rows"].split(","), table["reference"]}
     swept = {slug: c for slug, c in configs.items() if not table["length_rows"] or table["rows"][slug]["name"] in wanted}
     sweep, refused = over_lengths(swept, lengths, reference, table["rounds"])
+    refused += [(slug, first.model.context_length, why) for slug, why in failed.items()]
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     made = {"jax": jax.__version__, "devices": devices, "python": sys.version.split()[0]}
     write_json(workdir / "measured.json", {"made": made, "rows": rows, "lengths": sweep, "refused": refused})

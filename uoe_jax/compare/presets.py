@@ -117,6 +117,8 @@ def _following(name: str, model: Mapping[str, Any], changes: Mapping[str, Any]) 
         out |= {"mla.q_rank": d // 2, "mla.kv_rank": d // 2}
     if model["attention"] == "moh":
         shared = changes.get("moh.n_shared", heads // 4)
+        if shared >= heads:
+            raise ConfigError("config.rows: model.moh.n_shared", shared, f"(in the row {name!r}) tokens choose among the other heads; give less than {heads}")
         out |= {"moh.n_shared": shared, "moh.k": min(heads - shared, max(2, (heads - shared) // 2))}
     return out
 

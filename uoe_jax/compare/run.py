@@ -28,8 +28,9 @@ from uoe_jax.compare.table import Row, Table
 from uoe_jax.config import Config, changed_keys, from_dict, to_dict
 from uoe_jax.errors import EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, RunError, UserError
 from uoe_jax.train.metrics import read_metrics
-from uoe_jax.workdir import locate, lock, os_errors, read_json, release, write_json, write_text
+from uoe_jax.workdir import locate, lock, os_errors, read_json, release, wait_for_writer, write_json, write_text
 
+ORPHAN_S = 120  # that a run whose table was killed may take to end its step and save
 DAMAGED = "remove it and what it is about, or give another --workdir"
 FIXED = ("match", "reference", "learning_rates", "search_steps")  # of TableConfig: what finished rows depend on
 # Of a run that goes on these may change (train.steps where optimizer.decay_steps is set). In a table they settle what is
@@ -98,6 +99,9 @@ def claim(table: Table, workdir: epath.Path) -> None:
         for row in table.rows
     }
     known = read_json(path, DAMAGED) or {**own, "rows": {}}
+    stored = known.get("rows")
+    if not (known.keys() >= {*FIXED} and isinstance(stored, dict) and all(isinstance(r, dict) and isinstance(r.get("config"), dict) for r in stored.values())):
+        raise UserError(f"{path}: is no table of uoe compare; {DAMAGED}")
     for key in FIXED:
         if known[key] != own[key]:
             raise ConfigError(f"config.{key}", own[key], f"the table in this workdir has {known[key]!r}; give that, or another --workdir")
@@ -127,7 +131,7 @@ def found_rates(table: Table, workdir: epath.Path, children: Children) -> dict[s
       Stopped: before every try of every row is done: no row is trained on half a search.
     """
     path = workdir / "rates.json"
-    known = read_json(path, DAMAGED) or {}
+    known = _losses(path)
     for row in table.rows:
         tried = known.setdefault(row.slug, {})
         for rate in table.rates:
@@ -139,6 +143,15 @@ def found_rates(table: Table, workdir: epath.Path, children: Children) -> dict[s
                 tried[str(rate)] = losses[-1] if losses and math.isfinite(losses[-1]) else None  # None: its numbers went bad
                 write_json(path, known)
     return best_rates(known)
+
+
+def _losses(path: epath.Path) -> dict[str, dict[str, float | None]]:
+    """By row and learning rate, as far as they are known."""
+    try:
+        known = read_json(path, DAMAGED) or {}
+        return {slug: {str(float(rate)): None if loss is None else float(loss) for rate, loss in tried.items()} for slug, tried in known.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: holds other things than losses by row and learning rate; {DAMAGED}") from error
 
 
 def best_rates(tried: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
@@ -170,6 +183,7 @@ def train(planned: Planned, children: Children) -> None:
     """
     if is_finished(planned.config, planned.workdir) or diverged(planned.workdir):
         return
+    wait_for_writer(planned.workdir, ORPHAN_S, lambda: children.stopped)
     planned.workdir.parent.mkdir(parents=True, exist_ok=True)
     file = planned.workdir.parent / f"{planned.workdir.name}.json"
     write_json(file, to_dict(planned.config))

@@ -25,6 +25,7 @@ from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.keys import checked, key, leaves, parsed
 
 MOST_TOKENS = 1 << 20
+LONGEST_NAME = 200
 SMALLEST_MISS = 0.02  # of the operations, or of the hidden units: beyond it, a row that should be matched is said not to be
 
 
@@ -116,6 +117,9 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
     if not isinstance(values.get("rows"), list) or not isinstance(values.get("base"), Mapping):
         raise UserError(f"--config={name}: is no table of rows; train it with uoe train, or give one of configs/compare/")
     base, rows, given = values.pop("base"), {n: dict(changes) for n, changes in values.pop("rows")}, values
+    for row in rows:
+        if not isinstance(row, str):
+            raise UserError(f"config.rows: {row!r} is no name; give text")
     asked, every = {}, tuple(rows)
     for key_, text in overrides.items():
         if key_.startswith("base."):
@@ -136,6 +140,9 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
     _check(found, asked)
     slugs = [row.slug for row in found.rows]
     twice = [row.name for row in found.rows if slugs.count(row.slug) > 1]
+    for row in found.rows:
+        if len(row.slug) > LONGEST_NAME:
+            raise ConfigError("config.rows", row.name, f"is a directory's name, too; give one of at most {LONGEST_NAME} characters")
     if twice:
         raise ConfigError("config.rows", twice[0], "two rows would have one directory; give another name")
     return found
@@ -159,6 +166,8 @@ def _check(table: Table, asked: Mapping[str, Any]) -> None:
         values = config_lib.to_dict(reference)
         values["optimizer"]["learning_rate"] = rate
         _validated(table.config.reference, values)
+    if len({f"{rate:g}" for rate in table.rates}) < len(table.rates):
+        raise ConfigError("config.learning_rates", table.config.learning_rates, "give each once; six digits of it count")
     if any(length > MOST_TOKENS for length in table.lengths):
         raise ConfigError("config.lengths", table.config.lengths, f"give at most {MOST_TOKENS} tokens")
     used = [{name: value for name, value, _ in leaves(row.config)} for row in table.rows]
@@ -187,6 +196,8 @@ def _rows(base: dict[str, Any], rows: Mapping[str, Mapping[str, Any]], config: T
 def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], d_hidden: int = 0) -> dict[str, Any]:
     """A row's configuration as nested dicts; d_hidden: in place of the base's; 0: that."""
     preset = changes.get("preset", name)
+    if not isinstance(preset, str):
+        raise UserError(f"config.rows: {preset!r} is no preset; give the name of one")
     if preset not in presets.PRESETS:
         near = difflib.get_close_matches(preset, presets.PRESETS, n=1, cutoff=0.0)[0]
         raise UserError(f"config.rows: {preset!r} is no preset; the nearest is {near!r}")
@@ -198,6 +209,8 @@ def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], d_hi
         if key_.removeprefix("model.").split(".")[0] not in SECTIONS.values() or key_ == "model.moe.d_expert":
             remedy = f"the row {name!r} would differ in more than its blocks; give keys of {', '.join(sorted(set(SECTIONS.values())))}"
             raise ConfigError(f"config.rows: {key_}", value, remedy)
+        default, meta = DECLARED[key_]
+        own[key_] = checked(f"config.rows: {key_}", type(default), value, meta)  # before sizes follow from it
     return {**base, "model": presets.apply(preset, model, {key_.removeprefix("model."): value for key_, value in own.items()})}
 
 
@@ -240,6 +253,7 @@ def _some(rows: dict[str, Any], text: str) -> dict[str, Any]:
     return {name: rows[name] for name in names}
 
 
+DECLARED = {name: (default, meta) for name, default, meta in leaves(Config())}  # every key of an experiment
 FIELDS = {field.name: field for field in dataclasses.fields(TableConfig)}
 
 

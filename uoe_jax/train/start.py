@@ -24,6 +24,7 @@ def first_state(
         state, step, metadata = found
         return state, step, bool(metadata.get("evaluation_owed"))
     state = program.init(jax.random.key(config.train.seed))
+    jax.block_until_ready(state)  # raises where memory is too small; a transfer would wait for ever
     if config.train.init_from:
         state = state._replace(params=taken_over(config.train.init_from, program, state.params, say))
     return state, 0, False
