@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from helpers import TINY, metric_lines, uoe, uoe_process, wait_for_step, write_source
+from helpers import TINY, environment, metric_lines, uoe, uoe_process, wait_for_step, write_source
 
 from uoe_jax.train.run import Clock
 
@@ -185,3 +188,17 @@ def test_generate(finished):
     assert drawn[0] == drawn[1] != drawn[2]
     code, _, err = uoe("generate", f"--workdir={workdir}", "--prompt=" + "x" * 64)
     assert code == 2 and "context_length=64" in err
+
+
+def test_a_program_compiled_on_one_core_is_not_run_on_two(tmp_path):
+    """XLA divides loops among the cores it finds, which JAX's key of the cache does not tell."""
+    code = (
+        "import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])\n"
+        "import jax; from uoe_jax import runtime; from uoe_jax.config import Config\n"
+        "runtime.start(Config()); jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))); print(jax.config.jax_compilation_cache_dir)"
+    )
+    env = environment(UOE_CACHE=str(tmp_path))
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    found = [subprocess.run([sys.executable, "-c", code, n], env=env, capture_output=True, text=True, check=True).stdout.strip() for n in ("1", "2")]
+    assert found == [str(tmp_path / f"jax_{n}_cores") for n in (1, min(2, len(os.sched_getaffinity(0))))]
+    assert all(os.stat(folder).st_mode & 0o777 == 0o700 for folder in found)

@@ -3,7 +3,7 @@
 Command:   uoe compare --config=compare/digits --workdir=runs/digits
            uoe compare --config=compare/digits:short --workdir=runs/digits   one seed of fewer rows and steps
 Hardware:  2 CPU cores.
-Time:      96 minutes on one of two shared cores, beside other work (2026-11-25, Python 3.11.7, jax 0.10.2); `:short` 6 minutes (2026-11-26).
+Time:      54 minutes on one of two cores, beside other work (2026-11-26, Python 3.11.7, jax 0.10.2); `:short` 4 minutes, likewise.
 Expected:  all rows between 97.6 and 98.8 % of test, which is within the noise of 269 images: docs/results.md.
 """
 

@@ -3,7 +3,7 @@
 Command:   uoe compare --config=compare/listops --workdir=runs/listops
            uoe compare --config=compare/listops:short --workdir=runs/listops   one seed of fewer rows and steps
 Hardware:  2 CPU cores.
-Time:      2 hours on one of two cores beside other work, and 10 minutes of measuring on both (2026-11-26, Python 3.11.7, jax 0.10.2); `:short` 11 minutes.
+Time:      2 hours on one of two cores beside other work, and 10 minutes of measuring on both (2026-11-26, Python 3.11.7, jax 0.10.2); `:short` 8 minutes on one.
 Expected:  UoE 41.3 % of test, full attention 43.5, UoME alone 42.6, SMHA alone 41.2, each +- 0.9 to 1.7: docs/results.md.
 """
 

@@ -4,9 +4,9 @@ Command:   uoe compare --config=compare/lm_stdlib --workdir=runs/lm_stdlib
            uoe compare --config=compare/lm_stdlib:short --workdir=runs/lm_stdlib   one seed of fewer rows and steps
            uoe compare --config=compare/lm_stdlib:flops --workdir=runs/lm_stdlib_flops   matched by operations
 Hardware:  2 CPU cores.
-Time:      88 minutes for 42 of the 60 runs and the measurement, on one of two shared cores (2026-11-26, Python 3.11.7, jax 0.10.2);
-           `:short` 11 minutes, beside other work.
-Expected:  bits per byte of validation: UoE 2.658, full attention 2.615, UoME alone 2.618, SMHA alone 2.692, each +- 0.01 to 0.05: docs/results.md.
+Time:      86 minutes on one of two cores beside other work, and 8 minutes of measuring on both (2026-11-26, Python 3.11.7, jax 0.10.2);
+           `:short` 9 minutes on one of two cores, beside other work.
+Expected:  bits per byte of validation: UoE 2.657, full attention 2.615, UoME alone 2.617, SMHA alone 2.692, each +- 0.01 to 0.05: docs/results.md.
 """
 
 from uoe_jax import recipes
