@@ -58,7 +58,7 @@ INSTEAD = {
         "uoe plan --config=quickstart --mesh=data=2,fsdp=2,expert=2 --hardware=v5p --json",
     ],
     "python -m benchmarks.loader": ["python -m benchmarks.loader --config=quickstart:tiny --rounds=2"],
-    "uoe compare --config=compare/digits:short --workdir=runs/digits_table": [
+    "uoe compare --config=compare/digits --workdir=runs/digits_table": [
         "uoe compare --config=compare/digits:tiny --workdir=runs/digits_table --config.rows=uoe,full_attention",
     ],
 }  # fmt: skip

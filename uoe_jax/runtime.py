@@ -21,8 +21,8 @@ def start(config: Config, stops_itself: bool = False) -> None:
     """Meets the other processes (`processes.join`), watches them, and sets jax up; before the first use of a device.
 
     The persistent compilation cache is in a folder only its owner can read, and of this number of cores: XLA divides loops among
-    those it finds when it compiles, and JAX's key does not tell them. A program compiled on one core was read on two and ran
-    1.2 times as long there as one compiled on two. JAX_COMPILATION_CACHE_DIR wins.
+    those it finds when it compiles, and JAX's key does not tell them. A program compiled on one core, read on two, ran there up to
+    1.2 times as long as one compiled on two. JAX_COMPILATION_CACHE_DIR wins.
     """
     if config.train.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
