@@ -367,7 +367,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-ALL_KEYS = tuple(name for name, _, _ in leaves(Config()))
+DECLARED = {name: (default, meta) for name, default, meta in leaves(Config())}  # every key
+ALL_KEYS = tuple(DECLARED)
 
 
 def unknown_key(name: str) -> UserError:
@@ -380,10 +381,9 @@ def unknown_key(name: str) -> UserError:
 
 def parse_value(name: str, text: str) -> Any:
     """The value of `--config.NAME=TEXT` in the type NAME was declared with; raises ConfigError or for an unknown key."""
-    kinds = {n: type(v) for n, v, _ in leaves(Config())}
-    if name not in kinds:
+    if name not in DECLARED:
         raise unknown_key(name)
-    return parsed(f"config.{name}", kinds[name], text)
+    return parsed(f"config.{name}", type(DECLARED[name][0]), text)
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from uoe_jax.compare.measure import MOST_BATCHES
-from uoe_jax.compare.run import DAMAGED, best_rates, diverged
+from uoe_jax.compare.run import DAMAGED, best_rates, diverged, searched_losses
 from uoe_jax.compare.table import SMALLEST_MISS, Table
 from uoe_jax.config import Config, from_dict
 from uoe_jax.train.metrics import read_metrics
@@ -65,7 +65,7 @@ def results(table: Table, workdir: epath.Path) -> list[Result]:
     """Every row of the table that has a finished seed, those that were left out of this call too."""
     stored = (read_json(workdir / "table.json", DAMAGED) or {"rows": {}})["rows"]
     measured = (read_json(workdir / "measured.json", DAMAGED) or {"rows": {}})["rows"]
-    rates = best_rates(read_json(workdir / "rates.json", DAMAGED) or {})
+    rates = best_rates(searched_losses(workdir))
     out = []
     for slug, row in stored.items():
         config = from_dict(row["config"])

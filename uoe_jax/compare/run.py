@@ -31,6 +31,7 @@ from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import locate, lock, os_errors, read_json, release, wait_for_writer, write_json, write_text
 
 ORPHAN_S = 120  # that a run whose table was killed may take to end its step and save
+RATES = "rates.json"
 DAMAGED = "remove it and what it is about, or give another --workdir"
 FIXED = ("match", "reference", "learning_rates", "search_steps")  # of TableConfig: what finished rows depend on
 # Of a run that goes on these may change (train.steps where optimizer.decay_steps is set). In a table they settle what is
@@ -130,8 +131,7 @@ def found_rates(table: Table, workdir: epath.Path, children: Children) -> dict[s
     Raises:
       Stopped: before every try of every row is done: no row is trained on half a search.
     """
-    path = workdir / "rates.json"
-    known = _losses(path)
+    known = searched_losses(workdir)
     for row in table.rows:
         tried = known.setdefault(row.slug, {})
         for rate in table.rates:
@@ -141,12 +141,13 @@ def found_rates(table: Table, workdir: epath.Path, children: Children) -> dict[s
                 train(Planned(row, config, place, f"{row.name}, learning rate {rate:g}"), children)
                 losses = [] if diverged(place) else [line["eval/loss"] for line in read_metrics(place) if "eval/loss" in line]
                 tried[str(rate)] = losses[-1] if losses and math.isfinite(losses[-1]) else None  # None: its numbers went bad
-                write_json(path, known)
+                write_json(workdir / RATES, known)
     return best_rates(known)
 
 
-def _losses(path: epath.Path) -> dict[str, dict[str, float | None]]:
+def searched_losses(workdir: epath.Path) -> dict[str, dict[str, float | None]]:
     """By row and learning rate, as far as they are known."""
+    path = workdir / RATES
     try:
         known = read_json(path, DAMAGED) or {}
         return {slug: {str(float(rate)): None if loss is None else float(loss) for rate, loss in tried.items()} for slug, tried in known.items()}

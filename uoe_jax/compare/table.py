@@ -139,12 +139,11 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
     found = Table(config, tuple(_rows(base, rows, config)))
     _check(found, asked)
     slugs = [row.slug for row in found.rows]
-    twice = [row.name for row in found.rows if slugs.count(row.slug) > 1]
     for row in found.rows:
+        if slugs.count(row.slug) > 1:
+            raise ConfigError("config.rows", row.name, "two rows would have one directory; give another name")
         if len(row.slug) > LONGEST_NAME:
             raise ConfigError("config.rows", row.name, f"is a directory's name, too; give one of at most {LONGEST_NAME} characters")
-    if twice:
-        raise ConfigError("config.rows", twice[0], "two rows would have one directory; give another name")
     return found
 
 
@@ -209,7 +208,7 @@ def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], d_hi
         if key_.removeprefix("model.").split(".")[0] not in SECTIONS.values() or key_ == "model.moe.d_expert":
             remedy = f"the row {name!r} would differ in more than its blocks; give keys of {', '.join(sorted(set(SECTIONS.values())))}"
             raise ConfigError(f"config.rows: {key_}", value, remedy)
-        default, meta = DECLARED[key_]
+        default, meta = config_lib.DECLARED[key_]
         own[key_] = checked(f"config.rows: {key_}", type(default), value, meta)  # before sizes follow from it
     return {**base, "model": presets.apply(preset, model, {key_.removeprefix("model."): value for key_, value in own.items()})}
 
@@ -253,7 +252,6 @@ def _some(rows: dict[str, Any], text: str) -> dict[str, Any]:
     return {name: rows[name] for name in names}
 
 
-DECLARED = {name: (default, meta) for name, default, meta in leaves(Config())}  # every key of an experiment
 FIELDS = {field.name: field for field in dataclasses.fields(TableConfig)}
 
 
