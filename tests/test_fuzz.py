@@ -62,7 +62,7 @@ RULES = {
     "model.image": "height=1.. width=1.. channels=1.. patch=1.. bound=>0.0..1e3",
     "data": """
         source=stdlib|text|wikitext103|tfds_text|listops|imdb|aan|pathfinder|digits|cifar10|cifar100|imagenet2012 path=text name=text
-        tokenizer=bytes|bpe|words|library tokenizer_file=text min_count=1.. buckets=1.. sort_window=1.. held_out=1..40""",
+        tokenizer=bytes|bpe|words|library tokenizer_file=text separator=text start=text min_count=1.. buckets=1.. sort_window=1.. held_out=1..40""",
     "data.listops": "min_length=1.. max_length=1.. max_depth=1..100 max_args=2..100 n_train=1.. n_eval=1.. seed=0..",
     "data.pathfinder": "size=16..512 length=2..30 distractors=0..100 n_train=1.. n_eval=1.. seed=0..",
     "augment": """
@@ -70,7 +70,7 @@ RULES = {
     "optimizer": """
         schedule=cosine|linear learning_rate=>0.0..1e3 warmup_steps=0.. decay_steps=0.. final_fraction=0.0..1 weight_decay=0.0..1e3 b1=0.0..0.999999
         b2=0.0..0.999999 eps=>0.0..1 clip_norm=0.0..1e9 moment_dtype=float32|bfloat16""",
-    "train": "steps=1.. batch_size=1.. accumulation=1.. seed=0.. log_every=1.. stop_after=0.. init_from=text deterministic=bool report=bool label_smoothing=0.0..0.99",
+    "train": "steps=1.. batch_size=1.. accumulation=1.. seed=0.. log_every=1.. stop_after=0.. init_from=text init_from_any=bool deterministic=bool report=bool label_smoothing=0.0..0.99",
     "eval": "every=0.. batches=0.. batch_size=0.. test=bool",
     "checkpoint": "every=0.. keep_latest=1.. keep_best=0..",
     "mesh": "replica=-1.. data=-1.. fsdp=-1.. expert=-1.. sequence_parallel=bool",

@@ -565,7 +565,7 @@ def test_any_tokenizer_of_the_library(tmp_path):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and len(ids) < len(text.encode())
     assert (tokenizer.start, tokenizer.separator, tokenizer.vocab_size) == (1, 2, 259 + 11)
-    assert tokenizer.bytes_per_token[ids].sum() == len(text.encode()) + 1  # the space that the tokenizer puts in front
+    assert tokenizer.encode_with_bytes(text)[1].sum() == len(text.encode())
     assert tokenizer.encode(text.encode()).tolist() == ids.tolist()
     assert tokenizer.encode(b"\xff the")[0] == tokenizer.encode("\ufffd the")[0]
     assert tokenizer.encode("</s>").tolist() != [2]  # text like any other

@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--routed", action="store_true", help="with --format=hf: the routed model and its code, not the dense one of all experts")
     export.add_argument("--step", default="latest", help="latest, best, or the step of a checkpoint")
     export.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
+    export.add_argument("--lossy", action="store_true", help="go on where a weight overflows or underflows in --dtype")
 
     report = command("report", _report, "one HTML file to look at: curves, load of experts, and the routing of a sample", workdir=False)
     report.add_argument("--workdir", dest="workdirs", required=True, action="append", metavar="DIR", help="directory of the run; several times, to compare runs")

@@ -77,6 +77,8 @@ class DataConfig:
     name: str = key("", "the dataset's name with source='tfds_text', such as 'lm1b' or 'c4/en:3.1.0'")
     tokenizer: str = key("bytes", "tokens are bytes, exact pieces of words (BPE), words, or what any tokenizer.json makes", choices=("bytes", "bpe", "words", "library"))
     tokenizer_file: str = key("", "of tokenizer='bpe' and 'library': what `uoe tokenizer train` or a tokenizers library wrote", free=True)
+    separator: str = key("", "of tokenizer='bpe' and 'library': the token that ends a document, by its text; empty: as the files of the tokenizer say")
+    start: str = key("", "the token that begins a document; empty: as the files of the tokenizer say")
     min_count: int = key(3, "of tokenizer='words': how often a word must occur in the training split to be one", low=1)
     buckets: int = key(1, "lengths a batch of labelled text is padded to: this many, evenly up to model.context_length", low=1)
     sort_window: int = key(1, "with buckets: consecutive training batches that share their rows out by length, so that most need little padding", low=1)

@@ -15,6 +15,7 @@ from uoe_jax.compare.measure import MOST_BATCHES
 from uoe_jax.compare.run import DAMAGED, best_rates, diverged, searched_losses
 from uoe_jax.compare.table import SMALLEST_MISS, Table
 from uoe_jax.config import Config, from_dict
+from uoe_jax.errors import ConfigError
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import read_config, read_json, write_text
 
@@ -81,6 +82,9 @@ def results(table: Table, workdir: epath.Path) -> list[Result]:
             last = [line for line in lines if f"{split}/loss" in line and line["step"] == config.train.steps]
             if last:
                 config = read_config(str(place))
+                if f"{split}/{measure.key}" not in last[-1]:
+                    remedy = f"the rows are compared by {measure.name}, which is unknown with it; use another tokenizer"
+                    raise ConfigError("config.data.tokenizer", config.data.tokenizer, remedy)
                 finals[seed] = measure.scale * last[-1][f"{split}/{measure.key}"]
                 curves.append([(line["step"], measure.scale * line[f"eval/{measure.key}"]) for line in lines if "eval/loss" in line])
         if finals or bad:

@@ -41,12 +41,12 @@ def keep_tokenizer(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
 
 def check_tokenizer(config: Config, workdir: str) -> None:
     """Raises ConfigError where data.tokenizer_file is needed and cannot be used, or is not what the run was started with."""
-    name = config.data.tokenizer_file
+    data, name = config.data, config.data.tokenizer_file
     kept = read_tokenizer(workdir)
     if kept is None:
-        load_tokenizer(config.data.tokenizer, name)
+        load_tokenizer(data.tokenizer, name, data.separator, data.start)
     elif name and Path(name).expanduser().is_file():
-        given = load_tokenizer(config.data.tokenizer, name)
+        given = load_tokenizer(data.tokenizer, name, data.separator, data.start)
         if given is not None and given.fingerprint != kept.fingerprint:
             remedy = f"is not the tokenizer of the run in {workdir}; give that one, or none, or start in another --workdir"
             raise ConfigError("config.data.tokenizer_file", name, remedy)

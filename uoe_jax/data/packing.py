@@ -26,13 +26,19 @@ class PackedRows:
       tokens, targets [L]: inputs and what follows them; 0 where padding.
       segments [L]: 1, 2, … for the pieces of documents in this row, in order; 0 where padding.
       positions [L]: counted from 0 at the first token of the piece in this row, so always below L; 0 where padding.
-      n_bytes []: bytes of text that the valid targets stand for.
+      n_bytes []: bytes of text that the valid targets stand for; 0 where they are unknown.
     """
 
     def __init__(
-        self, store: TokenStore, length: int, multiple: int, separator: int, bytes_per_token: np.ndarray, start: int | None = None
+        self,
+        store: TokenStore,
+        length: int,
+        multiple: int,
+        separator: int,
+        bytes_per_token: np.ndarray | None,
+        start: int | None = None,
     ) -> None:
-        """start: the first input of a document; None: the separator.
+        """start: the first input of a document; None: the separator. bytes_per_token: None where the store has them.
 
         Raises UserError where `length` is not a positive multiple of `multiple`, the patch size.
         """
@@ -45,7 +51,8 @@ class PackedRows:
         self.length = length
         self.multiple = multiple
         self.separator, self.start = separator, separator if start is None else start
-        self._bytes_V = np.asarray(bytes_per_token, np.int32)
+        self._bytes_V = None if bytes_per_token is None else np.asarray(bytes_per_token, np.int32)
+        self._bytes_E = None if store.bytes_unknown else store.bytes_E
         # One token that is never a valid one, so that a split of empty documents needs no special case below.
         self._tokens_T = store.tokens_T if store.tokens_T.size else np.zeros(1, store.tokens_T.dtype)
         self._offsets = store.offsets  # int64 [D + 1], into the tokens
@@ -86,8 +93,14 @@ class PackedRows:
             "targets": targets_L.astype(np.int32),
             "segments": (piece_L * valid_L).astype(np.int32),
             "positions": positions_L.astype(np.int32),
-            "n_bytes": np.sum(self._bytes_V[targets_L], where=valid_L, dtype=np.int32),
+            "n_bytes": np.sum(self._bytes(targets_L, next_L + doc_L), where=valid_L, dtype=np.int32),
         }
+
+    def _bytes(self, targets_L: np.ndarray, place_L: np.ndarray) -> np.ndarray:
+        """Bytes of text that each target stands for; 0 where that is unknown. place_L: in the store's bytes_E."""
+        if self._bytes_V is not None:
+            return self._bytes_V[targets_L]
+        return np.zeros(self.length, np.int32) if self._bytes_E is None else self._bytes_E.take(place_L, mode="clip")
 
     needs_all_rows = False  # every row is full
 

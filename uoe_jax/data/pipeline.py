@@ -111,14 +111,19 @@ def _load_text(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> 
     source = text_source(data, cache_dir)
     if tokenizer is None:
         tokenizer = tokenizer_of(data, lambda: source.documents("train"), cache_dir / "words" / f"{source.key}-{data.min_count}.json")
-    rows = {}
+    rows, unknown = {}, {}
     for split in SPLITS:
         store = open_or_build(lambda: source.documents(split), tokenizer, cache_dir, source.key, split)
         rows[split] = PackedRows(
             store, model.context_length, model.patch_multiple, tokenizer.separator, tokenizer.bytes_per_token, tokenizer.start
         )
+        if store.bytes_unknown:
+            unknown[split] = store.bytes_unknown
     n_targets = {split: rows[split].n_targets for split in SPLITS}
     facts = {**described(source), "tokenizer": tokenizer.fingerprint, "n_targets": n_targets}
+    if unknown:
+        split, why = next(iter(unknown.items()))
+        facts["bits_per_byte"] = f"not reported for {', '.join(unknown)}: {why} ({split})"
     return _bundle(config, rows, tokenizer, tokenizer.vocab_size, facts)
 
 

@@ -79,7 +79,7 @@ def tokenizer_of(c: DataConfig, documents: Callable[[], Iterable[bytes]], cached
 
     cached: where that vocabulary stays for the next run.
     """
-    known = load_tokenizer(c.tokenizer, c.tokenizer_file)
+    known = load_tokenizer(c.tokenizer, c.tokenizer_file, c.separator, c.start)
     if known is not None:
         return known
     if cached is not None and cached.is_file():
@@ -113,5 +113,5 @@ def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
         return FACTS[d.source].n_ids, None
     if d.tokenizer in FROM_FILE and not (d.tokenizer_file and Path(d.tokenizer_file).expanduser().is_file()):
         return 0, None  # a plan can do without, and a run that has kept its own
-    tokenizer = load_tokenizer(d.tokenizer, d.tokenizer_file)
+    tokenizer = load_tokenizer(d.tokenizer, d.tokenizer_file, d.separator, d.start)
     return (tokenizer.vocab_size if tokenizer else 0), tokenizer

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from uoe_jax.data.ends import FILES, SEPARATORS, find_ends
+from uoe_jax.data.library import EndsOf, LibraryTokenizer, TokenizerFile
 from uoe_jax.data.vocabulary import WordTokenizer, known_ids
 from uoe_jax.errors import ConfigError, UserError
 
@@ -24,7 +26,8 @@ class Tokenizer(Protocol):
       vocab_size: V, the separator included.
       separator: the id that is a document's last target; it stands for no bytes.
       start: the id that is a document's first input: the separator, but where a tokenizer has one of its own for that.
-      bytes_per_token_V: int32 [V], how many bytes of text each token stands for (bits per byte divides by these).
+      bytes_per_token: int32 [V], how many bytes of text each token stands for (bits per byte divides by these); None where
+        that depends on the document: `encode_with_bytes` says it then.
       fingerprint: two tokenizers with one fingerprint give the same ids for the same bytes, in any process.
       tokens_are_words: whether perplexity per token is perplexity per word.
     """
@@ -36,7 +39,7 @@ class Tokenizer(Protocol):
     tokens_are_words: bool
 
     @property
-    def bytes_per_token(self) -> np.ndarray: ...
+    def bytes_per_token(self) -> np.ndarray | None: ...
     def encode(self, text: str | bytes) -> np.ndarray: ...
     def decode(self, ids: ArrayLike) -> str: ...
     def decode_bytes(self, ids: ArrayLike) -> bytes: ...
@@ -77,8 +80,6 @@ class ByteTokenizer:
 
 # --- pieces of words ----------------------------------------------------------------------------------------------
 
-SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
-STARTS = ("<|begin_of_text|>", "<s>", "<bos>")
 _LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")  # pre-tokenizers that keep every character
 # The characters that stand for bytes in byte-level vocabularies, as GPT-2's encoder.py has it: bytes with a picture in
 # Latin-1 stand for themselves, the others are counted up from U+0100.
@@ -94,35 +95,31 @@ class BPETokenizer:
     library does not take, become their one-byte tokens, and the text between them is encoded piece by piece.
     Special tokens are never found in text: the characters `<|endoftext|>` in a document are text like any other.
 
-    The separator is the special token of the first of these names that the file has: `<|endoftext|>`,
-    `<|end_of_text|>`, `</s>`, `<eos>`, `[EOS]`; or else its only special token. A document starts with the special token
-    `<|begin_of_text|>`, `<s>` or `<bos>` where the file has one, as models of the Llama family do, else with the separator.
+    Which tokens end and begin a document: `data.ends`.
     """
 
     tokens_are_words = False
 
-    def __init__(self, content: dict[str, Any]) -> None:
-        """content: the object in a tokenizer.json. Raises UserError for what is not exact byte-level BPE."""
-        # How long inputs may be and how they are filled up is for our configuration to say.
-        self._content = content | {"truncation": None, "padding": None}
-        text = json.dumps(self._content, sort_keys=True, ensure_ascii=False)
-        self._library = of_library(text)
-        self._library.encode_special_tokens = True  # as text
+    def __init__(self, content: Mapping[str, Any], ends: EndsOf | None = None) -> None:
+        """content, ends: as of `TokenizerFile`. Raises UserError for what is not exact byte-level BPE."""
+        self.file = TokenizerFile(content, "bpe", ends)
+        self._library = self.file.library
         explicit = json.loads(self._library.to_str())  # with every default
         _check_exact(explicit)
-        special, self._bytes = _token_bytes(explicit["added_tokens"], self._library.get_vocab(with_added_tokens=False))
+        added = explicit["added_tokens"]
+        self._bytes = _token_bytes(added, self._library.get_vocab(with_added_tokens=False))
         self.vocab_size = len(self._bytes)
-        self.separator, self.start = ends(special)
+        self.separator, self.start = self.file.separator, self.file.start
         ids = {token: i for i, token in enumerate(self._bytes) if len(token) == 1}
         if missing := [b for b in range(256) if bytes([b]) not in ids]:
             raise UserError(f"has no token for the byte {missing[0]:#04x}, so not every text can be written with it")
-        for token in content.get("added_tokens") or ():  # the library counts on where there is a hole
+        for token in self.file.content.get("added_tokens") or ():  # the library counts on where there is a hole
             if self._library.token_to_id(token["content"]) != token["id"]:
                 raise UserError(f"gives its added token {token['content']!r} the id {token['id']}, with ids left out before it")
         self._byte_ids = np.array([ids[bytes([b])] for b in range(256)])
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
         self._sizes_V = np.array([len(token) for token in self._bytes], np.int32)
-        self.fingerprint = f"bpe-{self.vocab_size}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+        self.fingerprint = f"bpe-{self.vocab_size}-{self.file.digest}"
 
     @classmethod
     def train(cls, documents: Iterable[bytes], vocab_size: int) -> BPETokenizer:
@@ -146,16 +143,11 @@ class BPETokenizer:
     @classmethod
     def load(cls, path: str) -> BPETokenizer:
         """From a tokenizer.json. Raises ConfigError, naming config.data.tokenizer_file, for what cannot be used."""
-        return from_file(cls.from_json, path)
-
-    @classmethod
-    def from_json(cls, text: str) -> BPETokenizer:
-        """Raises UserError for what is not exact byte-level BPE."""
-        return cls(json_object(text))
+        return from_file(cls, path)
 
     def to_json(self) -> str:
-        """A tokenizer.json that the tokenizers library reads as well."""
-        return json.dumps(self._content, indent=1)
+        """A tokenizer.json that the tokenizers library reads as well, where the ends follow from it."""
+        return self.file.to_json()
 
     @property
     def bytes_per_token(self) -> np.ndarray:
@@ -189,18 +181,6 @@ class BPETokenizer:
     def decode(self, ids: ArrayLike | Iterable[int]) -> str:
         """Text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
-
-
-def of_library(text: str) -> Any:
-    """What the tokenizers library makes of a tokenizer.json; raises UserError where that is nothing."""
-    from tokenizers import Tokenizer as Library
-
-    try:
-        return Library.from_str(text)
-    except BaseException as error:  # a panic in the library is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        raise UserError(f"is no tokenizer.json ({' '.join(str(error).split())})") from error
 
 
 def _pieces(data: bytes) -> list[str]:
@@ -238,10 +218,9 @@ def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         yield step
 
 
-def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> tuple[dict[str, int], list[bytes]]:
-    """The special tokens (name: id), and by id the bytes that every token stands for."""
-    special = {token["content"]: token["id"] for token in added if token["special"]}
-    found: dict[int, bytes] = dict.fromkeys(special.values(), b"")
+def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> list[bytes]:
+    """By id the bytes that every token stands for; special tokens stand for none."""
+    found: dict[int, bytes] = {token["id"]: b"" for token in added if token["special"]}
     plain = [token for token in added if not token["special"]]
     if stripped := [token["content"] for token in plain if token["lstrip"] or token["rstrip"]]:
         raise UserError(f"does not give back its text (the added token {stripped[0]!r} takes the spaces beside it)")
@@ -255,23 +234,21 @@ def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> tup
     for token, (i, data) in named.items():
         if found.setdefault(i, data) != data:
             raise UserError(f"has two tokens of the id {i}, one of them {token!r}")
-    return special, [found.get(i, b"") for i in range(max(found, default=-1) + 1)]
-
-
-def ends(special: dict[str, int]) -> tuple[int, int]:
-    """(separator, start) among the special tokens of a file, by name."""
-    known = [special[name] for name in SEPARATORS if name in special] or (list(special.values()) if len(special) == 1 else [])
-    if known:
-        return known[0], next((special[name] for name in STARTS if name in special), known[0])
-    named = ", ".join(special) or "none"
-    raise UserError(f"has no special token to separate documents by ({', '.join(SEPARATORS)}; its special tokens: {named})")
+    return [found.get(i, b"") for i in range(max(found, default=-1) + 1)]
 
 
 # --- which ----------------------------------------------------------------------------------------------------------
 
 
-def from_file(made: Callable[[str], T], path: str) -> T:
-    """A tokenizer made of the text of a file; raises ConfigError, naming config.data.tokenizer_file, where `made` raises UserError."""
+def from_file(made: Callable[[dict[str, Any], EndsOf], T], path: str, separator: str = "", start: str = "") -> T:
+    """A tokenizer made of the object in a file, and of what the files beside it say of its ends.
+
+    Args:
+      made: the constructor. separator, start: data.separator and data.start.
+
+    Raises:
+      ConfigError: names config.data.tokenizer_file, where the file cannot be read or `made` raises UserError.
+    """
     from etils import epath
 
     train = "make one with uoe tokenizer train --config=… --vocab=4096 --out=tokenizer.json"
@@ -279,31 +256,44 @@ def from_file(made: Callable[[str], T], path: str) -> T:
     if not path:
         raise ConfigError(key, path, f"tokenizers 'bpe' and 'library' take a file; give one, or {train}")
     try:
-        text = epath.Path(path).expanduser().read_bytes().decode()
+        file = epath.Path(path).expanduser()
+        text = file.read_bytes().decode("utf-8-sig")
     except Exception as error:  # the clients of gs:// raise exceptions of a dozen kinds
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ConfigError(key, path, f"cannot be read ({reason}); give another file, or {train}") from error
     try:
-        return made(text)
+        ends = functools.partial(find_ends, files=files_beside(file.parent), separator=separator, start=start)
+        return made(json_object(text), ends)
     except UserError as error:
         raise ConfigError(key, path, f"{error}; give another file, or {train}") from error
 
 
-def load_tokenizer(kind: str, file: str) -> Tokenizer | None:
+def files_beside(directory: Any) -> dict[str, dict[str, Any]]:
+    """{name: object} of the files of a model that say which tokens are its ends; UserError for one that is damaged."""
+    from uoe_jax.workdir import read_json
+
+    remedy = "it says which tokens end and begin a document; mend it or take it away"
+    found = {name: read_json(directory / name, remedy) for name in FILES}
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -> Tokenizer | None:
     """The tokenizer that data.tokenizer names; None for words, which are counted in the data (`WordTokenizer.train`).
 
-    file: data.tokenizer_file. Raises ConfigError for a file that is missing, is not what it should be, or has no use.
+    file, separator, start: keys of `data`. Raises ConfigError for a file that is missing, is not what it should be, or has no
+    use.
     """
-    if kind == "bpe":
-        return BPETokenizer.load(file)
-    if kind == "library":
-        from uoe_jax.data.library import LibraryTokenizer
-
-        return LibraryTokenizer.load(file)
-    if file:
-        remedy = f"is of no use with data.tokenizer={kind!r}; give 'bpe' or 'library' there"
-        raise ConfigError("config.data.tokenizer_file", file, remedy)
+    if kind in _FROM_FILE:
+        made: Callable[[dict[str, Any], EndsOf], Tokenizer] = _FROM_FILE[kind]
+        return from_file(made, file, separator, start)
+    for key, value in (("tokenizer_file", file), ("separator", separator), ("start", start)):
+        if value:
+            remedy = f"is of no use with data.tokenizer={kind!r}; give 'bpe' or 'library' there"
+            raise ConfigError(f"config.data.{key}", value, remedy)
     return ByteTokenizer() if kind == "bytes" else None
+
+
+_FROM_FILE: dict[str, type[BPETokenizer] | type[LibraryTokenizer]] = {"bpe": BPETokenizer, "library": LibraryTokenizer}
 
 
 def stored(text: str) -> Tokenizer:
@@ -314,12 +304,8 @@ def stored(text: str) -> Tokenizer:
         return ByteTokenizer()
     if kind == "words":
         return WordTokenizer.from_json(text)
-    if kind == "bpe":
-        return BPETokenizer(content)
-    if kind == "library":
-        from uoe_jax.data.library import LibraryTokenizer
-
-        return LibraryTokenizer(content)
+    if kind in _FROM_FILE:
+        return _FROM_FILE[kind](content)
     raise UserError("is no tokenizer that this version of uoe_jax knows")
 
 

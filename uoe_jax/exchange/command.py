@@ -65,12 +65,13 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
         else:
             tokenizer = _tokenizer(config, options.workdir) if m.task == "language" else None
             with whole_directory(options.out, "--out") as out:
+                target = exporting.Target(out, options.dtype, options.lossy, source)
                 if options.format == "safetensors":
-                    exporting.export_safetensors(config, run.params, tokenizer, out, options.dtype)
+                    exporting.export_safetensors(config, run.params, tokenizer, target)
                 elif options.routed:
-                    exporting.export_routed(config, run.params, tokenizer, source, out, options.dtype)
+                    exporting.export_routed(config, run.params, tokenizer, target)
                 else:
-                    exporting.export_dense(config, run.params, tokenizer, source, out, options.dtype)
+                    exporting.export_dense(config, run.params, tokenizer, target)
     fewer = [f"{r.k} of {r.n_experts} experts in {name}" for name, r in m.unions().items() if r.k < r.n_experts]
     if options.format == "hf" and not options.routed and fewer:
         merged = "merged into a dense model of all experts, where the run chooses"

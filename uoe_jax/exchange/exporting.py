@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from importlib import resources
-from typing import Any, Iterator
+from typing import Any, Iterable, Iterator, NamedTuple
 
 import jax
 import numpy as np
@@ -16,10 +16,11 @@ from etils import epath
 from uoe_jax import decompose
 from uoe_jax.config import Config, ModelConfig, to_dict
 from uoe_jax.config_peers import UNIONS
+from uoe_jax.data.ends import SEPARATORS, template
 from uoe_jax.data.library import LibraryTokenizer
-from uoe_jax.data.tokenizer import BYTE_OF, SEPARATORS, BPETokenizer, ByteTokenizer, Tokenizer
+from uoe_jax.data.tokenizer import BYTE_OF, BPETokenizer, ByteTokenizer, Tokenizer
 from uoe_jax.errors import ConfigError, RunError
-from uoe_jax.exchange.families import FAMILIES, Values, family_for, into_theirs, their_shape
+from uoe_jax.exchange.families import ALIASES, FAMILIES, Values, family_for, into_theirs, their_shape
 from uoe_jax.exchange.tensors import Tensor, dotted, write
 from uoe_jax.train.step import Params
 from uoe_jax.workdir import CONFIG, read_json
@@ -30,18 +31,35 @@ _BESIDE = ("generation_config.json", "preprocessor_config.json", "tokenizer.json
            "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "tokenizer.model")  # fmt: skip
 
 
-def export_safetensors(config: Config, params: Params, tokenizer: Tokenizer | None, out: epath.Path, dtype: str) -> None:
+class Target(NamedTuple):
+    """Where an export goes, and how.
+
+    Attributes:
+      out: an empty directory. dtype: of the weights. lossy: whether numbers may overflow or underflow in it.
+      source: `source/` of the workdir, with the files of the model that was imported, if one was.
+    """
+
+    out: epath.Path
+    dtype: str
+    lossy: bool
+    source: epath.Path
+
+    def write(self, tensors: Iterable[Tensor]) -> None:
+        n_lost = write(self.out, tensors, self.dtype, lossy=self.lossy)
+        if n_lost:
+            print(f"uoe: {n_lost:,} numbers became infinity or 0 in {self.dtype}", file=sys.stderr)
+
+
+def export_safetensors(config: Config, params: Params, tokenizer: Tokenizer | None, target: Target) -> None:
     """Weights under their dotted names, the run's configuration, and its tokenizer in our own format."""
-    write(out, _leaves(params), dtype)
-    _write_json(out / CONFIG, to_dict(config))
+    target.write(_leaves(params))
+    _write_json(target.out / CONFIG, to_dict(config))
     if tokenizer is not None:
-        _write_json(out / "tokenizer.json", json.loads(tokenizer.to_json()))
+        _write_json(target.out / "tokenizer.json", json.loads(tokenizer.to_json()))
 
 
-def export_dense(config: Config, params: Params, tokenizer: Tokenizer | None, source: epath.Path, out: epath.Path, dtype: str) -> None:
+def export_dense(config: Config, params: Params, tokenizer: Tokenizer | None, target: Target) -> None:
     """The dense model of all experts together, in the layout of its family: `AutoModel…from_pretrained` loads it.
-
-    source: `source/` of the workdir, with the files of the model that was imported, if one was.
 
     Raises:
       UserError, ConfigError: no family has such blocks.
@@ -67,12 +85,13 @@ def export_dense(config: Config, params: Params, tokenizer: Tokenizer | None, so
                 shapes = [dense[path][layered:] for path in entry.ours]
                 yield Tensor(entry.theirs.format(i=layer), their_shape(entry, shapes), make)
 
-    write(out, tensors(), dtype)
-    _write_json(out / CONFIG, _ends(tokenizer) | _as_imported(theirs, source, m) | {"dtype": dtype})
-    _write_beside(out, tokenizer, source)
+    target.write(tensors())
+    dtypes = {"dtype": target.dtype, "torch_dtype": target.dtype}  # for readers of transformers 5 and of 4
+    _write_json(target.out / CONFIG, _ends(tokenizer) | _as_imported(theirs, target.source, m) | dtypes)
+    _write_beside(tokenizer, target)
 
 
-def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, source: epath.Path, out: epath.Path, dtype: str) -> None:
+def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, target: Target) -> None:
     """The routed model for PyTorch: `modeling_uoe.py` beside the weights, loaded with `trust_remote_code=True`.
 
     Raises:
@@ -83,18 +102,18 @@ def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, s
     for key, known in (("task", ("language",)), ("causal", (True,)), ("attention", ("dense", "smha")), ("mlp", ("dense", "uome")), ("cutoffs", ("",))):
         if getattr(m, key) not in known:
             raise ConfigError(f"config.model.{key}", getattr(m, key), remedy)
-    write(out, _leaves(params), dtype)
+    target.write(_leaves(params))
     names = {"AutoConfig": "modeling_uoe.UoEConfig", "AutoModelForCausalLM": "modeling_uoe.UoEForCausalLM"}
     theirs: Values = {
         "model_type": "uoe", "architectures": ["UoEForCausalLM"], "auto_map": names, "vocab_size": m.vocab_size, "hidden_size": m.d_model,
         "num_hidden_layers": m.n_layers, "num_attention_heads": m.n_heads, "num_key_value_heads": m.kv_heads,
         "intermediate_size": m.d_hidden, "max_position_embeddings": m.context_length, "tie_word_embeddings": m.tie_embeddings,
-        "model": to_dict(m), "dtype": dtype,
+        "model": to_dict(m), "dtype": target.dtype, "torch_dtype": target.dtype,
     }  # fmt: skip
-    _write_json(out / CONFIG, theirs | _ends(tokenizer))
-    code = resources.files("uoe_jax.exchange").joinpath(MODELING).read_text()
-    (out / MODELING).write_text(code)
-    _write_beside(out, tokenizer, source)
+    _write_json(target.out / CONFIG, theirs | _ends(tokenizer))
+    code = resources.files("uoe_jax.exchange").joinpath(MODELING).read_text(encoding="utf-8")
+    (target.out / MODELING).write_text(code, encoding="utf-8")
+    _write_beside(tokenizer, target)
 
 
 def _leaves(params: Params) -> Iterator[Tensor]:
@@ -111,39 +130,73 @@ def _as_imported(theirs: Values, source: epath.Path, m: ModelConfig) -> Values:
     before = read_json(source / CONFIG, "remove it")
     if before is None or FAMILIES.get(str(before.get("model_type"))) is not FAMILIES[theirs["model_type"]]:
         return theirs
-    ours = {key: value for key, value in theirs.items() if key not in ("model_type", "architectures", "id2label", "label2id", "rope_parameters")}
+    ours = {key: value for key, value in theirs.items() if key not in ("model_type", "architectures", "id2label", "label2id")}
     if m.position == "rope":  # a row was cut for training; the frequencies are what they were
         ours["max_position_embeddings"] = max(m.context_length, before["max_position_embeddings"])
-    return {key: value for key, value in before.items() if key != "torch_dtype"} | ours
+    other_names = {name for key in theirs for name in ALIASES.get(key, ())}
+    return {key: value for key, value in before.items() if key not in other_names} | ours
 
 
 def _ends(tokenizer: Tokenizer | None) -> Values:
     return {} if tokenizer is None else {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.separator}
 
 
-def _write_beside(out: epath.Path, tokenizer: Tokenizer | None, source: epath.Path) -> None:
-    """The files of the imported model, or those made of the run's tokenizer."""
+def _write_beside(tokenizer: Tokenizer | None, target: Target) -> None:
+    """The files of the imported model, or those made of the run's tokenizer; the tokenizer puts the start token in front."""
+    out = target.out
     for name in _BESIDE:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-    if tokenizer is None or (out / "tokenizer.json").exists():
+        if (target.source / name).is_file():
+            shutil.copyfile(target.source / name, out / name)
+    if tokenizer is None:
         return
+    if not (out / "generation_config.json").exists():
+        _write_json(out / "generation_config.json", _ends(tokenizer))
     content = tokenizer_file(tokenizer)
     if content is None:
         print("uoe: a vocabulary of words has no form that transformers reads; the tokenizer was left out", file=sys.stderr)
         return
     named = {token["id"]: token["content"] for token in content["added_tokens"]}
-    _write_json(out / "tokenizer.json", content)
-    ends = {"bos_token": named[tokenizer.start], "eos_token": named[tokenizer.separator]}
-    _write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **ends})
+    start, end = named[tokenizer.start], named[tokenizer.separator]
+    settings = read_json(out / "tokenizer_config.json", "remove it") or {}
+    if target.source.is_dir() and _puts_in_front(content, settings) == [start]:
+        if settings.get("tokenizer_class") == _CLASS_5:  # which transformers 4 does not know
+            _write_json(out / "tokenizer_config.json", settings | {"tokenizer_class": _CLASS})
+        return
+    if target.source.is_dir():
+        print(f"uoe: tokenizer.json puts {start!r} in front of a text now, as training and uoe generate do", file=sys.stderr)
+    _write_json(out / "tokenizer.json", _with_start(content, start, tokenizer.start))
+    for name in ("add_bos_token", "add_eos_token"):
+        settings.pop(name, None)
+    own = {"tokenizer_class": _CLASS, "bos_token": start, "model_input_names": ["input_ids", "attention_mask"]}
+    plain = {"clean_up_tokenization_spaces": False, "eos_token": end}
+    _write_json(out / "tokenizer_config.json", plain | settings | own)
+
+
+_CLASS, _CLASS_5 = "PreTrainedTokenizerFast", "TokenizersBackend"
+
+
+def _puts_in_front(content: Values, settings: Values) -> list[str]:
+    """The tokens that transformers puts in front of a text."""
+    bos: Any = settings.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    if isinstance(settings.get("add_bos_token"), bool):
+        return [bos] if settings["add_bos_token"] else []
+    return template(content.get("post_processor"))[0]
+
+
+def _with_start(content: Values, start: str, i: int) -> Values:
+    """A tokenizer.json that puts a token in front of every text."""
+    piece, text = {"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    both = [piece, text, {"Sequence": {"id": "B", "type_id": 0}}]
+    ids = {start: {"id": start, "ids": [i], "tokens": [start]}}
+    step = {"type": "TemplateProcessing", "single": [piece, text], "pair": both, "special_tokens": ids}
+    return content | {"post_processor": step}
 
 
 def tokenizer_file(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """A tokenizer.json of the tokenizers library that makes the same tokens; None for words."""
-    if isinstance(tokenizer, BPETokenizer):
-        return json.loads(tokenizer.to_json())
-    if isinstance(tokenizer, LibraryTokenizer):
-        return tokenizer.file
+    if isinstance(tokenizer, (BPETokenizer, LibraryTokenizer)):
+        return tokenizer.file.content
     if not isinstance(tokenizer, ByteTokenizer):
         return None
     special = dict(id=tokenizer.separator, content=SEPARATORS[0], special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
@@ -155,6 +208,6 @@ def tokenizer_file(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 def _write_json(path: epath.Path, value: Values) -> None:
     """Sorted, as `save_pretrained` writes it, and read back."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    if json.loads(path.read_text()) != json.loads(json.dumps(value)):
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(value)):
         raise RunError(f"{path}: is not what was written; write it again, on another disk perhaps")

@@ -16,6 +16,7 @@ import numpy as np
 
 from uoe_jax.config import ModelConfig, to_dict
 from uoe_jax.errors import UserError
+from uoe_jax.exchange.config_keys import DEFAULTS, GENERATION, IGNORED, Keys
 
 Values = dict[str, Any]
 
@@ -91,24 +92,10 @@ class Family(NamedTuple):
     """One layout. kind: as an error names it. optional: prefix that old files leave out of all names."""
 
     kind: str
-    model: Callable[[Mapping[str, Any]], Values]
+    model: Callable[[Keys], Values]
     config: Callable[[ModelConfig], Values]
     entries: Callable[[ModelConfig], Iterator[Entry]]
     prefix: str = ""
-
-
-def read(theirs: Mapping[str, Any], key: str, default: Any = None, known: tuple[Any, ...] | None = None) -> Any:
-    """A value of a config.json; UserError where it is not one of those known, or missing and without default."""
-    value = theirs.get(key, default)
-    if value is None and default is None and known is None:
-        raise UserError(f"config.json has no {key}; give a whole model, as save_pretrained writes it")
-    if known is not None and value not in known:
-        raise UserError(f"config.json has {key}={value!r}, for which there is no block here ({', '.join(map(repr, known))} work)")
-    return value
-
-
-def _activation(theirs: Mapping[str, Any], key: str, names: Mapping[str, str]) -> str:
-    return names[read(theirs, key, known=tuple(names))]
 
 
 PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
@@ -122,49 +109,90 @@ def _theirs(names: Mapping[str, str], ours: str) -> str:
 
 # --- Llama, Mistral, Qwen2 ------------------------------------------------------------------------------------------
 
+ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of llama3's scaling
+THETA, MISTRAL_WINDOW = 10000.0, 4096  # of their classes, where config.json is silent
 
-def _llama_model(theirs: Mapping[str, Any]) -> Values:
-    d, heads = read(theirs, "hidden_size"), read(theirs, "num_attention_heads")
-    read(theirs, "head_dim", d // heads, known=(None, d // heads))
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        read(theirs, key, False, known=(False, None))
-    context = read(theirs, "max_position_embeddings")
-    if theirs["model_type"] == "mistral":
-        context = min(context, theirs.get("sliding_window") or context)
-    theta, stretch = _rope(theirs)
+
+def _llama_model(keys: Keys) -> Values:
+    kind = keys.get("model_type")
+    d, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
+    keys.only("head_dim", None, d // heads)
+    keys.only("attention_bias", False, None, *[True] * (kind == "qwen2"))
+    for key in ("mlp_bias", "use_sliding_window"):
+        keys.only(key, False, None)
+    _check_layer_types(keys)
+    context = keys.whole("max_position_embeddings")
+    window = keys.whole("sliding_window", None) if kind != "llama" else None
+    if kind == "mistral":
+        context = min(context, window or (context if "sliding_window" in keys else MISTRAL_WINDOW))
+    theta, stretch = _rope(keys)
     return dict(
-        task="language", stem="tokens", causal=True, vocab_size=read(theirs, "vocab_size"), d_model=d,
-        n_layers=read(theirs, "num_hidden_layers"), n_heads=heads, n_kv_heads=theirs.get("num_key_value_heads") or heads,
-        d_hidden=read(theirs, "intermediate_size"), context_length=context, activation=_activation(theirs, "hidden_act", GATED),
-        norm="rmsnorm", norm_eps=read(theirs, "rms_norm_eps"), qk_norm=False, position="rope", rope_theta=theta, rope_scaling=stretch,
-        bias=False, qkv_bias=theirs["model_type"] == "qwen2", tie_embeddings=bool(theirs.get("tie_word_embeddings", False)), cutoffs="",
+        task="language", stem="tokens", causal=True, vocab_size=keys.whole("vocab_size"), d_model=d,
+        n_layers=keys.whole("num_hidden_layers"), n_heads=heads,
+        n_kv_heads=keys.whole("num_key_value_heads", 8 if kind == "mistral" else heads),
+        d_hidden=keys.whole("intermediate_size"), context_length=context, activation=keys.name("hidden_act", GATED),
+        norm="rmsnorm", norm_eps=keys.number("rms_norm_eps"), qk_norm=False, position="rope", rope_theta=theta,
+        rope_scaling=stretch, bias=False, qkv_bias=kind == "qwen2",
+        tie_embeddings=keys.flag("tie_word_embeddings", False), cutoffs="",
     )  # fmt: skip
 
 
-def _rope(theirs: Mapping[str, Any]) -> tuple[float, str]:
-    """(theta, `model.rope_scaling`), which newer files have in `rope_parameters`."""
-    given = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    theta = float(given.get("rope_theta") or theirs.get("rope_theta") or 10000.0)
-    kind = given.get("rope_type") or given.get("type") or "default"
-    if kind == "default":
-        return theta, ""
-    if kind != "llama3":
-        raise UserError(f"config.json has rope_type={kind!r}, for which there is no block here ('default', 'llama3' work)")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return theta, ",".join(f"{float(given[name]):.12g}" for name in names)
+def _check_layer_types(keys: Keys) -> None:
+    found = keys.get("layer_types") or []
+    if not isinstance(found, list) or any(kind != "full_attention" for kind in found):
+        raise keys.wrong("layer_types", found, "for which there is no block here (full_attention works)")
+
+
+def _rope(keys: Keys) -> tuple[float, str]:
+    """(theta, `model.rope_scaling`). transformers 5 writes `rope_parameters`, 4 `rope_theta` and `rope_scaling`.
+
+    Raises:
+      UserError: both are there and differ, or the kind of frequencies has no code here.
+    """
+    theta = keys.number("rope_theta", None)
+    top = keys.number("original_max_position_embeddings", None)
+    found = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        section = keys.section(name)
+        if section is not None:
+            found[name] = _rope_section(section, theta, top)
+    if len(set(found.values())) > 1:
+        raise UserError(f"{keys.file} has rope_parameters and rope_scaling that differ; make them one")
+    return next(iter(found.values()), (theta or THETA, ""))
+
+
+def _rope_section(keys: Keys, theta: float | None, top: float | None) -> tuple[float, str]:
+    kinds = {keys.get("rope_type"), keys.get("type")} - {None} or {"default"}
+    kind = keys.only("rope_type" if keys.has("rope_type") else "type", "default", "llama3")
+    if len(kinds) > 1:
+        raise keys.wrong("rope_type", kind, f"and type={keys.get('type')!r}; make them one")
+    own = keys.number("rope_theta", None)
+    if None not in (own, theta) and own != theta:
+        raise keys.wrong("rope_theta", own, f"and config.json itself has rope_theta={theta}; make them one")
+    numbers: list[float] = []
+    if kind == "llama3":
+        length = keys.number("original_max_position_embeddings", top)
+        if length is None:
+            raise UserError(f"{keys.file} has no original_max_position_embeddings, which llama3 takes; give it")
+        numbers = [*(keys.number(name) for name in ROPE[:3]), length]
+    keys.close(frozenset(), {"partial_rotary_factor": (1.0, 1), **dict.fromkeys(ROPE[:1], (1.0, 1))})
+    return own or theta or THETA, ",".join(f"{number:.12g}" for number in numbers)
 
 
 def _llama_config(m: ModelConfig) -> Values:
     kind = "qwen2" if m.qkv_bias else "llama"
-    rope: Values = {"rope_theta": m.rope_theta, "rope_type": "default"}
+    scaling: Values | None = None
     if m.rope_stretch:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope |= {"rope_type": "llama3", **dict(zip(names, m.rope_stretch)), names[-1]: int(m.rope_stretch[-1])}
+        scaling = {"rope_type": "llama3", **dict(zip(ROPE, m.rope_stretch)), ROPE[-1]: int(m.rope_stretch[-1])}
     return {
-        "model_type": kind, "architectures": ["Qwen2ForCausalLM" if m.qkv_bias else "LlamaForCausalLM"], "hidden_size": m.d_model,
-        "num_hidden_layers": m.n_layers, "num_attention_heads": m.n_heads, "num_key_value_heads": m.kv_heads, "intermediate_size": m.d_hidden,
-        "max_position_embeddings": m.context_length, "hidden_act": _theirs(GATED, m.activation), "rms_norm_eps": m.norm_eps,
-        "rope_parameters": rope, "tie_word_embeddings": m.tie_embeddings, "vocab_size": m.vocab_size,
+        "model_type": kind, "architectures": ["Qwen2ForCausalLM" if m.qkv_bias else "LlamaForCausalLM"],
+        "hidden_size": m.d_model, "num_hidden_layers": m.n_layers, "num_attention_heads": m.n_heads,
+        "num_key_value_heads": m.kv_heads, "intermediate_size": m.d_hidden,
+        "max_position_embeddings": m.context_length, "hidden_act": _theirs(GATED, m.activation),
+        "rms_norm_eps": m.norm_eps, "tie_word_embeddings": m.tie_embeddings, "vocab_size": m.vocab_size,
+        # The same for readers of transformers 4 and of 5, which each know only their own keys.
+        "rope_theta": m.rope_theta, "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": m.rope_theta, **(scaling or {"rope_type": "default"})},
     }  # fmt: skip
 
 
@@ -188,17 +216,25 @@ def _llama_entries(m: ModelConfig) -> Iterator[Entry]:
 # --- GPT-2 ------------------------------------------------------------------------------------------------------------
 
 
-def _gpt2_model(theirs: Mapping[str, Any]) -> Values:
-    d, heads = read(theirs, "n_embd"), read(theirs, "n_head")
-    read(theirs, "scale_attn_weights", True, known=(True,))
-    for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
-        read(theirs, key, False, known=(False,))
+# Other names that files give these keys.
+ALIASES = {
+    "n_embd": ("hidden_size",), "n_head": ("num_attention_heads",), "n_layer": ("num_hidden_layers",),
+    "n_positions": ("max_position_embeddings", "n_ctx"),
+}  # fmt: skip
+
+
+def _gpt2_model(keys: Keys) -> Values:
+    d, heads = keys.whole("n_embd", also=ALIASES["n_embd"]), keys.whole("n_head", also=ALIASES["n_head"])
+    keys.only("scale_attn_weights", True)
+    for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
+        keys.only(key, False)
     return dict(
-        task="language", stem="tokens", causal=True, vocab_size=read(theirs, "vocab_size"), d_model=d, n_layers=read(theirs, "n_layer"),
-        n_heads=heads, n_kv_heads=heads, d_hidden=theirs.get("n_inner") or 4 * d, context_length=read(theirs, "n_positions"),
-        activation=_activation(theirs, "activation_function", PLAIN), norm="layernorm", norm_eps=read(theirs, "layer_norm_epsilon"),
-        qk_norm=False, position="learned", rope_scaling="", bias=True, qkv_bias=False,
-        tie_embeddings=bool(theirs.get("tie_word_embeddings", True)), cutoffs="",
+        task="language", stem="tokens", causal=True, vocab_size=keys.whole("vocab_size"), d_model=d,
+        n_layers=keys.whole("n_layer", also=ALIASES["n_layer"]), n_heads=heads, n_kv_heads=heads,
+        d_hidden=keys.whole("n_inner", 4 * d), activation=keys.name("activation_function", PLAIN),
+        context_length=keys.whole("n_positions", also=ALIASES["n_positions"]), norm="layernorm",
+        norm_eps=keys.number("layer_norm_epsilon"), qk_norm=False, position="learned", rope_scaling="", bias=True,
+        qkv_bias=False, tie_embeddings=keys.flag("tie_word_embeddings", True), cutoffs="",
     )  # fmt: skip
 
 
@@ -237,19 +273,24 @@ def _layer_norm(theirs: str, ours: str) -> Iterator[Entry]:
 # --- ViT --------------------------------------------------------------------------------------------------------------
 
 
-def _vit_model(theirs: Mapping[str, Any]) -> Values:
-    d, heads = read(theirs, "hidden_size"), read(theirs, "num_attention_heads")
-    read(theirs, "qkv_bias", True, known=(True,))
-    size, patch = read(theirs, "image_size"), read(theirs, "patch_size")
-    if not (isinstance(size, int) and isinstance(patch, int) and size % patch == 0):
-        raise UserError(f"config.json has image_size={size!r} and patch_size={patch!r}; only whole squares of square images work")
+def _vit_model(keys: Keys) -> Values:
+    d, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
+    keys.only("qkv_bias", True)
+    keys.get("tie_word_embeddings")  # there is nothing to tie
+    size, patch = keys.whole("image_size"), keys.whole("patch_size")
+    if size % patch:
+        raise keys.wrong("image_size", size, f"which patch_size={patch} does not divide; only whole squares work")
+    labels = keys.section("id2label")
+    n_classes = keys.whole("num_labels", len(labels) if labels else 2)
+    if labels and n_classes != len(labels):
+        raise keys.wrong("num_labels", n_classes, f"and {len(labels)} names in id2label; make them one")
     return dict(
-        task="classify", stem="image", causal=False, vocab_size=0, d_model=d, n_layers=read(theirs, "num_hidden_layers"), n_heads=heads,
-        n_kv_heads=heads, d_hidden=read(theirs, "intermediate_size"), context_length=(size // patch) ** 2,
-        activation=_activation(theirs, "hidden_act", PLAIN), norm="layernorm", norm_eps=read(theirs, "layer_norm_eps"), qk_norm=False,
-        position="learned", rope_scaling="", bias=True, qkv_bias=False, cutoffs="",
-        classifier=dict(n_classes=len(theirs.get("id2label") or (0, 1)), pooling="cls", n_inputs=1, d_head=0),
-        image=dict(height=size, width=size, channels=read(theirs, "num_channels"), patch=patch),
+        task="classify", stem="image", causal=False, vocab_size=0, d_model=d, n_layers=keys.whole("num_hidden_layers"),
+        n_heads=heads, n_kv_heads=heads, d_hidden=keys.whole("intermediate_size"), context_length=(size // patch) ** 2,
+        activation=keys.name("hidden_act", PLAIN), norm="layernorm", norm_eps=keys.number("layer_norm_eps"),
+        qk_norm=False, position="learned", rope_scaling="", bias=True, qkv_bias=False, cutoffs="",
+        classifier=dict(n_classes=n_classes, pooling="cls", n_inputs=1, d_head=0),
+        image=dict(height=size, width=size, channels=keys.whole("num_channels"), patch=patch),
     )  # fmt: skip
 
 
@@ -292,14 +333,32 @@ LLAMA = Family("Llama, Mistral or Qwen2", _llama_model, _llama_config, _llama_en
 GPT2 = Family("GPT-2", _gpt2_model, _gpt2_config, _gpt2_entries, prefix="transformer.")
 VIT = Family("ViT", _vit_model, _vit_config, _vit_entries)
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "vit": VIT}  # by model_type
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "gpt2": "GPT2", "vit": "ViT"}
+TAILS = ("ForCausalLM", "LMHeadModel", "ForImageClassification", "Model")
 
 
 def family_of(theirs: Mapping[str, Any]) -> Family:
     """The family of a config.json; UserError where it is of none."""
     kind = theirs.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"config.json has model_type={kind!r}; models of the types {', '.join(FAMILIES)} can be imported")
     return FAMILIES[kind]
+
+
+def model_of(family: Family, theirs: Mapping[str, Any]) -> Values:
+    """Our `model` section of a config.json.
+
+    Raises:
+      UserError: a key has a value that has no block here, or is not known.
+    """
+    keys = Keys("config.json", theirs)
+    model = family.model(keys)
+    known = [CLASSES[theirs["model_type"]] + tail for tail in TAILS]
+    named = keys.get("architectures") or known[:1]
+    if not isinstance(named, list) or not all(str(name).lower() in map(str.lower, known) for name in named):
+        raise keys.wrong("architectures", named, f"for which there is no block here ({', '.join(known)} work)")
+    keys.close(IGNORED | GENERATION.keys(), DEFAULTS)
+    return model
 
 
 def family_for(m: ModelConfig) -> tuple[Family, Values]:
@@ -311,7 +370,7 @@ def family_for(m: ModelConfig) -> tuple[Family, Values]:
     family = VIT if m.stem == "image" else GPT2 if m.norm == "layernorm" else LLAMA
     theirs = family.config(m)
     try:
-        back = family.model(theirs)
+        back = model_of(family, theirs)
     except UserError:  # only an activation that the family has no name for is not read back
         back = {"activation": None}
     wrong = _first_difference(to_dict(m) | {"n_kv_heads": m.kv_heads}, back, "config.model.")

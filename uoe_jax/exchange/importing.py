@@ -7,7 +7,6 @@ on the device before the next, so that the host never holds the model twice.
 from __future__ import annotations
 
 import itertools
-import re
 import shutil
 import sys
 from typing import Any, Iterator, Mapping
@@ -37,8 +36,6 @@ from uoe_jax.workdir import CONFIG, write_json
 SOURCE = "source"  # of a workdir: the files of the model that was imported, its weights left out
 KEPT = ("*.json", "*.txt", "*.jinja", "*.model")
 LOOKED_AT = 8  # batches of training text that routers are fitted to
-# Buffers that old files hold beside the weights, and what a classifier here does without.
-IGNORED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)|vit\.pooler\..*")
 
 
 def import_model(plan: Plan, workdir: str) -> None:
@@ -67,13 +64,22 @@ def import_model(plan: Plan, workdir: str) -> None:
                 (place / SOURCE).mkdir(exist_ok=True)
                 shutil.copyfile(file, place / SOURCE / file.name)
         write_json(place / CONFIG, to_dict(config))
-        for line in _losses(config, params, data, mesh):
+        for line in (*_notes(plan, source), *_losses(config, params, data, mesh)):
             print(line, file=sys.stderr, flush=True)
+
+
+def _notes(plan: Plan, source: Tensors) -> Iterator[str]:
+    """What the directory holds that the import does not follow, or does not read."""
+    passed = source.passed_over()
+    if passed:
+        yield f"uoe: --from={plan.source}: {len(passed)} other files of weights were passed over ({', '.join(passed)})"
+    for note in plan.notes:
+        yield f"uoe: --from={plan.source}: {note}"
 
 
 def _check_names(plan: Plan, source: Tensors) -> None:
     """UserError where a tensor is missing, has another shape than config.json says, or is left over."""
-    m, shapes, used = plan.config.model, _dense_shapes(plan.config.model), set()
+    shapes, used = _dense_shapes(plan.config.model), set[str]()
     for entry, layer, name in _tensors(plan, source):
         used.add(name)
         wanted = their_shape(entry, [shapes[path][layer is not None :] for path in entry.ours])
@@ -84,11 +90,43 @@ def _check_names(plan: Plan, source: Tensors) -> None:
             raise UserError(
                 f"--from={plan.source}: {name} has shape {list(found)} where config.json asks for {list(wanted)}; they are not of one model"
             )
-    ignored = IGNORED if not m.tie_embeddings else re.compile(IGNORED.pattern + r"|lm_head\.weight")
-    left = [name for name in source.names() if name not in used and not ignored.fullmatch(name)]
+    left = [name for name in source.names() if name not in used and not _is_known_buffer(plan, source, name)]
     if left:
         lost = f"{left[0]} (and {len(left) - 1} more) have no place in a {plan.family.kind} model here; they would be lost"
         raise UserError(f"--from={plan.source}: {lost}")
+
+
+def _is_known_buffer(plan: Plan, source: Tensors, name: str) -> bool:
+    """Whether a tensor beside the weights holds what follows from the others, as old files have it.
+
+    Raises:
+      UserError: a tensor of that name holds something else.
+    """
+    m, last = plan.config.model, name.rpartition(".")[2]
+    if name.startswith("vit.pooler."):
+        return True  # a classifier goes without it
+    if name == "lm_head.weight" and m.tie_embeddings:
+        embedding = next(found for entry, _, found in _tensors(plan, source) if entry.ours == ("embedding",))
+        if not np.array_equal(source.read(name), source.read(embedding)):
+            remedy = "set that to false to keep both, or take one out of the weights"
+            raise UserError(
+                f"--from={plan.source}: {name} differs from {embedding}, and config.json has tie_word_embeddings=true; {remedy}"
+            )
+        return True
+    if name.endswith(".rotary_emb.inv_freq"):
+        wanted = m.rope_theta ** -(np.arange(0, m.head_dim, 2) / m.head_dim)
+        same = source.shape(name) == wanted.shape and np.allclose(source.read(name).astype(np.float64), wanted, 1e-2, 1e-4)
+    elif name.endswith(".attn.bias"):
+        square = source.read(name).squeeze()
+        same = square.ndim == 2 and np.array_equal(square != 0, np.tri(*square.shape, dtype=bool))
+    elif name.endswith(".attn.masked_bias"):
+        same = source.read(name).size == 1
+    else:
+        return False
+    if not same:
+        why = f"{last} is not the one that config.json asks for; take it out of the weights, or correct config.json"
+        raise UserError(f"--from={plan.source}: {name}: {why}")
+    return True
 
 
 def _tensors(plan: Plan, source: Tensors) -> Iterator[tuple[Entry, int | None, str]]:
@@ -118,7 +156,7 @@ def _parameters(plan: Plan, source: Tensors, abstract: Params) -> Params:
         arrays = [np.empty(shapes[path], np.float32) for path in entry.ours]
         for _, layer, name in layers:
             at = ... if layer is None else layer
-            theirs = source.read(name)
+            theirs = source.read_float32(name)
             if entry.ours == ("positions",):
                 theirs = theirs[..., : arrays[0].shape[0], :]
             for array, part in zip(arrays, into_ours(entry, theirs, [a[at].shape for a in arrays])):

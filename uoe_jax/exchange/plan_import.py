@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Mapping, NamedTuple
 
 from etils import epath
@@ -9,10 +10,12 @@ from etils import epath
 from uoe_jax import config as config_lib
 from uoe_jax.config import Config
 from uoe_jax.config_file import evaluate, put
+from uoe_jax.data.ends import UnknownEnds, find_ends
 from uoe_jax.data.library import LibraryTokenizer
-from uoe_jax.data.tokenizer import BPETokenizer, Tokenizer
+from uoe_jax.data.tokenizer import BPETokenizer, files_beside
 from uoe_jax.errors import UserError
-from uoe_jax.exchange.families import Family, family_of
+from uoe_jax.exchange.config_keys import generation_notes, image_bound
+from uoe_jax.exchange.families import Family, family_of, model_of
 from uoe_jax.workdir import locate, read_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "config.json"
@@ -26,13 +29,15 @@ class Plan(NamedTuple):
 
     Attributes:
       source: the directory. theirs: its config.json. tokenizer: of text; None where the directory has none.
+      notes: what its files say and this import does not follow, a sentence each.
     """
 
     source: epath.Path
     family: Family
     theirs: dict[str, Any]
     config: Config
-    tokenizer: Tokenizer | None
+    tokenizer: BPETokenizer | LibraryTokenizer | None
+    notes: tuple[str, ...] = ()
 
 
 def plan(
@@ -53,14 +58,16 @@ def plan(
         if theirs is None:
             raise UserError(f"has no {CONFIG}; give the directory of a model that save_pretrained wrote")
         family = family_of(theirs)
-        model = family.model(theirs)
-        tokenizer = read_tokenizer(place)
+        model = model_of(family, theirs)
+        notes = generation_notes(place, theirs)
+        bound = image_bound(place, model, overrides) if model["stem"] == "image" else None
+        values = evaluate(base) if base else config_lib.to_dict(Config())
+        tokenizer = read_tokenizer(place, values.get("data", {}), overrides)
         if tokenizer is not None and tokenizer.vocab_size > model["vocab_size"]:
             raise UserError(f"{TOKENIZER} has {tokenizer.vocab_size} tokens and {CONFIG} vocab_size={model['vocab_size']}; they are not of one model")
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith("--from") else f"--from={source}: {text}") from error
-    values = evaluate(base) if base else config_lib.to_dict(Config())
     if not base:
         values["optimizer"] |= TUNING
         for name in ("smha", "uome"):
@@ -69,9 +76,10 @@ def plan(
     if model["task"] == "language" and model["position"] == "rope":
         model["context_length"] = min(longest, LONGEST)
     values["model"] |= {"attention": "smha", "mlp": "uome", "moe": {}, "dropout": 0.0, "cutoff_div": 1, **model}
-    if model["stem"] == "image":
-        values["model"]["image"]["bound"] = bound_of(place, source, overrides)
+    if bound is not None:
+        values["model"]["image"]["bound"] = bound
     if tokenizer is not None:
+        notes += tokenizer.file.ends.notes
         file = str(locate(workdir).resolve() / TOKENIZER)
         values["data"] |= {"tokenizer": "bpe" if isinstance(tokenizer, BPETokenizer) else "library", "tokenizer_file": file}
     for name in ("smha", "uome"):
@@ -81,7 +89,8 @@ def plan(
             put(values, f"model.{name}.capacity_factor", config_lib.parse_value(f"model.{name}.capacity_factor", capacity))
     for key, text in overrides.items():
         put(values, key, config_lib.parse_value(key, text))
-    return Plan(place, family, theirs, _checked(config_lib.from_dict(values), model, longest, theirs), tokenizer)
+    config = _checked(config_lib.from_dict(values), model, longest, theirs)
+    return Plan(place, family, theirs, config, tokenizer, tuple(notes))
 
 
 def _checked(config: Config, model: Mapping[str, Any], longest: int, theirs: Mapping[str, Any]) -> Config:
@@ -98,24 +107,12 @@ def _checked(config: Config, model: Mapping[str, Any], longest: int, theirs: Map
     return config
 
 
-def bound_of(place: epath.Path, source: str, overrides: Mapping[str, str]) -> float:
-    """`model.image.bound` of the directory's preprocessor_config.json: pixels from 0 to 1, less 0.5, over one standard deviation.
-
-    Raises:
-      UserError: its channels are not alike, and nobody says that this does not matter.
-    """
-    given = read_json(place / "preprocessor_config.json", "download the model again") or {}
-    mean, deviation = given.get("image_mean") or [0.5], given.get("image_std") or [0.5]
-    if {*mean} == {0.5} and len({*deviation}) == 1:
-        return 0.5 / deviation[0]
-    if "model.image.bound" in overrides:
-        return 1.0
-    remedy = "pixels are scaled alike in all channels here; give --config.model.image.bound=2 to take the weights all the same"
-    raise UserError(f"--from={source}: preprocessor_config.json has image_mean={mean} and image_std={deviation}, and {remedy}")
-
-
-def read_tokenizer(place: epath.Path) -> Tokenizer | None:
+def read_tokenizer(
+    place: epath.Path, data: Mapping[str, Any], overrides: Mapping[str, str]
+) -> BPETokenizer | LibraryTokenizer | None:
     """The tokenizer of a directory; None where it has none.
+
+    data, overrides: may name the ends of documents (data.separator, data.start).
 
     Raises:
       UserError: it cannot be used.
@@ -127,11 +124,25 @@ def read_tokenizer(place: epath.Path) -> Tokenizer | None:
             remedy = "write a tokenizer.json beside it with transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…)"
             raise UserError(f"{others[0]} is of a format that is not read here; {remedy}")
         return None
+    _check_vocabularies(place, content)
+    named = {key: overrides.get(f"data.{key}", data.get(key, "")) for key in ("separator", "start")}
+    ends = functools.partial(find_ends, files=files_beside(place), **named)
     try:
-        return BPETokenizer(content)
+        return BPETokenizer(content, ends)
     except UserError:  # not exact, as SentencePiece's kind and those with a normalizer are not
         try:
-            return LibraryTokenizer(content)
+            return LibraryTokenizer(content, ends)
+        except UnknownEnds as error:
+            raise UserError(f"{TOKENIZER} {error}") from error
         except UserError as error:
             raise UserError(f"{TOKENIZER} {error}; download the model again") from error
 
+
+def _check_vocabularies(place: epath.Path, content: Mapping[str, Any]) -> None:
+    """UserError where vocab.json, which older programs read, gives a token another id than tokenizer.json."""
+    model = content.get("model")
+    own = model.get("vocab") if isinstance(model, dict) else None
+    other = read_json(place / "vocab.json", "download the model again") or {}
+    for token, i in own.items() if isinstance(own, dict) else ():
+        if other.get(token, i) != i:
+            raise UserError(f"{TOKENIZER} gives {token!r} the id {i} and vocab.json {other[token]}; remove one of the two")

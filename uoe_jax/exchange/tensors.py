@@ -20,6 +20,8 @@ from uoe_jax.workdir import read_json, write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+# Of the same weights in other formats, as they are published beside each other; consolidated is Mistral's own layout.
+_OTHER_FORMATS, _COPIES = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".ot"), "consolidated"
 _DOWNLOAD = "download the whole model again, or save it with save_pretrained"
 
 
@@ -36,6 +38,7 @@ class Tensors:
         self._file_of: dict[str, str]
         if index is None:
             self._file_of = dict.fromkeys(self._open(FILE).keys(), FILE)
+            self._check_other_files()
             return
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict):
@@ -45,6 +48,35 @@ class Tensors:
         for name, file in self._file_of.items():
             if name not in held[file]:
                 raise self._error(file, f"lacks {name}, which {INDEX} says it holds")
+        for file, names in held.items():
+            for name in names:
+                self._check_unnamed(name, file)
+        self._check_other_files()
+
+    def _check_unnamed(self, name: str, file: str) -> None:
+        """UserError where a shard holds a tensor that the index does not name there, unless it is a copy."""
+        named = self._file_of.get(name)
+        if named is None:
+            raise self._error(file, f"holds {name}, which {INDEX} does not name")
+        if named != file and self._open(file).get_tensor(name).tobytes() != self.read(name).tobytes():
+            raise self._error(file, f"holds another {name} than {named}, which {INDEX} names for it")
+
+    def _check_other_files(self) -> None:
+        """UserError where other files of weights lie in the directory, of which nobody can say which are right."""
+        named = set(self._file_of.values())
+        for name in self._others():
+            if name not in named and name.endswith(".safetensors") and not name.startswith(_COPIES):
+                raise UserError(
+                    f"{self._option}={self._place}: holds {name} beside {min(named)}, and nothing says that both are of one "
+                    "model; take one of them away"
+                )
+
+    def passed_over(self) -> list[str]:
+        """Names of files of weights in other formats, which are not read."""
+        return [name for name in self._others() if name not in self._file_of.values()]
+
+    def _others(self) -> list[str]:
+        return sorted(p.name for p in self._place.iterdir() if p.suffix.lower() in (".safetensors", *_OTHER_FORMATS))
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -60,10 +92,23 @@ class Tensors:
         """A tensor in the dtype it has there."""
         return self._open(self._file_of[name]).get_tensor(name)
 
+    def read_float32(self, name: str) -> np.ndarray:
+        """A tensor of floating point numbers as float32; UserError where they are none, not finite, or do not fit."""
+        stored = self._open(self._file_of[name]).get_slice(name).get_dtype()
+        if stored not in ("F64", "F32", "F16", "BF16"):
+            raise self._error(self._file_of[name], f"holds {name} as {stored}, and F64, F32, F16 and BF16 are read")
+        array = self.read(name)
+        if not np.isfinite(array).all():
+            raise self._error(self._file_of[name], f"holds numbers in {name} that are not finite")
+        held, lost = cast(array, np.dtype(np.float32))
+        if len(lost):
+            raise self._error(self._file_of[name], f"holds {lost[0]:.6g} in {name}, which float32 cannot hold")
+        return held
+
     def _open(self, file: str) -> Any:
         # Opened for every read: what a mapped file had in memory is given back with it.
         if not (self._place / file).is_file():
-            others = [p.name for p in self._place.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack")]
+            others = [name for name in self._others() if not name.endswith(".safetensors")]
             why = f"is missing ({others[0]} is there, which is not read)" if others else "is missing"
             raise self._error(file, why)
         try:
@@ -83,12 +128,25 @@ class Tensor(NamedTuple):
     make: Callable[[], np.ndarray]
 
 
-def write(directory: epath.Path, tensors: Iterable[Tensor], dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+def write(
+    directory: epath.Path,
+    tensors: Iterable[Tensor],
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    lossy: bool = False,
+) -> int:
     """Writes tensors into files of at most `shard_bytes` (or of one tensor), and reads every file back.
 
+    lossy: write numbers that overflow or underflow in `dtype` as infinity or 0.
+
+    Returns:
+      How many numbers did so.
+
     Raises:
+      UserError: there is such a number, and not `lossy`.
       RunError: what was read is not what was written.
     """
+    n_lost = 0
     kind = np.dtype(dtype)
     shards: list[list[Tensor]] = [[]]
     size = total = 0
@@ -101,14 +159,33 @@ def write(directory: epath.Path, tensors: Iterable[Tensor], dtype: str = "float3
         size, total = size + nbytes, total + nbytes
     files = [FILE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards):
-        # In C's order: of a transposed view safetensors writes the bytes as they lie in memory, with no error.
-        held = {t.name: np.asarray(t.make(), kind, order="C") for t in shard}
+        held = {}
+        for t in shard:
+            held[t.name], lost = cast(t.make(), kind)
+            if len(lost) and not lossy:
+                raise UserError(
+                    f"--dtype={kind}: {t.name} holds {lost[0]:.6g}, which becomes {cast(lost[:1], kind)[0][0]} in it "
+                    f"({len(lost)} such numbers there); give --dtype=float32, or --lossy to go on"
+                )
+            n_lost += len(lost)
         safetensors.numpy.save_file(held, str(directory / file), metadata={"format": "pt"})
         os.chmod(directory / file, 0o666 & ~_umask())  # it makes files that their owner alone can read
         _compare(directory / file, held)
     if len(shards) > 1:
         where = {t.name: file for file, shard in zip(files, shards) for t in shard}
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    return n_lost
+
+
+def cast(array: np.ndarray, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(the array in another dtype, its numbers that overflow or underflow there)."""
+    array = np.asarray(array)
+    with np.errstate(over="ignore", under="ignore"):
+        # In C's order: of a transposed view safetensors writes the bytes as they lie in memory, with no error.
+        held = np.asarray(array, kind, order="C")
+    if kind == array.dtype:
+        return held, array.ravel()[:0]
+    return held, array[(np.isfinite(array) & ~np.isfinite(held)) | ((held == 0) & (array != 0))]
 
 
 def _umask() -> int:

@@ -66,7 +66,7 @@ def train(
         with jax.set_mesh(mesh), CheckpointStore(workdir, keep.keep_latest, keep.keep_best) as store:
             program = build(config, mesh)
             watch.at("restoring", slow=True)
-            state, start, owed = first_state(program, store, config, say_early)
+            state, start, owed = first_state(program, store, config, say_early, data.record.get("tokenizer"))
             progress = Progress(config.train.steps, start) if is_first() else Silent()
             run = Run(config, data, program, store, functools.partial(open_writer, workdir), progress, state, start, owed)
             try:
@@ -95,6 +95,8 @@ def agreed_data(config: Config, workdir: str, **options: Any) -> tuple[Config, D
     config, data = processes.together(lambda: load_data(config, workdir))
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
     processes.same(found, "give every machine the same data and the same interpreter")
+    if "bits_per_byte" in data.record:
+        say_early(f"uoe: bits_per_byte is {data.record['bits_per_byte']}, so they cannot be told with this tokenizer")
     return config, data
 
 

@@ -91,16 +91,19 @@ def _text_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _text_measures(sums: Sums, c: Config) -> dict[str, float]:
-    """`loss` in nats per token; `bits_per_byte` of the text the tokens stand for; `word_perplexity` where tokens are words."""
+    """`loss` in nats per token; `bits_per_byte` of the documents, where their bytes are known; `word_perplexity` where tokens are words."""
     nll = float(sums.nll)
     loss = nll / max(float(sums.count), 1.0)
-    found = {"loss": loss, "bits_per_byte": nll / math.log(2) / max(float(sums.n_bytes), 1.0)}
+    found = {"loss": loss}
+    if sums.n_bytes > 0:
+        found["bits_per_byte"] = nll / math.log(2) / float(sums.n_bytes)
     return found | ({"word_perplexity": float(np.exp(loss))} if c.data.tokenizer == "words" else {})
 
 
 def _text_said(found: dict[str, float]) -> str:
-    words = f", perplexity {found['word_perplexity']:.2f} per word" if "word_perplexity" in found else ""
-    return f"{found['bits_per_byte']:.4f} bits per byte{words}"
+    parts = [f"{found['bits_per_byte']:.4f} bits per byte"] if "bits_per_byte" in found else []
+    parts += [f"perplexity {found['word_perplexity']:.2f} per word"] if "word_perplexity" in found else []
+    return ", ".join(parts) or f"perplexity {math.exp(min(found['loss'], 700)):.2f} per token"
 
 
 # --- classes ----------------------------------------------------------------------------------------------------
