@@ -1,17 +1,28 @@
-"""Dense models in and out: what `transformers` makes, imported with all experts, gives the same logits, and exported the same weights."""
+"""Dense models in and out: what `transformers` makes, imported with all experts, gives the same logits, and exported the same weights.
+
+Exports are read by both majors of `transformers`: by 5 of this environment, and by 4 in a virtual environment of its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
 
 import jax
 import numpy as np
 import pytest
 import reference
-from test_exchange import config_of, run_of
+from conftest import CACHE
+from helpers import ROOT, environment, write_source
+from test_exchange import CUT, config_of, run_of
 
 from uoe_jax import cli
-from uoe_jax.data.tokenizer import ByteTokenizer
+from uoe_jax.data.tokenizer import BPETokenizer, ByteTokenizer
 from uoe_jax.infer.sample import Sampler
 from uoe_jax.train.restore import restored
 from uoe_jax.workdir import read_config
@@ -112,8 +123,8 @@ def test_text_with_a_tokenizer_out_of_the_command_line(tmp_path, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     text = "def f\u00e9(x):\n"
     ids = tokenizer(text)["input_ids"]
-    assert ids == list(text.encode()) and tokenizer.decode(ids) == text
-    prompt = torch.tensor([[tokenizer.bos_token_id, *ids]])
+    assert ids == [256, *text.encode()] and tokenizer.decode(ids, skip_special_tokens=True) == text
+    prompt = torch.tensor([ids])
     found = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :].tolist()
     with restored(config, str(tmp_path / "run")) as run:
         sampler = Sampler(dataclasses.replace(config, generate=dataclasses.replace(config.generate, max_tokens=20, temperature=0.0)),
@@ -121,3 +132,110 @@ def test_text_with_a_tokenizer_out_of_the_command_line(tmp_path, monkeypatch):
         wanted = sampler.complete([text])[0]
     found = found[: found.index(256)] if 256 in found else found
     assert len(found) == wanted.n_tokens and tokenizer.decode(found) == wanted.text[len(text) :]
+
+
+OLDER = "4.57.6"  # the last of transformers 4
+
+
+@pytest.fixture(scope="module")
+def majors():
+    """{major: interpreter} of transformers 5, which this runs with, and of 4; torch and the rest are shared."""
+    place = CACHE / f"transformers-{OLDER}"
+    python = place / "bin" / "python"
+    if not (place / "done").exists():
+        venv.create(place, clear=True, symlinks=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", f"transformers=={OLDER}"]
+        subprocess.run(pip, check=True, timeout=600)
+        own = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True)
+        with open(os.path.join(own.stdout.strip(), "shared.pth"), "w") as file:  # behind its own packages
+            file.write(sysconfig.get_path("purelib") + "\n")
+        (place / "done").touch()
+    return {"4": str(python), "5": sys.executable}
+
+
+def ran(python: str, place, *args: str) -> str:
+    env = environment(HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(place / f"modules_{python.count('4.57')}"))
+    env.pop("PYTHONPATH")
+    done = subprocess.run([python, *args], cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["llama 3", "mistral", "qwen2, tied", "gpt2", "vit"])
+def test_both_majors_of_transformers_compute_the_same(name, majors, tmp_path):
+    wanted = theirs(make(name, tmp_path / "hf"), given(name))
+    assert cli.main(["import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/run", *CUT]) == 0
+    assert cli.main(["export", f"--workdir={tmp_path}/run", "--format=hf", f"--out={tmp_path}/out"]) == 0
+    np.save(tmp_path / "in.npy", given(name))
+    for major, python in majors.items():
+        version = ran(python, tmp_path, str(ROOT / "tests" / "hf_logits.py"), "out", "in.npy", "logits.npy")
+        assert version.startswith(f"{major}.")
+        assert reference.error(np.load(tmp_path / "logits.npy"), wanted) < 1e-5
+
+
+def test_frequencies_stay_with_a_llama_that_was_tuned(majors, tmp_path):
+    """Llama 3's: import, two steps from it, export; both majors compute what the tuned run does."""
+    write_source(tmp_path / "text")
+    MODELS["wide"] = ("Llama", "ForCausalLM", dict(COMMON, vocab_size=300, num_key_value_heads=2, rope_parameters=LLAMA3))
+    make("wide", tmp_path / "hf")
+    text = ["--config.data.source=text", f"--config.data.path={tmp_path}/text/*.py", "--config.train.batch_size=8"]
+    assert cli.main(["import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/run", *CUT, *text]) == 0
+    steps = ["--config.train.steps=2", "--config.eval.every=0", "--config.eval.batches=1", f"--config.train.init_from={tmp_path}/run"]
+    assert cli.main(["train", f"--config={tmp_path}/run/config.json", f"--workdir={tmp_path}/tuned", *steps]) == 0
+    assert cli.main(["export", f"--workdir={tmp_path}/tuned", "--format=hf", f"--out={tmp_path}/out"]) == 0
+    tokens = np.random.default_rng(0).integers(0, 300, (8, 40))
+    np.save(tmp_path / "in.npy", tokens)
+    wanted = ours(tmp_path / "tuned", tokens)
+    for python in majors.values():
+        ran(python, tmp_path, str(ROOT / "tests" / "hf_logits.py"), "out", "in.npy", "logits.npy")
+        assert reference.error(np.load(tmp_path / "logits.npy"), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_the_documented_example_gives_the_text_of_uoe_generate(start, majors, tmp_path, capsys):
+    """The commands and the program of docs/exchange.md, with a tokenizer that puts nothing or <s> in front of a text."""
+    import transformers
+
+    page = (ROOT / "docs" / "exchange.md").read_text().split("## A model tuned on text of your own")[1]
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    uoe ")]
+    program = re.search("```python\n(.*?)```", page, re.DOTALL)[1]
+    write_source(tmp_path / "src")
+    bpe = BPETokenizer.train([p.read_bytes() for p in (tmp_path / "src").iterdir()], 280)
+    MODELS["small"] = ("Llama", "ForCausalLM", dict(COMMON, vocab_size=300, bos_token_id=bpe.separator, eos_token_id=bpe.separator))
+    make("small", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text(bpe.to_json())
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{tmp_path}/hf/tokenizer.json", eos_token="<|endoftext|>")
+    if start:
+        from tokenizers.processors import TemplateProcessing
+
+        fast.add_special_tokens({"bos_token": start})
+        fast.backend_tokenizer.post_processor = TemplateProcessing(f"{start} $A", special_tokens=[(start, fast.bos_token_id)])
+    fast.save_pretrained(tmp_path / "hf")
+    place = lambda option: re.sub(r"(?<==)(DIR|imported|tuned_hf|tuned)", lambda m: f"{tmp_path}/{m[0].replace('DIR', 'hf')}", option)  # noqa: E731
+    small = ["--config.train.batch_size=8", "--config.train.steps=20", "--config.eval.every=0", "--config.optimizer.warmup_steps=2",
+             "--config.optimizer.learning_rate=3e-3", "--config.eval.batches=1"]  # fmt: skip
+    for command in commands:
+        args = [place(option).strip("'").replace("'notes/*.txt'", f"{tmp_path}/src/*.py") for option in command]
+        given = {option.partition("=")[0] for option in small}
+        args = [option for option in args if option.partition("=")[0] not in given]
+        more = {"import": small[:1], "train": small}.get(command[0], [])
+        assert cli.main([*args, *more]) == 0, args
+    capsys.readouterr()
+    assert cli.main(["generate", f"--workdir={tmp_path}/tuned", "--prompt=Once", "--temperature=0", "--max_tokens=40"]) == 0
+    wanted = capsys.readouterr().out
+    (tmp_path / "example.py").write_text(program)
+    for python in majors.values():
+        assert ran(python, tmp_path, "example.py") == wanted
+
+
+def test_the_documented_example_with_a_model_trained_here(majors, tmp_path, capsys):
+    write_source(tmp_path / "src")
+    train = ["train", f"--config={ROOT}/tests/tiny.py", f"--config.data.path={tmp_path}/src", "--config.eval.batches=1"]
+    assert cli.main([*train, f"--workdir={tmp_path}/run"]) == 0
+    assert cli.main(["export", f"--workdir={tmp_path}/run", "--format=hf", "--routed", f"--out={tmp_path}/tuned_hf"]) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", f"--workdir={tmp_path}/run", "--prompt=Once", "--temperature=0", "--max_tokens=40"]) == 0
+    wanted = capsys.readouterr().out
+    (tmp_path / "example.py").write_text(re.search("```python\n(.*?)```", (ROOT / "docs" / "exchange.md").read_text(), re.DOTALL)[1])
+    for python in majors.values():
+        assert ran(python, tmp_path, "example.py") == wanted
