@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -21,6 +22,8 @@ from uoe_jax.exchange.command import DTYPES, FORMATS
 
 def console() -> NoReturn:
     """The `uoe` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: a locale may not have all that is written
     sys.exit(main())
 
 
@@ -78,7 +81,7 @@ def _unexpected(error: Exception, workdir: str | None) -> tuple[int, str]:
             raise OSError
         me = os.environ.get(processes.PROCESS_ID, "0")
         file = locate(workdir) / (f"error_{int(me)}.txt" if me.isdecimal() and int(me) else "error.txt")
-        file.write_text(text)
+        file.write_bytes(text.encode("utf-8", "backslashreplace"))
         place = f"in {file}"
     except Exception:  # gs:// fails in a dozen ways, and this one error is to be told whatever happens
         print(text, file=sys.stderr)

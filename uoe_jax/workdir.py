@@ -146,7 +146,7 @@ def wait_for_writer(workdir: epath.Path, seconds: float, given_up: Callable[[], 
     if is_remote(workdir) or not (workdir / LOCK).exists():
         return
     said, until = False, time.monotonic() + seconds
-    with open(workdir / LOCK) as file:
+    with open(workdir / LOCK, "rb") as file:
         while time.monotonic() < until and not given_up():
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -194,14 +194,14 @@ def enter_workdir(path: str, config: Config) -> epath.Path:
 
     def opened() -> list[str]:
         workdir = open_workdir(path, config)
-        return [os.fspath(workdir), (workdir / CONFIG).read_text()]
+        return [os.fspath(workdir), read_text(workdir / CONFIG)]
 
     name, written = processes.by_first(opened)
     workdir = locate(name)
 
     def seen() -> None:
         patience = time.monotonic() + SHOWS_UP_S
-        while not ((workdir / CONFIG).exists() and (workdir / CONFIG).read_text() == written):
+        while not ((workdir / CONFIG).exists() and read_text(workdir / CONFIG) == written):
             if time.monotonic() > patience:
                 raise UserError(
                     f"--workdir={path}: this process does not find in {name} what process 0 wrote there; give a directory "
@@ -271,7 +271,7 @@ def read_json(file: epath.Path, remedy: str) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file; UserError with the remedy where it cannot be read."""
     try:
         with os_errors(file):
-            found = json.loads(file.read_text())
+            found = json.loads(read_text(file))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -296,15 +296,20 @@ def write_asked(name: str, text: str) -> None:
         raise UserError(f"--out={name}: cannot be written ({error.strerror or error}); give another file") from error
 
 
+def read_text(path: epath.PathLike) -> str:
+    """The text of a file in UTF-8, without the byte-order mark that some editors write, its ends of lines as they are."""
+    return epath.Path(path).read_bytes().decode("utf-8-sig")  # epath heeds no encoding, which gs:// leaves to the locale
+
+
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path = epath.Path(path)
+    """Writes a file in UTF-8 whole or not at all."""
+    path, data = epath.Path(path), text.encode()
     if is_remote(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
     temporary = path.parent / f".{path.name}.{os.getpid()}"
-    with temporary.open("w") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())  # or a power cut may leave an empty file under the final name
     temporary.replace(path)

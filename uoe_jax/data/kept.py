@@ -9,7 +9,7 @@ from etils import epath
 from uoe_jax.config import Config
 from uoe_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, stored
 from uoe_jax.errors import ConfigError, UserError
-from uoe_jax.workdir import locate, os_errors, write_text
+from uoe_jax.workdir import locate, os_errors, read_text, write_text
 
 TOKENIZER = "tokenizer.json"
 
@@ -19,7 +19,7 @@ def read_tokenizer(workdir: str) -> Tokenizer | None:
     file = locate(workdir) / TOKENIZER
     try:
         with os_errors(file):
-            return stored(file.read_text()) if file.is_file() else None
+            return stored(read_text(file)) if file.is_file() else None
     except (OSError, UnicodeError, UserError) as error:
         raise UserError(f"{file}: {error}; restore it, or start in another --workdir") from error
 

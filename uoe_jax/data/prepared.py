@@ -115,7 +115,7 @@ def dataset_directory(
 def record_counts(directory: Path) -> dict[str, int]:
     """How many records each split has, without importing tfds. Raises UserError where that note is damaged."""
     try:
-        splits = json.loads((directory / "dataset_info.json").read_text())["splits"]
+        splits = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))["splits"]
         return {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(directory, error) from error
@@ -248,7 +248,7 @@ class RawFiles:
 
     def _remembered(self) -> dict[str, Any]:
         try:
-            memo = json.loads(self._memo.read_text())
+            memo = json.loads(self._memo.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

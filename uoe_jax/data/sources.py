@@ -46,13 +46,16 @@ def add_source(name: str, opened: Callable[[DataConfig], TextSource | ExampleSou
     _own[name] = opened
 
 
-def text_source(c: DataConfig, cache_dir: Path) -> TextSource:
-    """The documents of a language model; the modules are imported as they are needed. Raises UserError."""
+def text_source(c: DataConfig, cache_dir: Path, quiet: bool = False) -> TextSource:
+    """The documents of a language model; the modules are imported as they are needed. Raises UserError.
+
+    quiet: nothing is said of files that were passed over, as it was said before.
+    """
     from uoe_jax.data import named, stdlib, text, wikitext
 
     opened: dict[str, Callable[[], TextSource]] = {
         "stdlib": lambda: stdlib.prepare(c.path, cache_dir),
-        "text": lambda: text.open_text(c.path, cache_dir, c.held_out),
+        "text": lambda: text.open_text(c.path, cache_dir, c.held_out, quiet),
         "wikitext103": lambda: wikitext.open_wikitext103(c.path, cache_dir),
         "tfds_text": lambda: named.open_tfds_text(c.name, c.path),
     }
@@ -84,7 +87,7 @@ def tokenizer_of(c: DataConfig, documents: Callable[[], Iterable[bytes]], cached
         return known
     if cached is not None and cached.is_file():
         with contextlib.suppress(UserError, OSError, UnicodeError):  # a damaged one is counted again
-            return stored(cached.read_text())
+            return stored(cached.read_text(encoding="utf-8"))
     words = WordTokenizer.train(documents(), c.min_count)
     if cached is not None:
         from uoe_jax.workdir import write_text

@@ -5,6 +5,7 @@ The content hash of the directory (some 50 ms for 11 MB) says whether the datase
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import hashlib
@@ -32,11 +33,15 @@ def _left_out(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file under the source directory: relative POSIX path, size in bytes, SHA-256 of its bytes."""
+    """One file under the source directory: relative POSIX path, size in bytes, SHA-256 of its bytes.
+
+    bom: whether it begins with a byte-order mark, which is no part of its document.
+    """
 
     relative: str
     size: int
     sha256: str
+    bom: bool = False
 
     @functools.cached_property
     def path_hash(self) -> bytes:
@@ -90,7 +95,8 @@ def prepare(path: str, cache_dir: Path) -> PreparedSource:
     files = scan(root, path)
     content = hashlib.sha256()
     for file in files:
-        content.update(os.fsencode(file.relative) + b"\0" + file.sha256.encode() + b"\n")
+        mark = b"\0bom" if file.bom else b""  # once read as text: the key must tell
+        content.update(os.fsencode(file.relative) + b"\0" + file.sha256.encode() + mark + b"\n")
     sha256 = content.hexdigest()
     n_files = {split: sum(file.split == split for file in files) for split in SPLITS}
     if empty := [split for split, n in n_files.items() if n == 0]:
@@ -129,13 +135,14 @@ def scan(root: Path, path: str = "") -> list[SourceFile]:
         names[:] = [name for name in names if not _left_out(name)]  # prunes the walk
         for leaf in leaves:
             file = Path(folder, leaf)
-            if file.suffix != ".py" or _left_out(leaf) or not file.is_file():
+            if file.suffix.lower() != ".py" or _left_out(leaf) or not file.is_file():
                 continue
             try:
                 data = file.read_bytes()
             except OSError as error:
                 refuse(error)
-            files.append(SourceFile(file.relative_to(root).as_posix(), len(data), hashlib.sha256(data).hexdigest()))
+            relative, sha256 = file.relative_to(root).as_posix(), hashlib.sha256(data).hexdigest()
+            files.append(SourceFile(relative, len(data), sha256, data.startswith(codecs.BOM_UTF8)))
     if not files:
         raise ConfigError("data.path", shown, f"holds no .py file.{remedy}")
     return sorted(files, key=lambda file: os.fsencode(file.relative))
@@ -148,4 +155,4 @@ def _records(root: Path, files: list[SourceFile], split: str) -> Iterator[dict[s
             data = (root / file.relative).read_bytes()
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise changed(root / file.relative)
-        yield {"path": os.fsencode(file.relative), "text": data}
+        yield {"path": os.fsencode(file.relative), "text": data.removeprefix(codecs.BOM_UTF8)}

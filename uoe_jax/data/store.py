@@ -61,7 +61,7 @@ class TokenStore:
     def open(cls, directory: Path) -> TokenStore:
         """Opens a store. Raises DamagedStore where a file is missing, cut short or altered."""
         try:
-            meta = json.loads((directory / "store.json").read_text())
+            meta = json.loads((directory / "store.json").read_text(encoding="utf-8"))
             if meta["format"] != FORMAT:
                 raise DamagedStore(f"format {meta['format']}, this version reads {FORMAT}")
             for name, size in meta["sizes"].items():

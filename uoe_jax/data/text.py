@@ -11,38 +11,35 @@ import itertools
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from uoe_jax import processes
+from uoe_jax.data.formats import BOM, Format, keys_of, look, refuse_array
 from uoe_jax.data.prepared import RawFiles, Reader, lines, refuse
 from uoe_jax.errors import ConfigError
 
 VERSION = "1.0.0"  # of the rules below: raise it when the documents, their split or order change, or caches go stale
 DOCUMENT_BYTES = 64 << 10
-TAKEN = (".txt", ".jsonl", ".ndjson")  # of a directory, each also with .gz behind it
-JSON_LINES = (".jsonl", ".ndjson", ".json")
+TAKEN = (".txt", ".jsonl", ".ndjson")  # of a directory, in any case, each also with .gz behind it
+SHOWN = 3  # names of files that were passed over
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-    """One file: where it is, and the SHA-256 of its bytes as they lie on disk."""
+    """One file: where it is, the SHA-256 of its bytes as they lie on disk, and how they are read."""
 
     path: Path
     sha256: str
+    format: Format
 
     @property
-    def packed(self) -> bool:
-        return self.path.name.endswith(".gz")
-
-    @property
-    def json_lines(self) -> bool:
-        return self.path.name.removesuffix(".gz").endswith(JSON_LINES)
-
-    @property
-    def content(self) -> tuple[str, bool, bool]:
-        """All that its documents depend on."""
-        return self.sha256, self.packed, self.json_lines
+    def content(self) -> tuple[str | bool, ...]:
+        """All that its documents depend on. The mark has an entry of its own, as it was once read as text."""
+        found = self.format
+        return self.sha256, found.packed, found.json_lines, *(["bom"] if found.bom else [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +48,8 @@ class TextFiles:
 
     A line of a JSON-lines file is a document: its field "text", of any length; empty lines and empty texts are passed
     over. Any other file is text: one document, or several of at most 64 KiB that are cut at the ends of lines (inside a
-    longer line, between two characters) and give the file back when they are put together.
+    longer line, between two characters) and give the file back when they are put together. A byte-order mark at the head
+    of a file is no part of it. `formats.look` says which file is gzipped, and which is JSON lines.
 
     A document is of the training split, the validation split or the test split by the hash of its bytes:
     equal documents never fall into two splits, and added files move no document. Files are read in the order of their
@@ -63,6 +61,7 @@ class TextFiles:
       held_out: percent of the documents that are of validation, and as many of test, about.
       files: those that are not empty, in reading order.
       n_bytes, n_empty: the bytes of `files` on disk, and how many files were passed over because they are empty.
+      n_passed_over: the other files of a directory, which are not taken because of their names.
     """
 
     key: str
@@ -72,6 +71,7 @@ class TextFiles:
     sha256: str
     n_bytes: int
     n_empty: int
+    n_passed_over: int
     raw: RawFiles
 
     def documents(self, split: str) -> Iterator[bytes]:
@@ -105,23 +105,33 @@ class TextFiles:
             "n_files": len(self.files),
             "n_bytes": self.n_bytes,
             "n_empty_files": self.n_empty,
+            "n_passed_over": self.n_passed_over,
         }
 
 
-def open_text(path: str, cache_dir: Path, held_out: int = 1) -> TextFiles:
+def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False) -> TextFiles:
     """The text under a directory (its .txt, .jsonl and .ndjson files, also .gz, at any depth) or of the files of a glob.
 
-    In a glob, `**` is any depth and .json is JSON lines too. Hidden files and directories are passed over.
-    Raises ConfigError where there is no such file or all are empty, UserError for one that cannot be read.
+    In a glob, `**` is any depth and .json is JSON lines too. Hidden files and directories are passed over; other files of
+    a directory are, too, and process 0 says so unless `quiet`.
+    Raises ConfigError where there is no such file, all are empty or one is in another format, UserError for one that
+    cannot be read.
     """
-    found = find(path)
+    others: list[str] = []
+    found = find(path, others)
     sizes = {file: _size(file) for file in found}
     full = [file for file in found if sizes[file]]
     if not full:
         raise ConfigError("data.path", path, f"its {len(found)} files are all empty: name files with text.")
+    formats = [look(file) for file in full]
+    if others and not quiet and os.environ.get(processes.PROCESS_ID, "0") in ("", "0"):
+        print(f"uoe: data.path={path}: {len(others)} of {len(others) + len(found)} files passed over "
+              f"({_few(others)}); .txt, .jsonl and .ndjson are read, also gzipped; name others by a glob",
+              file=sys.stderr, flush=True)  # fmt: skip
     raw = RawFiles(cache_dir)
     hashes = raw.sha256(full)
-    files = sorted((TextFile(*pair) for pair in zip(full, hashes, strict=True)), key=lambda file: file.content)
+    named = (TextFile(*of_file) for of_file in zip(full, hashes, formats, strict=True))
+    files = sorted(named, key=lambda file: file.content)
     sha256 = hashlib.sha256(json.dumps([file.content for file in files]).encode()).hexdigest()
     return TextFiles(
         key=f"text-{VERSION}-{sha256[:24]}" + (f"-{held_out}" if held_out != 1 else ""),
@@ -131,6 +141,7 @@ def open_text(path: str, cache_dir: Path, held_out: int = 1) -> TextFiles:
         sha256=sha256,
         n_bytes=sum(sizes.values()),
         n_empty=len(found) - len(full),
+        n_passed_over=len(others),
         raw=raw,
     )
 
@@ -141,15 +152,26 @@ def split_of(document: bytes, held_out: int = 1) -> str:
     return "train" if percent < 100 - 2 * held_out else "validation" if percent < 100 - held_out else "test"
 
 
-def find(path: str) -> list[Path]:
-    """The files that data.path names, in the order of their names; one that has several names is taken once."""
+def find(path: str, others: list[str] | None = None) -> list[Path]:
+    """The files that data.path names, in the order of their names; one that has several names is taken once.
+
+    others: is given the names, below the directory, of the files in it that are not taken.
+    """
+    passed_over: list[str] = [] if others is None else others
     if not path:
         remedy = "set it to a directory of .txt or .jsonl files, or to a glob such as 'DIR/**/*.txt'."
         raise ConfigError("data.path", path, remedy)
     pattern = os.path.expanduser(path)
     if os.path.isdir(pattern):
-        names = [name for name in _walk(pattern) if name.removesuffix(".gz").endswith(TAKEN)]
-        missing = "holds no .txt, .jsonl or .ndjson file (also .gz): name a directory that does, or others by a glob."
+        names = []
+        for name in _walk(pattern):
+            if name.lower().removesuffix(".gz").endswith(TAKEN):
+                names.append(name)
+            elif os.path.isfile(name):
+                passed_over.append(os.path.relpath(name, pattern))
+        passed_over.sort()
+        there = f" but {len(passed_over)} other files ({_few(passed_over)})" if passed_over else ""
+        missing = f"holds no .txt, .jsonl or .ndjson file (also .gz){there}: name a directory that does, or others by a glob."
     else:
         if "**" in pattern:
             # glob itself passes over directories that cannot be read.
@@ -163,6 +185,12 @@ def find(path: str) -> list[Path]:
     if not files:
         raise ConfigError("data.path", path, missing)
     return list(files.values())
+
+
+def _few(names: list[str]) -> str:
+    """The first of some names, on one line."""
+    shown = [name if name.isprintable() else repr(name) for name in names[:SHOWN]]
+    return ", ".join(shown) + (", …" if len(names) > SHOWN else "")
 
 
 def _walk(root: str) -> Iterator[str]:
@@ -199,13 +227,15 @@ def _size(file: Path) -> int:
 
 
 def _documents(file: TextFile, raw: RawFiles) -> Iterator[bytes]:
+    packed, json_lines, bom = file.format
     with raw.open(file.path, file.sha256) as opened, contextlib.ExitStack() as stack:
-        reader: Reader = stack.enter_context(gzip.GzipFile(fileobj=opened)) if file.packed else opened
-        yield from (_from_json_lines if file.json_lines else _from_text)(reader, file.path)
+        reader: Reader = stack.enter_context(gzip.GzipFile(fileobj=opened)) if packed else opened
+        offset = len(reader.read(len(BOM))) if bom else 0
+        yield from _from_json_lines(reader, file.path) if json_lines else _from_text(reader, file.path, offset)
 
 
-def _from_text(reader: Reader, file: Path) -> Iterator[bytes]:
-    offset = 0
+def _from_text(reader: Reader, file: Path, offset: int = 0) -> Iterator[bytes]:
+    """offset: of the reader, in bytes."""
     rest = b""
     while rest := rest + reader.read(DOCUMENT_BYTES + 1 - len(rest)):
         document = rest[: _cut(rest)]
@@ -230,19 +260,26 @@ def _cut(data: bytes) -> int:
 
 
 def _from_json_lines(reader: Reader, file: Path) -> Iterator[bytes]:
+    is_first = True
     for number, line in lines(reader, file):
         if line.isspace():
             continue
         where = f"{file}, line {number}"
+        if is_first and line.lstrip().startswith(b"[") and file.name.lower().removesuffix(".gz").endswith(".json"):
+            refuse_array(str(file))
+        is_first = False
         try:
             found = json.loads(line.decode())
         except UnicodeDecodeError as error:
             raise _not_utf8(f"{where}, byte {error.start} of the line") from error
         except (ValueError, RecursionError) as error:
-            raise ConfigError("data.path", where, f"is no JSON ({error}): mend it, or name the file .txt.") from error
+            remedy = f"is no JSON of its own ({error}): mend it, or take the file out of data.path."
+            raise ConfigError("data.path", where, remedy) from error
         text = found.get("text") if isinstance(found, dict) else None
         if not isinstance(text, str):
-            raise ConfigError("data.path", where, 'must be a JSON object with its text as a string, {"text": "..."}.')
+            has = f" (it has {keys_of(found)})" if isinstance(found, dict) else ""
+            remedy = f'must be a JSON object with its text as a string, {{"text": "..."}}{has}.'
+            raise ConfigError("data.path", where, remedy)
         try:
             document = text.encode()
         except UnicodeEncodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import hashlib
@@ -170,7 +171,9 @@ def _from_file(file: Path, sha256: str, raw: RawFiles) -> Iterator[bytes]:
 
 def _records(text: Callable[[], Iterator[bytes]], origin: Path) -> Iterator[dict[str, bytes]]:
     n_articles = 0
-    for n_articles, article in enumerate(articles(text()), 1):  # noqa: B007, asked after the loop
+    for n_articles, article in enumerate(articles(text()), 1):
+        if n_articles == 1 and article.startswith(codecs.BOM_UTF8):
+            raise _broken(origin, "changed, with a byte-order mark at the head of a file")
         yield {"text": article}
     if not n_articles:
         raise _broken(origin, "without a line ' = Title = ' in one of its files")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from typing import Any, TextIO
 
 from uoe_jax import config as config_lib
 from uoe_jax import processes
 from uoe_jax.config import Config
+from uoe_jax.data.formats import JSON_LINES, json_of, keys_of, other_format
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.infer.experts import choices
 from uoe_jax.workdir import locate, os_errors, write_asked
@@ -50,7 +52,7 @@ def configured(options: argparse.Namespace, config: Config) -> Config:
 def run_generate(options: argparse.Namespace, config: Config) -> None:
     """Raises UserError for prompts that cannot be read or do not fit."""
     config = configured(options, config)
-    prompts = read_prompts(options.prompts) if options.prompts else []
+    prompts = read_prompts(options.prompts) if options.prompts else {}
     from uoe_jax import runtime
 
     runtime.start(config)
@@ -58,45 +60,72 @@ def run_generate(options: argparse.Namespace, config: Config) -> None:
     from uoe_jax.infer.sample import Sampler
     from uoe_jax.train.restore import restored
 
-    processes.same_command(config, step=options.step, stop=options.stop, prompts=prompts)
+    processes.same_command(config, step=options.step, stop=options.stop, prompts=list(prompts.values()))
     tokenizer = tokenizer_of_run(config, options.workdir)
     with restored(config, options.workdir, options.step) as run:
         sampler = Sampler(config, run.program.model, run.params, tokenizer)
         if options.chat:
             chat(sampler, options.stop, sys.stdin)
         elif options.prompts:
-            _write(options.out, sampler.complete(prompts, options.stop, batch=int(options.batch)))
+            for number, prompt in prompts.items():
+                sampler.encoded(prompt, f"--prompts={options.prompts}: line {number}")
+            _write(options.out, sampler.complete(list(prompts.values()), options.stop, batch=int(options.batch)))
         else:
             _one(sampler, options)
         _report(sampler, run.step)
 
 
-def read_prompts(name: str) -> list[str]:
-    """The prompts of a file: one a line, or of .jsonl the key "prompt" of every line; empty lines of text are left out.
+def read_prompts(name: str) -> dict[int, str]:
+    """The prompts of a file by their line, from 1: one a line, or of JSON lines the key "prompt" of every line.
+
+    A file is JSON lines by its name or by its first line. Lines without text are left out.
 
     Raises:
-      UserError: it cannot be read, or holds none.
+      UserError: it cannot be read or holds none; or, with its line, one is no prompt.
     """
+    wanted = 'give text, one prompt a line, or JSON lines of {"prompt": "…"}'
     try:
         with os_errors(name):
-            lines = locate(name, "--prompts").read_text().split("\n")
-        lines = [line.removesuffix("\r") for line in lines if line.strip()]
-        found = [json.loads(line)["prompt"] for line in lines] if name.endswith(".jsonl") else lines
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise UserError(f'--prompts={name}: cannot be read ({reason}); give text, one prompt a line, or .jsonl of {{"prompt": "…"}}') from error
-    if not found or not all(isinstance(prompt, str) for prompt in found):
-        raise UserError(f"--prompts={name}: holds no prompts; give text, one prompt a line, or .jsonl of objects with the text \"prompt\"")
+            data = locate(name, "--prompts").read_bytes()
+        if other := other_format(data):
+            raise UserError(f"--prompts={name}: {other}; {wanted}")
+        text = data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--prompts={name}: cannot be read ({reason}); {wanted}") from error
+    numbered = enumerate(re.split("\r\n|\r|\n", text), 1)
+    found = {number: line for number, line in numbered if line.strip()}
+    first = json_of(next(iter(found.values()), ""))
+    if name.lower().endswith(JSON_LINES) or isinstance(first, dict):
+        found = {number: _prompt_of(line, f"--prompts={name}: line {number}") for number, line in found.items()}
+    else:
+        whole = json_of(text) if text.lstrip().startswith(("{", "[")) else None
+        if isinstance(whole, dict) or isinstance(whole, list) and any(isinstance(one, dict) for one in whole):
+            raise UserError(f"--prompts={name}: is one JSON value and not JSON lines; {wanted}")
+    if not found:
+        raise UserError(f"--prompts={name}: holds no prompts; {wanted}")
     return found
+
+
+def _prompt_of(line: str, where: str) -> str:
+    found = json_of(line)
+    prompt = found.get("prompt") if isinstance(found, dict) else None
+    if not isinstance(prompt, str):
+        has = f" with {keys_of(found)}" if isinstance(found, dict) else ""
+        what = "no JSON" if found is None else f"JSON{has}"
+        raise UserError(f'{where}: is {what} where JSON lines have an object with the text "prompt"; mend the line')
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(f"{where}: its prompt holds half a character (a lone surrogate); mend the line")
+    return prompt
 
 
 def _write(out: str | None, completions: list[Any]) -> None:
     if not processes.is_first():
         return
-    lines = "".join(
-        json.dumps({"prompt": c.prompt, "text": c.followed, "tokens": c.n_tokens, "ended": c.ended}, ensure_ascii=False) + "\n"
-        for c in completions
-    )
+    # JSON is UTF-8, whatever the locale says of the screen.
+    escaped = not out and (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    found = [{"prompt": c.prompt, "text": c.followed, "tokens": c.n_tokens, "ended": c.ended} for c in completions]
+    lines = "".join(json.dumps(one, ensure_ascii=escaped) + "\n" for one in found)
     if not out:
         print(lines, end="", flush=True)
         return
@@ -138,7 +167,7 @@ def chat(sampler: Any, stops: list[str], lines: TextIO) -> None:
         line = lines.readline()
         if not line.strip():
             return
-        text += line
+        text += line.removeprefix("\ufeff")  # of a file in the place of a person
         kept = fitting(sampler, text)
         if kept != text:
             print(f"[the context is full: the first {len(text) - len(kept)} characters are forgotten]", file=sys.stderr)

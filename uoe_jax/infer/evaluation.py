@@ -44,7 +44,8 @@ def targets_per_word(config: Config, data: DataBundle, split: str) -> float | No
     """Targets of a split for every word of its documents, words being what spaces part; None where nothing is text."""
     if config.data.source not in TEXT:
         return None
-    words = sum(len(document.split()) for document in text_source(config.data, default_cache_dir()).documents(split))
+    source = text_source(config.data, default_cache_dir(), quiet=True)
+    words = sum(len(document.split()) for document in source.documents(split))
     return data.record["n_targets"][split] / max(words, 1)
 
 

@@ -58,7 +58,7 @@ def compile_step(config: Config) -> Compiled:
     flags = f"--xla_force_host_platform_device_count={devices} {FLAGS}"
     env = {**mine, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "2"}
     command = [sys.executable, "-m", "uoe_jax.plan.compiled"]
-    done = subprocess.run(command, input=json.dumps(to_dict(config)), capture_output=True, text=True, env=env)
+    done = subprocess.run(command, input=json.dumps(to_dict(config)), capture_output=True, encoding="utf-8", errors="replace", env=env)
     if done.returncode == EXIT_BAD_INPUT and done.stdout:
         raise UserError(json.loads(done.stdout)["error"])
     if done.returncode:

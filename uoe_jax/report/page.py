@@ -34,18 +34,26 @@ def page(runs: Sequence[Logged], looked: Sequence[Looked]) -> str:
     title = " · ".join(run.name for run in runs)
     data = [_run(run, look) for run, look in zip(runs, looked)]
     own = importlib.resources.files("uoe_jax.report")
-    return string.Template((own / "page.html").read_text()).substitute(
+    part = lambda name: (own / name).read_text(encoding="utf-8")  # noqa: E731
+    text = string.Template(part("page.html")).substitute(
         title=html.escape(title),
         made=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
-        style=(own / "page.css").read_text(),
+        style=part("page.css"),
         bokeh=Resources(mode="inline", components=["bokeh"]).render_js(),
         figures=script,
         summary=_summary(runs),
         curves="".join(divs[: len(curves)]),
         routing="".join(divs[len(curves) :]),
-        data=json.dumps(data, ensure_ascii=False).replace("</", "<\\/"),
-        script=(own / "page.js").read_text(),
+        data=_in_script(data),
+        script=part("page.js"),
     )
+    return text.encode("utf-8", "replace").decode()  # a directory's name may have bytes that are no text
+
+
+def _in_script(data: Any) -> str:
+    """JSON inside a <script> element: no character of it begins a tag or a comment, or ends a line of JavaScript."""
+    text = json.dumps(data, ensure_ascii=False)
+    return text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<\u2028\u2029"})
 
 
 def _summary(runs: Sequence[Logged]) -> str:

@@ -125,7 +125,7 @@ class CheckpointStore:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             probe = self.directory / f".write_test_{jax.process_index()}"
-            probe.write_text("")
+            probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
             reason = error.strerror or error

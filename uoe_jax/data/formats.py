@@ -1,0 +1,158 @@
+"""What a file of text is: its first bytes say it, and its name in any case where they leave it open.
+
+Text is UTF-8, as it is or gzipped. Anything else that the first bytes tell is refused by its name.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from uoe_jax.data.prepared import LINE_BYTES, Reader, readable, refuse
+from uoe_jax.errors import ConfigError
+
+BOM = codecs.BOM_UTF8
+GZIP = b"\x1f\x8b"
+HEAD_BYTES = 4096
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+_NO_WORD = rb"(?![\s!-/:-@])"  # behind a mark of letters, which may begin a text, too
+_OTHERS = (
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32"),  # before UTF-16, whose mark it begins with
+    (rb"\xff\xfe|\xfe\xff", "UTF-16"),
+    (rb"\x1f\x8b", "gzip"),
+    (rb"PAR1" + _NO_WORD, "Parquet"),
+    (rb"ARROW1" + _NO_WORD + rb"|\xff\xff\xff\xff", "Arrow"),
+    (rb"FEA1" + _NO_WORD, "Feather"),
+    (rb"Obj\x01", "Avro"),
+    (rb"SQLite format 3\0", "SQLite"),
+    (rb"\x89HDF\r\n", "HDF5"),
+    (rb"\x93NUMPY", "NumPy"),
+    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstandard"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "bzip2"),
+    (rb"\xfd7zXZ\0", "xz"),
+    (rb"\x04\x22\x4d\x18", "lz4"),
+    (rb"\xff\x06\0\0sNaPpY", "snappy"),
+    (rb"\x1f\x9d", "compress"),
+    (rb"PK(\x03\x04|\x05\x06)", "zip"),
+    (rb"7z\xbc\xaf\x27\x1c", "7z"),
+    (rb"Rar!\x1a\x07", "rar"),
+    (rb".{257}ustar", "tar"),
+    (rb"%PDF-", "PDF"),
+    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "Microsoft Office"),
+    (rb"\x89PNG", "PNG"),
+    (rb"\xff\xd8\xff", "JPEG"),
+    (rb"\x7fELF", "ELF"),
+)
+
+
+class Format(NamedTuple):
+    """How a file is read: gzipped, as JSON lines, behind a byte-order mark."""
+
+    packed: bool
+    json_lines: bool
+    bom: bool
+
+
+def look(file: Path) -> Format:
+    """How the documents of a file of text are read.
+
+    Raises:
+      ConfigError: it is in a format that is not read here, or holds JSON without the texts' key.
+      UserError: it cannot be read or decompressed.
+    """
+    name = file.name.lower()
+    with readable(file), open(file, "rb") as opened, contextlib.ExitStack() as stack:
+        head = opened.read(HEAD_BYTES)
+        packed = head.startswith(GZIP)
+        opened.seek(0)
+        reader: Any = stack.enter_context(gzip.GzipFile(fileobj=opened)) if packed else opened
+        if packed:
+            head = reader.read(HEAD_BYTES)
+        if other := other_format(head):
+            raise ConfigError("data.path", str(file), f"{other}, or take it out of data.path.")
+        if name.endswith(".gz") and not packed:
+            refuse(file, ValueError("it is named .gz and is not a gzip file"))
+        bom = head.startswith(BOM)
+        reader.seek(len(BOM) if bom else 0)
+        start = head.removeprefix(BOM).lstrip()[:1]
+        # Lines are only read where they may be JSON: a file may be one line of any length.
+        by_content = not start or start in b"{["
+        json_lines = name.removesuffix(".gz").endswith(JSON_LINES) or by_content and _are_json_lines(reader, file)
+    return Format(packed, json_lines, bom)
+
+
+def other_format(head: bytes) -> str | None:
+    """Of a file's first bytes: the format that is not text in UTF-8, and what to do; None for text as far as they tell."""
+    found = next((name for mark, name in _OTHERS if re.match(mark, head, re.DOTALL)), None)
+    halves = head[: len(head) & ~1]
+    zeros = sorted((halves[0::2].count(0), halves[1::2].count(0)))
+    if found is None and len(halves) >= 4 and zeros[0] == 0 and 4 * zeros[1] > len(halves):
+        found = "UTF-16"  # without its mark, of mostly Latin letters
+    if found is None:
+        return None
+    if found.startswith("UTF-"):
+        return f"is {found}: convert it to UTF-8"
+    return f"holds {found}, which is not read here: convert it to text or JSON lines"
+
+
+def keys_of(found: Mapping[str, Any]) -> str:
+    """The keys of a JSON object, short, for an error."""
+    names = [repr(key if len(key) < 40 else key[:36] + "…") for key in list(found)[:8]]
+    return ("the keys " + ", ".join(names) + (", …" if len(found) > 8 else "")) if names else "no key"
+
+
+def json_of(text: str | bytes) -> Any:
+    """The JSON value of a text, UTF-8 where it is bytes; None for what is none."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode())
+    except (ValueError, RecursionError):
+        return None
+
+
+def _are_json_lines(reader: Reader, file: Path) -> bool:
+    """Whether the lines are JSON objects with a text; refused where they are JSON objects without one."""
+    line = _next_line(reader)
+    first = json_of(line)
+    if line.lstrip().startswith(b"["):
+        _refuse_array(line, file)
+    if not isinstance(first, dict):
+        return False
+    line = _next_line(reader)
+    if isinstance(first.get("text"), str):
+        return not line or line.lstrip().startswith(b"{")  # else it is text that begins with an object
+    if isinstance(json_of(line), dict):
+        remedy = (
+            f'its lines are JSON objects with {keys_of(first)} and no string "text": put the text of every line under '
+            '"text" (to train on the lines as they stand, too), or take the file out of data.path.'
+        )
+        raise ConfigError("data.path", str(file), remedy)
+    return False
+
+
+def _next_line(reader: Reader) -> bytes:
+    """The next line that is not empty, or a piece of one that is too long; b"" at the end."""
+    while line := reader.readline(LINE_BYTES):
+        if not line.isspace():
+            return line
+    return b""
+
+
+def _refuse_array(line: bytes, file: Path) -> None:
+    """Refuses a JSON array of objects with texts that is written in one line; spread over lines, JSON is text."""
+    try:
+        first, _ = json.JSONDecoder().raw_decode(line.decode().lstrip()[1:].lstrip())
+    except (ValueError, RecursionError):
+        return
+    if isinstance(first, dict) and isinstance(first.get("text"), str):
+        refuse_array(str(file))
+
+
+def refuse_array(where: str) -> NoReturn:
+    remedy = "is one JSON array: write its objects one a line (jq -c '.[]' does), or take the file out of data.path."
+    raise ConfigError("data.path", where, remedy)
