@@ -149,3 +149,23 @@ def test_20000_logged_steps_of_two_runs(opened, tmp_path):
     page.select_option("#run", "1")
     assert page.locator("#layer option").count() == 2
     assert "no checkpoints" in page.locator("#why").inner_text()
+
+
+def test_words_and_names_that_look_like_the_pages_own(opened, tmp_path):
+    """They are shown as they are, and swallow no script."""
+    odd, source = ["<!--", "<script>", "</script>"], tmp_path / "text"
+    source.mkdir()
+    for i in range(300):
+        (source / f"{i}.txt").write_text(" ".join([*odd, str(i % 7), *odd]), encoding="utf-8")
+    run = tmp_path / "<!--<script>&amp;"
+    data = ["source=text", f"path={source}", "tokenizer=words", "held_out=10"]
+    options = [*(f"--config.data.{one}" for one in data), "--config.train.steps=3", "--config.train.report=true"]
+    assert cli.main(["train", f"--config={TINY}", *options, f"--workdir={run}"]) == 0
+    other = write_run(tmp_path / "</script><b>", 20)
+    both = tmp_path / "both.html"
+    assert cli.main(["report", f"--workdir={run}", f"--workdir={other}", f"--out={both}"]) == 0
+    for file in (run / "report.html", both):
+        page = opened(file)
+        assert "<!--<script></script>" in page.locator(".passage").first.inner_text()
+        assert page.locator("h1").inner_text().startswith(run.name) and page.locator("h1 *").count() == 0
+    assert page.locator("#run option").all_inner_texts() == [run.name, other.name]
