@@ -1,4 +1,4 @@
-"""Files of people: formats by content or by name in any case, byte-order marks, locales, and files that are passed over."""
+"""Files of people: formats by content or name, byte-order marks, locales, files passed over."""
 
 from __future__ import annotations
 
@@ -45,10 +45,12 @@ def sentence(capsys, *args) -> str:
 
 def documents(path, cache) -> list[bytes]:
     source = text.open_text(str(path), cache)
-    return sorted(document for file in source.files for document in text._documents(file, source.raw))
+    return sorted(
+        document for file in source.files for document in text._documents(file, source.raw)
+    )
 
 
-# ---- formats ------------------------------------------------------------------------------------------------------
+# ---- formats ----
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,9 @@ def test_json_lines_are_told_by_name_in_any_case_or_by_content(name, data, tmp_p
 def test_text_stays_text(name, data, tmp_path):
     for mark in (b"", BOM):
         whole = mark + data
-        (tmp_path / name).write_bytes(gzip.compress(whole) if name.lower().endswith("gz") else whole)
+        (tmp_path / name).write_bytes(
+            gzip.compress(whole) if name.lower().endswith("gz") else whole
+        )
         assert documents(tmp_path / name, tmp_path / "cache") == [data]
 
 
@@ -136,7 +140,9 @@ def test_other_formats_are_refused_by_their_name(kind, name, tmp_path):
     if kind == "gzip" and not name.endswith(".gz"):
         return  # it is read
     file.write_bytes(gzip.compress(OTHERS[kind]) if name.endswith(".gz") else OTHERS[kind])
-    with pytest.raises(UserError, match=f"^data.path='{file}': (is|holds) {kind.strip()}.*: convert it to ") as error:
+    with pytest.raises(
+        UserError, match=f"^data.path='{file}': (is|holds) {kind.strip()}.*: convert it to "
+    ) as error:
         text.open_text(str(tmp_path / "a*"), tmp_path / "cache")
     assert "\n" not in str(error.value)
 
@@ -144,11 +150,19 @@ def test_other_formats_are_refused_by_their_name(kind, name, tmp_path):
 @pytest.mark.parametrize(
     "name, data, said",
     [
-        ("a.log", b'{"id": 1, "content": "x"}\n{"id": 2}\n', """keys 'id', 'content' and no string "text": put"""),
+        (
+            "a.log",
+            b'{"id": 1, "content": "x"}\n{"id": 2}\n',
+            """keys 'id', 'content' and no string "text": put""",
+        ),
         ("a.txt", b'{"meta": 1}\n{"text": "x"}\n', """keys 'meta' and no string "text": put"""),
         ("a", b'{"text": ["x"]}\n\n{"text": 2}\n', """keys 'text' and no string "text": put"""),
         ("a.JSON", b'\n[\n{"text": "x"}]', "one JSON array: write its objects one a line"),
-        ("a.txt", b'[{"text": "x"}, {"text": "y"}]', "one JSON array: write its objects one a line"),
+        (
+            "a.txt",
+            b'[{"text": "x"}, {"text": "y"}]',
+            "one JSON array: write its objects one a line",
+        ),
         ("a.jsonl", b'{"content": "x"}', """{"text": "..."} (it has the keys 'content')"""),
         ("a.txt", LINES + b'{"text": "b', "line 41': is no JSON"),
         ("a.txt.GZ", b"text", "is named .gz and is not a gzip file"),
@@ -158,12 +172,20 @@ def test_json_without_texts_is_refused_and_not_trained_on(name, data, said, tmp_
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError) as error:
         documents(tmp_path / name, tmp_path / "cache")
-    assert said in str(error.value) and "data.path" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        said in str(error.value)
+        and "data.path" in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_documents_keys_and_records_are_those_they_were(tmp_path):
     """If this fails, runs on plain files are refused their data, and caches go stale."""
-    plain = {"a.txt": b"one\n", "b.jsonl": LINES, "c.txt.gz": bytes.fromhex("1f8b08000000000002032b29cf0700668aca1103000000")}
+    plain = {
+        "a.txt": b"one\n",
+        "b.jsonl": LINES,
+        "c.txt.gz": bytes.fromhex("1f8b08000000000002032b29cf0700668aca1103000000"),
+    }
     for name, data in plain.items():
         (tmp_path / name).write_bytes(data)
     before = text.open_text(str(tmp_path), tmp_path / "cache")
@@ -179,12 +201,12 @@ def test_documents_keys_and_records_are_those_they_were(tmp_path):
     assert text.open_text(str(tmp_path), tmp_path / "cache").key == before.key
 
 
-# ---- files that are passed over -------------------------------------------------------------------------------------
+# ---- files that are passed over ----
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A directory as people upload it: three files of 100 rows each are read, two are not; more are hidden."""
+    """A directory as people upload it: three files are read, two are not, one is hidden."""
     place = tmp_path / "up"
     place.mkdir()
     for i, name in enumerate(("a.jsonl", "b.JSONL", "c.jsonl.GZ")):
@@ -197,8 +219,10 @@ def mixed(tmp_path):
 
 
 def said_of(place) -> str:
-    return (f"uoe: data.path={place}: 2 of 5 files passed over (d.jsonl.zst, e.parquet); .txt, .jsonl and .ndjson are read, "
-            "also gzipped; name others by a glob\n")  # fmt: skip
+    return (
+        f"uoe: data.path={place}: 2 of 5 files passed over (d.jsonl.zst, e.parquet); "
+        ".txt, .jsonl and .ndjson are read, also gzipped; name others by a glob\n"
+    )
 
 
 def test_files_that_are_passed_over_are_named_once_by_every_command(mixed, tmp_path, capsys):
@@ -209,18 +233,45 @@ def test_files_that_are_passed_over_are_named_once_by_every_command(mixed, tmp_p
     targets_per_word(config, bundle, "validation")  # what `uoe eval` reads, too
     assert capsys.readouterr().err == said_of(mixed)
     assert (bundle.record["n_files"], bundle.record["n_passed_over"]) == (3, 2)
-    options = ["--config.data.source=text", f"--config.data.path={mixed}", "--config.data.held_out=10"]
-    assert cli.main(["tokenizer", "train", f"--config={TINY}", *options, "--vocab=300", f"--out={tmp_path}/t.json"]) == 0
+    options = [
+        "--config.data.source=text",
+        f"--config.data.path={mixed}",
+        "--config.data.held_out=10",
+    ]
+    assert (
+        cli.main(
+            [
+                "tokenizer",
+                "train",
+                f"--config={TINY}",
+                *options,
+                "--vocab=300",
+                f"--out={tmp_path}/t.json",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().err == said_of(mixed)
 
 
 def small(**data):
     routing = dict(n_experts=4, k=2)
-    model = dict(d_model=32, n_layers=1, n_heads=4, d_hidden=64, context_length=64, vocab_size=257, smha=routing, uome=routing)
+    model = dict(
+        d_model=32,
+        n_layers=1,
+        n_heads=4,
+        d_hidden=64,
+        context_length=64,
+        vocab_size=257,
+        smha=routing,
+        uome=routing,
+    )
     return from_dict({"model": model, "data": data})
 
 
-def test_files_that_are_passed_over_are_named_by_process_0_alone(mixed, tmp_path, capsys, monkeypatch):
+def test_files_that_are_passed_over_are_named_by_process_0_alone(
+    mixed, tmp_path, capsys, monkeypatch
+):
     for me, said in (("", said_of(mixed)), ("0", said_of(mixed)), ("1", "")):
         monkeypatch.setenv("UOE_PROCESS_ID", me)
         text.open_text(str(mixed), tmp_path / "cache")
@@ -232,12 +283,18 @@ def test_files_that_are_passed_over_are_named_by_process_0_alone(mixed, tmp_path
     for i in range(9):
         (mixed / "more" / f"{i}.md").write_bytes(b"")
     text.open_text(str(mixed), tmp_path / "cache")
-    assert "11 of 14 files passed over (d.jsonl.zst, e.parquet, more/0.md, …); " in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"holds no .txt, .* but 9 other files \(0.md, 1.md, 2.md, …\): name a directory"):
+    assert (
+        "11 of 14 files passed over (d.jsonl.zst, e.parquet, more/0.md, …); "
+        in capsys.readouterr().err
+    )
+    with pytest.raises(
+        UserError,
+        match=r"holds no .txt, .* but 9 other files \(0.md, 1.md, 2.md, …\): name a directory",
+    ):
         text.open_text(str(mixed / "more"), tmp_path / "cache")
 
 
-# ---- other files by name --------------------------------------------------------------------------------------------
+# ---- other files by name ----
 
 
 @pytest.mark.parametrize(
@@ -248,7 +305,7 @@ def test_files_that_are_passed_over_are_named_by_process_0_alone(mixed, tmp_path
         ("p.txt", b'\n{"prompt": "a", "id": 1}\r\n{"prompt": "b"}', {2: "a", 3: "b"}),
         ("p.jsonl", BOM + b'{"prompt": "a"}\n', {1: "a"}),
         ("p", BOM + "Zoë\r\n\n x \x85y\u2028z\n".encode(), {1: "Zoë", 3: " x \x85y\u2028z"}),
-        ("p.txt", b"[1, 2]\n3\n\"a\"\n{ x\n", {1: "[1, 2]", 2: "3", 3: '"a"', 4: "{ x"}),
+        ("p.txt", b'[1, 2]\n3\n"a"\n{ x\n', {1: "[1, 2]", 2: "3", 3: '"a"', 4: "{ x"}),
     ],
 )
 def test_prompts_are_told_by_name_in_any_case_or_by_content(name, data, prompts, tmp_path):
@@ -261,7 +318,11 @@ def test_prompts_are_told_by_name_in_any_case_or_by_content(name, data, prompts,
     [
         ("p.txt", b'{"text": "a"}\n', """line 1: is JSON with the keys 'text' where"""),
         ("p.txt", b'{"prompt": "a"}\nb\n', "line 2: is no JSON where"),
-        ("p.JSONL", b'{"prompt": "a"}\n\n{"prompt": 3}\n', "line 3: is JSON with the keys 'prompt' where"),
+        (
+            "p.JSONL",
+            b'{"prompt": "a"}\n\n{"prompt": 3}\n',
+            "line 3: is JSON with the keys 'prompt' where",
+        ),
         ("p.JSON", b'[{"prompt": "a"}]', "line 1: is JSON where"),
         ("p.txt", b'[{"prompt": "a"}]', "is one JSON value and not JSON lines"),
         ("p.txt", b'{\n "prompt": "a"\n}', "is one JSON value and not JSON lines"),
@@ -276,14 +337,19 @@ def test_prompts_that_are_none_are_named_with_their_line(name, data, said, tmp_p
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError) as error:
         read_prompts(str(tmp_path / name))
-    assert str(error.value).startswith(f"--prompts={tmp_path / name}: {said}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"--prompts={tmp_path / name}: {said}") and "\n" not in str(
+        error.value
+    )
 
 
 def test_a_prompt_that_does_not_fit_is_named_with_its_line():
     from uoe_jax.infer.sample import Sampler
 
     one = types.SimpleNamespace(config=small(), tokenizer=ByteTokenizer())
-    with pytest.raises(UserError, match="^--prompts=p.txt: line 7: 101 tokens leave no room in model.context_length=64"):
+    with pytest.raises(
+        UserError,
+        match="^--prompts=p.txt: line 7: 101 tokens leave no room in model.context_length=64",
+    ):
         Sampler.encoded(one, "x" * 100, "--prompts=p.txt: line 7")
 
 
@@ -292,8 +358,12 @@ def test_byte_order_marks_are_no_part_of_configurations_and_tokenizers(tmp_path)
     for name in ("c.JSON", "c.json"):
         (tmp_path / name).write_bytes(BOM + json.dumps(values).encode())
         assert evaluate(str(tmp_path / name)) == values
-    program = "from uoe_jax import config as uoe\ndef get_config():\n    c = uoe.base()\n    c.generate.prompt = 'Zo\xeb'\n    return c\n"
-    for name, data in (("a.py", BOM + program.encode()), ("b.py", ("# -*- coding: latin-1 -*-\n" + program).encode("latin-1"))):
+    program = (
+        "# -*- coding: {} -*-\nfrom uoe_jax import config as uoe\n"
+        "def get_config():\n    c = uoe.base()\n    c.generate.prompt = 'Zoë'\n    return c\n"
+    )
+    latin = program.format("latin-1").encode("latin-1")
+    for name, data in (("a.py", BOM + program.format("utf-8").encode()), ("b.py", latin)):
         (tmp_path / name).write_bytes(data)
         assert evaluate(str(tmp_path / name))["generate"]["prompt"] == "Zoë"
     (tmp_path / "config.json").write_bytes(BOM + json.dumps(to_dict(small())).encode())
@@ -309,7 +379,9 @@ def test_byte_order_marks_are_no_part_of_sources_of_python(tmp_path):
         (tmp_path / folder).mkdir()
         for i in range(60):
             (tmp_path / folder / f"{i}.{'PY' if i % 2 else 'py'}").write_bytes(mark + b"x = 1\n")
-    plain, marked = (stdlib.prepare(str(tmp_path / folder), tmp_path / "cache") for folder in ("plain", "marked"))
+    plain, marked = (
+        stdlib.prepare(str(tmp_path / folder), tmp_path / "cache") for folder in ("plain", "marked")
+    )
     assert plain.key != marked.key and sum(plain.n_files.values()) == 60
     assert set(marked.documents("train")) == set(plain.documents("train")) == {b"x = 1\n"}
     (tmp_path / "wiki").mkdir()
@@ -319,7 +391,7 @@ def test_byte_order_marks_are_no_part_of_sources_of_python(tmp_path):
         wikitext.open_wikitext103(str(tmp_path / "wiki"), tmp_path / "cache")
 
 
-# ---- locales --------------------------------------------------------------------------------------------------------
+# ---- locales ----
 
 # Read and written there is what says its encoding itself.
 BY_OTHERS = ("uoe_jax/exchange/", "uoe_jax/data/library.py", "uoe_jax/data/vocabulary.py")
@@ -330,19 +402,25 @@ def test_text_is_read_and_written_in_an_encoding_that_is_said():
     for file in sorted((ROOT / "uoe_jax").rglob("*.py")):
         if file.relative_to(ROOT).as_posix().startswith(BY_OTHERS):
             continue
-        for call in (node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)):
-            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        calls = (
+            node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Call)
+        )
+        for call in calls:
             given = {keyword.arg for keyword in call.keywords}
-            modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            opens = name == "open" and isinstance(call.func, ast.Name) and not any("b" in mode for mode in modes)
-            opens |= name == "open" and any(mode in ("r", "w", "a", "x") for mode in modes)
-            if opens or name in ("read_text", "write_text") and not call_of_ours(call) or "text" in given and name in ("run", "Popen"):
-                assert "encoding" in given, f"{file}, line {call.lineno}"
+            assert "encoding" in given or not of_text(call), f"{file}, line {call.lineno}"
 
 
-def call_of_ours(call: ast.Call) -> bool:
-    """read_text(path) and write_text(path, text) of uoe_jax.workdir, which are UTF-8."""
-    return isinstance(call.func, ast.Name)
+def of_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes text; not the functions of uoe_jax.workdir."""
+    method = getattr(call.func, "attr", "")
+    modes = {arg.value for arg in call.args if isinstance(arg, ast.Constant)}
+    if isinstance(call.func, ast.Name):
+        return call.func.id == "open" and not modes & {"rb", "wb", "ab"}
+    if method in ("run", "Popen"):
+        return any(keyword.arg in ("text", "universal_newlines") for keyword in call.keywords)
+    return (
+        method in ("read_text", "write_text") or method == "open" and bool(modes & {"r", "w", "a"})
+    )
 
 
 def test_an_odd_locale_changes_no_text(tmp_path):
@@ -358,12 +436,13 @@ def test_an_odd_locale_changes_no_text(tmp_path):
         "assert read_json(place / 'in.json', '')['a'] == prompt == 'Zo\\xeb'\n"
     )
     odd = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={**os.environ, **odd}, capture_output=True)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **odd}, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.txt").read_bytes() == "Zoë".encode()
 
 
-# ---- data in a report -----------------------------------------------------------------------------------------------
+# ---- data in a report ----
 
 
 def test_no_data_of_a_report_begin_a_tag_or_a_comment(tmp_path):
@@ -377,11 +456,20 @@ def test_no_data_of_a_report_begin_a_tag_or_a_comment(tmp_path):
     odd = ["<!--", "<script>", "</script>", "]]>", "\u2028", "&lt;", "\ud800", "'\"\\"]
     run = write_run(tmp_path / "run", 20)
     found = logged(str(run), read_config(str(run)), "".join(odd))
-    whole = page([found, found], [Looked(Sample({}, [odd], None, (0, 0), 0, odd), {"smha": np.zeros((1, 1, 1, 1))}, 3, "<!--")] * 2)
+    sample = Sample({}, [odd], None, (0, 0), 0, odd)
+    look = Looked(sample, {"smha": np.zeros((1, 1, 1, 1))}, 3, "<!--")
+    whole = page([found, found], [look, look])
     assert whole.encode()  # which a file can hold
-    data = whole.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
+    data = whole.partition('<script type="application/json" id="data">')[2].partition("</script>")[
+        0
+    ]
     assert not set("<\u2028\u2029") & set(data)
     assert json.loads(data)[0]["sample"]["texts"][0][:6] == odd[:6]
-    figures = whole.partition("</section>")[2].partition("<script type=\"application/json\"")[0]
+    figures = whole.partition("</section>")[2].partition('<script type="application/json"')[0]
     inside = figures.partition(">")[2].rpartition("</script>")[0]
-    assert "docs_json" in inside and "<!--" not in inside and "<script" not in inside and "\u2028" not in inside
+    assert (
+        "docs_json" in inside
+        and "<!--" not in inside
+        and "<script" not in inside
+        and "\u2028" not in inside
+    )

@@ -223,6 +223,11 @@ def test_prompts_that_are_none(run, tmp_path, capsys):
         assert uoe(f"--workdir={run}", f"--prompts={tmp_path / name}") == 2
         err = capsys.readouterr().err
         assert f"--prompts={tmp_path / name}: " in err and err.count("\n") == 1
+    (tmp_path / "long.txt").write_text(f"x\n\n{'x' * 300}\n")
+    assert uoe(f"--workdir={run}", f"--prompts={tmp_path}/long.txt", f"--out={tmp_path}/out") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"uoe: --prompts={tmp_path}/long.txt: line 3: 301 tokens leave no room")
+    assert err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 # --- another number of experts ----------------------------------------------------------------------------------------

@@ -158,8 +158,8 @@ def test_words_and_names_that_look_like_the_pages_own(opened, tmp_path):
     for i in range(300):
         (source / f"{i}.txt").write_text(" ".join([*odd, str(i % 7), *odd]), encoding="utf-8")
     run = tmp_path / "<!--<script>&amp;"
-    data = ["source=text", f"path={source}", "tokenizer=words", "held_out=10"]
-    options = [*(f"--config.data.{one}" for one in data), "--config.train.steps=3", "--config.train.report=true"]
+    data = ["data.source=text", f"data.path={source}", "data.tokenizer=words", "data.held_out=10"]
+    options = [f"--config.{one}" for one in (*data, "train.steps=3", "train.report=true")]
     assert cli.main(["train", f"--config={TINY}", *options, f"--workdir={run}"]) == 0
     other = write_run(tmp_path / "</script><b>", 20)
     both = tmp_path / "both.html"
@@ -167,5 +167,6 @@ def test_words_and_names_that_look_like_the_pages_own(opened, tmp_path):
     for file in (run / "report.html", both):
         page = opened(file)
         assert "<!--<script></script>" in page.locator(".passage").first.inner_text()
-        assert page.locator("h1").inner_text().startswith(run.name) and page.locator("h1 *").count() == 0
+        assert page.locator("h1").inner_text().startswith(run.name)
+        assert page.locator("h1 *").count() == 0
     assert page.locator("#run option").all_inner_texts() == [run.name, other.name]

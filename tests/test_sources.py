@@ -239,7 +239,7 @@ def test_names_and_places_do_not_matter_but_content_does(tmp_path):
     assert more.key != two.key and all(not Counter(read(two)[s]) - Counter(read(more)[s]) for s in SPLITS)
     (tmp_path / "line.txt").write_bytes(b'{"text": "a"}')
     (tmp_path / "line.jsonl").write_bytes(b'{"text": "a"}')
-    one, two = (text.open_text(str(tmp_path / f"line.{kind}"), tmp_path) for kind in ("txt", "jsonl"))
+    one, two = (text.open_text(str(tmp_path / f"line.{end}"), tmp_path) for end in ("txt", "jsonl"))
     assert one.key == two.key and set(every(one)) == set(every(two)) == {b"a"}
 
 

@@ -23,7 +23,8 @@ from uoe_jax.exchange.command import DTYPES, FORMATS
 def console() -> NoReturn:
     """The `uoe` command."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: a locale may not have all that is written
+        # As of stderr: a locale may not have all the characters that are written.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 

@@ -33,7 +33,7 @@ def find_config(name: str) -> tuple[Path | epath.Path, str]:
 
 
 def evaluate(name: str, wanted: str = "it must define get_config() that returns uoe_jax.config.base() with your changes") -> dict[str, Any]:
-    """What a config file's `get_config` returns, as nested dicts; a file that ends in .json (in any case) holds them as they are.
+    """What a config file's `get_config` returns, as nested dicts; a .json file holds them.
 
     Raises:
       UserError: the file cannot be read or run; wanted: the remedy.
@@ -43,7 +43,8 @@ def evaluate(name: str, wanted: str = "it must define get_config() that returns 
         data = path.read_bytes()
         if path.suffix.lower() == ".json":
             return dict(json.loads(data.decode("utf-8-sig")))
-        source = compile(data, str(path), "exec")  # of bytes, Python heeds a byte-order mark and a declared encoding
+        # Of bytes, Python heeds the byte-order mark and a declared encoding.
+        source = compile(data, str(path), "exec")
         spec = importlib.util.spec_from_loader("uoe_config", None)
         assert spec is not None  # of a name without a loader there always is one
         module = importlib.util.module_from_spec(spec)

@@ -297,8 +297,9 @@ def write_asked(name: str, text: str) -> None:
 
 
 def read_text(path: epath.PathLike) -> str:
-    """The text of a file in UTF-8, without the byte-order mark that some editors write, its ends of lines as they are."""
-    return epath.Path(path).read_bytes().decode("utf-8-sig")  # epath heeds no encoding, which gs:// leaves to the locale
+    """The text of a file in UTF-8, without a byte-order mark; ends of lines stay as they are."""
+    # As text, epath heeds no encoding: it keeps the mark, and reads gs:// by the locale.
+    return epath.Path(path).read_bytes().decode("utf-8-sig")
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a file of text is: its first bytes say it, and its name in any case where they leave it open.
+"""What a file of text is: its first bytes say it, and its name where they leave it open.
 
 Text is UTF-8, as it is or gzipped. Anything else that the first bytes tell is refused by its name.
 """
@@ -83,12 +83,13 @@ def look(file: Path) -> Format:
         start = head.removeprefix(BOM).lstrip()[:1]
         # Lines are only read where they may be JSON: a file may be one line of any length.
         by_content = not start or start in b"{["
-        json_lines = name.removesuffix(".gz").endswith(JSON_LINES) or by_content and _are_json_lines(reader, file)
+        by_name = name.removesuffix(".gz").endswith(JSON_LINES)
+        json_lines = by_name or by_content and _are_json_lines(reader, file)
     return Format(packed, json_lines, bom)
 
 
 def other_format(head: bytes) -> str | None:
-    """Of a file's first bytes: the format that is not text in UTF-8, and what to do; None for text as far as they tell."""
+    """That a file's first bytes are of another format, and what to do; None for UTF-8."""
     found = next((name for mark, name in _OTHERS if re.match(mark, head, re.DOTALL)), None)
     halves = head[: len(head) & ~1]
     zeros = sorted((halves[0::2].count(0), halves[1::2].count(0)))
@@ -104,7 +105,9 @@ def other_format(head: bytes) -> str | None:
 def keys_of(found: Mapping[str, Any]) -> str:
     """The keys of a JSON object, short, for an error."""
     names = [repr(key if len(key) < 40 else key[:36] + "…") for key in list(found)[:8]]
-    return ("the keys " + ", ".join(names) + (", …" if len(found) > 8 else "")) if names else "no key"
+    return ("the keys " + ", ".join(names) if names else "no key") + (
+        ", …" if len(found) > 8 else ""
+    )
 
 
 def json_of(text: str | bytes) -> Any:
@@ -116,7 +119,7 @@ def json_of(text: str | bytes) -> Any:
 
 
 def _are_json_lines(reader: Reader, file: Path) -> bool:
-    """Whether the lines are JSON objects with a text; refused where they are JSON objects without one."""
+    """Whether the lines are JSON objects with a text; ConfigError for objects without one."""
     line = _next_line(reader)
     first = json_of(line)
     if line.lstrip().startswith(b"["):
@@ -125,11 +128,13 @@ def _are_json_lines(reader: Reader, file: Path) -> bool:
         return False
     line = _next_line(reader)
     if isinstance(first.get("text"), str):
-        return not line or line.lstrip().startswith(b"{")  # else it is text that begins with an object
+        # Else it is text that begins with an object.
+        return not line or line.lstrip().startswith(b"{")
     if isinstance(json_of(line), dict):
         remedy = (
-            f'its lines are JSON objects with {keys_of(first)} and no string "text": put the text of every line under '
-            '"text" (to train on the lines as they stand, too), or take the file out of data.path.'
+            f'its lines are JSON objects with {keys_of(first)} and no string "text": put '
+            'the text of every line under "text" (also to train on the lines as they stand), or take '
+            "the file out of data.path."
         )
         raise ConfigError("data.path", str(file), remedy)
     return False
@@ -144,7 +149,7 @@ def _next_line(reader: Reader) -> bytes:
 
 
 def _refuse_array(line: bytes, file: Path) -> None:
-    """Refuses a JSON array of objects with texts that is written in one line; spread over lines, JSON is text."""
+    """Refuses an array of objects with texts in one line; JSON spread over lines is text."""
     try:
         first, _ = json.JSONDecoder().raw_decode(line.decode().lstrip()[1:].lstrip())
     except (ValueError, RecursionError):
@@ -154,5 +159,8 @@ def _refuse_array(line: bytes, file: Path) -> None:
 
 
 def refuse_array(where: str) -> NoReturn:
-    remedy = "is one JSON array: write its objects one a line (jq -c '.[]' does), or take the file out of data.path."
+    remedy = (
+        "is one JSON array: write its objects one a line (jq -c '.[]' does), or take the file out "
+        "of data.path."
+    )
     raise ConfigError("data.path", where, remedy)

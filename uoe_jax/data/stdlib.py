@@ -33,7 +33,7 @@ def _left_out(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file under the source directory: relative POSIX path, size in bytes, SHA-256 of its bytes.
+    """One file under the source directory: relative POSIX path, size and SHA-256 of its bytes.
 
     bom: whether it begins with a byte-order mark, which is no part of its document.
     """

@@ -29,7 +29,7 @@ SHOWN = 3  # names of files that were passed over
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-    """One file: where it is, the SHA-256 of its bytes as they lie on disk, and how they are read."""
+    """One file: where it is, the SHA-256 of its bytes on disk, and how they are read."""
 
     path: Path
     sha256: str
@@ -37,7 +37,7 @@ class TextFile:
 
     @property
     def content(self) -> tuple[str | bool, ...]:
-        """All that its documents depend on. The mark has an entry of its own, as it was once read as text."""
+        """All that its documents depend on; the mark told apart, as it was once read as text."""
         found = self.format
         return self.sha256, found.packed, found.json_lines, *(["bom"] if found.bom else [])
 
@@ -48,8 +48,9 @@ class TextFiles:
 
     A line of a JSON-lines file is a document: its field "text", of any length; empty lines and empty texts are passed
     over. Any other file is text: one document, or several of at most 64 KiB that are cut at the ends of lines (inside a
-    longer line, between two characters) and give the file back when they are put together. A byte-order mark at the head
-    of a file is no part of it. `formats.look` says which file is gzipped, and which is JSON lines.
+    longer line, between two characters) and give the file back when they are put together. A
+    byte-order mark at the head of a file is no part of it. `formats.look` says which file is
+    gzipped, and which is JSON lines.
 
     A document is of the training split, the validation split or the test split by the hash of its bytes:
     equal documents never fall into two splits, and added files move no document. Files are read in the order of their
@@ -112,10 +113,10 @@ class TextFiles:
 def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False) -> TextFiles:
     """The text under a directory (its .txt, .jsonl and .ndjson files, also .gz, at any depth) or of the files of a glob.
 
-    In a glob, `**` is any depth and .json is JSON lines too. Hidden files and directories are passed over; other files of
-    a directory are, too, and process 0 says so unless `quiet`.
-    Raises ConfigError where there is no such file, all are empty or one is in another format, UserError for one that
-    cannot be read.
+    In a glob, `**` is any depth and .json is JSON lines too. Hidden files and directories are
+    passed over; other files of a directory are, too, and process 0 says so unless `quiet`.
+    Raises ConfigError where there is no such file, all are empty or one is in another format;
+    UserError for one that cannot be read.
     """
     others: list[str] = []
     found = find(path, others)
@@ -125,9 +126,10 @@ def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False
         raise ConfigError("data.path", path, f"its {len(found)} files are all empty: name files with text.")
     formats = [look(file) for file in full]
     if others and not quiet and os.environ.get(processes.PROCESS_ID, "0") in ("", "0"):
-        print(f"uoe: data.path={path}: {len(others)} of {len(others) + len(found)} files passed over "
-              f"({_few(others)}); .txt, .jsonl and .ndjson are read, also gzipped; name others by a glob",
-              file=sys.stderr, flush=True)  # fmt: skip
+        n_files = len(others) + len(found)
+        passed_over = f"{len(others)} of {n_files} files passed over ({_few(others)})"
+        read = ".txt, .jsonl and .ndjson are read, also gzipped; name others by a glob"
+        print(f"uoe: data.path={path}: {passed_over}; {read}", file=sys.stderr, flush=True)
     raw = RawFiles(cache_dir)
     hashes = raw.sha256(full)
     named = (TextFile(*of_file) for of_file in zip(full, hashes, formats, strict=True))
@@ -153,7 +155,7 @@ def split_of(document: bytes, held_out: int = 1) -> str:
 
 
 def find(path: str, others: list[str] | None = None) -> list[Path]:
-    """The files that data.path names, in the order of their names; one that has several names is taken once.
+    """The files that data.path names, in the order of their names, each of them once.
 
     others: is given the names, below the directory, of the files in it that are not taken.
     """
@@ -171,7 +173,8 @@ def find(path: str, others: list[str] | None = None) -> list[Path]:
                 passed_over.append(os.path.relpath(name, pattern))
         passed_over.sort()
         there = f" but {len(passed_over)} other files ({_few(passed_over)})" if passed_over else ""
-        missing = f"holds no .txt, .jsonl or .ndjson file (also .gz){there}: name a directory that does, or others by a glob."
+        remedy = "name a directory that does, or others by a glob."
+        missing = f"holds no .txt, .jsonl or .ndjson file (also .gz){there}: {remedy}"
     else:
         if "**" in pattern:
             # glob itself passes over directories that cannot be read.
@@ -231,7 +234,10 @@ def _documents(file: TextFile, raw: RawFiles) -> Iterator[bytes]:
     with raw.open(file.path, file.sha256) as opened, contextlib.ExitStack() as stack:
         reader: Reader = stack.enter_context(gzip.GzipFile(fileobj=opened)) if packed else opened
         offset = len(reader.read(len(BOM))) if bom else 0
-        yield from _from_json_lines(reader, file.path) if json_lines else _from_text(reader, file.path, offset)
+        if json_lines:
+            yield from _from_json_lines(reader, file.path)
+        else:
+            yield from _from_text(reader, file.path, offset)
 
 
 def _from_text(reader: Reader, file: Path, offset: int = 0) -> Iterator[bytes]:
@@ -260,14 +266,14 @@ def _cut(data: bytes) -> int:
 
 
 def _from_json_lines(reader: Reader, file: Path) -> Iterator[bytes]:
-    is_first = True
+    may_be_array = file.name.lower().removesuffix(".gz").endswith(".json")
     for number, line in lines(reader, file):
         if line.isspace():
             continue
         where = f"{file}, line {number}"
-        if is_first and line.lstrip().startswith(b"[") and file.name.lower().removesuffix(".gz").endswith(".json"):
+        if may_be_array and line.lstrip().startswith(b"["):
             refuse_array(str(file))
-        is_first = False
+        may_be_array = False
         try:
             found = json.loads(line.decode())
         except UnicodeDecodeError as error:

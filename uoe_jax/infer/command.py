@@ -60,7 +60,8 @@ def run_generate(options: argparse.Namespace, config: Config) -> None:
     from uoe_jax.infer.sample import Sampler
     from uoe_jax.train.restore import restored
 
-    processes.same_command(config, step=options.step, stop=options.stop, prompts=list(prompts.values()))
+    texts = list(prompts.values())
+    processes.same_command(config, step=options.step, stop=options.stop, prompts=texts)
     tokenizer = tokenizer_of_run(config, options.workdir)
     with restored(config, options.workdir, options.step) as run:
         sampler = Sampler(config, run.program.model, run.params, tokenizer)
@@ -69,16 +70,17 @@ def run_generate(options: argparse.Namespace, config: Config) -> None:
         elif options.prompts:
             for number, prompt in prompts.items():
                 sampler.encoded(prompt, f"--prompts={options.prompts}: line {number}")
-            _write(options.out, sampler.complete(list(prompts.values()), options.stop, batch=int(options.batch)))
+            _write(options.out, sampler.complete(texts, options.stop, batch=int(options.batch)))
         else:
             _one(sampler, options)
         _report(sampler, run.step)
 
 
 def read_prompts(name: str) -> dict[int, str]:
-    """The prompts of a file by their line, from 1: one a line, or of JSON lines the key "prompt" of every line.
+    """The prompts of a file by the number of their line, from 1.
 
-    A file is JSON lines by its name or by its first line. Lines without text are left out.
+    They are the lines, or of JSON lines the key "prompt" of every line. A file is JSON lines by its
+    name or by its first line. Lines without text are left out.
 
     Raises:
       UserError: it cannot be read or holds none; or, with its line, one is no prompt.
@@ -97,10 +99,12 @@ def read_prompts(name: str) -> dict[int, str]:
     found = {number: line for number, line in numbered if line.strip()}
     first = json_of(next(iter(found.values()), ""))
     if name.lower().endswith(JSON_LINES) or isinstance(first, dict):
-        found = {number: _prompt_of(line, f"--prompts={name}: line {number}") for number, line in found.items()}
+        where = f"--prompts={name}: line"
+        found = {number: _prompt_of(line, f"{where} {number}") for number, line in found.items()}
     else:
         whole = json_of(text) if text.lstrip().startswith(("{", "[")) else None
-        if isinstance(whole, dict) or isinstance(whole, list) and any(isinstance(one, dict) for one in whole):
+        parts = [whole, *whole] if isinstance(whole, list) else [whole]
+        if any(isinstance(part, dict) for part in parts):
             raise UserError(f"--prompts={name}: is one JSON value and not JSON lines; {wanted}")
     if not found:
         raise UserError(f"--prompts={name}: holds no prompts; {wanted}")
@@ -113,9 +117,10 @@ def _prompt_of(line: str, where: str) -> str:
     if not isinstance(prompt, str):
         has = f" with {keys_of(found)}" if isinstance(found, dict) else ""
         what = "no JSON" if found is None else f"JSON{has}"
-        raise UserError(f'{where}: is {what} where JSON lines have an object with the text "prompt"; mend the line')
+        wanted = 'JSON lines have an object with the text "prompt"'
+        raise UserError(f"{where}: is {what} where {wanted}; mend the line")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"{where}: its prompt holds half a character (a lone surrogate); mend the line")
+        raise UserError(f"{where}: its prompt holds half a character (a surrogate); mend the line")
     return prompt
 
 
@@ -124,7 +129,10 @@ def _write(out: str | None, completions: list[Any]) -> None:
         return
     # JSON is UTF-8, whatever the locale says of the screen.
     escaped = not out and (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
-    found = [{"prompt": c.prompt, "text": c.followed, "tokens": c.n_tokens, "ended": c.ended} for c in completions]
+    found = [
+        {"prompt": c.prompt, "text": c.followed, "tokens": c.n_tokens, "ended": c.ended}
+        for c in completions
+    ]
     lines = "".join(json.dumps(one, ensure_ascii=escaped) + "\n" for one in found)
     if not out:
         print(lines, end="", flush=True)

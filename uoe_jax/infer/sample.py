@@ -127,15 +127,17 @@ class Sampler:
         return [Completion(prompt, text.text, len(text.ids), text.ended or "limit") for prompt, text in zip(prompts, texts)]
 
     def encoded(self, prompt: str, where: str = "") -> np.ndarray:
-        """The tokens of a prompt, int32 [L], behind the one that starts a document; UserError where the context has no room.
+        """The tokens of a prompt, int32 [L], behind the one that starts a document.
 
         where: the prompt was given, for the error; left out, by --prompt.
+        Raises UserError where the context has no room.
         """
         ids = np.concatenate([[self.tokenizer.start], self.tokenizer.encode(prompt)]).astype(np.int32)
         context = self.config.model.context_length
         if len(ids) >= context:
             shown = repr(prompt if len(prompt) < 40 else prompt[:36] + "…")
-            raise UserError(f"{where or '--prompt=' + shown}: {len(ids)} tokens leave no room in model.context_length={context}; shorten it")
+            what = f"{len(ids)} tokens leave no room in model.context_length={context}"
+            raise UserError(f"{where or '--prompt=' + shown}: {what}; shorten it")
         return ids
 
     def _tokens(self, ids: list[np.ndarray], numbers: list[int]) -> Iterator[np.ndarray]:

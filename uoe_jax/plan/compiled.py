@@ -58,11 +58,13 @@ def compile_step(config: Config) -> Compiled:
     flags = f"--xla_force_host_platform_device_count={devices} {FLAGS}"
     env = {**mine, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "2"}
     command = [sys.executable, "-m", "uoe_jax.plan.compiled"]
-    done = subprocess.run(command, input=json.dumps(to_dict(config)), capture_output=True, encoding="utf-8", errors="replace", env=env)
+    given = json.dumps(to_dict(config)).encode()
+    done = subprocess.run(command, input=given, capture_output=True, env=env)
     if done.returncode == EXIT_BAD_INPUT and done.stdout:
         raise UserError(json.loads(done.stdout)["error"])
     if done.returncode:
-        raise RuntimeError(f"the compilation for {devices} host devices ended with {done.returncode}: {done.stderr[-4000:]}")
+        said = done.stderr[-4000:].decode("utf-8", "replace")
+        raise RuntimeError(f"the compilation for {devices} host devices ended with {done.returncode}: {said}")
     found = json.loads(done.stdout)
     moved = (Collective(k, Array(o[0], tuple(o[1])), Array(r[0], tuple(r[1])), tuple(axes), *rest)
              for k, o, r, axes, *rest in found.pop("collectives"))  # fmt: skip

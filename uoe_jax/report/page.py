@@ -47,11 +47,12 @@ def page(runs: Sequence[Logged], looked: Sequence[Looked]) -> str:
         data=_in_script(data),
         script=part("page.js"),
     )
-    return text.encode("utf-8", "replace").decode()  # a directory's name may have bytes that are no text
+    # A directory's name may have bytes that are no text.
+    return text.encode("utf-8", "replace").decode()
 
 
 def _in_script(data: Any) -> str:
-    """JSON inside a <script> element: no character of it begins a tag or a comment, or ends a line of JavaScript."""
+    """JSON in a <script> element: nothing in it begins a tag or a comment, or ends a line."""
     text = json.dumps(data, ensure_ascii=False)
     return text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<\u2028\u2029"})
 
