@@ -127,6 +127,12 @@ def test_two_names_of_one_key_that_differ(tmp_path):
         planned(tmp_path, dict(GPT2, n_ctx=128))
 
 
+def test_a_key_that_stands_twice(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["llama 2"])[:-1] + ', "vocab_size": 400}')
+    with pytest.raises(UserError, match="config.json: cannot be read .the key 'vocab_size' stands there twice"):
+        plan(str(tmp_path), None, "2", "1", None, {}, str(tmp_path / "run"))
+
+
 PIXELS = {  # preprocessor_config.json: the bound that scales pixels as it does, or what is said
     "usual": (dict(image_mean=[0.5] * 3, image_std=[0.25] * 3), 2.0),
     "a number for all channels": (dict(image_mean=0.5, image_std=0.5), 1.0),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -196,8 +197,8 @@ def test_the_documented_example_gives_the_text_of_uoe_generate(start, majors, tm
     """The commands and the program of docs/exchange.md, with a tokenizer that puts nothing or <s> in front of a text."""
     import transformers
 
-    page = (ROOT / "docs" / "exchange.md").read_text().split("## A model tuned on text of your own")[1]
-    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    uoe ")]
+    page = (ROOT / "docs" / "exchange.md").read_text().split("## A model tuned on text of your own")[1].split("## Out")[0]
+    commands = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("    uoe ")]
     program = re.search("```python\n(.*?)```", page, re.DOTALL)[1]
     write_source(tmp_path / "src")
     bpe = BPETokenizer.train([p.read_bytes() for p in (tmp_path / "src").iterdir()], 280)
@@ -215,7 +216,7 @@ def test_the_documented_example_gives_the_text_of_uoe_generate(start, majors, tm
     small = ["--config.train.batch_size=8", "--config.train.steps=20", "--config.eval.every=0", "--config.optimizer.warmup_steps=2",
              "--config.optimizer.learning_rate=3e-3", "--config.eval.batches=1"]  # fmt: skip
     for command in commands:
-        args = [place(option).strip("'").replace("'notes/*.txt'", f"{tmp_path}/src/*.py") for option in command]
+        args = [place(option).replace("notes/*.txt", f"{tmp_path}/src/*.py") for option in command]
         given = {option.partition("=")[0] for option in small}
         args = [option for option in args if option.partition("=")[0] not in given]
         more = {"import": small[:1], "train": small}.get(command[0], [])

@@ -271,14 +271,23 @@ def read_json(file: epath.Path, remedy: str) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file; UserError with the remedy where it cannot be read."""
     try:
         with os_errors(file):
-            found = json.loads(read_text(file))
+            found = json.loads(read_text(file), object_pairs_hook=_unique)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{file}: cannot be read ({reason}); {remedy}") from error
     if not isinstance(found, dict):
         raise UserError(f"{file}: cannot be read (it holds no JSON object); {remedy}")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; ValueError where a key stands twice, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
     return found
 
 

@@ -35,7 +35,7 @@ class TokenizerFile:
 
         Args:
           kind: "bpe" or "library", for `to_json` and the fingerprint.
-          ends: finds the ends; what `to_json` wrote knows its own. None: by name.
+          ends: finds the ends. None: those that `to_json` wrote, else by name.
 
         Raises:
           UserError: it is no tokenizer.json, or its ends are unknown.
@@ -44,7 +44,8 @@ class TokenizerFile:
             separator, start, content = content.get("separator"), content.get("start"), content["file"]
             if not isinstance(content, dict):
                 raise UserError("is no tokenizer.json (its file is no object)")
-            ends = (lambda _: Ends(separator, start)) if separator and start else None
+            if ends is None and separator and start:
+                ends = lambda _: Ends(separator, start)  # noqa: E731
         self.kind, self.content = kind, {**content, "truncation": None, "padding": None}
         self.library = _opened(self._text())
         self.ends = (ends or _by_name)(self.content)

@@ -262,8 +262,11 @@ def from_file(made: Callable[[dict[str, Any], EndsOf], T], path: str, separator:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ConfigError(key, path, f"cannot be read ({reason}); give another file, or {train}") from error
     try:
+        content = json_object(text)
+        separator = separator or str(content.get("separator", ""))  # of a tokenizer that a run has kept
+        start = start or str(content.get("start", ""))
         ends = functools.partial(find_ends, files=files_beside(file.parent), separator=separator, start=start)
-        return made(json_object(text), ends)
+        return made(content, ends)
     except UserError as error:
         raise ConfigError(key, path, f"{error}; give another file, or {train}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -19,7 +20,8 @@ from uoe_jax.config_peers import UNIONS
 from uoe_jax.data.ends import SEPARATORS, template
 from uoe_jax.data.library import LibraryTokenizer
 from uoe_jax.data.tokenizer import BYTE_OF, BPETokenizer, ByteTokenizer, Tokenizer
-from uoe_jax.errors import ConfigError, RunError
+from uoe_jax.errors import ConfigError, RunError, UserError
+from uoe_jax.exchange.config_keys import GENERATION_FILE, PROCESSOR_FILE, image_bound
 from uoe_jax.exchange.families import ALIASES, FAMILIES, Values, family_for, into_theirs, their_shape
 from uoe_jax.exchange.tensors import Tensor, dotted, write
 from uoe_jax.train.step import Params
@@ -87,8 +89,11 @@ def export_dense(config: Config, params: Params, tokenizer: Tokenizer | None, ta
 
     target.write(tensors())
     dtypes = {"dtype": target.dtype, "torch_dtype": target.dtype}  # for readers of transformers 5 and of 4
-    _write_json(target.out / CONFIG, _ends(tokenizer) | _as_imported(theirs, target.source, m) | dtypes)
+    found = _as_imported(theirs, target.source, m) | dtypes
+    _write_json(target.out / CONFIG, found if tokenizer is None else _with_ends(found, tokenizer))
     _write_beside(tokenizer, target)
+    if m.stem == "image":
+        _write_processor(m, target.out)
 
 
 def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, target: Target) -> None:
@@ -110,7 +115,7 @@ def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, t
         "intermediate_size": m.d_hidden, "max_position_embeddings": m.context_length, "tie_word_embeddings": m.tie_embeddings,
         "model": to_dict(m), "dtype": target.dtype, "torch_dtype": target.dtype,
     }  # fmt: skip
-    _write_json(target.out / CONFIG, theirs | _ends(tokenizer))
+    _write_json(target.out / CONFIG, theirs if tokenizer is None else _with_ends(theirs, tokenizer))
     code = resources.files("uoe_jax.exchange").joinpath(MODELING).read_text(encoding="utf-8")
     (target.out / MODELING).write_text(code, encoding="utf-8")
     _write_beside(tokenizer, target)
@@ -137,8 +142,25 @@ def _as_imported(theirs: Values, source: epath.Path, m: ModelConfig) -> Values:
     return {key: value for key, value in before.items() if key not in other_names} | ours
 
 
-def _ends(tokenizer: Tokenizer | None) -> Values:
-    return {} if tokenizer is None else {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.separator}
+def _with_ends(values: Values, tokenizer: Tokenizer) -> Values:
+    """A config.json or generation_config.json in which the separator ends a text; a list that has it stays as it is."""
+    found = values.get("eos_token_id")
+    known = tokenizer.separator in (found if isinstance(found, list) else [found])
+    return {"bos_token_id": tokenizer.start, **values, "eos_token_id": found if known else tokenizer.separator}
+
+
+def _write_processor(m: ModelConfig, out: epath.Path) -> None:
+    """preprocessor_config.json that scales pixels as training here does, unless the imported one does so."""
+    sizes = {"image": {"height": m.image.height, "channels": m.image.channels}}
+    with contextlib.suppress(UserError):
+        if (out / PROCESSOR_FILE).exists() and image_bound(out, sizes, {}) == m.image.bound:
+            return
+    n = m.image.channels
+    _write_json(out / PROCESSOR_FILE, {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "size": {"height": m.image.height, "width": m.image.width}, "rescale_factor": 1 / 255,
+        "image_mean": [0.5] * n, "image_std": [0.5 / m.image.bound] * n,
+    })  # fmt: skip
 
 
 def _write_beside(tokenizer: Tokenizer | None, target: Target) -> None:
@@ -149,8 +171,8 @@ def _write_beside(tokenizer: Tokenizer | None, target: Target) -> None:
             shutil.copyfile(target.source / name, out / name)
     if tokenizer is None:
         return
-    if not (out / "generation_config.json").exists():
-        _write_json(out / "generation_config.json", _ends(tokenizer))
+    generation = read_json(out / GENERATION_FILE, "remove it") or {}
+    _write_json(out / GENERATION_FILE, _with_ends(generation, tokenizer))
     content = tokenizer_file(tokenizer)
     if content is None:
         print("uoe: a vocabulary of words has no form that transformers reads; the tokenizer was left out", file=sys.stderr)
