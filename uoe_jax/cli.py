@@ -331,9 +331,9 @@ def _stored_config(options: argparse.Namespace) -> Config:
 
 def _check_workdir(path: str) -> None:
     """Refuses a hopeless workdir before jax is imported."""
-    from uoe_jax.workdir import is_remote, locate
+    from uoe_jax.workdir import checkpoint_path, is_remote
 
-    found = locate(path)
+    found = checkpoint_path(path)
     if not is_remote(path) and found.exists() and not found.is_dir():
         raise UserError(f"--workdir={path}: is a file; give a directory")
 

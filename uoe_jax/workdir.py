@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import fnmatch
 import importlib.util
 import json
 import os
@@ -21,9 +22,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
+from etils.epath import gpath
 
 from uoe_jax import processes
-from uoe_jax.config import Config, changed_keys, from_dict, to_dict
+from uoe_jax.config import Config, changed_keys, from_dict, printable, to_dict
 from uoe_jax.errors import UserError
 
 CONFIG, RECORD, LOCK = "config.json", "record.json", ".lock"
@@ -38,7 +40,23 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-def locate(path: str | os.PathLike[str], option: str = "--workdir") -> epath.Path:
+class LiteralPath(gpath.PosixGPath):
+    """A path, local or gs://, that is always taken as it is written.
+
+    The `glob` of etils takes `fold[1]` in the name of the directory itself for a pattern. Orbax searches a checkpoint
+    with it: there it would miss the files of that directory, or find those of another one. Orbax keeps the class of a
+    path that it is given.
+    """
+
+    def glob(self, pattern: str) -> Iterator[LiteralPath]:
+        """The paths below this one whose names match the pattern's, part by part."""
+        first, _, rest = pattern.partition("/")
+        for path in self.iterdir() if self.is_dir() else ():
+            if fnmatch.fnmatchcase(path.name, first):
+                yield from path.glob(rest) if rest else (path,)
+
+
+def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPath:
     """The path of a workdir; touches nothing. option: where it was given, for errors.
 
     Raises:
@@ -54,7 +72,53 @@ def locate(path: str | os.PathLike[str], option: str = "--workdir") -> epath.Pat
 
         # Listings are cached for ever by default, and would not show what TensorStore and other processes write.
         fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
-    return epath.Path(name).expanduser()
+    found = LiteralPath(name).expanduser()
+    if is_remote(found) and not is_remote(name):
+        raise UserError(f"{option}={printable(name)}: is taken for the address {found}; give that, or a directory elsewhere")
+    return found
+
+
+def checkpoint_path(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPath:
+    """The absolute path of a directory below which checkpoints are written or read; touches nothing.
+
+    It is the path without its symbolic links where only that can be used.
+
+    Raises:
+      UserError: as `locate`, or the path holds what the writer of checkpoints does not take as it is written.
+    """
+    found, name = locate(path, option), os.fspath(locate(path, option))
+    names = [name] if is_remote(found) else [os.path.abspath(name), os.path.realpath(name)]
+    for name in names:
+        if not (bad := _unusable_in(name)):
+            return LiteralPath(name)
+    raise UserError(
+        f"{option}={printable(os.fspath(path))}: the path {printable(name)} holds {bad}, and no checkpoint can be "
+        "written or read below such a name; give a directory whose whole path is without it"
+    )
+
+
+def _unusable_in(name: str) -> str:
+    """What Orbax, TensorStore or the client of gs:// would take for something else in a path; "" where there is nothing.
+
+    TensorStore makes `/` of a backslash in a local path, and Orbax `gs://` of `gs:/`. A gs:// path is part of a URL,
+    which ends at `?` or `#`; its client takes `*`, `?` and `[` for a pattern when it deletes.
+    """
+    rest = name.partition("://")[2] if is_remote(name) else name
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            return "bytes that are not UTF-8"
+    if "gs:/" in f"{rest}/":
+        return "'gs:' at the end of a directory's name"
+    if not is_remote(name):
+        what = LiteralPath(name)  # of etils: /gs/bucket is gs://bucket to it
+        return "a backslash" if "\\" in rest else f"what is taken for {what}" if is_remote(what) else ""
+    if ".." in rest.split("/"):
+        return "'..'"
+    if control := next((c for c in rest if ord(c) < 32 or ord(c) == 127), ""):
+        return f"the control character {control!r}"
+    return next((repr(c) for c in rest if c in "*?[#"), "")
 
 
 @contextlib.contextmanager
@@ -79,11 +143,10 @@ def open_workdir(path: str, config: Config) -> epath.Path:
     Raises:
       UserError: it holds something else or another run, another process writes there, or it cannot be written.
     """
-    workdir = locate(path)
+    workdir = checkpoint_path(path)
     try:
         with os_errors(path):
             if not is_remote(path):  # there, it would make a bucket of a mistyped name
-                workdir = workdir.resolve()
                 workdir.mkdir(parents=True, exist_ok=True)
             there = _names(workdir)
             if there and CONFIG not in there:
@@ -313,7 +376,7 @@ def read_text(path: epath.PathLike) -> str:
 
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes a file in UTF-8 whole or not at all."""
-    path, data = epath.Path(path), text.encode()
+    path, data = LiteralPath(path), text.encode()
     if is_remote(path):
         path.write_bytes(data)
         return

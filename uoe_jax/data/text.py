@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import glob
 import gzip
 import hashlib
-import itertools
 import json
 import os
 import stat
@@ -176,10 +176,12 @@ def find(path: str, others: list[str] | None = None) -> list[Path]:
         remedy = "name a directory that does, or others by a glob."
         missing = f"holds no .txt, .jsonl or .ndjson file (also .gz){there}: {remedy}"
     else:
-        if "**" in pattern:
+        head, rest = _head(pattern)
+        if "**" in rest:
             # glob itself passes over directories that cannot be read.
-            list(_walk(os.path.join(".", *itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))))
-        names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+            list(_walk(os.path.join(".", head)))
+        exists = os.path.exists(pattern)
+        names = [pattern] if exists else glob.glob(os.path.join(glob.escape(head), rest), recursive=True)
         missing = "is neither a directory nor a glob of files on this machine: name one of text or JSON lines."
     files: dict[str, Path] = {}
     for name in sorted(names, key=os.fsencode):
@@ -194,6 +196,16 @@ def _few(names: list[str]) -> str:
     """The first of some names, on one line."""
     shown = [name if name.isprintable() else repr(name) for name in names[:SHOWN]]
     return ", ".join(shown) + (", …" if len(names) > SHOWN else "")
+
+
+def _head(pattern: str) -> tuple[str, str]:
+    """(the directory that a glob begins with, the pattern below it); a directory that is named `fold[1]` is no pattern."""
+    parts = Path(pattern).parts
+    for n, part in enumerate(parts):
+        matches_itself = fnmatch.fnmatchcase(part, part)  # as `*` does, which then means others as well
+        if glob.has_magic(part) and (matches_itself or not os.path.isdir(os.path.join(*parts[: n + 1]))):
+            return os.path.join("", *parts[:n]), os.path.join(*parts[n:])
+    return os.path.join("", *parts[:-1]), os.path.join("", *parts[-1:])
 
 
 def _walk(root: str) -> Iterator[str]:

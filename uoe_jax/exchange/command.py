@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from typing import Mapping
 
@@ -36,8 +37,8 @@ def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> Non
     from uoe_jax.exchange.importing import import_model
 
     import_model(found, options.workdir)
-    start = f"--config={options.workdir}/config.json --config.train.init_from={options.workdir}"
-    print(f"{options.workdir}: imported; next: uoe train {start} --workdir=DIR")
+    start = (f"--config={options.workdir}/config.json", f"--config.train.init_from={options.workdir}")
+    print(f"{options.workdir}: imported; next: uoe train {shlex.join(start)} --workdir=DIR")
 
 
 def run_export(options: argparse.Namespace, config: Config) -> None:

@@ -16,7 +16,7 @@ from uoe_jax.data.tokenizer import BPETokenizer, files_beside
 from uoe_jax.errors import UserError
 from uoe_jax.exchange.config_keys import generation_notes, image_bound
 from uoe_jax.exchange.families import Family, family_of, model_of
-from uoe_jax.workdir import locate, read_json
+from uoe_jax.workdir import checkpoint_path, locate, read_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "config.json"
 LONGEST = 2048  # tokens of a row, where nobody says more: many models take rows that no training step here holds
@@ -52,6 +52,7 @@ def plan(
     Raises:
       UserError: no such directory, another family, a tokenizer that is not the model's, numbers that do not fit.
     """
+    target = checkpoint_path(workdir)
     try:
         place = locate(source, "--from").resolve()
         theirs = read_json(place / CONFIG, "download the model again")
@@ -80,7 +81,7 @@ def plan(
         values["model"]["image"]["bound"] = bound
     if tokenizer is not None:
         notes += tokenizer.file.ends.notes
-        file = str(locate(workdir).resolve() / TOKENIZER)
+        file = str(target / TOKENIZER)
         values["data"] |= {"tokenizer": "bpe" if isinstance(tokenizer, BPETokenizer) else "library", "tokenizer_file": file}
     for name in ("smha", "uome"):
         put(values, f"model.{name}.n_experts", config_lib.parse_value(f"model.{name}.n_experts", experts))

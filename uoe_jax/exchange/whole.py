@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from uoe_jax.errors import UserError
-from uoe_jax.workdir import is_remote, locate
+from uoe_jax.workdir import LiteralPath, is_remote, locate
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
     Raises:
       UserError: `path` exists, cannot be written, or is on gs://, where nothing can be renamed.
     """
-    out = epath.Path(os.path.abspath(locate(path, option)))
+    out = LiteralPath(os.path.abspath(locate(path, option)))
     if is_remote(path):
         raise UserError(f"{option}={path}: a directory must be renamed, which gs:// cannot; give a local one, and copy that")
     if os.path.lexists(out):

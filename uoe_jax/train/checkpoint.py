@@ -1,5 +1,5 @@
 """Checkpoints: `<workdir>/checkpoints/<step>`, written in the background, complete or absent; what is found damaged is
-moved to `<workdir>/damaged/<step>`. With `saved`, which reads a checkpoint, the only user of Orbax.
+moved to `<workdir>/damaged/<step>`. With `orbax_writer` and `saved`, which reads a checkpoint, the only user of Orbax.
 
 What Orbax leaves to its user is done here, because each of these was seen to go wrong in silence: it lists a step that
 is still being written, and tells of a failed save only at the next one. Which checkpoints there are, which is the best
@@ -13,54 +13,28 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import errno
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
-from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint.checkpoint_manager import CheckpointManager
 
 from uoe_jax.errors import BadNumbers, ConfigError, RunError, UserError
 from uoe_jax.processes import by_first, is_first, together
-from uoe_jax.train import saved
-from uoe_jax.train.fingerprint import fingerprints, leaf_name
+from uoe_jax.train import saved, verify
+from uoe_jax.train.fingerprint import fingerprints
+from uoe_jax.train.orbax_writer import is_no_space, open_writer
 from uoe_jax.train.saved import CheckpointDamaged, first_line
+from uoe_jax.workdir import checkpoint_path, is_remote
 
 log = logging.getLogger(__name__)
 
-
-def _drop_orbax_tracebacks(record: logging.LogRecord) -> bool:
-    """Orbax logs a failed save a dozen times over, a thousand lines in all, and then raises it: that is enough."""
-    return log.isEnabledFor(logging.DEBUG) or not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_drop_orbax_tracebacks)
-
-# Orbax asks JAX in every save, with the step, whether to stop. JAX expects such questions to count up, and takes the answer for
-# given: a SIGTERM in a save was then passed over by `processes.preempted`, which asks the same with its own numbers.
-CheckpointManager.reached_preemption = lambda self, step: False
-
 SPACE_MARGIN = 1.1  # file metadata and chunk padding; the state itself compresses hardly at all
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class _Unlisted:
-    """Step names for Orbax that find nothing on the disk."""
-
-    build_name = staticmethod(str)
-
-    def find_all(self, _: object) -> Iterator[Any]:
-        return iter(())
-
-    def find_step(self, _: object, step: int) -> Any:
-        raise ValueError(f"no step {step} is looked for")
 
 
 class CheckpointStore:
@@ -85,10 +59,9 @@ class CheckpointStore:
             raise ConfigError("checkpoint.keep_latest", keep_latest, "must be at least 1, or nothing could be resumed")
         if keep_best < 0:
             raise ConfigError("checkpoint.keep_best", keep_best, "must be 0 or more")
-        root = epath.Path(workdir)
-        self._remote = saved.is_remote(root)
-        # Orbax refuses a relative path after it has made directories there.
-        root = root if self._remote else root.expanduser().resolve()
+        # Absolute: Orbax refuses a relative path after it has made directories there.
+        root = checkpoint_path(workdir)
+        self._remote = is_remote(root)
         self.directory, self._aside = root / "checkpoints", root / "damaged"
         self._read_only = read_only
         self._keep_latest, self._keep_best = keep_latest, keep_best
@@ -98,16 +71,7 @@ class CheckpointStore:
         self._deletions: list[concurrent.futures.Future[None]] = []
         self._closed = False
         together(self._open_directory)
-        context = ocp.Context()
-        context.memory.write_concurrent_bytes = write_bytes
-        with context:
-            self._orbax = ocp.training.Checkpointer(
-                self.directory,
-                preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # _prune decides
-                step_name_format=_Unlisted(),
-                # A process killed while it saved or deleted leaves `*.orbax-checkpoint-tmp*`, which nobody else removes.
-                cleanup_tmp_directories=not read_only,
-            )
+        self._orbax = open_writer(self.directory, read_only, write_bytes)
         self._losses: dict[int, float | None] = {}  # of the committed steps
         self._list()
         self.hold: int | None = None  # a step that is kept besides the latest and the best
@@ -165,7 +129,7 @@ class CheckpointStore:
         if reserved := sorted(set(metadata) & set(saved.OURS)):
             raise ValueError(f"metadata keys {reserved} are this module's own")
         leaves = saved.describe(state)
-        nbytes = _check_storable(state)
+        nbytes = verify.check_storable(state)
         self.wait()
         if step in self.steps():
             log.warning("a checkpoint of step %d is there already in %s; left as it is", step, self.directory)
@@ -177,7 +141,7 @@ class CheckpointStore:
                              f"config.optimizer.learning_rate and use a new --workdir ({self._resumes_from()})")
         by_first(lambda: self._check_space(step, nbytes))
         self._orbax.reload()  # finds nothing: its list does not know what was deleted or set aside
-        loss = _loss(metrics)
+        loss = saved.ranking_loss(metrics)
         self._in_flight = (step, loss, nbytes)
         try:
             self._orbax.save_async(
@@ -198,7 +162,10 @@ class CheckpointStore:
             self.wait()
 
     def wait(self) -> None:
-        """Blocks until the save in flight, if any, is committed; RunError if it failed."""
+        """Blocks until the save in flight, if any, is committed; RunError if it failed, or is not on the disk as it should.
+
+        Without a call that other processes must make too: `check` may find in each at another step that a save has ended.
+        """
         if self._in_flight is None:
             return
         try:
@@ -207,6 +174,8 @@ class CheckpointStore:
             raise self._save_failed(error) from error
         step, loss, _ = self._in_flight
         self._in_flight = None
+        if is_first():
+            verify.check(self.directory / str(step), self._aside, self.latest_step())
         self._losses[step] = loss
         self._prune()
 
@@ -233,7 +202,7 @@ class CheckpointStore:
         """
         if self._read_only:
             raise ValueError("this CheckpointStore was opened with read_only=True")
-        path, found = self._path(step), _loss({"loss": loss})
+        path, found = self._path(step), saved.ranking_loss({"loss": loss})
         if found is None:
             return
 
@@ -417,41 +386,11 @@ class CheckpointStore:
             for left in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):
                     left.rmtree()
-        if _is_no_space(error):
+        if is_no_space(error):
             return self._no_space(step, nbytes)
         return RunError(f"{self.directory}: the checkpoint of step {step} could not be written "
                         f"({first_line(error)}); mend that and run the same command again ({self._resumes_from()})")
 
 
-def _loss(metrics: Mapping[str, Any] | None) -> float | None:
-    """The loss that ranks a checkpoint; None where there is none or it is not finite."""
-    loss = math.nan if not metrics else float(metrics.get("loss", math.nan))
-    return loss if math.isfinite(loss) else None
-
-
-def _check_storable(state: Any) -> int:
-    """Refuses what Orbax would refuse too late or not restore; returns the bytes of the whole state, all hosts."""
-    total = 0
-    for path, leaf in jax.tree.leaves_with_path(state):
-        if not isinstance(leaf, jax.Array):
-            raise ValueError(f"{leaf_name(path)}: must be a jax.Array, not {type(leaf).__name__}")
-        if leaf.size == 0:
-            raise UserError(f"{leaf_name(path)} has shape {leaf.shape}: an array of size 0 cannot be saved; "
-                            "the configuration must not make one (no layers, no experts)")
-        total += leaf.size * leaf.dtype.itemsize
-    return total
-
-
 def _free_bytes(directory: epath.Path) -> int:
     return shutil.disk_usage(os.fspath(directory)).free
-
-
-def _is_no_space(error: BaseException) -> bool:
-    """Whether an error or one it came from says that the disk, the quota or the file size limit is used up. The writer
-    of the arrays (TensorStore) gives the reason as text only."""
-    link: BaseException | None = error
-    while link is not None:
-        if getattr(link, "errno", None) in _NO_SPACE or any(os.strerror(code) in str(link) for code in _NO_SPACE):
-            return True
-        link = link.__cause__ or link.__context__
-    return False

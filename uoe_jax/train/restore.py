@@ -58,6 +58,6 @@ def _step(store: CheckpointStore, which: str) -> int:
     if which == "best":
         best = store.best_step()
         return steps[-1] if best is None else best
-    if which.isdigit() and int(which) in steps:
+    if which.isdecimal() and int(which) in steps:
         return int(which)
     raise UserError(f"--step={which}: give latest, best, or one of {', '.join(map(str, steps))}")

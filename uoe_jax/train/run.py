@@ -295,8 +295,9 @@ class Run:
         if sample:
             told += ["a sample:", *("  | " + line for line in sample.splitlines())]
         told += [f"report: {report}"] * bool(report)
-        following = [] if self.config.eval.test else [f"  uoe eval --workdir={workdir} --split=test"]
-        following += [f"  uoe generate --workdir={workdir} --prompt={shlex.quote(self.config.generate.prompt)}"] * bool(sample)
+        here = shlex.quote(f"--workdir={workdir}")
+        following = [] if self.config.eval.test else [f"  uoe eval {here} --split=test"]
+        following += [f"  uoe generate {here} --prompt={shlex.quote(self.config.generate.prompt)}"] * bool(sample)
         return "\n".join(told + ["next:", *following] * bool(following))
 
 

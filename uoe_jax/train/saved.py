@@ -14,6 +14,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
 import re
 from typing import Any, Callable, Iterable, Iterator, Mapping, TypeVar
@@ -25,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.processes import Told, by_first, together
 from uoe_jax.train.fingerprint import fingerprints, leaf_name
-from uoe_jax.workdir import is_remote, locate, write_json
+from uoe_jax.workdir import checkpoint_path, is_remote, locate, write_json
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,7 +34,8 @@ T = TypeVar("T")
 FORMAT_VERSION = 2  # of what this module adds to a checkpoint; 1 had neither fingerprints nor digest
 OURS = ("format_version", "versions", "leaves", "loss", "digest")  # top-level metadata keys that a caller may not use
 COMMITTED = "commit_success.txt"  # Orbax's; where there is no rename, what lacks it is no checkpoint
-_METADATA, _STATE, _TREE, _LOSS = "_CHECKPOINT_METADATA", "state", "_METADATA", "uoe_loss.json"
+STATE = "state"  # of a checkpoint: the directory of its arrays
+_METADATA, _TREE, _LOSS = "_CHECKPOINT_METADATA", "_METADATA", "uoe_loss.json"
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 _INIT_FROM = "config.train.init_from"
 # Signs that reading failed though the checkpoint may be good: it must not be set aside. The names are TensorStore's.
@@ -98,7 +100,7 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
       UserError: written by a newer format.
       CheckpointDamaged: they are not there, or not as they were written.
     """
-    found = by_first(lambda: _read_metadata(path))
+    found = by_first(lambda: metadata_or_fault(path))
     if isinstance(found, str):
         raise CheckpointDamaged(path, found)
     if found["format_version"] > FORMAT_VERSION:
@@ -107,8 +109,8 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
     return found
 
 
-def _read_metadata(path: epath.Path) -> dict[str, Any] | str:
-    """The metadata, or what is wrong with them."""
+def metadata_or_fault(path: epath.Path) -> dict[str, Any] | str:
+    """The metadata, or what is wrong with them; to be called in process 0."""
     try:
         found = json.loads((path / _METADATA).read_bytes())["custom_metadata"]
         if found["format_version"] == 1 and "digest" not in found:
@@ -116,7 +118,7 @@ def _read_metadata(path: epath.Path) -> dict[str, Any] | str:
         elif not _is_sealed(found):  # before the version is believed; every later format keeps this digest
             return f"{_METADATA} is not as it was written"
     except Exception as error:
-        _raise_if_passing(path, error)
+        raise_if_passing(path, error)
         return f"{_METADATA} has lost its content: {first_line(error)}"
     return found
 
@@ -144,6 +146,12 @@ def listed(directory: epath.Path) -> dict[int, float | None]:
         if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir() and (not is_remote(path) or (path / COMMITTED).exists()):
             found[int(path.name)] = _read_loss(path)
     return found
+
+
+def ranking_loss(metrics: Mapping[str, Any] | None) -> float | None:
+    """The loss that ranks a checkpoint; None where there is none or it is not finite."""
+    loss = math.nan if not metrics else float(metrics.get("loss", math.nan))
+    return loss if math.isfinite(loss) else None
 
 
 def _read_loss(path: epath.Path) -> float | None:
@@ -232,8 +240,7 @@ def load_params(
       CheckpointDamaged: the checkpoint given is damaged.
     """
     def found() -> list[str]:
-        root = locate(path, _INIT_FROM)
-        root = root if is_remote(root) else root.resolve()  # Orbax refuses a relative path
+        root = checkpoint_path(path, _INIT_FROM)
         below = root / "checkpoints"
         if below.is_dir():
             return [os.fspath(below / str(step)) for step in sorted(listed(below), reverse=True)]
@@ -247,7 +254,7 @@ def load_params(
         raise ConfigError(_INIT_FROM, os.fspath(path), remedy)
     for place in places:
         try:
-            return _params_of(epath.Path(place), abstract_params, os.fspath(path), check)
+            return _params_of(locate(place), abstract_params, os.fspath(path), check)
         except CheckpointDamaged as error:
             if len(places) == 1:
                 raise
@@ -299,8 +306,8 @@ def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: b
     process where it fails in one."""
 
     def there() -> None:
-        if not (path / _STATE / _TREE).exists():
-            raise FileNotFoundError(f"{_STATE}/{_TREE} is missing")
+        if not (path / STATE / _TREE).exists():
+            raise FileNotFoundError(f"{STATE}/{_TREE} is missing")
 
     def read() -> Any:
         with _alone(partial), jax.transfer_guard("allow"):
@@ -344,7 +351,7 @@ def _in_each(path: epath.Path, do: Callable[[], T]) -> T:
         try:
             values.append(do())
         except Exception as error:
-            _raise_if_passing(path, error)
+            raise_if_passing(path, error)
             reasons.append(f"it cannot be read: {first_line(error)}")
 
     def tell() -> None:
@@ -359,7 +366,7 @@ def _in_each(path: epath.Path, do: Callable[[], T]) -> T:
     return values[0]
 
 
-def _raise_if_passing(path: epath.Path, error: Exception) -> None:
+def raise_if_passing(path: epath.Path, error: Exception) -> None:
     """RunError where reading failed for a reason that may pass, and says nothing of the checkpoint."""
     kinds = (MemoryError, PermissionError, ConnectionError, TimeoutError)
     code = getattr(error, "errno", None)
