@@ -29,6 +29,7 @@ COORDINATOR, PROCESSES, PROCESS_ID = NAMES = ("UOE_COORDINATOR", "UOE_PROCESSES"
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _PATIENCE_S = 7 * 24 * 3600  # for what others do alone; one that is lost or hangs the watch notices
 _calls = itertools.count()
+_waiting = False
 
 
 def told(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
@@ -174,13 +175,22 @@ def _telling(service: Any, name: str, me: int, do: Callable[[], T], tells_value:
 
 def _heard(service: Any, name: str, i: int) -> Any:
     """The value that process i told; raises what it raised, or LostPeer where it says nothing for long."""
+    global _waiting
+    _waiting = True
     try:
         said = json.loads(service.blocking_key_value_get(f"{name}/{i}", _PATIENCE_S * 1000))
     except Exception as error:
         raise LostPeer(f"process {i} cannot be heard; run the same command again") from error
+    finally:
+        _waiting = False
     if "error" in said:
         raise Told(said["error"], said["exit_code"])
     return said["value"]
+
+
+def waits() -> bool:
+    """Whether this process waits for what another is to tell it."""
+    return _waiting
 
 
 def preempted(number: int) -> bool:

@@ -19,10 +19,13 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 from uoe_jax import errors, processes
 from uoe_jax.config import GuardConfig
+
+T = TypeVar("T")
 
 # Shares of guard.peer_timeout_s. Silence, a turn or two to see it, and the time for the others to read: together below 1.
 _TURN, _SILENCE, _LINGER = 1 / 20, 0.7, 3 / 20
@@ -32,12 +35,21 @@ _HOPELESS = (errors.EXIT_BAD_INPUT, errors.EXIT_BAD_NUMBERS)  # the others end w
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """How far a process is: the number of its moves (all make the same ones in the same order), and how long it may stay."""
+    """How far a process is.
+
+    Attributes:
+      moves: how many it has made; all processes make the same ones in the same order.
+      patience_s: how long it may be there without progress; 0: for ever.
+      ticks: how often it has made progress (`tick`), in all of its moves.
+      waits: whether it does nothing but wait for another process.
+    """
 
     moves: int = 0
     doing: str = "starting"
     step: int | None = None
     patience_s: float = 0.0
+    ticks: int = 0
+    waits: bool = False
 
     def __str__(self) -> str:
         return f"while {self.doing}" if self.step is None else f"at step {self.step} ({self.doing})"
@@ -48,7 +60,7 @@ class Watch:
 
     def __init__(self, client: Any, me: int, count: int, coordinator: str, guard: GuardConfig) -> None:
         self._client, self._me, self._coordinator, self.guard = client, me, coordinator, guard
-        self.place = Place(patience_s=guard.compile_timeout_s)
+        self.place, self.ticks = Place(patience_s=guard.compile_timeout_s), 0
         self._silence = guard.peer_timeout_s * _SILENCE
         self._beat, self._ending, self._stopped = 0, threading.Lock(), False
         # Others write under `rest`, which process 0 reads; it writes under `lead`, which they read.
@@ -56,6 +68,7 @@ class Watch:
         now, watched = time.monotonic(), range(1, count) if me == 0 else range(1)
         self._said = {i: (-1, Place(patience_s=guard.compile_timeout_s), now) for i in watched}  # beat, place, when it came
         self._lowest, self._answered = (-1, now), now
+        self._ticks: dict[int, int] = {}  # of every process, when last looked at
         for work in (self._talk, self._judge):
             threading.Thread(target=self._turns, args=(work,), name=f"uoe{work.__name__}", daemon=True).start()
         if me:
@@ -83,6 +96,10 @@ class Watch:
         finally:
             _exit(exit_code)
 
+    def where(self) -> Place:
+        """How far this process is now."""
+        return dataclasses.replace(self.place, ticks=self.ticks, waits=processes.waits())
+
     def _tell(self, code: int, culprit: int, sentence: str) -> None:
         """Process 0 gives the verdict and stays until the others have read it; others tell process 0."""
         said = json.dumps({"code": code, "culprit": culprit, "why": sentence})
@@ -102,7 +119,7 @@ class Watch:
         if self._stopped:  # meanwhile
             return faulthandler.cancel_dump_traceback_later()
         self._beat += 1
-        own = json.dumps({"beat": self._beat, "place": dataclasses.asdict(self.place)})
+        own = json.dumps({"beat": self._beat, "place": dataclasses.asdict(self.where())})
         try:
             self._client.key_value_set(f"{self._own}/alive/{self._me}", own, allow_overwrite=True)
             heard = self._client.key_value_dir_get(self._theirs)
@@ -136,13 +153,18 @@ class Watch:
             self._find_hanging(now)
 
     def _find_hanging(self, now: float) -> None:
-        """The run stands where its slowest process stands."""
-        at = {self._me: self.place} | {i: place for i, (_, place, _) in self._said.items()}
-        culprit = min(at, key=lambda i: at[i].moves)
+        """The run stands where its slowest process stands, and goes on where one that stands there makes progress.
+
+        Of several there, the one hangs that does not wait for another.
+        """
+        at = {self._me: self.where()} | {i: place for i, (_, place, _) in self._said.items()}
+        culprit = min(at, key=lambda i: (at[i].moves, at[i].waits))
         if culprit != self._me and now - self._said[culprit][2] > self.guard.peer_timeout_s * _SUSPICION:
             return  # one that falls silent as well does not hang, it is soon lost
         place, (moves, since) = at[culprit], self._lowest
-        if place.moves != moves:
+        works = any(p.moves == place.moves and p.ticks > self._ticks.get(i, 0) for i, p in at.items())
+        self._ticks = {i: p.ticks for i, p in at.items()}
+        if place.moves != moves or works:
             self._lowest = (place.moves, now)
         elif place.patience_s and now - since > place.patience_s:
             key = "compile" if place.patience_s == self.guard.compile_timeout_s else "hang"
@@ -217,6 +239,22 @@ def at(doing: str, step: int | None = None, slow: bool = False) -> None:
     if _watch is not None:
         patience = _watch.guard.compile_timeout_s if slow else _watch.guard.hang_timeout_s
         _watch.place = Place(_watch.place.moves + 1, doing, step, patience)
+
+
+def tick() -> None:
+    """The current move makes progress: a document was read, a block hashed, a tensor written. For any loop, as it costs nothing.
+
+    Only for work that is done, never for waiting: a process that hangs must fall silent.
+    """
+    if _watch is not None:
+        _watch.ticks += 1
+
+
+def ticking(items: Iterable[T]) -> Iterator[T]:
+    """The same items; each counts as progress."""
+    for item in items:
+        tick()
+        yield item
 
 
 def part() -> None:

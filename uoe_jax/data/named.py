@@ -20,6 +20,7 @@ import numpy as np
 from uoe_jax.data.examples import Example, Input
 from uoe_jax.data.prepared import SPLITS
 from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.watch import ticking
 
 VERSION = "1"  # of the rules below: raise it when they choose other examples, or caches go stale
 CHUNK = 256  # records read at a time where a whole split is wanted
@@ -92,7 +93,7 @@ def hash_order(salt: str, n: int, k: int) -> np.ndarray:
     """
     offset = np.uint64(int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big"))
     kept, hashes = np.zeros(0, np.int64), np.zeros(0, np.uint64)
-    for start in range(0, n, 1 << 20):
+    for start in ticking(range(0, n, 1 << 20)):
         fresh = np.arange(start, min(n, start + (1 << 20)))
         fresh_hashes = _splitmix64(fresh.astype(np.uint64) + offset)
         if len(kept) == k:  # sorting only what can still be among the first makes this a pass at memory speed
@@ -362,7 +363,7 @@ class NamedText:
         """All of them, in the order of the prepared dataset. Raises UserError at a record that is damaged."""
         records = self._records["train" if split in self._held else split]
         for indices in self._indices(split):
-            for i, record in zip(indices.tolist(), records.many(indices)):
+            for i, record in ticking(zip(indices.tolist(), records.many(indices))):
                 yield records.text(i, record, self._feature)
 
     def _indices(self, split: str) -> Iterator[np.ndarray]:

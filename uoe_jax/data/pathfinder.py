@@ -19,6 +19,7 @@ from uoe_jax.config_data import PathfinderConfig
 from uoe_jax.data.examples import Example, Examples, ExampleSource
 from uoe_jax.data.prepared import ARENA, SPLITS
 from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.watch import ticking
 
 VERSION = 1  # of the drawing: raise it when a (seed, split, index) comes to mean another image
 
@@ -55,7 +56,7 @@ class PathfinderFiles:
         self.root = _find(Path(path).expanduser(), path)
         content = hashlib.sha256()
         names, labels = _read_metadata(self.root, content)
-        sizes = np.array([self._size(name, i) for i, name in enumerate(names)])
+        sizes = np.array([self._size(name, i) for i, name in enumerate(ticking(names))])
         content.update(sizes.astype("<i8").tobytes())
         ends = [0, len(names) * 8 // 10, len(names) * 9 // 10, len(names)]
         self._splits: dict[str, tuple[list[str], np.ndarray]] = {}
@@ -155,7 +156,7 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
     if not files:
         raise UserError(f"{root / 'metadata'}: holds no 0.npy, 1.npy, …: {REMEDY}")
     names, labels = [], []
-    for file in sorted(files, key=lambda file: int(file.stem)):
+    for file in ticking(sorted(files, key=lambda file: int(file.stem))):
         try:
             data = file.read_bytes()
             lines = data.decode("ascii").splitlines()

@@ -29,6 +29,7 @@ from uoe_jax.data.sources import TextSource, known_vocabulary, labelled_source, 
 from uoe_jax.data.store import open_or_build
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.watch import ticking
 
 T = TypeVar("T")
 
@@ -141,7 +142,7 @@ def _load_labelled(config: Config, cache_dir: Path, tokenizer: Tokenizer | None)
 
 def _texts(examples: Examples) -> Iterator[bytes]:
     """The inputs of examples of text."""
-    for i in range(len(examples)):
+    for i in ticking(range(len(examples))):
         for text in examples[i].inputs:
             assert isinstance(text, bytes), type(text)
             yield text

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NoReturn, Protocol
 import numpy as np
 
 from uoe_jax.errors import RunError, UserError
+from uoe_jax.watch import tick, ticking
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ SPLITS = ("train", "validation", "test")
 ARENA = tuple("lra_release/" * n for n in range(3))  # where unpacking Long Range Arena's archive leaves what is in it
 BATCH_BYTES = 8 << 20  # between two of tfds's notes of how far it is, which cost milliseconds
 LINE_BYTES = 256 << 20
+HASHED_BYTES = 1 << 20  # at a time
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system: what is younger may change and keep its time
 
 Record = Mapping[str, Any]
@@ -78,7 +80,7 @@ class Documents(Records):
         return super().__getitem__(index)["text"]
 
     def __iter__(self) -> Iterator[bytes]:
-        return map(self.__getitem__, range(len(self)))
+        return ticking(map(self.__getitem__, range(len(self))))
 
 
 def damaged(directory: Path, what: object) -> UserError:
@@ -185,7 +187,7 @@ def _write(
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     batch: list[Record] = []
     size = 0
-    for record in records:
+    for record in ticking(records):
         batch.append(record)
         size += 100 + sum(len(value) for value in record.values() if isinstance(value, bytes))
         if size >= BATCH_BYTES:
@@ -213,7 +215,7 @@ class RawFiles:
         new: dict[str, list[Any]] = {}
         hashes = []
         try:
-            for file in files:
+            for file in ticking(files):
                 known = memo.get(os.path.abspath(file))
                 times = _times(file)
                 if isinstance(known, list) and known[:-1] == times and isinstance(known[-1], str):
@@ -281,6 +283,7 @@ class _Hashed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         n = self._raw.readinto(buffer) or 0
         self._digest.update(memoryview(buffer)[:n])
+        tick()
         return n
 
 
@@ -315,6 +318,7 @@ def lines(reader: Reader, file: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     while line := reader.readline(LINE_BYTES + 1):
         number += 1
+        tick()
         if len(line) > LINE_BYTES:
             raise UserError(f"{file}, line {number}: is longer than {LINE_BYTES:,} bytes: cut it into several.")
         yield number, line
@@ -335,4 +339,13 @@ def _times(file: Path) -> list[int]:
 
 def _sha256(file: Path) -> str:
     with readable(file), open(file, "rb") as reader:
-        return hashlib.file_digest(reader, "sha256").hexdigest()
+        return digest_of(reader)
+
+
+def digest_of(reader: BinaryIO) -> str:
+    """The SHA-256 of what is left to read, in hexadecimal."""
+    digest = hashlib.sha256()
+    while block := reader.read(HASHED_BYTES):
+        digest.update(block)
+        tick()
+    return digest.hexdigest()

@@ -30,7 +30,8 @@ def add_source(name: str, opened: Callable[[DataConfig], TextSource | ExampleSou
     """Makes `data.source=name` mean a source of one's own, in every process that calls this, such as from a config file.
 
     Args:
-      opened: the `data` section -> documents of a language model, or with `facts` the examples of a classifier.
+      opened: the `data` section -> documents of a language model, or with `facts` the examples of a classifier. Among several
+        processes every document counts as progress; what takes longer before the first calls `watch.tick` as it goes on.
 
     Raises:
       ValueError: the project has a source of that name.

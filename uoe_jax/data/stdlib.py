@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from uoe_jax.data.prepared import SPLITS, Documents, changed, dataset_directory, readable
 from uoe_jax.errors import ConfigError
+from uoe_jax.watch import ticking
 
 VERSION = "1.0.0"  # of the rules below: raise it when the choice, split or order of files changes, or caches go stale
 EXCLUDED_DIRS = frozenset({
@@ -133,7 +134,7 @@ def scan(root: Path, path: str = "") -> list[SourceFile]:
     files = []
     for folder, names, leaves in os.walk(root, onerror=refuse):
         names[:] = [name for name in names if not _left_out(name)]  # prunes the walk
-        for leaf in leaves:
+        for leaf in ticking(leaves):
             file = Path(folder, leaf)
             if file.suffix.lower() != ".py" or _left_out(leaf) or not file.is_file():
                 continue

@@ -19,6 +19,7 @@ import numpy as np
 from uoe_jax.data.library import LibraryTokenizer
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import RunError
+from uoe_jax.watch import ticking
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class TokenStore:
             sizes = None
             if isinstance(tokenizer, LibraryTokenizer):
                 sizes = stack.enter_context(_Growing(directory / "bytes.npy", np.dtype(np.uint16)))
-            for document in documents:
+            for document in ticking(documents):
                 if sizes is not None and isinstance(tokenizer, LibraryTokenizer):
                     ids, of_each = tokenizer.encode_with_bytes(document)
                     sizes.append(of_each)

@@ -20,6 +20,7 @@ from uoe_jax import processes
 from uoe_jax.data.formats import BOM, Format, keys_of, look, refuse_array
 from uoe_jax.data.prepared import RawFiles, Reader, lines, refuse
 from uoe_jax.errors import ConfigError
+from uoe_jax.watch import ticking
 
 VERSION = "1.0.0"  # of the rules below: raise it when the documents, their split or order change, or caches go stale
 DOCUMENT_BYTES = 64 << 10
@@ -120,7 +121,7 @@ def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False
     """
     others: list[str] = []
     found = find(path, others)
-    sizes = {file: _size(file) for file in found}
+    sizes = {file: _size(file) for file in ticking(found)}
     full = [file for file in found if sizes[file]]
     if not full:
         raise ConfigError("data.path", path, f"its {len(found)} files are all empty: name files with text.")
@@ -224,7 +225,7 @@ def _walk(root: str) -> Iterator[str]:
 
     for folder, folders, leaves in os.walk(root, onerror=refused, followlinks=True):
         folders[:] = [f for f in sorted(folders) if not f.startswith(".") and is_new(os.path.join(folder, f))]
-        yield from (os.path.join(folder, leaf) for leaf in leaves if not leaf.startswith("."))
+        yield from (os.path.join(folder, leaf) for leaf in ticking(leaves) if not leaf.startswith("."))
 
 
 def _is_file(name: str) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.watch import ticking
 
 FORMAT = 1  # of the rules below and of the JSON: raise it when either changes, or token caches go stale
 NEWLINE, SEPARATOR, UNKNOWN = b"\n", b"", b"<unk>"  # no word between spaces is one of the first two
@@ -61,7 +62,7 @@ class WordTokenizer:
         n_documents = n_bytes = 0
         for document in documents:
             n_documents, n_bytes = n_documents + 1, n_bytes + len(document)
-            for words in split_words(document):
+            for words in ticking(split_words(document)):
                 counts.update(words)
         newlines = counts.pop(NEWLINE, 0)
         left = n_bytes - sum(n * (len(word) + 1) for word, n in counts.items())
@@ -85,7 +86,7 @@ class WordTokenizer:
         data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
         unknown = itertools.repeat(self._unknown)
         parts = [
-            np.fromiter(map(self._ids.get, words, unknown), self._dtype, len(words)) for words in split_words(data)
+            np.fromiter(map(self._ids.get, words, unknown), self._dtype, len(words)) for words in ticking(split_words(data))
         ]
         return np.concatenate([np.zeros(0, self._dtype), *parts])
 

@@ -19,6 +19,7 @@ from uoe_jax.data.prepared import (
     RawFiles,
     changed,
     dataset_directory,
+    digest_of,
     lines,
     manual_dir,
     readable,
@@ -140,7 +141,7 @@ def _packed(archive: Path, raw: RawFiles) -> Content:
 
 def _from_archive(archive: Path, sha256: str, name: str) -> Iterator[bytes]:
     with readable(archive), open(archive, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+        if digest_of(file) != sha256:
             raise changed(archive)
         file.seek(0)
         try:

@@ -24,6 +24,7 @@ from uoe_jax.layers.router import patches
 from uoe_jax.layers.union import Union
 from uoe_jax.model import Transformer
 from uoe_jax.train.step import Params
+from uoe_jax.watch import ticking
 
 RIDGE = 1e-3  # of the mean square of the summaries
 SPREAD = 1.0  # standard deviation of the fitted logits: ranks must not be lost in the first steps of training
@@ -87,7 +88,7 @@ def calibrated(config: ModelConfig, model: Any, params: Params, batches: Iterabl
     """The parameters with the patches' routers fitted to batches of text; model: params -> Transformer."""
     step = jax.jit(lambda p, tokens, segments, positions: seen(model(p), tokens, segments, positions))
     total = None
-    for batch in batches:
+    for batch in ticking(batches):
         found = step(params, batch["tokens"], batch["segments"], batch["positions"])
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:

@@ -31,6 +31,7 @@ from uoe_jax.infer.experts import all_experts
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.step import Params, build, declared, functional
+from uoe_jax.watch import ticking
 from uoe_jax.workdir import CONFIG, write_json
 
 SOURCE = "source"  # of a workdir: the files of the model that was imported, its weights left out
@@ -80,7 +81,7 @@ def _notes(plan: Plan, source: Tensors) -> Iterator[str]:
 def _check_names(plan: Plan, source: Tensors) -> None:
     """UserError where a tensor is missing, has another shape than config.json says, or is left over."""
     shapes, used = _dense_shapes(plan.config.model), set[str]()
-    for entry, layer, name in _tensors(plan, source):
+    for entry, layer, name in ticking(_tensors(plan, source)):
         used.add(name)
         wanted = their_shape(entry, [shapes[path][layer is not None :] for path in entry.ours])
         if name not in source:
@@ -154,7 +155,7 @@ def _parameters(plan: Plan, source: Tensors, abstract: Params) -> Params:
 
     for entry, layers in itertools.groupby(_tensors(plan, source), key=lambda item: item[0]):
         arrays = [np.empty(shapes[path], np.float32) for path in entry.ours]
-        for _, layer, name in layers:
+        for _, layer, name in ticking(layers):
             at = ... if layer is None else layer
             theirs = source.read_float32(name)
             if entry.ours == ("positions",):

@@ -28,6 +28,7 @@ from uoe_jax.exchange.whole import whole_directory
 from uoe_jax.mesh import make_mesh
 from uoe_jax.train.step import Params, functional
 from uoe_jax.train.task import task_of
+from uoe_jax.watch import ticking
 
 MAGIC = b"UOESHLO1"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -75,7 +76,7 @@ def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
             weights, forward = by_name(params), _forward(config, params)
             program, data = _program(config, forward, weights), safetensors.numpy.save(weights)
             files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
-            for name, content in files.items():
+            for name, content in ticking(files.items()):
                 _write(place / name, content)
             if damage := _damage({name: (place / name).read_bytes() for name in files}, files, config, weights, forward):
                 raise RunError(f"--out={out}: {damage}; nothing is left there: try again, and report it if it stays so")
@@ -155,7 +156,7 @@ def _damage(
         if found[name] != content:
             return f"{name} is not what was written"
     there = safetensors.numpy.load(found[WEIGHTS])
-    for name in {**weights, **there}:
+    for name in ticking({**weights, **there}):
         a, b = weights.get(name), there.get(name)
         if a is None or b is None or (a.shape, a.dtype, a.tobytes()) != (b.shape, b.dtype, b.tobytes()):
             return f"{name} in {WEIGHTS} is not the model's"

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.train.fingerprint import leaf_name
+from uoe_jax.watch import ticking
 from uoe_jax.workdir import read_json, write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -160,7 +161,7 @@ def write(
     files = [FILE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards):
         held = {}
-        for t in shard:
+        for t in ticking(shard):
             held[t.name], lost = cast(t.make(), kind)
             if len(lost) and not lossy:
                 raise UserError(
@@ -199,7 +200,7 @@ def _compare(file: epath.Path, held: dict[str, np.ndarray]) -> None:
     with safe_open(str(file), "numpy") as there:
         if set(there.keys()) != set(held):
             raise RunError(f"{file}: does not hold the tensors that were written; write it again, on another disk perhaps")
-        for name, array in held.items():
+        for name, array in ticking(held.items()):
             found = there.get_tensor(name)
             same = found.shape == array.shape and found.dtype == array.dtype
             if not same or found.tobytes() != array.tobytes():

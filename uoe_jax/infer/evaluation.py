@@ -18,6 +18,7 @@ from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.loop import agreed_data
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import build
+from uoe_jax.watch import ticking
 from uoe_jax.workdir import check_record
 
 
@@ -44,8 +45,8 @@ def targets_per_word(config: Config, data: DataBundle, split: str) -> float | No
     """Targets of a split for every word of its documents, words being what spaces part; None where nothing is text."""
     if config.data.source not in TEXT:
         return None
-    source = text_source(config.data, default_cache_dir(), quiet=True)
-    words = sum(len(document.split()) for document in source.documents(split))
+    documents = text_source(config.data, default_cache_dir(), quiet=True).documents(split)
+    words = sum(len(document.split()) for document in ticking(documents))
     return data.record["n_targets"][split] / max(words, 1)
 
 
