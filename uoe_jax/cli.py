@@ -187,9 +187,12 @@ def _overrides(rest: list[str], options: argparse.Namespace) -> dict[str, str]:
 
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from uoe_jax.data.kept import check_tokenizer
+    from uoe_jax.workdir import checkpoint_path
 
     config = load_config(options.config, overrides)
     _check_workdir(options.workdir)
+    if config.train.init_from:
+        checkpoint_path(config.train.init_from, "config.train.init_from")
     check_tokenizer(config, options.workdir)
     _start(config, stops_itself=True)
     from uoe_jax.infer.sample import sample

@@ -41,7 +41,7 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     points = max(200, POINTS // len(workdirs))
     runs = [logged(w, config, name, points) for w, config, name in zip(workdirs, configs, names(workdirs))]
     looked = [_look(w, config, options.step, options.text) for w, config in zip(workdirs, configs)]
-    write_asked(out, page(runs, looked))
+    write_asked(out, page(runs, looked).encode("utf-8", "backslashreplace").decode())  # of names that are no UTF-8
     return out
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import time
-from typing import Any, Iterator, Mapping
+from typing import Any, Mapping
 
 import jax
 import tensorstore
@@ -64,8 +64,9 @@ def check(path: epath.Path, aside: epath.Path, latest: int | None) -> None:
 def fault(path: epath.Path) -> str:
     """What is wrong with the checkpoint at `path`, "" where nothing is; to be called in process 0.
 
-    Its metadata must be as they were written, the manifest must list every leaf with all of its chunks, and the data
-    files that it names must be there and long enough. Takes some milliseconds, and reads no array data.
+    Its metadata must be as they were written, the manifest must list every leaf with all of its chunks and what each
+    process wrote, and the data files that it names must be there and long enough. Takes some milliseconds, as no array
+    data are read.
 
     Raises:
       RunError: it cannot be read now (rights, memory, the network).
@@ -89,28 +90,18 @@ def _fault(path: epath.Path) -> str:
     metadata, state = saved.metadata_or_fault(path), path / saved.STATE
     if isinstance(metadata, str):
         return metadata
+    if is_remote(path) and not (path / saved.COMMITTED).exists():
+        return f"{saved.COMMITTED} is missing"
     for file in (*(state / name for name in _BESIDE), *(state / "array_metadatas").iterdir()):
         if not json.loads(file.read_bytes()):
             return f"{file.name} is empty"
     if not (state / MANIFEST).exists():
         return f"{saved.STATE}/{MANIFEST} is missing: what the processes wrote was not merged"
-    described: dict[str, Any] = {}
-    chunks: dict[str, int] = {}
-    lengths: dict[str, int] = {}
-    base = tensorstore.KvStore.open(_spec(state)).result()
-    for key, entry in _entries(base):
-        place = entry.get("indirect_value")
-        if match := _KEY.fullmatch(key):
-            name, what = match.groups()
-            if what == "zarr.json":
-                value = tensorstore.ocdbt.dump(base, place).result() if place else entry["inline_value"]
-                described[name] = json.loads(value)
-            else:
-                chunks[name] = chunks.get(name, 0) + 1
-        if place:
-            _, root, file, start, length = place.split(":")
-            lengths[root + file] = max(lengths.get(root + file, 0), int(start) + int(length))
-    return _missing(metadata["leaves"], described, chunks) or _cut_off(state, lengths)
+    listed = _listed(state)
+    for process in state.glob("ocdbt.process_*"):
+        if lost := sorted(_listed(process).keys() - listed.keys()):
+            return f"{lost[0]} of {process.name} is missing in {saved.STATE}/{MANIFEST}"
+    return _missing(metadata["leaves"], state, listed) or _cut_off(state, listed)
 
 
 def _spec(state: epath.Path) -> dict[str, str]:
@@ -122,25 +113,41 @@ def _spec(state: epath.Path) -> dict[str, str]:
     return {"driver": "gcs", "bucket": bucket, "path": f"{rest}/"}
 
 
-def _entries(base: tensorstore.KvStore) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, entry) of all that the newest version of a manifest lists."""
-    roots = [(version["root"].get("location"), b"") for version in tensorstore.ocdbt.dump(base).result()["versions"][-1:]]
-    while roots:
-        location, prefix = roots.pop()
-        node = tensorstore.ocdbt.dump(base, location).result() if location else {"entries": []}
+def _dump(directory: epath.Path, node: str | None = None) -> Any:
+    """The manifest of a directory, or what lies at a place that it names."""
+    return tensorstore.ocdbt.dump(tensorstore.KvStore.open(_spec(directory)).result(), node).result()
+
+
+def _listed(directory: epath.Path) -> dict[str, dict[str, Any]]:
+    """By key, all that the newest version of the manifest of a directory lists."""
+    found: dict[str, dict[str, Any]] = {}
+    nodes: list[tuple[Any, bytes]] = [(version["root"].get("location"), b"") for version in _dump(directory)["versions"][-1:]]
+    while nodes:
+        location, prefix = nodes.pop()
+        node = _dump(directory, location) if location else {"height": 0, "entries": []}
         for entry in node["entries"]:
             if node["height"]:
-                roots.append((entry["location"], prefix + entry["subtree_common_prefix"]))
+                nodes.append((entry["location"], prefix + entry["subtree_common_prefix"]))
             else:
-                yield (prefix + entry["key"]).decode(), entry
+                found[(prefix + entry["key"]).decode()] = entry
+    return found
 
 
-def _missing(leaves: Mapping[str, Any], described: Mapping[str, Any], chunks: Mapping[str, int]) -> str:
+def _missing(leaves: Mapping[str, Any], state: epath.Path, listed: Mapping[str, dict[str, Any]]) -> str:
     """Which leaf the manifest lacks, or has not whole."""
-    listed = {name.replace("/", "."): name for name in described}  # Orbax joins the parts of a leaf's name by dots
+    described: dict[str, Any] = {}
+    chunks: dict[str, int] = {}
+    for key, entry in listed.items():
+        if match := _KEY.fullmatch(key):
+            name = match[1].replace("/", ".")  # Orbax joins the parts of a leaf's name by dots
+            if match[2] == "zarr.json":
+                value = entry.get("inline_value") or _dump(state, entry["indirect_value"])
+                described[name] = json.loads(value)
+            else:
+                chunks[name] = chunks.get(name, 0) + 1
     for leaf in leaves:
-        name = listed.get(leaf.replace("/", "."))
-        if name is None:
+        name = leaf.replace("/", ".")
+        if name not in described:
             return f"{leaf} is missing in {saved.STATE}/{MANIFEST}"
         shape, chunk = described[name]["shape"], described[name]["chunk_grid"]["configuration"]["chunk_shape"]
         wanted = math.prod(-(-n // size) for n, size in zip(shape, chunk, strict=True))
@@ -149,8 +156,13 @@ def _missing(leaves: Mapping[str, Any], described: Mapping[str, Any], chunks: Ma
     return ""
 
 
-def _cut_off(state: epath.Path, lengths: Mapping[str, int]) -> str:
+def _cut_off(state: epath.Path, listed: Mapping[str, dict[str, Any]]) -> str:
     """Which data file is not there, or shorter than what the manifest has in it."""
+    lengths: dict[str, int] = {}
+    for entry in listed.values():
+        if place := entry.get("indirect_value"):
+            _, root, name, start, size = place.split(":")
+            lengths[root + name] = max(lengths.get(root + name, 0), int(start) + int(size))
     for file, length in lengths.items():
         path = state / file
         if not path.exists():
