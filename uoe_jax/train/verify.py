@@ -99,6 +99,8 @@ def _fault(path: epath.Path) -> str:
         return f"{saved.STATE}/{MANIFEST} is missing: what the processes wrote was not merged"
     listed = _listed(state)
     for process in state.glob("ocdbt.process_*"):
+        if not (process / MANIFEST).exists():  # of a process that had nothing to write
+            continue
         if lost := sorted(_listed(process).keys() - listed.keys()):
             return f"{lost[0]} of {process.name} is missing in {saved.STATE}/{MANIFEST}"
     return _missing(metadata["leaves"], state, listed) or _cut_off(state, listed)
