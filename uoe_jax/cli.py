@@ -12,7 +12,7 @@ import traceback
 from typing import Any, NoReturn, Sequence
 
 from uoe_jax import config as config_lib
-from uoe_jax import processes, watch
+from uoe_jax import processes, surroundings, watch
 from uoe_jax.config import Config
 from uoe_jax.config_file import load_config
 from uoe_jax.config_peers import ATTENTIONS, MLPS
@@ -22,13 +22,15 @@ from uoe_jax.exchange.command import DTYPES, FORMATS
 
 def console() -> NoReturn:
     """The `uoe` command."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # As of stderr: a locale may not have all the characters that are written.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    surroundings.settle()
     sys.exit(main())
 
 
 class _Parser(argparse.ArgumentParser):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # the help may not have been taken
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         where = "" if self.prog == "uoe" else f"{self.prog}: "  # every sentence begins with it
         raise UserError(f"{where}{message}; see {self.prog} --help")
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, rest = _parser().parse_known_args(argv)
         overrides = _overrides(rest, options)
-        exit_code = options.run(options, overrides) or EXIT_DONE
+        with surroundings.explained():
+            exit_code = options.run(options, overrides) or EXIT_DONE
+        sys.stdout.flush()
         watch.part()
         return exit_code
     except processes.Told as error:
@@ -55,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("uoe: interrupted at once; the same command goes on from the last checkpoint")
         exit_code, why = EXIT_FAILED, "interrupted"
-    except BrokenPipeError:
-        exit_code = EXIT_FAILED
     except Exception as error:
         workdir = None if options is None or options.debug else options.workdir
         watch.leave_lost(error)

@@ -15,10 +15,12 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
+import time
 from typing import Any, Callable, Mapping, TypeVar
 
-from uoe_jax import errors
+from uoe_jax import errors, surroundings
 from uoe_jax.config import Config, leaves
 from uoe_jax.errors import UserError
 
@@ -28,6 +30,8 @@ COORDINATOR, PROCESSES, PROCESS_ID = NAMES = ("UOE_COORDINATOR", "UOE_PROCESSES"
 # Launchers that start several tasks, and what they tell each of them. Not used, only to notice that nobody told us.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _PATIENCE_S = 7 * 24 * 3600  # for what others do alone; one that is lost or hangs the watch notices
+# For the name of process 0 to become known: to itself, where nothing can still come, and to others, whose machines start earlier.
+_OWN_NAME_S, _NAME_S = 30, 120
 _calls = itertools.count()
 _waiting = False
 
@@ -50,7 +54,7 @@ def told(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None
     for name in NAMES:
         if name not in given:
             raise UserError(f"{name}: is not set while {next(iter(given))} is; give all of {', '.join(NAMES)}, or none")
-    port = re.fullmatch(r"[\w.:\-\[\]]+:([0-9]{1,5})", given[COORDINATOR], re.ASCII)
+    port = re.fullmatch(r"(?:[\w.\-]+|\[[\w.:]+\]):([0-9]{1,5})", given[COORDINATOR], re.ASCII)
     if port is None or not 0 < int(port[1]) < 65536:
         raise UserError(f"{COORDINATOR}={given[COORDINATOR]}: give host:port of process 0, such as node1:8476")
     count, me = (int(v) if v.isdecimal() else -1 for v in (given[PROCESSES], given[PROCESS_ID]))
@@ -66,6 +70,9 @@ def join(stops_itself: bool) -> None:
 
     stops_itself: the command asks `preempted` at every step; others end by SIGTERM as programs do, and not when JAX likes.
     JAX ends the process without an exception where the others do not come, so what is waited for is said before.
+
+    Raises:
+      UserError: process 0 has no such address or port. LostPeer: its name has no address here.
     """
     place = told()
     if place is None:
@@ -75,7 +82,10 @@ def join(stops_itself: bool) -> None:
     coordinator, count, me = place
     print(f"uoe: process {me} of {count}: meeting the others at {coordinator}", file=sys.stderr, flush=True)
     _keep_stdout_ours()
+    _await_name(coordinator, me)
     here = coordinator.rpartition(":")[0] in ("127.0.0.1", "localhost")
+    if me == 0:
+        _check_port(coordinator, here)
     jax.distributed.initialize(
         coordinator,
         count,
@@ -87,12 +97,41 @@ def join(stops_itself: bool) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _await_name(coordinator: str, me: int) -> None:
+    """Waits until the host of UOE_COORDINATOR has an address, as that of a machine that is just starting may not have one."""
+    host = coordinator.rpartition(":")[0].strip("[]")
+    seconds = _NAME_S if me else _OWN_NAME_S
+    until = time.monotonic() + seconds
+    unknown, said = surroundings.unknown_host(host), False
+    while unknown and time.monotonic() < until:
+        if not said:
+            wait = f"uoe: {COORDINATOR}={coordinator}: {host} has no address here ({unknown}); waiting for one, {seconds} s at most"
+            print(wait, file=sys.stderr, flush=True)
+        said = True
+        time.sleep(0.5)
+        unknown = surroundings.unknown_host(host)
+    if unknown:
+        kind = LostPeer if me else UserError
+        raise kind(f"{COORDINATOR}={coordinator}: {host} has no address here ({unknown}); give a name or address of process 0's machine")
+
+
+def _check_port(coordinator: str, here: bool) -> None:
+    """Refuses a port that process 0 cannot listen at: JAX would end it by a fault of memory."""
+    host, _, port = coordinator.rpartition(":")
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that were just closed do not count
+            probe.bind((host if here else "", int(port)))
+    except OSError as error:
+        raise UserError(f"{COORDINATOR}={coordinator}: process 0 cannot listen at port {port} ({error.strerror}); give another port") from error
+
+
 def _keep_stdout_ours() -> None:
     """What is not written by Python goes to stderr: Gloo tells of its connections on stdout, where results belong."""
     sys.stdout.flush()
     ours = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = open(ours, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    sys.stdout = surroundings.Output(sys.stdout, open(ours, "wb"))
 
 
 def are_several() -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
 
 import jax
 
-from uoe_jax import processes, watch
+from uoe_jax import processes, surroundings, watch
 from uoe_jax.config import Config
-from uoe_jax.data.pipeline import default_cache_dir
+from uoe_jax.errors import UserError
 
 # Of XLA on GPUs: no kernel that adds in the order of arrival, and no choice of kernels by their time, which differs from run
 # to run. CPUs and TPUs have nothing to turn on.
@@ -18,22 +19,40 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def start(config: Config, stops_itself: bool = False) -> None:
-    """Meets the other processes (`processes.join`), watches them, and sets jax up; before the first use of a device.
+    """Meets the other processes (`processes.join`), watches them, sets jax up, and makes it look for devices.
 
     The persistent compilation cache is in a folder only its owner can read, and of this number of cores: XLA divides loops among
     those it finds when it compiles, and JAX's key does not tell them. A program compiled on one core, read on two, ran there up to
     1.2 times as long as one compiled on two. JAX_COMPILATION_CACHE_DIR wins.
+
+    Raises:
+      UserError: variables of the environment that XLA or jax does not take, or under which there is no device; or no cache.
     """
+    surroundings.check_variables(jax.lib.__version__)
     if config.train.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
     processes.join(stops_itself)
     watch.start(config.guard)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        folder = processes.together(default_cache_dir) / f"jax_{cores}_cores"
-        folder.mkdir(mode=0o700, exist_ok=True)  # it holds native code: never a shared folder
+        folder = processes.together(lambda: _made(surroundings.default_cache_dir() / f"jax_{cores}_cores"))
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    try:
+        jax.devices()
+    except Exception as error:
+        if processes.lost_peer(error) and "gloo/transport" not in str(error):
+            raise
+        raise surroundings.no_device(error) from error
+
+
+def _made(folder: Path) -> Path:
+    """A folder that only its owner can read: it holds native code."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); set UOE_CACHE to another directory") from error
+    return folder
 
 
 def cost_of_determinism() -> str:

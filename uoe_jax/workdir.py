@@ -27,6 +27,7 @@ from etils.epath import gpath
 from uoe_jax import processes
 from uoe_jax.config import Config, changed_keys, from_dict, printable, to_dict
 from uoe_jax.errors import UserError
+from uoe_jax.surroundings import expanded
 
 CONFIG, RECORD, LOCK = "config.json", "record.json", ".lock"
 SHOWS_UP_S = 10  # a network file system may show a new file late
@@ -72,7 +73,7 @@ def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPa
 
         # Listings are cached for ever by default, and would not show what TensorStore and other processes write.
         fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
-    found = LiteralPath(name).expanduser()
+    found = LiteralPath(expanded(name, option))
     if is_remote(found) and not is_remote(name):
         raise UserError(f"{option}={printable(name)}: is taken for the address {found}; give that, or a directory elsewhere")
     return found

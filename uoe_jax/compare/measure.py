@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from uoe_jax import mesh as mesh_lib
-from uoe_jax import runtime
+from uoe_jax import runtime, surroundings
 from uoe_jax.compare.run import DAMAGED, diverged, is_finished
 from uoe_jax.compare.table import numbers
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
@@ -207,6 +207,7 @@ def measure(workdir_name: str) -> int:
 
 
 def main() -> int:
+    surroundings.settle()
     try:
         return measure(sys.argv[1])
     except UserError as error:

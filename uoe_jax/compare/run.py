@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -27,11 +28,12 @@ from uoe_jax import processes
 from uoe_jax.compare.table import Row, Table
 from uoe_jax.config import Config, changed_keys, from_dict, to_dict
 from uoe_jax.errors import EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, RunError, UserError
+from uoe_jax.surroundings import tell
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import locate, lock, os_errors, read_json, release, wait_for_writer, write_json, write_text
 
 ORPHAN_S = 120  # that a run whose table was killed may take to end its step and save
-RATES = "rates.json"
+RATES, TABLE = "rates.json", "table.json"
 DAMAGED = "remove it and what it is about, or give another --workdir"
 FIXED = ("match", "reference", "learning_rates", "search_steps")  # of TableConfig: what finished rows depend on
 # Of a run that goes on these may change (train.steps where optimizer.decay_steps is set). In a table they settle what is
@@ -61,9 +63,18 @@ def compare(table: Table, workdir_name: str) -> int:
     workdir = locate(workdir_name)
     try:
         with os_errors(workdir_name):
+            is_new = not (workdir / TABLE).exists()
+        if is_new:  # what no run could start with is refused before anything is made
+            with Children() as children:
+                children.run(["uoe_jax.compare.check", json.dumps(to_dict(table.reference.config))], "looking at devices and data")
+        with os_errors(workdir_name):
             workdir.mkdir(parents=True, exist_ok=True)
             lock(workdir_name, workdir)
             claim(table, workdir)
+    except Stopped:
+        return EXIT_STOPPED
+    except Refused:
+        return EXIT_BAD_INPUT
     except OSError as error:
         raise UserError(f"--workdir={workdir_name}: cannot be written ({error.strerror or error}); give a directory you may write to") from error
     try:
@@ -80,7 +91,7 @@ def compare(table: Table, workdir_name: str) -> int:
         release(workdir)
     from uoe_jax.compare.report import write
 
-    print(write(table, workdir))
+    tell(write(table, workdir))
     return EXIT_DONE
 
 
@@ -94,7 +105,7 @@ class Refused(Exception):
 
 def claim(table: Table, workdir: epath.Path) -> None:
     """Writes what the table is into its directory, or makes sure that it is what is there; seeds and rows may be added."""
-    path, own = workdir / "table.json", dataclasses.asdict(table.config)
+    path, own = workdir / TABLE, dataclasses.asdict(table.config)
     rows: dict[str, dict[str, Any]] = {
         row.slug: {"name": row.name, "preset": row.preset, "miss": row.miss, "config": to_dict(row.config)}
         for row in table.rows

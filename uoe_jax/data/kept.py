@@ -9,6 +9,7 @@ from etils import epath
 from uoe_jax.config import Config
 from uoe_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, stored
 from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.surroundings import expanded
 from uoe_jax.workdir import locate, os_errors, read_text, write_text
 
 TOKENIZER = "tokenizer.json"
@@ -45,7 +46,7 @@ def check_tokenizer(config: Config, workdir: str) -> None:
     kept = read_tokenizer(workdir)
     if kept is None:
         load_tokenizer(data.tokenizer, name, data.separator, data.start)
-    elif name and Path(name).expanduser().is_file():
+    elif name and Path(expanded(name, "config.data.tokenizer_file")).is_file():
         given = load_tokenizer(data.tokenizer, name, data.separator, data.start)
         if given is not None and given.fingerprint != kept.fingerprint:
             remedy = f"is not the tokenizer of the run in {workdir}; give that one, or none, or start in another --workdir"

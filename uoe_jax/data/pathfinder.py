@@ -19,6 +19,7 @@ from uoe_jax.config_data import PathfinderConfig
 from uoe_jax.data.examples import Example, Examples, ExampleSource
 from uoe_jax.data.prepared import ARENA, SPLITS
 from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.surroundings import expanded
 from uoe_jax.watch import ticking
 
 VERSION = 1  # of the drawing: raise it when a (seed, split, index) comes to mean another image
@@ -53,7 +54,7 @@ class PathfinderFiles:
 
     def __init__(self, path: str) -> None:
         """Raises UserError where there is no archive, where its metadata cannot be read, or an image is missing."""
-        self.root = _find(Path(path).expanduser(), path)
+        self.root = _find(Path(expanded(path, "config.data.path")), path)
         content = hashlib.sha256()
         names, labels = _read_metadata(self.root, content)
         sizes = np.array([self._size(name, i) for i, name in enumerate(ticking(names))])

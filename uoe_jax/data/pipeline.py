@@ -29,6 +29,7 @@ from uoe_jax.data.sources import TextSource, known_vocabulary, labelled_source, 
 from uoe_jax.data.store import open_or_build
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.surroundings import default_cache_dir as default_cache_dir
 from uoe_jax.watch import ticking
 
 T = TypeVar("T")
@@ -79,19 +80,6 @@ class DataBundle:
         if isinstance(n_files, int) and isinstance(n_bytes, int):
             read = f" from {n_files:,} files of {n_bytes / 1e6:,.3f} MB"
         return f"{' / '.join(sizes)} rows of {' / '.join(SPLITS)}{read}"
-
-
-def default_cache_dir() -> Path:
-    """$UOE_CACHE, else ~/.cache/uoe_jax; made readable by its owner alone. Raises UserError if it cannot be written."""
-    directory = Path(os.environ.get("UOE_CACHE") or "~/.cache/uoe_jax").expanduser()
-    remedy = "set UOE_CACHE to a directory that can be written."
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"UOE_CACHE={directory}: cannot make the data cache ({error.strerror}): {remedy}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UserError(f"UOE_CACHE={directory}: the data cache cannot be written: {remedy}")
-    return directory
 
 
 def load(config: Config, cache_dir: Path, tokenizer: Tokenizer | None = None) -> DataBundle:

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NoReturn, Protocol
 import numpy as np
 
 from uoe_jax.errors import RunError, UserError
+from uoe_jax.surroundings import expanded
 from uoe_jax.watch import tick, ticking
 
 log = logging.getLogger(__name__)
@@ -327,7 +328,9 @@ def lines(reader: Reader, file: Path) -> Iterator[tuple[int, bytes]]:
 def manual_dir(path: str) -> Path:
     """data.path; where that is empty, the place where tfds wants what a person has downloaded by hand."""
     data_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(path).expanduser() if path else Path(data_dir).expanduser() / "downloads" / "manual"
+    if path:
+        return Path(expanded(path, "config.data.path"))
+    return Path(expanded(data_dir, "TFDS_DATA_DIR"), "downloads", "manual")
 
 
 def _times(file: Path) -> list[int]:

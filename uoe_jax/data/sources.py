@@ -12,6 +12,7 @@ from uoe_jax.config_data import FACTS, FROM_FILE, SOURCES, TEXT, DataConfig, Fac
 from uoe_jax.data.examples import ExampleSource
 from uoe_jax.data.tokenizer import Tokenizer, WordTokenizer, load_tokenizer, stored
 from uoe_jax.errors import RunError, UserError
+from uoe_jax.surroundings import expanded
 
 
 class TextSource(Protocol):
@@ -115,7 +116,7 @@ def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
         return len(SYMBOLS), None
     if d.source in FACTS and not FACTS[d.source].text:
         return FACTS[d.source].n_ids, None
-    if d.tokenizer in FROM_FILE and not (d.tokenizer_file and Path(d.tokenizer_file).expanduser().is_file()):
+    if d.tokenizer in FROM_FILE and not (d.tokenizer_file and Path(expanded(d.tokenizer_file, "config.data.tokenizer_file")).is_file()):
         return 0, None  # a plan can do without, and a run that has kept its own
     tokenizer = load_tokenizer(d.tokenizer, d.tokenizer_file, d.separator, d.start)
     return (tokenizer.vocab_size if tokenizer else 0), tokenizer

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from uoe_jax.data.prepared import SPLITS, Documents, changed, dataset_directory, readable
 from uoe_jax.errors import ConfigError
+from uoe_jax.surroundings import expanded
 from uoe_jax.watch import ticking
 
 VERSION = "1.0.0"  # of the rules below: raise it when the choice, split or order of files changes, or caches go stale
@@ -92,7 +93,7 @@ def prepare(path: str, cache_dir: Path) -> PreparedSource:
     The result is keyed by content, so an edited source is prepared anew and an unchanged one costs only its hash.
     Raises UserError where `path` is no readable directory, or holds too few .py files to give every split one.
     """
-    root = Path(path).expanduser() if path else Path(sysconfig.get_path("stdlib"))
+    root = Path(expanded(path, "config.data.path")) if path else Path(sysconfig.get_path("stdlib"))
     files = scan(root, path)
     content = hashlib.sha256()
     for file in files:

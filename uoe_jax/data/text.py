@@ -20,6 +20,7 @@ from uoe_jax import processes
 from uoe_jax.data.formats import BOM, Format, keys_of, look, refuse_array
 from uoe_jax.data.prepared import RawFiles, Reader, lines, refuse
 from uoe_jax.errors import ConfigError
+from uoe_jax.surroundings import expanded
 from uoe_jax.watch import ticking
 
 VERSION = "1.0.0"  # of the rules below: raise it when the documents, their split or order change, or caches go stale
@@ -164,7 +165,7 @@ def find(path: str, others: list[str] | None = None) -> list[Path]:
     if not path:
         remedy = "set it to a directory of .txt or .jsonl files, or to a glob such as 'DIR/**/*.txt'."
         raise ConfigError("data.path", path, remedy)
-    pattern = os.path.expanduser(path)
+    pattern = expanded(path, "config.data.path")
     if os.path.isdir(pattern):
         names = []
         for name in _walk(pattern):

@@ -15,6 +15,7 @@ from uoe_jax.data.ends import FILES, SEPARATORS, find_ends
 from uoe_jax.data.library import EndsOf, LibraryTokenizer, TokenizerFile
 from uoe_jax.data.vocabulary import WordTokenizer, known_ids
 from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.surroundings import expanded
 
 T = TypeVar("T")
 
@@ -255,8 +256,8 @@ def from_file(made: Callable[[dict[str, Any], EndsOf], T], path: str, separator:
     key = "config.data.tokenizer_file"
     if not path:
         raise ConfigError(key, path, f"tokenizers 'bpe' and 'library' take a file; give one, or {train}")
+    file = epath.Path(expanded(path, key))
     try:
-        file = epath.Path(path).expanduser()
         text = file.read_bytes().decode("utf-8-sig")
     except Exception as error:  # the clients of gs:// raise exceptions of a dozen kinds
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -15,6 +15,7 @@ from uoe_jax.config import Config
 from uoe_jax.data.formats import JSON_LINES, json_of, keys_of, other_format
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.infer.experts import choices
+from uoe_jax.surroundings import takes_utf8
 from uoe_jax.workdir import locate, os_errors, write_asked
 
 
@@ -52,6 +53,8 @@ def configured(options: argparse.Namespace, config: Config) -> Config:
 def run_generate(options: argparse.Namespace, config: Config) -> None:
     """Raises UserError for prompts that cannot be read or do not fit."""
     config = configured(options, config)
+    if options.chat and sys.stdin is None:
+        raise UserError("--chat: standard input is closed; start it in a terminal, or send it lines")
     prompts = read_prompts(options.prompts) if options.prompts else {}
     from uoe_jax import runtime
 
@@ -127,8 +130,8 @@ def _prompt_of(line: str, where: str) -> str:
 def _write(out: str | None, completions: list[Any]) -> None:
     if not processes.is_first():
         return
-    # JSON is UTF-8, whatever the locale says of the screen.
-    escaped = not out and (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    # JSON is UTF-8; where the screen is not, other characters are escaped.
+    escaped = not out and not takes_utf8(sys.stdout)
     found = [
         {"prompt": c.prompt, "text": c.followed, "tokens": c.n_tokens, "ended": c.ended}
         for c in completions
@@ -172,7 +175,10 @@ def chat(sampler: Any, stops: list[str], lines: TextIO) -> None:
     while True:
         if lines.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = lines.readline()
+        try:
+            line = lines.readline()
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"--chat: standard input cannot be read ({error}); start it in a terminal, or send it lines") from error
         if not line.strip():
             return
         text += line.removeprefix("\ufeff")  # of a file in the place of a person

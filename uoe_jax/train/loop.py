@@ -18,13 +18,15 @@ from uoe_jax.data.pipeline import DataBundle, default_cache_dir, load
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import EXIT_DONE, RunError
 from uoe_jax.processes import by_first, is_first
+from uoe_jax.surroundings import tell
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.metrics import MetricsWriter, Progress, Silent
 from uoe_jax.train.run import Run
+from uoe_jax.train.saved import checkpoints_of
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.start import first_state
 from uoe_jax.train.step import Params, Program, build
-from uoe_jax.workdir import check_record, enter_workdir, release
+from uoe_jax.workdir import CONFIG, check_record, enter_workdir, locate, release
 
 
 def load_data(config: Config, workdir: str | None = None) -> tuple[Config, DataBundle]:
@@ -57,14 +59,17 @@ def train(
     with StopSignal() as signal, contextlib.ExitStack() as held:
         watch.at("preparing the data", slow=True)
         config, data = agreed_data(config, workdir_name)
-        workdir = enter_workdir(workdir_name, config)
+        mesh = mesh_lib.make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            program = build(config, mesh)
+        if config.train.init_from and not by_first((locate(workdir_name) / CONFIG).exists):
+            checkpoints_of(config.train.init_from)
+        workdir = enter_workdir(workdir_name, config)  # from here on something is left behind
         held.callback(release, workdir)
         by_first(lambda: check_record(workdir, data.record))
         by_first(lambda: keep_tokenizer(workdir, data.tokenizer))
-        mesh = mesh_lib.make_mesh(config.mesh)
         keep = config.checkpoint
         with jax.set_mesh(mesh), CheckpointStore(workdir, keep.keep_latest, keep.keep_best) as store:
-            program = build(config, mesh)
             watch.at("restoring", slow=True)
             state, start, owed = first_state(program, store, config, say_early, data.record.get("tokenizer"))
             progress = Progress(config.train.steps, start) if is_first() else Silent()
@@ -85,13 +90,14 @@ def train(
                 watch.at("reporting", slow=True)
                 place = report(config, program, run.state.params, data, workdir, run.step)
             if is_first():
-                print(run.farewell(workdir_name, exit_code, text, place))
+                tell(run.farewell(workdir_name, exit_code, text, place))
     return exit_code
 
 
-def agreed_data(config: Config, workdir: str, **options: Any) -> tuple[Config, DataBundle]:
+def agreed_data(config: Config, workdir: str | None, **options: Any) -> tuple[Config, DataBundle]:
     """`load_data`, in every process the same, as are the options; what goes wrong in one is the error of all."""
     processes.same_command(config, **options)
+    mesh_lib.make_mesh(config.mesh)  # what the devices cannot be cut in is refused before the data take long
     config, data = processes.together(lambda: load_data(config, workdir))
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
     processes.same(found, "give every machine the same data and the same interpreter")

@@ -219,6 +219,27 @@ def restore(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any
     return _load(path, abstract, there, partial), metadata
 
 
+def checkpoints_of(path: str | os.PathLike[str]) -> list[str]:
+    """The checkpoints of a workdir, the newest first, or the one that is given; the same in every process.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    def found() -> list[str]:
+        root = checkpoint_path(path, _INIT_FROM)
+        below = root / "checkpoints"
+        if below.is_dir():
+            return [os.fspath(below / str(step)) for step in sorted(listed(below), reverse=True)]
+        is_one = (root / _METADATA).exists() or (root.is_dir() and root.parent.name == "checkpoints")
+        return [os.fspath(root)] if is_one else []
+
+    places = by_first(found)
+    if not places:
+        remedy = "there is no checkpoint; give the workdir of a run, or one of its checkpoints/<step>"
+        raise ConfigError(_INIT_FROM, os.fspath(path), remedy)
+    return places
+
+
 def load_params(
     path: str | os.PathLike[str],
     abstract_params: Any,
@@ -239,19 +260,8 @@ def load_params(
       ConfigError: no checkpoint there that is good, or nothing fits.
       CheckpointDamaged: the checkpoint given is damaged.
     """
-    def found() -> list[str]:
-        root = checkpoint_path(path, _INIT_FROM)
-        below = root / "checkpoints"
-        if below.is_dir():
-            return [os.fspath(below / str(step)) for step in sorted(listed(below), reverse=True)]
-        is_one = (root / _METADATA).exists() or (root.is_dir() and root.parent.name == "checkpoints")
-        return [os.fspath(root)] if is_one else []
-
     _check_placed(abstract_params)
-    places = by_first(found)
-    if not places:
-        remedy = "there is no checkpoint; give the workdir of a run, or one of its checkpoints/<step>"
-        raise ConfigError(_INIT_FROM, os.fspath(path), remedy)
+    places = checkpoints_of(path)
     for place in places:
         try:
             return _params_of(locate(place), abstract_params, os.fspath(path), check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -48,7 +49,8 @@ class StopSignal:
                 raise KeyboardInterrupt
         if first:  # not print, which may be what was interrupted
             again = " (again: at once)" if number == signal.SIGINT else ""
-            os.write(2, f"uoe: {self.requested}: saving, then stopping{again}\n".encode())
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                os.write(2, f"uoe: {self.requested}: saving, then stopping{again}\n".encode())
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():

@@ -1,0 +1,35 @@
+"""Whether a run can start on this machine: its devices, its mesh and its data, looked at in a process of its own.
+
+    python -m uoe_jax.compare.check CONFIG      the configuration as JSON; ends with 2 and a sentence where it cannot
+
+The process that makes a table must leave the devices to the runs. What data are prepared here, they find in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from uoe_jax import surroundings
+from uoe_jax.config import from_dict
+from uoe_jax.errors import EXIT_DONE, UserError
+
+
+def main() -> int:
+    surroundings.settle()
+    try:
+        with surroundings.explained():
+            from uoe_jax import runtime
+            from uoe_jax.train.loop import agreed_data
+
+            config = from_dict(json.loads(sys.argv[1]))
+            runtime.start(config)
+            agreed_data(config, None)
+    except UserError as error:
+        print(f"uoe: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
