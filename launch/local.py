@@ -41,6 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit code."""
+    open_streams()
     try:
         options = read_options(sys.argv[1:] if argv is None else argv)
         coordinator = f"127.0.0.1:{free_port()}"
@@ -53,6 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(options.command)]))
         return EXIT_DONE
     return Launch(options.command, places, options.grace).run()
+
+
+def open_streams() -> None:
+    """Opens /dev/null in place of standard streams that are closed, which pipes would else take the numbers of."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:

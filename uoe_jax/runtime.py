@@ -28,20 +28,25 @@ def start(config: Config, stops_itself: bool = False) -> None:
     Raises:
       UserError: variables of the environment that XLA or jax does not take, or under which there is no device; or no cache.
     """
+    processes.join(stops_itself)
+    watch.start(config.guard)
     surroundings.check_variables(jax.lib.__version__)
     if config.train.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
-    processes.join(stops_itself)
-    watch.start(config.guard)
+    _find_devices()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         folder = processes.together(lambda: _made(surroundings.default_cache_dir() / f"jax_{cores}_cores"))
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _find_devices() -> None:
+    """Makes jax look for its devices, of several processes for those of all. Raises UserError where it finds none here."""
     try:
         jax.devices()
     except Exception as error:
-        if processes.lost_peer(error) and "gloo/transport" not in str(error):
+        if processes.lost_peer(error):
             raise
         raise surroundings.no_device(error) from error
 

@@ -87,8 +87,11 @@ def checkpoint_path(path: str | os.PathLike[str], option: str = "--workdir") -> 
     Raises:
       UserError: as `locate`, or the path holds what the writer of checkpoints does not take as it is written.
     """
-    found, name = locate(path, option), os.fspath(locate(path, option))
-    names = [name] if is_remote(found) else [os.path.abspath(name), os.path.realpath(name)]
+    name = os.fspath(locate(path, option))
+    try:
+        names = [name] if is_remote(name) else [os.path.abspath(name), os.path.realpath(name)]
+    except FileNotFoundError as error:
+        raise UserError(f"{option}={name}: the current directory is gone; give a whole path, or start elsewhere") from error
     for name in names:
         if not (bad := _unusable_in(name)):
             return LiteralPath(name)

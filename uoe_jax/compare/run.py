@@ -28,7 +28,7 @@ from uoe_jax import processes
 from uoe_jax.compare.table import Row, Table
 from uoe_jax.config import Config, changed_keys, from_dict, to_dict
 from uoe_jax.errors import EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, RunError, UserError
-from uoe_jax.surroundings import tell
+from uoe_jax.surroundings import default_cache_dir, tell
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import locate, lock, os_errors, read_json, release, wait_for_writer, write_json, write_text
 
@@ -64,6 +64,7 @@ def compare(table: Table, workdir_name: str) -> int:
     try:
         with os_errors(workdir_name):
             is_new = not (workdir / TABLE).exists()
+        default_cache_dir()  # runs find it in their environment, where it is not the usual one
         if is_new:  # what no run could start with is refused before anything is made
             with Children() as children:
                 children.run(["uoe_jax.compare.check", json.dumps(to_dict(table.reference.config))], "looking at devices and data")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from uoe_jax.data.rows import LabelledRows
 from uoe_jax.data.sources import TextSource, known_vocabulary, labelled_source, text_source, tokenizer_of
 from uoe_jax.data.store import open_or_build
 from uoe_jax.data.tokenizer import Tokenizer
-from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.errors import ConfigError
 from uoe_jax.surroundings import default_cache_dir as default_cache_dir
 from uoe_jax.watch import ticking
 

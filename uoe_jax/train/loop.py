@@ -60,10 +60,10 @@ def train(
         watch.at("preparing the data", slow=True)
         config, data = agreed_data(config, workdir_name)
         mesh = mesh_lib.make_mesh(config.mesh)
-        with jax.set_mesh(mesh):
-            program = build(config, mesh)
         if config.train.init_from and not by_first((locate(workdir_name) / CONFIG).exists):
             checkpoints_of(config.train.init_from)
+        with jax.set_mesh(mesh):
+            program = build(config, mesh)
         workdir = enter_workdir(workdir_name, config)  # from here on something is left behind
         held.callback(release, workdir)
         by_first(lambda: check_record(workdir, data.record))
