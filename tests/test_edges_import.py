@@ -8,16 +8,17 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from helpers import write_source
 from safetensors.numpy import load_file, save_file
 from test_exchange import CUT, LLAMA, config_of, exported, imported, run_of
 
 from uoe_jax import cli
+from uoe_jax.config import from_dict, to_dict
 from uoe_jax.data.tokenizer import BPETokenizer
-from uoe_jax.errors import UserError
+from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.exchange.plan_import import plan
 from uoe_jax.exchange.tensors import Tensor, Tensors, write
 from uoe_jax.train.checkpoint import CheckpointStore
+from uoe_jax.train.start import check_init_from
 
 BASE = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, hidden_act="silu",
@@ -275,19 +276,32 @@ def test_an_export_that_loses_numbers_is_refused_and_leaves_nothing(tied, tmp_pa
     assert "numbers became infinity or 0 in float16" in capsys.readouterr().err
 
 
-def test_a_run_with_another_tokenizer_is_not_gone_on_from(tmp_path, capsys):
-    write_source(tmp_path / "text")
-    text = [f"--config.data.path={tmp_path}/text", "--config.train.steps=1", "--config.eval.every=0", "--config.eval.batches=1"]
-    start = ["train", "--config=tests/tiny.py", *text]
-    assert cli.main([*start, f"--workdir={tmp_path}/bytes"]) == 0
-    capsys.readouterr()
-    words = [*start, f"--workdir={tmp_path}/words", "--config.data.tokenizer=words", f"--config.train.init_from={tmp_path}/bytes"]
-    assert cli.main([*words, "--config.model.norm_eps=1e-5"]) == 2
-    err = capsys.readouterr().err
-    assert "its tokenizer is bytes-257-1, this run's words-" in err and "--config.train.init_from_any=true" in err
-    assert cli.main([*words, "--config.model.norm_eps=1e-5", "--config.train.init_from_any=true"]) == 0
-    err = capsys.readouterr().err
-    assert "its tokenizer is bytes-257-1" in err and "config.model.norm_eps is 1e-06 there, 1e-05 here" in err
+def test_a_run_with_another_tokenizer_is_not_gone_on_from(tmp_path):
+    config = config_of(**LLAMA | dict(n_layers=1))
+    before = to_dict(config) | {"model": to_dict(config.model) | {"norm_eps": 1e-5, "remat": "none"}}
+    with CheckpointStore(tmp_path / "run") as store:
+        store.save(3, {"params": {"w": jax.numpy.zeros(3)}}, metadata={"config": before, "data": {"tokenizer": "bytes-257-1"}})
+    said: list[str] = []
+    for place in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "3"):
+        config = from_dict(to_dict(config) | {"train": {"init_from": str(place)}})
+        check_init_from(config, "bytes-257-1", said.append)
+        assert said.pop().endswith("config.model.norm_eps is 1e-05 there, 1e-06 here") and not said
+        with pytest.raises(ConfigError, match="init_from='.*': its tokenizer is bytes-257-1, this run's is words-9; .*init_from_any=true"):
+            check_init_from(config, "words-9", said.append)
+        check_init_from(from_dict(to_dict(config) | {"train": {"init_from": str(place), "init_from_any": True}}), "words-9", said.append)
+        assert len(said) == 2 and "its tokenizer is bytes-257-1" in said[0]
+        said.clear()
+    bpe = BPETokenizer.train([b"abc abc"] * 9, 270)  # as an imported model has it: no record of data
+    with CheckpointStore(tmp_path / "imported") as store:
+        store.save(0, {"params": {"w": jax.numpy.zeros(3)}}, metadata={"config": {"data": {"tokenizer": "bpe"}}})
+    (tmp_path / "imported" / "tokenizer.json").write_text(bpe.to_json())
+    config = from_dict({"train": {"init_from": str(tmp_path / "imported")}})
+    check_init_from(config, bpe.fingerprint, said.append)
+    with pytest.raises(ConfigError, match=f"its tokenizer is {bpe.fingerprint}"):
+        check_init_from(config, "bytes-257-1", said.append)
+    (tmp_path / "imported" / "tokenizer.json").unlink()
+    check_init_from(config, "bytes-257-1", said.append)
+    assert "its tokenizer is unknown" in said[0]
 
 
 def test_an_import_is_refused_with_one_sentence_and_leaves_nothing(tmp_path, capsys):

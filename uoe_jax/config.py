@@ -252,7 +252,7 @@ class TrainConfig:
     report: bool = key(True, "at the end, write report.html into the workdir", free=True)
     label_smoothing: float = key(0.0, "share of a class's target that goes to all classes alike (classifiers)", low=0, high=0.99)
     init_from: str = key("", "workdir of a run, or one of its checkpoints, whose parameters to start from where they fit")
-    init_from_any: bool = key(False, "start from init_from also where that run has another tokenizer")
+    init_from_any: bool = key(False, "start from init_from also where that run has another tokenizer", free=True)
     deterministic: bool = key(
         False, "every deterministic switch of the backend: on GPUs slower, and the same bits in every run", free=True
     )

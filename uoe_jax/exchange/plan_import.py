@@ -15,7 +15,7 @@ from uoe_jax.data.library import LibraryTokenizer
 from uoe_jax.data.tokenizer import BPETokenizer, files_beside
 from uoe_jax.errors import UserError
 from uoe_jax.exchange.config_keys import generation_notes, image_bound
-from uoe_jax.exchange.families import Family, family_of, model_of
+from uoe_jax.exchange.families import MISTRAL_WINDOW, Family, family_of, model_of
 from uoe_jax.workdir import checkpoint_path, locate, read_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "config.json"
@@ -102,7 +102,8 @@ def _checked(config: Config, model: Mapping[str, Any], longest: int, theirs: Map
         if given != value and key != "context_length":
             raise UserError(f"--config.model.{key}={given!r}: the weights are of a model with {value!r}; leave it out")
     m = config.model
-    why = "learned positions" if m.position == "learned" else "tokens in the window of its attention" if theirs.get("sliding_window") else ""
+    has_window = theirs["model_type"] == "mistral" and theirs.get("sliding_window", MISTRAL_WINDOW) is not None
+    why = "learned positions" if m.position == "learned" else "tokens in the window of its attention" if has_window else ""
     if m.context_length > longest and why and m.task == "language":
         raise UserError(f"--config.model.context_length={m.context_length}: the model has {longest} {why}; give at most that")
     return config

@@ -22,11 +22,11 @@ from uoe_jax.surroundings import tell
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.metrics import MetricsWriter, Progress, Silent
 from uoe_jax.train.run import Run
-from uoe_jax.train.saved import checkpoints_of
+from uoe_jax.train.saved import listed
 from uoe_jax.train.signals import StopSignal
-from uoe_jax.train.start import first_state
+from uoe_jax.train.start import check_init_from, first_state
 from uoe_jax.train.step import Params, Program, build
-from uoe_jax.workdir import CONFIG, check_record, enter_workdir, locate, release
+from uoe_jax.workdir import check_record, enter_workdir, locate, release
 
 
 def load_data(config: Config, workdir: str | None = None) -> tuple[Config, DataBundle]:
@@ -60,8 +60,8 @@ def train(
         watch.at("preparing the data", slow=True)
         config, data = agreed_data(config, workdir_name)
         mesh = mesh_lib.make_mesh(config.mesh)
-        if config.train.init_from and not by_first((locate(workdir_name) / CONFIG).exists):
-            checkpoints_of(config.train.init_from)
+        if config.train.init_from and not by_first(lambda: bool(listed(locate(workdir_name) / "checkpoints"))):
+            check_init_from(config, data.record.get("tokenizer"), say_early)
         with jax.set_mesh(mesh):
             program = build(config, mesh)
         workdir = enter_workdir(workdir_name, config)  # from here on something is left behind
@@ -71,7 +71,7 @@ def train(
         keep = config.checkpoint
         with jax.set_mesh(mesh), CheckpointStore(workdir, keep.keep_latest, keep.keep_best) as store:
             watch.at("restoring", slow=True)
-            state, start, owed = first_state(program, store, config, say_early, data.record.get("tokenizer"))
+            state, start, owed = first_state(program, store, config, say_early)
             progress = Progress(config.train.steps, start) if is_first() else Silent()
             run = Run(config, data, program, store, functools.partial(open_writer, workdir), progress, state, start, owed)
             try:

@@ -240,17 +240,12 @@ def checkpoints_of(path: str | os.PathLike[str]) -> list[str]:
     return places
 
 
-def load_params(
-    path: str | os.PathLike[str],
-    abstract_params: Any,
-    check: Callable[[epath.Path, Mapping[str, Any]], None] = lambda place, metadata: None,
-) -> tuple[Any, list[str], dict[str, str]]:
+def load_params(path: str | os.PathLike[str], abstract_params: Any) -> tuple[Any, list[str], dict[str, str]]:
     """The parameters of another run where they fit: same name, dtype and shape. Touches nothing there.
 
     Args:
       path: a workdir, of which the newest good checkpoint is taken, or one checkpoint; local or `gs://`.
       abstract_params: nested dicts of jax.ShapeDtypeStruct with shardings.
-      check: is given the checkpoint's place and metadata before anything is read; may raise UserError.
 
     Returns:
       (nested dicts with None for what does not fit, names of the leaves taken, {name of the others: why}). Names as in
@@ -264,7 +259,7 @@ def load_params(
     places = checkpoints_of(path)
     for place in places:
         try:
-            return _params_of(locate(place), abstract_params, os.fspath(path), check)
+            return _params_of(locate(place), abstract_params, os.fspath(path))
         except CheckpointDamaged as error:
             if len(places) == 1:
                 raise
@@ -272,11 +267,8 @@ def load_params(
     raise ConfigError(_INIT_FROM, os.fspath(path), f"all of its {len(places)} checkpoints are damaged; give another run")
 
 
-def _params_of(
-    path: epath.Path, abstract: Any, given: str, check: Callable[[epath.Path, Mapping[str, Any]], None]
-) -> tuple[Any, list[str], dict[str, str]]:
+def _params_of(path: epath.Path, abstract: Any, given: str) -> tuple[Any, list[str], dict[str, str]]:
     metadata = read_metadata(path)
-    check(path, metadata)
     there, here = metadata["leaves"], describe({"params": abstract})
     fresh = {
         name: f"{_kind(there[name])} there, {_kind(leaf)} here" if name in there else "not in the checkpoint"

@@ -87,7 +87,8 @@ def fault(path: epath.Path) -> str:
 
 
 def _fault(path: epath.Path) -> str:
-    metadata, state = saved.metadata_or_fault(path), path / saved.STATE
+    metadata = saved.metadata_or_fault(path)
+    state: epath.Path = path / saved.STATE
     if isinstance(metadata, str):
         return metadata
     if is_remote(path) and not (path / saved.COMMITTED).exists():
