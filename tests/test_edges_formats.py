@@ -60,13 +60,13 @@ def documents(path, cache) -> list[bytes]:
         ("a.JSONL", LINES),
         ("a.Ndjson", LINES),
         ("a.JSON", LINES),
-        ("a.jsonl.GZ", gzip.compress(LINES)),
-        ("a.JsonL.gz", gzip.compress(BOM + LINES)),
-        ("packed.jsonl", gzip.compress(LINES)),
+        ("a.jsonl.GZ", gzip.compress(LINES, mtime=0)),
+        ("a.JsonL.gz", gzip.compress(BOM + LINES, mtime=0)),
+        ("packed.jsonl", gzip.compress(LINES, mtime=0)),
         ("a.txt", LINES),
-        ("a.TXT.gz", gzip.compress(LINES)),
+        ("a.TXT.gz", gzip.compress(LINES, mtime=0)),
         ("a", LINES),
-        ("a.bin", gzip.compress(LINES)),
+        ("a.bin", gzip.compress(LINES, mtime=0)),
         ("a.log", BOM + b"\n \r\n" + LINES.replace(b"\n", b"\r\n\r\n")),
         ("a.jsonl", BOM + LINES),
         ("a.md", b"\n" * 5000 + LINES),
@@ -97,7 +97,7 @@ def test_text_stays_text(name, data, tmp_path):
     for mark in (b"", BOM):
         whole = mark + data
         (tmp_path / name).write_bytes(
-            gzip.compress(whole) if name.lower().endswith("gz") else whole
+            gzip.compress(whole, mtime=0) if name.lower().endswith("gz") else whole
         )
         assert documents(tmp_path / name, tmp_path / "cache") == [data]
 
@@ -126,7 +126,7 @@ OTHERS = {
     "xz": lzma.compress(LINES),
     "tar": tarred(),
     "PDF": b"%PDF-1.7\n",
-    "gzip": gzip.compress(LINES),
+    "gzip": gzip.compress(LINES, mtime=0),
     "UTF-16": "text".encode("utf-16"),
     "UTF-32": "text".encode("utf-32"),
     "UTF-16 ": "text".encode("utf-16-le"),
@@ -139,7 +139,7 @@ def test_other_formats_are_refused_by_their_name(kind, name, tmp_path):
     file = tmp_path / name
     if kind == "gzip" and not name.endswith(".gz"):
         return  # it is read
-    file.write_bytes(gzip.compress(OTHERS[kind]) if name.endswith(".gz") else OTHERS[kind])
+    file.write_bytes(gzip.compress(OTHERS[kind], mtime=0) if name.endswith(".gz") else OTHERS[kind])
     with pytest.raises(
         UserError, match=f"^data.path='{file}': (is|holds) {kind.strip()}.*: convert it to "
     ) as error:
@@ -211,7 +211,7 @@ def mixed(tmp_path):
     place.mkdir()
     for i, name in enumerate(("a.jsonl", "b.JSONL", "c.jsonl.GZ")):
         lines = "".join(json.dumps({"text": f"{name} {row}"}) + "\n" for row in range(100)).encode()
-        (place / name).write_bytes(gzip.compress(lines) if i == 2 else lines)
+        (place / name).write_bytes(gzip.compress(lines, mtime=0) if i == 2 else lines)
     (place / "d.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     (place / "e.parquet").write_bytes(b"PAR1")
     (place / ".hidden").write_bytes(b"x")
@@ -329,7 +329,7 @@ def test_prompts_are_told_by_name_in_any_case_or_by_content(name, data, prompts,
         ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1: its prompt holds half a character"),
         ("p.txt", "Zoë".encode("latin-1"), "cannot be read ('utf-8' codec"),
         ("p.txt", "Zoë".encode("utf-16"), "is UTF-16: convert it to UTF-8"),
-        ("p.jsonl.gz", gzip.compress(b"x"), "holds gzip, which is not read here"),
+        ("p.jsonl.gz", gzip.compress(b"x", mtime=0), "holds gzip, which is not read here"),
         ("p.txt", BOM + b"\n", "holds no prompts"),
     ],
 )

@@ -148,7 +148,7 @@ def test_paths_of_data_and_files_of_such_a_name(homeless, monkeypatch):
 
 
 def test_a_workdir_that_is_not_text_or_has_no_place_is_refused(capsys, monkeypatch, tmp_path):
-    assert "is not utf-8, the encoding of paths here" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={tmp_path}/\udcff")
+    assert "holds bytes that are not UTF-8" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={tmp_path}/\udcff")
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)

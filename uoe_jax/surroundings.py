@@ -248,7 +248,7 @@ def _flags_of_file(name: str) -> str:
     if not name.strip():
         return ""
     try:
-        text = Path(name).read_text()
+        text = Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(
             f"XLA_FLAGS={name}: does not begin with --, and is no file of flags that can be read ({_reason(error)}); "

@@ -127,7 +127,7 @@ def _listed(directory: epath.Path) -> dict[str, dict[str, Any]]:
     nodes: list[tuple[Any, bytes]] = [(version["root"].get("location"), b"") for version in _dump(directory)["versions"][-1:]]
     while nodes:
         location, prefix = nodes.pop()
-        node = _dump(directory, location) if location else {"height": 0, "entries": []}
+        node: Any = _dump(directory, location) if location else {"height": 0, "entries": []}
         for entry in node["entries"]:
             if node["height"]:
                 nodes.append((entry["location"], prefix + entry["subtree_common_prefix"]))
