@@ -91,7 +91,7 @@ def export_dense(config: Config, params: Params, tokenizer: Tokenizer | None, ta
     dtypes = {"dtype": target.dtype, "torch_dtype": target.dtype}  # for readers of transformers 5 and of 4
     found = _as_imported(theirs, target.source, m) | dtypes
     _write_json(target.out / CONFIG, found if tokenizer is None else _with_ends(found, tokenizer))
-    _write_beside(tokenizer, target)
+    _write_beside(tokenizer, target, m.vocab_size)
     if m.stem == "image":
         _write_processor(m, target.out)
 
@@ -118,7 +118,7 @@ def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, t
     _write_json(target.out / CONFIG, theirs if tokenizer is None else _with_ends(theirs, tokenizer))
     code = resources.files("uoe_jax.exchange").joinpath(MODELING).read_text(encoding="utf-8")
     (target.out / MODELING).write_text(code, encoding="utf-8")
-    _write_beside(tokenizer, target)
+    _write_beside(tokenizer, target, m.vocab_size)
 
 
 def _leaves(params: Params) -> Iterator[Tensor]:
@@ -163,8 +163,11 @@ def _write_processor(m: ModelConfig, out: epath.Path) -> None:
     })  # fmt: skip
 
 
-def _write_beside(tokenizer: Tokenizer | None, target: Target) -> None:
-    """The files of the imported model, or those made of the run's tokenizer; the tokenizer puts the start token in front."""
+def _write_beside(tokenizer: Tokenizer | None, target: Target, vocab_size: int) -> None:
+    """The files of the imported model, or those made of the run's tokenizer; the tokenizer puts the start token in front.
+
+    vocab_size: of the model, which may be more than the tokenizer's.
+    """
     out = target.out
     for name in _BESIDE:
         if (target.source / name).is_file():
@@ -172,6 +175,8 @@ def _write_beside(tokenizer: Tokenizer | None, target: Target) -> None:
     if tokenizer is None:
         return
     generation = read_json(out / GENERATION_FILE, "remove it") or {}
+    if no_tokens := list(range(tokenizer.vocab_size, vocab_size)):  # `uoe generate` does not draw them either
+        generation.setdefault("suppress_tokens", no_tokens)
     _write_json(out / GENERATION_FILE, _with_ends(generation, tokenizer))
     content = tokenizer_file(tokenizer)
     if content is None:
