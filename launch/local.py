@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_streams() -> None:
-    """Opens /dev/null in place of standard streams that are closed, which pipes would else take the numbers of."""
+    """Opens /dev/null where a standard stream is closed, whose number a pipe would else take."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

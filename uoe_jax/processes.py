@@ -30,7 +30,7 @@ COORDINATOR, PROCESSES, PROCESS_ID = NAMES = ("UOE_COORDINATOR", "UOE_PROCESSES"
 # Launchers that start several tasks, and what they tell each of them. Not used, only to notice that nobody told us.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _PATIENCE_S = 7 * 24 * 3600  # for what others do alone; one that is lost or hangs the watch notices
-# For the name of process 0 to become known: to itself, where nothing can still come, and to others, whose machines start earlier.
+# For the name of process 0 to become known: to itself, and to others, which may start long before.
 _OWN_NAME_S, _NAME_S = 30, 120
 _calls = itertools.count()
 _waiting = False
@@ -98,21 +98,22 @@ def join(stops_itself: bool) -> None:
 
 
 def _await_name(coordinator: str, me: int) -> None:
-    """Waits until the host of UOE_COORDINATOR has an address, as that of a machine that is just starting may not have one."""
+    """Waits until the host of UOE_COORDINATOR has an address: its machine may just be starting."""
     host = coordinator.rpartition(":")[0].strip("[]")
     seconds = _NAME_S if me else _OWN_NAME_S
     until = time.monotonic() + seconds
     unknown, said = surroundings.unknown_host(host), False
     while unknown and time.monotonic() < until:
         if not said:
-            wait = f"uoe: {COORDINATOR}={coordinator}: {host} has no address here ({unknown}); waiting for one, {seconds} s at most"
-            print(wait, file=sys.stderr, flush=True)
+            wait = f"{host} has no address here ({unknown}); waiting for one, {seconds} s at most"
+            print(f"uoe: {COORDINATOR}={coordinator}: {wait}", file=sys.stderr, flush=True)
         said = True
         time.sleep(0.5)
         unknown = surroundings.unknown_host(host)
     if unknown:
         kind = LostPeer if me else UserError
-        raise kind(f"{COORDINATOR}={coordinator}: {host} has no address here ({unknown}); give a name or address of process 0's machine")
+        remedy = "give a name or address of process 0's machine"
+        raise kind(f"{COORDINATOR}={coordinator}: {host} has no address here ({unknown}); {remedy}")
 
 
 def _check_port(coordinator: str, here: bool) -> None:
@@ -120,10 +121,12 @@ def _check_port(coordinator: str, here: bool) -> None:
     host, _, port = coordinator.rpartition(":")
     try:
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that were just closed do not count
+            # Connections that were just closed do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host if here else "", int(port)))
     except OSError as error:
-        raise UserError(f"{COORDINATOR}={coordinator}: process 0 cannot listen at port {port} ({error.strerror}); give another port") from error
+        said = f"process 0 cannot listen at port {port} ({error.strerror}); give another port"
+        raise UserError(f"{COORDINATOR}={coordinator}: {said}") from error
 
 
 def _keep_stdout_ours() -> None:

@@ -19,14 +19,15 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def start(config: Config, stops_itself: bool = False) -> None:
-    """Meets the other processes (`processes.join`), watches them, sets jax up, and makes it look for devices.
+    """Meets the other processes (`processes.join`), watches them, sets jax up, finds its devices.
 
     The persistent compilation cache is in a folder only its owner can read, and of this number of cores: XLA divides loops among
     those it finds when it compiles, and JAX's key does not tell them. A program compiled on one core, read on two, ran there up to
     1.2 times as long as one compiled on two. JAX_COMPILATION_CACHE_DIR wins.
 
     Raises:
-      UserError: variables of the environment that XLA or jax does not take, or under which there is no device; or no cache.
+      UserError: variables of XLA or jax that these do not take, or with which there is no device;
+        or a cache that cannot be made.
     """
     processes.join(stops_itself)
     watch.start(config.guard)
@@ -36,13 +37,14 @@ def start(config: Config, stops_itself: bool = False) -> None:
     _find_devices()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        folder = processes.together(lambda: _made(surroundings.default_cache_dir() / f"jax_{cores}_cores"))
+        name = f"jax_{cores}_cores"
+        folder = processes.together(lambda: _made(surroundings.default_cache_dir() / name))
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _find_devices() -> None:
-    """Makes jax look for its devices, of several processes for those of all. Raises UserError where it finds none here."""
+    """Makes jax look for the devices of all processes; UserError where it finds none here."""
     try:
         jax.devices()
     except Exception as error:
@@ -56,7 +58,8 @@ def _made(folder: Path) -> Path:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); set UOE_CACHE to another directory") from error
+        remedy = "set UOE_CACHE to another directory"
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); {remedy}") from error
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What a process finds around it: standard streams, a home directory, and the environment variables of XLA and JAX.
+"""What a process finds around it: standard streams, a home directory, variables of XLA and JAX.
 
 Imports no jax. `settle` comes first of all; `check_variables` before the first use of a device.
 """
@@ -23,43 +23,48 @@ from typing import Any, TextIO
 from uoe_jax.errors import RunError, UserError
 
 NO_HOME = "/dev/null"  # a HOME below which nobody, not even root, can make anything
-_STREAMS = ("stdin", "stdout", "stderr")
 _ESCAPED = "uoe_escaped"  # the error handler of our streams
-_OF_DEVICES = re.compile(r"JAX_PLATFORM|JAX_NUM_CPU_DEVICES$|\w+_VISIBLE_DEVICES$|PJRT_|XLA_PYTHON_|TPU_LIBRARY_PATH$")
-# Flags that every XLA we run on knows, with values that it takes; others are tried in a process of their own.
+_OF_DEVICES = re.compile(
+    r"JAX_PLATFORM|JAX_NUM_CPU_DEVICES$|\w+_VISIBLE_DEVICES$|PJRT_|XLA_PYTHON_|TPU_LIBRARY_PATH$"
+)
+# Flags that every XLA we run on takes; others are tried in a process of their own.
 _KNOWN_FLAG = re.compile(
-    r"--xla_force_host_platform_device_count=[1-9][0-9]{0,4}|--xla_backend_optimization_level=[0-3]|"
+    r"--xla_force_host_platform_device_count=[1-9][0-9]{0,4}|"
+    r"--xla_backend_optimization_level=[0-3]|"
     r"--xla_(gpu_deterministic_ops|llvm_disable_expensive_passes|cpu_enable_fast_math)=(true|false)"
 )
-_JAX_HINT = r" \(set JAX_PLATFORMS='' .*"
 _KNOWN_TO_0_10 = re.compile(r"--xla_cpu_use_fusion_emitters=(true|false)")
+_JAX_HINT = r" \(set JAX_PLATFORMS='' .*"
 
 
 def settle() -> None:
-    """Makes standard streams and HOME such that nothing later fails for lack of them; the first thing a process does."""
+    """Makes standard streams and HOME such that nothing fails for lack of them; comes first."""
     _open_descriptors()
     codecs.register_error(_ESCAPED, _Escape())
     if sys.stdin is not None:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    for name in _STREAMS[1:]:
+    for name in ("stdout", "stderr"):
         setattr(sys, name, Output(getattr(sys, name) or open(os.devnull, "w")))
     if not os.environ.get("HOME"):
         os.environ.pop("HOME", None)
-        if os.path.expanduser("~") == "~":  # no passwd entry either, and libraries raise for it when they are imported
+        if os.path.expanduser("~") == "~":  # no passwd entry either: importing bokeh would raise
             os.environ["HOME"] = NO_HOME
 
 
-# --- streams ----------------------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 def _open_descriptors() -> None:
-    """Opens /dev/null where descriptor 0, 1 or 2 is closed: else the next file opened gets its number, and what C++ code
-    writes to stderr would go into a checkpoint or the lock."""
+    """Opens /dev/null where descriptor 0, 1 or 2 is closed.
+
+    Else the next file opened gets its number, and what C++ code writes to stderr goes into a
+    checkpoint or the lock.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
 
 
 class OutputLost(RunError):
@@ -67,17 +72,21 @@ class OutputLost(RunError):
 
 
 class Output(io.TextIOWrapper):
-    """stdout or stderr, which takes every text. What its encoding lacks is escaped, and that is told once.
+    """stdout or stderr, which takes every text: what its encoding lacks is escaped, told once.
 
-    What cannot be written (a full device, a reader that went away) is lost on stderr, and raises OutputLost on stdout.
+    What cannot be written (a full device, a reader that went away) is lost on stderr, and raises
+    OutputLost on stdout.
     """
 
     def __init__(self, old: Any, buffer: Any = None) -> None:
         """old: the stream whose place it takes. buffer: to write to, instead of old's."""
         super().__init__(
-            old.buffer if buffer is None else buffer, old.encoding, errors=_ESCAPED,
-            line_buffering=old.line_buffering or buffer is not None, write_through=old.write_through,
-        )  # fmt: skip
+            old.buffer if buffer is None else buffer,
+            old.encoding,
+            errors=_ESCAPED,
+            line_buffering=old.line_buffering or buffer is not None,
+            write_through=old.write_through,
+        )
         self._old, self._is_result = old, old is sys.stdout
 
     def write(self, text: str) -> int:
@@ -95,14 +104,17 @@ class Output(io.TextIOWrapper):
             yield
         except OSError as error:
             if self._is_result:
-                with contextlib.suppress(OSError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # for what is still in the buffer at the end
-                reason = error.strerror or error
-                raise OutputLost(f"standard output: cannot be written ({reason}); what was to be shown is lost") from error
+                with contextlib.suppress(OSError):  # takes what is still in the buffer at the end
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+                said = f"cannot be written ({_reason(error)}); what was to be shown is lost"
+                raise OutputLost(f"standard output: {said}") from error
 
 
 class _Escape:
-    """Error handler of `Output`: bytes of arguments that were no text go out as they came in, other characters as \\u2026."""
+    """Error handler of `Output`: bytes of arguments that were no text go out as they came in.
+
+    Other characters go out as Python escapes them.
+    """
 
     told = False
 
@@ -114,14 +126,14 @@ class _Escape:
             return bytes([ord(character) - 0xDC00]), after
         if not self.told:
             self.told = True
-            text = f"uoe: the output takes {error.encoding} alone: other characters are written as \\u2026 is; set PYTHONIOENCODING=utf-8\n"
+            said = f"the output takes {error.encoding} alone: other characters are written as"
             with contextlib.suppress(OSError):
-                os.write(2, text.encode())
+                os.write(2, f"uoe: {said} \\u2026 is; set PYTHONIOENCODING=utf-8\n".encode())
         return character.encode("ascii", "backslashreplace").decode(), after
 
 
 def tell(text: str) -> None:
-    """Prints a line about work that is done and saved; where nobody takes it, that is said on stderr, and is no error."""
+    """Prints a line about work that is done and saved: where nobody takes it, that is no error."""
     try:
         print(text, flush=True)
     except OutputLost as error:
@@ -133,7 +145,7 @@ def takes_utf8(stream: TextIO) -> bool:
     return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
 
 
-# --- directories ------------------------------------------------------------------------------------------------
+# --- directories ----------------------------------------------------------------------------------
 
 
 def expanded(path: str | os.PathLike[str], option: str) -> str:
@@ -146,22 +158,26 @@ def expanded(path: str | os.PathLike[str], option: str) -> str:
     found = os.path.expanduser(name)
     unknown = found == name or found == NO_HOME or found.startswith(f"{NO_HOME}/")
     if name.startswith("~") and unknown and not os.path.lexists(name):
-        user = name.partition("/")[0]
-        raise UserError(f"{option}={name}: {user} is no home directory that is known here; give the whole path, or ./{name}")
+        said = f"{name.partition('/')[0]} is no home directory that is known here"
+        raise UserError(f"{option}={name}: {said}; give the whole path, or ./{name}")
     return found
 
 
 def check_encoding(path: str, option: str) -> None:
-    """Raises UserError for a path that Python cannot decode, which libraries in C++ do not take."""
+    """Refuses a path that Python cannot decode, which libraries in C++ do not take (UserError)."""
     if re.search("[\ud800-\udfff]", path):
         encoding = sys.getfilesystemencoding()
-        remedy = "give another" if encoding == "utf-8" else "give another, or unset PYTHONUTF8 and set LC_ALL=C.UTF-8"
-        raise UserError(f"{option}={path!r}: is not {encoding}, the encoding of paths here; {remedy}")
+        more = "" if encoding == "utf-8" else ", or unset PYTHONUTF8 and set LC_ALL=C.UTF-8"
+        said = f"is not {encoding}, the encoding of paths here; give another{more}"
+        raise UserError(f"{option}={path!r}: {said}")
 
 
 def default_cache_dir() -> Path:
-    """$UOE_CACHE, else ~/.cache/uoe_jax; made readable by its owner alone. Where there is no home directory that can be
-    written, one in the system's temporary directory, which is said once. Raises UserError if none can be written."""
+    """$UOE_CACHE, else ~/.cache/uoe_jax; made readable by its owner alone.
+
+    Where no home directory can be written: one in the system's temporary directory, told once.
+    Raises UserError if none can be written.
+    """
     given = os.environ.get("UOE_CACHE")
     remedy = "set UOE_CACHE to a directory that can be written."
     try:
@@ -181,31 +197,36 @@ def default_cache_dir() -> Path:
 
 
 def _temporary_cache() -> Path:
-    """A directory of this user alone, who need not have a name; the same at the next call, and in processes started from here.
+    """A directory of this user alone, who need not have a name.
 
-    It holds native code, so one in which others could have written is passed over for a new one.
+    It is the same at the next call, and in processes started from here. It holds native code, so
+    one in which others could have written is passed over for a new one.
     """
     try:
         directory = Path(tempfile.gettempdir(), f"uoe_jax-{os.getuid()}")
         with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
         found = os.lstat(directory)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+        if not ours or found.st_mode & 0o022:
             directory = Path(tempfile.mkdtemp(prefix=f"{directory.name}-"))
         directory.chmod(0o700)
     except OSError as error:
-        raise UserError(f"UOE_CACHE: is not set, and there is no directory for it ({error}); set it to one that can be written") from error
+        said = f"is not set, and no directory can be made for it ({error})"
+        raise UserError(f"UOE_CACHE: {said}; set it to one that can be written") from error
     os.environ["UOE_CACHE"] = str(directory)
-    print(f"uoe: no home directory can be written, so prepared data and compiled programs are kept in {directory}; "
-          "set UOE_CACHE to keep them elsewhere", file=sys.stderr, flush=True)  # fmt: skip
+    told = f"prepared data and compiled programs are kept in {directory}"
+    remedy = "set UOE_CACHE to keep them elsewhere"
+    said = f"uoe: no home directory can be written, so {told}; {remedy}"
+    print(said, file=sys.stderr, flush=True)
     return directory
 
 
-# --- variables of XLA and JAX -----------------------------------------------------------------------------------
+# --- variables of XLA and JAX ---------------------------------------------------------------------
 
 
 def check_variables(jaxlib_version: str) -> None:
-    """Refuses XLA_FLAGS that XLA would abort the process for, and drops variables of tqdm that its import fails on.
+    """Refuses XLA_FLAGS that XLA would abort for; drops variables that tqdm's import fails on.
 
     Raises:
       UserError: with the flags, and what XLA says of them.
@@ -218,7 +239,8 @@ def check_variables(jaxlib_version: str) -> None:
         except Exception as error:
             for name in theirs:
                 del os.environ[name]
-            print(f"uoe: {_written(theirs)}: left out, as tqdm does not take it ({_reason(error)})", file=sys.stderr, flush=True)
+            why = f"left out, as tqdm does not take it ({_reason(error)})"
+            print(f"uoe: {_written(theirs)}: {why}", file=sys.stderr, flush=True)
 
 
 def _check_flags(jaxlib_version: str) -> None:
@@ -232,61 +254,69 @@ def _check_flags(jaxlib_version: str) -> None:
     known = [_KNOWN_FLAG, *([_KNOWN_TO_0_10] if jaxlib_version.startswith("0.10.") else [])]
     if all(any(pattern.fullmatch(flag) for pattern in known) for flag in text.split()):
         return
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "PJRT_"))}
-    env |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}  # it must not take an accelerator, and must say what is wrong
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "PJRT_"))}
+    env |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}  # takes no accelerator, and speaks
     command = [sys.executable, "-P", "-c", "import jax; jax.devices()"]
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:
-        said = [re.sub(r"^[A-Z]\d{4} .*?\] ", "", line) for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+        log = done.stderr.decode(errors="replace").strip()
+        said = [re.sub(r"^[A-Z]\d{4} .*?\] ", "", line) for line in log.splitlines()]
         first = [line for line in said if re.match("Unknown flag|Couldn't interpret", line)]
-        reason = re.sub(_JAX_HINT, "", (first or said[-1:] or [f"exit code {done.returncode}"])[0].strip())[:300]
-        raise UserError(f"XLA_FLAGS={' '.join(text.split())}: XLA does not take this ({reason}); correct it, or unset it")
+        found = (first or said[-1:] or [f"exit code {done.returncode}"])[0]
+        reason = re.sub(_JAX_HINT, "", found.strip())[:300]
+        given = f"XLA_FLAGS={' '.join(text.split())}"
+        raise UserError(f"{given}: XLA does not take this ({reason}); correct it, or unset it")
 
 
 def _flags_of_file(name: str) -> str:
-    """The flags in the file that XLA_FLAGS names; they take its place there, so that more can be added."""
+    """The flags in the file that XLA_FLAGS names; they take its place, so that more can follow."""
     if not name.strip():
         return ""
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
+        said = f"does not begin with --, and no file of flags to be read ({_reason(error)})"
         raise UserError(
-            f"XLA_FLAGS={name}: does not begin with --, and is no file of flags that can be read ({_reason(error)}); "
-            "give --xla_… flags, or a file of them"
+            f"XLA_FLAGS={name}: {said}; give --xla_… flags, or a file of them"
         ) from error
     if text.strip() and not text.lstrip().startswith("-"):
-        raise UserError(f"XLA_FLAGS={name}: is a file that does not begin with a flag; write --xla_… flags in it")
+        said = "is a file that does not begin with a flag; write --xla_… flags in it"
+        raise UserError(f"XLA_FLAGS={name}: {said}")
     return text
 
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turns what jax raises when it is imported, for a variable with a value that it does not take, to UserError."""
+    """Turns what jax raises while it is imported, for a variable it does not take, to UserError."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        frames = [f for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name == "<module>"]
-        if isinstance(error, UserError) or not any(re.match(r"jax(lib)?\.|jax$", f.f_globals.get("__name__", "")) for f in frames):
+        found = {k: v for k, v in sorted(os.environ.items()) if k.startswith("JAX_")}
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        importing = [f.f_globals.get("__name__") for f in frames if f.f_code.co_name == "<module>"]
+        if not found or not any(re.match(r"jax(lib)?(\.|$)", str(name)) for name in importing):
             raise
-        found, text = {k: v for k, v in sorted(os.environ.items()) if k.startswith("JAX_")}, str(error)
-        named = {k: v for k, v in found.items() if k in text.upper()} or {k: v for k, v in found.items() if v in text}
-        if not found:
-            raise
-        remedy = "give another value, or unset it"
-        raise UserError(f"{_written(named or found)}: jax cannot be imported with this ({_reason(error)}); {remedy}") from error
+        text = str(error)
+        named = {k: v for k, v in found.items() if k in text.upper()}
+        named = named or {k: v for k, v in found.items() if v in text} or found
+        said = f"jax cannot be imported with this ({_reason(error)})"
+        raise UserError(f"{_written(named)}: {said}; give another value, or unset it") from error
 
 
 def no_device(error: Exception) -> UserError:
     """What is said where jax finds no device."""
-    said = re.sub(_JAX_HINT, "", _reason(error))
-    if "gloo" in said and (unknown := unknown_host(socket.gethostname())):
+    said, host = re.sub(_JAX_HINT, "", _reason(error)), socket.gethostname()
+    if "gloo" in said and (unknown := unknown_host(host)):
         return UserError(
-            f"the name of this machine, {socket.gethostname()}, has no address ({unknown}), and Gloo, which joins processes "
-            "on CPUs, asks for it; add it to /etc/hosts"
+            f"the name of this machine, {host}, has no address ({unknown}), and Gloo, which joins "
+            "processes on CPUs, asks for it; add it to /etc/hosts"
         )
-    found = {name: value for name, value in sorted(os.environ.items()) if _OF_DEVICES.match(name)}
-    remedy = "give another value, or unset it" if found else "install jax for your accelerator, or set JAX_PLATFORMS=cpu"
-    return UserError(f"{_written(found) or 'JAX_PLATFORMS'}: jax finds no device to run on ({said}); {remedy}")
+    found = {k: v for k, v in sorted(os.environ.items()) if _OF_DEVICES.match(k)}
+    remedy = "give another value, or unset it" if found else "set it to cpu to do without"
+    what = _written(found) or "JAX_PLATFORMS"
+    return UserError(f"{what}: jax finds no device to run on ({said}); {remedy}")
 
 
 def unknown_host(host: str) -> str:

@@ -1,8 +1,8 @@
-"""Whether a run can start on this machine: its devices, its mesh and its data, looked at in a process of its own.
+"""Whether a run can start on this machine: looks at devices, mesh and data in its own process.
 
-    python -m uoe_jax.compare.check CONFIG      the configuration as JSON; ends with 2 and a sentence where it cannot
+    python -m uoe_jax.compare.check CONFIG      as JSON; ends with 2 and a sentence where it cannot
 
-The process that makes a table must leave the devices to the runs. What data are prepared here, they find in the cache.
+The process that makes a table must leave the devices to the runs, which find the data prepared.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from uoe_jax.errors import EXIT_DONE, UserError
 
 
 def main() -> int:
+    """Returns the exit code."""
     surroundings.settle()
     try:
         with surroundings.explained():

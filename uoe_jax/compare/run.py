@@ -67,7 +67,8 @@ def compare(table: Table, workdir_name: str) -> int:
         default_cache_dir()  # runs find it in their environment, where it is not the usual one
         if is_new:  # what no run could start with is refused before anything is made
             with Children() as children:
-                children.run(["uoe_jax.compare.check", json.dumps(to_dict(table.reference.config))], "looking at devices and data")
+                config = json.dumps(to_dict(table.reference.config))
+                children.run(["uoe_jax.compare.check", config], "looking at devices and data")
         with os_errors(workdir_name):
             workdir.mkdir(parents=True, exist_ok=True)
             lock(workdir_name, workdir)

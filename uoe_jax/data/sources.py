@@ -116,7 +116,8 @@ def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
         return len(SYMBOLS), None
     if d.source in FACTS and not FACTS[d.source].text:
         return FACTS[d.source].n_ids, None
-    if d.tokenizer in FROM_FILE and not (d.tokenizer_file and Path(expanded(d.tokenizer_file, "config.data.tokenizer_file")).is_file()):
+    file = expanded(d.tokenizer_file, "config.data.tokenizer_file")
+    if d.tokenizer in FROM_FILE and not (file and Path(file).is_file()):
         return 0, None  # a plan can do without, and a run that has kept its own
     tokenizer = load_tokenizer(d.tokenizer, d.tokenizer_file, d.separator, d.start)
     return (tokenizer.vocab_size if tokenizer else 0), tokenizer

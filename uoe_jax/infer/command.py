@@ -18,6 +18,8 @@ from uoe_jax.infer.experts import choices
 from uoe_jax.surroundings import takes_utf8
 from uoe_jax.workdir import locate, os_errors, write_asked
 
+_LINES = "start it in a terminal, or send it lines"
+
 
 def configured(options: argparse.Namespace, config: Config) -> Config:
     """The run's configuration with what the options say of drawing and of experts.
@@ -54,7 +56,7 @@ def run_generate(options: argparse.Namespace, config: Config) -> None:
     """Raises UserError for prompts that cannot be read or do not fit."""
     config = configured(options, config)
     if options.chat and sys.stdin is None:
-        raise UserError("--chat: standard input is closed; start it in a terminal, or send it lines")
+        raise UserError(f"--chat: standard input is closed; {_LINES}")
     prompts = read_prompts(options.prompts) if options.prompts else {}
     from uoe_jax import runtime
 
@@ -178,7 +180,7 @@ def chat(sampler: Any, stops: list[str], lines: TextIO) -> None:
         try:
             line = lines.readline()
         except (OSError, UnicodeError) as error:
-            raise UserError(f"--chat: standard input cannot be read ({error}); start it in a terminal, or send it lines") from error
+            raise UserError(f"--chat: standard input cannot be read ({error}); {_LINES}") from error
         if not line.strip():
             return
         text += line.removeprefix("\ufeff")  # of a file in the place of a person

@@ -97,7 +97,7 @@ def train(
 def agreed_data(config: Config, workdir: str | None, **options: Any) -> tuple[Config, DataBundle]:
     """`load_data`, in every process the same, as are the options; what goes wrong in one is the error of all."""
     processes.same_command(config, **options)
-    mesh_lib.make_mesh(config.mesh)  # what the devices cannot be cut in is refused before the data take long
+    mesh_lib.make_mesh(config.mesh)  # refused, where it is to be, before the data take long
     config, data = processes.together(lambda: load_data(config, workdir))
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
     processes.same(found, "give every machine the same data and the same interpreter")

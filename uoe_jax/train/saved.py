@@ -220,7 +220,7 @@ def restore(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any
 
 
 def checkpoints_of(path: str | os.PathLike[str]) -> list[str]:
-    """The checkpoints of a workdir, the newest first, or the one that is given; the same in every process.
+    """The checkpoints of a workdir, the newest first, or the one given; the same in all processes.
 
     Raises:
       ConfigError: there is none.
