@@ -126,7 +126,7 @@ def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False
     full = [file for file in found if sizes[file]]
     if not full:
         raise ConfigError("data.path", path, f"its {len(found)} files are all empty: name files with text.")
-    formats = [look(file) for file in full]
+    formats = [look(file) for file in ticking(full)]
     if others and not quiet and os.environ.get(processes.PROCESS_ID, "0") in ("", "0"):
         n_files = len(others) + len(found)
         passed_over = f"{len(others)} of {n_files} files passed over ({_few(others)})"
