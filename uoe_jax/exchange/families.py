@@ -162,18 +162,21 @@ def _rope(keys: Keys) -> tuple[float, str]:
 
 
 def _rope_section(keys: Keys, theta: float | None, top: float | None) -> tuple[float, str]:
-    kinds = {keys.get("rope_type"), keys.get("type")} - {None} or {"default"}
     kind = keys.only("rope_type" if keys.has("rope_type") else "type", "default", "llama3")
-    if len(kinds) > 1:
+    if (keys.get("type") or kind) != kind:
         raise keys.wrong("rope_type", kind, f"and type={keys.get('type')!r}; make them one")
     own = keys.number("rope_theta", None)
     if None not in (own, theta) and own != theta:
         raise keys.wrong("rope_theta", own, f"and config.json itself has rope_theta={theta}; make them one")
     numbers: list[float] = []
     if kind == "llama3":
-        length = keys.number("original_max_position_embeddings", top)
+        length = keys.number(ROPE[3], top)
         if length is None:
-            raise UserError(f"{keys.file} has no original_max_position_embeddings, which llama3 takes; give it")
+            raise UserError(f"{keys.file} has no {ROPE[3]}, which llama3 takes; give it")
+        if not length.is_integer():
+            raise keys.wrong(ROPE[3], length, "give a whole number")
+        if (top or length) != length:
+            raise keys.wrong(ROPE[3], length, f"and config.json itself has {top}; make them one")
         numbers = [*(keys.number(name) for name in ROPE[:3]), length]
     keys.close(frozenset(), {"partial_rotary_factor": (1.0, 1), **dict.fromkeys(ROPE[:1], (1.0, 1))})
     return own or theta or THETA, ",".join(f"{number:.12g}" for number in numbers)
@@ -333,8 +336,11 @@ LLAMA = Family("Llama, Mistral or Qwen2", _llama_model, _llama_config, _llama_en
 GPT2 = Family("GPT-2", _gpt2_model, _gpt2_config, _gpt2_entries, prefix="transformer.")
 VIT = Family("ViT", _vit_model, _vit_config, _vit_entries)
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "vit": VIT}  # by model_type
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "gpt2": "GPT2", "vit": "ViT"}
-TAILS = ("ForCausalLM", "LMHeadModel", "ForImageClassification", "Model")
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "LlamaModel"), "mistral": ("MistralForCausalLM", "MistralModel"),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"), "gpt2": ("GPT2LMHeadModel", "GPT2Model"),
+    "vit": ("ViTForImageClassification", "ViTModel"),
+}  # fmt: skip
 
 
 def family_of(theirs: Mapping[str, Any]) -> Family:
@@ -353,8 +359,8 @@ def model_of(family: Family, theirs: Mapping[str, Any]) -> Values:
     """
     keys = Keys("config.json", theirs)
     model = family.model(keys)
-    known = [CLASSES[theirs["model_type"]] + tail for tail in TAILS]
-    named = keys.get("architectures") or known[:1]
+    known = ARCHITECTURES[theirs["model_type"]]
+    named = keys.get("architectures") or []
     if not isinstance(named, list) or not all(str(name).lower() in map(str.lower, known) for name in named):
         raise keys.wrong("architectures", named, f"for which there is no block here ({', '.join(known)} work)")
     keys.close(IGNORED | GENERATION.keys(), DEFAULTS)
