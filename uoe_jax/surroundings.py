@@ -44,7 +44,7 @@ def settle() -> None:
     if sys.stdin is not None:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     for name in ("stdout", "stderr"):
-        setattr(sys, name, Output(getattr(sys, name) or open(os.devnull, "w")))
+        setattr(sys, name, Output(getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")))
     if not os.environ.get("HOME"):
         os.environ.pop("HOME", None)
         if os.path.expanduser("~") == "~":  # no passwd entry either: importing bokeh would raise
