@@ -152,9 +152,11 @@ def _with_ends(values: Values, tokenizer: Tokenizer) -> Values:
 def _write_processor(m: ModelConfig, out: epath.Path) -> None:
     """preprocessor_config.json that scales pixels as training here does, unless the imported one does so."""
     sizes = {"image": {"height": m.image.height, "channels": m.image.channels}}
-    with contextlib.suppress(UserError):
-        if (out / PROCESSOR_FILE).exists() and image_bound(out, sizes, {}) == m.image.bound:
-            return
+    if (out / PROCESSOR_FILE).exists():
+        with contextlib.suppress(UserError):
+            if image_bound(out, sizes, {}) == m.image.bound:
+                return
+        print(f"uoe: {PROCESSOR_FILE} scales pixels from -{m.image.bound:g} to {m.image.bound:g} now, as here", file=sys.stderr)
     n = m.image.channels
     _write_json(out / PROCESSOR_FILE, {
         "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
