@@ -49,11 +49,12 @@ PUBLISHED = {
     "tinyllama": dict(BASE, model_type="llama", num_key_value_heads=2, unsloth_fixed=True, rope_scaling={"type": "default", "factor": 1.0}),
     "old temperature": dict(BASE, model_type="llama", do_sample=True, temperature=0.9, top_p=0.6),
     "mistral 0.1": dict(BASE, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=4096, num_key_value_heads=2),
+    "mistral 0.2": dict(BASE, model_type="mistral", num_key_value_heads=None, sliding_window=None),
     "mistral 0.3": dict(BASE, model_type="mistral", sliding_window=None, head_dim=None, num_key_value_heads=2),
     "qwen 2.5": dict(BASE, model_type="qwen2", use_sliding_window=False, sliding_window=4096, max_window_layers=28, num_key_value_heads=2, use_mrope=False),
     "qwen of transformers 5": dict(BASE, model_type="qwen2", layer_types=["full_attention"] * 2, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "gpt2": dict(GPT2, n_ctx=64, architectures=["GPT2LMHeadModel"], attn_pdrop=0.1, embd_pdrop=0.1, resid_pdrop=0.1, summary_type="cls_index", summary_use_proj=True, summary_activation=None, summary_first_dropout=0.1, summary_proj_to_labels=True, task_specific_params={"text-generation": {"do_sample": True}}),
-    "distilgpt2": dict(GPT2, _num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, n_inner=None, scale_attn_weights=True, reorder_and_upcast_attn=False, scale_attn_by_inverse_layer_idx=False),
+    "distilgpt2": dict(GPT2, n_special=0, predict_special_tokens=True, _num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, n_inner=None, scale_attn_weights=True, reorder_and_upcast_attn=False, scale_attn_by_inverse_layer_idx=False),
     "gpt2, other names": {**{k: v for k, v in GPT2.items() if k != "n_embd"}, "hidden_size": 32, "max_position_embeddings": 64},
     "vit": dict(VIT, architectures=["ViTForImageClassification"], attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, qkv_bias=True, encoder_stride=16, id2label={"0": "cat", "1": "dog"}, label2id={"cat": 0, "dog": 1}, pooler_act="tanh", pooler_output_size=32),
     "vit, labels by number": dict(VIT, num_labels=7, problem_type="single_label_classification"),
@@ -108,6 +109,7 @@ WRONG = {
     "another class": (dict(architectures=["LlamaForSequenceClassification"]), "architectures="),
     "a family that is none": (dict(model_type=["llama"]), "model_type="),
     "theta below nothing": (dict(rope_theta=-1.0), "rope_theta=-1.0; give a number above 0"),
+    "scores that are not scaled": (dict(GPT2, scale_attn_weights=None), "scale_attn_weights=None"),
     "a window in llama": (dict(sliding_window=512), "sliding_window=512"),
 }  # fmt: skip
 
@@ -152,6 +154,8 @@ PIXELS = {  # preprocessor_config.json: the bound that scales pixels as it does,
     "turned round": (dict(do_flip_channel_order=True), "do_flip_channel_order=True"),
     "a flag as text": (dict(do_normalize="false"), "do_normalize='false'; give true or false"),
     "another size": (dict(size={"height": 32, "width": 32}), "image_size=16"),
+    "sizes as lists": (dict(size=[16, 16]), 1.0),
+    "sizes that are none": (dict(size={"height": [16], "width": 16}), "image_size=16"),
     "cropped": (dict(size={"shortest_edge": 20}, do_center_crop=True, crop_size=16), 1.0),
     "an unknown class": (dict(image_processor_type="CLIPImageProcessor"), "image_processor_type='CLIPImageProcessor'"),
 }  # fmt: skip
@@ -230,6 +234,12 @@ def test_files_of_weights_that_the_index_does_not_name(tmp_path):
     _tensors(tmp_path, "abc", shard_bytes=16)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    for bad in ({}, {"a": 1}, {"a": None}, {"a": "../model.safetensors"}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": bad}))
+        with pytest.raises(UserError, match="model.safetensors.index.json (has no weight_map|says that a is in)"):
+            Tensors(epath.Path(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert Tensors(epath.Path(tmp_path)).passed_over() == ["consolidated.safetensors", "pytorch_model.bin"]
     second = tmp_path / "model-00002-of-00003.safetensors"
     for extra, said in (
@@ -246,6 +256,24 @@ def test_files_of_weights_that_the_index_does_not_name(tmp_path):
         with pytest.raises(UserError, match=f"holds {stale} beside model-00001-of-00003.safetensors"):
             Tensors(epath.Path(tmp_path))
         (tmp_path / stale).unlink()
+
+
+def test_two_files_that_scale_pixels_differently(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"image_std": [0.25] * 3}}))
+    with pytest.raises(UserError, match="preprocessor_config.json and processor_config.json scale pixels differently"):
+        planned(tmp_path, VIT)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert planned(tmp_path, VIT).config.model.image.bound == 2.0
+
+
+def test_two_files_that_differ_about_the_space_in_front(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(BPETokenizer.train([b"abc abc"] * 9, 270).to_json())
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": false}')
+    planned(tmp_path, PUBLISHED["llama 2"])
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    with pytest.raises(UserError, match="tokenizer_config.json has add_prefix_space=True and tokenizer.json False"):
+        planned(tmp_path, PUBLISHED["llama 2"])
 
 
 def test_two_vocabularies_that_give_a_token_two_ids(tmp_path):

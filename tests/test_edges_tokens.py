@@ -126,6 +126,9 @@ ENDS = {  # tokenizer.json, the files beside it: (separator, start)
     "the end as an object": (content(*LLAMA_LIKE), {"special_tokens_map.json": dict(eos_token=dict(content="</s>"))}, ("</s>", "</s>")),
     "a start that is not put in front": (content(*LLAMA_LIKE), {"config.json": dict(eos_token_id=4, bos_token_id=3), "tokenizer_config.json": dict(add_bos_token=False, bos_token="<s>")}, ("</s>", "</s>")),
     "a start that the class puts in front": (content(*LLAMA_LIKE), {"config.json": dict(eos_token_id=4), "tokenizer_config.json": dict(tokenizer_class="LlamaTokenizerFast", bos_token=dict(content="<s>"))}, ("</s>", "<s>")),
+    "a start that the model's class puts in front": (content(*LLAMA_LIKE), {"config.json": dict(model_type="llama", eos_token_id=4, bos_token_id=3), "tokenizer_config.json": dict(bos_token="<s>")}, ("</s>", "<s>")),
+    "a key that its class does not go by": (content(*LLAMA_LIKE, post_processor=template("<s>")), {"tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", add_bos_token=False, eos_token="</s>")}, ("</s>", "<s>")),
+    "a key that its class goes by": (content(*LLAMA_LIKE, post_processor=template("<s>")), {"tokenizer_config.json": dict(tokenizer_class="LlamaTokenizer", add_bos_token=False, eos_token="</s>")}, ("</s>", "</s>")),
     "a start that another class does not": (content(*LLAMA_LIKE), {"config.json": dict(eos_token_id=7, bos_token_id=6), "tokenizer_config.json": dict(tokenizer_class="GPT2Tokenizer", bos_token="<|im_start|>")}, ("<|im_end|>", "<|im_end|>")),
     "what the post-processor does": (content(*LLAMA_LIKE, post_processor={"type": "Sequence", "processors": [{"type": "ByteLevel"}, template("<s>")]}), {"config.json": dict(eos_token_id=5, bos_token_id=5)}, ("<|endoftext|>", "<s>")),
     "both by the post-processor": (content(*LLAMA_LIKE, post_processor=template("<s>", back=("<|im_end|>",))), {}, ("<|im_end|>", "<s>")),
@@ -134,6 +137,7 @@ ENDS = {  # tokenizer.json, the files beside it: (separator, start)
     "DeepSeek by name": (content(*DEEPSEEK), {}, DEEPSEEK[::-1]),
     "names, where no file says": (content(*LLAMA_LIKE), {}, ("<|endoftext|>", "<s>")),
     "our own config.json beside it": (content("</s>", "<s>"), {"config.json": {"model": {}, "data": {}}}, ("</s>", "<s>")),
+    "ids that are none": (content("<|endoftext|>"), {"config.json": dict(eos_token_id=[[2]], bos_token_id=True), "tokenizer_config.json": dict(eos_token=dict(content=["</s>"]))}, ("<|endoftext|>", "<|endoftext|>")),
     "an id that is no special token": (content("<|endoftext|>"), {"config.json": dict(eos_token_id=1, bos_token_id=99)}, ("<|endoftext|>", "<|endoftext|>")),
 }  # fmt: skip
 
@@ -143,7 +147,7 @@ def test_ends_of_documents_are_what_the_files_say(name):
     tokenizer, files, wanted = ENDS[name]
     found = find_ends(tokenizer, files)
     assert found[:2] == wanted
-    assert bool(found.notes) == (name == "an id that is no special token")
+    assert bool(found.notes) == (name in ("an id that is no special token", "ids that are none"))
     assert find_ends(tokenizer, files, "b", "a")[:2] == ("b", "a")
 
 
@@ -179,6 +183,24 @@ def test_ends_stay_with_a_tokenizer_that_is_kept(kind, tmp_path):
         load_tokenizer("bytes", "", "</s>")
 
 
+def test_a_start_that_is_named_is_kept_where_several_are_in_front(tmp_path):
+    content = json.loads(BPETokenizer.train([b"abc abc"] * 9, 270).to_json())
+    n = max(content["model"]["vocab"].values()) + 1
+    content["added_tokens"] += special("<s>", "<x>", first=n)
+    content["post_processor"] = template("<s>", "<x>") | {"pair": [], "special_tokens": {
+        name: {"id": name, "ids": [n + i], "tokens": [name]} for i, name in enumerate(("<s>", "<x>"))}}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    found = load_tokenizer("bpe", f"{tmp_path}/tokenizer.json", "", "<x>")
+    assert (found.separator, found.start) == (0, n + 1) and stored(found.to_json()).fingerprint == found.fingerprint
+
+
+def test_a_tokenizer_that_draws_its_tokens_is_refused():
+    content = json.loads(BPETokenizer.train([b"abc abc"] * 9, 270).to_json())
+    content["model"]["dropout"] = 0.5
+    with pytest.raises(UserError, match="other tokens every time .model.dropout."):
+        LibraryTokenizer(content)
+
+
 def test_an_exported_tokenizer_puts_the_start_in_front(tmp_path, capsys):
     """Of our own, and of an imported model that has none in front; the tokens are those that `uoe generate` begins with."""
     import tokenizers
@@ -197,7 +219,7 @@ def test_an_exported_tokenizer_puts_the_start_in_front(tmp_path, capsys):
     (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config) | {"data": {"tokenizer": "bpe"}}))
     capsys.readouterr()
     assert exported(tmp_path / "run", tmp_path / "out") == 0
-    assert "tokenizer.json puts '<|endoftext|>' in front of a text now" in capsys.readouterr().err
+    assert "tokenizer.json puts '<|endoftext|>' alone in front of a text now" in capsys.readouterr().err
     found = tokenizers.Tokenizer.from_file(f"{tmp_path}/out/tokenizer.json").encode("def g").ids
     assert found == [bpe.start, *bpe.encode("def g").tolist()]
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())

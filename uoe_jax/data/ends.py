@@ -96,15 +96,11 @@ class _Search:
 
     def start(self, separator: str, told: bool) -> str:
         """told: some file has said what ends a document, so that nothing is guessed of its start either."""
-        adds = self.tokenizer.get("add_bos_token")
-        if not isinstance(adds, bool):
-            adds = None
-            if str(self.tokenizer.get("tokenizer_class")).removesuffix("Fast") in _ADD_BOS_CLASSES:
-                adds = True
-        if adds:
+        adds, by_class = self.tokenizer.get("add_bos_token"), self._class_adds_bos()
+        if adds is True or (by_class and adds is not False):
             return self.said("bos", ("tokenizer_config.json", *FILES)) or (self.front or [separator])[0]
-        if adds is False:
-            return separator
+        if adds is False and by_class:
+            return separator  # its class goes by that key, whatever the post-processor is
         if len(self.front) > 1:
             shown = " ".join(self.front)
             raise UserError(f"puts {shown} in front of a text, where one token can stand here; name it with --config.data.start")
@@ -116,6 +112,13 @@ class _Search:
         if found or told or self.config.get("model_type"):
             return found or separator
         return next((name for name in STARTS if name in self.special), separator)
+
+    def _class_adds_bos(self) -> bool:
+        """Whether the class of the tokenizer puts the start in front by itself."""
+        name = self.tokenizer.get("tokenizer_class")
+        if self.tokenizer and name is None:  # then the class follows from the model's
+            return self.config.get("model_type") in ("llama", "mistral")
+        return str(name).removesuffix("Fast") in _ADD_BOS_CLASSES
 
     def said(self, which: str, order: Sequence[str] = FILES) -> str | None:
         """The token of `bos` or `eos` in the first of the files that names one that the tokenizer has."""
@@ -135,8 +138,10 @@ class _Search:
         value = value.get("content") if isinstance(value, dict) else value
         if value is None or value == []:
             return None
-        token = self.by_id.get(value) if isinstance(value, int) else value if value in self.tokens else None
-        if token in self.added or (token is not None and re.fullmatch(r"[<\[].+[>\]]", token)):
+        token = self.by_id.get(value) if type(value) is int else None
+        if isinstance(value, str) and value in self.tokens:
+            token = value
+        if token in self.added or (token is not None and re.fullmatch(r"[<\[](?!0x).+[>\]]", token)):
             return token
         self.notes.append(f"{file} has {key}={value!r}, which is no special token of tokenizer.json; it is not used")
         return None

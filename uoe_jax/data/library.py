@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from uoe_jax.data.ends import Ends, UnknownEnds, by_name, find_ends
+from uoe_jax.data.ends import Ends, by_name, find_ends
 from uoe_jax.data.vocabulary import known_ids
 from uoe_jax.errors import UserError
 
@@ -54,7 +54,7 @@ class TokenizerFile:
         self.library.encode_special_tokens = True  # as text
         self.separator, self.start = self.special[self.ends.separator], self.special[self.ends.start]
         self.digest = hashlib.sha256(self._text().encode()).hexdigest()[:24]
-        if not self._follows_from_content():
+        if not self._ends_by(lambda: by_name(list(self.special))):
             self.digest += f"-{self.separator}-{self.start}"
 
     @property
@@ -64,21 +64,21 @@ class TokenizerFile:
 
     def to_json(self) -> str:
         """What the constructor reads: a tokenizer.json where the ends follow from it, as they do with one made here."""
-        if self.kind == "bpe" and self._follows_from_content():
+        follow = self._ends_by(lambda: by_name(list(self.special))) and self._ends_by(lambda: find_ends(self.content, {}))
+        if self.kind == "bpe" and follow:
             return json.dumps(self.content, indent=1)
-        ends = {} if self._follows_from_content() else {"separator": self.ends.separator, "start": self.ends.start}
+        ends = {} if follow else {"separator": self.ends.separator, "start": self.ends.start}
         return json.dumps({"kind": self.kind, "file": self.content, **ends}, indent=1)
 
     def _text(self) -> str:
         return json.dumps(self.content, sort_keys=True, ensure_ascii=False)
 
-    def _follows_from_content(self) -> bool:
-        """Whether the names and the post-processor, each alone, give these ends, as earlier versions expect."""
+    def _ends_by(self, find: Callable[[], Ends]) -> bool:
+        """Whether these are the ends that are found so: by name, as versions before 2026-11-29 did, or from the content."""
         try:
-            found = {by_name(list(self.special))[:2], find_ends(self.content, {})[:2]}
-        except UnknownEnds:
+            return find()[:2] == self.ends[:2]
+        except UserError:
             return False
-        return found == {self.ends[:2]}
 
     def _make_ends_special(self) -> None:
         """The library finds other added tokens in text, where an end would cut a document."""
@@ -120,6 +120,8 @@ class LibraryTokenizer:
     def __init__(self, content: Mapping[str, Any], ends: EndsOf | None = None) -> None:
         """content, ends: as of `TokenizerFile`. Raises UserError where it cannot be used."""
         self.file = TokenizerFile(content, "library", ends)
+        if self.file.content["model"].get("dropout"):
+            raise UserError("gives a text other tokens every time (model.dropout); put null there")
         self._library = self.file.library
         self.separator, self.start = self.file.separator, self.file.start
         known = self._library.get_vocab(with_added_tokens=True)

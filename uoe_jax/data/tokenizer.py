@@ -197,7 +197,7 @@ def _check_exact(content: dict[str, Any]) -> None:
     model = content["model"]
     if model["type"] != "BPE":
         raise UserError(f"is not byte-level BPE (its model is {model['type']})")
-    steps = list(_steps(content["pre_tokenizer"]))
+    steps = list(steps_of(content["pre_tokenizer"]))
     if sum(step["type"] == "ByteLevel" for step in steps) != 1:
         raise UserError("is not byte-level BPE (its pre_tokenizer has no ByteLevel step, or several)")
     for step in steps:
@@ -210,12 +210,12 @@ def _check_exact(content: dict[str, Any]) -> None:
             raise UserError(f"does not give back its text alike every time (model.{name} is {model[name]!r}; put null there)")
 
 
-def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A pre-tokenizer's steps, sequences unpacked."""
-    if step is not None and step["type"] == "Sequence":
-        for inner in step["pretokenizers"]:
-            yield from _steps(inner)
-    elif step is not None:
+def steps_of(step: Any) -> Iterator[dict[str, Any]]:
+    """The steps of a pre-tokenizer or normalizer, sequences unpacked."""
+    if isinstance(step, dict) and step.get("type") == "Sequence":
+        for inner in (*(step.get("pretokenizers") or ()), *(step.get("normalizers") or ())):
+            yield from steps_of(inner)
+    elif isinstance(step, dict):
         yield step
 
 

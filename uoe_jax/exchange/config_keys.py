@@ -29,9 +29,9 @@ IGNORED = frozenset(
     _experts_implementation experts_implementation _flash_attn_2_enabled use_flash_attention use_flash_attention_2
     use_cache gradient_checkpointing chunk_size_feed_forward pretraining_tp output_past xla_device torchscript
     use_bfloat16 tf_legacy_loss return_dict output_attentions output_hidden_states output_scores return_dict_in_generate
-    initializer_range attention_dropout attn_pdrop embd_pdrop resid_pdrop hidden_dropout_prob
+    initializer_range loss_type neftune_noise_alpha attention_dropout attn_pdrop embd_pdrop resid_pdrop hidden_dropout_prob
     attention_probs_dropout_prob classifier_dropout summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj predict_special_tokens id2label label2id num_labels _num_labels is_decoder
+    summary_type summary_use_proj predict_special_tokens n_special id2label label2id num_labels _num_labels is_decoder
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id mask_token_id bos_token eos_token pad_token
     unk_token pooler_act pooler_output_size encoder_stride
     """.split()
@@ -49,6 +49,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "is_causal": (True, None),
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_bias", "use_parallel_residual"), (False, None)),
     "partial_rotary_factor": (1.0, 1, None),
     "problem_type": (None, "single_label_classification"),
 }
@@ -132,7 +133,7 @@ class Keys:
 
     def only(self, key: str, *known: Any) -> Any:
         """A key of which only some values work, the first where it is missing."""
-        value = known[0] if self.get(key) is None else self.get(key)
+        value = self.get(key, known[0])
         if not _among(value, known):
             works = ", ".join(_shown(v) for v in known if v is not None) or "leaving it out"
             raise self.wrong(key, value, f"for which there is no block here ({works} works)")
@@ -229,12 +230,21 @@ def image_bound(place: epath.Path, model: Mapping[str, Any], overrides: Mapping[
     """`model.image.bound` that scales pixels as preprocessor_config.json does; 1 where there is none.
 
     There a pixel v of 0 to 255 becomes (v * rescale_factor - mean) / std, here it lies between -bound and bound.
+    transformers 5 reads the object `image_processor` of processor_config.json first, where it is there.
 
     Raises:
       UserError: the two cannot be the same, and no override of model.image.bound says that this does not matter.
     """
-    values = read_json(place / PROCESSOR_FILE, _AGAIN)
-    keys = Keys(PROCESSOR_FILE, values or {})
+    nested = (read_json(place / "processor_config.json", _AGAIN) or {}).get("image_processor")
+    given = {PROCESSOR_FILE: read_json(place / PROCESSOR_FILE, _AGAIN), "processor_config.json": nested}
+    found = {file: _bound(file, values, model, overrides) for file, values in given.items() if isinstance(values, dict)}
+    if len({*found.values()}) > 1:
+        raise UserError(f"{' and '.join(found)} scale pixels differently; take one of them away")
+    return next(iter(found.values()), 1.0)
+
+
+def _bound(file: str, values: Mapping[str, Any], model: Mapping[str, Any], overrides: Mapping[str, str]) -> float:
+    keys = Keys(file, values)
     kind = keys.get("image_processor_type") or keys.get("feature_extractor_type")
     rescaled, normalised = keys.flag("do_rescale", True), keys.flag("do_normalize", True)
     factor = keys.number("rescale_factor", 1 / 255)
@@ -243,7 +253,7 @@ def image_bound(place: epath.Path, model: Mapping[str, Any], overrides: Mapping[
     keys.close(_IGNORED_IN_PROCESSOR, {"do_pad": (False,)})
     if "model.image.bound" in overrides:
         return 1.0  # replaced by the override
-    if kind not in _VIT_PROCESSORS and not {"image_mean", "image_std"} <= {*(values or {})}:
+    if kind not in _VIT_PROCESSORS and not {"image_mean", "image_std"} <= values.keys():
         raise keys.wrong("image_processor_type", kind, "whose image_mean and image_std are not known here; write them into it")
     scale = factor if rescaled else 1.0
     mean, std = (mean, std) if normalised else ([0.0], [1.0])
@@ -253,7 +263,7 @@ def image_bound(place: epath.Path, model: Mapping[str, Any], overrides: Mapping[
     if len(slopes) == 1 and all(math.isclose(offset, -bound, rel_tol=1e-5) for offset in offsets):
         return bound
     raise UserError(
-        f"{PROCESSOR_FILE} has image_mean={mean} and image_std={std} after pixels times {scale:.6g}, and pixels are scaled "
+        f"{file} has image_mean={mean} and image_std={std} after pixels times {scale:.6g}, and pixels are scaled "
         "alike in all channels and around 0 here; give --config.model.image.bound=2 to take the weights all the same"
     )
 
@@ -275,6 +285,6 @@ def _check_size(keys: Keys, wanted: int) -> None:
     resized, cropped = keys.flag("do_resize", True), keys.flag("do_center_crop", False)
     key = "crop_size" if cropped else "size"
     value = keys.get(key)
-    sides = {*value.values()} if isinstance(value, dict) else {value}
-    if value is not None and (resized or cropped) and sides != {wanted}:
+    sides = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if value is not None and (resized or cropped) and any(type(side) is not int or side != wanted for side in sides):
         raise keys.wrong(key, value, f"and config.json image_size={wanted}; make them one")

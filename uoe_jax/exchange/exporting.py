@@ -178,7 +178,7 @@ def _write_beside(tokenizer: Tokenizer | None, target: Target, vocab_size: int) 
         return
     generation = read_json(out / GENERATION_FILE, "remove it") or {}
     if no_tokens := list(range(tokenizer.vocab_size, vocab_size)):  # `uoe generate` does not draw them either
-        generation.setdefault("suppress_tokens", no_tokens)
+        generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or ()), *no_tokens})
     _write_json(out / GENERATION_FILE, _with_ends(generation, tokenizer))
     content = tokenizer_file(tokenizer)
     if content is None:
@@ -187,12 +187,13 @@ def _write_beside(tokenizer: Tokenizer | None, target: Target, vocab_size: int) 
     named = {token["id"]: token["content"] for token in content["added_tokens"]}
     start, end = named[tokenizer.start], named[tokenizer.separator]
     settings = read_json(out / "tokenizer_config.json", "remove it") or {}
-    if target.source.is_dir() and _puts_in_front(content, settings) == [start]:
+    by_itself = template(content.get("post_processor")) == ([start], [])
+    if target.source.is_dir() and by_itself and settings.get("add_bos_token") is not False and not settings.get("add_eos_token"):
         if settings.get("tokenizer_class") == _CLASS_5:  # which transformers 4 does not know
             _write_json(out / "tokenizer_config.json", settings | {"tokenizer_class": _CLASS})
         return
     if target.source.is_dir():
-        print(f"uoe: tokenizer.json puts {start!r} in front of a text now, as training and uoe generate do", file=sys.stderr)
+        print(f"uoe: tokenizer.json puts {start!r} alone in front of a text now, as training and uoe generate do", file=sys.stderr)
     _write_json(out / "tokenizer.json", _with_start(content, start, tokenizer.start))
     for name in ("add_bos_token", "add_eos_token"):
         settings.pop(name, None)
@@ -202,15 +203,6 @@ def _write_beside(tokenizer: Tokenizer | None, target: Target, vocab_size: int) 
 
 
 _CLASS, _CLASS_5 = "PreTrainedTokenizerFast", "TokenizersBackend"
-
-
-def _puts_in_front(content: Values, settings: Values) -> list[str]:
-    """The tokens that transformers puts in front of a text."""
-    bos: Any = settings.get("bos_token")
-    bos = bos.get("content") if isinstance(bos, dict) else bos
-    if isinstance(settings.get("add_bos_token"), bool):
-        return [bos] if settings["add_bos_token"] else []
-    return template(content.get("post_processor"))[0]
 
 
 def _with_start(content: Values, start: str, i: int) -> Values:

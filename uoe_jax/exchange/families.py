@@ -122,14 +122,16 @@ def _llama_model(keys: Keys) -> Values:
         keys.only(key, False, None)
     _check_layer_types(keys)
     context = keys.whole("max_position_embeddings")
-    window = keys.whole("sliding_window", None) if kind != "llama" else None
     if kind == "mistral":
-        context = min(context, window or (context if "sliding_window" in keys else MISTRAL_WINDOW))
+        window = keys.whole("sliding_window", context if "sliding_window" in keys else MISTRAL_WINDOW)
+        context = min(context, window)
+    elif kind == "qwen2":
+        keys.get("sliding_window")  # which use_sliding_window turns off
     theta, stretch = _rope(keys)
     return dict(
         task="language", stem="tokens", causal=True, vocab_size=keys.whole("vocab_size"), d_model=d,
         n_layers=keys.whole("num_hidden_layers"), n_heads=heads,
-        n_kv_heads=keys.whole("num_key_value_heads", 8 if kind == "mistral" else heads),
+        n_kv_heads=keys.whole("num_key_value_heads", 8 if kind == "mistral" and "num_key_value_heads" not in keys else heads),
         d_hidden=keys.whole("intermediate_size"), context_length=context, activation=keys.name("hidden_act", GATED),
         norm="rmsnorm", norm_eps=keys.number("rms_norm_eps"), qk_norm=False, position="rope", rope_theta=theta,
         rope_scaling=stretch, bias=False, qkv_bias=kind == "qwen2",
@@ -162,7 +164,7 @@ def _rope(keys: Keys) -> tuple[float, str]:
 
 
 def _rope_section(keys: Keys, theta: float | None, top: float | None) -> tuple[float, str]:
-    kind = keys.only("rope_type" if keys.has("rope_type") else "type", "default", "llama3")
+    kind = keys.only("rope_type" if keys.has("rope_type") else "type", "default", "llama3", None) or "default"
     if (keys.get("type") or kind) != kind:
         raise keys.wrong("rope_type", kind, f"and type={keys.get('type')!r}; make them one")
     own = keys.number("rope_theta", None)
@@ -230,7 +232,7 @@ def _gpt2_model(keys: Keys) -> Values:
     d, heads = keys.whole("n_embd", also=ALIASES["n_embd"]), keys.whole("n_head", also=ALIASES["n_head"])
     keys.only("scale_attn_weights", True)
     for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
-        keys.only(key, False)
+        keys.only(key, False, None)
     return dict(
         task="language", stem="tokens", causal=True, vocab_size=keys.whole("vocab_size"), d_model=d,
         n_layers=keys.whole("n_layer", also=ALIASES["n_layer"]), n_heads=heads, n_kv_heads=heads,
@@ -337,9 +339,8 @@ GPT2 = Family("GPT-2", _gpt2_model, _gpt2_config, _gpt2_entries, prefix="transfo
 VIT = Family("ViT", _vit_model, _vit_config, _vit_entries)
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "vit": VIT}  # by model_type
 ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "LlamaModel"), "mistral": ("MistralForCausalLM", "MistralModel"),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"), "gpt2": ("GPT2LMHeadModel", "GPT2Model"),
-    "vit": ("ViTForImageClassification", "ViTModel"),
+    "llama": ("LlamaForCausalLM", "LlamaModel"), "mistral": ("MistralForCausalLM", "MistralModel"), "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Model"), "vit": ("ViTForImageClassification", "ViTModel"),
 }  # fmt: skip
 
 

@@ -87,7 +87,8 @@ def _check_names(plan: Plan, source: Tensors) -> None:
         if name not in source:
             raise UserError(f"--from={plan.source}: {name} is missing in its weights, and config.json asks for it; download the model again")
         found = source.shape(name)
-        if found != wanted and not (entry.ours == ("positions",) and found[-2] >= wanted[-2] and found[-1] == wanted[-1]):
+        is_longer = entry.ours == ("positions",) and len(found) == len(wanted) and found[-2] >= wanted[-2] and found[-1] == wanted[-1]
+        if found != wanted and not is_longer:
             raise UserError(
                 f"--from={plan.source}: {name} has shape {list(found)} where config.json asks for {list(wanted)}; they are not of one model"
             )

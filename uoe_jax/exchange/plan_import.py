@@ -10,9 +10,9 @@ from etils import epath
 from uoe_jax import config as config_lib
 from uoe_jax.config import Config
 from uoe_jax.config_file import evaluate, put
-from uoe_jax.data.ends import UnknownEnds, find_ends
+from uoe_jax.data.ends import find_ends
 from uoe_jax.data.library import LibraryTokenizer
-from uoe_jax.data.tokenizer import BPETokenizer, files_beside
+from uoe_jax.data.tokenizer import BPETokenizer, files_beside, steps_of
 from uoe_jax.errors import UserError
 from uoe_jax.exchange.config_keys import generation_notes, image_bound
 from uoe_jax.exchange.families import MISTRAL_WINDOW, Family, family_of, model_of
@@ -127,17 +127,31 @@ def read_tokenizer(
             raise UserError(f"{others[0]} is of a format that is not read here; {remedy}")
         return None
     _check_vocabularies(place, content)
+    files = files_beside(place)
+    _check_prefix_space(files.get("tokenizer_config.json", {}), content)
     named = {key: overrides.get(f"data.{key}", data.get(key, "")) for key in ("separator", "start")}
-    ends = functools.partial(find_ends, files=files_beside(place), **named)
+    ends = functools.partial(find_ends, files=files, **named)
     try:
         return BPETokenizer(content, ends)
     except UserError:  # not exact, as SentencePiece's kind and those with a normalizer are not
         try:
             return LibraryTokenizer(content, ends)
-        except UnknownEnds as error:
-            raise UserError(f"{TOKENIZER} {error}") from error
         except UserError as error:
-            raise UserError(f"{TOKENIZER} {error}; download the model again") from error
+            remedy = "" if ";" in str(error) else "; download the model again"
+            raise UserError(f"{TOKENIZER} {error}{remedy}") from error
+
+
+def _check_prefix_space(settings: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """UserError where tokenizer_config.json, by which some versions of transformers rebuild it, says otherwise of the space
+    in front of a text than tokenizer.json."""
+    said, found = settings.get("add_prefix_space"), None
+    for step in (*steps_of(content.get("pre_tokenizer")), *steps_of(content.get("normalizer"))):
+        if step.get("type") == "ByteLevel":
+            found = bool(step.get("add_prefix_space"))
+        elif step.get("type") in ("Metaspace", "Prepend"):
+            found = step.get("prepend_scheme") != "never" and step.get("add_prefix_space") is not False
+    if isinstance(said, bool) and found is not None and said != found:
+        raise UserError(f"tokenizer_config.json has add_prefix_space={said} and {TOKENIZER} {found}; make them one")
 
 
 def _check_vocabularies(place: epath.Path, content: Mapping[str, Any]) -> None:

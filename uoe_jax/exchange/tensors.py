@@ -42,8 +42,11 @@ class Tensors:
             self._check_other_files()
             return
         weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise self._error(INDEX, "has no weight_map")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or os.path.basename(file) != file:
+                raise self._error(INDEX, f"says that {name} is in {file!r}, which is no file of this directory")
         self._file_of = weight_map
         held = {file: set(self._open(file).keys()) for file in sorted(set(self._file_of.values()))}
         for name, file in self._file_of.items():
