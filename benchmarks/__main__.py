@@ -25,13 +25,19 @@ def main() -> int:
     missed, began = [], time.monotonic()
     for name in options.names or NAMES:
         start = time.monotonic()
-        if code := subprocess.run([sys.executable, "-m", f"benchmarks.{name}", f"--out={options.out}"]).returncode:
+        if code := subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{name}", f"--out={options.out}"]
+        ).returncode:
             return code
         print(f"  {name}: {time.monotonic() - start:.0f} s", flush=True)
         found = json.loads((options.out / f"{name}.json").read_text())
         missed += [f"{name}: {row}" for row in found["rows"] if row.get("met") is False]
         missed += [f"{name}: {found['growth']}"] if found.get("met") is False else []
-    print(f"{time.monotonic() - began:.0f} s; {'bars missed:' if missed else 'every bar was met'}", *missed, sep="\n  ")
+    print(
+        f"{time.monotonic() - began:.0f} s; {'bars missed:' if missed else 'every bar was met'}",
+        *missed,
+        sep="\n  ",
+    )
     return 0
 
 

@@ -56,7 +56,9 @@ class RaggedUoME(UoME):
         return _ragged(x_NBSD, kernel[...].astype(self.dtype))
 
     def _leave(self, entered: tuple[jax.Array, ...], weight_NBS: jax.Array) -> jax.Array:
-        hidden = jax.nn.gelu(entered[0], approximate=False) * weight_NBS[..., None].astype(self.dtype)
+        hidden = jax.nn.gelu(entered[0], approximate=False) * weight_NBS[..., None].astype(
+            self.dtype
+        )
         return _ragged(hidden, self.w_down[...].astype(self.dtype))
 
 
@@ -64,12 +66,22 @@ class WholeSquares(Attention):
     """The dense block with every score of a row held at once, as XLA computes what is written down in two products."""
 
     def _mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, tokens: Tokens, region: Region
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        x_BLD: jax.Array,
+        tokens: Tokens,
+        region: Region,
     ) -> jax.Array:
         b, s, h, dh = q.shape
         q, k, v = (a.swapaxes(1, 2).reshape(b * h, s, dh) for a in (q, k, v))
         scores = jnp.einsum("xtk,xsk->xts", q * dh**-0.5, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(jnp.tril(jnp.ones((s, s), bool))[None], scores, -1e30) if self.causal else scores
+        scores = (
+            jnp.where(jnp.tril(jnp.ones((s, s), bool))[None], scores, -1e30)
+            if self.causal
+            else scores
+        )
         o = jnp.einsum("xts,xsv->xtv", jax.nn.softmax(scores).astype(v.dtype), v)
         return o.reshape(b, h, s, dh).swapaxes(1, 2)
 
@@ -77,7 +89,11 @@ class WholeSquares(Attention):
 def whole_flops(c: ModelConfig, b: int) -> float:
     """Of the dense block, forward and backward, with every score computed."""
     length, heads = c.context_length, 4 * c.n_heads * c.head_dim
-    return 3 * b * (attention_flops(c, length) + heads * (length**2 - computed_scores(length, c.causal)))
+    return (
+        3
+        * b
+        * (attention_flops(c, length) + heads * (length**2 - computed_scores(length, c.causal)))
+    )
 
 
 def _ragged(x_NBSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
@@ -94,7 +110,12 @@ class Variant(NamedTuple):
     bytes: int
 
 
-def variant(make: Callable[..., nnx.Module], c: ModelConfig, b: int, flops: Callable[[ModelConfig, int], float]) -> Variant:
+def variant(
+    make: Callable[..., nnx.Module],
+    c: ModelConfig,
+    b: int,
+    flops: Callable[[ModelConfig, int], float],
+) -> Variant:
     """A block's result and its gradient with respect to input and weights, compiled.
 
     The loss is given back as well: the gradient of a sum alone needs no last product of the forward pass, and XLA leaves it out.
@@ -110,7 +131,11 @@ def variant(make: Callable[..., nnx.Module], c: ModelConfig, b: int, flops: Call
         return (nnx.merge(graphdef, state)(x, tokens)[0].astype(jnp.float32) * t).sum()
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(state, x).compile()
-    return Variant(lambda: compiled(state, x), 3 * b * flops(c, length), compiled.memory_analysis().temp_size_in_bytes)
+    return Variant(
+        lambda: compiled(state, x),
+        3 * b * flops(c, length),
+        compiled.memory_analysis().temp_size_in_bytes,
+    )
 
 
 def routings(share: float, k: int, n: int) -> dict[str, tuple[bool, RoutingConfig]]:
@@ -122,19 +147,33 @@ def routings(share: float, k: int, n: int) -> dict[str, tuple[bool, RoutingConfi
 
 def mlp_variants(sizes: Sizes, share: float, k: int) -> dict[str, Variant]:
     b, length, d, f = sizes.mlp
-    base = ModelConfig(d_model=d, d_hidden=f, context_length=length, n_heads=8, attention="dense", mlp="dense", dtype=sizes.dtype)
+    base = ModelConfig(
+        d_model=d,
+        d_hidden=f,
+        context_length=length,
+        n_heads=8,
+        attention="dense",
+        mlp="dense",
+        dtype=sizes.dtype,
+    )
 
     def made(make: Any = make_mlp, **changes: Any) -> Variant:
         return variant(make, dataclasses.replace(base, **changes), b, mlp_flops)
 
     def ragged(c: ModelConfig, rngs: nnx.Rngs) -> UoME:
-        return RaggedUoME(d, f, c.uome, causal=False, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs)
+        return RaggedUoME(
+            d, f, c.uome, causal=False, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs
+        )
 
     both = routings(share, k, sizes.n)
-    out = {"dense": made()} | {name: made(mlp="uome", causal=causal, uome=r) for name, (causal, r) in both.items()}
+    out = {"dense": made()} | {
+        name: made(mlp="uome", causal=causal, uome=r) for name, (causal, r) in both.items()
+    }
     choice = both["expert choice"][1]
     if sizes is CPU:
-        out["one-hot dispatch"] = made(mlp="uome", causal=False, uome=dataclasses.replace(choice, dispatch="onehot"))
+        out["one-hot dispatch"] = made(
+            mlp="uome", causal=False, uome=dataclasses.replace(choice, dispatch="onehot")
+        )
     out["ragged_dot"] = made(ragged, mlp="uome", causal=False, uome=choice)
     return out
 
@@ -142,7 +181,13 @@ def mlp_variants(sizes: Sizes, share: float, k: int) -> dict[str, Variant]:
 def attention_variants(sizes: Sizes, share: float, k: int, causal: bool) -> dict[str, Variant]:
     b, length, d, h = sizes.attention
     base = ModelConfig(
-        d_model=d, context_length=length, n_heads=h, attention="dense", mlp="dense", dtype=sizes.dtype, causal=causal
+        d_model=d,
+        context_length=length,
+        n_heads=h,
+        attention="dense",
+        mlp="dense",
+        dtype=sizes.dtype,
+        causal=causal,
     )
 
     def made(**changes: Any) -> Variant:
@@ -156,9 +201,13 @@ def attention_variants(sizes: Sizes, share: float, k: int, causal: bool) -> dict
 
     out = {"dense": made()}
     if sizes is not ACCELERATOR:
-        out["dense, whole squares"] = variant(whole, base, b, attention_flops)._replace(flops=whole_flops(base, b))
+        out["dense, whole squares"] = variant(whole, base, b, attention_flops)._replace(
+            flops=whole_flops(base, b)
+        )
     out[name] = made(attention="smha", smha=r)
-    out[f"{name}, project first"] = made(attention="smha", smha=dataclasses.replace(r, order="project"))
+    out[f"{name}, project first"] = made(
+        attention="smha", smha=dataclasses.replace(r, order="project")
+    )
     return out
 
 
@@ -167,13 +216,21 @@ def moving(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], float]]:
     as it is gathered)."""
     b, length, d, _ = sizes.mlp
     r = routings(0.5, 4, sizes.n)["expert choice"][1]
-    logits, valid = jax.random.normal(jax.random.key(0), (b, length, sizes.n)), jnp.ones((b, length), bool)
+    logits, valid = (
+        jax.random.normal(jax.random.key(0), (b, length, sizes.n)),
+        jnp.ones((b, length), bool),
+    )
     selection = jax.jit(lambda logits: select(logits, valid, r)[0])(logits)
     how = backend_for("auto", jnp.dtype(sizes.dtype), 1, False)
     x = jax.random.normal(jax.random.key(1), (b, length, d), sizes.dtype)
-    gather, combine = (jax.jit(lambda a, f=f: f(a, selection, how)) for f in (gather_slots, combine_slots))
+    gather, combine = (
+        jax.jit(lambda a, f=f: f(a, selection, how)) for f in (gather_slots, combine_slots)
+    )
     slots = jax.block_until_ready(gather(x))
-    return {"gather": (lambda: gather(x), 2.0 * slots.nbytes), "combine": (lambda: combine(slots), float(slots.nbytes + x.nbytes))}
+    return {
+        "gather": (lambda: gather(x), 2.0 * slots.nbytes),
+        "combine": (lambda: combine(slots), float(slots.nbytes + x.nbytes)),
+    }
 
 
 def kernel_sum(sizes: Sizes, share: float, peak: float, bandwidth: float) -> float:
@@ -191,17 +248,28 @@ def kernel_sum(sizes: Sizes, share: float, peak: float, bandwidth: float) -> flo
     return 2 * 2 * kernel(0, (rows + t) * d) + 3 * (2 * product + kernel(0, 2 * rows * h))
 
 
-def measured(case: str, variants: dict[str, Variant], rounds: int, dtype: str, bar: float) -> list[dict[str, Any]]:
+def measured(
+    case: str, variants: dict[str, Variant], rounds: int, dtype: str, bar: float
+) -> list[dict[str, Any]]:
     """A row for every variant."""
     product, operations = timing.matmul(dtype)
-    times = timing.interleaved({"peak": product} | {name: v.run for name, v in variants.items()}, rounds)
+    times = timing.interleaved(
+        {"peak": product} | {name: v.run for name, v in variants.items()}, rounds
+    )
     peak = operations / min(times["peak"])
     rows = []
     for name, v in variants.items():
         found = timing.against(times[name], times["dense"])
-        row = {"case": case, "variant": name, **found, "flop_ratio": v.flops / variants["dense"].flops}
+        row = {
+            "case": case,
+            "variant": name,
+            **found,
+            "flop_ratio": v.flops / variants["dense"].flops,
+        }
         if "dense, whole squares" in variants:
-            row["to_whole_squares"] = timing.against(times[name], times["dense, whole squares"])["ratio"]
+            row["to_whole_squares"] = timing.against(times[name], times["dense, whole squares"])[
+                "ratio"
+            ]
         row |= {"of_peak_%": 100 * v.flops / found["seconds"] / peak, "temp_MB": v.bytes / 1e6}
         if name in ("causal token choice", "expert choice"):
             row |= {"bar": bar, "met": found["ratio"] <= bar}
@@ -221,20 +289,31 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for named, (share, k) in shares.items():
         bar = BARS.get(f"{prefix}uome {named}", float("nan"))
-        rows += measured(f"UoME, {named}", mlp_variants(sizes, share, k), options.rounds, sizes.dtype, bar)
+        rows += measured(
+            f"UoME, {named}", mlp_variants(sizes, share, k), options.rounds, sizes.dtype, bar
+        )
         for causal in (True, False):
             bar = BARS.get(f"{prefix}smha {named}", float("nan"))
             case = f"SMHA, {named}{', causal' if causal else ''}"
-            rows += measured(case, attention_variants(sizes, share, k, causal), options.rounds, sizes.dtype, bar)
+            rows += measured(
+                case, attention_variants(sizes, share, k, causal), options.rounds, sizes.dtype, bar
+            )
     moved = moving(sizes)
     (copied, copied_bytes), (product, operations) = timing.copy(), timing.matmul(sizes.dtype)
-    times = timing.interleaved({"copy": copied, "product": product} | {name: f for name, (f, _) in moved.items()}, options.rounds)
+    times = timing.interleaved(
+        {"copy": copied, "product": product} | {name: f for name, (f, _) in moved.items()},
+        options.rounds,
+    )
     bandwidth, peak = copied_bytes / min(times["copy"]), operations / min(times["product"])
     rates = {"copy_GB_per_s": bandwidth / 1e9, "matmul_TFLOP_per_s": peak / 1e12}
-    rates |= {f"{name}_GB_per_s": size / min(times[name]) / 1e9 for name, (_, size) in moved.items()}
+    rates |= {
+        f"{name}_GB_per_s": size / min(times[name]) / 1e9 for name, (_, size) in moved.items()
+    }
     for named, (share, _) in shares.items():
         bound = kernel_sum(sizes, share, peak, bandwidth)
-        row = next(r for r in rows if r["case"] == f"UoME, {named}" and r["variant"] == "expert choice")
+        row = next(
+            r for r in rows if r["case"] == f"UoME, {named}" and r["variant"] == "expert choice"
+        )
         rates[f"uome_{named}_of_kernel_sum_%"] = 100 * bound / row["seconds"]
     timing.finish("layer", options.out, rows, rates=rates)
     print("  " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items()))

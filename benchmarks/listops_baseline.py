@@ -58,7 +58,9 @@ def measure(c: ListopsConfig) -> dict[str, Any]:
         "accuracy": float(hits.mean()),
         "majority": float((values == commonest).mean()),
         "by_operator": {
-            name[1:]: float(hits[operator == o].mean()) for o, name in enumerate(OPERATORS) if (operator == o).any()
+            name[1:]: float(hits[operator == o].mean())
+            for o, name in enumerate(OPERATORS)
+            if (operator == o).any()
         },
     }
 

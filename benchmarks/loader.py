@@ -55,7 +55,13 @@ def main() -> None:
             trained.append((time.perf_counter() - start) / options.steps)
     rows = [{"what": "model", "tokens_per_s": tokens / statistics.median(trained)}]
     found = timing.against(trained, made)
-    rows += [{"what": "loader", "tokens_per_s": tokens / statistics.median(made), **{k: v for k, v in found.items() if k != "seconds"}}]
+    rows += [
+        {
+            "what": "loader",
+            "tokens_per_s": tokens / statistics.median(made),
+            **{k: v for k, v in found.items() if k != "seconds"},
+        }
+    ]
     timing.finish("loader", options.out, rows, config=options.config)
 
 

@@ -25,17 +25,25 @@ def ngrams(store: TokenStore, separator: int) -> tuple[np.ndarray, np.ndarray, n
     """int64 [n_targets] each: the token two before, the one before, and the target itself."""
     n_targets = int(store.offsets[-1]) + len(store)
     targets = np.full(n_targets, separator, np.int64)
-    ends = store.offsets[1:] + np.arange(len(store))  # where each document's closing separator stands
+    ends = store.offsets[1:] + np.arange(
+        len(store)
+    )  # where each document's closing separator stands
     is_token = np.ones(n_targets, bool)
     is_token[ends] = False
     targets[is_token] = store.tokens_T
-    before = np.concatenate([[separator], targets[:-1]])  # the previous document ends in what opens this one
+    before = np.concatenate(
+        [[separator], targets[:-1]]
+    )  # the previous document ends in what opens this one
     two_before = np.concatenate([[separator], before[:-1]])
-    two_before[np.concatenate([[0], ends[:-1] + 1])] = separator  # context does not reach into the previous document
+    two_before[np.concatenate([[0], ends[:-1] + 1])] = (
+        separator  # context does not reach into the previous document
+    )
     return two_before, before, targets
 
 
-def fit_and_score(train: TokenStore, held_out: TokenStore, v: int, separator: int) -> dict[str, float]:
+def fit_and_score(
+    train: TokenStore, held_out: TokenStore, v: int, separator: int
+) -> dict[str, float]:
     """Bits per byte on `held_out` of a bigram and two interpolated trigrams fitted on `train` alone."""
     a, b, c = ngrams(train, separator)
     c1 = np.bincount(c, minlength=v)  # [V]
@@ -80,17 +88,23 @@ def fit_and_score(train: TokenStore, held_out: TokenStore, v: int, separator: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--path", default="", help="directory of .py files; the standard library's by default")
+    parser.add_argument(
+        "--path", default="", help="directory of .py files; the standard library's by default"
+    )
     path = parser.parse_args().path
     began = time.perf_counter()
     cache_dir = pipeline.default_cache_dir()
     tokenizer = ByteTokenizer()
     source = stdlib.prepare(path, cache_dir)
     stores = {
-        split: open_or_build(lambda split=split: source.documents(split), tokenizer, cache_dir, source.key, split)
+        split: open_or_build(
+            lambda split=split: source.documents(split), tokenizer, cache_dir, source.key, split
+        )
         for split in ("train", "validation")
     }
-    scores = fit_and_score(stores["train"], stores["validation"], tokenizer.vocab_size, tokenizer.separator)
+    scores = fit_and_score(
+        stores["train"], stores["validation"], tokenizer.vocab_size, tokenizer.separator
+    )
     rounded = {f"bits_per_byte/{k}" if "gram" in k else k: round(s, 4) for k, s in scores.items()}
     facts = {
         "python": source.python_version,

@@ -19,7 +19,9 @@ from typing import Any, Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from uoe_jax.compare.measure import against as against  # of two variants' rounds; benchmarks read it from here
+from uoe_jax.compare.measure import (
+    against as against,
+)  # of two variants' rounds; benchmarks read it from here
 
 OUT = pathlib.Path("runs/benchmarks")
 Seconds = dict[str, list[float]]  # of every round, by variant
@@ -47,7 +49,11 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for option, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD: never
+        for option, value in (
+            (-8, 1),
+            (-4, 0),
+            (-1, -1),
+        ):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD: never
             mallopt(option, value)
 
 
@@ -83,7 +89,9 @@ def copy() -> tuple[Callable[[], Any], float]:
 def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
     """Options of a benchmark: --out, and those given with their defaults."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=OUT, help="folder for NAME.json and NAME.png")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=OUT, help="folder for NAME.json and NAME.png"
+    )
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser.parse_args()
@@ -117,14 +125,27 @@ def draw(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
     matplotlib.use("Agg")  # no display
     import matplotlib.pyplot as plt
 
-    key, ideal = ("ratio", "flop_ratio") if any("ratio" in row for row in rows) else ("work_share", "ideal")
+    key, ideal = (
+        ("ratio", "flop_ratio") if any("ratio" in row for row in rows) else ("work_share", "ideal")
+    )
     shown = [row for row in rows if key in row]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.28 * len(shown)), layout="constrained")
     for i, row in enumerate(shown):
         low, high = row.get("ratio_low", row[key]), row.get("ratio_high", row[key])
-        axes.barh(i, row[key], color="C0", xerr=[[max(0, row[key] - low)], [max(0, high - row[key])]], ecolor="0.4")
+        axes.barh(
+            i,
+            row[key],
+            color="C0",
+            xerr=[[max(0, row[key] - low)], [max(0, high - row[key])]],
+            ecolor="0.4",
+        )
         axes.plot(row.get(ideal, float("nan")), i, "k|", markersize=10)
-    named = ["  ".join(str(v) for k, v in row.items() if isinstance(v, (str, int)) and k not in ("met", "bars")) for row in shown]
+    named = [
+        "  ".join(
+            str(v) for k, v in row.items() if isinstance(v, (str, int)) and k not in ("met", "bars")
+        )
+        for row in shown
+    ]
     axes.set_yticks(range(len(shown)), labels=named, fontsize=8)
     axes.set(xlabel=f"{key}; a stroke: {ideal}", ylim=(len(shown) - 0.4, -0.6))
     axes.grid(axis="x", alpha=0.3)
@@ -132,10 +153,19 @@ def draw(rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def finish(name: str, out: pathlib.Path, rows: Sequence[Mapping[str, Any]], picture: Picture = draw, **more: Any) -> None:
+def finish(
+    name: str,
+    out: pathlib.Path,
+    rows: Sequence[Mapping[str, Any]],
+    picture: Picture = draw,
+    **more: Any,
+) -> None:
     """Prints the rows and writes them with the machine to OUT/NAME.json, and their picture to OUT/NAME.png."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": list(rows), **more}, indent=1) + "\n")
+    (out / f"{name}.json").write_text(
+        json.dumps({"benchmark": name, "machine": machine(), "rows": list(rows), **more}, indent=1)
+        + "\n"
+    )
     print(f"{name}: {machine()['cpu']}, jax {jax.__version__}")
     for line in table(rows):
         print(f"  {line}")
@@ -147,7 +177,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     cells = [[_shown(row.get(key)) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(keys, *cells)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (keys, *cells)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+        for line in (keys, *cells)
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -52,7 +52,9 @@ def main() -> None:
             bare_times.append((time.perf_counter() - start) / options.steps)
 
             first = round_ * options.steps
-            sitting = dataclasses.replace(config.train, stop_after=first + options.steps, steps=10**6)
+            sitting = dataclasses.replace(
+                config.train, stop_after=first + options.steps, steps=10**6
+            )
             run = Run(
                 dataclasses.replace(config, train=sitting), data, program, store, lambda *_: MetricsWriter(workdir),
                 Progress(10**6, first, io.StringIO()), state, first,

@@ -37,7 +37,9 @@ def get_config(variant: str = ""):
         routing.capacity_factor = 1.25
     c.train.steps = 38_000  # of 0.52 million tokens: 20 billion
     c.train.batch_size = 256
-    c.train.accumulation = 2  # with 1, a plan for 80 GB says 75 GB, which leaves too little for everything else
+    c.train.accumulation = (
+        2  # with 1, a plan for 80 GB says 75 GB, which leaves too little for everything else
+    )
     c.optimizer.learning_rate = 3e-4
     c.optimizer.warmup_steps = 1000
     c.eval.every = c.checkpoint.every = 1000

@@ -43,5 +43,8 @@ def get_config(variant: str = ""):
     c.optimizer.warmup_steps = 1000
     c.eval.every = c.checkpoint.every = 1000
     c.eval.batches = 8
-    c.mesh.data, c.mesh.fsdp = 1, -1  # --config.mesh.data=8 where the gathers of weights would cross too many machines
+    c.mesh.data, c.mesh.fsdp = (
+        1,
+        -1,
+    )  # --config.mesh.data=8 where the gathers of weights would cross too many machines
     return recipes.finished(c, variant)

@@ -38,7 +38,9 @@ html_title = f"uoe_jax {version}"
 html_show_sourcelink = False
 myst_heading_anchors = 3
 default_role = "code"  # docstrings have Markdown's single backticks
-napoleon_use_ivar = True  # attributes of a named tuple are described once, where its docstring has them
+napoleon_use_ivar = (
+    True  # attributes of a named tuple are described once, where its docstring has them
+)
 napoleon_attr_annotations = False  # the signature has their types
 napoleon_use_param = False  # several arguments may share a line
 autodoc_preserve_defaults = True
@@ -66,7 +68,13 @@ def _range(meta: Any, kind: type) -> str:
         return ", ".join(f"`{choice}`" for choice in meta["choices"])
     if kind in (bool, str):
         return {bool: "true or false", str: "text"}[kind]
-    low = f"≥ {meta['low']:g}" if meta["low"] is not None else f"> {meta['above']:g}" if meta["above"] is not None else ""
+    low = (
+        f"≥ {meta['low']:g}"
+        if meta["low"] is not None
+        else f"> {meta['above']:g}"
+        if meta["above"] is not None
+        else ""
+    )
     high = f"≤ {meta['high']:g}" if meta["high"] is not None and meta["high"] < 2**31 - 1 else ""
     return ("whole number " if kind is int else "number ") + ", ".join(filter(None, (low, high)))
 
@@ -80,7 +88,9 @@ def _table(section: Any) -> list[str]:
             shown = str(value).lower() if isinstance(value, bool) else value
             default = f"`{shown}`" if shown != "" else "empty"
             kept = "free" if meta["free"] else ""
-            lines.append(f"| `{field.name}` | {default} | {_range(meta, type(value))} | {kept} | {_escaped(meta['doc'])} |")
+            lines.append(
+                f"| `{field.name}` | {default} | {_range(meta, type(value))} | {kept} | {_escaped(meta['doc'])} |"
+            )
     return lines if len(lines) > 2 else []
 
 
@@ -95,14 +105,23 @@ def key_tables() -> str:
         if table:
             names = ", ".join(f"`{name}`" for name, _ in found)
             about = _escaped(" ".join((cls.__doc__ or "").split()))
-            lines += [f"### {names}", "", *([about, ""] if not about.startswith(cls.__name__) else []), *table, ""]
+            lines += [
+                f"### {names}",
+                "",
+                *([about, ""] if not about.startswith(cls.__name__) else []),
+                *table,
+                "",
+            ]
     return "\n".join(lines)
 
 
 def _fill_in(app: Any, docname: str, source: list[str]) -> None:
     """Tables of keys take the place of their comments."""
     if docname == "configs":
-        for mark, text in (("<!-- all keys -->", key_tables()), ("<!-- keys of a table -->", "\n".join(_table(TableConfig())))):
+        for mark, text in (
+            ("<!-- all keys -->", key_tables()),
+            ("<!-- keys of a table -->", "\n".join(_table(TableConfig()))),
+        ):
             assert source[0].count(mark) == 1, mark
             source[0] = source[0].replace(mark, text)
 
@@ -112,15 +131,25 @@ def _link_source(app: Any, doctree: nodes.document) -> None:
     here = pathlib.Path(app.env.doc2path(app.env.docname)).parent
     for node in list(doctree.findall(download_reference)):
         path = (here / node["reftarget"]).resolve()
-        module = path.relative_to(ROOT).with_suffix("") if path.is_relative_to(ROOT / "uoe_jax") else None
-        if module is not None and path.suffix == ".py" and module.name != "modeling_uoe":  # torch is not needed to build this
+        module = (
+            path.relative_to(ROOT).with_suffix("")
+            if path.is_relative_to(ROOT / "uoe_jax")
+            else None
+        )
+        if (
+            module is not None and path.suffix == ".py" and module.name != "modeling_uoe"
+        ):  # torch is not needed to build this
             uri = app.builder.get_relative_uri(app.env.docname, f"_modules/{module.as_posix()}")
             node.replace_self(nodes.reference("", "", *node.children, refuri=uri, internal=True))
 
 
-def _skip_aliases(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+def _skip_aliases(
+    app: Any, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
     """Fields of a named tuple have no docstring of their own."""
-    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+    return (
+        True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+    )
 
 
 class _Code(str):
@@ -129,15 +158,23 @@ class _Code(str):
     __repr__ = str.__str__
 
 
-def _signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returned: str) -> tuple[str, str] | None:
+def _signature(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returned: str
+) -> tuple[str, str] | None:
     """That of a module's `__init__`, which Flax's metaclass hides."""
     if what != "class" or not issubclass(obj, nnx.Module) or "__init__" not in vars(obj):
         return None
     written = ast.parse(textwrap.dedent(inspect.getsource(obj.__init__))).body[0].args
-    defaults = {a.arg: _Code(ast.unparse(d)) for a, d in zip(written.kwonlyargs, written.kw_defaults) if d is not None}
+    defaults = {
+        a.arg: _Code(ast.unparse(d))
+        for a, d in zip(written.kwonlyargs, written.kw_defaults)
+        if d is not None
+    }
     found = signature_of(obj.__init__, bound_method=True)
     shown = [p.replace(default=defaults.get(p.name, p.default)) for p in found.parameters.values()]
-    return stringify_signature(found.replace(parameters=shown), show_return_annotation=False, unqualified_typehints=True), ""
+    return stringify_signature(
+        found.replace(parameters=shown), show_return_annotation=False, unqualified_typehints=True
+    ), ""
 
 
 def setup(app: Any) -> None:

@@ -35,7 +35,9 @@ class Model(nnx.Module):
 def train_step(model, optimizer, tokens_BL):
     def loss_of(model):
         logits_BLV, stats = model(tokens_BL)
-        nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV[:, 4:], tokens_BL[:, :-4])
+        nll_BL = optax.softmax_cross_entropy_with_integer_labels(
+            logits_BLV[:, 4:], tokens_BL[:, :-4]
+        )
         balance = sum(s.balance for s in stats) / len(tokens_BL)  # 1 each where the load is even
         return nll_BL.mean() + 0.01 * balance, (nll_BL.mean(), stats)
 
@@ -52,7 +54,9 @@ def main():
         loss, stats = train_step(model, optimizer, tokens_BL)
         if step % 50 == 0:
             loads = [[round(float(n)) for n in s.chosen_N] for s in stats]
-            print(f"step {step}: loss {loss:.3f}, tokens by expert: attention {loads[0]}, MLP {loads[1]}")
+            print(
+                f"step {step}: loss {loss:.3f}, tokens by expert: attention {loads[0]}, MLP {loads[1]}"
+            )
     return float(loss)
 
 

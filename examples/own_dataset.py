@@ -1,7 +1,7 @@
 """A dataset of one's own: sums such as "512+40=552", written out. This file is the source, its config and its command:
 
-    uoe train --config=examples/own_dataset.py --workdir=runs/sums
-    python examples/own_dataset.py generate --workdir=runs/sums --prompt=40+2=
+uoe train --config=examples/own_dataset.py --workdir=runs/sums
+python examples/own_dataset.py generate --workdir=runs/sums --prompt=40+2=
 """
 
 import sys
@@ -20,7 +20,9 @@ class Sums:
 
     def documents(self, split):
         """Every document as bytes, in every process the same."""
-        numbers = np.random.default_rng(list(SIZES).index(split)).integers(0, 1000, (SIZES[split], 2))
+        numbers = np.random.default_rng(list(SIZES).index(split)).integers(
+            0, 1000, (SIZES[split], 2)
+        )
         return [f"{a}+{b}={a + b}".encode() for a, b in numbers]
 
     def record(self):

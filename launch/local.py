@@ -51,7 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     if options.dry_run:
         for env in places:
-            print(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(options.command)]))
+            print(
+                " ".join(
+                    [
+                        *(f"{k}={shlex.quote(v)}" for k, v in env.items()),
+                        shlex.join(options.command),
+                    ]
+                )
+            )
         return EXIT_DONE
     return Launch(options.command, places, options.grace).run()
 
@@ -84,11 +91,25 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--processes", type=int, required=True, metavar="P", help="how many processes")
-    parser.add_argument("--devices", type=int, default=1, metavar="M", help="devices of each (default 1)")
-    parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu", help="kind of device (default cpu)")
-    parser.add_argument("--grace", type=float, default=10.0, metavar="S", help="seconds the others get when one fails (10)")
-    parser.add_argument("--dry-run", action="store_true", help="print the environment and command of each process")
+    parser.add_argument(
+        "--processes", type=int, required=True, metavar="P", help="how many processes"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="M", help="devices of each (default 1)"
+    )
+    parser.add_argument(
+        "--platform", choices=("cpu", "gpu"), default="cpu", help="kind of device (default cpu)"
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds the others get when one fails (10)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the environment and command of each process"
+    )
     options = parser.parse_args(argv[:at])
     options.command = argv[at + 1 :]
     for name in ("processes", "devices"):
@@ -97,20 +118,36 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     if not 0 <= options.grace < float("inf"):
         raise BadInput(f"--grace={options.grace:g}: give 0 or more seconds")
     if not options.command:
-        raise BadInput("no command: put it after --, such as -- uoe train --config=quickstart --workdir=runs/a")
+        raise BadInput(
+            "no command: put it after --, such as -- uoe train --config=quickstart --workdir=runs/a"
+        )
     if shutil.which(options.command[0]) is None:
-        raise BadInput(f"{options.command[0]}: no such program; give a path or the name of one on PATH")
+        raise BadInput(
+            f"{options.command[0]}: no such program; give a path or the name of one on PATH"
+        )
     return options
 
 
 def place(options: argparse.Namespace, i: int, coordinator: str) -> dict[str, str]:
     """What process i finds in its environment beside ours."""
-    env = {"UOE_COORDINATOR": coordinator, "UOE_PROCESSES": str(options.processes), "UOE_PROCESS_ID": str(i)}
+    env = {
+        "UOE_COORDINATOR": coordinator,
+        "UOE_PROCESSES": str(options.processes),
+        "UOE_PROCESS_ID": str(i),
+    }
     m = options.devices
     if options.platform == "gpu":
         cards = visible_cards(options.processes * m)
-        return {**env, "JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ",".join(cards[i * m : (i + 1) * m])}
-    kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in f]
+        return {
+            **env,
+            "JAX_PLATFORMS": "cuda",
+            "CUDA_VISIBLE_DEVICES": ",".join(cards[i * m : (i + 1) * m]),
+        }
+    kept = [
+        f
+        for f in os.environ.get("XLA_FLAGS", "").split()
+        if "xla_force_host_platform_device_count" not in f
+    ]
     flags = " ".join([*kept, f"--xla_force_host_platform_device_count={m}"])
     return {**env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
@@ -125,11 +162,18 @@ def visible_cards(n: int) -> list[str]:
     if given is not None:
         cards, where = [c for c in given.split(",") if c], f"CUDA_VISIBLE_DEVICES={given}"
     elif os.path.isdir("/proc/driver/nvidia/gpus"):
-        cards, where = [str(i) for i in range(len(os.listdir("/proc/driver/nvidia/gpus")))], "this machine"
+        cards, where = (
+            [str(i) for i in range(len(os.listdir("/proc/driver/nvidia/gpus")))],
+            "this machine",
+        )
     else:
-        return [str(i) for i in range(n)]  # nothing here can count them; JAX will say what is missing
+        return [
+            str(i) for i in range(n)
+        ]  # nothing here can count them; JAX will say what is missing
     if len(cards) < n:
-        raise BadInput(f"--processes x --devices={n}: {where} has {len(cards)} GPUs; ask for at most that many")
+        raise BadInput(
+            f"--processes x --devices={n}: {where} has {len(cards)} GPUs; ask for at most that many"
+        )
     return cards[:n]
 
 
@@ -143,7 +187,9 @@ def free_port() -> int:
 class Launch:
     """The processes of one run."""
 
-    def __init__(self, command: Sequence[str], places: Sequence[dict[str, str]], grace: float) -> None:
+    def __init__(
+        self, command: Sequence[str], places: Sequence[dict[str, str]], grace: float
+    ) -> None:
         self.command, self.places, self.grace = command, places, grace
         self.children: list[subprocess.Popen] = []
         self.readers: list[threading.Thread] = []
@@ -159,7 +205,10 @@ class Launch:
             self.read()  # after the last fork: a process with threads should not fork
             return self.wait()
         except OSError as error:
-            print(f"local.py: {self.command[0]}: cannot be run ({error.strerror}); give a program", file=sys.stderr)
+            print(
+                f"local.py: {self.command[0]}: cannot be run ({error.strerror}); give a program",
+                file=sys.stderr,
+            )
             return EXIT_BAD_INPUT
         finally:
             for child in self.children:
@@ -204,15 +253,26 @@ class Launch:
                 name = signal.Signals(self.signals.pop(0)).name
                 for child in running.values():
                     send(child, getattr(signal, FORWARDED[name]))
-            new = {i: exit_code(child.returncode) for i, child in running.items() if child.poll() is not None}
+            new = {
+                i: exit_code(child.returncode)
+                for i, child in running.items()
+                if child.poll() is not None
+            }
             for i in new:
-                send(running.pop(i), signal.SIGKILL)  # what it may have left in its group; at once, as its id is free now
+                send(
+                    running.pop(i), signal.SIGKILL
+                )  # what it may have left in its group; at once, as its id is free now
             codes |= new
             bad = [code for code in new.values() if code not in (EXIT_DONE, EXIT_STOPPED)]
             if bad and failed is None:
-                failed = min(bad, key=lambda code: code == EXIT_LOST_PEER)  # who lost a peer did not fail first
+                failed = min(
+                    bad, key=lambda code: code == EXIT_LOST_PEER
+                )  # who lost a peer did not fail first
                 now = time.monotonic()
-                means = [(now + self.grace, signal.SIGTERM), (now + self.grace + _TERM_S, signal.SIGKILL)]
+                means = [
+                    (now + self.grace, signal.SIGTERM),
+                    (now + self.grace + _TERM_S, signal.SIGKILL),
+                ]
                 ended = ", ".join(f"process {i} ended with {code}" for i, code in new.items())
                 left = f"; the other {len(running)} get {self.grace:g} s to end" if running else ""
                 print(f"local.py: {ended}{left}", file=sys.stderr, flush=True)
@@ -235,7 +295,10 @@ def send(child: subprocess.Popen, number: int) -> None:
     """A signal for a child and all of its group, which lives on while any of its processes does."""
     try:
         os.killpg(child.pid, number)
-    except (ProcessLookupError, PermissionError):  # macOS says the latter of a group that is only zombies
+    except (
+        ProcessLookupError,
+        PermissionError,
+    ):  # macOS says the latter of a group that is only zombies
         pass
 
 
@@ -243,7 +306,9 @@ def copy_lines(source: BinaryIO, sink: BinaryIO, mark: bytes) -> None:
     """Copies whole lines, marked; reads on where nobody takes them any more, or the child would block."""
     for line in source:
         try:
-            sink.write(mark + line.rstrip(b"\n") + b"\n")  # one write a line, so that lines do not mix
+            sink.write(
+                mark + line.rstrip(b"\n") + b"\n"
+            )  # one write a line, so that lines do not mix
             sink.flush()
         except (OSError, ValueError):
             pass

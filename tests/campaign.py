@@ -24,17 +24,38 @@ STEPS = 60
 
 
 def command(source: pathlib.Path, workdir: pathlib.Path) -> tuple[str, ...]:
-    more = (f"--config.train.steps={STEPS}", "--config.checkpoint.every=3", "--config.eval.every=4", "--config.eval.batches=0")
-    return ("train", f"--config={TINY}", f"--config.data.path={source}", f"--workdir={workdir}", *more)
+    more = (
+        f"--config.train.steps={STEPS}",
+        "--config.checkpoint.every=3",
+        "--config.eval.every=4",
+        "--config.eval.batches=0",
+    )
+    return (
+        "train",
+        f"--config={TINY}",
+        f"--config.data.path={source}",
+        f"--workdir={workdir}",
+        *more,
+    )
 
 
 def start(processes: int, args: tuple[str, ...], trace: pathlib.Path) -> list:
     """The run, each process of which keeps what it is doing in a file."""
-    each = [{"UOE_TRACE": f"{trace}.{i}", "UOE_CACHE": environment().get("UOE_CACHE", "")} for i in range(processes)]
+    each = [
+        {"UOE_TRACE": f"{trace}.{i}", "UOE_CACHE": environment().get("UOE_CACHE", "")}
+        for i in range(processes)
+    ]
     return uoe_together(processes, 1, *args, each_env=each, faults="none")
 
 
-def wait_for(moment: str, seconds: float, rng: random.Random, started: list, trace: pathlib.Path, workdir: pathlib.Path) -> str:
+def wait_for(
+    moment: str,
+    seconds: float,
+    rng: random.Random,
+    started: list,
+    trace: pathlib.Path,
+    workdir: pathlib.Path,
+) -> str:
     """Returns in a random moment of the kind asked for, with what the run was doing; "ended" where it ended before."""
     at = time.monotonic() + seconds
     times, seen = rng.randrange(1, 4), 0
@@ -55,7 +76,9 @@ def wait_for(moment: str, seconds: float, rng: random.Random, started: list, tra
     return "ended"
 
 
-def campaign(processes: int, kills: int, seed: int, folder: pathlib.Path, say=print) -> tuple[bool, Counter]:
+def campaign(
+    processes: int, kills: int, seed: int, folder: pathlib.Path, say=print
+) -> tuple[bool, Counter]:
     """(whether every disturbed run equals the undisturbed one, how many kills came in what)."""
     rng = random.Random(seed)
     source = write_source(folder / "source")
@@ -78,7 +101,9 @@ def campaign(processes: int, kills: int, seed: int, folder: pathlib.Path, say=pr
             run = folder / f"run{sum(came.values())}"
             continue
         came[doing] += 1
-        say(f"killed while in {doing}, {time.monotonic() - began:.0f} s; metrics reach step {last_step(run)}")
+        say(
+            f"killed while in {doing}, {time.monotonic() - began:.0f} s; metrics reach step {last_step(run)}"
+        )
     return same and ends_equal(processes, whole, run, source, folder), came
 
 
@@ -89,7 +114,13 @@ def last_step(run: pathlib.Path) -> int:
         return 0
 
 
-def ends_equal(processes: int, whole: pathlib.Path, run: pathlib.Path, source: pathlib.Path, folder: pathlib.Path) -> bool:
+def ends_equal(
+    processes: int,
+    whole: pathlib.Path,
+    run: pathlib.Path,
+    source: pathlib.Path,
+    folder: pathlib.Path,
+) -> bool:
     """Lets the run end, and compares."""
     from test_train import checkpoint_bytes
 
@@ -101,12 +132,18 @@ def ends_equal(processes: int, whole: pathlib.Path, run: pathlib.Path, source: p
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        same, moments = campaign(options.processes, options.kills, options.seed, pathlib.Path(scratch))
-    print(f"{sum(moments.values())} kills on {options.processes} processes ({dict(moments)}): {'equal' if same else 'DIFFERENT'}")
+        same, moments = campaign(
+            options.processes, options.kills, options.seed, pathlib.Path(scratch)
+        )
+    print(
+        f"{sum(moments.values())} kills on {options.processes} processes ({dict(moments)}): {'equal' if same else 'DIFFERENT'}"
+    )
     sys.exit(0 if same else 1)

@@ -9,7 +9,11 @@ from helpers import QUICK_CODE, ROOT
 
 sys.path.append(str(ROOT))  # for benchmarks/, behind the installed package
 
-CACHE = pathlib.Path(os.environ.get("UOE_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / f"uoe-tests-{os.getuid()}"))
+CACHE = pathlib.Path(
+    os.environ.get(
+        "UOE_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / f"uoe-tests-{os.getuid()}"
+    )
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("UOE_CACHE", str(CACHE / "data"))
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_CODE}"

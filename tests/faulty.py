@@ -43,7 +43,9 @@ KINDS = {
 def main(faults: str, argv: list[str]) -> int:
     me, real, trace = os.environ.get("UOE_PROCESS_ID", "0"), watch.at, os.environ.get("UOE_TRACE")
     wanted, poisoned = {}, []
-    for kind, doing, step, process in (fault.split("@") for fault in faults.split(",") if fault != "none"):
+    for kind, doing, step, process in (
+        fault.split("@") for fault in faults.split(",") if fault != "none"
+    ):
         if kind == "nan":
             poisoned.append(([int(s) for s in step.split("+")], process))
         elif process == me:

@@ -74,7 +74,9 @@ class GcsServer:
         }
 
     def __enter__(self) -> GcsServer:
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,7 +86,9 @@ class GcsServer:
     def names(self, prefix: str) -> list[str]:
         """The names below "bucket/prefix", without it."""
         with self._lock:
-            return sorted(name.removeprefix(prefix) for name in self.objects if name.startswith(prefix))
+            return sorted(
+                name.removeprefix(prefix) for name in self.objects if name.startswith(prefix)
+            )
 
     def check_match(self, key: str, query: dict[str, str]) -> None:
         """Generation preconditions."""
@@ -101,7 +105,11 @@ class GcsServer:
         self.before_upload(key)
         with self._lock:
             self.check_match(key, query)
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            now = (
+                datetime.datetime.now(datetime.UTC)
+                .isoformat(timespec="milliseconds")
+                .replace("+00:00", "Z")
+            )
             self.objects[key] = Stored(data, next(self._generations), now)
             return self.describe(key)
 
@@ -120,10 +128,18 @@ class GcsServer:
 
     def list(self, bucket: str, query: dict[str, str]) -> dict[str, Any]:
         """One page of a listing."""
-        prefix, delimiter, page = query.get("prefix", ""), query.get("delimiter"), int(query.get("maxResults") or 1000)
+        prefix, delimiter, page = (
+            query.get("prefix", ""),
+            query.get("delimiter"),
+            int(query.get("maxResults") or 1000),
+        )
         entries: dict[str, bool] = {}  # name or common prefix: whether an object
         for name in self.names(f"{bucket}/"):
-            inside = name.startswith(prefix) and name >= query.get("startOffset", "") and name > query.get("pageToken", "")
+            inside = (
+                name.startswith(prefix)
+                and name >= query.get("startOffset", "")
+                and name > query.get("pageToken", "")
+            )
             if not inside or ("endOffset" in query and name >= query["endOffset"]):
                 continue
             head, cut, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
@@ -133,11 +149,21 @@ class GcsServer:
                 entries[name] = True
         names = sorted(entries)[:page]
         with self._lock:
-            items = [self.describe(f"{bucket}/{n}") for n in names if entries[n] and f"{bucket}/{n}" in self.objects]
-        found = {"kind": "storage#objects", "items": items, "prefixes": [n for n in names if not entries[n]]}
+            items = [
+                self.describe(f"{bucket}/{n}")
+                for n in names
+                if entries[n] and f"{bucket}/{n}" in self.objects
+            ]
+        found = {
+            "kind": "storage#objects",
+            "items": items,
+            "prefixes": [n for n in names if not entries[n]],
+        }
         return found | ({"nextPageToken": names[-1]} if len(entries) > len(names) else {})
 
-    def upload(self, bucket: str, query: dict[str, str], headers: Any, body: bytes) -> tuple[int, dict[str, str], Any]:
+    def upload(
+        self, bucket: str, query: dict[str, str], headers: Any, body: bytes
+    ) -> tuple[int, dict[str, str], Any]:
         """Status, headers and answer of an upload request of any of the three kinds."""
         if "upload_id" in query:
             return self._resume(query["upload_id"], headers["Content-Range"], body)
@@ -150,9 +176,15 @@ class GcsServer:
         name = query.get("name") or json.loads(body)["name"]
         upload = f"{len(self._resumable) + 1}"
         self._resumable[upload] = f"{bucket}/{name}", query, bytearray()
-        return 200, {"Location": f"{self.url}/upload/storage/v1/b/{bucket}/o?upload_id={upload}"}, {}
+        return (
+            200,
+            {"Location": f"{self.url}/upload/storage/v1/b/{bucket}/o?upload_id={upload}"},
+            {},
+        )
 
-    def _resume(self, upload: str, content_range: str, body: bytes) -> tuple[int, dict[str, str], Any]:
+    def _resume(
+        self, upload: str, content_range: str, body: bytes
+    ) -> tuple[int, dict[str, str], Any]:
         key, query, received = self._resumable[upload]
         first, total = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", content_range).groups()
         if first is not None:
@@ -165,7 +197,12 @@ class GcsServer:
 
 def _parts(text: bytes) -> tuple[dict[str, Any], bytes]:
     """The JSON and the bytes of a multipart/related body; by hand, as the mail parser mends line ends."""
-    boundary = b"--" + email.message_from_bytes(text.partition(b"\n\n")[0], policy=email.policy.HTTP).get_boundary().encode()
+    boundary = (
+        b"--"
+        + email.message_from_bytes(text.partition(b"\n\n")[0], policy=email.policy.HTTP)
+        .get_boundary()
+        .encode()
+    )
     _, about, data, _ = text.partition(b"\n\n")[2].split(boundary)
     head = re.compile(rb"\r?\n\r?\n")
     return json.loads(head.split(about, 1)[1]), re.sub(rb"\r?\n\Z", b"", head.split(data, 1)[1])
@@ -203,14 +240,20 @@ class _Handler(BaseHTTPRequestHandler):
         if status in (204, 304):
             data = b""
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), "Content-Type": "application/json", **headers}.items():
+        for name, value in {
+            "Content-Length": str(len(data)),
+            "Content-Type": "application/json",
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
     do_GET = do_POST = do_PUT = do_DELETE = _handle
 
-    def _route(self, parts: list[str], query: dict[str, str], body: bytes) -> tuple[int, dict[str, str], Any]:
+    def _route(
+        self, parts: list[str], query: dict[str, str], body: bytes
+    ) -> tuple[int, dict[str, str], Any]:
         gcs, kind = self.gcs, parts.pop(0) if parts[0] in ("upload", "download") else "plain"
         if parts[:3] != ["storage", "v1", "b"] or len(parts) < 4:
             raise Failure(405, f"{self.command} {self.path}: the stand-in does not know this")
@@ -220,7 +263,17 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "upload":
             return gcs.upload(bucket, query, self.headers, body)
         if len(parts) == 4 and self.command == "GET":
-            return 200, {}, {"kind": "storage#bucket", "name": bucket, "id": bucket, "location": "HERE", "metageneration": "1"}
+            return (
+                200,
+                {},
+                {
+                    "kind": "storage#bucket",
+                    "name": bucket,
+                    "id": bucket,
+                    "location": "HERE",
+                    "metageneration": "1",
+                },
+            )
         if not rest and self.command == "GET":
             return 200, {}, gcs.list(bucket, query)
         key = f"{bucket}/{rest[0]}" if rest else ""
@@ -232,7 +285,11 @@ class _Handler(BaseHTTPRequestHandler):
                 del gcs.objects[key]
                 return 204, {}, {}
             if self.command == "GET" and len(rest) == 1:
-                return self._media(gcs.objects[key]) if query.get("alt") == "media" else (200, {}, gcs.describe(key))
+                return (
+                    self._media(gcs.objects[key])
+                    if query.get("alt") == "media"
+                    else (200, {}, gcs.describe(key))
+                )
             if self.command == "POST" and rest[1:2] in (["rewriteTo"], ["copyTo"]):
                 copied = gcs.put(f"{rest[3]}/{rest[5]}", gcs.objects[key].data, {})
                 whole = {"kind": "storage#rewriteResponse", "done": True, "resource": copied}
@@ -253,4 +310,8 @@ class _Handler(BaseHTTPRequestHandler):
         end = min(int(last) + 1, len(data)) if first and last else len(data)
         if start >= len(data):
             raise Failure(416, f"{start}: beyond the end")
-        return 206, {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}, data[start:end]
+        return (
+            206,
+            {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"},
+            data[start:end],
+        )

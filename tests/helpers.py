@@ -17,7 +17,9 @@ TINY = str(ROOT / "tests" / "tiny.py")
 # Machine code of tiny programs takes much longer to make than it runs: it is not optimised, and made the short way where
 # jaxlib still has two (half the time of a compilation).
 QUICK_CODE = "--xla_backend_optimization_level=0" + (
-    " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
+    " --xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jaxlib").startswith("0.10.")
+    else ""
 )
 
 
@@ -25,14 +27,22 @@ def write_source(folder: pathlib.Path, n_files: int = 200) -> pathlib.Path:
     """A directory of small Python files, the same on every machine."""
     folder.mkdir(parents=True)
     for i in range(n_files):
-        body = "\n".join(f"def f{i}_{j}(x):\n    return x * {j} + {i}\n" for j in range(3 + i * 7 % 11))
+        body = "\n".join(
+            f"def f{i}_{j}(x):\n    return x * {j} + {i}\n" for j in range(3 + i * 7 % 11)
+        )
         (folder / f"m{i:03}.py").write_text(f'"""Module {i}."""\n\n{body}')
     return folder
 
 
 def environment(**extra: str) -> dict[str, str]:
     """One CPU device and this checkout first on the path."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_CODE, **extra}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": QUICK_CODE,
+        **extra,
+    }
 
 
 def uoe_process(*args: str, faults: str | None = None, **popen) -> subprocess.Popen:
@@ -40,7 +50,11 @@ def uoe_process(*args: str, faults: str | None = None, **popen) -> subprocess.Po
     popen.setdefault("env", environment())
     program = ["-m", "uoe_jax"] if faults is None else [str(ROOT / "tests" / "faulty.py"), faults]
     return subprocess.Popen(
-        [sys.executable, *program, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+        [sys.executable, *program, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
     )
 
 
@@ -58,7 +72,11 @@ def uoe_together(
     place = dict(UOE_COORDINATOR=address, UOE_PROCESSES=str(processes))
     started = []
     for i in range(processes):
-        env = {**environment(**place, UOE_PROCESS_ID=str(i)), "XLA_FLAGS": flags, **(each_env[i] if each_env else {})}
+        env = {
+            **environment(**place, UOE_PROCESS_ID=str(i)),
+            "XLA_FLAGS": flags,
+            **(each_env[i] if each_env else {}),
+        }
         started.append(uoe_process(*args, *(each[i] if each else ()), env=env, **popen))
     return started
 

@@ -8,7 +8,11 @@ import transformers
 
 place, given, out = sys.argv[1:]
 x = np.load(given)
-kind = transformers.AutoModelForImageClassification if x.ndim == 4 else transformers.AutoModelForCausalLM
+kind = (
+    transformers.AutoModelForImageClassification
+    if x.ndim == 4
+    else transformers.AutoModelForCausalLM
+)
 model = kind.from_pretrained(place, trust_remote_code=True, torch_dtype=torch.float32).eval()
 with torch.no_grad():
     np.save(out, model(torch.tensor(x)).logits.numpy())

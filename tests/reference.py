@@ -18,12 +18,16 @@ from flax import nnx
 # --- handling modules -------------------------------------------------------------------------------------------
 
 
-def build(make: Callable[[], nnx.Module], seed: int = 0, scale: float = 0.3) -> tuple[nnx.GraphDef, nnx.State]:
+def build(
+    make: Callable[[], nnx.Module], seed: int = 0, scale: float = 0.3
+) -> tuple[nnx.GraphDef, nnx.State]:
     """The module that `make` describes, split, with every parameter (biases and scales too) drawn so that none is 0 or 1."""
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     leaves, tree = jax.tree.flatten(abstract)
     rng = np.random.default_rng(seed)
-    return graphdef, jax.tree.unflatten(tree, [jnp.asarray(scale * rng.normal(size=a.shape), a.dtype) for a in leaves])
+    return graphdef, jax.tree.unflatten(
+        tree, [jnp.asarray(scale * rng.normal(size=a.shape), a.dtype) for a in leaves]
+    )
 
 
 def weights_of(state: nnx.State) -> dict:
@@ -36,7 +40,10 @@ def jit(f: Callable) -> Callable:
 
 
 def flat(tree) -> list[tuple[str, np.ndarray]]:
-    return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return [
+        (jax.tree_util.keystr(path), np.asarray(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -45,7 +52,10 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 def error(a, b) -> float:
     """The largest max|a-b| / max|b| over the leaves of two trees; where b is 0, max|a|."""
-    assert jax.tree.structure(a) == jax.tree.structure(b), (jax.tree.structure(a), jax.tree.structure(b))
+    assert jax.tree.structure(a) == jax.tree.structure(b), (
+        jax.tree.structure(a),
+        jax.tree.structure(b),
+    )
     worst = 0.0
     for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
         u, v = np.asarray(u, np.float64), np.asarray(v, np.float64)
@@ -57,7 +67,10 @@ def error(a, b) -> float:
 
 def norm_error(a, b) -> float:
     """|a-b| / |b| in the 2-norm over all leaves of two trees."""
-    u, v = (np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(t)]) for t in (a, b))
+    u, v = (
+        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(t)])
+        for t in (a, b)
+    )
     return float(np.linalg.norm(u - v) / np.linalg.norm(v))
 
 
@@ -116,7 +129,9 @@ def best_first(chosen: np.ndarray, scores: np.ndarray, cap: int) -> np.ndarray:
     return kept
 
 
-def select(logits: np.ndarray | None, valid: np.ndarray, r, sequence_logits=None) -> tuple[np.ndarray, np.ndarray]:
+def select(
+    logits: np.ndarray | None, valid: np.ndarray, r, sequence_logits=None
+) -> tuple[np.ndarray, np.ndarray]:
     """(chosen, kept), bool [M,N], of one sequence; logits [M,N] of the patches, [N] of the sequence."""
     scores = [softmax(a) for a in (logits, sequence_logits) if a is not None]
     whole = r.unit != "patch"
@@ -140,7 +155,9 @@ def stats(logits_BMN: np.ndarray, valid_BM: np.ndarray, r) -> dict[str, np.ndarr
     """What RoutingStats must hold, counted patch by patch in float64."""
     b, m, n = logits_BMN.shape
     out = dict.fromkeys(("balance", "z", "patches", "untouched", "entropy"), 0.0)
-    out |= {name: np.zeros(n) for name in ("chosen_N", "kept_N")} | {name: np.zeros(4) for name in ("chosen_4", "kept_4")}
+    out |= {name: np.zeros(n) for name in ("chosen_N", "kept_N")} | {
+        name: np.zeros(4) for name in ("chosen_4", "kept_4")
+    }
     for row in range(b):
         chosen, kept = select(logits_BMN[row], valid_BM[row], r)
         here = np.flatnonzero(valid_BM[row])
@@ -187,7 +204,10 @@ def rope(x, positions, theta: float = 1e4):
     for i in range(half):
         angle = positions.astype(jnp.float32) * theta ** (-2 * i / x.shape[1])
         a, b = x[:, i], x[:, i + half]
-        out[i], out[i + half] = a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)
+        out[i], out[i + half] = (
+            a * jnp.cos(angle) - b * jnp.sin(angle),
+            b * jnp.cos(angle) + a * jnp.sin(angle),
+        )
     return jnp.stack(out, axis=1)
 
 
@@ -198,9 +218,15 @@ def attention(w: dict, x, allowed, positions):
     y = jnp.zeros_like(x)
     for i in range(heads):
         j = i * kv_heads // heads
-        q, k, v = (x @ w["w_" + a][:, at] + (w["b_" + a][at][None] if "b_" + a in w else 0.0) for a, at in zip("qkv", (i, j, j)))
+        q, k, v = (
+            x @ w["w_" + a][:, at] + (w["b_" + a][at][None] if "b_" + a in w else 0.0)
+            for a, at in zip("qkv", (i, j, j))
+        )
         if "q_scale" in w:
-            q, k = (a / jnp.sqrt((a**2).mean(1, keepdims=True) + 1e-6) * w[f"{n}_scale"][None] for a, n in ((q, "q"), (k, "k")))
+            q, k = (
+                a / jnp.sqrt((a**2).mean(1, keepdims=True) + 1e-6) * w[f"{n}_scale"][None]
+                for a, n in ((q, "q"), (k, "k"))
+            )
         if positions is not None:
             q, k = rope(q, positions), rope(k, positions)
         s = jax.nn.softmax(jnp.where(allowed, q @ k.T / math.sqrt(width), -jnp.inf), axis=1)
@@ -218,7 +244,9 @@ def router_logits(w: dict, x, segments, p: int, causal: bool):
     """[M,N]: from the first token of a patch if causal, else from the mean of its valid tokens."""
     patches, ok = x.reshape(-1, p, x.shape[1]), (segments > 0).astype(x.dtype).reshape(-1, p, 1)
     summary = patches[:, 0] if causal else (patches * ok).sum(1) / jnp.maximum(ok.sum(1), 1)
-    return jnp.matmul(summary, w["router"]["kernel"], precision="highest") + bias(w["router"], "bias")
+    return jnp.matmul(summary, w["router"]["kernel"], precision="highest") + bias(
+        w["router"], "bias"
+    )
 
 
 def sequence_logits(w: dict, x, segments):
@@ -233,9 +261,13 @@ def combine_weights(w: dict, x, segments, chosen, r, causal: bool):
     """[M,N]; with two routers the product of both gates."""
     weight = jnp.ones(chosen.shape)
     if r.unit != "sequence":
-        weight = weight * gate(r.gate, router_logits(w, x, segments, r.patch_size, causal), chosen, r.k)
+        weight = weight * gate(
+            r.gate, router_logits(w, x, segments, r.patch_size, causal), chosen, r.k
+        )
     if r.unit != "patch":
-        weight = weight * gate(r.gate, jnp.broadcast_to(sequence_logits(w, x, segments), chosen.shape), chosen, r.k)
+        weight = weight * gate(
+            r.gate, jnp.broadcast_to(sequence_logits(w, x, segments), chosen.shape), chosen, r.k
+        )
     return weight
 
 
@@ -250,7 +282,9 @@ def gate(name: str, logits, chosen, k: int):
     return 1 + s - jax.lax.stop_gradient(s) if name == "straight_through" else jnp.ones_like(s)
 
 
-def union(w: dict, x, segments, positions, chosen, kept, r, *, causal: bool, activation: str = "gelu"):
+def union(
+    w: dict, x, segments, positions, chosen, kept, r, *, causal: bool, activation: str = "gelu"
+):
     """One sequence through a UoME or SMHA, given who takes what ([M,N]); every expert works on everything, masked."""
     ok = segments > 0
     weight = combine_weights(w, x, segments, chosen, r, causal)
@@ -263,6 +297,11 @@ def union(w: dict, x, segments, positions, chosen, kept, r, *, causal: bool, act
         if "w_up" in w:
             y_e = mlp(part, x, activation)
         else:
-            y_e = attention(part, x, visible(segments, causal) & takes[:, e][:, None] & takes[:, e][None], positions)
+            y_e = attention(
+                part,
+                x,
+                visible(segments, causal) & takes[:, e][:, None] & takes[:, e][None],
+                positions,
+            )
         y = y + weight[:, e][:, None] * y_e
     return y + jnp.where(ok[:, None], bias(w, "bias_out"), 0.0)

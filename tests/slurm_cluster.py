@@ -67,7 +67,9 @@ class Cluster:
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
-        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job)))
+        return dict(
+            re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job))
+        )
 
     def wait(self, job: str, *states: str, timeout: float = 180) -> dict[str, str]:
         """Until the job is in one of the states; its fields then."""
@@ -79,7 +81,9 @@ class Cluster:
 
     def logs(self) -> str:
         """The ends of the daemons' logs, for who reads a failure."""
-        return "\n".join(f"{p.name}:\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))
+        return "\n".join(
+            f"{p.name}:\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log"))
+        )
 
 
 @contextlib.contextmanager
@@ -102,15 +106,23 @@ def running(folder: pathlib.Path) -> Iterator[Cluster]:
     try:
         for command in commands:
             with (folder / f"{command[0]}.out.log").open("w") as out:
-                daemons.append(subprocess.Popen(command, env=cluster.env, stdout=out, stderr=out, start_new_session=True))
+                daemons.append(
+                    subprocess.Popen(
+                        command, env=cluster.env, stdout=out, stderr=out, start_new_session=True
+                    )
+                )
             if command[0] == "munged":
                 until((folder / "munge.socket").exists, cluster)
-        ask = dict(args=["sinfo", "-h", "-o", "%t"], env=cluster.env, capture_output=True, text=True)
+        ask = dict(
+            args=["sinfo", "-h", "-o", "%t"], env=cluster.env, capture_output=True, text=True
+        )
         until(lambda: "idle" in subprocess.run(**ask).stdout, cluster)
         yield cluster
     finally:
         if len(daemons) == len(commands):
-            subprocess.run(["scancel", "--signal=KILL", "--full", "--user=root"], env=cluster.env, timeout=30)
+            subprocess.run(
+                ["scancel", "--signal=KILL", "--full", "--user=root"], env=cluster.env, timeout=30
+            )
             subprocess.run(["scancel", "--user=root"], env=cluster.env, timeout=30)
             with contextlib.suppress(AssertionError):
                 until(lambda: not cluster.run("squeue", "-h"), cluster)

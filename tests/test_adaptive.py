@@ -28,7 +28,15 @@ from uoe_jax.model import Transformer
 from uoe_jax.plan.hlo import collectives
 
 V, D, CUTOFFS = 32, 16, (7, 12, 25)
-BASE = ModelConfig(vocab_size=V, d_model=D, n_layers=1, n_heads=4, d_hidden=32, context_length=24, cutoffs="7,12,25")
+BASE = ModelConfig(
+    vocab_size=V,
+    d_model=D,
+    n_layers=1,
+    n_heads=4,
+    d_hidden=32,
+    context_length=24,
+    cutoffs="7,12,25",
+)
 R = RoutingConfig(n_experts=4, k=2, capacity_window=8)
 BASE = dataclasses.replace(BASE, smha=R, uome=R)
 KINDS = {
@@ -84,7 +92,9 @@ def states(rows: int, length: int, seed: int = 0) -> tuple[jax.Array, jax.Array]
 # --- the function -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, length", [*((kind, 19) for kind in KINDS), ("div 2, tied", 16), ("div 1, untied", 3)])
+@pytest.mark.parametrize(
+    "kind, length", [*((kind, 19) for kind in KINDS), ("div 2, tied", 16), ("div 1, untied", 3)]
+)
 def test_losses_and_gradients_are_those_of_the_dense_reference(kind, length):
     """Chunks that end where the tokens do, that do not, and one that is longer than all tokens."""
     graphdef, state = ends(KINDS[kind])
@@ -113,9 +123,14 @@ def test_probabilities_are_those_of_the_dense_reference_and_sum_to_one(kind):
     graphdef, state = ends(KINDS[kind])
     x_BLD, _ = states(2, 5)
     for x in (x_BLD, x_BLD[:, 0]):
-        log_p = reference.jit(lambda state, x: (m := nnx.merge(graphdef, state)).head(x, m.words))(state, x)
+        log_p = reference.jit(lambda state, x: (m := nnx.merge(graphdef, state)).head(x, m.words))(
+            state, x
+        )
         np.testing.assert_allclose(jnp.exp(log_p).sum(-1), 1, rtol=1e-5)
-        assert log_p.dtype == jnp.float32 and reference.error(log_p, dense_log_p(reference.weights_of(state), x)) < 1e-5
+        assert (
+            log_p.dtype == jnp.float32
+            and reference.error(log_p, dense_log_p(reference.weights_of(state), x)) < 1e-5
+        )
 
 
 @pytest.mark.parametrize("div", [1, 2])
@@ -125,7 +140,9 @@ def test_words_are_looked_up_in_their_piece(div):
     every = jnp.arange(V, dtype=jnp.int32)[::-1]
     for ids in (every.reshape(2, -1), every):
         found = look_up(nnx.merge(graphdef, state).words, ids, "float32")
-        assert reference.error(found, dense_words(reference.weights_of(state)["words"], D)[ids]) < 1e-6
+        assert (
+            reference.error(found, dense_words(reference.weights_of(state)["words"], D)[ids]) < 1e-6
+        )
 
 
 def test_a_tail_that_no_word_is_in_is_not_scored():
@@ -141,7 +158,11 @@ def test_a_tail_that_no_word_is_in_is_not_scored():
 
     f = reference.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     value, (gradients, dx) = f(state, x, targets)
-    assert np.isfinite(value) and np.isfinite(dx).all() and all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    assert (
+        np.isfinite(value)
+        and np.isfinite(dx).all()
+        and all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    )
     assert not np.asarray(gradients["words"]["table_2"][...]).any()
     assert np.isnan(f(state, x, targets.at[0, 0].set(12))[0])
 
@@ -167,24 +188,44 @@ def test_a_short_dtype_is_close(dtype):
     assert float(value) == pytest.approx(float(exact), rel=5e-3) and dx_dtype == dtype
     assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
     for name in ("table_0", "table_1", "table_2", "table_3"):
-        assert reference.error(gradients["words"][name][...], exact_gradients["words"][name][...]) < 2e-2
+        assert (
+            reference.error(gradients["words"][name][...], exact_gradients["words"][name][...])
+            < 2e-2
+        )
 
 
 @pytest.mark.parametrize("kind", ["one table", "cut over expert", "pieces"])
 def test_the_gradient_of_a_frequent_word_is_summed_in_float32(kind):
     """4096 places, nine of ten the same word: in bfloat16 a sum stands still after 256 of them."""
     c = dataclasses.replace(BASE, cutoff_div=2 if kind == "pieces" else 1)
-    words = make_words(c, rngs=nnx.Rngs(0)) if kind != "cut over expert" else weight(nnx.Rngs(0), (V, D), ("vocab", "embed"), scaled_normal(D))
+    words = (
+        make_words(c, rngs=nnx.Rngs(0))
+        if kind != "cut over expert"
+        else weight(nnx.Rngs(0), (V, D), ("vocab", "embed"), scaled_normal(D))
+    )
     graphdef, state = nnx.split(words)
-    ids = np.random.default_rng(0).integers(0, V, (8, 512)) * (np.random.default_rng(1).random((8, 512)) > 0.9)
+    ids = np.random.default_rng(0).integers(0, V, (8, 512)) * (
+        np.random.default_rng(1).random((8, 512)) > 0.9
+    )
     d = jnp.abs(reference.normal(2, 8, 512, D))
 
     def gradient(dtype):
-        loss = lambda state: (look_up(nnx.merge(graphdef, state), jnp.asarray(ids), dtype).astype(jnp.float32) * d).sum()  # noqa: E731
-        with jax.set_mesh(mesh_lib.make_mesh(MeshConfig(data=2, fsdp=2, expert=2))) if kind == "cut over expert" else contextlib.nullcontext():
+        def loss(state):
+            return (
+                look_up(nnx.merge(graphdef, state), jnp.asarray(ids), dtype).astype(jnp.float32) * d
+            ).sum()
+
+        with (
+            jax.set_mesh(mesh_lib.make_mesh(MeshConfig(data=2, fsdp=2, expert=2)))
+            if kind == "cut over expert"
+            else contextlib.nullcontext()
+        ):
             return jax.tree.leaves(reference.jit(jax.grad(loss))(state))
 
-    assert all(reference.error(*pair) < 1e-2 for pair in zip(gradient("bfloat16"), gradient("float32"), strict=True))
+    assert all(
+        reference.error(*pair) < 1e-2
+        for pair in zip(gradient("bfloat16"), gradient("float32"), strict=True)
+    )
 
 
 def test_the_scores_of_all_tokens_never_exist_at_once(monkeypatch):
@@ -192,7 +233,10 @@ def test_the_scores_of_all_tokens_never_exist_at_once(monkeypatch):
     monkeypatch.setattr(tiles, "LEAST_CHUNK", 512)
     c = dataclasses.replace(BASE, vocab_size=50_000, d_model=64, cutoffs="4000,20000")
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Ends(c, nnx.Rngs(0))))
-    x, targets = jax.ShapeDtypeStruct((16, 512, 64), jnp.float32), jax.ShapeDtypeStruct((16, 512), jnp.int32)
+    x, targets = (
+        jax.ShapeDtypeStruct((16, 512, 64), jnp.float32),
+        jax.ShapeDtypeStruct((16, 512), jnp.int32),
+    )
 
     def loss(state, x, targets):
         module = nnx.merge(graphdef, state)
@@ -217,10 +261,19 @@ def test_the_loss_of_the_model_is_its_log_probability(kind):
 
 
 def test_without_cutoffs_the_loss_is_the_softmax_of_the_logits():
-    graphdef, state = reference.build(lambda: Transformer(dataclasses.replace(BASE, cutoffs=""), rngs=nnx.Rngs(0)))
+    graphdef, state = reference.build(
+        lambda: Transformer(dataclasses.replace(BASE, cutoffs=""), rngs=nnx.Rngs(0))
+    )
     _, tokens = states(3, 24)
-    logits, nll = reference.jit(lambda state: ((m := nnx.merge(graphdef, state))(tokens)[0], m.nll(tokens, tokens)[0]))(state)
-    assert reference.error(nll, -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]) < 1e-5
+    logits, nll = reference.jit(
+        lambda state: ((m := nnx.merge(graphdef, state))(tokens)[0], m.nll(tokens, tokens)[0])
+    )(state)
+    assert (
+        reference.error(
+            nll, -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["div 1, tied", "div 2, untied"])
@@ -228,14 +281,22 @@ def test_decoding_gives_the_full_pass(kind):
     graphdef, state = reference.build(lambda: Transformer(KINDS[kind], rngs=nnx.Rngs(0)))
 
     def jitted(method, **kwargs):
-        return functools.partial(jax.jit(lambda state, *args: method(nnx.merge(graphdef, state), *args, **kwargs)), state)
+        return functools.partial(
+            jax.jit(lambda state, *args: method(nnx.merge(graphdef, state), *args, **kwargs)), state
+        )
 
-    full, prefill, step = jitted(Transformer.__call__), jitted(Transformer.prefill, context=24), jitted(Transformer.step)
+    full, prefill, step = (
+        jitted(Transformer.__call__),
+        jitted(Transformer.prefill, context=24),
+        jitted(Transformer.step),
+    )
     rows, lengths, each = np.asarray(states(3, 24)[1]), np.array([8, 5, 1], np.int32), np.arange(3)
     wanted = np.asarray(full(rows)[0])
     got, cache = prefill(rows[:, :8], lengths)
     for offset in range(16):
-        np.testing.assert_allclose(got, wanted[each, lengths + offset - 1], rtol=0, atol=1e-5 * np.abs(wanted).max())
+        np.testing.assert_allclose(
+            got, wanted[each, lengths + offset - 1], rtol=0, atol=1e-5 * np.abs(wanted).max()
+        )
         got, cache = step(rows[each, lengths + offset], cache)
 
 
@@ -245,7 +306,10 @@ def test_weights_are_counted_and_decayed_and_start_at_the_size_of_one_table(kind
     state = nnx.state(Transformer(c, rngs=nnx.Rngs(0)))
     assert parameters(c) == sum(a.size for a in jax.tree.leaves(state))
     words = {path: w for path, w in nnx.to_flat_state(state) if path[0] in ("embedding", "head")}
-    assert len(words) == {1: 2 if c.tie_embeddings else 3, 2: 8 if c.tie_embeddings else 15}[c.cutoff_div]
+    assert (
+        len(words)
+        == {1: 2 if c.tie_embeddings else 3, 2: 8 if c.tie_embeddings else 15}[c.cutoff_div]
+    )
     assert all(w.decay for w in words.values())
     model = Transformer(c, rngs=nnx.Rngs(0))
     x = np.asarray(look_up(model.embedding, jnp.arange(3000, dtype=jnp.int32), "float32"))
@@ -258,9 +322,14 @@ def test_weights_are_counted_and_decayed_and_start_at_the_size_of_one_table(kind
 MESHED = {
     "tied": dict(cutoffs="8,20"),
     "narrow, untied": dict(cutoffs="8,20", cutoff_div=2, tie_embeddings=False),
-    "rows that the axis does not divide": dict(cutoffs="5", cutoff_div=2, context_length=30, vocab_size=33),
+    "rows that the axis does not divide": dict(
+        cutoffs="5", cutoff_div=2, context_length=30, vocab_size=33
+    ),
 }
-QUICK = [("narrow, untied", sized(1, 1, 2, 4, True)), ("rows that the axis does not divide", sized(1, 1, 2, 4))]
+QUICK = [
+    ("narrow, untied", sized(1, 1, 2, 4, True)),
+    ("rows that the axis does not divide", sized(1, 1, 2, 4)),
+]
 SLOW = [(name, s) for name in ("tied", "narrow, untied") for s in EVERY if (name, s) not in QUICK]
 
 
@@ -291,17 +360,28 @@ def test_every_mesh_gives_the_same_run(name, sizes):
 @pytest.mark.parametrize("name", ["tied", slow("narrow, untied")])
 def test_only_weights_and_states_cross_devices(name, sequence_parallel):
     """Outside the layers: over the batch axes weights only; over `expert` at most the gradient of the last states [b,L,D]."""
-    program, mesh = program_on(sized(1, 2, 2, 2, sequence_parallel), model={**MESHED[name], "vocab_size": 48})
-    found = collectives(program.train_step.lower(program.abstract, program.abstract_batch).compile().as_text(), mesh.shape)
+    program, mesh = program_on(
+        sized(1, 2, 2, 2, sequence_parallel), model={**MESHED[name], "vocab_size": 48}
+    )
+    found = collectives(
+        program.train_step.lower(program.abstract, program.abstract_batch).compile().as_text(),
+        mesh.shape,
+    )
     assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}
     ends = [c for c in found if c.times == 1]  # the two layers run twice
     exchanged = [(c.kind, c.axes, c.result.shape) for c in ends if len(c.result.shape) == 3]
     assert exchanged == ([] if sequence_parallel else [("all-gather", ("expert",), (2, 32, 32))])
-    assert all(c.axes == ("fsdp",) for c in ends if c.kind != "all-reduce" and len(c.result.shape) == 2), ends
+    assert all(
+        c.axes == ("fsdp",) for c in ends if c.kind != "all-reduce" and len(c.result.shape) == 2
+    ), ends
     scored = (8 + 2, 12, 28)  # scores of a chunk have these widths, and no weight has
-    assert not any(a.shape[-1:] and a.shape[-1] in scored for c in found for a in (c.operand, c.result)), found
+    assert not any(
+        a.shape[-1:] and a.shape[-1] in scored for c in found for a in (c.operand, c.result)
+    ), found
     inside = [c for c in found if c.times > 1 and c.axes == ("expert",) and c.kind == "all-gather"]
-    assert bool(inside) == sequence_parallel  # the layers exchange what they do without an adaptive softmax
+    assert (
+        bool(inside) == sequence_parallel
+    )  # the layers exchange what they do without an adaptive softmax
 
 
 # --- counting and refusing --------------------------------------------------------------------------------------
@@ -311,7 +391,10 @@ def test_only_weights_and_states_cross_devices(name, sequence_parallel):
 def test_operations_of_all_scores_are_the_compilers(div):
     c = dataclasses.replace(BASE, vocab_size=4096, d_model=512, cutoffs="256,1024", cutoff_div=div)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Ends(c, nnx.Rngs(0))))
-    x, ids = jax.ShapeDtypeStruct((1, 128, 512), jnp.float32), jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    x, ids = (
+        jax.ShapeDtypeStruct((1, 128, 512), jnp.float32),
+        jax.ShapeDtypeStruct((1, 128), jnp.int32),
+    )
 
     def scores(state, x, ids):
         module = nnx.merge(graphdef, state)
@@ -325,12 +408,16 @@ def test_tails_have_the_words_that_zipfs_law_gives_them():
     c = dataclasses.replace(BASE, vocab_size=267_735, cutoffs="20000,40000,200000", n_layers=2)
     share = 1 / np.arange(1, c.vocab_size + 1)
     share /= share.sum()
-    wanted = [share[a:b].sum() for a, b in ((20_000, 40_000), (40_000, 200_000), (200_000, 267_735))]
+    wanted = [
+        share[a:b].sum() for a, b in ((20_000, 40_000), (40_000, 200_000), (200_000, 267_735))
+    ]
     np.testing.assert_allclose(tail_shares(c), wanted, rtol=1e-3)
     more = vocabulary_flops(c, 24) - 2 * 24 * D * 20_003
     assert more == pytest.approx(2 * 24 * D * np.dot(wanted, (20_000, 160_000, 67_735)), rel=1e-3)
     plain = dataclasses.replace(c, cutoffs="")
-    assert forward_flops(plain) - forward_flops(c) == pytest.approx(2 * 24 * D * c.vocab_size - vocabulary_flops(c, 24))
+    assert forward_flops(plain) - forward_flops(c) == pytest.approx(
+        2 * 24 * D * c.vocab_size - vocabulary_flops(c, 24)
+    )
 
 
 REFUSED = [
@@ -351,7 +438,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes, sentence", REFUSED, ids=[sentence[:30] for _, sentence in REFUSED])
+@pytest.mark.parametrize(
+    "changes, sentence", REFUSED, ids=[sentence[:30] for _, sentence in REFUSED]
+)
 def test_what_makes_no_pieces_is_refused(changes, sentence):
     with pytest.raises(ConfigError, match=f"config.model.*{sentence}"):
         from_dict({"model": {**MODEL, "vocab_size": 0, **changes}, "mesh": ONE})
@@ -362,12 +451,20 @@ def test_a_vocabulary_that_is_known_later_is_checked_then():
     c = from_dict({"model": {**MODEL, "vocab_size": 0, "cutoffs": "10, 40"}, "mesh": ONE}).model
     assert c.cutoff_list == (10, 40)
     check_cutoffs(c, 41)
-    for refuse in (check_cutoffs, lambda c, n: Transformer(dataclasses.replace(c, vocab_size=n), rngs=nnx.Rngs(0))):
-        with pytest.raises(ConfigError, match="config.model.cutoffs='10, 40': the vocabulary has 40 words"):
+    for refuse in (
+        check_cutoffs,
+        lambda c, n: Transformer(dataclasses.replace(c, vocab_size=n), rngs=nnx.Rngs(0)),
+    ):
+        with pytest.raises(
+            ConfigError, match="config.model.cutoffs='10, 40': the vocabulary has 40 words"
+        ):
             refuse(c, 40)
 
 
 def test_pieces_too_narrow_for_the_mesh_are_refused():
     model = {**MODEL, "cutoffs": "4,8,16", "cutoff_div": 2}
-    with pytest.raises(ConfigError, match=r"config.mesh.fsdp=8: must divide model.d_model / model.cutoff_div\*\*3=4: 1, 2, 4"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config.mesh.fsdp=8: must divide model.d_model / model.cutoff_div\*\*3=4: 1, 2, 4",
+    ):
         from_dict({"model": model, "train": {"batch_size": 8}, "mesh": {"data": 1, "fsdp": 8}})

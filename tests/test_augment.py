@@ -11,10 +11,25 @@ import numpy as np
 import pytest
 
 from uoe_jax.config_data import AugmentConfig
-from uoe_jax.data.augment import RAND_OPS, Mix, as_floats, augmented, fitted, grey_tokens, mixed, mixing
+from uoe_jax.data.augment import (
+    RAND_OPS,
+    Mix,
+    as_floats,
+    augmented,
+    fitted,
+    grey_tokens,
+    mixed,
+    mixing,
+)
 
 EVERYTHING = AugmentConfig(
-    crop_area=0.3, crop_padding=3, flip=True, rand_layers=2, rand_magnitude=15, mixup=0.8, cutmix=1.0
+    crop_area=0.3,
+    crop_padding=3,
+    flip=True,
+    rand_layers=2,
+    rand_magnitude=15,
+    mixup=0.8,
+    cutmix=1.0,
 )
 PAPER_OPS = (
     "identity autocontrast equalize rotate solarize color posterize contrast brightness sharpness shear_x shear_y "
@@ -51,7 +66,9 @@ def digest() -> str:
         for shape in ((40, 50, 3), (24, 32, 1)):
             image = augmented(noise(*shape), EVERYTHING, rng, 24, 32)
             mix = mixing(EVERYTHING, rng, 24, 32)
-            found.update(mixed(image, noise(24, 32, shape[-1], seed=1), mix).tobytes() + repr(mix).encode())
+            found.update(
+                mixed(image, noise(24, 32, shape[-1], seed=1), mix).tobytes() + repr(mix).encode()
+            )
     return found.hexdigest()
 
 
@@ -61,7 +78,9 @@ def digest() -> str:
 def test_image_and_seed_give_the_same_in_a_fresh_process():
     code = "from test_augment import digest; print(digest())"
     env = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)}
-    fresh = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    fresh = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
     assert fresh.stdout.strip() == digest()
 
 
@@ -114,23 +133,36 @@ def test_half_of_the_images_are_mirrored():
     c = AugmentConfig(flip=True)
     results = [augmented(image, c, generator(seed), 4, 5) for seed in range(1000)]
     mirrored = [bool((r == image[:, ::-1]).all()) for r in results]
-    assert all(m or (r == image).all() for m, r in zip(mirrored, results)) and 440 < sum(mirrored) < 560
+    assert (
+        all(m or (r == image).all() for m, r in zip(mirrored, results))
+        and 440 < sum(mirrored) < 560
+    )
 
 
 def test_random_crops_keep_the_asked_share_at_an_allowed_aspect_and_land_everywhere():
     h, w, image = 180, 240, ramp(180, 240)
     areas, aspects, centres = [], [], []
     for seed in range(300):
-        crop = augmented(image, AugmentConfig(crop_area=0.25), generator(seed), 32, 32).astype(float)
+        crop = augmented(image, AugmentConfig(crop_area=0.25), generator(seed), 32, 32).astype(
+            float
+        )
         assert crop.shape == (32, 32, 3)
         columns, rows = crop[16, :, 0], crop[:, 16, 1]
-        crop_w, crop_h = ((v[-2] - v[1]) * 32 / 29 for v in (columns, rows))  # from the middle of pixel 1 to that of 30
+        crop_w, crop_h = (
+            (v[-2] - v[1]) * 32 / 29 for v in (columns, rows)
+        )  # from the middle of pixel 1 to that of 30
         areas.append(crop_w * crop_h / (h * w))
         aspects.append(crop_w / crop_h)
         centres.append((columns.mean() / w, rows.mean() / h))
     assert min(areas) > 0.25 - 0.02 and max(areas) < 1.02 and max(areas) > 0.9
-    assert 0.5 < np.mean(areas) < 0.65 and np.std(areas) > 0.12  # even from 1/4 to 1, less the ones that do not fit
-    assert min(aspects) > 0.75 - 0.05 and max(aspects) < 4 / 3 + 0.07 and abs(np.mean(np.log(aspects))) < 0.05
+    assert (
+        0.5 < np.mean(areas) < 0.65 and np.std(areas) > 0.12
+    )  # even from 1/4 to 1, less the ones that do not fit
+    assert (
+        min(aspects) > 0.75 - 0.05
+        and max(aspects) < 4 / 3 + 0.07
+        and abs(np.mean(np.log(aspects))) < 0.05
+    )
     assert np.std(centres, axis=0).min() > 0.05 and abs(np.mean(centres, axis=0) - 0.5).max() < 0.03
 
 
@@ -147,7 +179,11 @@ def test_evaluation_keeps_the_right_size_and_cuts_the_middle_of_another():
         fitted(image, 28, 28)
     with pytest.raises(ValueError, match="32x32 pixels where 28x28"):
         augmented(image, AugmentConfig(flip=True), generator(0), 28, 28)
-    assert augmented(image, AugmentConfig(flip=True), generator(0), 28, 28, resize=True).shape == (28, 28, 3)
+    assert augmented(image, AugmentConfig(flip=True), generator(0), 28, 28, resize=True).shape == (
+        28,
+        28,
+        3,
+    )
     # 128 -> 112 by 7/8 without a change of scale: exactly the middle.
     big = ramp(128, 250)
     np.testing.assert_array_equal(fitted(big, 112, 112, resize=True), big[8:120, 69:181])
@@ -159,7 +195,13 @@ def test_evaluation_keeps_the_right_size_and_cuts_the_middle_of_another():
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2), np.uint8), noise(0, 4)]
+    "image",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 2), np.uint8),
+        noise(0, 4),
+    ],
 )
 def test_what_is_no_image_is_refused_in_words(image):
     for use in (fitted, lambda image, h, w: augmented(image, EVERYTHING, generator(0), h, w)):
@@ -177,10 +219,13 @@ def test_operations_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    "name, channels", [(name, n) for name in PAPER_OPS.split() for n in (1, 3) if (name, n) != ("color", 1)]
+    "name, channels",
+    [(name, n) for name in PAPER_OPS.split() for n in (1, 3) if (name, n) != ("color", 1)],
 )
 def test_strength_nought_changes_nothing_and_full_strength_something(name, channels):
-    image = noise(16, 20, channels) // 2 + 20  # autocontrast and equalize have something to do at any strength
+    image = (
+        noise(16, 20, channels) // 2 + 20
+    )  # autocontrast and equalize have something to do at any strength
     at = [[applied(name, image, strength, sign) for sign in (1, -1)] for strength in (0, 1)]
     fixed = name in ("autocontrast", "equalize")
     for sign in (0, 1):
@@ -229,10 +274,17 @@ def test_one_channel_never_draws_an_operation_on_colours(monkeypatch):
     for name in list(RAND_OPS):
         monkeypatch.setitem(RAND_OPS, name, spy(name))
     c = AugmentConfig(rand_layers=3)
-    for channels, expected in ((1, set(PAPER_OPS.split()) - {"color"}), (3, set(PAPER_OPS.split()))):
+    for channels, expected in (
+        (1, set(PAPER_OPS.split()) - {"color"}),
+        (3, set(PAPER_OPS.split())),
+    ):
         drawn.clear()
         for seed in range(200):
-            assert augmented(noise(5, 5, channels), c, generator(seed), 5, 5).shape == (5, 5, channels)
+            assert augmented(noise(5, 5, channels), c, generator(seed), 5, 5).shape == (
+                5,
+                5,
+                channels,
+            )
         assert drawn == {(name, sign) for name in expected for sign in (1, -1)}
 
 
@@ -253,12 +305,18 @@ def test_labels_are_weighed_by_the_pixels_each_image_keeps():
         if mix.box:
             top, bottom, left, right = mix.box
             assert 0 <= top <= bottom <= h and 0 <= left <= right <= w
-            assert (result[top:bottom, left:right] == 0).all() and set(np.unique(result)) <= {0, 255}
+            assert (result[top:bottom, left:right] == 0).all() and set(np.unique(result)) <= {
+                0,
+                255,
+            }
         shares[mix.box is not None].append(mix.share)
         cut += mix.box is not None
     assert 440 < cut < 560
     # Beta(a, a) has the variance 1 / (4 (2 a + 1)); the edges cut CutMix's boxes, so that the first keeps more than half.
-    assert abs(np.mean(shares[False]) - 0.5) < 0.05 and abs(np.var(shares[False]) - 1 / (4 * 2.6)) < 0.015
+    assert (
+        abs(np.mean(shares[False]) - 0.5) < 0.05
+        and abs(np.var(shares[False]) - 1 / (4 * 2.6)) < 0.015
+    )
     assert 0.55 < np.mean(shares[True]) < 0.8
 
 
@@ -296,14 +354,22 @@ def test_grey_is_that_of_long_range_arena():
         want.append(int(total * np.float32(255.5)))
     tokens = grey_tokens(colours)
     assert tokens.dtype == np.int32 and tokens.tolist() == want
-    known = np.uint8([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 200, 200]]])
+    known = np.uint8(
+        [[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 200, 200]]]
+    )
     assert grey_tokens(known).tolist() == [76, 149, 29, 255, 0, 200]
     every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
-    assert grey_tokens(every).tolist() == list(range(256)) == grey_tokens(np.repeat(every, 3, -1)).tolist()
+    assert (
+        grey_tokens(every).tolist()
+        == list(range(256))
+        == grey_tokens(np.repeat(every, 3, -1)).tolist()
+    )
 
 
 def test_pixels_become_floats_around_nought():
     x = as_floats(np.uint8([[[0], [255], [51]]]), 2.0)
     assert x.dtype == np.float32 and x.shape == (1, 3, 1)
     np.testing.assert_allclose(x.reshape(-1), [-2, 2, -1.2], rtol=1e-6)
-    np.testing.assert_allclose(as_floats(np.uint8([[[0], [255], [51]]]), 1.0).reshape(-1), [-1, 1, -0.6], rtol=1e-6)
+    np.testing.assert_allclose(
+        as_floats(np.uint8([[[0], [255], [51]]]), 1.0).reshape(-1), [-1, 1, -0.6], rtol=1e-6
+    )

@@ -28,8 +28,12 @@ def test_the_bias_evens_out_the_load():
     # It chooses and nothing else: a patch's weight for an expert is the same with and without it.
     plain, _ = step(jnp.zeros(4))
     for n in range(4):
-        both = set(np.flatnonzero(plain.kept_BMN[0, :, n])) & set(np.flatnonzero(selection.kept_BMN[0, :, n]))
-        slots = [{m: i for i, m in enumerate(np.asarray(s.slots_NRC[n, 0]))} for s in (plain, selection)]
+        both = set(np.flatnonzero(plain.kept_BMN[0, :, n])) & set(
+            np.flatnonzero(selection.kept_BMN[0, :, n])
+        )
+        slots = [
+            {m: i for i, m in enumerate(np.asarray(s.slots_NRC[n, 0]))} for s in (plain, selection)
+        ]
         for m in both:
             a, b = plain.weights_NRC[n, 0, slots[0][m]], selection.weights_NRC[n, 0, slots[1][m]]
             assert m == 0 or a == b  # slot 0 is also what empty slots hold
@@ -45,7 +49,13 @@ def test_no_gradient_reaches_the_bias():
 
 
 def test_the_train_step_moves_it_by_the_load_of_the_whole_batch():
-    balanced = {"n_experts": 4, "k": 2, "capacity_window": 16, "bias_rate": 0.25, "balance_weight": 0.0}
+    balanced = {
+        "n_experts": 4,
+        "k": 2,
+        "capacity_window": 16,
+        "bias_rate": 0.25,
+        "balance_weight": 0.0,
+    }
     values = {"model": {**MODEL, "uome": balanced}, "train": {"batch_size": 4}, "mesh": {"data": 1}}
     moved = []
     for parts in (1, 2):

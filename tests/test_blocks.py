@@ -38,7 +38,9 @@ def slow(*values):
 
 def tokens_of(segments: np.ndarray | None, positions: np.ndarray, head_dim: int = D // H) -> Tokens:
     rotary = rotary_tables(jnp.asarray(positions), head_dim, 1e4)
-    return Tokens(None if segments is None else jnp.asarray(segments), jnp.asarray(positions), rotary)
+    return Tokens(
+        None if segments is None else jnp.asarray(segments), jnp.asarray(positions), rotary
+    )
 
 
 def run(graphdef, state, x, tokens):
@@ -58,7 +60,9 @@ def loss_of(graphdef, state, x, tokens, d):
 @functools.cache
 def backward(graphdef):
     """(state, x, tokens, cotangent) -> ((_, (y, stats)), (gradient of the state, of x))."""
-    return reference.jit(jax.value_and_grad(functools.partial(loss_of, graphdef), argnums=(0, 1), has_aux=True))
+    return reference.jit(
+        jax.value_and_grad(functools.partial(loss_of, graphdef), argnums=(0, 1), has_aux=True)
+    )
 
 
 # --- 1. equivalence ---------------------------------------------------------------------------------------------
@@ -74,7 +78,10 @@ def assert_equal_to_dense(union_block, dense_block, padded: bool) -> None:
     shapes = jax.tree.map(jnp.shape, reference.weights_of(dense_state))
     assert jax.tree.map(jnp.shape, merged) == shapes
     nnx.replace_by_pure_dict(dense_state, merged)
-    x, d = reference.normal(1, B, L, D), reference.normal(2, B, L, D) * ok[..., None].astype(np.float32)
+    x, d = (
+        reference.normal(1, B, L, D),
+        reference.normal(2, B, L, D) * ok[..., None].astype(np.float32),
+    )
     (_, (y, stats)), (d_w, d_x) = backward(graphdef)(state, x, tokens, d)
     (_, (dense_y, _)), (dense_d_w, dense_d_x) = backward(dense_graphdef)(dense_state, x, tokens, d)
     assert float(stats.kept_N.sum()) == float(stats.chosen_N.sum()) and float(stats.untouched) == 0
@@ -99,7 +106,9 @@ def test_uome_is_the_mlp(activation, bias, padded):
     routing = dataclasses.replace(ALL, patch_size=p, priority=priority, router_bias=bias)
     common = dict(activation=activation, bias=bias)
     assert_equal_to_dense(
-        lambda: UoME(D, F, routing, **common, rngs=nnx.Rngs(0)), lambda: MLP(D, F, **common, rngs=nnx.Rngs(0)), padded
+        lambda: UoME(D, F, routing, **common, rngs=nnx.Rngs(0)),
+        lambda: MLP(D, F, **common, rngs=nnx.Rngs(0)),
+        padded,
     )
 
 
@@ -112,20 +121,32 @@ def test_uome_is_the_mlp(activation, bias, padded):
     ],
 )  # fmt: skip
 def test_smha_is_the_attention(kv_heads, bias, padded, causal):
-    routing = dataclasses.replace(ALL, patch_size=4 if padded else 1, priority="position" if causal else "score")
+    routing = dataclasses.replace(
+        ALL, patch_size=4 if padded else 1, priority="position" if causal else "score"
+    )
     common = dict(n_kv_heads=kv_heads, bias=bias, causal=causal)
     assert_equal_to_dense(
-        lambda: SMHA(D, H, routing, **common, rngs=nnx.Rngs(0)), lambda: Attention(D, H, **common, rngs=nnx.Rngs(0)), padded
+        lambda: SMHA(D, H, routing, **common, rngs=nnx.Rngs(0)),
+        lambda: Attention(D, H, **common, rngs=nnx.Rngs(0)),
+        padded,
     )
 
 
-@pytest.mark.parametrize("make", [lambda rngs: MLP(D, F, rngs=rngs), lambda rngs: Attention(D, H, rngs=rngs)], ids=["mlp", "attention"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda rngs: MLP(D, F, rngs=rngs), lambda rngs: Attention(D, H, rngs=rngs)],
+    ids=["mlp", "attention"],
+)
 def test_dense_blocks_multiply_matrices(make):
     """Forward and backward: of a product of more axes XLA made a transposed copy on CPUs (`common.linear`)."""
     graphdef, weights = nnx.split(make(nnx.Rngs(0)))
     f = jax.jit(jax.grad(lambda w, x: nnx.merge(graphdef, w)(x)[0].sum(), argnums=(0, 1)))
     text = f.lower(weights, jax.ShapeDtypeStruct((B, L, D), jnp.float32)).as_text()
-    unbatched = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "batching_dims" not in line]
+    unbatched = [
+        line
+        for line in text.splitlines()
+        if "stablehlo.dot_general" in line and "batching_dims" not in line
+    ]
     assert len(unbatched) >= 5
     for line in unbatched:
         left, right = re.findall(r"tensor<([0-9x]+)xf32>", line)[:2]
@@ -136,7 +157,10 @@ def test_dense_blocks_multiply_matrices(make):
 @pytest.mark.parametrize("gate", GATES)
 def test_every_gate_at_a_zero_router_is_the_dense_block(gate, kind):
     routing = dataclasses.replace(ALL, gate=gate)
-    make = {"uome": lambda: UoME(D, F, routing, rngs=nnx.Rngs(0)), "smha": lambda: SMHA(D, H, routing, causal=True, rngs=nnx.Rngs(0))}
+    make = {
+        "uome": lambda: UoME(D, F, routing, rngs=nnx.Rngs(0)),
+        "smha": lambda: SMHA(D, H, routing, causal=True, rngs=nnx.Rngs(0)),
+    }
     graphdef, state = reference.build(make[kind])
     w = reference.weights_of(state)
     w["router"]["kernel"] = jnp.zeros((D, N))
@@ -148,7 +172,9 @@ def test_every_gate_at_a_zero_router_is_the_dense_block(gate, kind):
         if kind == "uome":
             wanted = reference.mlp(reference.merge(w), x[row], "gelu")
         else:
-            wanted = reference.attention(reference.merge(w), x[row], reference.visible(SEGMENTS[row], True), POSITIONS[row])
+            wanted = reference.attention(
+                reference.merge(w), x[row], reference.visible(SEGMENTS[row], True), POSITIONS[row]
+            )
         assert reference.error(y[row][ok], wanted[ok]) < 1e-5
 
 
@@ -163,7 +189,11 @@ class Case(NamedTuple):
 
     def make(self, dtype: str = "float32") -> nnx.Module:
         common = dict(causal=self.causal, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)) | self.options
-        return UoME(D, F, self.routing, **common) if self.kind == "uome" else SMHA(D, H, self.routing, **common)
+        return (
+            UoME(D, F, self.routing, **common)
+            if self.kind == "uome"
+            else SMHA(D, H, self.routing, **common)
+        )
 
     def reference(self, w, x, tokens: Tokens, chosen, kept):
         """[B,L,D], given who chose and who was kept (numpy, [B,M,N])."""
@@ -188,26 +218,58 @@ def route(**changes) -> RoutingConfig:
 score = functools.partial(route, priority="score")
 CASES = {
     "uome sigmoid": Case("uome", route()),
-    "uome normalized, biases": Case("uome", route(gate="normalized", router_bias=True), options={"bias": True}),
-    "uome score, swiglu, P=4": Case("uome", route(gate="score", patch_size=4, capacity_factor=0.6, capacity_window=3), options={"activation": "swiglu"}),
-    "uome straight through, not causal": Case("uome", score(gate="straight_through", patch_size=2), causal=False),
-    "uome none, swiglu, biases": Case("uome", score(gate="none"), False, {"activation": "swiglu", "bias": True}),
-    "uome scatter, P=4, biases": Case("uome", score(dispatch="scatter", patch_size=4), False, {"bias": True}),
-    "uome one-hot, P=4": Case("uome", route(dispatch="onehot", patch_size=4, capacity_factor=0.6, capacity_window=3)),
-    "smha one-hot, project, P=2": Case("smha", score(dispatch="onehot", order="project", patch_size=2), False, {"bias": True}),
+    "uome normalized, biases": Case(
+        "uome", route(gate="normalized", router_bias=True), options={"bias": True}
+    ),
+    "uome score, swiglu, P=4": Case(
+        "uome",
+        route(gate="score", patch_size=4, capacity_factor=0.6, capacity_window=3),
+        options={"activation": "swiglu"},
+    ),
+    "uome straight through, not causal": Case(
+        "uome", score(gate="straight_through", patch_size=2), causal=False
+    ),
+    "uome none, swiglu, biases": Case(
+        "uome", score(gate="none"), False, {"activation": "swiglu", "bias": True}
+    ),
+    "uome scatter, P=4, biases": Case(
+        "uome", score(dispatch="scatter", patch_size=4), False, {"bias": True}
+    ),
+    "uome one-hot, P=4": Case(
+        "uome", route(dispatch="onehot", patch_size=4, capacity_factor=0.6, capacity_window=3)
+    ),
+    "smha one-hot, project, P=2": Case(
+        "smha", score(dispatch="onehot", order="project", patch_size=2), False, {"bias": True}
+    ),
     "uome one expert": Case("uome", route(n_experts=1, k=1)),
     "uome one slot": Case("uome", route(capacity_factor=0.01, capacity_window=64)),
-    "uome project, swiglu, biases": Case("uome", route(order="project"), options={"activation": "swiglu", "bias": True}),
-    "uome project, scatter, P=4": Case("uome", score(order="project", dispatch="scatter", patch_size=4, capacity_factor=0.4), False),
+    "uome project, swiglu, biases": Case(
+        "uome", route(order="project"), options={"activation": "swiglu", "bias": True}
+    ),
+    "uome project, scatter, P=4": Case(
+        "uome", score(order="project", dispatch="scatter", patch_size=4, capacity_factor=0.4), False
+    ),
     "smha project, biases": Case("smha", route(order="project"), options={"bias": True}),
-    "smha project, scatter, grouped, P=2": Case("smha", score(order="project", dispatch="scatter", patch_size=2), False, {"n_kv_heads": 4}),
+    "smha project, scatter, grouped, P=2": Case(
+        "smha", score(order="project", dispatch="scatter", patch_size=2), False, {"n_kv_heads": 4}
+    ),
     "smha sigmoid, biases": Case("smha", route(router_bias=True), options={"bias": True}),
     "smha normalized, P=2": Case("smha", route(gate="normalized", patch_size=2, k=3)),
-    "smha score, not causal, P=4": Case("smha", score(gate="score", patch_size=4, capacity_factor=0.6), False, {"bias": True}),
-    "smha straight through, grouped": Case("smha", route(gate="straight_through"), options={"n_kv_heads": 4}),
-    "smha none, not causal, grouped": Case("smha", score(gate="none"), False, {"n_kv_heads": 4, "bias": True}),
-    "smha scatter, expert choice": Case("smha", score(dispatch="scatter", k=N, capacity_factor=0.5), False),
-    "smha scatter, P=4": Case("smha", route(dispatch="scatter", patch_size=4, capacity_window=3, k=3)),
+    "smha score, not causal, P=4": Case(
+        "smha", score(gate="score", patch_size=4, capacity_factor=0.6), False, {"bias": True}
+    ),
+    "smha straight through, grouped": Case(
+        "smha", route(gate="straight_through"), options={"n_kv_heads": 4}
+    ),
+    "smha none, not causal, grouped": Case(
+        "smha", score(gate="none"), False, {"n_kv_heads": 4, "bias": True}
+    ),
+    "smha scatter, expert choice": Case(
+        "smha", score(dispatch="scatter", k=N, capacity_factor=0.5), False
+    ),
+    "smha scatter, P=4": Case(
+        "smha", route(dispatch="scatter", patch_size=4, capacity_window=3, k=3)
+    ),
     "smha one expert": Case("smha", route(n_experts=1, k=1, capacity_window=7)),
     "smha one slot": Case("smha", route(capacity_factor=0.01, capacity_window=64, k=1)),
 }
@@ -221,7 +283,11 @@ def reference_backward(case: Case, w, x, tokens, d, chosen, kept):
     return reference.jit(both)(w, x, jnp.asarray(chosen), jnp.asarray(kept))
 
 
-LONGER = ("uome none, swiglu, biases", "uome straight through, not causal", "smha none, not causal, grouped")
+LONGER = (
+    "uome none, swiglu, biases",
+    "uome straight through, not causal",
+    "smha none, not causal, grouped",
+)
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in LONGER else name for name in CASES])
@@ -251,7 +317,9 @@ def test_all_tokens_prefer_the_same_experts(name):
     case = CASES[name]
     graphdef, state = reference.build(case.make)
     state["router"]["kernel"] = jax.tree.map(lambda a: 0.2 * a, state["router"]["kernel"])
-    state["router"]["bias"] = jax.tree.map(lambda a: a + jnp.asarray([2.5, 2.0, -2.0, -2.5]), state["router"]["bias"])
+    state["router"]["bias"] = jax.tree.map(
+        lambda a: a + jnp.asarray([2.5, 2.0, -2.0, -2.5]), state["router"]["bias"]
+    )
     w, tokens = reference.weights_of(state), tokens_of(SEGMENTS, POSITIONS)
     x, d = reference.normal(1, B, L, D), reference.normal(2, B, L, D)
     chosen, kept = case.choices(w, x, tokens)
@@ -274,13 +342,17 @@ def test_bfloat16_given_the_same_selection(name, backend):
     case = CASES[name]
     case = case._replace(routing=dataclasses.replace(case.routing, dispatch=backend))
     graphdef, state = reference.build(functools.partial(case.make, "bfloat16"))
-    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), state)  # so that rounding is the block's own
+    rounded = jax.tree.map(
+        lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), state
+    )  # so that rounding is the block's own
     x, d = (reference.normal(i, B, L, D).astype(jnp.bfloat16) for i in (1, 2))
     w, tokens = reference.weights_of(rounded), tokens_of(SEGMENTS, POSITIONS)
     x32, d32 = x.astype(jnp.float32), d.astype(jnp.float32)
     chosen, kept = case.choices(w, x32, tokens)
     (_, (y, stats)), (d_w, d_x) = backward(graphdef)(rounded, x, tokens, d32)
-    np.testing.assert_array_equal(stats.kept_N, kept.sum((0, 1)))  # the router is float32: the same selection
+    np.testing.assert_array_equal(
+        stats.kept_N, kept.sum((0, 1))
+    )  # the router is float32: the same selection
     wanted, wanted_d_w, wanted_d_x = reference_backward(case, w, x32, tokens, d32, chosen, kept)
     assert y.dtype == jnp.bfloat16
     assert reference.norm_error(y, wanted) < 1e-2
@@ -309,15 +381,28 @@ def test_the_balance_losses_reach_the_router(name):
 # --- empty slots ------------------------------------------------------------------------------------------------
 
 
-GARBAGE = ["uome normalized, biases", "smha sigmoid, biases", "smha score, not causal, P=4", "smha scatter, P=4"]
-GARBAGE += ["uome project, swiglu, biases", "smha project, scatter, grouped, P=2", "smha one-hot, project, P=2"]
+GARBAGE = [
+    "uome normalized, biases",
+    "smha sigmoid, biases",
+    "smha score, not causal, P=4",
+    "smha scatter, P=4",
+]
+GARBAGE += [
+    "uome project, swiglu, biases",
+    "smha project, scatter, grouped, P=2",
+    "smha one-hot, project, P=2",
+]
 
 
 @pytest.mark.parametrize("name", GARBAGE)
 def test_what_an_empty_slot_holds_is_never_seen(name, monkeypatch):
     case = CASES[name]
     graphdef, state = reference.build(case.make)
-    x, d, tokens = reference.normal(1, B, L, D), reference.normal(2, B, L, D), tokens_of(SEGMENTS, POSITIONS)
+    x, d, tokens = (
+        reference.normal(1, B, L, D),
+        reference.normal(2, B, L, D),
+        tokens_of(SEGMENTS, POSITIONS),
+    )
     clean = backward(graphdef)(state, x, tokens, d)
     seen = []
 
@@ -337,7 +422,13 @@ def test_what_an_empty_slot_holds_is_never_seen(name, monkeypatch):
 
 # --- 3. independence and padding --------------------------------------------------------------------------------
 
-INDEPENDENT = ["uome sigmoid", "uome scatter, P=4, biases", "smha sigmoid, biases", "smha score, not causal, P=4", "smha scatter, P=4"]
+INDEPENDENT = [
+    "uome sigmoid",
+    "uome scatter, P=4, biases",
+    "smha sigmoid, biases",
+    "smha score, not causal, P=4",
+    "smha scatter, P=4",
+]
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)
@@ -348,7 +439,11 @@ def test_a_row_is_alone(name):
     f = forward(graphdef)
     x, tokens = reference.normal(1, B, L, D), tokens_of(SEGMENTS, POSITIONS)
     y, stats = f(state, x, tokens)
-    other, _ = f(state, x.at[1].set(reference.normal(7, L, D)), tokens_of(np.stack([SEGMENTS[0], SEGMENTS[0]]), POSITIONS))
+    other, _ = f(
+        state,
+        x.at[1].set(reference.normal(7, L, D)),
+        tokens_of(np.stack([SEGMENTS[0], SEGMENTS[0]]), POSITIONS),
+    )
     np.testing.assert_array_equal(other[0], y[0])
     assert np.abs(other[1] - y[1]).max() > 0.1
     swapped, _ = f(state, x[::-1], tokens_of(SEGMENTS[::-1], POSITIONS[::-1]))
@@ -363,7 +458,9 @@ def test_a_row_is_alone(name):
         np.testing.assert_allclose(getattr(padded_stats, field), getattr(stats, field), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["uome normalized, biases", "uome scatter, P=4, biases", *INDEPENDENT[2:]])
+@pytest.mark.parametrize(
+    "name", ["uome normalized, biases", "uome scatter, P=4, biases", *INDEPENDENT[2:]]
+)
 def test_a_row_of_padding_gives_zeros_and_no_gradient(name):
     case = CASES[name]
     graphdef, state = reference.build(case.make)
@@ -382,16 +479,31 @@ def test_a_row_of_padding_gives_zeros_and_no_gradient(name):
 
 
 PACKED = {
-    "causal": dict(causal=True, smha=route(capacity_factor=2.0, patch_size=2), uome=route(capacity_factor=2.0)),
-    "K=N": dict(causal=True, smha=route(k=N, capacity_factor=1.0), uome=route(k=N, capacity_factor=1.0)),
-    "by score": dict(causal=False, smha=score(capacity_factor=2.0), uome=score(capacity_factor=2.0, patch_size=4)),
+    "causal": dict(
+        causal=True, smha=route(capacity_factor=2.0, patch_size=2), uome=route(capacity_factor=2.0)
+    ),
+    "K=N": dict(
+        causal=True, smha=route(k=N, capacity_factor=1.0), uome=route(k=N, capacity_factor=1.0)
+    ),
+    "by score": dict(
+        causal=False, smha=score(capacity_factor=2.0), uome=score(capacity_factor=2.0, patch_size=4)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_documents_of_a_packed_row_do_not_meet(name):
     """Where nothing is dropped: a document's logits are those it has alone, whatever the other one says."""
-    config = ModelConfig(vocab_size=11, d_model=D, n_layers=2, n_heads=H, d_hidden=F, context_length=L, bias=True, **PACKED[name])
+    config = ModelConfig(
+        vocab_size=11,
+        d_model=D,
+        n_layers=2,
+        n_heads=H,
+        d_hidden=F,
+        context_length=L,
+        bias=True,
+        **PACKED[name],
+    )
     graphdef, state = reference.build(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     f = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))
     a, b = np.random.default_rng(0).integers(0, 11, (2, 8), np.int32)
@@ -405,7 +517,10 @@ def test_documents_of_a_packed_row_do_not_meet(name):
         np.testing.assert_array_equal(other[8:12], y[8:12])
     assert np.abs(other[:8] - y[:8]).max() > 0.01
     lengths = np.array([[8], [4]])
-    alone = np.stack([np.concatenate([a, b]), np.concatenate([b, a])]), (np.arange(L)[None] < lengths).astype(np.int32)
+    alone = (
+        np.stack([np.concatenate([a, b]), np.concatenate([b, a])]),
+        (np.arange(L)[None] < lengths).astype(np.int32),
+    )
     (first, second), _ = f(state, *alone, np.broadcast_to(np.arange(L, dtype=np.int32), (2, L)))
     assert reference.error(y[:8], first[:8]) < 1e-5
     assert reference.error(y[8:12], second[:4]) < 1e-5
@@ -417,7 +532,9 @@ def test_documents_of_a_packed_row_do_not_meet(name):
 @pytest.mark.parametrize("priority", [slow("position"), "score"])
 def test_right_padding_of_a_model(priority):
     """A row of 24 alone, and padded to 64."""
-    routing = dataclasses.replace(score() if priority == "score" else route(), patch_size=4, capacity_window=4)
+    routing = dataclasses.replace(
+        score() if priority == "score" else route(), patch_size=4, capacity_window=4
+    )
     config = ModelConfig(
         vocab_size=11, d_model=D, n_layers=2, n_heads=H, d_hidden=F, context_length=64, causal=priority == "position",
         smha=routing, uome=dataclasses.replace(routing, patch_size=1),
@@ -428,15 +545,29 @@ def test_right_padding_of_a_model(priority):
     segments = (np.arange(64)[None] < np.array([[24], [22], [64]])).astype(np.int32)
     y, stats = f(state, row, segments)
     alone, _ = f(state, row[:2, :24], segments[:2, :24])
-    assert all(float(s.chosen_N.sum() - s.kept_N.sum()) > 0 for s in stats.values())  # capacity is tight
+    assert all(
+        float(s.chosen_N.sum() - s.kept_N.sum()) > 0 for s in stats.values()
+    )  # capacity is tight
     assert reference.error(y[0, :24], alone[0]) < 1e-6
     assert reference.error(y[1, :22], alone[1, :22]) < 1e-6
 
 
 @pytest.mark.parametrize(
-    "values, said", [({"gate": "sigmod"}, "routing.gate='sigmod'"), ({"k": 9}, "routing.k=9"), ({"k": 2.0}, "routing.k=2.0"), ({"unit": "patchy"}, "routing.unit='patchy'")]
+    "values, said",
+    [
+        ({"gate": "sigmod"}, "routing.gate='sigmod'"),
+        ({"k": 9}, "routing.k=9"),
+        ({"k": 2.0}, "routing.k=2.0"),
+        ({"unit": "patchy"}, "routing.unit='patchy'"),
+    ],
 )
 def test_a_routing_made_by_hand_is_checked(values, said):
     """A misspelled gate must not become another one."""
     with pytest.raises((ValueError, UserError), match=re.escape(said)):
-        UoME(16, 32, RoutingConfig(**{"n_experts": 8, "k": 2, **values}), causal=True, rngs=nnx.Rngs(0))
+        UoME(
+            16,
+            32,
+            RoutingConfig(**{"n_experts": 8, "k": 2, **values}),
+            causal=True,
+            rngs=nnx.Rngs(0),
+        )

@@ -29,12 +29,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def bits_state(seed: int, n: int = 64) -> dict[str, jax.Array]:
     """Incompressible: n random words and a typed key."""
-    return {"words": jax.random.bits(jax.random.key(seed), (n,), jnp.uint32), "key": jax.random.key(seed)}
+    return {
+        "words": jax.random.bits(jax.random.key(seed), (n,), jnp.uint32),
+        "key": jax.random.key(seed),
+    }
 
 
 def abstract(state, dtype=None):
     one = SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=one), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=one), state
+    )
 
 
 def assert_same(got, want) -> None:
@@ -61,7 +66,9 @@ def test_round_trip_is_bit_exact(tmp_path):
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     with jax.numpy_dtype_promotion("standard"):  # optax mixes float constants with integer counts
-        moments = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)[1]
+        moments = optimizer.update(
+            jax.tree.map(jnp.ones_like, params), optimizer.init(params), params
+        )[1]
     state = {
         "params": params,
         "optimizer": moments,
@@ -106,7 +113,9 @@ def test_buffers_may_be_donated_at_once(tmp_path):
     want = jax.tree.map(lambda x: np.array(x, copy=True), fresh())
     old = fresh()
     step(old)
-    assert old["w0"].is_deleted()  # this step does donate; on CPU not while Orbax holds a view of the buffer
+    assert old[
+        "w0"
+    ].is_deleted()  # this step does donate; on CPU not while Orbax holds a view of the buffer
     with CheckpointStore(tmp_path) as store:
         state = fresh()
         store.save(0, state)
@@ -122,7 +131,13 @@ def test_buffers_may_be_donated_at_once(tmp_path):
     "losses, keep_latest, keep_best, kept, best",
     [
         ([3.0, 1.0, 2.0, 2.5, 2.6], 2, 1, [1, 3, 4], 1),
-        ([3.0, 1.0, None, None, None], 2, 1, [1, 3, 4], 1),  # those without a loss are not kept for ever
+        (
+            [3.0, 1.0, None, None, None],
+            2,
+            1,
+            [1, 3, 4],
+            1,
+        ),  # those without a loss are not kept for ever
         ([None, None, None, None], 2, 1, [2, 3], None),
         ([None, 2.0, None, 1.0, None], 1, 1, [3, 4], 3),
         ([2.0, float("nan"), float("inf"), 3.0, None], 1, 1, [0, 4], 0),  # NaN is no best
@@ -136,11 +151,15 @@ def test_what_is_kept(tmp_path, losses, keep_latest, keep_best, kept, best):
             store.save(step, bits_state(step), None if loss is None else {"loss": loss})
         assert saved_steps(store) == kept
         assert store.best_step() == best
-    with CheckpointStore(tmp_path, keep_latest, keep_best) as store:  # the losses are on the disk, not in the process
+    with CheckpointStore(
+        tmp_path, keep_latest, keep_best
+    ) as store:  # the losses are on the disk, not in the process
         assert store.best_step() == best
         store.save(100, bits_state(100))
         latest = [*kept, 100][-keep_latest:]
-        assert saved_steps(store) == sorted({*latest, *([best] if keep_best and best is not None else [])})
+        assert saved_steps(store) == sorted(
+            {*latest, *([best] if keep_best and best is not None else [])}
+        )
 
 
 def test_a_step_that_was_deleted_may_be_saved_again(tmp_path):
@@ -173,9 +192,15 @@ def test_a_step_is_listed_once_it_is_committed(tmp_path):
 @pytest.mark.parametrize(
     "other, words",
     [
-        (lambda s: {**s, "words": s["words"].astype(jnp.float32)}, ["words is uint32[64]", "float32[64]"]),
+        (
+            lambda s: {**s, "words": s["words"].astype(jnp.float32)},
+            ["words is uint32[64]", "float32[64]"],
+        ),
         (lambda s: {**s, "words": s["words"][:8]}, ["words is uint32[64]", "uint32[8]"]),
-        (lambda s: {**s, "key": jax.random.key(0, impl="rbg")}, ["key is key<fry>[]", "key<rbg>[]"]),
+        (
+            lambda s: {**s, "key": jax.random.key(0, impl="rbg")},
+            ["key is key<fry>[]", "key<rbg>[]"],
+        ),
         (lambda s: {**s, "key": jax.random.key_data(s["key"])}, ["key is key<fry>[]", "uint32[2]"]),
         (lambda s: {"words": s["words"]}, ["key is in the checkpoint and not in the model"]),
         (lambda s: {**s, "more": s["words"]}, ["more is in the model and not in the checkpoint"]),
@@ -215,11 +240,14 @@ def test_callers_mistakes_are_refused(tmp_path):
         CheckpointStore(tmp_path, keep_latest=0)
 
 
-@pytest.mark.parametrize("name, change", [
-    ("_CHECKPOINT_METADATA", lambda p: p.write_text("{}")),
-    ("state/_METADATA", lambda p: p.write_bytes(p.read_bytes()[:20])),
-    ("state/manifest.ocdbt", lambda p: p.unlink()),
-])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("_CHECKPOINT_METADATA", lambda p: p.write_text("{}")),
+        ("state/_METADATA", lambda p: p.write_bytes(p.read_bytes()[:20])),
+        ("state/manifest.ocdbt", lambda p: p.unlink()),
+    ],
+)
 def test_damage_is_named(tmp_path, name, change):
     with CheckpointStore(tmp_path) as store:
         store.save(0, bits_state(0))
@@ -255,12 +283,17 @@ for step in itertools.count(start):
 
 def test_killed_while_saving(tmp_path):
     program = SAVE_FOR_EVER.format(repository=str(REPOSITORY), workdir=str(tmp_path))
-    for name in ("77.orbax-checkpoint-tmp", "66.orbax-checkpoint-tmp-123"):  # left by processes killed long ago
+    for name in (
+        "77.orbax-checkpoint-tmp",
+        "66.orbax-checkpoint-tmp-123",
+    ):  # left by processes killed long ago
         (tmp_path / "checkpoints" / name / "state").mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "state" / "data").write_text("x")
     rng = random.Random(0)
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        )
         for _ in range(3):
             last = int(process.stdout.readline())
         time.sleep(rng.uniform(0, 0.1))
@@ -307,7 +340,9 @@ def test_disk_full_during_a_save(tmp_path, monkeypatch, limit, capfd):
         store.save(0, bits_state(0, 100_000), {"loss": 2.0})
         store.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_free_bytes", lambda _: 1 << 60)  # it was free when we looked
+            patch.setattr(
+                checkpoint, "_free_bytes", lambda _: 1 << 60
+            )  # it was free when we looked
             store.save(1, bits_state(1, 4_000_000), {"loss": 1.0})
             deadline = time.monotonic() + 30
             with pytest.raises(RunError) as caught:
@@ -316,7 +351,13 @@ def test_disk_full_during_a_save(tmp_path, monkeypatch, limit, capfd):
                     time.sleep(0.01)
         message = str(caught.value)
         assert caught.value.exit_code == 1 and "\n" not in message
-        for words in (str(store.directory), "step 1", "17,600,009 bytes", "free", "it resumes from step 0"):
+        for words in (
+            str(store.directory),
+            "step 1",
+            "17,600,009 bytes",
+            "free",
+            "it resumes from step 0",
+        ):
             assert words in message
         store.check()  # told once
         # keep_latest=1 was about to delete step 0; it must be there, listed, and the debris gone.
@@ -333,8 +374,11 @@ def test_disk_full_before_a_save(tmp_path, monkeypatch):
     with CheckpointStore(tmp_path) as store:
         nbytes = 64 * 4 + 8
         monkeypatch.setattr(checkpoint, "_free_bytes", lambda _: int(nbytes * 1.1) - 1)
-        with pytest.raises(RunError, match=r"no space for the checkpoint of step 3: 291 bytes needed, 289 free; "
-                                           r".*no checkpoint is complete yet"):
+        with pytest.raises(
+            RunError,
+            match=r"no space for the checkpoint of step 3: 291 bytes needed, 289 free; "
+            r".*no checkpoint is complete yet",
+        ):
             store.save(3, bits_state(0))
         monkeypatch.setattr(checkpoint, "_free_bytes", lambda _: 291)
         assert store.save(3, bits_state(0))
@@ -343,7 +387,10 @@ def test_disk_full_before_a_save(tmp_path, monkeypatch):
 def test_a_directory_that_is_gone_before_a_save(tmp_path):
     with CheckpointStore(tmp_path / "run") as store:
         shutil.rmtree(tmp_path / "run")
-        with pytest.raises(RunError, match="run/checkpoints: the checkpoint of step 3 cannot be written here .*put the directory back"):
+        with pytest.raises(
+            RunError,
+            match="run/checkpoints: the checkpoint of step 3 cannot be written here .*put the directory back",
+        ):
             store.save(3, bits_state(0))
 
 
@@ -398,7 +445,9 @@ def test_a_reader_touches_nothing(tmp_path):
         assert store.steps() == [0] and writing.exists()
         with pytest.raises(ValueError, match="read_only"):
             store.save(1, bits_state(1))
-    with CheckpointStore(tmp_path) as store:  # a writer removes it: in the background, done before its first save
+    with CheckpointStore(
+        tmp_path
+    ) as store:  # a writer removes it: in the background, done before its first save
         store.save(2, bits_state(2))
     assert not writing.exists()
 

@@ -16,7 +16,16 @@ from uoe_jax.config import from_dict
 from uoe_jax.errors import ConfigError
 
 SCORE = dict(n_experts=4, k=2, priority="score", capacity_factor=1.0)
-SMALL = dict(task="classify", causal=False, d_model=16, n_layers=2, n_heads=4, d_hidden=32, context_length=12, vocab_size=7)
+SMALL = dict(
+    task="classify",
+    causal=False,
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    d_hidden=32,
+    context_length=12,
+    vocab_size=7,
+)
 IMAGE = dict(stem="image", context_length=12, image=dict(height=6, width=8, channels=3, patch=2))
 MODELS = {
     "mean": dict(smha=SCORE | dict(patch_size=5), uome=SCORE | dict(patch_size=4)),
@@ -43,14 +52,21 @@ def inputs_of(config, seed: int = 0) -> np.ndarray:
     if config.stem == "image":
         i = config.image
         return rng.normal(size=(B, i.height, i.width, i.channels)).astype(np.float32)
-    return rng.integers(0, config.vocab_size, (B, *(inputs,) * (inputs > 1), config.context_length), np.int32)
+    return rng.integers(
+        0, config.vocab_size, (B, *(inputs,) * (inputs > 1), config.context_length), np.int32
+    )
 
 
 @functools.cache
 def built(name: str):
     config = config_of(name)
     graphdef, state = reference.build(lambda: Classifier(config, rngs=nnx.Rngs(0)))
-    return config, graphdef, state, reference.jit(lambda state, *args: nnx.merge(graphdef, state)(*args)[0])
+    return (
+        config,
+        graphdef,
+        state,
+        reference.jit(lambda state, *args: nnx.merge(graphdef, state)(*args)[0]),
+    )
 
 
 def padding(config) -> np.ndarray | None:
@@ -111,7 +127,9 @@ def test_pooling_is_the_mean_of_the_valid_tokens():
     config, graphdef, state, f = built("dense")
     x, ok = inputs_of(config), padding(config)
     model = nnx.merge(graphdef, state)
-    pooled = model._pool(jnp.asarray(np.arange(B * 12 * 16, dtype=np.float32).reshape(B, 12, 16)), jnp.asarray(ok))
+    pooled = model._pool(
+        jnp.asarray(np.arange(B * 12 * 16, dtype=np.float32).reshape(B, 12, 16)), jnp.asarray(ok)
+    )
     values = np.arange(B * 12 * 16, dtype=np.float64).reshape(B, 12, 16)
     for row, n in enumerate(ok.sum(1)):
         np.testing.assert_allclose(pooled[row], values[row, :n].mean(0), rtol=1e-6)
@@ -127,9 +145,13 @@ def test_in_training_an_example_draws_from_its_own_key(name):
     y = f(x, keys)
     np.testing.assert_allclose(f(x[::-1], keys[::-1])[::-1], y, rtol=1e-5, atol=1e-5)
     assert np.abs(f(x, keys[::-1]) - y).max() > 1e-3
-    if config.classifier.n_inputs == 2:  # the two inputs of an example draw differently: the same text twice is not the same
+    if (
+        config.classifier.n_inputs == 2
+    ):  # the two inputs of an example draw differently: the same text twice is not the same
         twice = f(np.stack([x[:, 0]] * 2, axis=1), keys)
-        plain = reference.jit(lambda x: nnx.merge(graphdef, state)(x)[0])(np.stack([x[:, 0]] * 2, axis=1))
+        plain = reference.jit(lambda x: nnx.merge(graphdef, state)(x)[0])(
+            np.stack([x[:, 0]] * 2, axis=1)
+        )
         assert np.abs(twice - plain).max() > 1e-3
 
 
@@ -143,12 +165,24 @@ def test_two_inputs_are_compared_in_their_order():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(causal=True, classifier=dict(pooling="cls"), smha={}, uome={}), "pooling='cls'.*sees none of the others"),
-        (dict(stem="image", image=dict(height=30, width=32, patch=4)), "image.patch=4: must divide the height of 30 pixels: 1, 2, 3"),
-        (dict(stem="image", image=dict(height=8, width=8, patch=4)), "context_length=12: an image of 8 x 8 in squares of 4 has 4 tokens"),
+        (
+            dict(causal=True, classifier=dict(pooling="cls"), smha={}, uome={}),
+            "pooling='cls'.*sees none of the others",
+        ),
+        (
+            dict(stem="image", image=dict(height=30, width=32, patch=4)),
+            "image.patch=4: must divide the height of 30 pixels: 1, 2, 3",
+        ),
+        (
+            dict(stem="image", image=dict(height=8, width=8, patch=4)),
+            "context_length=12: an image of 8 x 8 in squares of 4 has 4 tokens",
+        ),
         (dict(task="language", stem="image"), "stem='image': a language model reads tokens"),
         (dict(classifier=dict(n_inputs=3)), "n_inputs=3: give at most 2"),
-        (dict(smha=SCORE | dict(sequence_capacity_factor=1.0)), "sequence_capacity_factor=1.0: bounds whole sequences"),
+        (
+            dict(smha=SCORE | dict(sequence_capacity_factor=1.0)),
+            "sequence_capacity_factor=1.0: bounds whole sequences",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(changes, sentence):

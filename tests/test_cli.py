@@ -66,7 +66,11 @@ def test_values_out_of_range(capsys, key, value, remedy):
 
 @pytest.mark.parametrize(
     "given,nearest",
-    [("train.stepz", "train.steps"), ("steps", "train.steps"), ("model.uome.experts", "model.uome.n_experts")],
+    [
+        ("train.stepz", "train.steps"),
+        ("steps", "train.steps"),
+        ("model.uome.experts", "model.uome.n_experts"),
+    ],
 )
 def test_unknown_keys_name_the_nearest(capsys, given, nearest):
     err = sentence(capsys, *train(f"--config.{given}=3"))
@@ -103,13 +107,21 @@ def test_bad_config_files(capsys, tmp_path, text, complaint):
 
 def test_typo_inside_a_config_file(capsys, tmp_path):
     path = tmp_path / "c.py"
-    path.write_text("from uoe_jax import config\ndef get_config():\n    c = config.base()\n    c.model.d_modle = 3\n    return c")
+    path.write_text(
+        "from uoe_jax import config\ndef get_config():\n    c = config.base()\n    c.model.d_modle = 3\n    return c"
+    )
     err = sentence(capsys, "train", f"--config={path}", "--workdir=/nonexistent/never")
     assert "config.model.d_modle" in err and "config.model.d_model" in err
 
 
 def test_command_line_mistakes(capsys):
-    for args in (("trian",), (), ("train", "--config=quickstart"), train("--stepz=3"), train("--config.train.steps")):
+    for args in (
+        ("trian",),
+        (),
+        ("train", "--config=quickstart"),
+        train("--stepz=3"),
+        train("--config.train.steps"),
+    ):
         sentence(capsys, *args)
 
 
@@ -117,7 +129,11 @@ def test_errors_come_fast_and_without_jax():
     """A wrong key is refused within a second of start-up, jax unimported."""
     code = "import sys; from uoe_jax.cli import main; c = main(sys.argv[1:]); sys.exit(99 if 'jax' in sys.modules else c)"
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, *train("--config.model.uome.k=99")], env=environment(), timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *train("--config.model.uome.k=99")],
+        env=environment(),
+        timeout=60,
+    )
     assert done.returncode == 2
     assert time.monotonic() - start < 5  # a second of work; the margin is for a busy machine
 
@@ -141,10 +157,16 @@ def test_workdirs_that_cannot_be_used(capsys, tmp_path, source, monkeypatch):
     """A file, a directory of other things, another run, a place nobody can write."""
     data = f"--config.data.path={source}"
     (tmp_path / "file").write_text("")
-    assert "is a file" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={tmp_path / 'file'}", data)
-    assert "other files" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={source}", data)
+    assert "is a file" in sentence(
+        capsys, "train", f"--config={TINY}", f"--workdir={tmp_path / 'file'}", data
+    )
+    assert "other files" in sentence(
+        capsys, "train", f"--config={TINY}", f"--workdir={source}", data
+    )
     under = tmp_path / "file" / "run"
-    assert "cannot be written" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={under}", data)
+    assert "cannot be written" in sentence(
+        capsys, "train", f"--config={TINY}", f"--workdir={under}", data
+    )
     other = tmp_path / "other"
     other.mkdir()
     values = config.to_dict(cli.load_config(TINY, {"optimizer.learning_rate": "0.5"}))
@@ -153,7 +175,9 @@ def test_workdirs_that_cannot_be_used(capsys, tmp_path, source, monkeypatch):
     err = sentence(capsys, "train", f"--config={TINY}", f"--workdir={other}", data)
     assert "config.optimizer.learning_rate" in err and "0.5" in err and "0.01" in err
     (other / "config.json").write_text("{")
-    assert "config.json" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={other}", data)
+    assert "config.json" in sentence(
+        capsys, "train", f"--config={TINY}", f"--workdir={other}", data
+    )
     assert "no run there" in sentence(capsys, "eval", f"--workdir={tmp_path}")
     assert "no run there" in sentence(capsys, "generate", f"--workdir={tmp_path / 'nowhere'}")
 
@@ -167,13 +191,29 @@ def test_a_full_disk_while_saving_is_one_sentence(tmp_path, source):
 
     # No compilation cache: its files would meet the limit too.
     env = environment(JAX_ENABLE_COMPILATION_CACHE="false")
-    assert uoe("train", f"--config={TINY}", f"--workdir={tmp_path / 'warm'}", f"--config.data.path={source}",
-               "--config.train.steps=1")[0] == 0  # the data are prepared before the limit holds
-    code, _, err = uoe("train", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={source}",
-                       preexec_fn=limit, env=env)
+    assert (
+        uoe(
+            "train",
+            f"--config={TINY}",
+            f"--workdir={tmp_path / 'warm'}",
+            f"--config.data.path={source}",
+            "--config.train.steps=1",
+        )[0]
+        == 0
+    )  # the data are prepared before the limit holds
+    code, _, err = uoe(
+        "train",
+        f"--config={TINY}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.path={source}",
+        preexec_fn=limit,
+        env=env,
+    )
     assert code == 1, err
     last = [line for line in err.splitlines() if line.startswith("uoe: ")]
-    assert len(last) == 1 and "checkpoint" in last[0] and "run the same command again" in last[0], err
+    assert len(last) == 1 and "checkpoint" in last[0] and "run the same command again" in last[0], (
+        err
+    )
     assert "Traceback" not in err
 
 
@@ -183,7 +223,9 @@ def test_resume_refuses_what_would_change_the_run():
     assert [name for name, _, _ in config.changed_keys(old, new)] == ["train.steps"]
     settled = {"optimizer": {"decay_steps": 500}}
     longer = config.from_dict({**settled, "train": {"steps": 2000}})
-    assert not config.changed_keys(config.from_dict(settled), longer)  # the schedule is fixed, so the end may move
+    assert not config.changed_keys(
+        config.from_dict(settled), longer
+    )  # the schedule is fixed, so the end may move
 
 
 def test_config_round_trip_and_defaults():

@@ -29,14 +29,20 @@ def test_the_header_is_documentation(path):
     header = ast.get_docstring(ast.parse(path.read_text()))
     for word in ("Command", "Hardware", "Time", "Expected"):
         assert f"{word}:" in header, word
-    assert f"configs/{path.name}" in header or f"--config={path.stem} " in header or f"--config=compare/{path.stem} " in header
+    assert (
+        f"configs/{path.name}" in header
+        or f"--config={path.stem} " in header
+        or f"--config=compare/{path.stem} " in header
+    )
 
 
 def loaded(path, overrides):
     """The config with as many tokens as its data have, or more."""
     config = cli.load_config(str(path), overrides)
     words = max(config.model.cutoff_list, default=0) + 1000
-    return with_vocabulary(config, 0 if config.model.stem == "image" else config.model.vocab_size or max(257, words))
+    return with_vocabulary(
+        config, 0 if config.model.stem == "image" else config.model.vocab_size or max(257, words)
+    )
 
 
 def lowers(config, n_devices: int) -> None:
@@ -47,7 +53,9 @@ def lowers(config, n_devices: int) -> None:
         traced = program.train_step.trace(program.abstract, program.abstract_batch)
         for platform in ("cpu", "cuda", "tpu"):
             text = traced.lower(lowering_platforms=(platform,)).as_text()
-            assert "stablehlo.dot_general" in text and ("all_reduce" in text) == (n_devices > 1), platform
+            assert "stablehlo.dot_general" in text and ("all_reduce" in text) == (n_devices > 1), (
+                platform
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -58,9 +66,17 @@ def test_the_train_step_lowers_for_every_platform(path):
     lowers(config, math.prod(2 if size == -1 else size for size in sizes))
 
 
-@pytest.mark.parametrize("path", [p if p.stem in AT_ONCE else pytest.param(p, marks=pytest.mark.slow) for p in FILES], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [p if p.stem in AT_ONCE else pytest.param(p, marks=pytest.mark.slow) for p in FILES],
+    ids=lambda p: p.stem,
+)
 def test_it_lowers_on_every_axis_at_once(path):
-    axes = {f"mesh.{axis}": "2" for axis in mesh_lib.AXES} | {"mesh.sequence_parallel": "true", "data.buckets": "1", "train.batch_size": "16"}
+    axes = {f"mesh.{axis}": "2" for axis in mesh_lib.AXES} | {
+        "mesh.sequence_parallel": "true",
+        "data.buckets": "1",
+        "train.batch_size": "16",
+    }
     lowers(loaded(path, axes), 16)
 
 
@@ -69,7 +85,9 @@ def architectures() -> list[tuple[str, str]]:
     found: dict[tuple[str, str], tuple[str, str]] = {}
     for path in TABLES:
         for row in load_table(f"compare/{path.stem}", {}).rows:
-            found.setdefault((row.config.model.attention, row.config.model.mlp), (path.stem, row.name))
+            found.setdefault(
+                (row.config.model.attention, row.config.model.mlp), (path.stem, row.name)
+            )
     return list(found.values())
 
 
@@ -79,4 +97,6 @@ def test_every_compared_architecture_lowers(table, name):
     """At the size of its table, on a mesh of two devices."""
     row = next(row for row in load_table(f"compare/{table}", {}).rows if row.name == name)
     words = max(row.config.model.cutoff_list, default=0) + 1000
-    lowers(with_vocabulary(row.config, 0 if row.config.model.stem == "image" else max(257, words)), 2)
+    lowers(
+        with_vocabulary(row.config, 0 if row.config.model.stem == "image" else max(257, words)), 2
+    )

@@ -43,8 +43,17 @@ SPECIAL = {
 def write_sources(root: Path, n: int = 60) -> dict[str, bytes]:
     """Some .py files of many lengths under `root`, and what must be left out. Returns path -> bytes of the former."""
     rng = np.random.default_rng(0)
-    files = {f"pkg{i % 5}/mod{i}.py": rng.bytes(int(rng.integers(0, 400))) for i in range(n)} | SPECIAL
-    left_out = ("test/a.py", "pkg0/tests/b.py", "site-packages/c.py", ".git/e.py", "notes.txt", "_sysconfigdata_x.py")
+    files = {
+        f"pkg{i % 5}/mod{i}.py": rng.bytes(int(rng.integers(0, 400))) for i in range(n)
+    } | SPECIAL
+    left_out = (
+        "test/a.py",
+        "pkg0/tests/b.py",
+        "site-packages/c.py",
+        ".git/e.py",
+        "notes.txt",
+        "_sysconfigdata_x.py",
+    )
     for name, data in [*files.items(), *((name, b"never read") for name in left_out)]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
@@ -88,7 +97,9 @@ def memory_store(documents: list[bytes]) -> TokenStore:
 
 
 def packed(documents: list[bytes], length: int, multiple: int) -> PackedRows:
-    return PackedRows(memory_store(documents), length, multiple, BYTES.separator, BYTES.bytes_per_token)
+    return PackedRows(
+        memory_store(documents), length, multiple, BYTES.separator, BYTES.bytes_per_token
+    )
 
 
 def assert_rows_equal(a: dict, b: dict) -> None:
@@ -99,7 +110,9 @@ def assert_rows_equal(a: dict, b: dict) -> None:
 
 
 def clean(directory: Path) -> bool:
-    return not [p for p in directory.iterdir() if p.name.startswith(".")]  # work directories begin with a dot
+    return not [
+        p for p in directory.iterdir() if p.name.startswith(".")
+    ]  # work directories begin with a dot
 
 
 def path_hash(name: str) -> str:
@@ -116,7 +129,10 @@ def split_by_hand(name: str) -> str:
 def test_every_file_survives_byte_for_byte_in_exactly_one_split(sources, cache, bundle):
     root, files = sources
     prepared = stdlib.prepare(str(root), cache)
-    read = {split: [prepared.documents(split)[i] for i in range(prepared.n_files[split])] for split in stdlib.SPLITS}
+    read = {
+        split: [prepared.documents(split)[i] for i in range(prepared.n_files[split])]
+        for split in stdlib.SPLITS
+    }
     assert sorted(d for docs in read.values() for d in docs) == sorted(files.values())
     for split in stdlib.SPLITS:
         mine = [name for name in sorted(files, key=path_hash) if split_by_hand(name) == split]
@@ -137,7 +153,9 @@ def test_splits_and_order_do_not_move(tmp_path):
     for split, names in golden.items():
         assert [stdlib.SourceFile(name, 0, "").split for name in names] == [split] * 3
     many = [f"pkg/mod{i}.py" for i in range(1000)]
-    assert [stdlib.SourceFile(name, 0, "").split for name in many] == [split_by_hand(name) for name in many]
+    assert [stdlib.SourceFile(name, 0, "").split for name in many] == [
+        split_by_hand(name) for name in many
+    ]
     write_sources(tmp_path)
     before = {f.relative: f.split for f in stdlib.scan(tmp_path)}
     (tmp_path / "pkg0/mod0.py").write_bytes(b"edited")
@@ -154,7 +172,9 @@ def test_content_is_the_key(tmp_path):
     assert (a.key, a.directory, a.record()["sha256"]) == (b.key, b.directory, b.record()["sha256"])
     (tmp_path / "b/pkg0/mod0.py").write_bytes(b"edited")
     edited = stdlib.prepare(str(tmp_path / "b"), cache)
-    assert edited.key != a.key and b"edited" in [edited.documents("train")[i] for i in range(edited.n_files["train"])]
+    assert edited.key != a.key and b"edited" in [
+        edited.documents("train")[i] for i in range(edited.n_files["train"])
+    ]
 
 
 @pytest.mark.parametrize("make", ["nothing", "file", "empty", "one file"])
@@ -195,7 +215,10 @@ def test_two_processes_may_prepare_at_once(tmp_path):
     code = LOADS + "import json; print(json.dumps([d.record, d.train[3]['targets'].tolist()]))"
     command = [sys.executable, "-c", code, str(tmp_path / "src"), str(tmp_path / "cache")]
     env = {**os.environ, "PYTHONPATH": str(REPO)}
-    racers = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    racers = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
     results = [racer.communicate(timeout=60) for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0], results
     assert results[0][0] == results[1][0]  # and nothing else on stdout: tfds prints there
@@ -244,7 +267,9 @@ def test_store_gives_back_its_documents_without_building_twice(tmp_path, docs):
     assert clean(tmp_path / "tokens")
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "flip offsets", "no meta", "half a meta", "no tokens", "not a dict"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "flip", "flip offsets", "no meta", "half a meta", "no tokens", "not a dict"]
+)
 def test_damaged_store_is_noticed_and_built_again(tmp_path, damage, caplog):
     open_or_build(lambda: DOCS, BYTES, tmp_path, "key", "train")
     (home,) = (tmp_path / "tokens").iterdir()
@@ -316,7 +341,9 @@ def test_another_builder_may_win_at_the_last_moment(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", rename)
     built = open_or_build(lambda: DOCS, BYTES, tmp_path, "key", "train")
     assert [BYTES.decode_bytes(built[d]) for d in range(len(built))] == DOCS
-    assert [BYTES.decode_bytes(d) for d in open_or_build(pytest.fail, BYTES, tmp_path, "key", "train")] == DOCS
+    assert [
+        BYTES.decode_bytes(d) for d in open_or_build(pytest.fail, BYTES, tmp_path, "key", "train")
+    ] == DOCS
 
 
 def test_large_vocabularies_get_the_smallest_type_that_holds_them(tmp_path):
@@ -328,7 +355,12 @@ def test_large_vocabularies_get_the_smallest_type_that_holds_them(tmp_path):
         def encode(self, text):
             return np.array([self.vocab_size - 1])
 
-    for vocab_size, dtype in ((256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.uint32)):
+    for vocab_size, dtype in (
+        (256, np.uint8),
+        (257, np.uint16),
+        (65536, np.uint16),
+        (65537, np.uint32),
+    ):
         tokens = open_or_build(lambda: [b"x"], Wide(vocab_size), tmp_path, "key", "train")
         assert tokens.tokens_T.dtype == dtype and tokens.tokens_T.tolist() == [vocab_size - 1]
 
@@ -336,7 +368,9 @@ def test_large_vocabularies_get_the_smallest_type_that_holds_them(tmp_path):
 # ---- packing ------------------------------------------------------------------------------------------------------
 
 
-def reference_rows(documents: list[bytes], length: int, multiple: int) -> list[dict[str, np.ndarray]]:
+def reference_rows(
+    documents: list[bytes], length: int, multiple: int
+) -> list[dict[str, np.ndarray]]:
     """Packing by loops: one (input, target, document) per position, None where padding, cut every `length`."""
     flat: list[tuple[int, int, int] | None] = []
     for d, document in enumerate(documents):
@@ -347,7 +381,10 @@ def reference_rows(documents: list[bytes], length: int, multiple: int) -> list[d
     rows = []
     for lo in range(0, len(flat), length):
         cells = flat[lo : lo + length]
-        row = {key: np.zeros(length, np.int32) for key in ("tokens", "targets", "segments", "positions")}
+        row = {
+            key: np.zeros(length, np.int32)
+            for key in ("tokens", "targets", "segments", "positions")
+        }
         pieces: list[int] = []
         for i, cell in enumerate(cells):
             if cell is None:
@@ -357,11 +394,15 @@ def reference_rows(documents: list[bytes], length: int, multiple: int) -> list[d
                 start = i
             row["tokens"][i], row["targets"][i] = cell[:2]
             row["segments"][i], row["positions"][i] = len(pieces), i - start
-        rows.append({**row, "n_bytes": np.int32(sum(cell is not None and cell[1] != 256 for cell in cells))})
+        rows.append(
+            {**row, "n_bytes": np.int32(sum(cell is not None and cell[1] != 256 for cell in cells))}
+        )
     return rows
 
 
-DOCUMENTS = st.lists(st.one_of(st.binary(max_size=6), st.binary(min_size=30, max_size=90)), max_size=12)
+DOCUMENTS = st.lists(
+    st.one_of(st.binary(max_size=6), st.binary(min_size=30, max_size=90)), max_size=12
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -397,7 +438,9 @@ def test_every_target_is_in_exactly_one_row(documents, multiple, patches):
             np.testing.assert_array_equal(row["positions"][at], np.arange(len(at)))
             np.testing.assert_array_equal(row["tokens"][at[1:]], row["targets"][at[:-1]])
         patches_valid = valid.reshape(-1, multiple)
-        assert (patches_valid[:, 0] == patches_valid.any(1)).all()  # the router reads a patch's first token
+        assert (
+            patches_valid[:, 0] == patches_valid.any(1)
+        ).all()  # the router reads a patch's first token
         assert not any(row[key][~valid].any() for key in ("tokens", "targets", "positions"))
 
 
@@ -414,7 +457,9 @@ def test_many_tiny_one_huge_and_a_jump_to_any_row():
 
 @pytest.mark.parametrize("length, multiple", [(30, 4), (0, 4), (16, 0), (2, 4)])
 def test_row_length_must_be_a_multiple_of_the_patch(length, multiple):
-    with pytest.raises(UserError, match=f"model.context_length={length} .*patch size {multiple}: use"):
+    with pytest.raises(
+        UserError, match=f"model.context_length={length} .*patch size {multiple}: use"
+    ):
         packed([b"x"], length, multiple)
 
 
@@ -425,7 +470,16 @@ ROWS = packed([bytes([65 + i % 26]) * (i % 37) for i in range(100)], 16, 4)  # 1
 
 def test_data_order_does_not_move():
     """A resumed run must see the data of the run it resumes. If grain changes its order, pin it or write our own."""
-    assert TrainBatches(packed([b"x" * 7] * 100, 8, 4), 8, seed=0).row_indices(0) == [96, 77, 31, 79, 9, 70, 28, 83]
+    assert TrainBatches(packed([b"x" * 7] * 100, 8, 4), 8, seed=0).row_indices(0) == [
+        96,
+        77,
+        31,
+        79,
+        9,
+        70,
+        28,
+        83,
+    ]
 
 
 def test_train_batches_are_pure_in_seed_and_step():
@@ -475,24 +529,34 @@ def test_batches_that_share_rows_out_by_length_hold_the_same_rows_in_any_process
     orders = []
     for group in range(4):  # two epochs
         steps = range(4 * group, 4 * group + 4)
-        assert sorted(i for s in steps for i in plain.row_indices(s)) == sorted(i for s in steps for i in shared.row_indices(s))
+        assert sorted(i for s in steps for i in plain.row_indices(s)) == sorted(
+            i for s in steps for i in shared.row_indices(s)
+        )
         spans = [(shared[s]["tokens"].min(), shared[s]["tokens"].max()) for s in steps]
         assert all(a[1] <= b[0] for a, b in zip(sorted(spans), sorted(spans)[1:]))
         orders.append(tuple(np.argsort([low for low, _ in spans])))
     assert len(set(orders)) > 1
     again = TrainBatches(Ragged(), 8, seed=1, held=[2, 5], window=4)
     for step in (13, 2, 14, 3):
-        assert again[step]["row"].tolist() == shared[step]["row"][[2, 5]].tolist() == again.row_indices(step)
+        assert (
+            again[step]["row"].tolist()
+            == shared[step]["row"][[2, 5]].tolist()
+            == again.row_indices(step)
+        )
 
 
 @pytest.mark.parametrize("n_processes", [1, 2, 4])
 def test_processes_share_one_global_batch(n_processes):
     whole = TrainBatches(ROWS, 8, seed=1)
     share = 8 // n_processes
-    parts = [TrainBatches(ROWS, 8, 1, range(p * share, (p + 1) * share)) for p in range(n_processes)]
+    parts = [
+        TrainBatches(ROWS, 8, 1, range(p * share, (p + 1) * share)) for p in range(n_processes)
+    ]
     for step in (0, 5, 60):
         got = [part[step] for part in parts]
-        assert_rows_equal({key: np.concatenate([g[key] for g in got]) for key in got[0]}, whole[step])
+        assert_rows_equal(
+            {key: np.concatenate([g[key] for g in got]) for key in got[0]}, whole[step]
+        )
     with pytest.raises(ValueError, match="held"):
         TrainBatches(ROWS, 8, 1, range(4, 9))
 
@@ -505,7 +569,9 @@ def test_evaluation_counts_every_row_once(batch_size, n_processes):
     per_process = [list(eval_batches(ROWS, batch_size, held=s)) for s in slices]
     assert {len(batches) for batches in per_process} == {-(-len(ROWS) // batch_size)}
     steps = zip(*per_process, strict=True)
-    got = [{key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in steps]
+    got = [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in steps
+    ]
     assert all(batch["tokens"].shape == (batch_size, 16) for batch in got)
     flat = {key: np.concatenate([batch[key] for batch in got]) for key in got[0]}
     for i in range(len(ROWS)):
@@ -538,7 +604,9 @@ def test_prefetcher_gives_the_steps_in_order_and_never_runs_far_ahead():
         with pytest.raises(IndexError, match="stop=30"):
             prefetcher.get(30)
     assert fetched == list(range(5, 30))
-    assert max(ahead) <= 4  # depth, and the one that `get` has handed out but the test has not counted yet
+    assert (
+        max(ahead) <= 4
+    )  # depth, and the one that `get` has handed out but the test has not counted yet
 
 
 def test_prefetcher_raises_the_error_of_the_step_that_failed():
@@ -577,7 +645,9 @@ def test_prefetcher_closes_while_full_while_waited_for_and_twice():
 
     consumer = threading.Thread(target=consume)
     consumer.start()
-    slow.close(timeout=0.01)  # the fetch is still under way: close does not wait for ever, and wakes the consumer
+    slow.close(
+        timeout=0.01
+    )  # the fetch is still under way: close does not wait for ever, and wakes the consumer
     consumer.join(5)
     assert len(errors) == 1 and not consumer.is_alive()
     gate.set()
@@ -600,10 +670,16 @@ def test_load_records_what_was_loaded(bundle, sources):
 
 
 def test_a_cached_load_imports_neither_tfds_nor_jax(bundle, sources, cache):
-    code = LOADS + "d.train[0]; print([m for m in ('tensorflow', 'tensorflow_datasets', 'jax', 'grain') if m in sys.modules])"
+    code = (
+        LOADS
+        + "d.train[0]; print([m for m in ('tensorflow', 'tensorflow_datasets', 'jax', 'grain') if m in sys.modules])"
+    )
     command = [sys.executable, "-c", code, str(sources[0]), str(cache)]
     env = {**os.environ, "PYTHONPATH": str(REPO)}
-    assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 def test_cache_directory_is_private_and_must_be_writable(tmp_path, monkeypatch):
@@ -624,8 +700,12 @@ def test_the_true_standard_library(tmp_path):
     n_files, n_bytes = data.record["n_files"], data.record["n_bytes"]
     assert data.record["python_version"] == ".".join(map(str, sys.version_info[:3]))
     assert sum(n_files.values()) > 400 and sum(n_bytes.values()) > 8e6
-    assert all(0.02 < n_bytes[split] / sum(n_bytes.values()) < 0.12 for split in ("validation", "test"))
-    tokens = open_or_build(pytest.fail, BYTES, tmp_path, stdlib.prepare("", tmp_path).key, "validation")
+    assert all(
+        0.02 < n_bytes[split] / sum(n_bytes.values()) < 0.12 for split in ("validation", "test")
+    )
+    tokens = open_or_build(
+        pytest.fail, BYTES, tmp_path, stdlib.prepare("", tmp_path).key, "validation"
+    )
     documents = [BYTES.decode_bytes(tokens[d]) for d in range(len(tokens))]
     assert Path(sysconfig.get_path("stdlib"), "os.py").read_bytes() in documents
     rows = data.validation

@@ -24,8 +24,17 @@ def model_config(smha: RoutingConfig, uome: RoutingConfig, **changes) -> ModelCo
     return config
 
 
-def route(patch_size: int = 1, factor: float = 0.75, window: int = 6, k: int = 2, n: int = N, **changes) -> RoutingConfig:
-    return RoutingConfig(n_experts=n, k=k, capacity_factor=factor, capacity_window=window, patch_size=patch_size, **changes)
+def route(
+    patch_size: int = 1, factor: float = 0.75, window: int = 6, k: int = 2, n: int = N, **changes
+) -> RoutingConfig:
+    return RoutingConfig(
+        n_experts=n,
+        k=k,
+        capacity_factor=factor,
+        capacity_window=window,
+        patch_size=patch_size,
+        **changes,
+    )
 
 
 def build(config: ModelConfig, scale: float = 0.3):
@@ -33,9 +42,15 @@ def build(config: ModelConfig, scale: float = 0.3):
     graphdef, state = reference.build(lambda: Transformer(config, rngs=nnx.Rngs(0)), scale=scale)
 
     def jitted(method, **kwargs):
-        return functools.partial(jax.jit(lambda state, *args: method(nnx.merge(graphdef, state), *args, **kwargs)), state)
+        return functools.partial(
+            jax.jit(lambda state, *args: method(nnx.merge(graphdef, state), *args, **kwargs)), state
+        )
 
-    return jitted(Transformer.__call__), jitted(Transformer.prefill, context=config.context_length), jitted(Transformer.step)
+    return (
+        jitted(Transformer.__call__),
+        jitted(Transformer.prefill, context=config.context_length),
+        jitted(Transformer.step),
+    )
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -89,7 +104,9 @@ def test_what_could_see_the_future_is_refused(section):
 @pytest.mark.parametrize("block, width", [(SMHA, H), (UoME, F)])
 def test_a_block_alone_refuses_it_too(block, width):
     with pytest.raises(ValueError, match="priority='score' in a causal block"):
-        nnx.eval_shape(lambda: block(D, width, route(priority="score"), causal=True, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(
+            lambda: block(D, width, route(priority="score"), causal=True, rngs=nnx.Rngs(0))
+        )
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------
@@ -108,7 +125,9 @@ DECODING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [slow(name) if name == "no capacity bound" else name for name in DECODING])
+@pytest.mark.parametrize(
+    "name", [slow(name) if name == "no capacity bound" else name for name in DECODING]
+)
 def test_decoding_gives_the_full_pass(name):
     full, prefill, step = build(model_config(**DECODING[name]))
     # Prompts end at the end of a patch, of a window and of the padded prompt, inside a patch, and after one token.
@@ -122,7 +141,13 @@ def test_decoding_gives_the_full_pass(name):
     each = np.arange(len(lengths))
     for offset in range(CONTEXT - 16 + 1):
         at = lengths + offset
-        np.testing.assert_allclose(got, np.asarray(wanted)[each, at - 1], rtol=0, atol=1e-5 * scale, err_msg=f"positions {at - 1}")
+        np.testing.assert_allclose(
+            got,
+            np.asarray(wanted)[each, at - 1],
+            rtol=0,
+            atol=1e-5 * scale,
+            err_msg=f"positions {at - 1}",
+        )
         np.testing.assert_array_equal(cache.next_B, at)
         if offset < CONTEXT - 16:
             got, cache = step(rows[each, at], cache)
@@ -156,4 +181,7 @@ def test_a_prompt_whose_last_patch_is_not_full(length):
     wanted, wanted_cache = prefill(row, n)
     for t in range(6):
         assert reference.error(got, wanted) < 1e-6
-        (got, cache), (wanted, wanted_cache) = step(draw(t, 1), cache), step(draw(t, 1), wanted_cache)
+        (got, cache), (wanted, wanted_cache) = (
+            step(draw(t, 1), cache),
+            step(draw(t, 1), wanted_cache),
+        )

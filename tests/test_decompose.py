@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from uoe_jax import decompose
 from uoe_jax.config import ModelConfig, RoutingConfig
-from uoe_jax.decompose import dense_config, merge, merge_attention, merge_mlp, split, split_attention, split_mlp
+from uoe_jax.decompose import (
+    dense_config,
+    merge,
+    merge_attention,
+    merge_mlp,
+    split,
+    split_attention,
+    split_mlp,
+)
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.train.step import functional
 
@@ -38,7 +46,11 @@ def dense_mlp(make, lead=(), d=3, f=8, gated=True, bias=True) -> dict:
 
 def dense_attention(make, lead=(), d=3, h=4, g=4, dh=2, bias=True) -> dict:
     shapes = dict(w_q=(d, h, dh), w_k=(d, g, dh), w_v=(d, g, dh), w_o=(h, dh, d))
-    shapes |= dict(b_q=(h, dh), b_k=(g, dh), b_v=(g, dh), bias_out=(d,), q_scale=(dh,), k_scale=(dh,)) if bias else {}
+    shapes |= (
+        dict(b_q=(h, dh), b_k=(g, dh), b_v=(g, dh), bias_out=(d,), q_scale=(dh,), k_scale=(dh,))
+        if bias
+        else {}
+    )
     return {name: make(*lead, *shape) for name, shape in shapes.items()}
 
 
@@ -70,12 +82,19 @@ def test_mlp_there_and_back_is_exact(n, f, d, lead, gated, bias, seed):
     there_and_back(dense_mlp(make, lead, d, n * f, gated, bias), split_mlp, merge_mlp, n)
 
 
-@given(n=experts, g=sizes, group=sizes, d=sizes, dh=sizes, lead=leads, bias=st.booleans(), seed=seeds)
+@given(
+    n=experts, g=sizes, group=sizes, d=sizes, dh=sizes, lead=leads, bias=st.booleans(), seed=seeds
+)
 @settings(max_examples=60, deadline=None)
 def test_attention_there_and_back_is_exact(n, g, group, d, dh, lead, bias, seed):
     """MHA (group 1), GQA, and MQA (n = g = 1)."""
     make = functools.partial(any_bits, np.random.default_rng(seed))
-    there_and_back(dense_attention(make, lead, d, n * g * group, n * g, dh, bias), split_attention, merge_attention, n)
+    there_and_back(
+        dense_attention(make, lead, d, n * g * group, n * g, dh, bias),
+        split_attention,
+        merge_attention,
+        n,
+    )
 
 
 def test_the_cut_is_contiguous():
@@ -96,7 +115,11 @@ def test_the_cut_is_contiguous():
         for j in range(h):
             head = i * h + j
             key = head * g // h  # as in `attend`: G/H of the head
-            for name, dense_at, at in (("w_q", head, j), ("w_k", key, j * g // h), ("w_v", key, j * g // h)):
+            for name, dense_at, at in (
+                ("w_q", head, j),
+                ("w_k", key, j * g // h),
+                ("w_v", key, j * g // h),
+            ):
                 assert_same_bits(experts[name][i, :, at], w[name][:, dense_at])
                 assert_same_bits(experts["b" + name[1:]][i, at], w["b" + name[1:]][dense_at])
             assert_same_bits(experts["w_o"][i, j], w["w_o"][head])
@@ -110,12 +133,18 @@ def test_numpy_arrays_are_not_copied_where_a_view_will_do():
 # --- whole models -----------------------------------------------------------------------------------------------
 
 
-def model(gate="none", smha=2, uome=4, unit="patch", bias_rate=0.0, router_bias=False, **changes) -> ModelConfig:
+def model(
+    gate="none", smha=2, uome=4, unit="patch", bias_rate=0.0, router_bias=False, **changes
+) -> ModelConfig:
     """Every patch kept by every expert; D 8, two layers."""
     experts = {"smha": smha, "uome": uome}
-    common = dict(gate=gate, capacity_window=4, unit=unit, bias_rate=bias_rate, router_bias=router_bias)
+    common = dict(
+        gate=gate, capacity_window=4, unit=unit, bias_rate=bias_rate, router_bias=router_bias
+    )
     routing = {name: RoutingConfig(n_experts=n, k=n, **common) for name, n in experts.items()}
-    sizes = dict(vocab_size=11, d_model=8, n_layers=2, n_heads=4, d_hidden=16, context_length=8, remat="none")
+    sizes = dict(
+        vocab_size=11, d_model=8, n_layers=2, n_heads=4, d_hidden=16, context_length=8, remat="none"
+    )
     return ModelConfig(**(sizes | routing | changes))
 
 
@@ -145,7 +174,10 @@ def routers_of(params: dict, c: ModelConfig) -> dict:
 
 
 MODELS = [
-    *(model(activation=a, bias=a != "relu", smha=n, uome=n) for a, n in zip(ACTIVATIONS, (1, 2, 4, 2, 4))),
+    *(
+        model(activation=a, bias=a != "relu", smha=n, uome=n)
+        for a, n in zip(ACTIVATIONS, (1, 2, 4, 2, 4))
+    ),
     model(activation="geglu", n_kv_heads=2, qk_norm=True),
     model(smha=1, n_kv_heads=1, bias=True),
     model(attention="dense", bias=True),
@@ -175,7 +207,9 @@ def test_router_bias_and_jax_arrays():
     c = dataclasses.replace(c, smha=dataclasses.replace(c.smha, router_bias=True))
     experts = filled(shapes_of(c))
     assert_same_bits(split(merge(experts, c), c, routers_of(experts, c)), experts)
-    assert_same_bits(split(merge(experts, c), c)["layers"]["attention"]["router"]["bias"], jnp.zeros((2, 2)))
+    assert_same_bits(
+        split(merge(experts, c), c)["layers"]["attention"]["router"]["bias"], jnp.zeros((2, 2))
+    )
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), merge(experts, c))
     assert_same_bits(merge(split(half, c), c), half)
     assert split(half, c)["layers"]["attention"]["router"]["kernel"].dtype == jnp.float32
@@ -236,7 +270,11 @@ def test_every_gate_at_routers_of_zero_gives_the_dense_logits(gate):
     "c",
     [
         pytest.param(model("none", **BIG), id="gqa-swiglu-none"),
-        pytest.param(model("sigmoid", smha=1, n_kv_heads=1, uome=2), id="mqa-gelu-sigmoid", marks=pytest.mark.slow),
+        pytest.param(
+            model("sigmoid", smha=1, n_kv_heads=1, uome=2),
+            id="mqa-gelu-sigmoid",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(model("score", smha=4, uome=4), id="mha-gelu-score", marks=pytest.mark.slow),
     ],
 )
@@ -261,7 +299,10 @@ def test_a_wrong_cut_would_be_seen():
     experts = split(params, c)
     for block, name in (("attention", "w_o"), ("mlp", "w_down")):
         leaf = experts["layers"][block][name]
-        assert reference.error(logits_of(c, changed(experts, block, **{name: leaf[:, ::-1]})), logits) > 1e-2
+        assert (
+            reference.error(logits_of(c, changed(experts, block, **{name: leaf[:, ::-1]})), logits)
+            > 1e-2
+        )
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
@@ -274,13 +315,34 @@ def zeros(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "cut, sentence",
     [
-        (lambda: split_mlp(dense_mlp(zeros, f=12), 5), "n_experts=5: .* d_hidden=12; .* are 1, 2, 3, 4, 6, 12$"),
-        (lambda: split_mlp(dense_mlp(zeros), 0), "n_experts=0: must divide d_hidden=8; .* are 1, 2, 4, 8$"),
-        (lambda: split_attention(dense_attention(zeros, h=8, g=4), 3), "n_experts=3: .* n_heads=8; .* are 1, 2, 4$"),
-        (lambda: split_attention(dense_attention(zeros, h=8, g=2), 4), "n_kv_heads=2; .* are 1, 2 .each expert owns"),
-        (lambda: split_attention(dense_attention(zeros, h=4, g=1), 4), "n_kv_heads=1; .* are 1 .each expert owns"),
-        (lambda: split(dense_model(model()), model(uome=3)), "config.model.uome.n_experts=3: .* are 1, 2, 4, 8, 16$"),
-        (lambda: merge(filled(shapes_of(model())), model(smha=3)), "config.model.smha.n_experts=3: .* are 1, 2, 4$"),
+        (
+            lambda: split_mlp(dense_mlp(zeros, f=12), 5),
+            "n_experts=5: .* d_hidden=12; .* are 1, 2, 3, 4, 6, 12$",
+        ),
+        (
+            lambda: split_mlp(dense_mlp(zeros), 0),
+            "n_experts=0: must divide d_hidden=8; .* are 1, 2, 4, 8$",
+        ),
+        (
+            lambda: split_attention(dense_attention(zeros, h=8, g=4), 3),
+            "n_experts=3: .* n_heads=8; .* are 1, 2, 4$",
+        ),
+        (
+            lambda: split_attention(dense_attention(zeros, h=8, g=2), 4),
+            "n_kv_heads=2; .* are 1, 2 .each expert owns",
+        ),
+        (
+            lambda: split_attention(dense_attention(zeros, h=4, g=1), 4),
+            "n_kv_heads=1; .* are 1 .each expert owns",
+        ),
+        (
+            lambda: split(dense_model(model()), model(uome=3)),
+            "config.model.uome.n_experts=3: .* are 1, 2, 4, 8, 16$",
+        ),
+        (
+            lambda: merge(filled(shapes_of(model())), model(smha=3)),
+            "config.model.smha.n_experts=3: .* are 1, 2, 4$",
+        ),
     ],
 )
 def test_uneven_sizes_are_refused_with_those_that_work(cut, sentence):
@@ -294,13 +356,29 @@ C = model(bias=True)
 @pytest.mark.parametrize(
     "block, leaves, sentence",
     [
-        ("mlp", dict(w_down=None), "layers.mlp.w_down is missing; the block has w_up, w_down, b_up, bias_out"),
+        (
+            "mlp",
+            dict(w_down=None),
+            "layers.mlp.w_down is missing; the block has w_up, w_down, b_up, bias_out",
+        ),
         ("mlp", dict(w_up=None), "layers.mlp.w_up is missing"),
         ("attention", dict(b_q=None), "layers.attention.b_q is missing"),
-        ("attention", dict(b_o=zeros(2, 8)), "layers.attention.b_o is not a weight of this block, which has w_q"),
+        (
+            "attention",
+            dict(b_o=zeros(2, 8)),
+            "layers.attention.b_o is not a weight of this block, which has w_q",
+        ),
         ("mlp", dict(w_gate=zeros(2, 8, 16)), "layers.mlp.w_gate is not a weight of this block"),
-        ("mlp", dict(w_up=zeros(2, 16, 8)), "w_up has shape (2, 16, 8), which does not fit […=(2,), D=8, F=16]"),
-        ("mlp", dict(w_up=zeros(8, 16)), "layers.mlp.w_up has shape (8, 16), which does not fit […=(2,), D=8, F=16]"),
+        (
+            "mlp",
+            dict(w_up=zeros(2, 16, 8)),
+            "w_up has shape (2, 16, 8), which does not fit […=(2,), D=8, F=16]",
+        ),
+        (
+            "mlp",
+            dict(w_up=zeros(8, 16)),
+            "layers.mlp.w_up has shape (8, 16), which does not fit […=(2,), D=8, F=16]",
+        ),
         ("mlp", dict(w_up=zeros(3, 8, 16)), "layers.mlp.w_up has shape (3, 8, 16)"),
         ("mlp", dict(bias_out={}), "layers.mlp.bias_out has shape ()"),
         ("attention", dict(w_k=zeros(2, 8, 2, 2)), "which does not fit […=(2,), D=8, G=4, Dh=2]"),
@@ -319,7 +397,11 @@ def test_a_wrong_dense_tree_is_refused(block, leaves, sentence):
         ("mlp", dict(router=None), "layers.mlp.router is missing"),
         ("mlp", dict(w_up=zeros(2, 2, 8, 8)), "which does not fit […=(2,), N=4, D=8, f=4]"),
         ("mlp", dict(bias_out=zeros(2, 4, 8)), "which does not fit […=(2,), D=8]"),
-        ("attention", dict(w_v=zeros(2, 2, 8, 1, 2)), "which does not fit […=(2,), N=2, D=8, g=2, Dh=2]"),
+        (
+            "attention",
+            dict(w_v=zeros(2, 2, 8, 1, 2)),
+            "which does not fit […=(2,), N=2, D=8, g=2, Dh=2]",
+        ),
     ],
 )
 def test_a_wrong_tree_of_experts_is_refused(block, leaves, sentence):
@@ -340,12 +422,16 @@ def test_wrong_leaves_of_one_block_are_refused():
     with refused("mlp.w_up is missing"):
         split_mlp({"w_down": zeros(8, 3)}, 2)
     experts = split_attention(dense_attention(zeros), 2)
-    with refused("attention.w_o has shape (4, 1, 2, 3), which does not fit […=(), N=2, h=2, Dh=2, D=3]"):
+    with refused(
+        "attention.w_o has shape (4, 1, 2, 3), which does not fit […=(), N=2, h=2, Dh=2, D=3]"
+    ):
         merge_attention(experts | {"w_o": zeros(4, 1, 2, 3)})
     with refused("attention.router is not a weight of this block"):
         merge_attention(experts | {"router": zeros(3, 2)})
     for tree in ({}, {"layers": {"attention": zeros(3)}}):
-        with refused("layers.attention is missing: give the parameters of a whole model, as nested dicts"):
+        with refused(
+            "layers.attention is missing: give the parameters of a whole model, as nested dicts"
+        ):
             split(tree, C)
 
 
@@ -354,10 +440,19 @@ def test_wrong_routers_are_refused():
     routers = {name: {"kernel": kernel} for name, kernel in kernels.items()}
     split(dense, C, routers)
     for wrong, sentence in (
-        ({"smha": routers["smha"]}, "routers=['smha']: give one for each routed block of the model, ['smha', 'uome']"),
-        (routers | {"uome": routers["smha"]}, "uome.kernel has shape (2, 8, 2), which does not fit […=(2,), D=8, N=4]"),
+        (
+            {"smha": routers["smha"]},
+            "routers=['smha']: give one for each routed block of the model, ['smha', 'uome']",
+        ),
+        (
+            routers | {"uome": routers["smha"]},
+            "uome.kernel has shape (2, 8, 2), which does not fit […=(2,), D=8, N=4]",
+        ),
         (routers | {"uome": {}}, "routers.uome.kernel is missing"),
-        (routers | {"uome": {"kernel": kernels["uome"], "bias": zeros(2, 4)}}, "routers.uome.bias is not a weight"),
+        (
+            routers | {"uome": {"kernel": kernels["uome"], "bias": zeros(2, 4)}},
+            "routers.uome.bias is not a weight",
+        ),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):
             split(dense, C, wrong)

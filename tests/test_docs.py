@@ -31,7 +31,19 @@ from uoe_jax.keys import leaves
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [ROOT / "README.md", *PAGES]
 SHELL = ("sh", "bash", "console")  # languages of a block in which every line is a command
-PROGRAMS = ("uoe", "python", "pip", "pytest", "sbatch", "srun", "tfds", "kubectl", "bash", "git", "gcloud")
+PROGRAMS = (
+    "uoe",
+    "python",
+    "pip",
+    "pytest",
+    "sbatch",
+    "srun",
+    "tfds",
+    "kubectl",
+    "bash",
+    "git",
+    "gcloud",
+)
 
 # Command -> what runs it: a file, and a line of it.
 CI_INSTALLS = (".ci/run", "python -m pip install --quiet -c constraints.txt '.[test]'")
@@ -44,7 +56,10 @@ ELSEWHERE = {
         "tests/test_benchmarks.py",
         '[sys.executable, "-m", "benchmarks", "scaling", "loader", f"--out={tmp_path}"],',  # the others take minutes
     ),
-    "python -m sphinx -W --keep-going -b html docs build/docs": ("tests/test_docs.py", "def pages(tmp_path_factory):"),
+    "python -m sphinx -W --keep-going -b html docs build/docs": (
+        "tests/test_docs.py",
+        "def pages(tmp_path_factory):",
+    ),
 }
 
 # Commands that show what may be given, and the commands that are run for them.
@@ -100,7 +115,11 @@ def _in_block(content: str, needs: str, every: bool) -> list[Command]:
     found = []
     for line in content.replace("\\\n", " ").splitlines():
         line, _, comment = line.partition(" # ")
-        here = comment.strip().removeprefix("needs ") if comment.strip().startswith("needs ") else needs
+        here = (
+            comment.strip().removeprefix("needs ")
+            if comment.strip().startswith("needs ")
+            else needs
+        )
         for text in filter(None, (" ".join(part.split()) for part in line.split("&&"))):
             if every or text.split()[0] in PROGRAMS or text.startswith("launch/"):
                 found.append(Command(text, here))
@@ -108,7 +127,11 @@ def _in_block(content: str, needs: str, every: bool) -> list[Command]:
 
 
 COMMANDS = {path.relative_to(ROOT).as_posix(): commands_of(path.read_text()) for path in DOCUMENTS}
-EVERY = [pytest.param(command, id=f"{name}: {command.text}"[:120]) for name, found in COMMANDS.items() for command in found]
+EVERY = [
+    pytest.param(command, id=f"{name}: {command.text}"[:120])
+    for name, found in COMMANDS.items()
+    for command in found
+]
 
 
 def run_here(command: Command) -> list[list[str]]:
@@ -124,10 +147,19 @@ def run_here(command: Command) -> list[list[str]]:
 def test_commands_are_found():
     """The parser of documents: continued lines, `&&`, comments, markers, and what is no command."""
     text = "a\n\n    uoe a \\\n      --b && pytest   # why\n    y = x\n\n<!-- needs: C4 -->\n\n```sh\nuoe c\n```\n\n```python\npip = 1\n```\n\n    uoe d # needs SLURM\n"
-    assert commands_of(text) == [("uoe a --b", ""), ("pytest", ""), ("uoe c", "C4"), ("uoe d", "SLURM")]
+    assert commands_of(text) == [
+        ("uoe a --b", ""),
+        ("pytest", ""),
+        ("uoe c", "C4"),
+        ("uoe d", "SLURM"),
+    ]
     for path in DOCUMENTS:  # a line that looks like a command is one
         known = [command.text for command in COMMANDS[path.relative_to(ROOT).as_posix()]]
-        for line in re.findall(r"^(?: {4})?((?:uoe|python|sbatch|pip install|tfds) \S+)", path.read_text(), re.MULTILINE):
+        for line in re.findall(
+            r"^(?: {4})?((?:uoe|python|sbatch|pip install|tfds) \S+)",
+            path.read_text(),
+            re.MULTILINE,
+        ):
             assert any(text.startswith(line) for text in known), (path.name, line)
 
 
@@ -148,21 +180,29 @@ def understood(words: list[str]) -> None:
     if program == "uoe":
         options, overrides = arguments_of(rest)
         config = getattr(options, "config", None)
-        if config and not (config == "mine.py" or config.endswith("config.json")):  # these are made by the commands before
+        if config and not (
+            config == "mine.py" or config.endswith("config.json")
+        ):  # these are made by the commands before
             load = load_table if rest[0] == "compare" else cli.load_config
             load(config, overrides)
         for key in overrides if rest[0] != "compare" else ():
             assert key in config_lib.ALL_KEYS, key
     elif words[:2] == ["python", "launch/local.py"]:
         understood(words[words.index("--") + 1 :])
-    elif program == "python" and words[1].startswith("examples/"):  # an example with the command line of `uoe`
+    elif program == "python" and words[1].startswith(
+        "examples/"
+    ):  # an example with the command line of `uoe`
         assert (ROOT / words[1]).is_file(), words
         understood(["uoe", *words[2:]])
     elif program == "sbatch":
         script = words.index("launch/slurm.sbatch")
         understood(["uoe", "train", *words[script + 1 :]])
     else:
-        assert words[:2] == ["python", "-m"] and words[2].split(".")[0] == "benchmarks" or program == "tfds", words
+        assert (
+            words[:2] == ["python", "-m"]
+            and words[2].split(".")[0] == "benchmarks"
+            or program == "tfds"
+        ), words
 
 
 def arguments_of(words: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -171,7 +211,9 @@ def arguments_of(words: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def test_the_extras_that_are_installed_exist():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert "uoe-jax[docs]" in extras["test"]
     for path in DOCUMENTS:
         for named in re.findall(r"'\.\[([a-z,]+)\]'", path.read_text()):
@@ -187,7 +229,12 @@ def test_nothing_is_listed_that_no_document_shows():
 def test_options_named_in_a_line_exist(path):
     """`uoe NAME --option` in running text and tables: the command and its options, though not their values."""
     parsers = cli._parser()._subparsers._group_actions[0].choices
-    keys = {*config_lib.ALL_KEYS, *(f"base.{key}" for key in config_lib.ALL_KEYS), "rows", *(name for name, _, _ in leaves(TableConfig()))}
+    keys = {
+        *config_lib.ALL_KEYS,
+        *(f"base.{key}" for key in config_lib.ALL_KEYS),
+        "rows",
+        *(name for name, _, _ in leaves(TableConfig())),
+    }
     for token in MarkdownIt("commonmark").enable("table").parse(path.read_text()):
         for span in token.children or ():
             if span.type != "code_inline":
@@ -196,7 +243,9 @@ def test_options_named_in_a_line_exist(path):
             options = None
             if len(words) > 1 and words[0] == "uoe" and re.fullmatch("[a-z]+", words[1]):
                 assert words[1] in parsers, span.content
-                options = {name for action in parsers[words[1]]._actions for name in action.option_strings}
+                options = {
+                    name for action in parsers[words[1]]._actions for name in action.option_strings
+                }
             for word in words:
                 name = word.partition("=")[0]
                 if re.fullmatch(r"--config(\.[a-z0-9_]+)+", name):
@@ -209,23 +258,42 @@ def test_options_named_in_a_line_exist(path):
 
 
 def test_every_module_is_in_the_reference_once():
-    sources = [p for p in (ROOT / "uoe_jax").rglob("*.py") if p.read_text().strip() and "configs" not in p.parts]
-    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in sources}
+    sources = [
+        p
+        for p in (ROOT / "uoe_jax").rglob("*.py")
+        if p.read_text().strip() and "configs" not in p.parts
+    ]
+    modules = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for p in sources
+    }
     # The package's names are in api.md; __main__ runs cli; PyTorch's file goes out with a model and is read as it is.
     modules -= {"uoe_jax", "uoe_jax.__main__", "uoe_jax.exchange.modeling_uoe"}
-    shown = re.findall(r"^\.\. automodule:: (\S+)$", "\n".join(p.read_text() for p in PAGES), re.MULTILINE)
+    shown = re.findall(
+        r"^\.\. automodule:: (\S+)$", "\n".join(p.read_text() for p in PAGES), re.MULTILINE
+    )
     assert sorted(shown) == sorted(modules)
 
 
 def test_the_examples_of_config_files(tmp_path):
-    for name, variant, key, value in (("configs", ":wide", "d_hidden", 1024), ("getting-started", "", "d_model", 128)):
+    for name, variant, key, value in (
+        ("configs", ":wide", "d_hidden", 1024),
+        ("getting-started", "", "d_model", 128),
+    ):
         (tmp_path / f"{name}.py").write_text(python_of(name)[-1])
         assert getattr(cli.load_config(f"{tmp_path}/{name}.py{variant}", {}).model, key) == value
 
 
 def test_the_variants_that_are_named_exist():
-    rows = re.findall(r"^\| (\[.*?) \| (`.*) \|$", (ROOT / "docs" / "configs.md").read_text(), re.MULTILINE)
-    pairs = [(name, variant) for names, variants in rows for name in re.findall(r"\[(\w+)\]", names) for variant in re.findall(r"`([\w-]+)`", variants)]
+    rows = re.findall(
+        r"^\| (\[.*?) \| (`.*) \|$", (ROOT / "docs" / "configs.md").read_text(), re.MULTILINE
+    )
+    pairs = [
+        (name, variant)
+        for names, variants in rows
+        for name in re.findall(r"\[(\w+)\]", names)
+        for variant in re.findall(r"`([\w-]+)`", variants)
+    ]
     assert {name for name, _ in pairs} == {p.stem for p in (ROOT / "configs").glob("*.py")}
     for name, variant in pairs:
         cli.load_config(f"{name}:{variant}", {})
@@ -233,7 +301,11 @@ def test_the_variants_that_are_named_exist():
 
 def python_of(name: str) -> list[str]:
     text = (ROOT / "docs" / f"{name}.md").read_text()
-    return [token.content for token in MarkdownIt("commonmark").parse(text) if token.type == "fence" and token.info == "python"]
+    return [
+        token.content
+        for token in MarkdownIt("commonmark").parse(text)
+        if token.type == "fence" and token.info == "python"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +314,13 @@ def pages(tmp_path_factory):
     out = tmp_path_factory.mktemp("pages")
     (command,) = (text for text in ELSEWHERE if "sphinx" in text)
     words = [str(out) if word == "build/docs" else word for word in shlex.split(command)[1:]]
-    done = subprocess.run([sys.executable, *words, "-q", "-d", f"{out}/.doctrees"], cwd=ROOT, capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, *words, "-q", "-d", f"{out}/.doctrees"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -267,7 +345,12 @@ def test_pages_have_every_key_and_what_the_docstrings_say(pages):
     for _, _, meta in [*leaves(config_lib.Config()), *leaves(TableConfig())]:
         assert plain(meta["doc"]) in plain(text), meta["doc"]
     layers = html.unescape(re.sub(r"<[^>]+>", "", (pages / "api" / "layers.html").read_text()))
-    for said in ("n_heads: int, routing: RoutingConfig", "Raises", "[source]", "[N,B,g,S,Dh]"):  # arguments, errors, source, shapes
+    for said in (
+        "n_heads: int, routing: RoutingConfig",
+        "Raises",
+        "[source]",
+        "[N,B,g,S,Dh]",
+    ):  # arguments, errors, source, shapes
         assert said in layers, said
 
 
@@ -281,8 +364,18 @@ def plain(text: str) -> str:
 
 def small_model(folder: pathlib.Path) -> None:
     """`DIR`: a dense model in Hugging Face's layout, with a tokenizer of its own."""
-    run = ["train", "--config=quickstart", "--workdir=DIR_run", "--config.model.attention=dense", "--config.model.mlp=dense"]
-    run += ["--config.model.activation=swiglu", "--config.model.tie_embeddings=false", "--config.model.vocab_size=300"]
+    run = [
+        "train",
+        "--config=quickstart",
+        "--workdir=DIR_run",
+        "--config.model.attention=dense",
+        "--config.model.mlp=dense",
+    ]
+    run += [
+        "--config.model.activation=swiglu",
+        "--config.model.tie_embeddings=false",
+        "--config.model.vocab_size=300",
+    ]
     assert cli.main(made_small(run, folder)) == 0
     assert cli.main(["export", "--workdir=DIR_run", "--format=hf", "--out=DIR"]) == 0
     tokenizer = BPETokenizer.train([b"def f(x):\n    return x\n"] * 20, 280)
@@ -328,10 +421,16 @@ def made_small(words: list[str], folder: pathlib.Path) -> list[str]:
     if words[0] != "tokenizer":
         changed |= FEW_STEPS if words[0] == "train" else {"eval.batches": 1}
         changed |= {} if imported else SMALL_MODEL
-        changed |= SHORT_ROWS if config.model.task == "language" and not name.endswith("config.json") else {}
+        changed |= (
+            SHORT_ROWS
+            if config.model.task == "language" and not name.endswith("config.json")
+            else {}
+        )
     if config.data.source == "stdlib":
         changed["data.path"] = folder / "source"
-    kept = [word for word in words if word.removeprefix("--config.").partition("=")[0] not in changed]
+    kept = [
+        word for word in words if word.removeprefix("--config.").partition("=")[0] not in changed
+    ]
     return [*kept, *(f"--config.{key}={value}" for key, value in changed.items())]
 
 
@@ -343,7 +442,9 @@ def run(words: list[str], folder: pathlib.Path) -> None:
     if at is not None:  # where the arguments of `uoe` begin
         words = [*words[:at], *made_small(words[at:], folder)]
     env = environment(PATH=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    done = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, (words, done.stderr)
 
 

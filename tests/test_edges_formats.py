@@ -393,6 +393,7 @@ def test_byte_order_marks_are_no_part_of_sources_of_python(tmp_path):
 
 # ---- locales ----
 
+
 def test_text_is_read_and_written_in_an_encoding_that_is_said():
     """Else a locale such as en_US.ISO-8859-1 makes other text of people's files, silently."""
     for file in sorted((ROOT / "uoe_jax").rglob("*.py")):

@@ -25,7 +25,11 @@ BASE = dict(
     rms_norm_eps=1e-5, max_position_embeddings=4096, initializer_range=0.02, torch_dtype="bfloat16", use_cache=True,
 )  # fmt: skip
 LLAMA3 = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
 )
 GPT2 = dict(
     model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=300, activation_function="gelu_new",
@@ -84,7 +88,9 @@ def test_published_configurations_come_in_and_none_with_a_key_that_is_not_known(
     planned(tmp_path, PUBLISHED[name] | {"some_new_switch": None})
 
 
-ROPE5 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+ROPE5 = dict(
+    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0
+)
 WRONG = {
     "a size as text": (dict(hidden_size="32"), "hidden_size='32'; give a whole number"),
     "a size that is true": (dict(num_hidden_layers=True), "num_hidden_layers=True; give a whole number"),
@@ -134,8 +140,12 @@ def test_two_names_of_one_key_that_differ(tmp_path):
 
 
 def test_a_key_that_stands_twice(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["llama 2"])[:-1] + ', "vocab_size": 400}')
-    with pytest.raises(UserError, match="config.json: cannot be read .the key 'vocab_size' stands there twice"):
+    (tmp_path / "config.json").write_text(
+        json.dumps(PUBLISHED["llama 2"])[:-1] + ', "vocab_size": 400}'
+    )
+    with pytest.raises(
+        UserError, match="config.json: cannot be read .the key 'vocab_size' stands there twice"
+    ):
         plan(str(tmp_path), None, "2", "1", None, {}, str(tmp_path / "run"))
 
 
@@ -173,7 +183,9 @@ def test_pixels_are_scaled_as_said_or_refused(name, tmp_path):
 
 
 def test_settings_of_generation_are_named_and_unknown_ones_refused(tmp_path):
-    (tmp_path / "generation_config.json").write_text(json.dumps(dict(temperature=0.6, do_sample=True, top_p=1.0, eos_token_id=2)))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps(dict(temperature=0.6, do_sample=True, top_p=1.0, eos_token_id=2))
+    )
     notes = planned(tmp_path, PUBLISHED["old temperature"]).notes
     assert [note.split(" for generation")[0] for note in notes] == [
         "config.json has do_sample=True, temperature=0.9, top_p=0.6",
@@ -190,11 +202,21 @@ def test_settings_of_generation_are_named_and_unknown_ones_refused(tmp_path):
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory):
     """A small Llama with tied embeddings, exported; its run has a checkpoint of step 1 with weights of 1e5."""
-    place, config = tmp_path_factory.mktemp("tied"), config_of(**LLAMA | dict(n_layers=1, tie_embeddings=True))
+    place, config = (
+        tmp_path_factory.mktemp("tied"),
+        config_of(**LLAMA | dict(n_layers=1, tie_embeddings=True)),
+    )
     params = run_of(config, place / "run")
     assert exported(place / "run", place / "hf") == 0
     with CheckpointStore(place / "run") as store:
-        store.save(1, {"params": jax.tree.map(lambda a: jax.device_put(np.full(a.shape, 1e5, a.dtype)), params)})
+        store.save(
+            1,
+            {
+                "params": jax.tree.map(
+                    lambda a: jax.device_put(np.full(a.shape, 1e5, a.dtype)), params
+                )
+            },
+        )
     return place / "hf"
 
 
@@ -227,7 +249,11 @@ def test_a_tensor_beside_the_weights_is_a_copy_or_refused(name, tied, tmp_path, 
 
 
 def _tensors(place, names, value=1.0, **options):
-    write(epath.Path(place), [Tensor(name, (4,), lambda: np.full(4, value, np.float32)) for name in names], **options)
+    write(
+        epath.Path(place),
+        [Tensor(name, (4,), lambda: np.full(4, value, np.float32)) for name in names],
+        **options,
+    )
 
 
 def test_files_of_weights_that_the_index_does_not_name(tmp_path):
@@ -237,13 +263,21 @@ def test_files_of_weights_that_the_index_does_not_name(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     for bad in ({}, {"a": 1}, {"a": None}, {"a": "../model.safetensors"}):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": bad}))
-        with pytest.raises(UserError, match="model.safetensors.index.json (has no weight_map|says that a is in)"):
+        with pytest.raises(
+            UserError, match="model.safetensors.index.json (has no weight_map|says that a is in)"
+        ):
             Tensors(epath.Path(tmp_path))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert Tensors(epath.Path(tmp_path)).passed_over() == ["consolidated.safetensors", "pytorch_model.bin"]
+    assert Tensors(epath.Path(tmp_path)).passed_over() == [
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+    ]
     second = tmp_path / "model-00002-of-00003.safetensors"
     for extra, said in (
-        ({"z": np.ones(4, np.float32)}, "holds z, which model.safetensors.index.json does not name"),
+        (
+            {"z": np.ones(4, np.float32)},
+            "holds z, which model.safetensors.index.json does not name",
+        ),
         ({"a": np.zeros(4, np.float32)}, "holds another a than model-00001-of-00003.safetensors"),
     ):
         save_file({"b": np.ones(4, np.float32), **extra}, second)
@@ -253,15 +287,22 @@ def test_files_of_weights_that_the_index_does_not_name(tmp_path):
     Tensors(epath.Path(tmp_path))  # a copy
     for stale in ("model.safetensors", "adapter_model.safetensors"):
         save_file({"a": np.zeros(4, np.float32)}, tmp_path / stale)
-        with pytest.raises(UserError, match=f"holds {stale} beside model-00001-of-00003.safetensors"):
+        with pytest.raises(
+            UserError, match=f"holds {stale} beside model-00001-of-00003.safetensors"
+        ):
             Tensors(epath.Path(tmp_path))
         (tmp_path / stale).unlink()
 
 
 def test_two_files_that_scale_pixels_differently(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{}")
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"image_std": [0.25] * 3}}))
-    with pytest.raises(UserError, match="preprocessor_config.json and processor_config.json scale pixels differently"):
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"image_processor": {"image_std": [0.25] * 3}})
+    )
+    with pytest.raises(
+        UserError,
+        match="preprocessor_config.json and processor_config.json scale pixels differently",
+    ):
         planned(tmp_path, VIT)
     (tmp_path / "preprocessor_config.json").unlink()
     assert planned(tmp_path, VIT).config.model.image.bound == 2.0
@@ -272,7 +313,9 @@ def test_two_files_that_differ_about_the_space_in_front(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": false}')
     planned(tmp_path, PUBLISHED["llama 2"])
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
-    with pytest.raises(UserError, match="tokenizer_config.json has add_prefix_space=True and tokenizer.json False"):
+    with pytest.raises(
+        UserError, match="tokenizer_config.json has add_prefix_space=True and tokenizer.json False"
+    ):
         planned(tmp_path, PUBLISHED["llama 2"])
 
 
@@ -283,24 +326,37 @@ def test_two_vocabularies_that_give_a_token_two_ids(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     assert planned(tmp_path, PUBLISHED["llama 2"]).tokenizer.vocab_size == bpe.vocab_size
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"a": 299}))
-    with pytest.raises(UserError, match="tokenizer.json gives 'a' the id .* and vocab.json 299; remove one"):
+    with pytest.raises(
+        UserError, match="tokenizer.json gives 'a' the id .* and vocab.json 299; remove one"
+    ):
         planned(tmp_path, PUBLISHED["llama 2"])
 
 
 # --- casts, and what is gone on from ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value, kind", [(1e5, "float16"), (1e-9, "float16"), (-7e4, "float16"), (3.4e38, "bfloat16")])
+@pytest.mark.parametrize(
+    "value, kind", [(1e5, "float16"), (1e-9, "float16"), (-7e4, "float16"), (3.4e38, "bfloat16")]
+)
 def test_a_weight_that_overflows_or_underflows_is_named(value, kind, tmp_path):
     tensors = [Tensor("norm.scale", (2,), lambda: np.array([1.0, value], np.float32))]
-    with pytest.raises(UserError, match=f"--dtype={kind}: norm.scale holds {value:.6g}, which becomes".replace("+", r"\+")):
+    with pytest.raises(
+        UserError,
+        match=f"--dtype={kind}: norm.scale holds {value:.6g}, which becomes".replace("+", r"\+"),
+    ):
         write(epath.Path(tmp_path), tensors, kind)
     assert write(epath.Path(tmp_path), tensors, kind, lossy=True) == 1
     assert write(epath.Path(tmp_path), tensors, "float32") == 0
 
 
 def test_an_export_that_loses_numbers_is_refused_and_leaves_nothing(tied, tmp_path, capsys):
-    out = ["export", f"--workdir={tied.parent}/run", "--format=safetensors", f"--out={tmp_path}/out", "--dtype=float16"]
+    out = [
+        "export",
+        f"--workdir={tied.parent}/run",
+        "--format=safetensors",
+        f"--out={tmp_path}/out",
+        "--dtype=float16",
+    ]
     assert cli.main([*out, "--step=1"]) == 2
     assert "which becomes inf" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert cli.main([*out, "--step=1", "--lossy"]) == 0
@@ -309,22 +365,43 @@ def test_an_export_that_loses_numbers_is_refused_and_leaves_nothing(tied, tmp_pa
 
 def test_a_run_with_another_tokenizer_is_not_gone_on_from(tmp_path):
     config = config_of(**LLAMA | dict(n_layers=1))
-    before = to_dict(config) | {"model": to_dict(config.model) | {"norm_eps": 1e-5, "remat": "none"}}
+    before = to_dict(config) | {
+        "model": to_dict(config.model) | {"norm_eps": 1e-5, "remat": "none"}
+    }
     with CheckpointStore(tmp_path / "run") as store:
-        store.save(3, {"params": {"w": jax.numpy.zeros(3)}}, metadata={"config": before, "data": {"tokenizer": "bytes-257-1"}})
+        store.save(
+            3,
+            {"params": {"w": jax.numpy.zeros(3)}},
+            metadata={"config": before, "data": {"tokenizer": "bytes-257-1"}},
+        )
     said: list[str] = []
     for place in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "3"):
         config = from_dict(to_dict(config) | {"train": {"init_from": str(place)}})
         check_init_from(config, "bytes-257-1", said.append)
         assert said.pop().endswith("config.model.norm_eps is 1e-05 there, 1e-06 here") and not said
-        with pytest.raises(ConfigError, match="init_from='.*': its tokenizer is bytes-257-1, this run's is words-9; .*init_from_any=true"):
+        with pytest.raises(
+            ConfigError,
+            match="init_from='.*': its tokenizer is bytes-257-1, this run's is words-9; .*init_from_any=true",
+        ):
             check_init_from(config, "words-9", said.append)
-        check_init_from(from_dict(to_dict(config) | {"train": {"init_from": str(place), "init_from_any": True}}), "words-9", said.append)
+        check_init_from(
+            from_dict(
+                to_dict(config) | {"train": {"init_from": str(place), "init_from_any": True}}
+            ),
+            "words-9",
+            said.append,
+        )
         assert len(said) == 2 and "its tokenizer is bytes-257-1" in said[0]
         said.clear()
-    bpe = BPETokenizer.train([b"abc abc"] * 9, 270)  # as an imported model has it: no record of data
+    bpe = BPETokenizer.train(
+        [b"abc abc"] * 9, 270
+    )  # as an imported model has it: no record of data
     with CheckpointStore(tmp_path / "imported") as store:
-        store.save(0, {"params": {"w": jax.numpy.zeros(3)}}, metadata={"config": {"data": {"tokenizer": "bpe"}}})
+        store.save(
+            0,
+            {"params": {"w": jax.numpy.zeros(3)}},
+            metadata={"config": {"data": {"tokenizer": "bpe"}}},
+        )
     (tmp_path / "imported" / "tokenizer.json").write_text(bpe.to_json())
     config = from_dict({"train": {"init_from": str(tmp_path / "imported")}})
     check_init_from(config, bpe.fingerprint, said.append)
@@ -337,7 +414,9 @@ def test_a_run_with_another_tokenizer_is_not_gone_on_from(tmp_path):
 
 def test_an_import_is_refused_with_one_sentence_and_leaves_nothing(tmp_path, capsys):
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(PUBLISHED["llama 2"] | {"logit_scale": 0.5}))
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps(PUBLISHED["llama 2"] | {"logit_scale": 0.5})
+    )
     assert cli.main(["import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/run", *CUT]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "config.json has logit_scale=0.5, which may change" in err

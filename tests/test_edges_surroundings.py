@@ -12,12 +12,7 @@ import sys
 import tempfile
 
 import pytest
-from helpers import (
-    TINY,
-    environment,
-    metric_lines,
-    write_source,
-)
+from helpers import TINY, environment, metric_lines, write_source
 
 from uoe_jax import cli, surroundings
 from uoe_jax.data.prepared import manual_dir
@@ -160,7 +155,9 @@ def test_paths_of_data_and_files_of_such_a_name(homeless, monkeypatch):
 
 
 def test_a_workdir_that_is_not_text_or_has_no_place_is_refused(capsys, monkeypatch, tmp_path):
-    assert "holds bytes that are not UTF-8" in sentence(capsys, "train", f"--config={TINY}", f"--workdir={tmp_path}/\udcff")
+    assert "holds bytes that are not UTF-8" in sentence(
+        capsys, "train", f"--config={TINY}", f"--workdir={tmp_path}/\udcff"
+    )
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)

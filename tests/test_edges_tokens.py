@@ -29,7 +29,11 @@ def made(model, pre_tokenizer=None, decoder=None, normalizer=None, unknown="[UNK
     from tokenizers import Tokenizer, trainers
 
     library = Tokenizer(model)
-    for name, part in (("pre_tokenizer", pre_tokenizer), ("decoder", decoder), ("normalizer", normalizer)):
+    for name, part in (
+        ("pre_tokenizer", pre_tokenizer),
+        ("decoder", decoder),
+        ("normalizer", normalizer),
+    ):
         if part is not None:
             setattr(library, name, part)
     kind, tokens = type(model).__name__, [unknown, "</s>"]
@@ -87,17 +91,31 @@ def test_what_a_tokenizer_does_not_know_makes_bits_per_byte_unknown(tmp_path):
     rows = rows_of(KINDS["WordLevel"], ["the cat", "the cät sat"], tmp_path / "store")
     assert {int(rows[i]["n_bytes"]) for i in range(len(rows))} == {0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(KINDS["WordLevel"]))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"the cät {i}"}) + "\n" for i in range(99)))
-    data = dict(source="text", path=f"{tmp_path}/a.jsonl", tokenizer="library", tokenizer_file=f"{tmp_path}/tokenizer.json")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"the cät {i}"}) + "\n" for i in range(99))
+    )
+    data = dict(
+        source="text",
+        path=f"{tmp_path}/a.jsonl",
+        tokenizer="library",
+        tokenizer_file=f"{tmp_path}/tokenizer.json",
+    )
     config = from_dict({"model": {"context_length": 64}, "data": data | {"held_out": 30}})
     said = pipeline.load(config, tmp_path / "cache").record["bits_per_byte"]
-    assert said.startswith("not reported for train, validation, test: the tokens of document 0 stand for ")
+    assert said.startswith(
+        "not reported for train, validation, test: the tokens of document 0 stand for "
+    )
 
 
 def test_characters_that_are_dropped_count_for_nothing(tmp_path):
     from tokenizers import models, pre_tokenizers
 
-    content = made(models.WordLevel(unk_token="[UNK]"), pre_tokenizers.Sequence([pre_tokenizers.Split(",", "removed"), pre_tokenizers.Whitespace()]))
+    content = made(
+        models.WordLevel(unk_token="[UNK]"),
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(",", "removed"), pre_tokenizers.Whitespace()]
+        ),
+    )
     ids, sizes = LibraryTokenizer(content).encode_with_bytes("the mat,and")
     assert int(sizes.sum()) == len("the mat,and") - 1
 
@@ -106,12 +124,21 @@ def test_characters_that_are_dropped_count_for_nothing(tmp_path):
 
 
 def content(*names: str, **more) -> dict:
-    return dict(added_tokens=special(*names, first=2), model=dict(type="BPE", vocab={"a": 0, "b": 1}), **more)
+    return dict(
+        added_tokens=special(*names, first=2),
+        model=dict(type="BPE", vocab={"a": 0, "b": 1}),
+        **more,
+    )
 
 
 def template(*front: str, back: tuple[str, ...] = ()) -> dict:
-    single = [{"SpecialToken": {"id": t, "type_id": 0}} for t in front] + [{"Sequence": {"id": "A", "type_id": 0}}]
-    return {"type": "TemplateProcessing", "single": single + [{"SpecialToken": {"id": t, "type_id": 0}} for t in back]}
+    single = [{"SpecialToken": {"id": t, "type_id": 0}} for t in front] + [
+        {"Sequence": {"id": "A", "type_id": 0}}
+    ]
+    return {
+        "type": "TemplateProcessing",
+        "single": single + [{"SpecialToken": {"id": t, "type_id": 0}} for t in back],
+    }
 
 
 LLAMA_LIKE = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 2 to 7
@@ -156,30 +183,51 @@ def test_ends_that_nothing_says_are_asked_for_by_key():
         find_ends(content("<x>", "<y>"), {})
     with pytest.raises(UserError, match="has no token '<z>', which data.separator names"):
         find_ends(content("<x>", "<y>"), {}, "<z>")
-    with pytest.raises(UserError, match="puts <x> <y> in front .* name it with --config.data.start"):
+    with pytest.raises(
+        UserError, match="puts <x> <y> in front .* name it with --config.data.start"
+    ):
         find_ends(content("<x>", "<y>", "</s>", post_processor=template("<x>", "<y>")), {})
     assert find_ends(content("<x>", "<y>"), {}, "<x>")[:2] == ("<x>", "<x>")
-    found = find_ends(content(*LLAMA_LIKE), {"config.json": dict(eos_token_id=4), "tokenizer_config.json": dict(eos_token="<|im_end|>")})
-    assert found.notes == ("tokenizer_config.json has eos_token='<|im_end|>'; documents end with '</s>'",)
+    found = find_ends(
+        content(*LLAMA_LIKE),
+        {
+            "config.json": dict(eos_token_id=4),
+            "tokenizer_config.json": dict(eos_token="<|im_end|>"),
+        },
+    )
+    assert found.notes == (
+        "tokenizer_config.json has eos_token='<|im_end|>'; documents end with '</s>'",
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "library"])
 def test_ends_stay_with_a_tokenizer_that_is_kept(kind, tmp_path):
     content = json.loads(BPETokenizer.train([b"abc abc"] * 9, 270).to_json())
     n = max(content["model"]["vocab"].values()) + 1
-    content["added_tokens"] += special("</s>", "<s>", first=n) + [dict(special("<e>", first=n + 2)[0], special=False)]
+    content["added_tokens"] += special("</s>", "<s>", first=n) + [
+        dict(special("<e>", first=n + 2)[0], special=False)
+    ]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     plain = load_tokenizer(kind, f"{tmp_path}/tokenizer.json")
     (tmp_path / "config.json").write_text(json.dumps(dict(eos_token_id=n + 2)))
     found = load_tokenizer(kind, f"{tmp_path}/tokenizer.json")
-    assert (plain.separator, plain.start) == (0, n + 1) and (found.separator, found.start) == (n + 2, n + 2)
+    assert (plain.separator, plain.start) == (0, n + 1) and (found.separator, found.start) == (
+        n + 2,
+        n + 2,
+    )
     assert plain.fingerprint != found.fingerprint and found.vocab_size == n + 3
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "tokenizer.json").write_text(found.to_json())
     for again in (stored(found.to_json()), load_tokenizer(kind, f"{tmp_path}/kept/tokenizer.json")):
-        assert (again.separator, again.start, again.fingerprint) == (found.separator, found.start, found.fingerprint)
+        assert (again.separator, again.start, again.fingerprint) == (
+            found.separator,
+            found.start,
+            found.fingerprint,
+        )
         assert n + 2 not in again.encode("abc<e>abc")  # text like any other
-    with pytest.raises(ConfigError, match="config.data.separator='</s>': is of no use with data.tokenizer='bytes'"):
+    with pytest.raises(
+        ConfigError, match="config.data.separator='</s>': is of no use with data.tokenizer='bytes'"
+    ):
         load_tokenizer("bytes", "", "</s>")
 
 
@@ -191,7 +239,9 @@ def test_a_start_that_is_named_is_kept_where_several_are_in_front(tmp_path):
         name: {"id": name, "ids": [n + i], "tokens": [name]} for i, name in enumerate(("<s>", "<x>"))}}  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     found = load_tokenizer("bpe", f"{tmp_path}/tokenizer.json", "", "<x>")
-    assert (found.separator, found.start) == (0, n + 1) and stored(found.to_json()).fingerprint == found.fingerprint
+    assert (found.separator, found.start) == (0, n + 1) and stored(
+        found.to_json()
+    ).fingerprint == found.fingerprint
 
 
 def test_a_tokenizer_that_draws_its_tokens_is_refused():
@@ -208,7 +258,10 @@ def test_an_exported_tokenizer_puts_the_start_in_front(tmp_path, capsys):
     config = config_of(**LLAMA | dict(n_layers=1))
     run_of(config, tmp_path / "run")
     assert exported(tmp_path / "run", tmp_path / "hf") == 0
-    assert tokenizers.Tokenizer.from_file(f"{tmp_path}/hf/tokenizer.json").encode("Onçe").ids == [256, *"Onçe".encode()]
+    assert tokenizers.Tokenizer.from_file(f"{tmp_path}/hf/tokenizer.json").encode("Onçe").ids == [
+        256,
+        *"Onçe".encode(),
+    ]
     bpe = BPETokenizer.train([b"def f(x):\n    return x\n"] * 20, 280)
     source = tmp_path / "run" / "source"
     source.mkdir()
@@ -216,12 +269,20 @@ def test_an_exported_tokenizer_puts_the_start_in_front(tmp_path, capsys):
         (place / "tokenizer.json").write_text(bpe.to_json())
     settings = dict(tokenizer_class="GPT2Tokenizer", add_bos_token=False, pad_token="<|endoftext|>")
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config) | {"data": {"tokenizer": "bpe"}}))
+    (tmp_path / "run" / "config.json").write_text(
+        json.dumps(to_dict(config) | {"data": {"tokenizer": "bpe"}})
+    )
     capsys.readouterr()
     assert exported(tmp_path / "run", tmp_path / "out") == 0
-    assert "tokenizer.json puts '<|endoftext|>' alone in front of a text now" in capsys.readouterr().err
+    assert (
+        "tokenizer.json puts '<|endoftext|>' alone in front of a text now"
+        in capsys.readouterr().err
+    )
     found = tokenizers.Tokenizer.from_file(f"{tmp_path}/out/tokenizer.json").encode("def g").ids
     assert found == [bpe.start, *bpe.encode("def g").tolist()]
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert settings["bos_token"] == settings["pad_token"] == "<|endoftext|>" and "add_bos_token" not in settings
+    assert (
+        settings["bos_token"] == settings["pad_token"] == "<|endoftext|>"
+        and "add_bos_token" not in settings
+    )
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]

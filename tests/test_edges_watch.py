@@ -21,12 +21,21 @@ class Judge(Watch):
 
     def __init__(self) -> None:
         self._me, self.guard = 0, GuardConfig(compile_timeout_s=LIMIT)
-        self.place, self.ticks, self._ticks, self._lowest = Place(patience_s=LIMIT), 0, {}, (-1, 0.0)
+        self.place, self.ticks, self._ticks, self._lowest = (
+            Place(patience_s=LIMIT),
+            0,
+            {},
+            (-1, 0.0),
+        )
         self.now, self.verdict = 0.0, ""
         self._said = {1: (0, self.place, self.now)}
 
     def hears(self, **place) -> None:
-        self._said[1] = (0, Place(**{"patience_s": LIMIT, "doing": "preparing the data", **place}), self.now)
+        self._said[1] = (
+            0,
+            Place(**{"patience_s": LIMIT, "doing": "preparing the data", **place}),
+            self.now,
+        )
 
     def _end(self, code: int, culprit: int, why: str) -> None:
         assert code == 77
@@ -57,17 +66,23 @@ def test_work_that_goes_on_is_no_hang(judge):
     for ticks in range(1, 5 * LIMIT):
         assert not judge.goes_on(1, moves=1, ticks=ticks)
     assert not judge.goes_on(LIMIT, moves=1, ticks=ticks)
-    assert judge.goes_on(1, moves=1, ticks=ticks).startswith("process 0 hangs while preparing the data: nothing has happened there for 11 s")
+    assert judge.goes_on(1, moves=1, ticks=ticks).startswith(
+        "process 0 hangs while preparing the data: nothing has happened there for 11 s"
+    )
 
 
 def test_what_one_does_who_is_further_on_does_not_help_one_that_hangs(judge):
     for ticks in range(LIMIT + 1):
         assert not judge.verdict
         judge.goes_on(1, moves=2, ticks=ticks)
-    assert judge.goes_on(1, moves=2, ticks=99).startswith("process 0 hangs while preparing the data")
+    assert judge.goes_on(1, moves=2, ticks=99).startswith(
+        "process 0 hangs while preparing the data"
+    )
 
 
-@pytest.mark.parametrize("mine, theirs, culprit", [(True, False, 1), (False, True, 0), (False, False, 0)])
+@pytest.mark.parametrize(
+    "mine, theirs, culprit", [(True, False, 1), (False, True, 0), (False, False, 0)]
+)
 def test_the_one_that_waits_for_another_does_not_hang(mine, theirs, culprit, judge, monkeypatch):
     monkeypatch.setattr(watch.processes, "_waiting", mine)
     assert judge.goes_on(2 * LIMIT, moves=1, waits=theirs).startswith(f"process {culprit} hangs")
@@ -81,7 +96,11 @@ def test_a_process_tells_that_it_waits():
             seen.append(watch.processes.waits())
             return json.dumps({"value": 3})
 
-    assert watch.processes._heard(Service(), "x", 1) == 3 and seen == [True] and not watch.processes.waits()
+    assert (
+        watch.processes._heard(Service(), "x", 1) == 3
+        and seen == [True]
+        and not watch.processes.waits()
+    )
 
 
 def ticks_of(do) -> int:
@@ -104,7 +123,10 @@ def test_every_part_of_a_preparation_is_progress(judge, tmp_path):
     assert ticks_of(read) >= 3
     documents = [b"a b c"] * 7
     assert ticks_of(lambda: store.TokenStore.write(documents, ByteTokenizer(), tmp_path)) == 7
-    assert ticks_of(lambda: vocabulary.WordTokenizer.train([*documents, b"d " * (3 << 20)], 1)) >= 7 + 3
+    assert (
+        ticks_of(lambda: vocabulary.WordTokenizer.train([*documents, b"d " * (3 << 20)], 1))
+        >= 7 + 3
+    )
     assert ticks_of(lambda: list(prepared._batches({"text": b"x"} for _ in range(5)))) == 5
     assert ticks_of(lambda: list(watch.ticking([]))) == 0
 
@@ -152,7 +174,11 @@ def pair(tmp_path, name: str, wait: str, limit: int) -> list[tuple[int, str, str
     file.write_text(SLOW % {"name": name, "wait": wait, "tiny": TINY})
     args = ["train", f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=1"]
     limits = [f"--config.guard.compile_timeout_s={limit}", "--config.guard.peer_timeout_s=5"]
-    return finish(uoe_together(2, 1, *args, *limits, each_env=[{"UOE_CACHE": str(cache / str(i))} for i in range(2)]))
+    return finish(
+        uoe_together(
+            2, 1, *args, *limits, each_env=[{"UOE_CACHE": str(cache / str(i))} for i in range(2)]
+        )
+    )
 
 
 @pytest.mark.slow
@@ -165,7 +191,15 @@ def test_a_preparation_longer_than_the_limit_ends_well(tmp_path):
 @pytest.mark.slow
 def test_a_document_that_never_comes_ends_both(tmp_path):
     """In one of them: the other waits for it, and is not named."""
-    ended = pair(tmp_path, "hangs", "1e6 if i == 5 and __import__('os').environ['UOE_PROCESS_ID'] == '1' else 0.1", limit=6)
+    ended = pair(
+        tmp_path,
+        "hangs",
+        "1e6 if i == 5 and __import__('os').environ['UOE_PROCESS_ID'] == '1' else 0.1",
+        limit=6,
+    )
     assert [code for code, _, _ in ended] == [77, 77], ended
     for _, _, err in ended:
-        assert "uoe: process 1 hangs while preparing the data: nothing has happened there for 6 s" in err, err
+        assert (
+            "uoe: process 1 hangs while preparing the data: nothing has happened there for 6 s"
+            in err
+        ), err

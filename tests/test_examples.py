@@ -20,7 +20,10 @@ def test_the_blocks_learn_in_a_model_of_ones_own(capsys):
     """Chance is ln 16 = 2.77."""
     import jax
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a user has it
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):  # as a user has it
         assert runpy.run_path(str(EXAMPLES / "blocks.py"))["main"]() < 0.6
     assert "tokens by expert" in capsys.readouterr().out
     assert len((EXAMPLES / "blocks.py").read_text().splitlines()) <= 60
@@ -28,8 +31,23 @@ def test_the_blocks_learn_in_a_model_of_ones_own(capsys):
 
 def test_a_dataset_of_ones_own(tmp_path, capsys, forgotten):
     file, workdir = EXAMPLES / "own_dataset.py", tmp_path / "run"
-    tiny = [f"--config.model.{key}" for key in ("d_model=32", "n_layers=1", "d_hidden=64", "context_length=64")]
-    assert cli.main(["train", f"--config={file}", f"--workdir={workdir}", *tiny, "--config.train.steps=2", "--config.train.report=false"]) == 0
+    tiny = [
+        f"--config.model.{key}"
+        for key in ("d_model=32", "n_layers=1", "d_hidden=64", "context_length=64")
+    ]
+    assert (
+        cli.main(
+            [
+                "train",
+                f"--config={file}",
+                f"--workdir={workdir}",
+                *tiny,
+                "--config.train.steps=2",
+                "--config.train.report=false",
+            ]
+        )
+        == 0
+    )
     assert cli.main(["eval", f"--workdir={workdir}"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["eval/rows"] > 10
     code, _, err = uoe("eval", f"--workdir={workdir}")  # a process that knows nothing of it
@@ -44,7 +62,12 @@ def test_own_examples_of_token_ids(forgotten):
     from uoe_jax.config import from_dict
     from uoe_jax.data.sources import known_vocabulary
 
-    config = from_dict({"data": {"source": "parity"}, "model": {"task": "classify", "causal": False, "context_length": 8}})
+    config = from_dict(
+        {
+            "data": {"source": "parity"},
+            "model": {"task": "classify", "causal": False, "context_length": 8},
+        }
+    )
     assert known_vocabulary(config) == (3, None)
     with pytest.raises(ValueError, match="another name"):
         add_source("digits", lambda data: None)
@@ -60,14 +83,31 @@ def test_the_notebook(tmp_path):
     notebook = nbformat.read(tmp_path / "dense_to_experts.ipynb", as_version=4)
     own = "from uoe_jax import cli; cli.main(['train', '--config=digits:tiny', '--workdir=runs/own', '--config.train.log_every=1'])"
     notebook.cells.append(nbformat.v4.new_code_cell(own))
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment(XLA_FLAGS=""))
-    said = ["".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream") for cell in notebook.cells if cell.cell_type == "code"]
+    NotebookClient(
+        notebook,
+        timeout=900,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute(env=environment(XLA_FLAGS=""))
+    said = [
+        "".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
     assert "step 200/200 |" in said[1]
     assert "\nstep 5/5  loss " in said[-1] and "\r" not in said[-1] and "\x1b" not in said[-1]
     losses = [float(line.split()[1]) for line in said[2].splitlines() if line.startswith("loss ")]
     assert len(losses) == 2 and abs(losses[0] - losses[1]) < 1e-3
     by_k = [float(line.split()[3]) for line in said[3].splitlines()]
     assert len(by_k) == 8 and by_k[7] < by_k[3] < by_k[0]
-    pictures = [o.data for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o]
-    assert any("image/png" in data for data in pictures) and any("text/html" in data for data in pictures)
+    pictures = [
+        o.data
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for o in cell.outputs
+        if "data" in o
+    ]
+    assert any("image/png" in data for data in pictures) and any(
+        "text/html" in data for data in pictures
+    )
     assert (tmp_path / "runs" / "notebook" / "tuned" / "report.html").stat().st_size > 1_000_000

@@ -35,7 +35,15 @@ from uoe_jax.workdir import read_config
 
 LLAMA = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_hidden=64, context_length=32, vocab_size=300, activation="swiglu",
              attention="dense", mlp="dense", tie_embeddings=False)  # fmt: skip
-GPT2 = dict(LLAMA, n_kv_heads=4, activation="gelu_tanh", norm="layernorm", norm_eps=1e-5, position="learned", bias=True)
+GPT2 = dict(
+    LLAMA,
+    n_kv_heads=4,
+    activation="gelu_tanh",
+    norm="layernorm",
+    norm_eps=1e-5,
+    position="learned",
+    bias=True,
+)
 QWEN2 = dict(LLAMA, qkv_bias=True, tie_embeddings=True, rope_scaling="8,1,4,16")
 CUT = ["--experts=2", "--k=2"]
 
@@ -50,7 +58,10 @@ def run_of(config: Config, place) -> dict:
     rng = np.random.default_rng(0)
     with jax.set_mesh(mesh), CheckpointStore(place) as store:
         abstract = build(config, mesh).abstract.params
-        params = jax.tree.map(lambda a: jax.device_put((0.3 * rng.normal(size=a.shape)).astype(a.dtype), a.sharding), abstract)
+        params = jax.tree.map(
+            lambda a: jax.device_put((0.3 * rng.normal(size=a.shape)).astype(a.dtype), a.sharding),
+            abstract,
+        )
         store.save(0, {"params": params})
     (place / "config.json").write_text(json.dumps(to_dict(config)))
     return params
@@ -66,9 +77,13 @@ def imported(source, run, *more: str) -> int:
 
 def logits(workdir, config: Config | None = None) -> np.ndarray:
     config = config or read_config(str(workdir))
-    tokens = np.random.default_rng(1).integers(0, 257, (8, config.model.context_length)).astype(np.int32)
+    tokens = (
+        np.random.default_rng(1).integers(0, 257, (8, config.model.context_length)).astype(np.int32)
+    )
     with restored(config, str(workdir)) as run:
-        return np.asarray(reference.jit(lambda p, x: run.program.model(p)(x)[0])(run.params, tokens))
+        return np.asarray(
+            reference.jit(lambda p, x: run.program.model(p)(x)[0])(run.params, tokens)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -97,32 +112,85 @@ def test_out_in_and_out_again(model, tmp_path):
 def test_training_goes_on_from_an_imported_model(hf, tmp_path, capsys):
     """The command that `uoe import` names; training in the workdir itself is refused with it."""
     write_source(tmp_path / "text")
-    text = ["--config.data.source=text", f"--config.data.path={tmp_path}/text/*.py", "--config.train.batch_size=8"]
-    assert imported(hf[0] / "hf", tmp_path / "run", "--experts=2", "--k=1", "--capacity=1.5", *text) == 0
+    text = [
+        "--config.data.source=text",
+        f"--config.data.path={tmp_path}/text/*.py",
+        "--config.train.batch_size=8",
+    ]
+    assert (
+        imported(hf[0] / "hf", tmp_path / "run", "--experts=2", "--k=1", "--capacity=1.5", *text)
+        == 0
+    )
     err = capsys.readouterr().err
-    dense, routed = (float(line.split()[1]) for line in err.splitlines() if line.startswith("loss "))
-    assert 0 < dense < 20 and routed != dense and "1 of 2 experts in smha, 1 of 2 experts in uome" in err
-    args = [f"--config={tmp_path}/run/config.json", "--config.train.steps=2", "--config.eval.every=0", "--config.eval.batches=1"]
+    dense, routed = (
+        float(line.split()[1]) for line in err.splitlines() if line.startswith("loss ")
+    )
+    assert (
+        0 < dense < 20
+        and routed != dense
+        and "1 of 2 experts in smha, 1 of 2 experts in uome" in err
+    )
+    args = [
+        f"--config={tmp_path}/run/config.json",
+        "--config.train.steps=2",
+        "--config.eval.every=0",
+        "--config.eval.batches=1",
+    ]
     assert cli.main(["train", args[0], f"--workdir={tmp_path}/run"]) == 2
     assert "--config.train.init_from" in capsys.readouterr().err
-    assert cli.main(["train", *args, f"--workdir={tmp_path}/tuned", f"--config.train.init_from={tmp_path}/run"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                *args,
+                f"--workdir={tmp_path}/tuned",
+                f"--config.train.init_from={tmp_path}/run",
+            ]
+        )
+        == 0
+    )
     err = capsys.readouterr().err
     assert " 0 fresh" in err
     assert (tmp_path / "tuned" / "tokenizer.json").exists()
-    assert cli.main(["export", f"--workdir={tmp_path}/tuned", "--format=hf", f"--out={tmp_path}/out"]) == 0
+    assert (
+        cli.main(["export", f"--workdir={tmp_path}/tuned", "--format=hf", f"--out={tmp_path}/out"])
+        == 0
+    )
     assert "merged into a dense model of all experts" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["type"] == "BPE"
 
 
 def test_safetensors_have_every_weight_by_name(hf, tmp_path):
     place, params = hf
-    assert cli.main(["export", f"--workdir={place}/run", "--format=safetensors", f"--out={tmp_path}/out"]) == 0
+    assert (
+        cli.main(
+            ["export", f"--workdir={place}/run", "--format=safetensors", f"--out={tmp_path}/out"]
+        )
+        == 0
+    )
     there = load_file(tmp_path / "out" / "model.safetensors")
     flat = {dotted(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
-    assert there.keys() == flat.keys() and all(there[name].tobytes() == flat[name].tobytes() for name in flat)
-    assert from_dict(json.loads((tmp_path / "out" / "config.json").read_text())) == read_config(str(place / "run"))
-    assert cli.main(["export", f"--workdir={place}/run", "--format=safetensors", f"--out={tmp_path}/half", "--dtype=bfloat16"]) == 0
-    assert {str(a.dtype) for a in load_file(tmp_path / "half" / "model.safetensors").values()} == {"bfloat16"}
+    assert there.keys() == flat.keys() and all(
+        there[name].tobytes() == flat[name].tobytes() for name in flat
+    )
+    assert from_dict(json.loads((tmp_path / "out" / "config.json").read_text())) == read_config(
+        str(place / "run")
+    )
+    assert (
+        cli.main(
+            [
+                "export",
+                f"--workdir={place}/run",
+                "--format=safetensors",
+                f"--out={tmp_path}/half",
+                "--dtype=bfloat16",
+            ]
+        )
+        == 0
+    )
+    assert {str(a.dtype) for a in load_file(tmp_path / "half" / "model.safetensors").values()} == {
+        "bfloat16"
+    }
 
 
 def test_sixteen_bits_come_in_and_go_out_as_they_were(hf, tmp_path):
@@ -130,31 +198,60 @@ def test_sixteen_bits_come_in_and_go_out_as_they_were(hf, tmp_path):
     assert imported(tmp_path / "hf", tmp_path / "run") == 0
     assert exported(tmp_path / "run", tmp_path / "out", "--dtype=bfloat16") == 0
     old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "out"))
-    assert {str(a.dtype) for a in new.values()} == {"bfloat16"} and all(old[key].tobytes() == new[key].tobytes() for key in old)
+    assert {str(a.dtype) for a in new.values()} == {"bfloat16"} and all(
+        old[key].tobytes() == new[key].tobytes() for key in old
+    )
 
 
 def test_shards_views_and_what_is_read_back(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    values = {"a": rng.normal(size=(4, 6)).T, "b": rng.normal(size=(8, 2))[::2], "c": np.float64(3.0), "d": rng.normal(size=(3, 4, 5)).transpose(2, 0, 1)}
-    write(epath.Path(tmp_path), [Tensor(name, np.shape(a), lambda a=a: a) for name, a in values.items()], shard_bytes=120)
+    values = {
+        "a": rng.normal(size=(4, 6)).T,
+        "b": rng.normal(size=(8, 2))[::2],
+        "c": np.float64(3.0),
+        "d": rng.normal(size=(3, 4, 5)).transpose(2, 0, 1),
+    }
+    write(
+        epath.Path(tmp_path),
+        [Tensor(name, np.shape(a), lambda a=a: a) for name, a in values.items()],
+        shard_bytes=120,
+    )
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 4 * sum(np.size(a) for a in values.values()) and len(set(index["weight_map"].values())) == 3
+    assert (
+        index["metadata"]["total_size"] == 4 * sum(np.size(a) for a in values.values())
+        and len(set(index["weight_map"].values())) == 3
+    )
     found = Tensors(epath.Path(tmp_path))
     for name, a in values.items():
         assert found.shape(name) == np.shape(a)
         np.testing.assert_array_equal(found.read(name), np.float32(a))
-    monkeypatch.setattr(tensors.safetensors.numpy, "save_file", lambda held, file, metadata: save_file({k: v + 1 if k == "b" else v for k, v in held.items()}, file))
+    monkeypatch.setattr(
+        tensors.safetensors.numpy,
+        "save_file",
+        lambda held, file, metadata: save_file(
+            {k: v + 1 if k == "b" else v for k, v in held.items()}, file
+        ),
+    )
     with pytest.raises(RunError, match="b is not what was written"):
-        write(epath.Path(tmp_path), [Tensor(name, np.shape(a), lambda a=a: a) for name, a in values.items()])
+        write(
+            epath.Path(tmp_path),
+            [Tensor(name, np.shape(a), lambda a=a: a) for name, a in values.items()],
+        )
 
 
 def test_a_fitted_router_chooses_the_experts_that_give_most():
     """Of every patch, the norm of what the chosen experts give, against that of drawn routers; all experts give what they gave."""
     cut = dict(n_experts=4, k=1, gate="straight_through", capacity_factor=4.0)
-    config = config_of(**{**LLAMA, "n_kv_heads": 4, "attention": "smha", "mlp": "uome"}, smha=cut, uome=cut)
+    config = config_of(
+        **{**LLAMA, "n_kv_heads": 4, "attention": "smha", "mlp": "uome"}, smha=cut, uome=cut
+    )
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
     tokens = np.random.default_rng(2).integers(0, 300, (8, 32)).astype(np.int32)
-    batch = dict(tokens=tokens, segments=np.ones_like(tokens), positions=np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape))
+    batch = dict(
+        tokens=tokens,
+        segments=np.ones_like(tokens),
+        positions=np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape),
+    )
     with jax.set_mesh(mesh):
         program = build(config, mesh)
         params = program.init(jax.random.key(0)).params
@@ -183,7 +280,10 @@ def test_every_expert_together_is_the_union():
         model = program.model(params)
         for place in ("attention", "mlp"):
             block = getattr(jax.tree.map(lambda a: a[0], model.layers), place)
-            y = block.of_every_expert(x, tokens_like(x)).sum(axis=0) + block.bias_out[...][None, None]
+            y = (
+                block.of_every_expert(x, tokens_like(x)).sum(axis=0)
+                + block.bias_out[...][None, None]
+            )
             assert reference.error(y, block(x)[0]) < 1e-5
         assert one is not None
 
@@ -200,20 +300,41 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def test_a_model_is_never_held_twice(tmp_path):
     """Peak memory of real processes: a model of 285 MB takes less than twice that beyond what a tiny one takes (1.4 to 1.8 seen; 2.6 with a copy kept)."""
     peaks, sizes = [], []
-    for name, model in {"tiny": {}, "large": dict(d_model=1024, n_layers=4, n_heads=8, n_kv_heads=8, d_hidden=4096, vocab_size=4096)}.items():
+    for name, model in {
+        "tiny": {},
+        "large": dict(
+            d_model=1024, n_layers=4, n_heads=8, n_kv_heads=8, d_hidden=4096, vocab_size=4096
+        ),
+    }.items():
         m = config_of(**{**LLAMA, "tie_embeddings": True, **model}).model
         family, theirs = family_for(m)
         shapes, rng, drawn = _dense_shapes(m), np.random.default_rng(0), []
         for entry in family.entries(m):
             for i in range(m.n_layers) if "{i}" in entry.theirs else (None,):
                 shape = their_shape(entry, [shapes[path][i is not None :] for path in entry.ours])
-                drawn.append(Tensor(entry.theirs.format(i=i), shape, lambda shape=shape: rng.standard_normal(shape, np.float32)))
+                drawn.append(
+                    Tensor(
+                        entry.theirs.format(i=i),
+                        shape,
+                        lambda shape=shape: rng.standard_normal(shape, np.float32),
+                    )
+                )
         place = tmp_path / name
         place.mkdir()
         (place / "config.json").write_text(json.dumps(theirs))
         write(epath.Path(place), drawn)
-        command = [sys.executable, "-c", PEAK, "import", f"--from={place}", f"--workdir={tmp_path}/{name}_run", *CUT]
-        ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        command = [
+            sys.executable,
+            "-c",
+            PEAK,
+            "import",
+            f"--from={place}",
+            f"--workdir={tmp_path}/{name}_run",
+            *CUT,
+        ]
+        ran = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=300
+        )
         assert ran.returncode == 0, ran.stderr
         peaks.append(1024 * int(ran.stdout.split()[-1]))
         sizes.append(sum(4 * int(np.prod(tensor.shape)) for tensor in drawn))
@@ -221,7 +342,15 @@ def test_a_model_is_never_held_twice(tmp_path):
 
 
 # Of config.json as published, cut to what is read and small sizes; with keys of older versions, absent, or null.
-SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, hidden_act="silu", torch_dtype="bfloat16")
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=300,
+    hidden_act="silu",
+    torch_dtype="bfloat16",
+)
 PUBLISHED = {
     "llama 1": (dict(SIZES, model_type="llama", rms_norm_eps=1e-6, max_position_embeddings=2048, pretraining_tp=1), dict(kv=4, context=2048, theta=1e4, stretch="")),
     "llama 2": (dict(SIZES, model_type="llama", rms_norm_eps=1e-5, max_position_embeddings=4096, rope_scaling=None, num_key_value_heads=2), dict(kv=2, context=2048, theta=1e4, stretch="")),
@@ -244,26 +373,62 @@ def test_published_configurations_are_read(name, tmp_path):
     theirs, wanted = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(theirs))
     found = plan(str(tmp_path), None, "2", "1", None, {}, str(tmp_path / "run")).config.model
-    assert (found.kv_heads, found.context_length, found.rope_theta, found.rope_scaling) == tuple(wanted.values())
-    assert found.qkv_bias == (name == "qwen 2.5") == found.tie_embeddings and found.norm_eps == theirs["rms_norm_eps"]
+    assert (found.kv_heads, found.context_length, found.rope_theta, found.rope_scaling) == tuple(
+        wanted.values()
+    )
+    assert (
+        found.qkv_bias == (name == "qwen 2.5") == found.tie_embeddings
+        and found.norm_eps == theirs["rms_norm_eps"]
+    )
     assert (found.smha.k, found.smha.n_experts, found.uome.gate) == (1, 2, "straight_through")
     if name == "mistral 0.1":
-        with pytest.raises(UserError, match="context_length=2048: the model has 1024 tokens in the window of its attention"):
-            plan(str(tmp_path), None, "2", "1", None, {"model.context_length": "2048"}, str(tmp_path / "run"))
+        with pytest.raises(
+            UserError,
+            match="context_length=2048: the model has 1024 tokens in the window of its attention",
+        ):
+            plan(
+                str(tmp_path),
+                None,
+                "2",
+                "1",
+                None,
+                {"model.context_length": "2048"},
+                str(tmp_path / "run"),
+            )
 
 
 def test_pixels_are_scaled_as_the_model_was_used_to(tmp_path):
-    theirs = dict(model_type="vit", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4, num_channels=3, hidden_act="gelu", layer_norm_eps=1e-12)
+    theirs = dict(
+        model_type="vit",
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+        num_channels=3,
+        hidden_act="gelu",
+        layer_norm_eps=1e-12,
+    )
     (tmp_path / "config.json").write_text(json.dumps(theirs))
 
     def planned(**overrides):
-        return plan(str(tmp_path), None, "2", "1", None, overrides, str(tmp_path / "run")).config.model
+        return plan(
+            str(tmp_path), None, "2", "1", None, overrides, str(tmp_path / "run")
+        ).config.model
 
     assert planned().image.bound == 1.0 and planned().classifier.n_classes == 2
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5] * 3, image_std=[0.25] * 3)))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(dict(image_mean=[0.5] * 3, image_std=[0.25] * 3))
+    )
     assert planned().image.bound == 2.0
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])))
-    with pytest.raises(UserError, match="preprocessor_config.json has image_mean=.*give --config.model.image.bound=2"):
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]))
+    )
+    with pytest.raises(
+        UserError,
+        match="preprocessor_config.json has image_mean=.*give --config.model.image.bound=2",
+    ):
         planned()
     assert planned(**{"model.image.bound": "2"}).image.bound == 2.0
 
@@ -321,7 +486,11 @@ def test_a_shard_that_is_missing_or_emptied(hf, tmp_path, capsys):
     held = load_file(hf[0] / "hf" / "model.safetensors")
     shutil.copytree(hf[0] / "hf", tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
-    write(epath.Path(tmp_path / "hf"), [Tensor(name, a.shape, lambda a=a: a) for name, a in held.items()], shard_bytes=40_000)
+    write(
+        epath.Path(tmp_path / "hf"),
+        [Tensor(name, a.shape, lambda a=a: a) for name, a in held.items()],
+        shard_bytes=40_000,
+    )
     first, second, *_ = sorted(tmp_path.glob("hf/model-*"))
     second.rename(tmp_path / "aside")
     assert imported(tmp_path / "hf", tmp_path / "run") == 2
@@ -340,11 +509,24 @@ def test_a_place_that_is_taken_or_cannot_be(hf, tmp_path, capsys):
         assert imported(hf[0] / "hf", tmp_path / taken) == 2
         assert f"--workdir={tmp_path / taken}: exists already" in capsys.readouterr().err
         for form in ("hf", "safetensors", "stablehlo"):
-            assert cli.main(["export", f"--workdir={hf[0]}/run", f"--format={form}", f"--out={tmp_path / taken}"]) == 2
+            assert (
+                cli.main(
+                    [
+                        "export",
+                        f"--workdir={hf[0]}/run",
+                        f"--format={form}",
+                        f"--out={tmp_path / taken}",
+                    ]
+                )
+                == 2
+            )
             assert f"--out={tmp_path / taken}: exists already" in capsys.readouterr().err
     assert cli.main(["export", f"--workdir={hf[0]}/run", "--format=hf", "--out=/proc/never/x"]) == 2
     assert "--out=/proc/never/x: cannot be written" in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == "mine" and {p.name for p in tmp_path.iterdir()} == {"there", "file"}
+    assert (tmp_path / "file").read_text() == "mine" and {p.name for p in tmp_path.iterdir()} == {
+        "there",
+        "file",
+    }
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,19 @@ from uoe_jax.train.step import functional
 pytestmark = pytest.mark.parity
 
 LENGTH = 45  # three quarters of a patch beyond the last whole one, where P = 4
-MODEL = dict(vocab_size=67, d_model=32, n_layers=2, n_heads=8, d_hidden=48, context_length=48, tie_embeddings=False)
+MODEL = dict(
+    vocab_size=67,
+    d_model=32,
+    n_layers=2,
+    n_heads=8,
+    d_hidden=48,
+    context_length=48,
+    tie_embeddings=False,
+)
 ROUTING = dict(n_experts=4, k=2, capacity_window=16)
-SMALL_PATCH = dict(ROUTING, capacity_factor=0.8, capacity_window=10)  # the last window is not a whole one
+SMALL_PATCH = dict(
+    ROUTING, capacity_factor=0.8, capacity_window=10
+)  # the last window is not a whole one
 LARGE_PATCH = dict(ROUTING, patch_size=4, capacity_window=5)
 
 # name: (keys of the model, routing of its unions)
@@ -34,7 +44,13 @@ CASES = {
     "patches": (dict(n_kv_heads=4, activation="swiglu"), LARGE_PATCH),
     "patches, everything": (
         dict(
-            n_kv_heads=4, activation="geglu", norm="layernorm", bias=True, qk_norm=True, position="learned", tie_embeddings=True
+            n_kv_heads=4,
+            activation="geglu",
+            norm="layernorm",
+            bias=True,
+            qk_norm=True,
+            position="learned",
+            tie_embeddings=True,
         ),
         dict(LARGE_PATCH, router_bias=True, bias_rate=0.01, gate="normalized"),
     ),
@@ -42,14 +58,29 @@ CASES = {
         dict(n_kv_heads=4, activation="swiglu", norm="layernorm", bias=True, qk_norm=True),
         dict(SMALL_PATCH, router_bias=True, bias_rate=0.01, order="project"),
     ),
-    "normalized": (dict(activation="geglu", tie_embeddings=True), dict(SMALL_PATCH, gate="normalized", k=3)),
-    "score": (dict(activation="relu", position="learned", bias=True), dict(SMALL_PATCH, gate="score", k=1)),
-    "straight through": (dict(activation="gelu_tanh", norm="layernorm"), dict(SMALL_PATCH, gate="straight_through")),
+    "normalized": (
+        dict(activation="geglu", tie_embeddings=True),
+        dict(SMALL_PATCH, gate="normalized", k=3),
+    ),
+    "score": (
+        dict(activation="relu", position="learned", bias=True),
+        dict(SMALL_PATCH, gate="score", k=1),
+    ),
+    "straight through": (
+        dict(activation="gelu_tanh", norm="layernorm"),
+        dict(SMALL_PATCH, gate="straight_through"),
+    ),
     # 0.56 * 25 is 14 as decimals and more than 14 as binary numbers: one slot too many in every window.
-    "no gate": (dict(position="none"), dict(ROUTING, capacity_factor=0.56, capacity_window=25, gate="none", bias_rate=0.1)),
+    "no gate": (
+        dict(position="none"),
+        dict(ROUTING, capacity_factor=0.56, capacity_window=25, gate="none", bias_rate=0.1),
+    ),
     "all experts": (dict(rope_theta=100.0), dict(SMALL_PATCH, k=4)),
     "eight experts": (dict(bias=True), dict(SMALL_PATCH, n_experts=8, k=3, router_bias=True)),
-    "as qwen2 and llama 3": (dict(qkv_bias=True, n_kv_heads=4, activation="swiglu", rope_scaling="8,1,4,16"), SMALL_PATCH),
+    "as qwen2 and llama 3": (
+        dict(qkv_bias=True, n_kv_heads=4, activation="swiglu", rope_scaling="8,1,4,16"),
+        SMALL_PATCH,
+    ),
     "smha": (dict(mlp="dense", activation="swiglu", bias=True), SMALL_PATCH),
     "uome": (dict(attention="dense", n_kv_heads=2, bias=True, qk_norm=True), LARGE_PATCH),
     "dense": (dict(attention="dense", mlp="dense", n_kv_heads=1), ROUTING),
@@ -76,7 +107,9 @@ def draw(config: config_lib.Config, seed: int = 0) -> dict:
 
 def named(params: dict) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(a) for path, a in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(a) for path, a in leaves
+    }
 
 
 def write(folder: pathlib.Path, config: config_lib.Config, params: dict) -> pathlib.Path:
@@ -84,7 +117,9 @@ def write(folder: pathlib.Path, config: config_lib.Config, params: dict) -> path
     folder.mkdir()
     export_routed(config, params, None, epath.Path("none"), epath.Path(folder), "float32")
     written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(written | {"bos_token_id": 0, "eos_token_id": 0}))  # those of a tokenizer
+    (folder / "config.json").write_text(
+        json.dumps(written | {"bos_token_id": 0, "eos_token_id": 0})
+    )  # those of a tokenizer
     return folder
 
 
@@ -103,10 +138,16 @@ def load(tmp_path_factory):
 
 
 def tokens(rows: int, length: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).integers(1, MODEL["vocab_size"], (rows, length)).astype(np.int32)
+    return (
+        np.random.default_rng(seed)
+        .integers(1, MODEL["vocab_size"], (rows, length))
+        .astype(np.int32)
+    )
 
 
-def jax_logits(config: config_lib.Config, params: dict, ids: np.ndarray, segments: np.ndarray | None = None):
+def jax_logits(
+    config: config_lib.Config, params: dict, ids: np.ndarray, segments: np.ndarray | None = None
+):
     """(logits, statistics of the routed blocks)."""
     _, rebuild, _ = functional(config.model)
     return jax.jit(lambda p, t, s: rebuild(p)(t, s))(params, ids, segments)
@@ -129,12 +170,17 @@ def test_logits(case, load, tmp_path):
     params, ids = draw(config), tokens(3, LENGTH)
     logits, stats = jax_logits(config, params, ids)
     assert set(stats) == set(config.model.unions())
-    for name, routing in config.model.unions().items():  # otherwise the case would not tell what it is for
+    for (
+        name,
+        routing,
+    ) in config.model.unions().items():  # otherwise the case would not tell what it is for
         drops = stats[name].chosen_N.sum() - stats[name].kept_N.sum()
         assert (drops > 0) == (routing.window_capacity() < routing.capacity_window), name
         assert np.ptp(stats[name].chosen_N) > 0 or routing.k == routing.n_experts
     model = load(write(tmp_path / "model", config, params))
-    assert {name: tuple(a.shape) for name, a in model.state_dict().items()} == {k: a.shape for k, a in named(params).items()}
+    assert {name: tuple(a.shape) for name, a in model.state_dict().items()} == {
+        k: a.shape for k, a in named(params).items()
+    }
     assert difference(torch_logits(model, ids), logits) < 1e-4
 
 
@@ -159,8 +205,13 @@ def test_ties_go_to_the_lower_index(load, tmp_path):
         router["kernel"][1, :, 5] = router["kernel"][1, :, 2]
         router["bias"][1, 5] = router["bias"][1, 2]
     logits, stats = jax_logits(config, params, ids)
-    assert (stats["uome"].chosen_N[0, 3:] == 0).all() and stats["uome"].chosen_N[1, 5] < stats["uome"].chosen_N[1, 2]
-    assert difference(torch_logits(load(write(tmp_path / "model", config, params)), ids), logits) < 1e-4
+    assert (stats["uome"].chosen_N[0, 3:] == 0).all() and stats["uome"].chosen_N[1, 5] < stats[
+        "uome"
+    ].chosen_N[1, 2]
+    assert (
+        difference(torch_logits(load(write(tmp_path / "model", config, params)), ids), logits)
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("case", ["default", "patches, everything"])
@@ -193,7 +244,9 @@ def test_generate(case, load, tmp_path):
     params, prompt, more = draw(config), tokens(2, 9), 22
     _, rebuild, _ = functional(config.model)
     forward = jax.jit(lambda p, row: rebuild(p)(row)[0])
-    row = jnp.zeros((2, 31), jnp.int32).at[:, :9].set(prompt)  # what follows changes nothing: the model is causal
+    row = (
+        jnp.zeros((2, 31), jnp.int32).at[:, :9].set(prompt)
+    )  # what follows changes nothing: the model is causal
     for t in range(9, 9 + more):
         row = row.at[:, t].set(forward(params, row)[:, t - 1].argmax(axis=-1))
     model = load(write(tmp_path / "model", config, params))
@@ -202,7 +255,9 @@ def test_generate(case, load, tmp_path):
     out = model.generate(torch.from_numpy(prompt).long(), **options)
     assert len(np.unique(row)) > 10  # and no text of one token over and over
     np.testing.assert_array_equal(out.numpy(), row)
-    beams = model.generate(torch.from_numpy(prompt).long(), **options | dict(num_beams=3, max_new_tokens=4))
+    beams = model.generate(
+        torch.from_numpy(prompt).long(), **options | dict(num_beams=3, max_new_tokens=4)
+    )
     assert beams.shape == (2, 13)
 
 
@@ -256,7 +311,9 @@ def test_low_precision(load, tmp_path):
     assert model.layers.attention.w_q.dtype == torch.bfloat16
     expected = torch_logits(exact, ids)
     error = np.abs(torch_logits(model, ids) - expected).max(axis=-1) / np.abs(expected).max()
-    assert np.median(error) < 0.05  # rounding of the states turns near ties: not all tokens are close
+    assert (
+        np.median(error) < 0.05
+    )  # rounding of the states turns near ties: not all tokens are close
     route = sys.modules[type(exact).__module__].route
     w, x_BLD = exact.layers.attention.router.weights(0), torch.randn(2, LENGTH, 32)
     routing = exact.config.model["smha"]

@@ -26,7 +26,13 @@ def source(tmp_path_factory):
 
 
 def train_args(source, folder, *more):
-    return ("train", f"--config={TINY}", f"--config.data.path={source}", f"--workdir={folder}", *more)
+    return (
+        "train",
+        f"--config={TINY}",
+        f"--config.data.path={source}",
+        f"--workdir={folder}",
+        *more,
+    )
 
 
 def run(*args, **more):
@@ -59,11 +65,17 @@ def whole_pair(source, tmp_path_factory):
     "fault, stops_at",
     [
         ("term@evaluation@7@0", 7),
-        pytest.param("term@training@0@0", 1, marks=pytest.mark.slow),  # comes before the first step, which then compiles
+        pytest.param(
+            "term@training@0@0", 1, marks=pytest.mark.slow
+        ),  # comes before the first step, which then compiles
         pytest.param("term@restoring@None@0", 0, marks=pytest.mark.slow),
         pytest.param("term@saving@10@0", 10, marks=pytest.mark.slow),
-        pytest.param("term@evaluation@20@0", 20, marks=pytest.mark.slow),  # the last one, of the whole split
-        pytest.param("term@training@8@0,term@saving@9@0", 9, marks=pytest.mark.slow),  # twice, the second while it saves
+        pytest.param(
+            "term@evaluation@20@0", 20, marks=pytest.mark.slow
+        ),  # the last one, of the whole split
+        pytest.param(
+            "term@training@8@0,term@saving@9@0", 9, marks=pytest.mark.slow
+        ),  # twice, the second while it saves
     ],
 )
 def test_sigterm_wherever_it_comes(fault, stops_at, whole, source, tmp_path):
@@ -91,7 +103,10 @@ def test_a_checkpoint_evaluated_after_a_stop_can_be_the_best(source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault, code", [("term@testing@20@0", 75), ("kill@testing@20@0", -9), ("kill@generating@None@0", -9)])
+@pytest.mark.parametrize(
+    "fault, code",
+    [("term@testing@20@0", 75), ("kill@testing@20@0", -9), ("kill@generating@None@0", -9)],
+)
 def test_the_test_split_is_read_once_whatever_happens(fault, code, source, tmp_path):
     args = train_args(source, tmp_path / "run", "--config.eval.test=true")
     assert run(*args, faults=fault)[0] == code
@@ -120,7 +135,9 @@ def test_an_evaluation_made_up_for_is_logged_once(whole, source, tmp_path):
     [
         "term@evaluation@7@1",
         pytest.param("term@training@0@1", marks=pytest.mark.slow),
-        pytest.param("term@saving@10@1,term@training@10@1", marks=pytest.mark.slow),  # twice, on the one that is not the coordinator
+        pytest.param(
+            "term@saving@10@1,term@training@10@1", marks=pytest.mark.slow
+        ),  # twice, on the one that is not the coordinator
         pytest.param("term@training@3@0,term@training@3@1", marks=pytest.mark.slow),
     ],
 )
@@ -140,12 +157,24 @@ def test_sigterm_to_one_of_two_processes(fault, whole_pair, source, tmp_path):
 
 LOST = {
     # fault: the exit codes, and what the other one says; after a hang of 3 s, both
-    "raise@training@5@1": ([77, 1], "process 1 ended at step 5 (training) with exit code 1: ValueError: boom"),
+    "raise@training@5@1": (
+        [77, 1],
+        "process 1 ended at step 5 (training) with exit code 1: ValueError: boom",
+    ),
     "kill@training@8@1": ([77, -9], "process 1 was lost at step"),
-    "hang@training@8@1": ([77, 77], "process 1 hangs at step 8 (training): nothing has happened there for 3 s"),
-    "raise@training@5@0": ([1, 77], "process 0 ended at step 5 (training) with exit code 1: ValueError: boom"),
+    "hang@training@8@1": (
+        [77, 77],
+        "process 1 hangs at step 8 (training): nothing has happened there for 3 s",
+    ),
+    "raise@training@5@0": (
+        [1, 77],
+        "process 0 ended at step 5 (training) with exit code 1: ValueError: boom",
+    ),
     "kill@training@8@0": ([-9, 77], "process 0 was lost at step"),
-    "hang@training@8@0": ([77, 77], "process 0 hangs at step 8 (training): nothing has happened there for 3 s"),
+    "hang@training@8@0": (
+        [77, 77],
+        "process 0 hangs at step 8 (training): nothing has happened there for 3 s",
+    ),
     "spin@training@8@1": ([77, 77], "process 1 hangs at step 8 (training)"),
     "stop@training@8@1": ([77, None], "process 1 was lost at step"),
     "stop@training@8@0": ([None, 77], "process 0 was lost at step"),
@@ -157,19 +186,29 @@ LOST = {
 QUICK = ("raise@training@5@1", "kill@training@8@0", "hang@training@8@1")
 
 
-@pytest.mark.parametrize("fault", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in LOST])
+@pytest.mark.parametrize(
+    "fault", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in LOST]
+)
 def test_no_process_waits_for_one_that_is_gone(fault, source, tmp_path):
     """In time, with a sentence that says which process, where and why; and with a good checkpoint to go on from."""
     codes, sentence = LOST[fault]
-    more = (f"--config.guard.peer_timeout_s={PEER_TIMEOUT}", "--config.guard.hang_timeout_s=3", "--config.train.steps=5000")
+    more = (
+        f"--config.guard.peer_timeout_s={PEER_TIMEOUT}",
+        "--config.guard.hang_timeout_s=3",
+        "--config.train.steps=5000",
+    )
     traces = [{"UOE_TRACE": str(tmp_path / f"trace{i}")} for i in range(2)]
-    pair = uoe_together(2, 1, *train_args(source, tmp_path / "run", *more), faults=fault, each_env=traces)
+    pair = uoe_together(
+        2, 1, *train_args(source, tmp_path / "run", *more), faults=fault, each_env=traces
+    )
     hit = int(fault[-1])
     others = [p for p, code in zip(pair, codes) if code == 77]
     deadline = time.monotonic() + 200
     while any(p.poll() is None for p in others) and time.monotonic() < deadline:
         time.sleep(0.05)
-    took = time.time() - (tmp_path / f"trace{hit}").stat().st_mtime  # the last it wrote was before the fault
+    took = (
+        time.time() - (tmp_path / f"trace{hit}").stat().st_mtime
+    )  # the last it wrote was before the fault
     for process, code in zip(pair, codes):
         if code is None:
             process.kill()  # one that was stopped stays so
@@ -181,7 +220,9 @@ def test_no_process_waits_for_one_that_is_gone(fault, source, tmp_path):
     for i, (_, _, err) in enumerate(ended):
         if codes[i] == 77:
             assert f"uoe: {sentence}" in err and "run the same command again" in err, err
-    assert codes != [77, 77] or "in at" in ended[hit][2] or "in spin" in ended[hit][2]  # where it hangs: its stack
+    assert (
+        codes != [77, 77] or "in at" in ended[hit][2] or "in spin" in ended[hit][2]
+    )  # where it hangs: its stack
 
 
 @pytest.mark.slow
@@ -191,7 +232,11 @@ def test_no_process_waits_for_one_that_is_gone(fault, source, tmp_path):
 ])  # fmt: skip
 def test_four_processes_all_hear_of_it(kind, code, sentence, source, tmp_path):
     more = (f"--config.guard.peer_timeout_s={PEER_TIMEOUT}", "--config.train.steps=5000")
-    ended = finish(uoe_together(4, 1, *train_args(source, tmp_path / "run", *more), faults=f"{kind}@training@5@2"))
+    ended = finish(
+        uoe_together(
+            4, 1, *train_args(source, tmp_path / "run", *more), faults=f"{kind}@training@5@2"
+        )
+    )
     assert [code for code, _, _ in ended] == [77, 77, code, 77], ended
     for i in (0, 1, 3):
         assert sentence in ended[i][2]
@@ -210,7 +255,9 @@ def test_a_bad_step_changes_nothing_but_the_count(monkeypatch):
 
     def poisoned(config, rebuild, params, batch):
         grads, sums = real(config, rebuild, params, batch)
-        return jax.tree.map(lambda g: g + jnp.where(batch["n_bytes"][0] == 7, jnp.nan, 0), grads), sums
+        return jax.tree.map(
+            lambda g: g + jnp.where(batch["n_bytes"][0] == 7, jnp.nan, 0), grads
+        ), sums
 
     monkeypatch.setattr(step, "accumulated_gradients", poisoned)
     mesh = mesh_lib.make_mesh(config.mesh)
@@ -231,7 +278,12 @@ def test_a_bad_step_changes_nothing_but_the_count(monkeypatch):
         assert (int(after.step), int(after.guard.skipped)) == (2, 1)
         state, told = program.train_step(state, good)
         assert (int(told["guard"].in_a_row), int(told["guard"].skipped)) == (0, 1)
-        assert any((a != b).any() for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(jax.device_get(state.params))))
+        assert any(
+            (a != b).any()
+            for a, b in zip(
+                jax.tree.leaves(after.params), jax.tree.leaves(jax.device_get(state.params))
+            )
+        )
 
 
 def test_a_spike_is_bad_and_a_slope_is_not():
@@ -239,16 +291,26 @@ def test_a_spike_is_bad_and_a_slope_is_not():
     rng = np.random.default_rng(0)
     judge = jax.jit(lambda g, loss, norm: guard.judge(c, g, loss, norm))
     for i in range(300):  # a loss that falls and a norm that wanders
-        bad, state = judge(state, jnp.float32(5 - i / 100 + rng.normal() * 0.05), jnp.float32(1 + rng.normal() * 0.1))
+        bad, state = judge(
+            state,
+            jnp.float32(5 - i / 100 + rng.normal() * 0.05),
+            jnp.float32(1 + rng.normal() * 0.1),
+        )
         assert not bad, i
     for loss, norm in ((20.0, 1.0), (2.0, 50.0), (np.nan, 1.0), (2.0, np.inf)):
         bad, after = judge(state, jnp.float32(loss), jnp.float32(norm))
         assert bad and int(after.skipped) == 1
-        assert np.array_equal(after.mean, state.mean) and np.array_equal(after.variance, state.variance)
+        assert np.array_equal(after.mean, state.mean) and np.array_equal(
+            after.variance, state.variance
+        )
     assert not judge(state, jnp.float32(2.0), jnp.float32(1.0))[0]
     steady = guard.fresh()
-    for _ in range(1000):  # a spread of a thousandth of the mean, where the mean of squares has no digits left
-        bad, steady = judge(steady, jnp.float32(10 + rng.normal() * 0.01), jnp.float32(10 + rng.normal() * 0.01))
+    for _ in range(
+        1000
+    ):  # a spread of a thousandth of the mean, where the mean of squares has no digits left
+        bad, steady = judge(
+            steady, jnp.float32(10 + rng.normal() * 0.01), jnp.float32(10 + rng.normal() * 0.01)
+        )
         assert not bad
     early, _ = guard.judge(c, guard.fresh(), jnp.float32(1e9), jnp.float32(1e9))
     assert not early  # nothing is known yet
@@ -264,7 +326,9 @@ def skipped(workdir):
 
 
 def test_nan_on_one_of_two_processes_is_skipped_by_both(source, tmp_path):
-    ended = finish(uoe_together(2, 1, *train_args(source, tmp_path / "run"), faults="nan@training@4+9+10@1"))
+    ended = finish(
+        uoe_together(2, 1, *train_args(source, tmp_path / "run"), faults="nan@training@4+9+10@1")
+    )
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert skipped(tmp_path / "run") == {5: 1, 10: 2, 11: 3}  # batch i makes step i + 1
     assert "step 11 skipped: loss" in ended[0][2] and "(2 in a row, 3 in all)" in ended[0][2]
@@ -275,8 +339,13 @@ def test_too_many_in_a_row_stop_the_run_with_good_checkpoints(source, tmp_path):
     args = train_args(source, tmp_path / "run", "--config.guard.max_bad_steps=3")
     ended = finish(uoe_together(2, 1, *args, faults="nan@training@7+8+9@1"))
     assert [code for code, _, _ in ended] == [76, 76], ended
-    assert "config.guard.max_bad_steps=3: 3 steps in a row" in ended[0][2] and "the checkpoint of step 5 is from before them" in ended[0][2]
-    code, _, err = uoe(*args, "--config.mesh.data=1")  # the numbers were the process's: without it the run goes on
+    assert (
+        "config.guard.max_bad_steps=3: 3 steps in a row" in ended[0][2]
+        and "the checkpoint of step 5 is from before them" in ended[0][2]
+    )
+    code, _, err = uoe(
+        *args, "--config.mesh.data=1"
+    )  # the numbers were the process's: without it the run goes on
     assert code == 0 and "resuming at step 5" in err
 
 
@@ -286,9 +355,18 @@ def test_roll_back_leaves_out_the_data_and_survives_a_kill(source, tmp_path):
     args = ("--config.guard.max_bad_steps=2", "--config.guard.rollbacks=1")
     fault = "nan@training@7+8@0"
     code, _, err = run(*train_args(source, tmp_path / "whole", *args), faults=fault)
-    assert code == 0 and "2 bad steps in a row: back to step 5, leaving out the data of the steps up to 9" in err, err
-    lines = {line["step"]: line for line in metric_lines(tmp_path / "whole") if "train/loss" in line}
-    assert sorted(lines) == list(range(1, 21)) and lines[5]["train/rollbacks"] == 0 and lines[6]["train/rollbacks"] == 1
+    assert (
+        code == 0
+        and "2 bad steps in a row: back to step 5, leaving out the data of the steps up to 9" in err
+    ), err
+    lines = {
+        line["step"]: line for line in metric_lines(tmp_path / "whole") if "train/loss" in line
+    }
+    assert (
+        sorted(lines) == list(range(1, 21))
+        and lines[5]["train/rollbacks"] == 0
+        and lines[6]["train/rollbacks"] == 1
+    )
     for kill in ("kill@training@8@0", "kill@training@12@0"):
         assert run(*train_args(source, tmp_path / "run", *args), faults=f"{fault},{kill}")[0] == -9
     assert run(*train_args(source, tmp_path / "run", *args), faults=fault)[0] == 0
@@ -296,7 +374,9 @@ def test_roll_back_leaves_out_the_data_and_survives_a_kill(source, tmp_path):
 
 
 def test_no_way_back_is_exit_76(source, tmp_path):
-    args = train_args(source, tmp_path / "run", "--config.guard.max_bad_steps=2", "--config.guard.rollbacks=1")
+    args = train_args(
+        source, tmp_path / "run", "--config.guard.max_bad_steps=2", "--config.guard.rollbacks=1"
+    )
     code, _, err = run(*args, faults="nan@training@0+1@0")
     assert code == 76 and "there is no checkpoint from before them" in err, err
 
@@ -304,7 +384,9 @@ def test_no_way_back_is_exit_76(source, tmp_path):
 @pytest.mark.slow
 def test_a_bad_last_step_is_saved(source, tmp_path):
     """Where rollbacks are allowed no checkpoint is made within a bad stretch, but at the end there must be one."""
-    args = train_args(source, tmp_path / "run", "--config.guard.rollbacks=1", "--config.train.steps=8")
+    args = train_args(
+        source, tmp_path / "run", "--config.guard.rollbacks=1", "--config.train.steps=8"
+    )
     assert run(*args, faults="nan@training@7@0")[0] == 0
     assert (tmp_path / "run" / "checkpoints" / "8").is_dir()
 

@@ -27,14 +27,22 @@ def plain(q, k, v, segments, causal):
     """Softmax attention with the whole square of scores."""
     s, rep = q.shape[1], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(a, rep, axis=2) for a in (k, v))
-    allowed = jnp.ones((1, s, s), bool) if segments is None else segments[:, :, None] == segments[:, None]
+    allowed = (
+        jnp.ones((1, s, s), bool) if segments is None else segments[:, :, None] == segments[:, None]
+    )
     allowed = allowed & jnp.tril(jnp.ones((s, s), bool))[None] if causal else allowed
-    scores = jnp.where(allowed[:, None], jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
+    scores = jnp.where(
+        allowed[:, None], jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, -jnp.inf
+    )
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
 
 
 def drawn(s, dv=DH):
-    return (reference.normal(0, B, s, H, DH), reference.normal(1, B, s, G, DH), reference.normal(2, B, s, G, dv)), reference.normal(3, B, s, H, dv)
+    return (
+        reference.normal(0, B, s, H, DH),
+        reference.normal(1, B, s, G, DH),
+        reference.normal(2, B, s, G, dv),
+    ), reference.normal(3, B, s, H, dv)
 
 
 def pulled(f, args, d):
@@ -48,7 +56,11 @@ def pulled(f, args, d):
 def test_value_and_gradients(monkeypatch, s, side, causal, documents):
     monkeypatch.setattr(tiles, "LARGEST", side)
     args, d = drawn(s, dv=6)
-    segments = None if documents == 1 else jnp.asarray(np.arange(s)[None] * documents // s + np.array([[0], [1]]), jnp.int32)
+    segments = (
+        None
+        if documents == 1
+        else jnp.asarray(np.arange(s)[None] * documents // s + np.array([[0], [1]]), jnp.int32)
+    )
     found = jax.jit(lambda *a: pulled(lambda *b: attend(*b, segments, causal), a, d))(*args)
     wanted = pulled(lambda *b: plain(*b, segments, causal), args, d)
     assert reference.error(found, wanted) < 1e-5
@@ -61,7 +73,11 @@ def test_queries_in_16_bits_are_not_rounded_by_their_scale(monkeypatch, causal, 
     monkeypatch.setattr(tiles, "LARGEST", 32)
     q, k, v, d = (4 * reference.normal(i, 1, 64, 2, 32).astype(dtype) for i in range(4))
     y, pulled_back = jax.jit(lambda *a: pulled(lambda *b: attend(*b, None, causal), a, d))(q, k, v)
-    wanted = pulled(lambda *b: plain(*b, None, causal), [a.astype(jnp.float32) for a in (q, k, v)], d.astype(jnp.float32))
+    wanted = pulled(
+        lambda *b: plain(*b, None, causal),
+        [a.astype(jnp.float32) for a in (q, k, v)],
+        d.astype(jnp.float32),
+    )
     assert y.dtype == dtype
     limit = 2.5e-3 if dtype == "bfloat16" else 3.5e-4
     assert reference.norm_error(y, wanted[0]) < limit
@@ -74,7 +90,11 @@ def test_small_gradients_in_float16_are_not_scaled_below_its_least_number(monkey
     q, k, v, d = (reference.normal(i, 1, 256, 2, 32).astype("float16") for i in range(4))
     d = d * 2**-12
     found = jax.jit(lambda *a: pulled(lambda *b: attend(*b, None, False), a, d))(q, k, v)[1]
-    wanted = pulled(lambda *b: plain(*b, None, False), [a.astype(jnp.float32) for a in (q, k, v)], d.astype(jnp.float32))[1]
+    wanted = pulled(
+        lambda *b: plain(*b, None, False),
+        [a.astype(jnp.float32) for a in (q, k, v)],
+        d.astype(jnp.float32),
+    )[1]
     assert reference.norm_error(found, wanted) < 5e-3  # 1.1e-2 with the scale on what is rounded
 
 
@@ -84,7 +104,11 @@ def test_empty_places_at_the_end_are_not_attended_to(monkeypatch, how):
     s, lengths = 40, jnp.asarray([40, 23])
     (q, k, v), d = drawn(s)
     there = (jnp.arange(s)[None] < lengths[:, None])[..., None, None].astype(jnp.float32)
-    f = functools.partial(attend, causal=False, lengths=lengths) if how == "tiles" else lambda *a: fused(*a, False, lengths, "xla")
+    f = (
+        functools.partial(attend, causal=False, lengths=lengths)
+        if how == "tiles"
+        else lambda *a: fused(*a, False, lengths, "xla")
+    )
     found, wanted = [], []
     for fill in (0.0, 1e3):
         filled = [jnp.where(there > 0, a, fill) for a in (q, k, v)]
@@ -103,8 +127,14 @@ def test_the_fused_kernel_is_asked_for_the_same(causal, documents):
     """The call that is cuDNN's on NVIDIA, by another implementation of the same function."""
     s = 24
     args, d = drawn(s)
-    segments = None if documents == 1 else jnp.asarray(np.arange(s)[None] // 9 + np.zeros((B, 1)), jnp.int32)
-    found = jax.jit(lambda *a: pulled(lambda *b: fused(*b, segments, causal, None, "xla"), a, d))(*args)
+    segments = (
+        None
+        if documents == 1
+        else jnp.asarray(np.arange(s)[None] // 9 + np.zeros((B, 1)), jnp.int32)
+    )
+    found = jax.jit(lambda *a: pulled(lambda *b: fused(*b, segments, causal, None, "xla"), a, d))(
+        *args
+    )
     assert reference.error(found, pulled(lambda *b: plain(*b, segments, causal), args, d)) < 1e-5
 
 
@@ -115,10 +145,16 @@ class Packed:
         PADDING, PADDING_CAUSAL = "padding", "causal"
 
     @staticmethod
-    def dot_product_attention(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+    def dot_product_attention(
+        q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type
+    ):
         assert q_seqlen is kv_seqlen and q_offsets is kv_offsets and scale == q.shape[-1] ** -0.5
-        begun = (q_offsets[..., None] <= jnp.arange(q.shape[1])[None, None]) & (q_offsets[..., None] >= 0)
-        jax.debug.callback(lambda o, n: Packed.asked.append((o.tolist(), n.tolist())), q_offsets, q_seqlen)
+        begun = (q_offsets[..., None] <= jnp.arange(q.shape[1])[None, None]) & (
+            q_offsets[..., None] >= 0
+        )
+        jax.debug.callback(
+            lambda o, n: Packed.asked.append((o.tolist(), n.tolist())), q_offsets, q_seqlen
+        )
         return plain(q, k, v, begun.sum(axis=1), mask_type == "causal")
 
 
@@ -132,7 +168,11 @@ def test_documents_are_told_by_where_they_stand(monkeypatch, causal, documents, 
     s, lengths = 24, jnp.asarray([24, 20 if documents > 1 else 24])
     args, d = drawn(s)
     there = jnp.arange(s)[None] < lengths[:, None]
-    rows = [[1] * 9 + [2] * 14 + [3], [1] * 16 + [2] * 4 + [1] * 4] if documents > 1 else [[1] * 24, [2] * 24]
+    rows = (
+        [[1] * 9 + [2] * 14 + [3], [1] * 16 + [2] * 4 + [1] * 4]
+        if documents > 1
+        else [[1] * 24, [2] * 24]
+    )
     segments = jnp.asarray(rows, jnp.int32)
 
     def asked(*a, implementation, **more):
@@ -141,17 +181,23 @@ def test_documents_are_told_by_where_they_stand(monkeypatch, causal, documents, 
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", asked)
     d = jnp.where(there[..., None, None], d, 0)
-    y, found = jax.jit(lambda *a: pulled(lambda *b: fused(*b, segments, causal, lengths, "cudnn"), a, d))(*args)
+    y, found = jax.jit(
+        lambda *a: pulled(lambda *b: fused(*b, segments, causal, lengths, "cudnn"), a, d)
+    )(*args)
     wanted_y, wanted = pulled(lambda *b: plain(*b, jnp.where(there, segments, -1), causal), args, d)
     y, wanted_y = (jnp.where(there[..., None, None], a, 0) for a in (y, wanted_y))
     assert reference.error((y, found), (wanted_y, wanted)) < 1e-5
     jax.effects_barrier()
     told = ([[0, 9, 23, -1], [0, 16, 20, -1]], [[9, 14, 1], [16, 4, 4]])
-    assert Packed.asked == ([told, told] if documents == most else [])  # forward, and in the backward pass
+    assert Packed.asked == (
+        [told, told] if documents == most else []
+    )  # forward, and in the backward pass
 
 
 @pytest.mark.parametrize("version", [(0, 10, 2), (0, 11, 0), (0, 11, 1), (0, 12, 0)])
-def test_key_heads_that_are_shared_are_packed_where_jax_knows_where_they_begin(monkeypatch, version):
+def test_key_heads_that_are_shared_are_packed_where_jax_knows_where_they_begin(
+    monkeypatch, version
+):
     monkeypatch.setattr(jax, "__version_info__", version)
     monkeypatch.setattr(fused_lib, "_on_nvidia", lambda: True)
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
@@ -166,11 +212,16 @@ def test_what_a_kernel_leaves_in_empty_places_reaches_nothing(monkeypatch):
 
     def careless(q, k, v, segments, causal, drop_rate, keys, lengths):
         o = whole(q, k, v, segments, causal, drop_rate, keys, lengths)
-        return jnp.where((jnp.arange(o.shape[1])[None] < lengths[:, None])[..., None, None], o, jnp.nan)
+        return jnp.where(
+            (jnp.arange(o.shape[1])[None] < lengths[:, None])[..., None, None], o, jnp.nan
+        )
 
     routing = RoutingConfig(n_experts=4, k=2, priority="score")
     graphdef, state = nnx.split(smha.SMHA(16, 4, routing, causal=False, rngs=nnx.Rngs(0)))
-    x, segments = reference.normal(0, 3, 8, 16), jnp.asarray([[1] * 8, [1] + [0] * 7, [0] * 8], jnp.int32)
+    x, segments = (
+        reference.normal(0, 3, 8, 16),
+        jnp.asarray([[1] * 8, [1] + [0] * 7, [0] * 8], jnp.int32),
+    )
 
     def loss(state, x):
         tokens = tokens_like(x)._replace(segments_BL=segments)
@@ -179,13 +230,20 @@ def test_what_a_kernel_leaves_in_empty_places_reaches_nothing(monkeypatch):
     wanted = jax.grad(loss, argnums=(0, 1))(state, x)
     monkeypatch.setattr(smha, "attend", careless)
     found = jax.grad(loss, argnums=(0, 1))(state, x)
-    assert reference.error(found, wanted) < 1e-6 and all(np.isfinite(a).all() for a in jax.tree.leaves(found))
+    assert reference.error(found, wanted) < 1e-6 and all(
+        np.isfinite(a).all() for a in jax.tree.leaves(found)
+    )
 
 
 def test_runs_of_documents():
-    firsts, lengths, most = fused_lib.runs(jnp.asarray([[1, 1, 2, 2, 0], [4, 4, 4, 4, 4], [1, 2, 1, 2, 1]], jnp.int32), 3)
+    firsts, lengths, most = fused_lib.runs(
+        jnp.asarray([[1, 1, 2, 2, 0], [4, 4, 4, 4, 4], [1, 2, 1, 2, 1]], jnp.int32), 3
+    )
     assert most == 5
-    assert firsts[:2].tolist() == [[0, 2, 4, -1], [0, -1, -1, -1]] and lengths[:2].tolist() == [[2, 2, 1], [5, -1, -1]]
+    assert firsts[:2].tolist() == [[0, 2, 4, -1], [0, -1, -1, -1]] and lengths[:2].tolist() == [
+        [2, 2, 1],
+        [5, -1, -1],
+    ]
 
 
 def test_what_cudnn_is_asked(monkeypatch):
@@ -196,7 +254,16 @@ def test_what_cudnn_is_asked(monkeypatch):
     assert not fits()  # there is no NVIDIA GPU
     monkeypatch.setattr(fused_lib, "_on_nvidia", lambda: True)
     assert fits() and fits("float16") and fits(dh=128, dv=128)
-    assert not any((fits("float32"), fits(dh=96), fits(dh=60, dv=60), fits(dh=256, dv=256), fits(s=31), fits(drop_rate=0.1)))
+    assert not any(
+        (
+            fits("float32"),
+            fits(dh=96),
+            fits(dh=60, dv=60),
+            fits(dh=256, dv=256),
+            fits(s=31),
+            fits(drop_rate=0.1),
+        )
+    )
     asked = []
     monkeypatch.setattr(attention, "fused", lambda *a: asked.append(a[3:]) or a[0])
     q = jnp.zeros((2, 32, 4, 64), jnp.bfloat16)
@@ -237,7 +304,10 @@ def test_memory_grows_with_the_length_and_not_with_its_square(causal):
     assert held(4096) < 4 * 4096 * 4096 * 4 / 10  # the scores would be 268 MB
 
 
-@pytest.mark.parametrize("length, side, n", [(1, 1, 1), (256, 256, 1), (257, 136, 2), (512, 256, 2), (300, 152, 2), (1000, 256, 4)])
+@pytest.mark.parametrize(
+    "length, side, n",
+    [(1, 1, 1), (256, 256, 1), (257, 136, 2), (512, 256, 2), (300, 152, 2), (1000, 256, 4)],
+)
 def test_tiles(length, side, n):
     assert tiles.tile(length) == side and side * n >= length > side * (n - 1)
     for causal in (True, False):
@@ -246,12 +316,18 @@ def test_tiles(length, side, n):
         assert tiles.computed_scores(length, causal) == len(pairs) * side**2
 
 
-@pytest.mark.parametrize("n, start, stop", [(40, 0, 40), (40, 3, 29), (16, 0, 16), (10, 0, 10), (40, 7, 7)])
+@pytest.mark.parametrize(
+    "n, start, stop", [(40, 0, 40), (40, 3, 29), (16, 0, 16), (10, 0, 10), (40, 7, 7)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_losses_of_a_vocabulary(monkeypatch, n, start, stop, dtype):
     monkeypatch.setattr(tiles, "LEAST_CHUNK", 16)
     monkeypatch.setattr(tiles, "CHUNK_SCORES", 1)
-    x, table, d = reference.normal(0, n, 8).astype(dtype), reference.normal(1, 29, 8), reference.normal(2, n)
+    x, table, d = (
+        reference.normal(0, n, 8).astype(dtype),
+        reference.normal(1, 29, 8),
+        reference.normal(2, n),
+    )
     target = jnp.asarray(np.random.default_rng(0).integers(0, 29, n), jnp.int32)
     inside = (jnp.arange(n) >= start) & (jnp.arange(n) < stop)
 
@@ -260,5 +336,9 @@ def test_losses_of_a_vocabulary(monkeypatch, n, start, stop, dtype):
         nll = -jnp.take_along_axis(jax.nn.log_softmax(scores), target[:, None], axis=1)[:, 0]
         return jnp.where(inside, nll, 0)
 
-    found = jax.jit(lambda *a: pulled(lambda x, table: words_nll(x, table, target, start, stop), a, d))(x, table)
-    assert reference.error(found, pulled(wanted, (x, table), d)) < (1e-5 if dtype == "float32" else 1e-2)
+    found = jax.jit(
+        lambda *a: pulled(lambda x, table: words_nll(x, table, target, start, stop), a, d)
+    )(x, table)
+    assert reference.error(found, pulled(wanted, (x, table), d)) < (
+        1e-5 if dtype == "float32" else 1e-2
+    )

@@ -16,7 +16,9 @@ from uoe_jax.flops import forward_flops, train_flops
 from uoe_jax.model import Transformer
 
 # One layer: the compiler counts the body of the scan over layers once. Wide, so that elementwise work is small beside it.
-BASE = ModelConfig(vocab_size=256, d_model=512, n_layers=1, n_heads=8, d_hidden=2048, context_length=128)
+BASE = ModelConfig(
+    vocab_size=256, d_model=512, n_layers=1, n_heads=8, d_hidden=2048, context_length=128
+)
 R = RoutingConfig(n_experts=8, k=4, capacity_window=32)
 HIERARCHICAL = dataclasses.replace(R, unit="hierarchical", priority="score", capacity_factor=0.5)
 BOUND = dict(sequence_capacity_factor=1.0, sequence_group=4)
@@ -73,18 +75,28 @@ def test_stem_and_head_alone():
 
     def counted(c: ModelConfig) -> float:
         i = c.image
-        return compilers_count(Classifier, c, jax.ShapeDtypeStruct((1, 2, i.height, i.width, i.channels), jnp.float32))
+        return compilers_count(
+            Classifier, c, jax.ShapeDtypeStruct((1, 2, i.height, i.width, i.channels), jnp.float32)
+        )
 
     for other in (wide, deep):
-        assert counted(other) - counted(few) == pytest.approx(forward_flops(other) - forward_flops(few), rel=0.05)
+        assert counted(other) - counted(few) == pytest.approx(
+            forward_flops(other) - forward_flops(few), rel=0.05
+        )
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers(name):
     config = CLASSIFIERS[name]
     i, shape = config.image, (3, config.context_length)
-    inputs = jax.ShapeDtypeStruct((3, 2, i.height, i.width, i.channels), jnp.float32) if config.stem == "image" else jax.ShapeDtypeStruct(shape, jnp.int32)
-    assert compilers_count(Classifier, config, inputs) == pytest.approx(3 * forward_flops(config), rel=0.05)
+    inputs = (
+        jax.ShapeDtypeStruct((3, 2, i.height, i.width, i.channels), jnp.float32)
+        if config.stem == "image"
+        else jax.ShapeDtypeStruct(shape, jnp.int32)
+    )
+    assert compilers_count(Classifier, config, inputs) == pytest.approx(
+        3 * forward_flops(config), rel=0.05
+    )
 
 
 def test_flops_scale():

@@ -79,10 +79,42 @@ RULES = {
         compile_timeout_s=0.0..1e6""",
     "generate": "prompt=text max_tokens=1.. temperature=0.0..1e3 top_k=0.. top_p=>0.0..1 seed=0..",
 }
-TABLE = {f"{s}.{name}": rule for s, text in RULES.items() for name, rule in (word.split("=", 1) for word in text.split())}
+TABLE = {
+    f"{s}.{name}": rule
+    for s, text in RULES.items()
+    for name, rule in (word.split("=", 1) for word in text.split())
+}
 
-NO_NUMBERS = ("", " ", "abc", "None", "true", "0x10", "1,000", "5 6", "1/2", "٣", "５", "--5", "[5]", "1__0", "_1", "'5'", "5\n6")
-NO_WHOLE = ("1.5", "5.0", "1e3", "nan", "inf", "9" * 5000, str(HUGE + 1), str(10**18), str(-(10**30)))
+NO_NUMBERS = (
+    "",
+    " ",
+    "abc",
+    "None",
+    "true",
+    "0x10",
+    "1,000",
+    "5 6",
+    "1/2",
+    "٣",
+    "５",
+    "--5",
+    "[5]",
+    "1__0",
+    "_1",
+    "'5'",
+    "5\n6",
+)
+NO_WHOLE = (
+    "1.5",
+    "5.0",
+    "1e3",
+    "nan",
+    "inf",
+    "9" * 5000,
+    str(HUGE + 1),
+    str(10**18),
+    str(-(10**30)),
+)
 NO_BOOL = ("", "2", "yes", "on", "None", "-1", "1.0", "truth", "[true]", "0x1", "tru e", "ｔｒｕｅ")
 
 
@@ -97,11 +129,18 @@ def wrong_values(name: str) -> list[str]:
         return [*NO_NUMBERS[1:], "1.5", "0", "-1", "3,2", "1,,2", "1,1", "5;9", str(HUGE)]
     if "|" in rule:
         choices = [c for c in rule.split("|") if c]
-        near = [v for c in choices for v in (c.upper(), c + " ", c[:-1], "x" + c, f"{c}\u200b") if v not in choices]
+        near = [
+            v
+            for c in choices
+            for v in (c.upper(), c + " ", c[:-1], "x" + c, f"{c}\u200b")
+            if v not in choices
+        ]
         return ["", "None", "0", ",".join([*choices, *choices]), *near]
     low, high = rule.lstrip(">").split("..")
     if "." not in low:
-        beyond = [str(int(low) - 1)] + [str(int(high or HUGE) + 1)] + ["0"] * name.startswith("mesh.")
+        beyond = (
+            [str(int(low) - 1)] + [str(int(high or HUGE) + 1)] + ["0"] * name.startswith("mesh.")
+        )
         return [*NO_NUMBERS, *NO_WHOLE, *beyond]
     beyond = [repr(float(low) - 1e-6), repr(float(high) * 1.001), "-1e300", "1e300"]
     beyond += ["0", "-0.0", "1e-50"] * rule.startswith(">")
@@ -113,8 +152,15 @@ def typo(name: str, rng: random.Random) -> str:
     while True:
         i = rng.randrange(len(name))
         before, here, after = name[:i], name[i], name[i + 1 :]
-        letters = (before + after, before + here + name[i:], before + after[:1] + here + after[1:], before + "é" + name[i:])
-        slip = rng.choice((*letters, name.upper(), name.replace("_", "-"), name + " ", before + "\n" + name[i:]))
+        letters = (
+            before + after,
+            before + here + name[i:],
+            before + after[:1] + here + after[1:],
+            before + "é" + name[i:],
+        )
+        slip = rng.choice(
+            (*letters, name.upper(), name.replace("_", "-"), name + " ", before + "\n" + name[i:])
+        )
         if slip not in TABLE and "=" not in slip:
             return slip
 
@@ -139,7 +185,11 @@ PAIRS: list[dict[str, Any]] = [
     *({f"model.{b}.priority": "score"} for b in ("smha", "uome")),
     *({f"model.{b}.unit": u} for b in ("smha", "uome") for u in ("sequence", "hierarchical")),
     *({f"model.{b}.sequence_capacity_factor": 1.5} for b in ("smha", "uome")),
-    {"model.smha.sequence_group": 3, "model.smha.sequence_capacity_factor": 1, "model.smha.unit": "sequence"},
+    {
+        "model.smha.sequence_group": 3,
+        "model.smha.sequence_capacity_factor": 1,
+        "model.smha.unit": "sequence",
+    },
     {"model.causal": "false"},
     {"model.task": "classify"},
     {"model.stem": "image"},
@@ -151,15 +201,30 @@ PAIRS: list[dict[str, Any]] = [
     {"model.cutoff_div": 2},
     {"model.cutoffs": "100,257"},
     *({"data.source": name} for name in ("digits", "listops", "imdb", "tfds_text")),
-    *({"data.tokenizer_file": "bpe.json", "data.tokenizer": name} for name in ("bytes", "bpe", "words")),
+    *(
+        {"data.tokenizer_file": "bpe.json", "data.tokenizer": name}
+        for name in ("bytes", "bpe", "words")
+    ),
     {"train.label_smoothing": 0.1},
     {"augment.flip": "true"},
-    *({name: value} for name, value in (("data.listops.seed", 1), ("data.pathfinder.size", 64), ("data.name", "lm1b"),
-      ("data.min_count", 2), ("model.image.width", 8), ("model.classifier.pooling", "cls"))),
+    *(
+        {name: value}
+        for name, value in (
+            ("data.listops.seed", 1),
+            ("data.pathfinder.size", 64),
+            ("data.name", "lm1b"),
+            ("data.min_count", 2),
+            ("model.image.width", 8),
+            ("model.classifier.pooling", "cls"),
+        )
+    ),
     {"eval.test": "true", "checkpoint.keep_best": 0},
     {"data.sort_window": 4},
     {"data.held_out": 10},
-    *({"model.rope_scaling": text} for text in ("8", "8,1,4", "8,4,1,64", "0.5,1,4,64", "a,b,c,d", "8,1,4,nan", "8,1,4,64,2")),
+    *(
+        {"model.rope_scaling": text}
+        for text in ("8", "8,1,4", "8,4,1,64", "0.5,1,4,64", "a,b,c,d", "8,1,4,nan", "8,1,4,64,2")
+    ),
     {"model.rope_scaling": "8,1,4,64", "model.position": "learned"},
     {"model.qkv_bias": "true", "model.bias": "true"},
     {"model.qkv_bias": "true", "model.attention": "mla"},
@@ -180,11 +245,19 @@ PAIRS: list[dict[str, Any]] = [
     {"mesh.fsdp": 8, "model.d_model": 36},
     {"mesh.expert": 4, "mesh.sequence_parallel": "true", "model.context_length": 62},
     {"mesh.expert": 3, "model.attention": "dense", "model.mlp": "dense"},
-    *({"model.attention": name} for name in ("mosa", "linformer", "nystromformer", "performer", "reformer", "long_short")),
+    *(
+        {"model.attention": name}
+        for name in ("mosa", "linformer", "nystromformer", "performer", "reformer", "long_short")
+    ),
     {"model.mlp": "expert_choice"},
     *({"model.mlp": "token_choice", "model.moe.k": k} for k in (3, 9, HUGE)),
     {"model.mlp": "deepseek_moe", "model.moe.n_shared": 1},  # F=64 is not cut in 3
-    {"model.mlp": "deepseek_moe", "model.moe.n_shared": 2, "mesh.expert": 3, "model.moe.d_expert": 4},
+    {
+        "model.mlp": "deepseek_moe",
+        "model.moe.n_shared": 2,
+        "mesh.expert": 3,
+        "model.moe.d_expert": 4,
+    },
     {"model.mlp": "token_choice", "model.moe.threshold": 0.5},
     {"model.mlp": "xmoe", "model.moe.score": "sigmoid"},
     {"model.moe.k": 1},
@@ -212,16 +285,32 @@ def invalid_cases() -> Iterator[Case]:
     for name in TABLE:
         for value in rng.sample(wrong_values(name), 3) if TABLE[name] != "text" else ():
             equals = rng.random() < 0.8 or value.startswith("-")
-            yield Case([f"--config.{name}={value}"] if equals else [f"--config.{name}", value], [name])
+            yield Case(
+                [f"--config.{name}={value}"] if equals else [f"--config.{name}", value], [name]
+            )
         slip = typo(name, rng)
         yield Case([f"--config.{slip}=3"], [slip])
         yield Case([f"--config.{name}=1", f"--config.{name}=2"], [name])
-    odd = ("", ".", "model.", ".train", "train.steps.", "train..steps", "train.steps.more", "config.train.steps", "x" * 5000)
+    odd = (
+        "",
+        ".",
+        "model.",
+        ".train",
+        "train.steps.",
+        "train..steps",
+        "train.steps.more",
+        "config.train.steps",
+        "x" * 5000,
+    )
     for section in (*RULES, *odd):
         yield Case([f"--config.{section}={rng.choice(('3', '', '{}', 'None'))}"], [section])
     for pair in PAIRS:
         yield Case([f"--config.{name}={value}" for name, value in pair.items()], list(pair))
-    for args in (["--config.train.steps"], ["--config.train.steps", "--config.train.seed=3"], ["--config.train.steps==3"]):
+    for args in (
+        ["--config.train.steps"],
+        ["--config.train.steps", "--config.train.seed=3"],
+        ["--config.train.steps==3"],
+    ):
         yield Case(args, ["train.steps"])
 
 
@@ -243,7 +332,9 @@ json.dump({"found": found, "late": late}, sys.stdout)
 def refused(code: int, err: str, keys: list[str]) -> bool:
     """Whether this is the answer that bad input gets: exit code 2 and one sentence that names a key as it was typed."""
     typed = [key if key.isprintable() else ascii(key)[1:-1] for key in keys]
-    named = any(f"config.{key}" in err for key in typed) or any(f" {key.rpartition('.')[2]}=" in err for key in typed)
+    named = any(f"config.{key}" in err for key in typed) or any(
+        f" {key.rpartition('.')[2]}=" in err for key in typed
+    )
     return code == 2 and err.startswith("uoe: ") and err.count("\n") == 1 and named
 
 
@@ -262,7 +353,11 @@ def test_hundreds_of_wrong_overrides_are_refused_at_once():
     told = json.loads(done.stdout)
     assert told["late"] == []
     answers = list(zip(cases, told["found"], strict=True))
-    wrong = [(case.args, code, err[:300]) for case, (code, err, _) in answers if not refused(code, err, case.keys)]
+    wrong = [
+        (case.args, code, err[:300])
+        for case, (code, err, _) in answers
+        if not refused(code, err, case.keys)
+    ]
     assert not wrong, f"{len(wrong)} of {len(cases)}: {wrong[:20]}"
     slow = [(case.args, seconds) for case, (_, _, seconds) in answers if seconds > 1]
     assert not slow
@@ -276,7 +371,13 @@ def test_the_answer_comes_within_a_second_of_start_up(name, value):
 
     def seconds(code: str, *args: str) -> tuple[float, subprocess.CompletedProcess]:
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, *args], env=environment(), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         return time.perf_counter() - start, done
 
     args = ("train", f"--config={TINY}", "--workdir=/nonexistent/never", f"--config.{name}={value}")
@@ -293,12 +394,18 @@ def test_the_answer_comes_within_a_second_of_start_up(name, value):
     ("generate.prompt", "a=b", "a=b"), ("mesh.data", "-1", -1),
 ])  # fmt: skip
 def test_odd_but_clear_values_are_taken(name, text, value):
-    twice = [f"--config.{name}={text}", f"--config.{name}", text]  # the same value twice is no contradiction
+    twice = [
+        f"--config.{name}={text}",
+        f"--config.{name}",
+        text,
+    ]  # the same value twice is no contradiction
     found = cli.load_config(TINY, cli._overrides(twice, argparse.Namespace(takes_config=True)))
     assert {key: v for key, v, _ in config.leaves(found)}[name] == value
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/c.py", "no\nfile", "", ":", "/", "tests"])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "~nobody-of-this-name/c.py", "no\nfile", "", ":", "/", "tests"]
+)
 def test_config_names_that_cannot_be(capsys, name):
     assert cli.main(["train", f"--config={name}", "--workdir=/nonexistent/never"]) == 2
     err = capsys.readouterr().err
@@ -310,7 +417,12 @@ def test_values_in_a_config_file_are_held_to_the_same_rules(tmp_path, capsys):
                         ("c = type(c)({'train': 3})", "config.train=3"), ("c.model.d_hidden = 66", "d_hidden=66")):  # fmt: skip
         text = f"from uoe_jax import config\ndef get_config():\n    c = config.base()\n    {line}\n    return c"
         (tmp_path / "c.py").write_text(text)
-        args = ["train", f"--config={tmp_path / 'c.py'}", "--workdir=/nonexistent/never", "--config.train.seed=1"]
+        args = [
+            "train",
+            f"--config={tmp_path / 'c.py'}",
+            "--workdir=/nonexistent/never",
+            "--config.train.seed=1",
+        ]
         assert cli.main(args) == 2, line
         err = capsys.readouterr().err
         assert named in err and err.count("\n") == 1, (line, err)
@@ -360,10 +472,15 @@ def valid(rng: random.Random, causal: bool = True) -> dict[str, Any]:
             "sequence_group": HUGE,
         }  # fmt: skip
         if not causal:
-            r |= {"unit": pick(("patch", "sequence", "hierarchical")), "priority": pick(("position", "score"))}
+            r |= {
+                "unit": pick(("patch", "sequence", "hierarchical")),
+                "priority": pick(("position", "score")),
+            }
             if r["unit"] != "patch":
                 r |= {"sequence_capacity_factor": pick((0, 0.01, 1.25, 1e6)), "sequence_group": own}
-                if r["sequence_capacity_factor"] and r["dispatch"] == "onehot":  # which has a row for every sequence
+                if (
+                    r["sequence_capacity_factor"] and r["dispatch"] == "onehot"
+                ):  # which has a row for every sequence
                     r["dispatch"] = "inverse"
         c |= {f"model.{block}.{name}": value for name, value in r.items()}
     room = length - 2  # the separator, and a token to draw
@@ -384,7 +501,9 @@ def valid(rng: random.Random, causal: bool = True) -> dict[str, Any]:
     return c
 
 
-def cuts_evenly(expert: int, n: dict[str, int], kv: int, d_hidden: int, attention: str, mlp: str) -> bool:
+def cuts_evenly(
+    expert: int, n: dict[str, int], kv: int, d_hidden: int, attention: str, mlp: str
+) -> bool:
     """Whether both blocks can be cut in so many parts."""
     a, m = n["smha"] if attention == "smha" else kv, n["uome"] if mlp == "uome" else d_hidden
     return a % expert == 0 and m % expert == 0
@@ -416,12 +535,16 @@ WHOLE_RUNS, STEPS_ALONE = range(12), range(12, 50)
 QUICK = (11,)  # two sittings, float16 and a vocabulary larger than the tokenizer's
 
 
-@pytest.mark.parametrize("seed", [pytest.param(i, marks=[pytest.mark.slow] * (i not in QUICK)) for i in WHOLE_RUNS])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(i, marks=[pytest.mark.slow] * (i not in QUICK)) for i in WHOLE_RUNS]
+)
 def test_valid_configurations_train(seed, source, tmp_path, capsys, as_commands_run):
     """Two steps, in one sitting or two: finite, saved, and there is nothing left to do."""
     values = valid(random.Random(seed)) | {"data.path": source}
     overrides = {name: str(value) for name, value in values.items()}
-    print(" ".join(f"--config.{name}={value!r}" for name, value in overrides.items()))  # shown where it fails
+    print(
+        " ".join(f"--config.{name}={value!r}" for name, value in overrides.items())
+    )  # shown where it fails
     assert train(cli.load_config(TINY, overrides), str(tmp_path / "run"), sample) == 0
     if values["train.stop_after"] == 1:
         overrides["train.stop_after"] = "0"
@@ -429,7 +552,12 @@ def test_valid_configurations_train(seed, source, tmp_path, capsys, as_commands_
     lines = metric_lines(tmp_path / "run")
     trained = [line["train/loss"] for line in lines if "train/loss" in line]
     evaluated = [line["eval/loss"] for line in lines if "eval/loss" in line]
-    assert trained and evaluated and lines[-1]["step"] == 2 and np.isfinite([*trained, *evaluated]).all(), lines
+    assert (
+        trained
+        and evaluated
+        and lines[-1]["step"] == 2
+        and np.isfinite([*trained, *evaluated]).all()
+    ), lines
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
     assert "nothing left" not in capsys.readouterr().err
     assert train(cli.load_config(TINY, overrides), str(tmp_path / "run"), sample) == 0
@@ -455,11 +583,22 @@ def test_valid_models_train(seed):
     shape = (c.train.batch_size, c.model.context_length)
     numbers = np.random.default_rng(seed)
     tokens = numbers.integers(0, 11, shape)
-    batch = {"tokens": tokens, "targets": tokens, "segments": np.ones(shape), "positions": np.arange(shape[1]) + np.zeros(shape)}
-    batch = {name: a.astype(np.int32) for name, a in batch.items()} | {"n_bytes": np.full(shape[0], shape[1], np.int32)}
+    batch = {
+        "tokens": tokens,
+        "targets": tokens,
+        "segments": np.ones(shape),
+        "positions": np.arange(shape[1]) + np.zeros(shape),
+    }
+    batch = {name: a.astype(np.int32) for name, a in batch.items()} | {
+        "n_bytes": np.full(shape[0], shape[1], np.int32)
+    }
     with jax.set_mesh(mesh):
         program = build(c, mesh)
         state = program.init(jax.random.key(c.train.seed))
         for _ in range(2):
             state, found = program.train_step(state, mesh_lib.put_batch(mesh, batch))
-    assert int(state.step) == 2 and np.isfinite(float(found["sums"].nll)) and np.isfinite(float(found["grad_norm"]))
+    assert (
+        int(state.step) == 2
+        and np.isfinite(float(found["sums"].nll))
+        and np.isfinite(float(found["grad_norm"]))
+    )

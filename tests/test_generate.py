@@ -27,9 +27,20 @@ CUT = dict(n_experts=4, k=2, capacity_window=32, capacity_factor=0.75)
 
 
 def config_of(source: str = "", **generate) -> Config:
-    model = dict(d_model=32, n_layers=2, n_heads=4, d_hidden=64, context_length=256, vocab_size=257, smha=CUT, uome={**CUT, "patch_size": 4})
+    model = dict(
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        d_hidden=64,
+        context_length=256,
+        vocab_size=257,
+        smha=CUT,
+        uome={**CUT, "patch_size": 4},
+    )
     data = {"source": "text", "path": source} if source else {}
-    return from_dict({"model": model, "data": data, "train": {"batch_size": 8}, "generate": generate})
+    return from_dict(
+        {"model": model, "data": data, "train": {"batch_size": 8}, "generate": generate}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,9 @@ def run(tmp_path_factory):
 
 def sampler(run, **generate) -> Sampler:
     config = config_of(**generate)
-    with restored(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=8)), str(run)) as found:
+    with restored(
+        dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=8)), str(run)
+    ) as found:
         params = jax.device_get(found.params)
         model = found.program.model
     return Sampler(config, model, params, ByteTokenizer())
@@ -68,7 +81,9 @@ def test_two_hundred_tokens_by_cache_are_those_of_the_full_pass(temperature, run
     @jax.jit
     def following(params, row_1L, length):
         logits = found._model(params)(row_1L)[0][0, length - 1][None, :257]
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(np.uint32(3)), np.uint32(5)), length)
+        key = jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(np.uint32(3)), np.uint32(5)), length
+        )
         return pick(logits, key[None], *settings)[0]
 
     for _ in range(200):
@@ -119,7 +134,13 @@ def grown(text: bytes, stops=(), limit: int = 10_000) -> tuple[list[str], Growin
 
 def test_characters_are_shown_whole():
     shown, growing = grown("aé€𝄞b".encode())
-    assert [s for s in shown if s] == ["a", "é", "€", "𝄞", "b"] and growing.text == "aé€𝄞b" == growing.shown
+    assert [s for s in shown if s] == [
+        "a",
+        "é",
+        "€",
+        "𝄞",
+        "b",
+    ] and growing.text == "aé€𝄞b" == growing.shown
     shown, growing = grown(b"a\xffb\xe2")
     assert growing.text == "a\ufffdb\ufffd" and growing.shown == "a\ufffdb"
     assert growing.push(256) == "\ufffd" and growing.ended == "document"
@@ -127,7 +148,13 @@ def test_characters_are_shown_whole():
 
 @pytest.mark.parametrize(
     "text, stops, said",
-    [("hello END of", ["END"], "hello "), ("a\n\nb", ["\n\n", "b"], "a"), ("abcabd", ["abd"], "abc"), ("aab", ["ab"], "a"), ("EN", ["END"], "EN")],
+    [
+        ("hello END of", ["END"], "hello "),
+        ("a\n\nb", ["\n\n", "b"], "a"),
+        ("abcabd", ["abd"], "abc"),
+        ("aab", ["ab"], "a"),
+        ("EN", ["END"], "EN"),
+    ],
 )
 def test_text_ends_before_the_first_stop_and_nothing_of_it_is_shown(text, stops, said):
     shown, growing = grown(text.encode(), stops)
@@ -149,20 +176,32 @@ def test_a_limit():
 
 def test_prompts_of_a_file_and_where_they_go(run, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("def f\n\nclass A\nx\n")
-    (tmp_path / "p.jsonl").write_text('{"prompt": "def f"}\n{"prompt": "class A"}\n{"prompt": "x"}\n')
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "def f"}\n{"prompt": "class A"}\n{"prompt": "x"}\n'
+    )
     options = [f"--workdir={run}", "--max_tokens=12", "--batch=2"]
     assert uoe(*options, f"--prompts={tmp_path}/p.txt") == 0
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["prompt"] for line in lines] == ["def f", "class A", "x"]
-    assert all(set(line) == {"prompt", "text", "tokens", "ended"} and line["ended"] in ("limit", "document") for line in lines)
+    assert all(
+        set(line) == {"prompt", "text", "tokens", "ended"}
+        and line["ended"] in ("limit", "document")
+        for line in lines
+    )
     assert "2 of 4 experts in smha" in err and "cache of 256 tokens" in err
     assert uoe(*options, f"--prompts={tmp_path}/p.jsonl", f"--out={tmp_path}/out.jsonl") == 0
     assert (tmp_path / "out.jsonl").read_text() == out
 
 
 def test_what_is_streamed_is_the_text(run, capsys):
-    options = [f"--workdir={run}", "--prompt=def f(", "--max_tokens=30", "--temperature=1", "--stop=\x00\x00"]
+    options = [
+        f"--workdir={run}",
+        "--prompt=def f(",
+        "--max_tokens=30",
+        "--temperature=1",
+        "--stop=\x00\x00",
+    ]
     texts = []
     for more in ([], ["--no-stream"]):
         assert uoe(*options, *more) == 0
@@ -177,10 +216,20 @@ def test_chat_goes_on_with_all_that_was_said(run, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("import os\nclass A:\n\nnever read\n"))
     seen = []
     complete = Sampler.complete
-    monkeypatch.setattr(Sampler, "complete", lambda self, prompts, *a, **k: (seen.append(prompts[0]), complete(self, prompts, *a, **k))[1])
+    monkeypatch.setattr(
+        Sampler,
+        "complete",
+        lambda self, prompts, *a, **k: (seen.append(prompts[0]), complete(self, prompts, *a, **k))[
+            1
+        ],
+    )
     assert uoe(f"--workdir={run}", "--chat", "--max_tokens=10") == 0
     out, _ = capsys.readouterr()
-    assert seen[0] == "import os\n" and seen[1].startswith("import os\n") and seen[1].endswith("\nclass A:\n")
+    assert (
+        seen[0] == "import os\n"
+        and seen[1].startswith("import os\n")
+        and seen[1].endswith("\nclass A:\n")
+    )
     answer = seen[1].removeprefix("import os\n").removesuffix("class A:\n")
     assert out.startswith(answer) and len(seen) == 2
 
@@ -199,7 +248,10 @@ def test_chat_forgets_the_oldest_when_the_context_is_full(run, capsys):
     [
         (["--experts=5"], "--experts=5: smha has 4 experts; give a number from 1 to that"),
         (["--experts=0"], "--experts=0: smha has 4 experts"),
-        (["--experts=many"], "--experts=many: give a number, a range such as 1..4, or smha=3,uome=4"),
+        (
+            ["--experts=many"],
+            "--experts=many: give a number, a range such as 1..4, or smha=3,uome=4",
+        ),
         (["--experts=1..2"], "--experts=1..2: a text is written with one K"),
         (["--experts=moe=2"], "--experts=moe=2: give a number"),
         (["--prompt=x", "--chat"], "--prompt and --chat: prompts come from one place"),
@@ -218,7 +270,13 @@ def test_what_cannot_be_done_is_refused(options, said, run, capsys):
 
 
 def test_prompts_that_are_none(run, tmp_path, capsys):
-    for name, text in {"empty.txt": "\n \n", "broken.jsonl": "{", "other.jsonl": '{"text": "x"}\n', "number.jsonl": '{"prompt": 3}\n', "list.jsonl": "[1]\n"}.items():
+    for name, text in {
+        "empty.txt": "\n \n",
+        "broken.jsonl": "{",
+        "other.jsonl": '{"text": "x"}\n',
+        "number.jsonl": '{"prompt": 3}\n',
+        "list.jsonl": "[1]\n",
+    }.items():
         (tmp_path / name).write_text(text)
         assert uoe(f"--workdir={run}", f"--prompts={tmp_path / name}") == 2
         err = capsys.readouterr().err
@@ -243,7 +301,9 @@ def test_slots_follow_the_number_of_experts():
     with pytest.raises(UserError, match="--experts=2: this model has no unions of experts"):
         choices(dense, "2")
     half = from_dict({"model": {"attention": "dense"}})
-    with pytest.raises(UserError, match="--experts=smha=2: the routed blocks of this model are uome"):
+    with pytest.raises(
+        UserError, match="--experts=smha=2: the routed blocks of this model are uome"
+    ):
         choices(half, "smha=2")
 
 
@@ -265,4 +325,6 @@ def test_the_curve_over_experts(run, capsys):
     config = config_of(source)
     documents = list(text_source(config.data, default_cache_dir()).documents("validation"))
     words, targets = sum(len(d.split()) for d in documents), sum(len(d) + 1 for d in documents)
-    assert math.log(plain["eval/perplexity_per_word"]) == pytest.approx(plain["eval/loss"] * targets / words)
+    assert math.log(plain["eval/perplexity_per_word"]) == pytest.approx(
+        plain["eval/loss"] * targets / words
+    )

@@ -39,12 +39,20 @@ def test_smha(name, priority):
     b, l, d = g["x"].shape
     n, k, dh = int(g["n"]), int(g["topk"]), g["qkv_w"].shape[2] // 3
     routing = RoutingConfig(
-        n_experts=n, k=k, capacity_factor=n / k, capacity_window=l, priority=priority, gate="none", router_bias=True
+        n_experts=n,
+        k=k,
+        capacity_factor=n / k,
+        capacity_window=l,
+        priority=priority,
+        gate="none",
+        router_bias=True,
     )
     block = nnx.merge(*reference.build(lambda: SMHA(d, n, routing, bias=True, rngs=nnx.Rngs(0))))
     put(block.router.kernel, g["gate_w"].T)
     put(block.router.bias, g["gate_b"])
-    for i, (w, bias) in enumerate(((block.w_q, block.b_q), (block.w_k, block.b_k), (block.w_v, block.b_v))):
+    for i, (w, bias) in enumerate(
+        ((block.w_q, block.b_q), (block.w_k, block.b_k), (block.w_v, block.b_v))
+    ):
         part = slice(i * dh, (i + 1) * dh)
         put(w, g["qkv_w"][:, :, None, part])
         put(bias, g["qkv_b"][:, :, part])
@@ -63,7 +71,9 @@ def test_smha(name, priority):
 def test_uome(name):
     g = np.load(GOLDEN / name)
     l, n, c = g["x"].shape[1], int(g["n"]), int(g["capacity"])
-    routing = RoutingConfig(n_experts=n, k=n, capacity_factor=c / l, priority="score", gate="none", router_bias=True)
+    routing = RoutingConfig(
+        n_experts=n, k=n, capacity_factor=c / l, priority="score", gate="none", router_bias=True
+    )
     assert routing.slots(l) == c
     d, f = g["w1"].shape[1], n * g["w1"].shape[2]
     block = nnx.merge(*reference.build(lambda: UoME(d, f, routing, bias=True, rngs=nnx.Rngs(0))))

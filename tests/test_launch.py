@@ -56,7 +56,9 @@ time.sleep(100)
 
 def start(*args: str, **popen) -> subprocess.Popen:
     command = [sys.executable, str(LOCAL), *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
 
 
 def local(*args: str, **popen) -> tuple[int, str, str]:
@@ -87,8 +89,13 @@ def is_alive(pid: int) -> bool:
 
 
 def test_each_process_is_told_its_place(tmp_path):
-    env = {**os.environ, "XLA_FLAGS": "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=7"}
-    code, _, err = local("--processes=3", "--devices=4", "--", *PYTHON, RECORD, f"{tmp_path}/", env=env)
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=7",
+    }
+    code, _, err = local(
+        "--processes=3", "--devices=4", "--", *PYTHON, RECORD, f"{tmp_path}/", env=env
+    )
     assert code == 0, err
     told = [json.loads((tmp_path / str(i)).read_text()) for i in range(3)]
     for i, (own_session, env) in enumerate(told):
@@ -96,7 +103,10 @@ def test_each_process_is_told_its_place(tmp_path):
         assert env["UOE_PROCESS_ID"] == str(i) and env["UOE_PROCESSES"] == "3"
         assert env["UOE_COORDINATOR"] == told[0][1]["UOE_COORDINATOR"]
         assert env["JAX_PLATFORMS"] == "cpu"
-        assert env["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4"
+        assert (
+            env["XLA_FLAGS"]
+            == "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4"
+        )
     host, port = told[0][1]["UOE_COORDINATOR"].split(":")
     assert host == "127.0.0.1" and 1024 <= int(port) < 65536
 
@@ -104,12 +114,23 @@ def test_each_process_is_told_its_place(tmp_path):
 def test_lines_of_the_others_are_marked():
     code, out, err = local("--processes=3", "--", *PYTHON, SPEAK)
     assert code == 0
-    assert sorted(out.replace("b0", "b0\n").split("\n")) == sorted(["a0", "b0", "[1] a1", "[1] b1", "[2] a2", "[2] b2", ""])
+    assert sorted(out.replace("b0", "b0\n").split("\n")) == sorted(
+        ["a0", "b0", "[1] a1", "[1] b1", "[2] a2", "[2] b2", ""]
+    )
     assert sorted(err.splitlines()) == ["[1] e1", "[2] e2", "e0"]
 
 
 @pytest.mark.parametrize(
-    "codes, expected", [("0 0", 0), ("0 75", 75), ("75 75 75", 75), ("2 2", 2), ("0 76", 76), ("75 77", 77), ("1 0 75", 1)]
+    "codes, expected",
+    [
+        ("0 0", 0),
+        ("0 75", 75),
+        ("75 75 75", 75),
+        ("2 2", 2),
+        ("0 76", 76),
+        ("75 77", 77),
+        ("1 0 75", 1),
+    ],
 )
 def test_exit_codes(codes, expected):
     each = codes.split()
@@ -155,7 +176,17 @@ def test_one_failure_ends_all(kind):
     """SIGTERM after the grace, SIGKILL for who ignores it; the code is that of who failed."""
     code = f"import sys; sys.path.insert(0, {str(LOCAL.parent)!r}); import local; local._TERM_S = 0.3; sys.exit(local.main())"
     since = time.monotonic()
-    command = [sys.executable, "-c", code, "--processes=3", "--grace=0.3", "--", *PYTHON, FAIL_OR_HANG, kind]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--processes=3",
+        "--grace=0.3",
+        "--",
+        *PYTHON,
+        FAIL_OR_HANG,
+        kind,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 3
     assert time.monotonic() - since < 10
@@ -169,7 +200,9 @@ def test_a_killed_process_gives_128_and_the_signal(tmp_path):
     assert process.wait(timeout=20) == 137
 
 
-@pytest.mark.parametrize("sent, arrives", [*((s, s) for s in ("SIGINT", "SIGTERM", "SIGUSR1")), ("SIGHUP", "SIGTERM")])
+@pytest.mark.parametrize(
+    "sent, arrives", [*((s, s) for s in ("SIGINT", "SIGTERM", "SIGUSR1")), ("SIGHUP", "SIGTERM")]
+)
 def test_signals_are_passed_on(tmp_path, sent, arrives):
     process = start("--processes=2", "--", *PYTHON, WAIT, f"{tmp_path}/")
     wait_until(lambda: both_wait(tmp_path), "not started")
@@ -188,20 +221,26 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path):
 
 
 def test_what_a_process_leaves_behind_is_ended(tmp_path):
-    code, _, err = local("--processes=2", "--", "bash", "-c", f"sleep 1000 & echo $! > {tmp_path}/$UOE_PROCESS_ID")
+    code, _, err = local(
+        "--processes=2", "--", "bash", "-c", f"sleep 1000 & echo $! > {tmp_path}/$UOE_PROCESS_ID"
+    )
     assert code == 0, err
     pids = [int((tmp_path / i).read_text()) for i in "01"]
     wait_until(lambda: not any(map(is_alive, pids)), "a grandchild was left")
 
 
 def test_dry_run(tmp_path):
-    code, out, _ = local("--processes=2", "--devices=3", "--dry-run", "--", "touch", f"{tmp_path}/a b")
+    code, out, _ = local(
+        "--processes=2", "--devices=3", "--dry-run", "--", "touch", f"{tmp_path}/a b"
+    )
     lines = out.splitlines()
     assert code == 0 and len(lines) == 2 and not list(tmp_path.iterdir())
     for i, line in enumerate(lines):
         assert f"UOE_PROCESSES=2 UOE_PROCESS_ID={i} " in line and "device_count=3" in line
         assert line.endswith(f"touch '{tmp_path}/a b'")
-    assert subprocess.run(lines[0], shell=True).returncode == 0 and (tmp_path / "a b").exists()  # can be pasted
+    assert (
+        subprocess.run(lines[0], shell=True).returncode == 0 and (tmp_path / "a b").exists()
+    )  # can be pasted
 
 
 def test_gpus_are_dealt_out():
@@ -223,9 +262,15 @@ def test_gpus_are_dealt_out():
         (("--processes=2", "--grace=nan", "--", "true"), "--grace=nan: give 0 or more seconds"),
         (("--processes=2",), "no command: put it after --"),
         (("--processes=2", "true"), "unrecognized arguments: true"),
-        (("--processes=2", "--", "/no/such/program"), "/no/such/program: no such program; give a path"),
+        (
+            ("--processes=2", "--", "/no/such/program"),
+            "/no/such/program: no such program; give a path",
+        ),
         (("--processes=2", "--", str(ROOT / "LICENSE")), "LICENSE: no such program"),
-        (("--processes=4", "--platform=gpu", "--", "true"), "CUDA_VISIBLE_DEVICES=0,1,2 has 3 GPUs; ask for at most that many"),
+        (
+            ("--processes=4", "--platform=gpu", "--", "true"),
+            "CUDA_VISIBLE_DEVICES=0,1,2 has 3 GPUs; ask for at most that many",
+        ),
     ],
 )
 def test_bad_input(args, sentence):

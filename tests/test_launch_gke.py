@@ -27,7 +27,12 @@ JOBSETS = {d["metadata"]["labels"]["device"]: d for d in yaml.safe_load_all(FILE
 def job_of(jobset: dict) -> dict:
     (job,) = jobset["spec"]["replicatedJobs"]
     assert set(job["template"]) <= {"metadata", "spec"}
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}, "spec": job["template"]["spec"]}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "a"},
+        "spec": job["template"]["spec"],
+    }
 
 
 def pod_of(jobset: dict) -> dict:
@@ -43,7 +48,11 @@ def environment(jobset: dict) -> dict:
     }
     found: dict[str, str] = {}
     for one in container["env"]:
-        value = fields[one["valueFrom"]["fieldRef"]["fieldPath"]] if "valueFrom" in one else one["value"]
+        value = (
+            fields[one["valueFrom"]["fieldRef"]["fieldPath"]]
+            if "valueFrom" in one
+            else one["value"]
+        )
         found[one["name"]] = re.sub(r"\$\((\w+)\)", lambda m: found[m[1]], value)
     return found
 
@@ -72,7 +81,9 @@ def test_fits_the_published_schemas(device):
         lambda d: d["spec"]["failurePolicy"].update(maxRestarts="100"),
         lambda d: d["spec"]["failurePolicy"]["rules"][0].update(action="Fail"),
         lambda d: job_of(d)["spec"].update(paralelism=2),
-        lambda d: job_of(d)["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"].update(values="2"),
+        lambda d: job_of(d)["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"].update(
+            values="2"
+        ),
         lambda d: pod_of(d).update(nodeSelectors={}),
         lambda d: pod_of(d)["containers"][0].update(comand=[]),
     ],
@@ -95,7 +106,10 @@ def test_processes_are_told_their_place(device):
     assert env["UOE_PROCESS_ID"] == "1"
     # <JobSet>-<replicated job>-<job>-<pod>.<subdomain>, the latter by default the JobSet's name
     assert env["UOE_COORDINATOR"] == f"{name}-{replicated['name']}-0-0.{name}:8476"
-    assert jobset["spec"]["network"]["enableDNSHostnames"] and "subdomain" not in jobset["spec"]["network"]
+    assert (
+        jobset["spec"]["network"]["enableDNSHostnames"]
+        and "subdomain" not in jobset["spec"]["network"]
+    )
     assert pod_of(jobset)["automountServiceAccountToken"] is False
 
 
@@ -103,7 +117,9 @@ def test_processes_are_told_their_place(device):
 def test_what_is_started_again(device):
     """2 and 76 fail the JobSet; every other end of a pod fails the Job, for which the JobSet starts all again."""
     jobset, spec = JOBSETS[device], job_of(JOBSETS[device])["spec"]
-    assert pod_of(jobset)["restartPolicy"] == "Never"  # with which alone a podFailurePolicy is allowed
+    assert (
+        pod_of(jobset)["restartPolicy"] == "Never"
+    )  # with which alone a podFailurePolicy is allowed
     (rule,) = spec["podFailurePolicy"]["rules"]
     (container,) = pod_of(jobset)["containers"]
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["containerName"] == container["name"]
@@ -112,7 +128,9 @@ def test_what_is_started_again(device):
     assert spec["backoffLimit"] == 0
     policy = jobset["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 0
-    assert [(r["action"], r["onJobFailureReasons"]) for r in policy["rules"]] == [("FailJobSet", ["PodFailurePolicy"])]
+    assert [(r["action"], r["onJobFailureReasons"]) for r in policy["rules"]] == [
+        ("FailJobSet", ["PodFailurePolicy"])
+    ]
 
 
 def test_hardware():
@@ -122,7 +140,11 @@ def test_hardware():
     topology = tpu["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
     assert "cloud.google.com/gke-tpu-accelerator" in tpu["nodeSelector"]
     chips = math.prod(int(n) for n in topology.split("x"))
-    assert chips == job_of(JOBSETS["tpu"])["spec"]["parallelism"] * tpu["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    assert (
+        chips
+        == job_of(JOBSETS["tpu"])["spec"]["parallelism"]
+        * tpu["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    )
     for pod in (gpu, tpu):
         assert pod["terminationGracePeriodSeconds"] > 30
         (mount,), (volume,) = pod["containers"][0]["volumeMounts"], pod["volumes"]

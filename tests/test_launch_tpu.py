@@ -21,7 +21,12 @@ from helpers import ROOT
 
 SCRIPT = ROOT / "launch" / "tpu_vm.sh"
 SLICE = ("--name=a", "--zone=z", "--type=v5litepod-8", "--runtime=v2-alpha-tpuv5-lite")
-TRAIN = ("--", "--config=quickstart", "--workdir=gs://bucket/run", "--config.generate.prompt=two words")
+TRAIN = (
+    "--",
+    "--config=quickstart",
+    "--workdir=gs://bucket/run",
+    "--config.generate.prompt=two words",
+)
 
 GCLOUD = f"""#!{sys.executable} -S
 import json, os, re, subprocess, sys
@@ -91,14 +96,23 @@ def cloud(tmp_path):
 class Cloud:
     def __init__(self, home) -> None:
         self.home = home
-        self.env = {**os.environ, "PATH": f"{home}/bin:{os.environ['PATH']}", "FAKE": str(home), "UOE_POLL_S": "0"}
+        self.env = {
+            **os.environ,
+            "PATH": f"{home}/bin:{os.environ['PATH']}",
+            "FAKE": str(home),
+            "UOE_POLL_S": "0",
+        }
 
     def start(self, *args: str) -> subprocess.Popen:
-        def heard() -> None:  # a shell cannot trap what is ignored when it starts, as SIGINT is below a shell's background job
+        def heard() -> (
+            None
+        ):  # a shell cannot trap what is ignored when it starts, as SIGINT is below a shell's background job
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
         piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(["bash", str(SCRIPT), *args], env=self.env, preexec_fn=heard, **piped)
+        return subprocess.Popen(
+            ["bash", str(SCRIPT), *args], env=self.env, preexec_fn=heard, **piped
+        )
 
     def __call__(self, *args: str) -> tuple[int, str, str]:
         process = self.start(*args)
@@ -118,7 +132,13 @@ class Cloud:
         found = []
         for call in self.calls():
             if call[3] == "ssh":
-                found.append("train" if "train-here" in call[-1] else "install" if "install-here" in call[-1] else "ssh")
+                found.append(
+                    "train"
+                    if "train-here" in call[-1]
+                    else "install"
+                    if "install-here" in call[-1]
+                    else "ssh"
+                )
             elif call[3] in short:
                 found.append(short[call[3]])
         return found
@@ -129,12 +149,21 @@ class Cloud:
 
 
 def test_makes_installs_and_trains(cloud):
-    code, out, err = cloud("run", *SLICE, "--spot", "--project=p", "--gcloud-create=--reserved", *TRAIN)
+    code, out, err = cloud(
+        "run", *SLICE, "--spot", "--project=p", "--gcloud-create=--reserved", *TRAIN
+    )
     assert code == 0, err
     assert cloud.verbs() == ["create", "scp", "install", "train", "train"]
     create = next(c for c in cloud.calls() if c[3] == "create")
     assert create[2:5] == ["queued-resources", "create", "--zone=z"]
-    for flag in ("--project=p", "a", "--node-id=a", "--accelerator-type=v5litepod-8", "--spot", "--reserved"):
+    for flag in (
+        "--project=p",
+        "a",
+        "--node-id=a",
+        "--accelerator-type=v5litepod-8",
+        "--spot",
+        "--reserved",
+    ):
         assert flag in create
     assert "--runtime-version=v2-alpha-tpuv5-lite" in create
     trains = sorted((c for c in cloud.calls() if "train-here" in c[-1]), key=str)
@@ -167,7 +196,8 @@ def test_waits_for_a_slice_on_its_way(cloud):
 
 
 @pytest.mark.parametrize(
-    "request_state, node", [("SUSPENDED", "READY"), ("ACTIVE", "PREEMPTED"), ("ACTIVE", "MISSING"), ("FAILED", "MISSING")]
+    "request_state, node",
+    [("SUSPENDED", "READY"), ("ACTIVE", "PREEMPTED"), ("ACTIVE", "MISSING"), ("FAILED", "MISSING")],
 )
 def test_a_preempted_slice_is_made_again(cloud, request_state, node):
     cloud.set("queued-resources", request_state)
@@ -187,7 +217,18 @@ def test_preempted_while_training(cloud):
     cloud.set("codes1", "255", "0")
     code, _, err = cloud("run", *SLICE, *TRAIN)
     assert code == 0, err
-    assert cloud.verbs() == ["scp", "install", "train", "train", "delete", "create", "scp", "install", "train", "train"]
+    assert cloud.verbs() == [
+        "scp",
+        "install",
+        "train",
+        "train",
+        "delete",
+        "create",
+        "scp",
+        "install",
+        "train",
+        "train",
+    ]
 
 
 def test_stopped_with_everything_saved_is_started_again(cloud):
@@ -233,8 +274,18 @@ def test_an_error_of_gcloud_is_shown(cloud):
 def test_status_ssh_delete(cloud):
     cloud.ready()
     assert cloud("status", *SLICE)[1] == "request: ACTIVE\nslice: READY\n"
-    assert cloud("ssh", *SLICE, "--gcloud-ssh=--internal-ip", "--", "--worker=1", "--command=ls")[0] == 0
-    assert cloud.calls()[-1][3:] == ["ssh", "--zone=z", "a", "--internal-ip", "--worker=1", "--command=ls"]
+    assert (
+        cloud("ssh", *SLICE, "--gcloud-ssh=--internal-ip", "--", "--worker=1", "--command=ls")[0]
+        == 0
+    )
+    assert cloud.calls()[-1][3:] == [
+        "ssh",
+        "--zone=z",
+        "a",
+        "--internal-ip",
+        "--worker=1",
+        "--command=ls",
+    ]
     assert cloud("delete", *SLICE)[0] == 0 and cloud.verbs() == ["ssh", "delete"]
     code, _, err = cloud("delete", *SLICE)
     assert code == 0 and "there is none" in err and cloud.verbs() == ["ssh", "delete"]
@@ -267,8 +318,14 @@ def test_a_dry_run_runs_nothing(cloud, action):
         (("create", "--name=a", "--zone=z"), "--type is missing"),
         (("create", "--name=a", "--zone=z", "--type=t"), "--runtime is missing"),
         (("status", "--nam=a"), "--nam=a: unknown option"),
-        (("run", *SLICE, "--", "--config=x", "--workdir=runs/a"), "--workdir=runs/a: would go with the slice; give --workdir=gs://"),
-        (("run", *SLICE, "--", "--config=/x.py", "--workdir=gs://b/a"), "--config=/x.py: give a path below"),
+        (
+            ("run", *SLICE, "--", "--config=x", "--workdir=runs/a"),
+            "--workdir=runs/a: would go with the slice; give --workdir=gs://",
+        ),
+        (
+            ("run", *SLICE, "--", "--config=/x.py", "--workdir=gs://b/a"),
+            "--config=/x.py: give a path below",
+        ),
     ],
 )
 def test_bad_input(cloud, args, sentence):
@@ -295,7 +352,9 @@ def workers(cloud):
         (cloud.home / i / "code").write_text("0")
     # What is sent to install takes a network and replaces the above; its archive is looked at in a test of its own.
     gcloud = (cloud.home / "bin/gcloud").read_text()
-    gcloud = gcloud.replace('elif verb == "ssh":', 'elif verb == "ssh" and "install-here" not in argv[-1]:')
+    gcloud = gcloud.replace(
+        'elif verb == "ssh":', 'elif verb == "ssh" and "install-here" not in argv[-1]:'
+    )
     (cloud.home / "bin/gcloud").write_text(gcloud)
     return cloud
 
@@ -340,7 +399,12 @@ def test_ctrl_c_stops_the_run_with_everything_saved(workers):
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75, err
     assert "stopping; everything is saved first" in err
-    assert sorted(out.splitlines()) == ["[1] saved", "[1] worker 1 trains", "saved", "worker 0 trains"]
+    assert sorted(out.splitlines()) == [
+        "[1] saved",
+        "[1] worker 1 trains",
+        "saved",
+        "worker 0 trains",
+    ]
 
 
 def test_a_run_that_was_left_alone_is_stopped_before_the_next(workers):
@@ -362,11 +426,25 @@ def test_what_is_installed(cloud):
     """The archive holds the package and the config, and no more of this checkout."""
     cloud.ready()
     keep = 'import shutil\nif verb == "scp": shutil.copy(argv[5], home)\n'
-    gcloud = (cloud.home / "bin/gcloud").read_text().replace("group, verb = argv[2:4]\n", "group, verb = argv[2:4]\n" + keep)
+    gcloud = (
+        (cloud.home / "bin/gcloud")
+        .read_text()
+        .replace("group, verb = argv[2:4]\n", "group, verb = argv[2:4]\n" + keep)
+    )
     (cloud.home / "bin/gcloud").write_text(gcloud)
-    assert cloud("run", *SLICE, "--", "--config=tests/tiny.py:accumulate", "--workdir=gs://b/a")[0] == 0
+    assert (
+        cloud("run", *SLICE, "--", "--config=tests/tiny.py:accumulate", "--workdir=gs://b/a")[0]
+        == 0
+    )
     with tarfile.open(cloud.home / "uoe-src.tgz") as archive:
         names = set(archive.getnames())
-    assert {"pyproject.toml", "README.md", "LICENSE", "uoe_jax/cli.py", "configs/quickstart.py", "tests/tiny.py"} <= names
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "uoe_jax/cli.py",
+        "configs/quickstart.py",
+        "tests/tiny.py",
+    } <= names
     assert "launch/tpu_vm.sh" in names and "tests/helpers.py" not in names
     assert not [n for n in names if "__pycache__" in n]

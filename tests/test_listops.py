@@ -25,7 +25,18 @@ SHORT = {"min_length": 10, "max_length": 128}
 # it kept one draw in 12.18 with the default limits, and one in 19.73 with SHORT). Standard errors are below 0.0022.
 PUBLISHED = {
     "values": [0.1692, 0.0919, 0.0744, 0.0813, 0.0894, 0.0866, 0.0785, 0.0736, 0.0855, 0.1696],
-    "short values": [0.1529, 0.0970, 0.0836, 0.0836, 0.0894, 0.0898, 0.0798, 0.0777, 0.0919, 0.1545],
+    "short values": [
+        0.1529,
+        0.0970,
+        0.0836,
+        0.0836,
+        0.0894,
+        0.0898,
+        0.0798,
+        0.0777,
+        0.0919,
+        0.1545,
+    ],
     "arguments": [0.0442, 0.0645, 0.0814, 0.1018, 0.1160, 0.1334, 0.1427, 0.1550, 0.1610],
     "length": (1033.6, 701, 952, 1308),  # mean and quartiles
 }
@@ -46,7 +57,9 @@ def evaluate(text: str) -> tuple[int, int, int]:
             args.sort()
             middle = len(args) // 2
             median = args[middle] if len(args) % 2 else (args[middle - 1] + args[middle]) / 2
-            stack[-1].append({"MIN": args[0], "MAX": args[-1], "MED": int(median), "SM": sum(args) % 10}[name])
+            stack[-1].append(
+                {"MIN": args[0], "MAX": args[-1], "MED": int(median), "SM": sum(args) % 10}[name]
+            )
         else:
             stack[-1].append(int(word))
     ((value,),) = stack
@@ -63,7 +76,9 @@ def default() -> list[tuple[np.ndarray, int]]:
     return draw(4000)
 
 
-def check(drawn: list[tuple[np.ndarray, int]], above: int, below: int, depth: int, args: int) -> None:
+def check(
+    drawn: list[tuple[np.ndarray, int]], above: int, below: int, depth: int, args: int
+) -> None:
     deepest = most = 0
     for ids_T, label in drawn:
         assert ids_T.dtype == np.uint8 and ids_T.ndim == 1 and above < len(ids_T) < below
@@ -87,7 +102,9 @@ def root_args(ids_T: np.ndarray) -> int:
 
 
 def test_every_expression_has_the_value_of_its_label(default):
-    check(default[:1000], 500, 2000, depth=9, args=10)  # LRA's root is at depth 1, and at depth 10 are only digits
+    check(
+        default[:1000], 500, 2000, depth=9, args=10
+    )  # LRA's root is at depth 1, and at depth 10 are only digits
     check(draw(1000, **SHORT), 10, 128, depth=9, args=10)
     check(draw(200, min_length=3, max_length=60, max_depth=3, max_args=4), 3, 60, depth=2, args=4)
 
@@ -118,9 +135,15 @@ def test_the_chance_of_a_length_is_exact():
     assert share_within_limits(ListopsConfig()) == pytest.approx(4 / 12.1794, rel=0.02)
     assert share_within_limits(ListopsConfig(**SHORT)) == pytest.approx(4 / 19.7334, rel=0.02)
     # By hand: four tokens are an operator over two digits: one of nine numbers of arguments, and two digits.
-    assert share_within_limits(ListopsConfig(min_length=3, max_length=5)) == pytest.approx(0.75**2 / 9)
-    assert share_within_limits(ListopsConfig(min_length=3, max_length=5, max_depth=2)) == pytest.approx(1 / 9)
-    assert share_within_limits(ListopsConfig(min_length=1, max_length=2000, max_depth=3)) == pytest.approx(1)
+    assert share_within_limits(ListopsConfig(min_length=3, max_length=5)) == pytest.approx(
+        0.75**2 / 9
+    )
+    assert share_within_limits(
+        ListopsConfig(min_length=3, max_length=5, max_depth=2)
+    ) == pytest.approx(1 / 9)
+    assert share_within_limits(
+        ListopsConfig(min_length=1, max_length=2000, max_depth=3)
+    ) == pytest.approx(1)
 
 
 # ---- by index ------------------------------------------------------------------------------------------------------
@@ -136,12 +159,18 @@ def test_an_example_is_a_function_of_seed_split_and_index_alone():
     )
     for hash_seed in ("1", "2"):
         env = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONHASHSEED": hash_seed}
-        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        ).stdout
         assert out.strip() == repr(here)
     more = draw(20, "test", **keys, n_train=5, n_eval=20)
-    assert [(to_text(ids_T), label) for ids_T, label in more] == here  # the sizes of the splits move nothing
+    assert [
+        (to_text(ids_T), label) for ids_T, label in more
+    ] == here  # the sizes of the splits move nothing
     for other in (draw(20, "train", **keys), draw(20, "test", **SHORT, seed=8)):
-        assert not {to_text(ids_T) for ids_T, _ in other} & {text for text, _ in here if len(text) > 60}
+        assert not {to_text(ids_T) for ids_T, _ in other} & {
+            text for text, _ in here if len(text) > 60
+        }
 
 
 def test_examples_do_not_move():
@@ -169,7 +198,9 @@ def test_splits_have_their_sizes_and_their_names():
             source.examples("test")[i]
     with pytest.raises(ValueError):
         source.examples("dev")
-    assert source.n_classes == 10 and source.vocab_size == len(SYMBOLS) == 16 and SYMBOLS[0] == "<pad>"
+    assert (
+        source.n_classes == 10 and source.vocab_size == len(SYMBOLS) == 16 and SYMBOLS[0] == "<pad>"
+    )
     assert source.record()["seed"] == 0 and source.record()["max_length"] == 2000
 
 
@@ -189,11 +220,20 @@ def test_text_of_padded_and_of_wrong_ids():
         ({"min_length": 500, "max_length": 501}, "max_length=501: .*at least 502"),
         ({"max_depth": 1}, "min_length=500: .*max_depth=1 .*none"),
         ({"max_depth": 3}, "min_length=500: .*max_depth=3 .*none"),  # at most 122 tokens
-        ({"max_depth": 3, "min_length": 90, "max_length": 130}, "min_length=90: .*one in 8,3\\d\\d,"),
-        ({"max_args": 2, "min_length": 500, "max_length": 600}, "min_length=500: .*max_args=2, none"),
+        (
+            {"max_depth": 3, "min_length": 90, "max_length": 130},
+            "min_length=90: .*one in 8,3\\d\\d,",
+        ),
+        (
+            {"max_args": 2, "min_length": 500, "max_length": 600},
+            "min_length=500: .*max_args=2, none",
+        ),
         ({"max_length": 4, "min_length": 1}, "min_length=1: .*none"),
         ({"max_length": 10**9}, "max_length=1000000000: give at most 32768"),
-        ({"max_depth": 100, "max_args": 100, "max_length": 32768, "min_length": 10**4}, "max_args=100, "),
+        (
+            {"max_depth": 100, "max_args": 100, "max_length": 32768, "min_length": 10**4},
+            "max_args=100, ",
+        ),
     ],
 )
 def test_lengths_the_grammar_does_not_reach_are_refused_at_once(keys, named):
@@ -214,7 +254,9 @@ def test_rare_lengths_that_are_allowed_still_come():
 
 def test_baseline_predicts_from_the_root_alone():
     def counted(text: str) -> tuple[str, int]:
-        return listops_baseline.root(np.array([SYMBOLS.index(word) for word in text.split()], np.uint8))
+        return listops_baseline.root(
+            np.array([SYMBOLS.index(word) for word in text.split()], np.uint8)
+        )
 
     assert counted("[MAX [MIN 1 2 ] 3 [SM 4 [MED 5 6 ] ] ]") == ("MAX", 3)
     assert counted("[SM 1 2 ]") == ("SM", 2)
@@ -224,8 +266,14 @@ def test_baseline_predicts_from_the_root_alone():
     for ids_T, label in train:
         value = to_text(ids_T).split()
         table[value[0], root_args(ids_T)][label] += 1
-    hits = [table[to_text(ids_T).split()[0], root_args(ids_T)].most_common(1)[0][0] == label for ids_T, label in test]
+    hits = [
+        table[to_text(ids_T).split()[0], root_args(ids_T)].most_common(1)[0][0] == label
+        for ids_T, label in test
+    ]
     assert scores["accuracy"] == pytest.approx(np.mean(hits), abs=0.01)  # ties may break otherwise
     # Minima and maxima of many digits are mostly 0 and 9; sums are uniform.
     by_operator = scores["by_operator"]
-    assert by_operator["SM"] < 0.2 and scores["majority"] + 0.1 < scores["accuracy"] < by_operator["MAX"]
+    assert (
+        by_operator["SM"] < 0.2
+        and scores["majority"] + 0.1 < scores["accuracy"] < by_operator["MAX"]
+    )

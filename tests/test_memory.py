@@ -17,7 +17,9 @@ from uoe_jax.config import ModelConfig
 from uoe_jax.memory import cache_bytes, kept_bytes, parameters
 from uoe_jax.model import Transformer
 
-BASE = ModelConfig(vocab_size=64, d_model=64, n_layers=2, n_heads=8, d_hidden=256, context_length=64)
+BASE = ModelConfig(
+    vocab_size=64, d_model=64, n_layers=2, n_heads=8, d_hidden=256, context_length=64
+)
 R = RoutingConfig(n_experts=8, k=4, capacity_window=32)
 ROWS = 8
 MODELS = {
@@ -66,7 +68,9 @@ def test_what_a_layer_keeps_is_what_the_gradient_is_given(name):
         graphdef, state, tokens, keys = abstract(config)
 
         def forward(state, tokens, keys):
-            return jax.vjp(lambda state: nnx.merge(graphdef, state)(tokens, keys_B=keys)[0].mean(), state)[1]
+            return jax.vjp(
+                lambda state: nnx.merge(graphdef, state)(tokens, keys_B=keys)[0].mean(), state
+            )[1]
 
         kept = jax.eval_shape(forward, state, tokens, keys)
         weights = sum(4 * a.size for a in jax.tree.leaves(state))
@@ -87,7 +91,13 @@ def test_what_a_layer_keeps_is_the_compilers(name):
         def loss(state, tokens, keys):
             return nnx.merge(graphdef, state)(tokens, keys_B=keys)[0].mean()
 
-        return jax.jit(jax.grad(loss)).lower(state, tokens, keys).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(state, tokens, keys)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     few, many = 8, 24
     grown = (temporary(many) - temporary(few)) / (many - few)
@@ -99,13 +109,26 @@ def test_only_named_policies_are_counted():
         kept_bytes(dataclasses.replace(BASE, remat="dots"), 1)
 
 
-@pytest.mark.parametrize("name", ["smha, uome", "dense, dense", "swiglu, grouped, biases", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["smha, uome", "dense, dense", "swiglu, grouped, biases", "bfloat16"]
+)
 def test_a_cache_is_as_large_as_counted(name):
     config = MODELS[name]
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    prefill = lambda state, *args: nnx.merge(graphdef, state).prefill(*args, config.context_length)[1]  # noqa: E731
-    cache = jax.eval_shape(prefill, state, jax.ShapeDtypeStruct((3, 16), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32))
-    held = sum(a.size * a.dtype.itemsize for a in (a for layer in cache.attention for a in (layer.k, layer.v)))
+
+    def prefill(state, *args):
+        return nnx.merge(graphdef, state).prefill(*args, config.context_length)[1]
+
+    cache = jax.eval_shape(
+        prefill,
+        state,
+        jax.ShapeDtypeStruct((3, 16), jnp.int32),
+        jax.ShapeDtypeStruct((3,), jnp.int32),
+    )
+    held = sum(
+        a.size * a.dtype.itemsize
+        for a in (a for layer in cache.attention for a in (layer.k, layer.v))
+    )
     assert held == cache_bytes(config, rows=3)
     if config.attention == "smha":  # K/N of a dense cache, or as much as the capacity leaves
         share = config.smha.slot_tokens(64) / 64

@@ -41,13 +41,23 @@ def slow(*values):
 
 
 def sized(replica=1, data=1, fsdp=1, expert=1, sequence_parallel=False) -> dict:
-    return dict(replica=replica, data=data, fsdp=fsdp, expert=expert, sequence_parallel=sequence_parallel)
+    return dict(
+        replica=replica, data=data, fsdp=fsdp, expert=expert, sequence_parallel=sequence_parallel
+    )
 
 
 def program_on(sizes: dict, **changes):
     """(program, mesh) of a small model on the first devices that the mesh needs."""
-    config = from_dict({"model": {**QUICK, **changes.pop("model", {})}, "train": {"batch_size": 8, **changes}, "mesh": sizes})
-    mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[: math.prod(sizes.get(a, 1) for a in mesh_lib.AXES)])
+    config = from_dict(
+        {
+            "model": {**QUICK, **changes.pop("model", {})},
+            "train": {"batch_size": 8, **changes},
+            "mesh": sizes,
+        }
+    )
+    mesh = mesh_lib.make_mesh(
+        config.mesh, jax.devices()[: math.prod(sizes.get(a, 1) for a in mesh_lib.AXES)]
+    )
     with jax.set_mesh(mesh):
         return build(config, mesh), mesh
 
@@ -56,7 +66,11 @@ def run(sizes: dict, steps: int, **changes) -> tuple[dict, np.ndarray]:
     """(initial parameters on the host, losses and gradient norms)."""
     program, mesh = program_on(sizes, **changes)
     with jax.set_mesh(mesh):
-        state, rows, found = program.init(jax.random.key(0)), mesh_lib.put_batch(mesh, batch(rows=8)), []
+        state, rows, found = (
+            program.init(jax.random.key(0)),
+            mesh_lib.put_batch(mesh, batch(rows=8)),
+            [],
+        )
         first = jax.device_get(state.params)
         for _ in range(steps):
             state, metrics = program.train_step(state, rows)
@@ -78,28 +92,49 @@ EVERY += [sized(2, 1, 2, 2), sized(2, 2, 1, 2, True), sized(8)]
 QUICK_ONES = (sized(2, 1, 2, 2), sized(1, 2, 2, 2, True), sized(1, 1, 1, 8))
 
 
-@pytest.mark.parametrize("sizes", [s if s in QUICK_ONES else slow(s) for s in EVERY], ids=lambda s: "x".join(map(str, s.values())))
+@pytest.mark.parametrize(
+    "sizes",
+    [s if s in QUICK_ONES else slow(s) for s in EVERY],
+    ids=lambda s: "x".join(map(str, s.values())),
+)
 def test_every_mesh_gives_the_same_run(sizes):
     """20 steps: the same initial parameters bit for bit, losses and gradient norms to 1e-5."""
     assert_same(on_one_device(), run(sizes, 20))
 
 
 OTHERS = {
-    "a vocabulary that the axis does not divide": dict(model=dict(vocab_size=33, bias=True, dropout=0.1)),
-    "patches that do not divide the row": dict(model=dict(smha={**ROUTING, "patch_size": 4}, qk_norm=True), accumulation=2),
+    "a vocabulary that the axis does not divide": dict(
+        model=dict(vocab_size=33, bias=True, dropout=0.1)
+    ),
+    "patches that do not divide the row": dict(
+        model=dict(smha={**ROUTING, "patch_size": 4}, qk_norm=True), accumulation=2
+    ),
     "dense": dict(model=dict(attention="dense", mlp="dense", attention_dropout=0.1, bias=True)),
     "dense, as Llama": dict(
-        model=dict(attention="dense", mlp="dense", n_kv_heads=4, activation="swiglu", tie_embeddings=False, remat="none")
+        model=dict(
+            attention="dense",
+            mlp="dense",
+            n_kv_heads=4,
+            activation="swiglu",
+            tie_embeddings=False,
+            remat="none",
+        )
     ),
-    "learned positions": dict(model=dict(position="learned", norm="layernorm", tie_embeddings=False, bias=True)),
+    "learned positions": dict(
+        model=dict(position="learned", norm="layernorm", tie_embeddings=False, bias=True)
+    ),
 }
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, slow(True)])
-@pytest.mark.parametrize("name", [name if name.startswith("dense,") else slow(name) for name in OTHERS])
+@pytest.mark.parametrize(
+    "name", [name if name.startswith("dense,") else slow(name) for name in OTHERS]
+)
 def test_other_models_too(name, sequence_parallel):
     changes = OTHERS[name]
-    assert_same(run(ONE, 3, **dict(changes)), run(sized(1, 2, 2, 2, sequence_parallel), 3, **dict(changes)))
+    assert_same(
+        run(ONE, 3, **dict(changes)), run(sized(1, 2, 2, 2, sequence_parallel), 3, **dict(changes))
+    )
 
 
 def test_initialisation_never_holds_the_whole_model():
@@ -117,10 +152,19 @@ def test_text_is_the_same_on_a_mesh():
     texts = []
     for sizes in (ONE, sized(1, 2, 2, 2, True)):
         program, mesh = program_on(sizes, model=dict(vocab_size=257))
-        config = from_dict({"model": {**QUICK, "vocab_size": 257}, "generate": {"max_tokens": 12, "temperature": 0.0}})
+        config = from_dict(
+            {
+                "model": {**QUICK, "vocab_size": 257},
+                "generate": {"max_tokens": 12, "temperature": 0.0},
+            }
+        )
         with jax.set_mesh(mesh):
             state = program.init(jax.random.key(1))
-            texts.append(Sampler(config, program.model, state.params, ByteTokenizer()).complete(["def ", "x"]))
+            texts.append(
+                Sampler(config, program.model, state.params, ByteTokenizer()).complete(
+                    ["def ", "x"]
+                )
+            )
     assert texts[0] == texts[1]
 
 
@@ -134,17 +178,27 @@ B, L, D, N = 8, 16, 32, 8
 def make(kind: str):
     routing, rngs = RoutingConfig(n_experts=N, k=4, capacity_window=8), nnx.Rngs(0)
     if kind in PEERS:
-        own = dict(mla=dict(q_rank=8, kv_rank=8), reformer=dict(chunk=4), long_short=dict(window=4), moe=dict(n_experts=8, n_shared=1, d_expert=8))
+        own = dict(
+            mla=dict(q_rank=8, kv_rank=8),
+            reformer=dict(chunk=4),
+            long_short=dict(window=4),
+            moe=dict(n_experts=8, n_shared=1, d_expert=8),
+        )
         own = {name: changes for name, changes in own.items() if name == SECTIONS[kind]}
         model = dict(d_model=D, n_heads=8, d_hidden=64, context_length=L, causal=False, **own)
-        config = from_dict({"model": {**model, "attention" if kind in ATTENTIONS else "mlp": kind}}).model
+        config = from_dict(
+            {"model": {**model, "attention" if kind in ATTENTIONS else "mlp": kind}}
+        ).model
         return (make_attention if kind in ATTENTIONS else make_mlp)(config, rngs)
     return {
         "uome": lambda: UoME(D, 64, routing, bias=True, rngs=rngs),
         "smha": lambda: SMHA(D, 8, routing, rngs=rngs),
         "mlp": lambda: MLP(D, 64, bias=True, rngs=rngs),
         "attention": lambda: Attention(D, 8, rngs=rngs),
-        "layer": lambda: Block(ModelConfig(d_model=D, n_heads=8, d_hidden=64, bias=True, smha=routing, uome=routing), rngs=rngs),
+        "layer": lambda: Block(
+            ModelConfig(d_model=D, n_heads=8, d_hidden=64, bias=True, smha=routing, uome=routing),
+            rngs=rngs,
+        ),
     }[kind]()
 
 
@@ -154,16 +208,24 @@ def compiled(kind: str, shape: tuple[int, ...], sequence_parallel: bool, backwar
     with jax.set_mesh(mesh), mesh_lib.sequence_parallel(sequence_parallel):
         graphdef, state = nnx.split(make(kind))
         placed = jax.tree.map(
-            lambda w: w.replace(jax.device_put(w[...], mesh_lib.weight_sharding(mesh, w.logical_axes, w.shape))),
+            lambda w: w.replace(
+                jax.device_put(w[...], mesh_lib.weight_sharding(mesh, w.logical_axes, w.shape))
+            ),
             state,
             is_leaf=lambda w: isinstance(w, nnx.Variable),
         )
-        x = jax.device_put(jnp.ones((B, L, D)), jax.NamedSharding(mesh, mesh_lib.activations(mesh_lib.current())))
+        x = jax.device_put(
+            jnp.ones((B, L, D)), jax.NamedSharding(mesh, mesh_lib.activations(mesh_lib.current()))
+        )
 
         def forward(state, x):
             return nnx.merge(graphdef, state)(x, tokens_like(x))[0]
 
-        f = jax.grad(lambda *args: jnp.square(forward(*args)).sum(), argnums=(0, 1)) if backward else forward
+        f = (
+            jax.grad(lambda *args: jnp.square(forward(*args)).sum(), argnums=(0, 1))
+            if backward
+            else forward
+        )
         text = jax.jit(f).lower(placed, x).compile().as_text()
     return collectives(text, mesh.shape), state
 
@@ -174,20 +236,42 @@ def assert_nothing_else(found: list[Collective], state, shape: tuple[int, ...]) 
     weights = set()  # as they are gathered: whole but for `expert`
     for w in jax.tree.leaves(state, is_leaf=lambda w: isinstance(w, nnx.Variable)):
         spec = mesh_lib.weight_spec(mesh, w.logical_axes, w.shape)
-        weights.add(tuple(size // (shape[3] if axis == "expert" else 1) for size, axis in zip(w.shape, spec)))
+        weights.add(
+            tuple(
+                size // (shape[3] if axis == "expert" else 1) for size, axis in zip(w.shape, spec)
+            )
+        )
     for c in found:
         assert c.kind not in ("all-to-all", "collective-permute"), c
         if c.kind in ("all-gather", "reduce-scatter") and "expert" not in c.axes:
-            assert c.axes == ("fsdp",) and max(c.operand.shape, c.result.shape) in weights, (c, weights)
+            assert c.axes == ("fsdp",) and max(c.operand.shape, c.result.shape) in weights, (
+                c,
+                weights,
+            )
 
 
 def over_expert(found: list[Collective]) -> list[tuple[str, tuple[int, ...]]]:
-    return sorted((c.kind, max(c.operand.shape, c.result.shape)) for c in found if "expert" in c.axes)
+    return sorted(
+        (c.kind, max(c.operand.shape, c.result.shape)) for c in found if "expert" in c.axes
+    )
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("kind", ["uome", "smha", "mlp", "attention", "mla", "deepseek_moe", *(slow(p) for p in PEERS if p not in ("mla", "deepseek_moe"))])
-@pytest.mark.parametrize("shape", [MESHES[2], *map(slow, MESHES[:2] + MESHES[3:])], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "uome",
+        "smha",
+        "mlp",
+        "attention",
+        "mla",
+        "deepseek_moe",
+        *(slow(p) for p in PEERS if p not in ("mla", "deepseek_moe")),
+    ],
+)
+@pytest.mark.parametrize(
+    "shape", [MESHES[2], *map(slow, MESHES[:2] + MESHES[3:])], ids=lambda s: "x".join(map(str, s))
+)
 def test_one_reduction_over_expert(kind, shape, sequence_parallel):
     """Forward: one all-reduce of the device's activations; or one all-gather and one reduce-scatter."""
     found, state = compiled(kind, shape, sequence_parallel, backward=False)
@@ -198,7 +282,9 @@ def test_one_reduction_over_expert(kind, shape, sequence_parallel):
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("shape", [MESHES[2], *map(slow, MESHES[:2] + MESHES[3:])], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [MESHES[2], *map(slow, MESHES[:2] + MESHES[3:])], ids=lambda s: "x".join(map(str, s))
+)
 def test_a_layer_with_its_backward_pass(shape, sequence_parallel):
     """Attention and MLP, forward and back: two activations reduced each way, and at most one score size for each."""
     found, state = compiled("layer", shape, sequence_parallel, backward=True)
@@ -206,7 +292,9 @@ def test_a_layer_with_its_backward_pass(shape, sequence_parallel):
     exchanged = over_expert(found)
     activations = [kind for kind, size in exchanged if size == (b, L, D)]
     if sequence_parallel:
-        assert activations.count("reduce-scatter") == 4  # leaving twice, and back into the tokens' parts twice
+        assert (
+            activations.count("reduce-scatter") == 4
+        )  # leaving twice, and back into the tokens' parts twice
         assert activations.count("all-gather") == 4 and activations.count("all-reduce") == 0
     else:
         assert activations == ["all-reduce"] * 4
@@ -214,7 +302,9 @@ def test_a_layer_with_its_backward_pass(shape, sequence_parallel):
     scores = [size for _, size in others if size == (b, L, N)]
     assert len(scores) <= 2, others
     # With sequence_parallel the scales of the norms and the output biases see parts of the tokens: vectors of D.
-    assert all(size == (b, L, N) or sequence_parallel and size == (D,) for _, size in others), others
+    assert all(size == (b, L, N) or sequence_parallel and size == (D,) for _, size in others), (
+        others
+    )
     assert_nothing_else(found, state, shape)
 
 
@@ -223,50 +313,99 @@ def test_the_whole_train_step(sequence_parallel):
     """Embedding, head and loss too: nothing all to all, no gather over replica or data; the vocabulary stays cut."""
     program, mesh = program_on(sized(1, 2, 2, 2, sequence_parallel), model=dict(vocab_size=48))
     # It knows its mesh: nobody need make that current.
-    found = collectives(program.train_step.lower(program.abstract, program.abstract_batch).compile().as_text(), mesh.shape)
+    found = collectives(
+        program.train_step.lower(program.abstract, program.abstract_batch).compile().as_text(),
+        mesh.shape,
+    )
     assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}
     for c in found:
         assert not (c.kind == "all-gather" and {"replica", "data"} & set(c.axes)), c
-        assert not any(len(a.shape) == 3 and a.shape[-1] in (48, 24) for a in (c.operand, c.result)), c
-    gradients = [c for c in found if c.kind == "all-reduce" and c.backward and "data" in c.axes and len(c.operand.shape) > 1]
-    assert gradients and all(set(c.axes) <= {"replica", "data"} for c in gradients), gradients  # after their fsdp scatter
+        assert not any(
+            len(a.shape) == 3 and a.shape[-1] in (48, 24) for a in (c.operand, c.result)
+        ), c
+    gradients = [
+        c
+        for c in found
+        if c.kind == "all-reduce" and c.backward and "data" in c.axes and len(c.operand.shape) > 1
+    ]
+    assert gradients and all(set(c.axes) <= {"replica", "data"} for c in gradients), (
+        gradients
+    )  # after their fsdp scatter
 
 
 @pytest.mark.parametrize("vocabulary", [32, 33])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_weights_cross_fsdp_in_the_compute_dtype_and_gradients_in_their_own(sequence_parallel, vocabulary):
+def test_weights_cross_fsdp_in_the_compute_dtype_and_gradients_in_their_own(
+    sequence_parallel, vocabulary
+):
     """Read off the lowered program, as the CPU's compiler computes bfloat16 in float32. Only routers cross in float32."""
     model = {**QUICK, "dtype": "bfloat16", "bias": True, "vocab_size": vocabulary}
     sizes = sized(fsdp=2, expert=4, sequence_parallel=sequence_parallel)
     config = from_dict({"model": model, "train": {"batch_size": 8}, "mesh": sizes})
     with jax.sharding.use_abstract_mesh(mesh := mesh_lib.abstract_mesh(config.mesh, 8)):
         program = build(config, mesh)
-        text = program.train_step.trace(program.abstract, program.abstract_batch).lower(lowering_platforms=("tpu",)).as_text()
+        text = (
+            program.train_step.trace(program.abstract, program.abstract_batch)
+            .lower(lowering_platforms=("tpu",))
+            .as_text()
+        )
 
     def found(kind: str) -> set[tuple[str, str]]:
-        return set(re.findall(rf'"stablehlo.{kind}".*?-> tensor<(?:(\S*)x)?(f32|bf16)>', text, re.DOTALL))
+        return set(
+            re.findall(rf'"stablehlo.{kind}".*?-> tensor<(?:(\S*)x)?(f32|bf16)>', text, re.DOTALL)
+        )
 
-    assert {shape for shape, dtype in found("all_gather") if dtype == "f32"} == {f"{MODEL['d_model']}x8"}  # D x N
+    assert {shape for shape, dtype in found("all_gather") if dtype == "f32"} == {
+        f"{MODEL['d_model']}x8"
+    }  # D x N
     activations = {"4x8x32"} if sequence_parallel else {"4x32x32"}
-    assert {shape for shape, dtype in found("reduce_scatter") | found("all_reduce") if dtype == "bf16"} == activations
+    assert {
+        shape for shape, dtype in found("reduce_scatter") | found("all_reduce") if dtype == "bf16"
+    } == activations
 
 
-@pytest.mark.parametrize("changes", [dict(stem="image", context_length=16, image=dict(height=8, width=8, patch=2)), slow(dict(vocab_size=12))], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(stem="image", context_length=16, image=dict(height=8, width=8, patch=2)),
+        slow(dict(vocab_size=12)),
+    ],
+    ids=str,
+)
 def test_a_classifier_exchanges_nothing_all_to_all(changes):
-    config = from_dict({"model": {**QUICK, "task": "classify", "causal": False, **changes}, "mesh": sized(1, 2, 2, 2)}).model
+    config = from_dict(
+        {
+            "model": {**QUICK, "task": "classify", "causal": False, **changes},
+            "mesh": sized(1, 2, 2, 2),
+        }
+    ).model
     mesh = mesh_lib.make_mesh(MeshConfig(**sized(1, 2, 2, 2)))
     shape = (8, 8, 8, 3) if config.stem == "image" else (8, config.context_length)
-    inputs = jax.ShapeDtypeStruct(shape, jnp.float32 if config.stem == "image" else jnp.int32, sharding=mesh_lib.batch_sharding(mesh))
+    inputs = jax.ShapeDtypeStruct(
+        shape,
+        jnp.float32 if config.stem == "image" else jnp.int32,
+        sharding=mesh_lib.batch_sharding(mesh),
+    )
     with jax.set_mesh(mesh):
         graphdef, state = nnx.split(nnx.eval_shape(lambda: Classifier(config, rngs=nnx.Rngs(0))))
         weights = jax.tree.map(
-            lambda w: w.replace(jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=mesh_lib.weight_sharding(mesh, w.logical_axes, w.shape))),
+            lambda w: w.replace(
+                jax.ShapeDtypeStruct(
+                    w.shape,
+                    jnp.float32,
+                    sharding=mesh_lib.weight_sharding(mesh, w.logical_axes, w.shape),
+                )
+            ),
             state,
             is_leaf=lambda w: isinstance(w, nnx.Variable),
         )
-        loss = jax.grad(lambda state, inputs: jnp.square(nnx.merge(graphdef, state)(inputs)[0]).sum())
+        loss = jax.grad(
+            lambda state, inputs: jnp.square(nnx.merge(graphdef, state)(inputs)[0]).sum()
+        )
         found = collectives(jax.jit(loss).lower(weights, inputs).compile().as_text(), mesh.shape)
-    assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}, {c.kind for c in found}
+    assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}, {
+        c.kind for c in found
+    }
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -303,24 +442,40 @@ def test_the_slow_network_is_crossed_by_the_outer_axis(by):
     laid = groups(mesh_lib.arrange(devices, dict(replica=4, data=1, fsdp=2, expert=2)))
     assert all(len(set(laid[r].ravel())) == 1 for r in range(4)) and len(set(laid.ravel())) == 4
     laid = groups(mesh_lib.arrange(devices, dict(replica=1, data=2, fsdp=4, expert=2)))
-    assert all(len(set(laid[0, d, 2 * f : 2 * f + 2].ravel())) == 1 for d in range(2) for f in range(2))
+    assert all(
+        len(set(laid[0, d, 2 * f : 2 * f + 2].ravel())) == 1 for d in range(2) for f in range(2)
+    )
     with pytest.raises(ConfigError, match="replica=1: 3 .* cannot be spread over the mesh"):
-        mesh_lib.arrange([fake(i, 4, by) for i in range(12)], dict(replica=1, data=2, fsdp=2, expert=2))
+        mesh_lib.arrange(
+            [fake(i, 4, by) for i in range(12)], dict(replica=1, data=2, fsdp=2, expert=2)
+        )
 
 
 DENSE = dict(attention="dense", mlp="dense")
+
+
 def test_a_slice_of_several_hosts_is_one_fast_network():
     """A TPU slice has many processes and one slice_index: its axes follow the torus, not the hosts."""
     chips = [
         types.SimpleNamespace(
-            id=i, platform="tpu", device_kind="TPU v5p", coords=(i % 4, i // 4 % 4, i // 16), core_on_chip=0, process_index=i // 4, slice_index=0
+            id=i,
+            platform="tpu",
+            device_kind="TPU v5p",
+            coords=(i % 4, i // 4 % 4, i // 16),
+            core_on_chip=0,
+            process_index=i // 4,
+            slice_index=0,
         )
         for i in range(64)
     ]
     laid = mesh_lib.arrange(chips, dict(replica=1, data=4, fsdp=4, expert=4))
     for axis in (1, 2, 3):  # neighbours along an axis of the mesh are neighbours in the torus
-        for one, other in zip(np.moveaxis(laid, axis, 0)[0].ravel(), np.moveaxis(laid, axis, 0)[1].ravel()):
-            assert sum(min(abs(a - b), 4 - abs(a - b)) for a, b in zip(one.coords, other.coords)) == 1
+        for one, other in zip(
+            np.moveaxis(laid, axis, 0)[0].ravel(), np.moveaxis(laid, axis, 0)[1].ravel()
+        ):
+            assert (
+                sum(min(abs(a - b), 4 - abs(a - b)) for a, b in zip(one.coords, other.coords)) == 1
+            )
 
 
 REFUSED = [
@@ -334,7 +489,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("model, sizes, sentence", REFUSED, ids=[sentence.split(":")[0] for *_, sentence in REFUSED])
+@pytest.mark.parametrize(
+    "model, sizes, sentence", REFUSED, ids=[sentence.split(":")[0] for *_, sentence in REFUSED]
+)
 def test_sizes_that_do_not_fit_are_refused_with_the_numbers(model, sizes, sentence):
     """Given as they are when the configuration is read; else once the devices are known."""
     values = {"model": {**QUICK, **model}, "train": {"batch_size": 16}}
@@ -349,16 +506,25 @@ def test_sizes_that_do_not_fit_are_refused_with_the_numbers(model, sizes, senten
 
 def test_a_token_in_front_cannot_be_cut_with_the_others():
     model = {**QUICK, "task": "classify", "causal": False, "classifier": {"pooling": "cls"}}
-    with pytest.raises(ConfigError, match="config.mesh.sequence_parallel=True: .*use classifier.pooling='mean'"):
+    with pytest.raises(
+        ConfigError, match="config.mesh.sequence_parallel=True: .*use classifier.pooling='mean'"
+    ):
         from_dict({"model": model, "mesh": sized(expert=2, sequence_parallel=True)})
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
-    with pytest.raises(ConfigError, match="config.mesh.data=3: the mesh .* needs 3 devices and there are 8"):
+    with pytest.raises(
+        ConfigError, match="config.mesh.data=3: the mesh .* needs 3 devices and there are 8"
+    ):
         mesh_lib.sizes(MeshConfig(data=3), 8)
-    with pytest.raises(ConfigError, match="config.mesh.expert=3: the mesh .* needs a multiple of 3 devices and there are 8"):
+    with pytest.raises(
+        ConfigError,
+        match="config.mesh.expert=3: the mesh .* needs a multiple of 3 devices and there are 8",
+    ):
         mesh_lib.sizes(MeshConfig(expert=3), 8)
-    assert mesh_lib.sizes(MeshConfig(expert=2, fsdp=2), 8) == dict(replica=1, data=2, fsdp=2, expert=2)
+    assert mesh_lib.sizes(MeshConfig(expert=2, fsdp=2), 8) == dict(
+        replica=1, data=2, fsdp=2, expert=2
+    )
 
 
 def test_a_weight_whose_axes_fall_on_one_of_the_mesh_is_refused():

@@ -49,13 +49,23 @@ def test_lines_are_exact_json(tmp_path):
     text = lines(tmp_path)[0]  # before flush or close
     writer.close()
     writer.close()
-    assert text.startswith('{"step": 5, "train/loss": 0.30000000000000004, "single": 0.10000000149011612, ')
+    assert text.startswith(
+        '{"step": 5, "train/loss": 0.30000000000000004, "single": 0.10000000149011612, '
+    )
     assert json.loads(text, parse_constant=refuse)["bad"] == ["nan", "inf", "-inf"]
     (got,) = read_metrics(tmp_path)
     assert list(got) == ["step", *values]
-    assert got["single"] == float(np.float32(0.1)) and got["half"] == [0.10009765625, 2.0] and got["dead"] == [0, 3]
+    assert (
+        got["single"] == float(np.float32(0.1))
+        and got["half"] == [0.10009765625, 2.0]
+        and got["dead"] == [0, 3]
+    )
     assert np.asarray(got["layers"]).tobytes() == values["layers"].tobytes()
-    assert math.isnan(got["worse"]) and math.isnan(got["bad"][0]) and got["bad"][1:] == [math.inf, -math.inf]
+    assert (
+        math.isnan(got["worse"])
+        and math.isnan(got["bad"][0])
+        and got["bad"][1:] == [math.inf, -math.inf]
+    )
     assert got["eval/bits_per_byte"] == "n/a"
 
 
@@ -85,7 +95,9 @@ def test_resume_gives_the_same_file(tmp_path):
     with (tmp_path / "cut" / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 5, "train/lo')  # torn, though its step would be kept
     run(tmp_path / "cut", 7, 12, resume_step=6).close()
-    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
     assert [p.name for p in (tmp_path / "cut").iterdir() if "tmp" in p.name] == []
 
 
@@ -101,7 +113,11 @@ def test_a_line_without_its_end_is_torn(tmp_path):
 def test_the_cut_is_atomic(tmp_path, monkeypatch):
     run(tmp_path, 0, 5, None).close()
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")),
+    )
     with pytest.raises(UserError, match="metrics.jsonl: cannot be written"):
         MetricsWriter(tmp_path, resume_step=2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -137,8 +153,8 @@ def events(workdir: Path) -> list[tuple[int, str, float]]:
         data = path.read_bytes()
         while data:  # length 8, its checksum 4, the event, its checksum 4
             size = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12:12 + size])
-            data = data[16 + size:]
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
             if event.HasField("session_log"):
                 found.append((event.step, "START", 0.0))
             found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
@@ -147,10 +163,25 @@ def events(workdir: Path) -> list[tuple[int, str, float]]:
 
 def test_tensorboard(tmp_path):
     writer = MetricsWriter(tmp_path)
-    writer.write(1, {"loss": 2.0, "layers": [1.0, 2.0], "experts": [[1.0], [2.0]], "text": "n/a", "bad": math.nan,
-                     "half": [math.inf, 3.0]})
+    writer.write(
+        1,
+        {
+            "loss": 2.0,
+            "layers": [1.0, 2.0],
+            "experts": [[1.0], [2.0]],
+            "text": "n/a",
+            "bad": math.nan,
+            "half": [math.inf, 3.0],
+        },
+    )
     writer.close()
-    first = [(0, "START", 0.0), (1, "loss", 2.0), (1, "layers/0", 1.0), (1, "layers/1", 2.0), (1, "half/1", 3.0)]
+    first = [
+        (0, "START", 0.0),
+        (1, "loss", 2.0),
+        (1, "layers/0", 1.0),
+        (1, "layers/1", 2.0),
+        (1, "half/1", 3.0),
+    ]
     assert events(tmp_path) == first
     writer = MetricsWriter(tmp_path, resume_step=7)
     writer.write(8, {"loss": 1.0})
@@ -166,7 +197,11 @@ def test_a_failing_tensorboard_does_not_stop_the_run(tmp_path, caplog):
             writer.write(step, {"loss": 1.0})
         writer.close()
     assert len(lines(tmp_path)) == 100
-    assert [r.message for r in caplog.records if "TensorBoard" in r.message and "metrics.jsonl" in r.message] != []
+    assert [
+        r.message
+        for r in caplog.records
+        if "TensorBoard" in r.message and "metrics.jsonl" in r.message
+    ] != []
     assert len(caplog.records) == 1
 
 
@@ -177,7 +212,10 @@ def test_tensorboard_fails_on_the_way(tmp_path, caplog):
         writer.write(step, {"loss": 1.0})
         writer.flush()
     writer.close()
-    assert len(lines(tmp_path)) == 100 and len([r for r in caplog.records if "no more TensorBoard" in r.message]) == 1
+    assert (
+        len(lines(tmp_path)) == 100
+        and len([r for r in caplog.records if "no more TensorBoard" in r.message]) == 1
+    )
 
 
 def show(stream) -> None:
@@ -222,7 +260,12 @@ def test_progress_in_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     text = in_a_terminal()
     last = text.rstrip("\r\n").split("\r")[-1]
-    assert "step 150/200" in last and "1,000,000 tokens/s" in last and "loss nan" in last and "left" in last
+    assert (
+        "step 150/200" in last
+        and "1,000,000 tokens/s" in last
+        and "loss nan" in last
+        and "left" in last
+    )
     assert text.count("\n") == 2  # what was said, and the end: the bar itself stays on one line
     assert "saved step 101\r\n" in text
     monkeypatch.setenv("TERM", "dumb")

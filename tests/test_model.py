@@ -17,7 +17,16 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.train.step import build, learning_rate
 
 SMALL = {"n_experts": 4, "k": 2, "capacity_window": 16}
-MODEL = dict(vocab_size=32, d_model=32, n_layers=2, n_heads=4, d_hidden=64, context_length=32, smha=SMALL, uome=SMALL)
+MODEL = dict(
+    vocab_size=32,
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    d_hidden=64,
+    context_length=32,
+    smha=SMALL,
+    uome=SMALL,
+)
 
 
 def config(train=None, optimizer=None, **model) -> Config:
@@ -40,7 +49,13 @@ def batch(rows=4, length=32):
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     positions[0, 20:] -= 20
     n_bytes = np.full(rows, length, np.int32)
-    return dict(tokens=tokens, targets=np.roll(tokens, -1, 1), segments=segments, positions=positions, n_bytes=n_bytes)
+    return dict(
+        tokens=tokens,
+        targets=np.roll(tokens, -1, 1),
+        segments=segments,
+        positions=positions,
+        n_bytes=n_bytes,
+    )
 
 
 def program(c: Config):
@@ -79,20 +94,28 @@ def test_decay_applies_to_matrices_only():
     before = jax.device_get(state.params)
     empty = {**batch(), "segments": np.zeros((4, 32), np.int32)}
     state, _ = p.train_step(state, empty)
-    for (path, a), b in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(state.params), strict=True):
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(before), jax.tree.leaves(state.params), strict=True
+    ):
         name = path[-1].key
         moved = not np.array_equal(a, b)
-        assert moved == (name.startswith("w_") or name in ("kernel", "embedding")), jax.tree_util.keystr(path)
+        assert moved == (name.startswith("w_") or name in ("kernel", "embedding")), (
+            jax.tree_util.keystr(path)
+        )
 
 
 def test_schedule():
-    c = config(optimizer={"learning_rate": 1.0, "warmup_steps": 10, "final_fraction": 0.1}).optimizer
+    c = config(
+        optimizer={"learning_rate": 1.0, "warmup_steps": 10, "final_fraction": 0.1}
+    ).optimizer
     with jax.numpy_dtype_promotion("standard"):
         rate = learning_rate(c, 100)
         assert float(rate(0)) == pytest.approx(0.1)
         assert float(rate(9)) == pytest.approx(1.0)
         assert float(rate(99)) == pytest.approx(0.1, abs=1e-3)
-        assert float(learning_rate(c, 5)(4)) == pytest.approx(0.5)  # a run shorter than its warmup ends inside it
+        assert float(learning_rate(c, 5)(4)) == pytest.approx(
+            0.5
+        )  # a run shorter than its warmup ends inside it
 
 
 def test_mesh_errors_name_the_numbers():
@@ -148,10 +171,17 @@ def test_moments_in_bfloat16_are_held_so_and_computed_with_in_float32():
         state = run.init(jax.random.key(0))
         for _ in range(3):
             state, _ = run.train_step(state, batch())
-        held = {a.dtype for a in jax.tree.leaves(state.opt) if jnp.issubdtype(a.dtype, jnp.floating)}
-        assert held == {jnp.dtype(dtype)} and {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+        held = {
+            a.dtype for a in jax.tree.leaves(state.opt) if jnp.issubdtype(a.dtype, jnp.floating)
+        }
+        assert held == {jnp.dtype(dtype)} and {a.dtype for a in jax.tree.leaves(state.params)} == {
+            jnp.dtype("float32")
+        }
         found[dtype] = state.params
     assert 0 < reference.norm_error(found["bfloat16"], found["float32"]) < 2e-3
-    for b2 in (0.99, 0.999):  # of 0.99 a moment that should fall a hundredfold was half as large again as it should be
+    for b2 in (
+        0.99,
+        0.999,
+    ):  # of 0.99 a moment that should fall a hundredfold was half as large again as it should be
         with pytest.raises(ConfigError, match=f"moment_dtype.*b2={b2}.*use float32"):
             config(optimizer={"moment_dtype": "bfloat16", "b2": b2})

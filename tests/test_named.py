@@ -29,11 +29,20 @@ Rows = dict[str, list[dict[str, Any]]]  # by split
 
 
 def text_rows(**sizes: int) -> Rows:
-    return {split: [{"text": f"{split} {i} é".encode() * (i % 3)} for i in range(n)] for split, n in sizes.items()}
+    return {
+        split: [{"text": f"{split} {i} é".encode() * (i % 3)} for i in range(n)]
+        for split, n in sizes.items()
+    }
 
 
 def write(
-    root: Path, dataset: str, version: str, features: Features, rows: Rows, config: str = "", shards: int = 1
+    root: Path,
+    dataset: str,
+    version: str,
+    features: Features,
+    rows: Rows,
+    config: str = "",
+    shards: int = 1,
 ) -> Path:
     """Prepares `rows`, in their order, as array_record in the directory layout of tfds. Returns the directory."""
 
@@ -74,15 +83,23 @@ def cifar_features(**changes: Any) -> Features:
 
 def cifar_rows(train: int, test: int) -> tuple[Rows, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    images = {s: rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for s, n in (("train", train), ("test", test))}
+    images = {
+        s: rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        for s, n in (("train", train), ("test", test))
+    }
     rows = {
-        split: [{"id": f"{split}_{i}", "image": png(image), "label": i % 10} for i, image in enumerate(some)]
+        split: [
+            {"id": f"{split}_{i}", "image": png(image), "label": i % 10}
+            for i, image in enumerate(some)
+        ]
         for split, some in images.items()
     }
     return rows, images
 
 
-def write_cifar(root: Path, train: int = 40, test: int = 7, shards: int = 1) -> tuple[Path, dict[str, np.ndarray]]:
+def write_cifar(
+    root: Path, train: int = 40, test: int = 7, shards: int = 1
+) -> tuple[Path, dict[str, np.ndarray]]:
     rows, images = cifar_rows(train, test)
     return write(root, "cifar10", "3.0.2", cifar_features(), rows, shards=shards), images
 
@@ -138,8 +155,13 @@ def test_held_out_indices_do_not_depend_on_how_many_are_looked_at_at_once():
     n = (1 << 21) + 12345  # three chunks
     few, more = hash_order("lm1b", n, 50), hash_order("lm1b", n, 5000)
     np.testing.assert_array_equal(few, more[:50])
-    assert len(set(more.tolist())) == 5000 and (np.bincount(more >> 20, minlength=3) > [2000, 2000, 10]).all()
-    hashes = named._splitmix64(np.arange(n, dtype=np.uint64) + np.uint64(int(hashlib.sha256(b"lm1b").hexdigest()[:16], 16)))
+    assert (
+        len(set(more.tolist())) == 5000
+        and (np.bincount(more >> 20, minlength=3) > [2000, 2000, 10]).all()
+    )
+    hashes = named._splitmix64(
+        np.arange(n, dtype=np.uint64) + np.uint64(int(hashlib.sha256(b"lm1b").hexdigest()[:16], 16))
+    )
     np.testing.assert_array_equal(few, np.argsort(hashes)[:50])
 
 
@@ -182,7 +204,11 @@ def test_true_schemas_are_understood(source, n_classes, shape, sizes):
 def test_cifar_is_split_as_long_range_arena_splits_it(tmp_path):
     _, images = write_cifar(tmp_path, train=40, test=7)
     data = open_named("cifar10", str(tmp_path))
-    want = {"train": images["train"][:36], "validation": images["train"][36:], "test": images["test"]}
+    want = {
+        "train": images["train"][:36],
+        "validation": images["train"][36:],
+        "test": images["test"],
+    }
     labels = {"train": range(36), "validation": range(36, 40), "test": range(7)}
     for split in SPLITS:
         examples = data.examples(split)
@@ -205,7 +231,11 @@ def test_reviews_are_held_out_by_hash_so_that_both_classes_are(tmp_path):
     data = open_named("imdb", str(tmp_path))
     held = sorted(reference_order("imdb_reviews/plain_text", 200)[:20])
     kept = [i for i in range(200) if i not in held]
-    for split, name, indices in (("train", "train", kept), ("validation", "train", held), ("test", "test", range(30))):
+    for split, name, indices in (
+        ("train", "train", kept),
+        ("validation", "train", held),
+        ("test", "test", range(30)),
+    ):
         examples = data.examples(split)
         found = [(examples[i].inputs[0], examples[i].label) for i in range(len(examples))]
         assert found == [(rows[name][i]["text"], rows[name][i]["label"]) for i in indices]
@@ -217,7 +247,10 @@ def test_what_a_record_is_does_not_depend_on_the_process(tmp_path):
 
     def digest() -> str:
         data = open_named("imdb", str(tmp_path))
-        parts = [repr([data.examples(split)[i] for i in range(len(data.examples(split)))]) for split in SPLITS]
+        parts = [
+            repr([data.examples(split)[i] for i in range(len(data.examples(split)))])
+            for split in SPLITS
+        ]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     code = (
@@ -269,7 +302,11 @@ def test_every_document_is_in_exactly_one_split_byte_for_byte(tmp_path, sizes, o
 def test_true_text_schemas_are_understood():
     with tfds.testing.mock_data(num_examples=5):
         data = open_tfds_text("lm1b", "")
-        assert [len(list(data.documents(split))) for split in SPLITS] == [3, 1, 1]  # a mock has only training examples
+        assert [len(list(data.documents(split))) for split in SPLITS] == [
+            3,
+            1,
+            1,
+        ]  # a mock has only training examples
         assert open_tfds_text("pg19", "").record()["feature"] == "book_text"
 
 
@@ -295,7 +332,12 @@ def test_feature_must_be_plain(tmp_path):
     ):
         value = dict.fromkeys(features, 3 if name == "none" else b"3")
         write(tmp_path, name, "1.0.0", features, {"train": [value] * 300})
-        refusal(lambda: open_tfds_text(name, str(tmp_path)), f"data.name='{name}'", *parts, kind=ConfigError)
+        refusal(
+            lambda: open_tfds_text(name, str(tmp_path)),
+            f"data.name='{name}'",
+            *parts,
+            kind=ConfigError,
+        )
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------
@@ -305,10 +347,18 @@ def test_feature_must_be_plain(tmp_path):
 def test_what_is_not_prepared_is_refused_with_the_command(tmp_path, source):
     name = named.LABELLED[source].name
     command = f"`tfds build {name} --file_format=array_record --data_dir={tmp_path}`"
-    message = refusal(lambda: open_named(source, str(tmp_path)), f"data.source={source!r}", str(tmp_path), command, kind=ConfigError)
+    message = refusal(
+        lambda: open_named(source, str(tmp_path)),
+        f"data.source={source!r}",
+        str(tmp_path),
+        command,
+        kind=ConfigError,
+    )
     assert ("ILSVRC2012_img_train.tar" in message) == (source == "imagenet2012")
     command = "`tfds build lm1b --file_format=array_record --data_dir="
-    refusal(lambda: open_tfds_text("lm1b", str(tmp_path)), "data.name='lm1b'", command, kind=ConfigError)
+    refusal(
+        lambda: open_tfds_text("lm1b", str(tmp_path)), "data.name='lm1b'", command, kind=ConfigError
+    )
 
 
 def test_another_file_format_is_refused_with_the_conversion_and_found_after_it(tmp_path):
@@ -316,10 +366,21 @@ def test_another_file_format_is_refused_with_the_conversion_and_found_after_it(t
     info = directory / "dataset_info.json"
     meta = json.loads(info.read_text())
     info.write_text(json.dumps(meta | {"fileFormat": "tfrecord"}))
-    command = f"`tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record`"
-    refusal(lambda: open_named("cifar10", str(tmp_path)), "data.source='cifar10'", command, kind=ConfigError)
-    info.write_text(json.dumps(meta | {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}))
-    np.testing.assert_array_equal(open_named("cifar10", str(tmp_path)).examples("test")[3].inputs[0], images["test"][3])
+    command = (
+        f"`tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record`"
+    )
+    refusal(
+        lambda: open_named("cifar10", str(tmp_path)),
+        "data.source='cifar10'",
+        command,
+        kind=ConfigError,
+    )
+    info.write_text(
+        json.dumps(meta | {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]})
+    )
+    np.testing.assert_array_equal(
+        open_named("cifar10", str(tmp_path)).examples("test")[3].inputs[0], images["test"][3]
+    )
 
 
 @pytest.mark.parametrize(
@@ -334,14 +395,23 @@ def test_another_file_format_is_refused_with_the_conversion_and_found_after_it(t
     ],
 )
 def test_unknown_names_are_refused(tmp_path, name, parts):
-    refusal(lambda: open_tfds_text(name, str(tmp_path)), f"data.name={name!r}", *parts, kind=ConfigError)
+    refusal(
+        lambda: open_tfds_text(name, str(tmp_path)), f"data.name={name!r}", *parts, kind=ConfigError
+    )
 
 
 def test_missing_splits_are_named(tmp_path):
     write_text(tmp_path, test=10)
-    refusal(lambda: open_tfds_text("lm1b", str(tmp_path)), "no split 'train', only test", kind=ConfigError)
+    refusal(
+        lambda: open_tfds_text("lm1b", str(tmp_path)),
+        "no split 'train', only test",
+        kind=ConfigError,
+    )
     write_text(tmp_path / "few", train=2)
-    refusal(lambda: open_tfds_text("lm1b", str(tmp_path / "few")), "2 documents in 'train' of lm1b/1.1.0 are too few")
+    refusal(
+        lambda: open_tfds_text("lm1b", str(tmp_path / "few")),
+        "2 documents in 'train' of lm1b/1.1.0 are too few",
+    )
     write_imdb(tmp_path, reviews(train=1, test=1))
     refusal(lambda: open_named("imdb", str(tmp_path)), "one training example", "none to hold out")
 
@@ -354,7 +424,9 @@ def test_every_record_of_a_damaged_file_is_right_or_named(tmp_path, damage):
     if damage == "flipped":
         place = data.index(png(images["train"][23])[200:264])
         data[place : place + 64] = bytes(byte ^ 0xFF for byte in data[place : place + 64])
-    file.write_bytes(data if damage == "flipped" else data[: len(data) // 2] if damage == "cut" else b"")
+    file.write_bytes(
+        data if damage == "flipped" else data[: len(data) // 2] if damage == "cut" else b""
+    )
     if damage == "gone":
         file.unlink()
     source = open_named("cifar10", str(tmp_path))
@@ -365,7 +437,9 @@ def test_every_record_of_a_damaged_file_is_right_or_named(tmp_path, damage):
             try:
                 np.testing.assert_array_equal(examples[i].inputs[0], images["train"][first + i])
             except UserError as error:
-                assert str(error).startswith(f"{directory}: example {first + i} of the split 'train' cannot be read (")
+                assert str(error).startswith(
+                    f"{directory}: example {first + i} of the split 'train' cannot be read ("
+                )
                 assert "tfds build cifar10" in str(error) and "\n" not in str(error)
                 refused.append(first + i)
     assert refused == ([23] if damage == "flipped" else list(range(40)))
@@ -388,7 +462,11 @@ def test_damaged_descriptions_are_refused(tmp_path, file, content):
     directory, _ = write_cifar(tmp_path)
     (directory / file).write_text(content)
     where = str(directory) if file == "features.json" else str(tmp_path)
-    refusal(lambda: open_named("cifar10", str(tmp_path)), where, "prepare it again, with `tfds build cifar10 ")
+    refusal(
+        lambda: open_named("cifar10", str(tmp_path)),
+        where,
+        "prepare it again, with `tfds build cifar10 ",
+    )
 
 
 def test_records_that_are_not_what_the_dataset_promises_are_named(tmp_path):
@@ -397,25 +475,47 @@ def test_records_that_are_not_what_the_dataset_promises_are_named(tmp_path):
     directory = write_imdb(tmp_path / "label", rows)
     examples = open_named("imdb", str(tmp_path / "label")).examples("test")
     assert examples[0].label == 0
-    refusal(lambda: examples[1], f"{directory}: example 1 of the split 'test' has the label -1 where 0 to 1")
+    refusal(
+        lambda: examples[1],
+        f"{directory}: example 1 of the split 'test' has the label -1 where 0 to 1",
+    )
 
     features = {"text": tfds.features.Text(), "stars": tfds.features.Scalar(np.int64)}
     rows = {split: [{"text": b"x", "stars": 1}] * 20 for split in ("train", "test")}
     write(tmp_path / "feature", "imdb_reviews", "1.0.0", features, rows, config="plain_text")
-    refusal(lambda: open_named("imdb", str(tmp_path / "feature")), "has no feature 'label', only", "stars")
+    refusal(
+        lambda: open_named("imdb", str(tmp_path / "feature")),
+        "has no feature 'label', only",
+        "stars",
+    )
 
-    for number, (shape, dtype) in enumerate([((32, 32, 1), np.uint8), ((32, 32), np.uint8), ((32, 32, 3), np.int32)]):
+    for number, (shape, dtype) in enumerate(
+        [((32, 32, 1), np.uint8), ((32, 32), np.uint8), ((32, 32, 3), np.int32)]
+    ):
         features = cifar_features(image=tfds.features.Tensor(shape=shape, dtype=dtype))
         row = {"id": "0", "image": np.zeros(shape, dtype), "label": 0}
-        write(tmp_path / str(number), "cifar10", "3.0.2", features, {"train": [row] * 20, "test": [row]})
+        write(
+            tmp_path / str(number),
+            "cifar10",
+            "3.0.2",
+            features,
+            {"train": [row] * 20, "test": [row]},
+        )
         examples = open_named("cifar10", str(tmp_path / str(number))).examples("validation")
-        refusal(lambda: examples[0], "example 18 of the split 'train'", "where uint8 [32,32,3] is expected in 'image'")
+        refusal(
+            lambda: examples[0],
+            "example 18 of the split 'train'",
+            "where uint8 [32,32,3] is expected in 'image'",
+        )
 
     features = cifar_features(image=tfds.features.Image(shape=(None, None, 3)))
     rows, _ = cifar_rows(20, 2)
     rows["test"][1]["image"] = b"\x89PNG no picture"
     write(tmp_path / "png", "cifar10", "3.0.2", features, rows)
-    refusal(lambda: open_named("cifar10", str(tmp_path / "png")).examples("test")[1], "example 1 of the split 'test' cannot be read")
+    refusal(
+        lambda: open_named("cifar10", str(tmp_path / "png")).examples("test")[1],
+        "example 1 of the split 'test' cannot be read",
+    )
 
 
 # ---- digits -------------------------------------------------------------------------------------------------------
@@ -443,7 +543,9 @@ def test_every_digit_is_in_exactly_one_split_with_all_classes_alike():
                 examples[i]
     scaled = np.floor(loaded.images * 255 / 16).astype(np.uint8)
     assert scaled.max() == 255
-    assert sorted(found) == sorted((image.tobytes(), int(label)) for image, label in zip(scaled, loaded.target))
+    assert sorted(found) == sorted(
+        (image.tobytes(), int(label)) for image, label in zip(scaled, loaded.target)
+    )
     assert data.record()["n_examples"] == sizes
 
 

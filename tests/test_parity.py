@@ -26,6 +26,8 @@ def test_the_vectors_are_what_their_makers_give(name, tmp_path, monkeypatch):
         assert set(new.files) == set(stored.files)
         assert str(new["config"]) == str(stored["config"])
         for key in set(new.files) - {"config", "made"}:
-            np.testing.assert_allclose(new[key], stored[key], rtol=1e-5, atol=1e-6, err_msg=f"{file.stem}: {key}")
+            np.testing.assert_allclose(
+                new[key], stored[key], rtol=1e-5, atol=1e-6, err_msg=f"{file.stem}: {key}"
+            )
     for module in ("make", "make_encoders"):
         sys.modules.pop(module, None)

@@ -24,7 +24,9 @@ TASK = "curv_contour_length_14"
 # ---- the archive ---------------------------------------------------------------------------------------------------
 
 
-def write_archive(task: Path, folders: tuple[int, ...] = (0, 1, 2, 10), each: int = 5) -> list[tuple[np.ndarray, int]]:
+def write_archive(
+    task: Path, folders: tuple[int, ...] = (0, 1, 2, 10), each: int = 5
+) -> list[tuple[np.ndarray, int]]:
     """An archive of LRA's layout in `task`; returns its images and labels in the order of the metadata."""
     rng = np.random.default_rng(0)
     (task / "metadata").mkdir(parents=True)
@@ -35,7 +37,9 @@ def write_archive(task: Path, folders: tuple[int, ...] = (0, 1, 2, 10), each: in
         for i in range(each):
             image, label = rng.integers(0, 256, (32, 32), np.uint8), int(rng.integers(2))
             Image.fromarray(image).save(task / f"imgs/{n}/sample_{i}.png")
-            lines.append(f"imgs/{n} sample_{i}.png {i} {label} 1.0 14 4 2 0.5 1 1\n")  # as snakes2.py orders them
+            lines.append(
+                f"imgs/{n} sample_{i}.png {i} {label} 1.0 14 4 2 0.5 1 1\n"
+            )  # as snakes2.py orders them
             examples.append((image, label))
         (task / f"metadata/{n}.npy").write_text("".join(lines))
     return examples
@@ -51,7 +55,11 @@ def test_archive_is_read_in_the_order_of_its_metadata_and_cut_in_tenths(archive)
     task, examples = archive
     source = PathfinderFiles(str(task))
     assert (source.n_classes, source.vocab_size) == (2, 0)
-    bounds = {"train": (0, 16), "validation": (16, 18), "test": (18, 20)}  # folder 10 comes last, not after 1
+    bounds = {
+        "train": (0, 16),
+        "validation": (16, 18),
+        "test": (18, 20),
+    }  # folder 10 comes last, not after 1
     for split, (begin, end) in bounds.items():
         read = source.examples(split)
         assert len(read) == end - begin
@@ -64,7 +72,9 @@ def test_archive_is_read_in_the_order_of_its_metadata_and_cut_in_tenths(archive)
             with pytest.raises(IndexError):
                 read[i]
     record = source.record()
-    assert record["n_examples"] == {"train": 16, "validation": 2, "test": 2} and record["size"] == 32
+    assert (
+        record["n_examples"] == {"train": 16, "validation": 2, "test": 2} and record["size"] == 32
+    )
     assert record["n_positive"]["train"] == sum(label for _, label in examples[:16])
     assert sum(record["n_empty"].values()) == 0
 
@@ -111,7 +121,9 @@ def test_missing_archive_says_what_to_download_and_where_to_put_it(tmp_path, wha
         path.write_bytes(b"")
     elif what == "empty directory":
         path.mkdir()
-    with pytest.raises(ConfigError, match=r"^data.path='.*here': .*lra_release\.gz.*give the directory") as error:
+    with pytest.raises(
+        ConfigError, match=r"^data.path='.*here': .*lra_release\.gz.*give the directory"
+    ) as error:
         PathfinderFiles(str(path))
     assert "\n" not in str(error.value)
 
@@ -128,29 +140,41 @@ def test_damaged_image_is_named_with_its_index(archive, damage):
         file.write_bytes({"cut": data[:-20], "flip": data, "text": b"not an image"}[damage])
     train = PathfinderFiles(str(task)).examples("train")
     assert train[6].inputs[0].shape == train[8].inputs[0].shape == (32, 32, 1)
-    with pytest.raises(UserError, match=r"imgs/1/sample_2.png: example 7 of train .*not a readable PNG.*unpack"):
+    with pytest.raises(
+        UserError, match=r"imgs/1/sample_2.png: example 7 of train .*not a readable PNG.*unpack"
+    ):
         train[7]
 
 
 def test_image_of_another_size_is_named(archive):
     task, _ = archive
     Image.new("L", (32, 31)).save(task / "imgs/10/sample_4.png")
-    with pytest.raises(UserError, match="sample_4.png: example 1 of test .* 31 x 32 pixels where .* 32 x 32"):
+    with pytest.raises(
+        UserError, match="sample_4.png: example 1 of test .* 31 x 32 pixels where .* 32 x 32"
+    ):
         PathfinderFiles(str(task)).examples("test")[1]
 
 
 def test_missing_image_is_named(archive):
     task, _ = archive
     (task / "imgs/2/sample_3.png").unlink()
-    with pytest.raises(UserError, match="imgs/2/sample_3.png: image 13 of the metadata cannot be read"):
+    with pytest.raises(
+        UserError, match="imgs/2/sample_3.png: image 13 of the metadata cannot be read"
+    ):
         PathfinderFiles(str(task))
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (b"imgs/1 sample_0.png 0 2 1.0\n", "1.npy: line 1 is 'imgs/1 sample_0.png 0 2 1.0' .* label 0 or 1"),
-        (b"imgs/1 sample_0.png 0 1 1.0\nimgs/1 sample_1.png\n", "1.npy: line 2 is 'imgs/1 sample_1.png'"),
+        (
+            b"imgs/1 sample_0.png 0 2 1.0\n",
+            "1.npy: line 1 is 'imgs/1 sample_0.png 0 2 1.0' .* label 0 or 1",
+        ),
+        (
+            b"imgs/1 sample_0.png 0 1 1.0\nimgs/1 sample_1.png\n",
+            "1.npy: line 2 is 'imgs/1 sample_1.png'",
+        ),
         (b"\x93NUMPY\x01\x00v\x00", "1.npy: is not the text that Long Range Arena released"),
     ],
 )
@@ -178,7 +202,9 @@ def draw(n: int, split: str = "train", **keys: int) -> tuple[np.ndarray, np.ndar
     """Images uint8 [n, size, size] and labels [n]."""
     examples = PathfinderGenerated(PathfinderConfig(**keys)).examples(split)
     drawn = [examples[i] for i in range(n)]
-    return np.stack([example.inputs[0][:, :, 0] for example in drawn]), np.array([example.label for example in drawn])
+    return np.stack([example.inputs[0][:, :, 0] for example in drawn]), np.array(
+        [example.label for example in drawn]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +235,13 @@ def test_brightness_and_distance_of_the_dots_do_not_tell_the_label(default):
         "distance": distances,
     }
     found = {name: best_threshold(values, labels) for name, values in statistics.items()}
-    assert max(found.values()) < 0.56, found  # by chance alone, the best of many thresholds has some 0.52
+    assert max(found.values()) < 0.56, (
+        found
+    )  # by chance alone, the best of many thresholds has some 0.52
     assert distances.min() > 5 and distances.std() > 1.5
-    assert best_threshold(labels + np.random.default_rng(0).normal(size=2000), labels) > 0.65  # a hint would be seen
+    assert (
+        best_threshold(labels + np.random.default_rng(0).normal(size=2000), labels) > 0.65
+    )  # a hint would be seen
 
 
 @pytest.mark.parametrize("keys", [{}, {"length": 3, "distractors": 30}, {"length": 10}])
@@ -249,7 +279,9 @@ def test_an_image_is_a_function_of_seed_split_and_index_alone():
     )
     for hash_seed in ("1", "2"):
         env = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONHASHSEED": hash_seed}
-        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        ).stdout
         assert out.strip() == repr([image.tobytes().hex() for image in images])
     everything = [draw(6, split, seed=seed)[0] for split in SPLITS for seed in (4, 5)]
     assert len({image.tobytes() for drawn in everything for image in drawn}) == 36
@@ -257,7 +289,10 @@ def test_an_image_is_a_function_of_seed_split_and_index_alone():
 
 def test_splits_have_their_sizes_and_their_names():
     source = open_pathfinder("", PathfinderConfig(n_train=3, n_eval=2))
-    assert isinstance(source, PathfinderGenerated) and (source.n_classes, source.vocab_size) == (2, 0)
+    assert isinstance(source, PathfinderGenerated) and (source.n_classes, source.vocab_size) == (
+        2,
+        0,
+    )
     assert [len(source.examples(split)) for split in SPLITS] == [3, 2, 2]
     for i in (-1, 2):
         with pytest.raises(IndexError):
@@ -265,7 +300,11 @@ def test_splits_have_their_sizes_and_their_names():
     with pytest.raises(ValueError):
         source.examples("dev")
     record = source.record()
-    assert record["seed"] == 0 and record["version"] == pathfinder.VERSION and 4 <= record["distractors_drawn"] <= 6
+    assert (
+        record["seed"] == 0
+        and record["version"] == pathfinder.VERSION
+        and 4 <= record["distractors_drawn"] <= 6
+    )
 
 
 def test_paths_that_find_no_room_are_refused():

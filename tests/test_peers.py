@@ -45,12 +45,18 @@ def split(c: ModelConfig, w: dict[str, np.ndarray]) -> tuple[nnx.GraphDef, nnx.S
 
 
 def under(g: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): value for name, value in g.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value for name, value in g.items() if name.startswith(prefix)
+    }
 
 
 def tokens_of(c: ModelConfig, x: jax.Array) -> Tokens:
     tokens = tokens_like(x)
-    return tokens._replace(rotary=rotary_tables(tokens.positions_BL, c.rotary_dim, c.rope_theta)) if c.position == "rope" else tokens
+    return (
+        tokens._replace(rotary=rotary_tables(tokens.positions_BL, c.rotary_dim, c.rope_theta))
+        if c.position == "rope"
+        else tokens
+    )
 
 
 def test_every_block_has_a_vector():
@@ -69,7 +75,9 @@ def test_values_and_gradients_are_theirs(name):
         y = nnx.merge(graphdef, state)(x, tokens_of(c, x))[0]
         return (y * g["r"]).sum(), y
 
-    (d_w, d_x), y = reference.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(state, jnp.asarray(g["x"]))
+    (d_w, d_x), y = reference.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(
+        state, jnp.asarray(g["x"])
+    )
     assert reference.error(y, g["y"]) < 1e-5
     assert reference.error(d_x, g["d_x"]) < 1e-5
     wanted = under(g, "d/")
@@ -81,7 +89,14 @@ def test_values_and_gradients_are_theirs(name):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", [name for name in FILES if name not in ("switch", "moh_0", "reformer_32_2", "nystromformer_no_convolution")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in FILES
+        if name not in ("switch", "moh_0", "reformer_32_2", "nystromformer_no_convolution")
+    ],
+)
 def test_sixteen_bits_and_rows_of_padding(name, dtype):
     """Values near those of float32 at the same weights, and finite gradients, with a row that is all padding and one of a token."""
     c, g = load(name)
@@ -100,8 +115,13 @@ def test_sixteen_bits_and_rows_of_padding(name, dtype):
         return reference.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(state, x)
 
     grads, y = run(dataclasses.replace(c, dtype=dtype))
-    assert all(np.isfinite(leaf.astype(np.float32)).all() for leaf in jax.tree.leaves(jax.device_get((grads, y))))
+    assert all(
+        np.isfinite(leaf.astype(np.float32)).all()
+        for leaf in jax.tree.leaves(jax.device_get((grads, y)))
+    )
     _, wanted = run(c)
     # Rounding moves near ties, so that a token may go elsewhere: most, not all, of the values are near.
     near = np.abs(np.asarray(y) - np.asarray(wanted)) < 0.08 * np.abs(np.asarray(wanted)).max()
-    assert near[np.asarray(segments) > 0].mean() > (0.99 if not c.routed() and c.attention != "reformer" else 0.8)
+    assert near[np.asarray(segments) > 0].mean() > (
+        0.99 if not c.routed() and c.attention != "reformer" else 0.8
+    )

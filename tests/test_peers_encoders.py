@@ -21,25 +21,50 @@ from uoe_jax.layers.common import Tokens, rotary_tables
 from uoe_jax.plan.hlo import collectives
 
 B, L, D, H = 8, 24, 16, 4
-LENGTHS = (L, 13, 5, 1, 0, 17, L, 8)  # full; not divided by chunks, segments or landmarks; fewer than landmarks; one; none
+LENGTHS = (
+    L,
+    13,
+    5,
+    1,
+    0,
+    17,
+    L,
+    8,
+)  # full; not divided by chunks, segments or landmarks; fewer than landmarks; one; none
 SIZES = dict(
     linformer=dict(rank=8), nystromformer=dict(landmarks=6, kernel=5), performer=dict(features=8), reformer=dict(chunk=4),
     long_short=dict(window=4, rank=3),
 )  # fmt: skip
 NAMES = tuple(SIZES)
-VECTORS = sorted(str(p.relative_to(GOLDEN).with_suffix("")) for p in GOLDEN.rglob("*.npz") if p.stem.startswith(NAMES))
+VECTORS = sorted(
+    str(p.relative_to(GOLDEN).with_suffix(""))
+    for p in GOLDEN.rglob("*.npz")
+    if p.stem.startswith(NAMES)
+)
 assert len(VECTORS) == 12
 
 
 def config(name: str, own: dict | None = None, **changes) -> ModelConfig:
-    model = dict(d_model=D, n_heads=H, n_layers=1, vocab_size=8, context_length=L, causal=False, position="none")
-    return config_lib.from_dict({"model": {**model, "attention": name, name: own or SIZES[name], **changes}}).model
+    model = dict(
+        d_model=D,
+        n_heads=H,
+        n_layers=1,
+        vocab_size=8,
+        context_length=L,
+        causal=False,
+        position="none",
+    )
+    return config_lib.from_dict(
+        {"model": {**model, "attention": name, name: own or SIZES[name], **changes}}
+    ).model
 
 
 def built(name: str, own: dict | None = None, **changes):
     """A block with everything that all blocks can have, and weights of which none is 0 or 1."""
     grouped = dict(n_kv_heads=2) if name != "reformer" else {}
-    return reference.build(lambda: make(config(name, own, bias=True, position="rope", **grouped, **changes)))
+    return reference.build(
+        lambda: make(config(name, own, bias=True, position="rope", **grouped, **changes))
+    )
 
 
 def tokens_of(lengths: tuple[int, ...], length: int = L, head_dim: int = 0) -> Tokens:
@@ -73,7 +98,9 @@ def test_golden_rows_beside_padding_and_others(name):
     c, g = load(name)
     b, length, d = g["x"].shape
     w, wanted, longer = under(g, "w/"), under(g, "d/"), length + 8
-    if c.attention == "linformer":  # whose context is part of it: weights of later positions, which nothing reaches
+    if (
+        c.attention == "linformer"
+    ):  # whose context is part of it: weights of later positions, which nothing reaches
         c = dataclasses.replace(c, context_length=longer)
         for key in ("w_keys", "w_values"):
             w[key] = np.concatenate([w[key], random(3, 8, 5)])
@@ -81,8 +108,12 @@ def test_golden_rows_beside_padding_and_others(name):
     x, r, d_x = random(4, b + 2, longer, d), *np.zeros((2, b + 2, longer, d), np.float32)
     x[:b, :length], r[:b, :length], d_x[:b, :length] = g["x"], g["r"], g["d_x"]
     graphdef, state = split(c, w)
-    assert not any(state[key].decay for key in ("directions", "rotations") if key in w)  # drawn once
-    (d_w, found), y = backward(graphdef)(state, jnp.asarray(x), tokens_of((length,) * b + (9, 0), longer), r)
+    assert not any(
+        state[key].decay for key in ("directions", "rotations") if key in w
+    )  # drawn once
+    (d_w, found), y = backward(graphdef)(
+        state, jnp.asarray(x), tokens_of((length,) * b + (9, 0), longer), r
+    )
     assert np.isfinite(y).all() and reference.error(y[:b, :length], g["y"]) < 1e-5
     assert reference.error(found, d_x) < 1e-5 and not np.asarray(found)[d_x == 0].any()
     d_w = reference.weights_of(d_w)
@@ -103,14 +134,23 @@ def test_a_row_is_by_itself(name):
     r = random(2, B, L, D) * ok
     (d_w, d_x), y = f(state, jnp.asarray(x), tokens, r)
     assert not np.asarray(d_x)[~ok[..., 0]].any()
-    (alone_d_w, alone_d_x), alone = f(state, jnp.asarray(x[[row], :n]), tokens_of((n,), n, D // H), r[[row], :n])
-    assert reference.error((alone_d_w, alone_d_x[0], alone[0]), (d_w, d_x[row, :n], y[row, :n])) < 1e-5
-    (_, other_d_x), other = f(state, jnp.asarray(np.where(ok, x, 5 * random(3, B, L, D))), tokens, r)
+    (alone_d_w, alone_d_x), alone = f(
+        state, jnp.asarray(x[[row], :n]), tokens_of((n,), n, D // H), r[[row], :n]
+    )
+    assert (
+        reference.error((alone_d_w, alone_d_x[0], alone[0]), (d_w, d_x[row, :n], y[row, :n])) < 1e-5
+    )
+    (_, other_d_x), other = f(
+        state, jnp.asarray(np.where(ok, x, 5 * random(3, B, L, D))), tokens, r
+    )
     assert (np.asarray(other)[0] != np.asarray(y)[0]).any()
     np.testing.assert_array_equal(other[row, :n], y[row, :n])
     np.testing.assert_array_equal(other_d_x, d_x)
     # Whatever comes back into padding, a row of nothing else included, is finite.
-    assert all(np.isfinite(a).all() for a in jax.tree.leaves(f(state, jnp.asarray(x), tokens, 1e3 * random(2, B, L, D))))
+    assert all(
+        np.isfinite(a).all()
+        for a in jax.tree.leaves(f(state, jnp.asarray(x), tokens, 1e3 * random(2, B, L, D)))
+    )
 
 
 # --- limits -----------------------------------------------------------------------------------------------------
@@ -120,7 +160,10 @@ def heads_of(state, x, mix):
     """The block's output [L,D] for one row, given a function of one head's q, k, v [L,Dh] and its number; float64."""
     w = jax.tree.map(lambda a: np.asarray(a, np.float64), reference.weights_of(state))
     key = "w_k" if "w_k" in w else "w_q"
-    return sum(mix(x @ w["w_q"][:, i], x @ w[key][:, i], x @ w["w_v"][:, i], w, i) @ w["w_o"][i] for i in range(H))
+    return sum(
+        mix(x @ w["w_q"][:, i], x @ w[key][:, i], x @ w["w_v"][:, i], w, i) @ w["w_o"][i]
+        for i in range(H)
+    )
 
 
 def softmax(scores):
@@ -133,13 +176,21 @@ def dense(q, k, v, w, i):
 
 def shared(q, k, v, w, i):
     """Of the Reformer: keys of length 1, and not itself."""
-    return softmax(np.where(np.eye(L), -np.inf, q @ (k / np.linalg.norm(k, axis=1, keepdims=True)).T)) @ v
+    return (
+        softmax(np.where(np.eye(L), -np.inf, q @ (k / np.linalg.norm(k, axis=1, keepdims=True)).T))
+        @ v
+    )
 
 
 def with_sinks(q, k, v, w, i):
     """Of Long-Short without what is projected: its norms, and as many keys and values of zeros as there are projections."""
-    k, v = ((a - a.mean(1, keepdims=True)) / np.sqrt(a.var(1, keepdims=True) + 1e-6) for a in (k, v))
-    k, v = (np.concatenate([a * w["near_scale"][i] + w["near_bias"][i], np.zeros((3, D // H))]) for a in (k, v))
+    k, v = (
+        (a - a.mean(1, keepdims=True)) / np.sqrt(a.var(1, keepdims=True) + 1e-6) for a in (k, v)
+    )
+    k, v = (
+        np.concatenate([a * w["near_scale"][i] + w["near_bias"][i], np.zeros((3, D // H))])
+        for a in (k, v)
+    )
     return dense(q, k, v, w, i)
 
 
@@ -149,7 +200,12 @@ LIMITS = {
     "nystromformer": (dict(landmarks=L, kernel=0, iterations=30), {}, dense, 2e-3),
     "performer": (dict(features=8192), {}, dense, 1e-1),
     "reformer": (dict(chunk=L), {}, shared, 1e-5),
-    "long_short": (dict(window=L, rank=3), dict.fromkeys(("far_scale", "far_bias"), np.zeros((H, D // H))), with_sinks, 1e-5),
+    "long_short": (
+        dict(window=L, rank=3),
+        dict.fromkeys(("far_scale", "far_bias"), np.zeros((H, D // H))),
+        with_sinks,
+        1e-5,
+    ),
 }
 
 
@@ -161,17 +217,30 @@ def test_enough_of_it_is_dense_attention(name):
         state[key].value = jnp.asarray(value, jnp.float32)
     x = random(1, 2, L, D) / (2 if name == "performer" else 1)  # its variance grows with exp(|q|²)
     y, _ = reference.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, jnp.asarray(x))
-    assert reference.error(y, np.stack([heads_of(state, row.astype(np.float64), mix) for row in x])) < bound
+    assert (
+        reference.error(y, np.stack([heads_of(state, row.astype(np.float64), mix) for row in x]))
+        < bound
+    )
 
 
 def test_equal_tokens_share_a_bucket_wherever_they_are():
     """Of the Reformer: rotary positions turn what is compared, not what is hashed."""
     block = make(config("reformer", dict(chunk=4, n_hashes=4), position="rope"))
     second = np.arange(L) % 2 == 1
-    x, tokens = jnp.asarray(np.where(second[:, None], *random(1, 2, 1, D))[None]), tokens_of((L,), head_dim=D // H)
+    x, tokens = (
+        jnp.asarray(np.where(second[:, None], *random(1, 2, 1, D))[None]),
+        tokens_of((L,), head_dim=D // H),
+    )
     q, k, v = block._project(x, tokens.rotary)
     valid = jnp.ones((1, L), bool)
-    changes = [int(np.diff(second[block._sorted(a.transpose(0, 2, 1, 3), valid)[0]], axis=-1).sum(axis=-1).max()) for a in (k, q)]
+    changes = [
+        int(
+            np.diff(second[block._sorted(a.transpose(0, 2, 1, 3), valid)[0]], axis=-1)
+            .sum(axis=-1)
+            .max()
+        )
+        for a in (k, q)
+    ]
     assert changes[0] <= 1 < changes[1]
     assert reference.error(block.mix(q, q, v, x, valid), block.mix(q, k, v, x, valid)) > 1e-3
 
@@ -187,9 +256,15 @@ def test_heads_on_a_mesh(name):
     wanted = backward(graphdef)(state, jnp.asarray(x), tokens, r)
     mesh = mesh_lib.make_mesh(MeshConfig(data=4, expert=2))
     with jax.set_mesh(mesh):
-        where = {key: mesh_lib.weight_sharding(mesh, w.logical_axes, w.shape) for key, w in state.items()}
-        placed = nnx.State({key: w.replace(jax.device_put(w[...], where[key])) for key, w in state.items()})
-        rows = jax.device_put(jnp.asarray(x), jax.NamedSharding(mesh, mesh_lib.activations(mesh_lib.current())))
+        where = {
+            key: mesh_lib.weight_sharding(mesh, w.logical_axes, w.shape) for key, w in state.items()
+        }
+        placed = nnx.State(
+            {key: w.replace(jax.device_put(w[...], where[key])) for key, w in state.items()}
+        )
+        rows = jax.device_put(
+            jnp.asarray(x), jax.NamedSharding(mesh, mesh_lib.activations(mesh_lib.current()))
+        )
         forward = reference.jit(lambda state, *args: nnx.merge(graphdef, state)(*args)[0])
         found = collectives(forward.lower(placed, rows, tokens).compile().as_text(), mesh.shape)
         (d_w, d_x), y = backward(graphdef)(placed, rows, tokens, r)
@@ -201,10 +276,16 @@ def test_heads_on_a_mesh(name):
 def test_bfloat16(name):
     """Close to float32, gradients too. Of the Reformer in one chunk, as rounding puts some tokens in another bucket."""
     x, r, tokens = random(1, B, L, D), random(2, B, L, D), tokens_of(LENGTHS, head_dim=D // H)
-    x, own, found = jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32), dict(chunk=L) if name == "reformer" else None, {}
+    x, own, found = (
+        jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32),
+        dict(chunk=L) if name == "reformer" else None,
+        {},
+    )
     for dtype in ("float32", "bfloat16"):
         graphdef, state = built(name, own, dtype=dtype)
-        state = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), state)  # so that rounding is the block's own
+        state = jax.tree.map(
+            lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), state
+        )  # so that rounding is the block's own
         (d_w, d_x), y = backward(graphdef)(state, x, tokens, r)
         assert y.dtype == dtype
         found[dtype] = (y, d_x), d_w

@@ -61,7 +61,9 @@ def test_no_output_depends_on_a_later_token(name, dtype):
     row = draw(0, 1, CONTEXT)
     wanted, stats = full(row)
     wanted = np.asarray(wanted)
-    assert sum(float(s.chosen_N.sum() - s.kept_N.sum()) for s in stats.values()) > 0  # capacity is felt
+    assert (
+        sum(float(s.chosen_N.sum() - s.kept_N.sum()) for s in stats.values()) > 0
+    )  # capacity is felt
     moved = 0
     for t in range(0, CONTEXT, 3):
         changed = row.copy()
@@ -100,8 +102,14 @@ def test_decoding_gives_the_full_pass(name):
         (dict(mlp="deepseek_moe", moe=dict(k=1, score="sigmoid")), "model.moe.k=1"),
         (dict(attention="mla", mla=dict(d_rope=3)), "model.mla.d_rope=3"),
         (dict(attention="mla", qk_norm=True), "model.qk_norm=True"),
-        (dict(attention="nystromformer", causal=False, nystromformer=dict(kernel=4)), "nystromformer.kernel=4"),
-        (dict(attention="long_short", causal=False, long_short=dict(window=5)), "long_short.window=5"),
+        (
+            dict(attention="nystromformer", causal=False, nystromformer=dict(kernel=4)),
+            "nystromformer.kernel=4",
+        ),
+        (
+            dict(attention="long_short", causal=False, long_short=dict(window=5)),
+            "long_short.window=5",
+        ),
         (dict(attention="linformer", causal=False, attention_dropout=0.1), "attention_dropout=0.1"),
     ],
 )
@@ -119,7 +127,9 @@ SIZES = dict(
 )  # fmt: skip
 ENCODERS = {
     **{name: {"attention": name, "mlp": "dense", name: SIZES[name]} for name in EFFICIENT},
-    "mosa, expert_choice": dict(attention="mosa", mlp="expert_choice", moe={**MOE, "capacity_factor": 1.0}),
+    "mosa, expert_choice": dict(
+        attention="mosa", mlp="expert_choice", moe={**MOE, "capacity_factor": 1.0}
+    ),
     "moh, skywork_moe": dict(attention="moh", mlp="skywork_moe", moe=MOE),
 }
 
@@ -133,7 +143,10 @@ def test_padding_and_batch_mates_change_nothing(name):
     short = np.arange(24)[None] < np.array([24, 24, 17])[:, None]
     wanted = f(state, rows, short.astype(np.int32))
     longer = np.pad(rows, ((0, 0), (0, 8)), constant_values=3)
-    assert reference.error(f(state, longer, np.pad(short, ((0, 0), (0, 8))).astype(np.int32)), wanted) < 1e-5
+    assert (
+        reference.error(f(state, longer, np.pad(short, ((0, 0), (0, 8))).astype(np.int32)), wanted)
+        < 1e-5
+    )
     alone = f(state, rows[2:], short[2:].astype(np.int32))
     assert reference.error(alone, wanted[2:]) < 1e-5
     assert reference.error(f(state, rows[2:, :17], None), wanted[2:]) < 1e-5
@@ -143,11 +156,15 @@ def test_documents_of_a_row_do_not_meet():
     full, _, _ = build(model_of(**{**CAUSAL["mla, xmoe"], "moe": {**MOE, "capacity_factor": 4.0}}))
     row = draw(4, 1, CONTEXT)
     segments = np.where(np.arange(CONTEXT) < 20, 1, 2)[None].astype(np.int32)
-    positions = np.where(np.arange(CONTEXT) < 20, np.arange(CONTEXT), np.arange(CONTEXT) - 20)[None].astype(np.int32)
+    positions = np.where(np.arange(CONTEXT) < 20, np.arange(CONTEXT), np.arange(CONTEXT) - 20)[
+        None
+    ].astype(np.int32)
     wanted = np.asarray(full(row, segments, positions)[0])
     changed = row.copy()
     changed[0, :20] = (row[0, :20] + 1) % V
-    np.testing.assert_array_equal(np.asarray(full(changed, segments, positions)[0])[0, 20:], wanted[0, 20:])
+    np.testing.assert_array_equal(
+        np.asarray(full(changed, segments, positions)[0])[0, 20:], wanted[0, 20:]
+    )
 
 
 # --- contracts 5, 6, 7 ------------------------------------------------------------------------------------------
@@ -173,23 +190,45 @@ def test_every_router_learns(name):
 def test_float16_sums_millions_of_targets(monkeypatch):
     """Of a mean over so many, a token's share is below float16's least number: the loss is scaled for it, the gradient is not."""
     millions = jnp.float32(1 << 22)
-    monkeypatch.setattr(step, "task_of", lambda config: task_of(config)._replace(counts=lambda batch: (millions, millions)))
+    monkeypatch.setattr(
+        step,
+        "task_of",
+        lambda config: task_of(config)._replace(counts=lambda batch: (millions, millions)),
+    )
 
     def gradient(dtype):
-        c = config_lib.from_dict({"model": {**SMALL, "attention": "dense", "mlp": "dense", "dtype": dtype}, "train": {"batch_size": 2}})
+        c = config_lib.from_dict(
+            {
+                "model": {**SMALL, "attention": "dense", "mlp": "dense", "dtype": dtype},
+                "train": {"batch_size": 2},
+            }
+        )
         init, rebuild, _ = functional(c.model)
         params = init(jax.random.key(0))
-        return reference.jit(lambda params: accumulated_gradients(c, rebuild, params, drawn_batch(c))[0])(params)["layers"]
+        return reference.jit(
+            lambda params: accumulated_gradients(c, rebuild, params, drawn_batch(c))[0]
+        )(params)["layers"]
 
     assert reference.norm_error(gradient("float16"), gradient("float32")) < 0.05
 
 
-@pytest.mark.parametrize("blocks", [("dense", "dense"), ("smha", "uome"), ("long_short", "dense")], ids="+".join)
+@pytest.mark.parametrize(
+    "blocks", [("dense", "dense"), ("smha", "uome"), ("long_short", "dense")], ids="+".join
+)
 def test_gradients_of_biases_are_summed_in_float32(blocks):
     """Over 16,384 tokens: added up in bfloat16 they stood still, and were wrong by up to 0.4 of their norm."""
     tokens = np.random.default_rng(0).integers(0, 64, (128, 128))
     routed = dict(n_experts=4, k=4)  # all, so that no choice turns on a rounding
-    sizes = dict(vocab_size=64, d_model=32, n_layers=1, n_heads=4, d_hidden=64, context_length=128, bias=True, norm="layernorm")
+    sizes = dict(
+        vocab_size=64,
+        d_model=32,
+        n_layers=1,
+        n_heads=4,
+        d_hidden=64,
+        context_length=128,
+        bias=True,
+        norm="layernorm",
+    )
 
     def gradient(dtype):
         c = config_lib.from_dict({"model": {
@@ -198,11 +237,17 @@ def test_gradients_of_biases_are_summed_in_float32(blocks):
         }}).model  # fmt: skip
         graphdef, state = nnx.split(Transformer(c, rngs=nnx.Rngs(0)))
         rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), state)
-        d = jax.jit(jax.grad(lambda state: nnx.merge(graphdef, state).nll(tokens, (3 * tokens + 1) % 7)[0].mean()))(rounded)
+        d = jax.jit(
+            jax.grad(
+                lambda state: nnx.merge(graphdef, state).nll(tokens, (3 * tokens + 1) % 7)[0].mean()
+            )
+        )(rounded)
         return {"/".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(d)}
 
     found, wanted = gradient("bfloat16"), gradient("float32")
-    biases = [name for name in wanted if name.split("/")[-1].startswith("b") and not name.endswith("b_k")]  # b_k moves no softmax
+    biases = [
+        name for name in wanted if name.split("/")[-1].startswith("b") and not name.endswith("b_k")
+    ]  # b_k moves no softmax
     assert {"bias_out", "b_v", "b_up"} <= {name.split("/")[-1] for name in biases}
     for name in biases:
         assert reference.norm_error(found[name], wanted[name]) < 0.02, name
@@ -224,7 +269,15 @@ def test_every_mesh_gives_the_same_run(name, sequence_parallel):
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [name if name in ("nystromformer", "reformer") else pytest.param(name, marks=pytest.mark.slow) for name in EFFICIENT])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("nystromformer", "reformer")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in EFFICIENT
+    ],
+)
 def test_encoders_on_every_mesh(name, sequence_parallel):
     """Loss and gradient norm of two steps, rows padded differently; heads lie on `expert`."""
     rng = np.random.default_rng(0)
@@ -235,9 +288,27 @@ def test_encoders_on_every_mesh(name, sequence_parallel):
     )  # fmt: skip
 
     def losses(sizes: dict) -> list[float]:
-        model = dict(vocab_size=V, d_model=32, n_layers=2, n_heads=4, d_hidden=32, context_length=32, causal=False, task="classify", mlp="dense")
-        config = config_lib.from_dict({"model": {**model, "attention": name, name: SIZES[name]}, "train": {"batch_size": 8}, "mesh": sizes})
-        mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[: 8 // (1 if sizes["expert"] > 1 else 8)])
+        model = dict(
+            vocab_size=V,
+            d_model=32,
+            n_layers=2,
+            n_heads=4,
+            d_hidden=32,
+            context_length=32,
+            causal=False,
+            task="classify",
+            mlp="dense",
+        )
+        config = config_lib.from_dict(
+            {
+                "model": {**model, "attention": name, name: SIZES[name]},
+                "train": {"batch_size": 8},
+                "mesh": sizes,
+            }
+        )
+        mesh = mesh_lib.make_mesh(
+            config.mesh, jax.devices()[: 8 // (1 if sizes["expert"] > 1 else 8)]
+        )
         with jax.set_mesh(mesh):
             program = build_program(config, mesh)
             state, out = program.init(jax.random.key(0)), []
@@ -246,7 +317,9 @@ def test_encoders_on_every_mesh(name, sequence_parallel):
                 out += [float(told["sums"].nll), float(told["grad_norm"])]
         return out
 
-    np.testing.assert_allclose(losses(sized(1, 2, 2, 2, sequence_parallel)), losses(sized()), rtol=2e-5)
+    np.testing.assert_allclose(
+        losses(sized(1, 2, 2, 2, sequence_parallel)), losses(sized()), rtol=2e-5
+    )
 
 
 def test_an_adaptive_balance_weight_follows_what_is_dropped():
@@ -254,18 +327,34 @@ def test_an_adaptive_balance_weight_follows_what_is_dropped():
     c = model_of(**CAUSAL["dense, skywork_moe"])
     stats = jax.eval_shape(lambda: build(c)[0](draw(0, 1, CONTEXT))[1]["skywork_moe"])
     stats = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stats)
-    stats = stats._replace(chosen_N=jnp.full((2, 4), 10.0), kept_N=jnp.array([[10.0] * 4, [5.0] * 4]))
+    stats = stats._replace(
+        chosen_N=jnp.full((2, 4), 10.0), kept_N=jnp.array([[10.0] * 4, [5.0] * 4])
+    )
     found = adapted(jnp.array([[0.2], [0.2]]), stats, c.moe)
     np.testing.assert_allclose(found, [[0.99 * 0.2], [0.99 * 0.2 + 0.01 * 0.01]], rtol=1e-6)
     wider = dataclasses.replace(c.moe, adaptive_most=1.0)
-    np.testing.assert_allclose(adapted(jnp.array([[0.2], [0.2]]), stats, wider)[1], [0.99 * 0.2 + 0.01 * 0.5 * 0.5], rtol=1e-6)
+    np.testing.assert_allclose(
+        adapted(jnp.array([[0.2], [0.2]]), stats, wider)[1],
+        [0.99 * 0.2 + 0.01 * 0.5 * 0.5],
+        rtol=1e-6,
+    )
 
 
 # --- accounting -------------------------------------------------------------------------------------------------
 
 # One layer, wide: the compiler counts the body of the scan once, and elementwise work is small beside products.
-WIDE = dict(vocab_size=256, d_model=512, n_layers=1, n_heads=8, d_hidden=2048, context_length=128, remat="none")
-LONG = dict(context_length=1024)  # where what tokens do with each other is seen beside what they do alone
+WIDE = dict(
+    vocab_size=256,
+    d_model=512,
+    n_layers=1,
+    n_heads=8,
+    d_hidden=2048,
+    context_length=128,
+    remat="none",
+)
+LONG = dict(
+    context_length=1024
+)  # where what tokens do with each other is seen beside what they do alone
 COUNTED = {
     "mla": dict(attention="mla", mlp="dense", mla=dict(q_rank=128, kv_rank=192)),
     "mla, whole queries": dict(attention="mla", mlp="dense", mla=dict(q_rank=0)),
@@ -274,9 +363,16 @@ COUNTED = {
     "token_choice": dict(attention="dense", mlp="token_choice", moe=dict(k=1)),
     "expert_choice": dict(attention="dense", mlp="expert_choice", causal=False),
     **{name: dict(attention=name, mlp="dense", causal=False) for name in EFFICIENT},
-    "deepseek_moe": dict(attention="dense", mlp="deepseek_moe", activation="swiglu", moe=dict(n_experts=16, k=3, n_shared=1, bias_rate=0.1)),
+    "deepseek_moe": dict(
+        attention="dense",
+        mlp="deepseek_moe",
+        activation="swiglu",
+        moe=dict(n_experts=16, k=3, n_shared=1, bias_rate=0.1),
+    ),
     "xmoe": dict(attention="dense", mlp="xmoe"),
-    "skywork_moe": dict(attention="dense", mlp="skywork_moe", moe=dict(adaptive_rate=1.0), bias=True),
+    "skywork_moe": dict(
+        attention="dense", mlp="skywork_moe", moe=dict(adaptive_rate=1.0), bias=True
+    ),
 }
 
 
@@ -317,12 +413,22 @@ def test_weights_and_what_is_kept_are_the_arrays(name):
             return jax.vjp(lambda state: nnx.merge(graphdef, state)(tokens)[0].mean(), state)[1]
 
         kept = jax.eval_shape(forward, state, tokens)
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)) - sum(4 * a.size for a in jax.tree.leaves(state))
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)) - sum(
+            4 * a.size for a in jax.tree.leaves(state)
+        )
 
-    assert kept_bytes(counted(name, remat="slots"), 4) == pytest.approx((handed(6) - handed(2)) / 4, rel=0.01)
+    assert kept_bytes(counted(name, remat="slots"), 4) == pytest.approx(
+        (handed(6) - handed(2)) / 4, rel=0.01
+    )
 
 
-BASE = {**WIDE, **LONG, "causal": False, "smha": dict(n_experts=8, k=4, priority="score"), "uome": dict(n_experts=8, k=4, priority="score")}
+BASE = {
+    **WIDE,
+    **LONG,
+    "causal": False,
+    "smha": dict(n_experts=8, k=4, priority="score"),
+    "uome": dict(n_experts=8, k=4, priority="score"),
+}
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
@@ -346,7 +452,10 @@ def test_active_weights():
         (dict(n_experts=8, k=4, capacity_factor=0.5), 2 / 8),  # no slots for more
         (dict(n_experts=8, k=4, capacity_factor=0.5, priority="score"), 2 / 8),
         (dict(n_experts=8, k=4, capacity_factor=2.0), 4 / 8),
-        (dict(n_experts=8, k=4, capacity_factor=0.5, unit="hierarchical", priority="score"), 2 / 8),  # half of a chosen sequence
+        (
+            dict(n_experts=8, k=4, capacity_factor=0.5, unit="hierarchical", priority="score"),
+            2 / 8,
+        ),  # half of a chosen sequence
     ):
         c = config_lib.from_dict({"model": {**WIDE, **union, "uome": routing}}).model
         idle = (1 - share) * (c.n_into + 1) * c.d_model * c.d_hidden
@@ -356,6 +465,14 @@ def test_active_weights():
 def test_a_run_from_before_these_sections_goes_on():
     """Its config.json says nothing of them: that is the same as their defaults."""
     whole = config_lib.to_dict(config_lib.Config())
-    old = {key: value for key, value in whole["model"].items() if key not in set(SECTIONS.values()) - {"smha", "uome"}}
+    old = {
+        key: value
+        for key, value in whole["model"].items()
+        if key not in set(SECTIONS.values()) - {"smha", "uome"}
+    }
     before, now = config_lib.from_dict({**whole, "model": old}), config_lib.from_dict(whole)
-    assert len(old) < len(whole["model"]) and before == now and not config_lib.changed_keys(before, now)
+    assert (
+        len(old) < len(whole["model"])
+        and before == now
+        and not config_lib.changed_keys(before, now)
+    )

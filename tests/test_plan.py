@@ -30,7 +30,16 @@ from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of
 
 ROUTED = dict(n_experts=8, k=4, capacity_window=32, capacity_factor=1.25)
-MODEL = dict(vocab_size=512, d_model=128, n_layers=3, n_heads=8, d_hidden=512, context_length=128, smha=ROUTED, uome=ROUTED)
+MODEL = dict(
+    vocab_size=512,
+    d_model=128,
+    n_layers=3,
+    n_heads=8,
+    d_hidden=512,
+    context_length=128,
+    smha=ROUTED,
+    uome=ROUTED,
+)
 SMALL = {
     "routed, fsdp": dict(model=MODEL, train=dict(batch_size=16), mesh=dict(data=2, fsdp=4)),
     "routed, expert": dict(model=MODEL, train=dict(batch_size=16), mesh=dict(data=2, fsdp=2, expert=2)),
@@ -40,7 +49,16 @@ SMALL = {
     ),
 }  # fmt: skip
 SCORED = {**ROUTED, "priority": "score"}
-ENCODER = dict(task="classify", causal=False, d_model=64, n_layers=3, n_heads=8, d_hidden=256, smha=SCORED, uome=SCORED)
+ENCODER = dict(
+    task="classify",
+    causal=False,
+    d_model=64,
+    n_layers=3,
+    n_heads=8,
+    d_hidden=256,
+    smha=SCORED,
+    uome=SCORED,
+)
 TASKS = {
     "adaptive softmax, expert": dict(
         model={**MODEL, "vocab_size": 4096, "cutoffs": "500,1500"}, train=dict(batch_size=16), mesh=dict(data=2, fsdp=2, expert=2),
@@ -63,7 +81,10 @@ def rows_of(config: Config) -> dict:
     if config.model.task == "language":
         return batch(rows=config.train.batch_size, length=config.model.context_length)
     rng = np.random.default_rng(0)
-    made = {name: rng.integers(0, 2, shape).astype(dtype) for name, (shape, dtype) in task_of(config).shapes(config).items()}
+    made = {
+        name: rng.integers(0, 2, shape).astype(dtype)
+        for name, (shape, dtype) in task_of(config).shapes(config).items()
+    }
     return made | {"segments": np.ones_like(made["segments"])}
 
 
@@ -79,16 +100,26 @@ def really_run(config: Config) -> tuple[int, int]:
         state, metrics = compiled(state, rows)
         assert math.isfinite(float(metrics["sums"].nll)) and int(state.step) == 1
     m = compiled.memory_analysis()
-    return held, m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    return (
+        held,
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        + m.temp_size_in_bytes,
+    )
 
 
-@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in TASKS)])
+@pytest.mark.parametrize(
+    "name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in TASKS)]
+)
 def test_peak_memory_is_what_a_run_takes(name):
     """Within 15 %: from the compilation in a process of its own, and from the counted sizes alone."""
     config = from_dict({**SMALL, **TASKS}[name])
     held, measured = really_run(config)
     plan = make(config, "cpu")
-    assert plan.compiled.parameters + plan.compiled.optimizer + 40 == held  # and the number of the step, and the guard
+    assert (
+        plan.compiled.parameters + plan.compiled.optimizer + 40 == held
+    )  # and the number of the step, and the guard
     assert plan.peak == pytest.approx(measured, rel=0.15)
     counted = plan.counted.arguments + plan.counted.temporary
     assert counted == pytest.approx(measured, rel=0.15), plan.counted
@@ -109,7 +140,10 @@ def test_what_a_step_is_given_is_counted_to_the_byte(name):
     program = build(config, mesh)
 
     def held(tree) -> int:
-        return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+        return sum(
+            math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+            for a in jax.tree.leaves(tree)
+        )
 
     counted = peak(config, config.mesh.shape, flash=True)
     assert counted.parameters == held(program.abstract.params)
@@ -145,20 +179,35 @@ def test_seven_billion_parameters_by_hand(monkeypatch):
     assert plan.compiled.parameters == pytest.approx(4 * weights / 64, rel=0.01)
     assert plan.compiled.optimizer == 2 * plan.compiled.parameters == 2 * plan.expected.gradients
     stream = 4 * 4096 * 4096
-    slots = 5 / 8 * (c.head_dim * (2 * 32 + 2 * 8) + 2 * 14336) / 2 / 4096  # per value of the stream
+    slots = (
+        5 / 8 * (c.head_dim * (2 * 32 + 2 * 8) + 2 * 14336) / 2 / 4096
+    )  # per value of the stream
     assert plan.expected.kept == pytest.approx(32 * 2 * stream * (2 + slots), rel=0.01)
     experts = next(t for t in plan.traffic if t.axes == ("expert",))
-    assert experts.sent == (4 * 32 + 2) * 2 * stream  # bf16; in a ring of two a device sends all of it
+    assert (
+        experts.sent == (4 * 32 + 2) * 2 * stream
+    )  # bf16; in a ring of two a device sends all of it
     assert experts.seconds[0] == pytest.approx(experts.sent / 450e9 / 0.9)
     gathered = next(t for t in plan.traffic if t.kind == "all-gather")
     scattered = next(t for t in plan.traffic if t.kind == "reduce-scatter")
-    assert gathered.slow and gathered.sent == pytest.approx(scattered.sent, rel=0.05)  # twice in bf16, once in float32
+    assert gathered.slow and gathered.sent == pytest.approx(
+        scattered.sent, rel=0.05
+    )  # twice in bf16, once in float32
     assert p.step[0] < p.step[1] and 0.1 < p.mfu[0] < p.mfu[1] < 0.8
-    assert p.parts["products"][0] < p.flops / 512 / 989e12 / 0.8  # flash attention is not among them
+    assert (
+        p.parts["products"][0] < p.flops / 512 / 989e12 / 0.8
+    )  # flash attention is not among them
     assert plan.fits and 20e9 < plan.peak < 40e9
     assert json.loads(json.dumps(as_json(plan)))["prediction"]["step"] == list(p.step)
     said = text(plan, "uoe_7b")
-    for word in ("7.25 B parameters", "512 x h100", "of 80 GB: fits", "all-gather over fsdp", "MFU", HARDWARE["h100"].source):
+    for word in (
+        "7.25 B parameters",
+        "512 x h100",
+        "of 80 GB: fits",
+        "all-gather over fsdp",
+        "MFU",
+        HARDWARE["h100"].source,
+    ):
         assert word in said, word
 
 
@@ -209,43 +258,70 @@ def test_other_kinds_of_step(monkeypatch):
     """What is said of settings that change the figures: recomputation, float32, what the compiler keeps, microbatches."""
     base = seven_billion(dict(data=8, fsdp=32, expert=2))
     plain = planned(monkeypatch, base, "h200").prediction
-    again = planned(monkeypatch, seven_billion(dict(data=8, fsdp=32, expert=2), remat="block"), "h200")
-    assert again.prediction.flops == plain.flops and again.prediction.executed > 1.25 * plain.executed
+    again = planned(
+        monkeypatch, seven_billion(dict(data=8, fsdp=32, expert=2), remat="block"), "h200"
+    )
+    assert (
+        again.prediction.flops == plain.flops and again.prediction.executed > 1.25 * plain.executed
+    )
     assert again.expected.kept < 0.3 * planned(monkeypatch, base, "h200").expected.kept
-    dots = as_json(planned(monkeypatch, seven_billion(dict(data=64), remat="dots", dtype="float32"), "b200"))["warnings"]
+    dots = as_json(
+        planned(monkeypatch, seven_billion(dict(data=64), remat="dots", dtype="float32"), "b200")
+    )["warnings"]
     assert any("remat='dots'" in w for w in dots) and any("float32" in w for w in dots)
     values = to_dict(base)
     values["train"]["accumulation"] = 4
     parts = planned(monkeypatch, from_dict(values), "h200")
     assert parts.expected.kept < 0.3 * planned(monkeypatch, base, "h200").expected.kept
-    assert parts.prediction.parts["weights"][0] > 3 * plain.parts["weights"][0]  # gathered for every microbatch
-    half = predict(base, base.mesh.shape, dataclasses.replace(HARDWARE["h200"], network=(0.35, 0.45)), [])
+    assert (
+        parts.prediction.parts["weights"][0] > 3 * plain.parts["weights"][0]
+    )  # gathered for every microbatch
+    half = predict(
+        base, base.mesh.shape, dataclasses.replace(HARDWARE["h200"], network=(0.35, 0.45)), []
+    )
     assert half.parts["weights"] == (0, 0) and half.step[0] < plain.step[0]
 
 
 BAD = [
-    (("--mesh=foo=2",), "--mesh=foo=2: 'foo=2' names no axis; give axis=size, of replica, data, fsdp, expert"),
+    (
+        ("--mesh=foo=2",),
+        "--mesh=foo=2: 'foo=2' names no axis; give axis=size, of replica, data, fsdp, expert",
+    ),
     (("--mesh=data",), "names no axis"),
     (("--mesh=data=x",), "--mesh=data=x: data=x is no size; give a whole number from 1 on"),
     (("--mesh=data=0",), "is no size"),
     (("--mesh=data=2,data=2",), "data is given twice"),
-    (("--mesh=data=-1,fsdp=-1",), "data=-1 and fsdp=-1: only one axis can take what is left of the devices; give the others a size"),
+    (
+        ("--mesh=data=-1,fsdp=-1",),
+        "data=-1 and fsdp=-1: only one axis can take what is left of the devices; give the others a size",
+    ),
     (("--mesh=data=-1",), "--devices=N"),
     ((), "config.mesh: data=-1 takes what is left of the devices; say how many with --devices=N"),
     (("--mesh=data=64,fsdp=16",), "1024 devices; the step is compiled here for at most 512"),
     (("--devices=1024",), "--devices=1024: 1024 devices"),
     (("--devices=many",), "--devices=many: give a whole number"),
     (("--mesh=data=2", "--devices=8"), "needs 2 devices and there are 8"),
-    (("--mesh=data=2", "--hardware=h1000"), "--hardware=h1000: is not known; choose one of h100, h200, b200, v5p, v6e, or cpu"),
+    (
+        ("--mesh=data=2", "--hardware=h1000"),
+        "--hardware=h1000: is not known; choose one of h100, h200, b200, v5p, v6e, or cpu",
+    ),
     (("--mesh=data=3",), "config.mesh.data=3: "),
     (("--mesh=expert=8",), "config.mesh.expert=8: must divide model.smha.n_experts=4: 1, 2, 4"),
-    (("--mesh=data=2", "--config.model.vocab_size=5"), "config.model.vocab_size=5: the data have 257 tokens"),
+    (
+        ("--mesh=data=2", "--config.model.vocab_size=5"),
+        "config.model.vocab_size=5: the data have 257 tokens",
+    ),
     (("--mesh=data=2", "--workdir=x"), "--workdir: unknown argument"),
-    (("--mesh=data=2", "--config.data.tokenizer=words"), "config.model.vocab_size=0: words are counted when training starts"),
+    (
+        ("--mesh=data=2", "--config.data.tokenizer=words"),
+        "config.model.vocab_size=0: words are counted when training starts",
+    ),
 ]
 
 
-@pytest.mark.parametrize("args, expected", BAD, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+@pytest.mark.parametrize(
+    "args, expected", BAD, ids=lambda v: " ".join(v) if isinstance(v, tuple) else ""
+)
 def test_bad_input_is_one_sentence(capsys, args, expected):
     assert expected in sentence(capsys, "plan", "--config=quickstart", *args)
 
@@ -285,8 +361,15 @@ def test_every_shipped_configuration_is_planned(monkeypatch, name):
     """From the counted step; the compiled one is in the slow tests."""
     found = planned(monkeypatch, shipped(name, "data=2,fsdp=2"), "h100")
     said = text(found, name)
-    assert name in said and "MFU" in said and ("the inputs" in said or "vocabulary scores" in said or "a layer" in said)
-    assert 0 < found.prediction.step[0] < found.prediction.step[1] and 0 < found.prediction.mfu[0] < found.prediction.mfu[1] < 1
+    assert (
+        name in said
+        and "MFU" in said
+        and ("the inputs" in said or "vocabulary scores" in said or "a layer" in said)
+    )
+    assert (
+        0 < found.prediction.step[0] < found.prediction.step[1]
+        and 0 < found.prediction.mfu[0] < found.prediction.mfu[1] < 1
+    )
     assert json.loads(json.dumps(as_json(found)))["parameters"] > 0
 
 
@@ -295,7 +378,9 @@ def test_every_shipped_configuration_is_planned(monkeypatch, name):
 def test_every_shipped_configuration_is_compiled(name):
     """On 4 devices, and the count is near."""
     words = ("--config.model.vocab_size=1000000",) if name in ("lm1b", "wikitext103") else ()
-    code, out, err = uoe("plan", f"--config={name}", "--mesh=data=2,fsdp=2", "--hardware=v5p", "--json", *words)
+    code, out, err = uoe(
+        "plan", f"--config={name}", "--mesh=data=2,fsdp=2", "--hardware=v5p", "--json", *words
+    )
     assert code == 0, err
     found = json.loads(out)
     assert found["factor"] == pytest.approx(1, abs=0.2) and found["peak"] > 0
@@ -310,17 +395,23 @@ def test_words_are_scored_twice_and_by_an_adaptive_softmax_few_of_a_text():
     two = dataclasses.replace(plain, cutoffs=str(edge))
     words = [executed_flops(Config(model=m), 1)[0] / 16 / 150 for m in (one, two)]
     tail = sum(1 / n for n in range(edge + 1, v + 1)) / sum(1 / n for n in range(1, v + 1))
-    assert words[0] - words[1] == pytest.approx(4 * 2 * d * (v - (edge + 1 + tail * (v - edge))), rel=1e-3)
+    assert words[0] - words[1] == pytest.approx(
+        4 * 2 * d * (v - (edge + 1 + tail * (v - edge))), rel=1e-3
+    )
 
 
 def test_two_inputs_are_two_rows_of_blocks():
     """Of an example: the blocks' products and attention count twice, the head's once."""
     c = from_dict(TASKS["two texts, a hidden layer in the head, a token in front"])
     m = c.model
-    alone = dataclasses.replace(c, model=dataclasses.replace(m, classifier=dataclasses.replace(m.classifier, n_inputs=1)))
+    alone = dataclasses.replace(
+        c, model=dataclasses.replace(m, classifier=dataclasses.replace(m.classifier, n_inputs=1))
+    )
     (products, core), (half, half_core) = executed_flops(c, 1), executed_flops(alone, 1)
     head = 6 * c.train.batch_size * 128
-    assert core == 2 * half_core and products - head * (4 * 64 + 2) == pytest.approx(2 * (half - head * (64 + 2)))
+    assert core == 2 * half_core and products - head * (4 * 64 + 2) == pytest.approx(
+        2 * (half - head * (64 + 2))
+    )
     assert peak(c, c.mesh.shape, flash=True).kept == 2 * peak(alone, c.mesh.shape, flash=True).kept
 
 
@@ -334,11 +425,17 @@ def test_a_failed_compilation_shows_what_it_wrote(monkeypatch):
 def test_seven_billion_parameters_on_512_devices():
     """Under five minutes on two cores, and little memory: nothing of the model is allocated."""
     begun = time.monotonic()
-    code, out, err = uoe("plan", "--config=uoe_7b", "--mesh=data=8,fsdp=32,expert=2", "--hardware=h100", "--json")
+    code, out, err = uoe(
+        "plan", "--config=uoe_7b", "--mesh=data=8,fsdp=32,expert=2", "--hardware=h100", "--json"
+    )
     assert code == 0, err
     found = json.loads(out)
     assert time.monotonic() - begun < 300 and found["compiled"]["process_bytes"] < 4e9
-    assert math.prod(found["mesh"].values()) == 512 and found["fits"] and 7e9 < found["parameters"] < 7.5e9
+    assert (
+        math.prod(found["mesh"].values()) == 512
+        and found["fits"]
+        and 7e9 < found["parameters"] < 7.5e9
+    )
     assert found["factor"] == pytest.approx(1, abs=0.15)
     assert dict.fromkeys(("all-gather", "reduce-scatter"), True) == {
         t["kind"]: t["slow"] for t in found["traffic"] if t["axes"] == ["fsdp"] and t["sent"] > 1e6

@@ -18,8 +18,14 @@ def compiled(f, *shapes, in_specs, out_specs, check_vma=True):
     """Collectives of f as one manual region on 2 x 2 x 2 devices; arguments float32."""
     mesh = mesh_lib.make_mesh(MeshConfig(**SHAPE))
     with jax.set_mesh(mesh):
-        region = jax.jit(jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma))
-        text = region.lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile().as_text()
+        region = jax.jit(
+            jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+        )
+        text = (
+            region.lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+            .compile()
+            .as_text()
+        )
     return collectives(text, dict(mesh.shape))
 
 
@@ -37,8 +43,13 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_each_kind_over_its_axes(name):
     f, (kind, operand, result, axes, group, sent) = KINDS[name]
-    (c,) = compiled(f, (8, 4), in_specs=P(), out_specs=P(("replica", "data", "fsdp", "expert")), check_vma=False)
-    same = lambda array, wanted: array.size == wanted if isinstance(wanted, int) else str(array) == wanted  # noqa: E731
+    (c,) = compiled(
+        f, (8, 4), in_specs=P(), out_specs=P(("replica", "data", "fsdp", "expert")), check_vma=False
+    )
+
+    def same(array, wanted):
+        return array.size == wanted if isinstance(wanted, int) else str(array) == wanted
+
     assert (c.kind, c.axes, c.group, c.times, c.counted) == (kind, axes, group, 1, True)
     assert same(c.operand, operand) and same(c.result, result) and c.sent == sent, c
 
@@ -48,7 +59,9 @@ def test_loops_multiply_and_the_backward_pass_is_told_apart():
 
     def loss(w, x):
         def layer(x, w):
-            whole = jax.lax.all_gather(jax.lax.pcast(w, ("data",), to="varying"), "fsdp", tiled=True)
+            whole = jax.lax.all_gather(
+                jax.lax.pcast(w, ("data",), to="varying"), "fsdp", tiled=True
+            )
             hidden = jnp.tanh(jax.lax.pcast(x, "expert", to="varying") @ whole)
             return jax.lax.psum(hidden @ whole.T, "expert"), None
 
@@ -59,11 +72,15 @@ def test_loops_multiply_and_the_backward_pass_is_told_apart():
         return jax.lax.psum(x.sum(), ("data", "fsdp"))
 
     specs = (P(None, None, "fsdp", "expert"), P(("data", "fsdp")))
-    found = compiled(lambda w, x: jax.grad(loss)(w, x), (3, 5, 8, 8), (16, 8), in_specs=specs, out_specs=specs[0])
+    found = compiled(
+        lambda w, x: jax.grad(loss)(w, x), (3, 5, 8, 8), (16, 8), in_specs=specs, out_specs=specs[0]
+    )
     gathers = [c for c in found if c.kind == "all-gather"]
     assert {(str(c.result), c.axes, c.times) for c in gathers} == {("f32[8,4]", ("fsdp",), 15)}
     assert {(c.backward, c.recomputed) for c in gathers} == {(False, False), (True, True)}
-    scattered = [(str(c.result), c.axes, c.times, c.backward) for c in found if c.kind == "reduce-scatter"]
+    scattered = [
+        (str(c.result), c.axes, c.times, c.backward) for c in found if c.kind == "reduce-scatter"
+    ]
     assert scattered == [("f32[4,4]", ("fsdp",), 15, True)]
     reduced = [(str(c.operand), c.times, c.backward) for c in found if c.axes == ("expert",)]
     assert reduced == [("f32[4,8]", 15, False), ("f32[4,8]", 15, True)]
@@ -126,7 +143,9 @@ def test_every_way_to_write_groups(written):
     (c,) = collectives(MODULE.format(collective=line, trips=TRIPS), SHAPE)
     group = 2 ** len(WRITTEN[written])
     array = Array("bf16", (8, 4))
-    assert c == Collective("all-reduce", array, array, WRITTEN[written], group, 7, True, "jit(f)/while/body/psum", "r")
+    assert c == Collective(
+        "all-reduce", array, array, WRITTEN[written], group, 7, True, "jit(f)/while/body/psum", "r"
+    )
     assert c.bytes == 64 and c.sent == 2 * 64 * (group - 1) / group
 
 
@@ -134,6 +153,11 @@ def test_started_collectives_and_loops_of_unknown_length():
     """As accelerators print them: a started gather gives its operand too."""
     line = "%r = (bf16[8,4]{1,0}, bf16[8,8]{1,0:T(8,128)}) all-gather-start(%x), channel_id=1, replica_groups=[4,2]<=[8], dimensions={1}"
     (c,) = collectives(MODULE.format(collective=line, trips=""), SHAPE)
-    assert (str(c.operand), str(c.result), c.times, c.counted) == ("bf16[8,4]", "bf16[8,8]", 1, False)
+    assert (str(c.operand), str(c.result), c.times, c.counted) == (
+        "bf16[8,4]",
+        "bf16[8,8]",
+        1,
+        False,
+    )
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("module @jit_f {}", SHAPE)

@@ -35,10 +35,22 @@ def test_a_process_is_told_its_place_or_is_alone():
     [
         ({**PLACE, "UOE_PROCESSES": ""}, "UOE_PROCESSES: is not set while UOE_COORDINATOR is"),
         ({**PLACE, "UOE_COORDINATOR": "node1"}, "UOE_COORDINATOR=node1: give host:port"),
-        ({**PLACE, "UOE_COORDINATOR": "node1:99999"}, "UOE_COORDINATOR=node1:99999: give host:port"),
-        ({**PLACE, "UOE_COORDINATOR": "http://node1:80"}, "UOE_COORDINATOR=http://node1:80: give host:port"),
-        ({**PLACE, "UOE_COORDINATOR": "node1:\u00b2"}, "UOE_COORDINATOR=node1:\u00b2: give host:port"),
-        ({**PLACE, "UOE_PROCESSES": "\u00b2"}, "UOE_PROCESSES=\u00b2: give the number of processes"),
+        (
+            {**PLACE, "UOE_COORDINATOR": "node1:99999"},
+            "UOE_COORDINATOR=node1:99999: give host:port",
+        ),
+        (
+            {**PLACE, "UOE_COORDINATOR": "http://node1:80"},
+            "UOE_COORDINATOR=http://node1:80: give host:port",
+        ),
+        (
+            {**PLACE, "UOE_COORDINATOR": "node1:\u00b2"},
+            "UOE_COORDINATOR=node1:\u00b2: give host:port",
+        ),
+        (
+            {**PLACE, "UOE_PROCESSES": "\u00b2"},
+            "UOE_PROCESSES=\u00b2: give the number of processes",
+        ),
         ({**PLACE, "UOE_PROCESSES": "0"}, "UOE_PROCESSES=0: give the number of processes"),
         ({**PLACE, "UOE_PROCESSES": "two"}, "UOE_PROCESSES=two: give the number of processes"),
         ({**PLACE, "UOE_PROCESS_ID": "2"}, "UOE_PROCESS_ID=2: give a number from 0 to 1"),
@@ -68,7 +80,10 @@ def test_different_configurations_are_refused(source, tmp_path):
     more = [("--config.train.seed=0",), ("--config.train.seed=1",)]
     ended = finish(uoe_together(2, 1, *train_args(source, tmp_path / "run"), each=more), timeout=60)
     assert [code for code, _, _ in ended] == [2, 2], ended
-    assert "config.train.seed=1 in process 1 and 0 in process 0: start every process with the same" in ended[0][2]
+    assert (
+        "config.train.seed=1 in process 1 and 0 in process 0: start every process with the same"
+        in ended[0][2]
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -76,7 +91,9 @@ def test_what_goes_wrong_in_one_process_ends_all(source, tmp_path):
     """Process 1 cannot write its cache: it says so, and process 0 leaves with the same code, and soon."""
     (tmp_path / "file").write_text("")
     caches = [{}, {"UOE_CACHE": str(tmp_path / "file" / "cache")}]
-    ended = finish(uoe_together(2, 1, *train_args(source, tmp_path / "run"), each_env=caches), timeout=60)
+    ended = finish(
+        uoe_together(2, 1, *train_args(source, tmp_path / "run"), each_env=caches), timeout=60
+    )
     assert [code for code, _, _ in ended] == [2, 2], ended
     assert "UOE_CACHE=" in ended[1][2] and "UOE_CACHE=" not in ended[0][2]
 
@@ -85,7 +102,10 @@ def test_a_workdir_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     """As another machine would see it: what process 0 says it wrote is not there."""
     monkeypatch.setattr(processes, "by_first", lambda do: [*do()[:1], "written elsewhere"])
     monkeypatch.setattr(workdir, "SHOWS_UP_S", 0)
-    with pytest.raises(UserError, match="--workdir=.*does not find in .* what process 0 wrote there; give a directory that all"):
+    with pytest.raises(
+        UserError,
+        match="--workdir=.*does not find in .* what process 0 wrote there; give a directory that all",
+    ):
         workdir.enter_workdir(str(tmp_path / "run"), Config())
 
 
@@ -93,7 +113,13 @@ def test_a_workdir_that_is_not_shared_is_refused(tmp_path, monkeypatch):
 
 
 def train_args(source, folder, *more):
-    return ("train", f"--config={TINY}", f"--config.data.path={source}", f"--workdir={folder}", *more)
+    return (
+        "train",
+        f"--config={TINY}",
+        f"--config.data.path={source}",
+        f"--workdir={folder}",
+        *more,
+    )
 
 
 def trained(n, devices, source, folder, *more):
@@ -119,7 +145,10 @@ def test_two_processes_are_one_and_stop_together(source, tmp_path):
     assert 3 <= stopped < 20
     rest = trained(1, 2, source, tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run", 20)
-    assert rest.split("a sample:")[1].splitlines()[1:3] == whole.split("a sample:")[1].splitlines()[1:3]
+    assert (
+        rest.split("a sample:")[1].splitlines()[1:3]
+        == whole.split("a sample:")[1].splitlines()[1:3]
+    )
 
 
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.expert=2")
@@ -148,10 +177,16 @@ def test_a_checkpoint_is_continued_by_any_number_of_processes(source, tmp_path):
     for stop, (n, devices) in zip(stops, ((2, 4), (1, 8), (4, 2))):
         trained(n, devices, source, tmp_path / "chain", *MESH, stop)
     assert_same_run(tmp_path / "whole", tmp_path / "chain", 20)
-    meshes = (MESH, ("--config.mesh.data=8",), ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.mesh.sequence_parallel=True"))
+    meshes = (
+        MESH,
+        ("--config.mesh.data=8",),
+        ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.mesh.sequence_parallel=True"),
+    )
     for stop, mesh, (n, devices) in zip(stops, meshes, ((2, 4), (1, 8), (4, 2))):
         trained(n, devices, source, tmp_path / "meshes", *mesh, stop)
-    for one, other in zip(metric_lines(tmp_path / "whole"), metric_lines(tmp_path / "meshes"), strict=True):
+    for one, other in zip(
+        metric_lines(tmp_path / "whole"), metric_lines(tmp_path / "meshes"), strict=True
+    ):
         for key in {"train/loss", "eval/loss"} & one.keys():
             assert one[key] == pytest.approx(other[key], rel=1e-5), (one["step"], key)
 
@@ -161,7 +196,9 @@ def test_evaluation_counts_every_row_once_in_any_number_of_processes(source, tmp
     trained(2, 1, source, tmp_path / "run")
     found = []
     for n, devices in ((1, 2), (2, 1)):
-        ended = finish(uoe_together(n, devices, "eval", f"--workdir={tmp_path / 'run'}", "--split=test"))
+        ended = finish(
+            uoe_together(n, devices, "eval", f"--workdir={tmp_path / 'run'}", "--split=test")
+        )
         assert [code for code, _, _ in ended] == [0] * n, ended
         assert not any(out for _, out, _ in ended[1:])
         found.append(json.loads(ended[0][1]))

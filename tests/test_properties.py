@@ -53,13 +53,21 @@ class Case(NamedTuple):
         if self.kind == "smha":
             block = Attention if dense else SMHA
             eps = 1e-6 if self.qk_norm else None
-            return block(4 * h, h, *route, n_kv_heads=g, causal=self.causal, qk_norm_eps=eps, **common)
+            return block(
+                4 * h, h, *route, n_kv_heads=g, causal=self.causal, qk_norm_eps=eps, **common
+            )
         causal = {} if dense else {"causal": self.causal}
-        return (MLP if dense else UoME)(12, 3 * n, *route, activation=self.activation, **causal, **common)
+        return (MLP if dense else UoME)(
+            12, 3 * n, *route, activation=self.activation, **causal, **common
+        )
 
     @property
     def width(self) -> int:
-        return 4 * self.routing.n_experts * self.heads * (1 + self.grouped) if self.kind == "smha" else 12
+        return (
+            4 * self.routing.n_experts * self.heads * (1 + self.grouped)
+            if self.kind == "smha"
+            else 12
+        )
 
     def batch_of(self, dtype: str = "float32"):
         """(x, cotangent, tokens): rows of one or two documents, right padding, perhaps a row of padding only."""
@@ -80,7 +88,10 @@ class Case(NamedTuple):
     def filled_up(self, *arrays):
         """Rows, [B,L,…], with the last patch filled up by padding."""
         more = -self.length % self.routing.patch_size
-        return [np.pad(a, ((0, 0), (0, more), *((0, 0),) * (a.ndim - 2))) for a in map(np.asarray, arrays)]
+        return [
+            np.pad(a, ((0, 0), (0, more), *((0, 0),) * (a.ndim - 2)))
+            for a in map(np.asarray, arrays)
+        ]
 
     def dense(self, w: dict, x, d, tokens: Tokens):
         """(y, d_w, d_x, chosen, kept, who is valid) by the reference, row by row."""
@@ -89,9 +100,19 @@ class Case(NamedTuple):
         valid = (segments > 0).reshape(self.batch, -1, r.patch_size).any(axis=2)
         picks = []
         for row in range(self.batch):
-            patch = None if r.unit == "sequence" else reference.router_logits(w, x[row], segments[row], r.patch_size, self.causal)
-            whole = None if r.unit == "patch" else reference.sequence_logits(w, x[row], segments[row])
-            asking = [a for a in (patch if patch is None else patch[valid[row]], whole) if a is not None and valid[row].any()]
+            patch = (
+                None
+                if r.unit == "sequence"
+                else reference.router_logits(w, x[row], segments[row], r.patch_size, self.causal)
+            )
+            whole = (
+                None if r.unit == "patch" else reference.sequence_logits(w, x[row], segments[row])
+            )
+            asking = [
+                a
+                for a in (patch if patch is None else patch[valid[row]], whole)
+                if a is not None and valid[row].any()
+            ]
             for ranked in asking:  # a near tie may fall either way by rounding
                 gaps = np.diff(np.sort(np.asarray(ranked), axis=-1))
                 assume(not gaps.size or gaps.min() > 1e-5)
@@ -100,7 +121,10 @@ class Case(NamedTuple):
 
         def forward(w, x):
             options = dict(r=r, causal=self.causal, activation=self.activation)
-            one = lambda x, s, p, c, k: reference.union(w, x, s, p if self.rotary else None, c, k, **options)  # noqa: E731
+
+            def one(x, s, p, c, k):
+                return reference.union(w, x, s, p if self.rotary else None, c, k, **options)
+
             return jax.vmap(one)(x, segments, positions, chosen, kept)
 
         y, pull = reference.jit(lambda w, x: jax.vjp(forward, w, x))(w, x)
@@ -112,7 +136,11 @@ class Case(NamedTuple):
 def routings(draw, causal: bool, everyone: bool = False) -> RoutingConfig:
     n = draw(st.sampled_from([1, 2, 4, 5]))
     k = n if everyone else draw(st.integers(1, n))
-    unit = "patch" if causal or everyone else draw(st.sampled_from(["patch", "sequence", "hierarchical"]))
+    unit = (
+        "patch"
+        if causal or everyone
+        else draw(st.sampled_from(["patch", "sequence", "hierarchical"]))
+    )
     return RoutingConfig(
         n_experts=n,
         k=k,
@@ -172,7 +200,10 @@ def close(case: Case, wanted, y, d_w, d_x, error, tolerance: float) -> None:
 def overall(a, b) -> float:
     """max|a-b| / max|b| over all leaves together."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    pairs = [(np.asarray(u, np.float64), np.asarray(v, np.float64)) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b))]
+    pairs = [
+        (np.asarray(u, np.float64), np.asarray(v, np.float64))
+        for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    ]
     assert all(u.shape == v.shape and np.isfinite(u).all() for u, v in pairs)
     top = max(np.abs(v).max(initial=0) for _, v in pairs)
     return max(np.abs(u - v).max(initial=0) for u, v in pairs) / (top or 1.0)
@@ -180,14 +211,27 @@ def overall(a, b) -> float:
 
 def check_against_the_reference(case: Case, dtype: str) -> None:
     w, x, d, tokens, (y, stats), d_w, d_x = run(case, dtype)
-    wanted_y, wanted_d_w, wanted_d_x, chosen, kept, valid = case.dense(w, *(a.astype(jnp.float32) for a in (x, d)), tokens)
+    wanted_y, wanted_d_w, wanted_d_x, chosen, kept, valid = case.dense(
+        w, *(a.astype(jnp.float32) for a in (x, d)), tokens
+    )
     np.testing.assert_array_equal(stats.chosen_N, chosen.sum((0, 1)))
     np.testing.assert_array_equal(stats.kept_N, kept.sum((0, 1)))
-    assert float(stats.patches) == valid.sum() and float(stats.untouched) == (valid & ~kept.any(-1)).sum()
+    assert (
+        float(stats.patches) == valid.sum()
+        and float(stats.untouched) == (valid & ~kept.any(-1)).sum()
+    )
     assert not np.asarray(y)[np.asarray(tokens.segments_BL) == 0].any()
     error = overall if dtype == "float32" else reference.norm_error
     if dtype == "float32" or np.abs(wanted_y).max() > 0:
-        close(case, (wanted_y, wanted_d_w, wanted_d_x), y, d_w, d_x, error, 1e-5 if dtype == "float32" else 1e-2)
+        close(
+            case,
+            (wanted_y, wanted_d_w, wanted_d_x),
+            y,
+            d_w,
+            d_x,
+            error,
+            1e-5 if dtype == "float32" else 1e-2,
+        )
     # 5: the router learns wherever it decided anything.
     r = case.routing
     if r.n_experts > 1 and r.gate != "none" and kept.any() and dtype == "float32":
@@ -206,7 +250,10 @@ def check_alone(case: Case) -> None:
     assert reference.error(y[last:], alone) < 1e-5
     more = jnp.pad(x, ((0, 0), (0, 7), (0, 0)), constant_values=3.0)
     padded = f(more, tokens.padded(case.length + 7))
-    assert reference.error(padded[:, : case.length], y) < 1e-5 and not np.asarray(padded)[:, case.length :].any()
+    assert (
+        reference.error(padded[:, : case.length], y) < 1e-5
+        and not np.asarray(padded)[:, case.length :].any()
+    )
 
 
 def check_equivalence(case: Case) -> None:
@@ -219,8 +266,13 @@ def check_equivalence(case: Case) -> None:
     x, d, tokens = case.batch_of()
     ok = (tokens.segments_BL > 0)[..., None]
     dense_def, dense_state = nnx.split(case.make(dense=True))
+
     # The dense block says something at padding, where the union says nothing.
-    dense = lambda w, x: jnp.where(ok, nnx.merge(dense_def, fill(dense_state, reference.merge(w)))(x, tokens)[0], 0)  # noqa: E731
+    def dense(w, x):
+        return jnp.where(
+            ok, nnx.merge(dense_def, fill(dense_state, reference.merge(w)))(x, tokens)[0], 0
+        )
+
     ours = lambda w, x: nnx.merge(graphdef, fill(state, w))(x, tokens)[0]  # noqa: E731
     w = reference.weights_of(state)
 
@@ -243,7 +295,9 @@ def fill(state: nnx.State, w: dict) -> nnx.State:
 
 def check_causality(case: Case) -> None:
     """2: changing token t moves no output before it, bit for bit."""
-    case = case._replace(causal=True, routing=dataclasses.replace(case.routing, unit="patch", priority="position"))
+    case = case._replace(
+        causal=True, routing=dataclasses.replace(case.routing, unit="patch", priority="position")
+    )
     graphdef, state = reference.build(case.make, seed=case.seed)
     x, other, tokens = case.batch_of()
     f = reference.jit(lambda x: nnx.merge(graphdef, state)(x, tokens)[0])
@@ -280,12 +334,20 @@ def test_causality(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["reference float32", "reference bfloat16", "alone", "equivalence", "causality"])
+@pytest.mark.parametrize(
+    "check", ["reference float32", "reference bfloat16", "alone", "equivalence", "causality"]
+)
 def test_many(check):
     """The same, many times."""
     checks = {
-        "reference float32": (cases(), functools.partial(check_against_the_reference, dtype="float32")),
-        "reference bfloat16": (cases(), functools.partial(check_against_the_reference, dtype="bfloat16")),
+        "reference float32": (
+            cases(),
+            functools.partial(check_against_the_reference, dtype="float32"),
+        ),
+        "reference bfloat16": (
+            cases(),
+            functools.partial(check_against_the_reference, dtype="bfloat16"),
+        ),
         "alone": (cases(), check_alone),
         "equivalence": (cases(everyone=True), check_equivalence),
         "causality": (cases(), check_causality),

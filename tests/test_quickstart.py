@@ -27,6 +27,8 @@ def test_it_learns_and_serves_every_quarter_of_the_row_alike():
             state, _ = program.train_step(state, mesh_lib.put_batch(mesh, batches[step]))
         found, _ = evaluate(program, state.params, data.validation, config, limit=8, whole=False)
     assert found["eval/bits_per_byte"] < 4.0
-    assert max(found["eval/uome/dropped"]) > 0  # the capacity binds, so that the next line says something
+    assert (
+        max(found["eval/uome/dropped"]) > 0
+    )  # the capacity binds, so that the next line says something
     for block in ("smha", "uome"):
         assert np.min(found[f"eval/{block}/kept_by_quarter"]) >= 0.9

@@ -40,7 +40,19 @@ def test_dropout_keeps_the_mean_and_draws_by_row():
 
 def language_model(**changes):
     r = RoutingConfig(n_experts=N, k=2, capacity_window=6)
-    values = dict(vocab_size=11, d_model=D, n_layers=2, n_heads=4, d_hidden=32, context_length=L, smha=r, uome=r) | changes
+    values = (
+        dict(
+            vocab_size=11,
+            d_model=D,
+            n_layers=2,
+            n_heads=4,
+            d_hidden=32,
+            context_length=L,
+            smha=r,
+            uome=r,
+        )
+        | changes
+    )
     config = ModelConfig(**values)
     graphdef, state = reference.build(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     f = reference.jit(lambda tokens, keys: nnx.merge(graphdef, state)(tokens, keys_B=keys))
@@ -51,7 +63,10 @@ DRAWING = {
     "dropout": dict(dropout=0.2),
     "attention dropout": dict(attention_dropout=0.2),
     "attention dropout, dense": dict(attention_dropout=0.2, attention="dense", n_kv_heads=2),
-    "router noise": dict(smha=RoutingConfig(n_experts=N, k=2, router_noise=1.0), uome=RoutingConfig(n_experts=N, k=2, router_noise=1.0)),
+    "router noise": dict(
+        smha=RoutingConfig(n_experts=N, k=2, router_noise=1.0),
+        uome=RoutingConfig(n_experts=N, k=2, router_noise=1.0),
+    ),
 }
 
 
@@ -78,7 +93,9 @@ def test_layers_and_places_draw_differently():
         def __call__(self, x, tokens=None):
             return jnp.ones_like(x), None
 
-    config, _ = language_model(dropout=0.5, attention="dense", mlp="dense", remat="none", n_layers=2)
+    config, _ = language_model(
+        dropout=0.5, attention="dense", mlp="dense", remat="none", n_layers=2
+    )
     model = Transformer(config, rngs=nnx.Rngs(0))
     model.layers.attention, model.layers.mlp = Ones(), Ones()
     x = jnp.zeros((2, L, D))
@@ -101,7 +118,9 @@ def test_router_noise_chooses_and_does_not_weigh():
     for s in (quiet, noisy):
         for n, b in np.ndindex(N, B):
             filled = np.asarray(s.valid_NRC[n, b])
-            np.testing.assert_allclose(s.weights_NRC[n, b][filled], weight[b, s.slots_NRC[n, b][filled], n], rtol=1e-6)
+            np.testing.assert_allclose(
+                s.weights_NRC[n, b][filled], weight[b, s.slots_NRC[n, b][filled], n], rtol=1e-6
+            )
 
 
 def test_where_sequences_choose_the_noise_is_the_sequence_s():
@@ -125,22 +144,42 @@ def test_attention_dropout_against_masks_by_hand(order):
     y, _ = block(x, tokens)
     wanted = jnp.zeros_like(x)
     for e in range(2):
-        q, k, v = (jnp.einsum("bld,dk->blk", x, getattr(block, f"w_{a}")[...][e, :, 0]) for a in "qkv")
-        s = jnp.where(jnp.tril(jnp.ones((6, 6), bool))[None], jnp.einsum("btk,bsk->bts", q, k) / 4**0.5, -jnp.inf)
+        q, k, v = (
+            jnp.einsum("bld,dk->blk", x, getattr(block, f"w_{a}")[...][e, :, 0]) for a in "qkv"
+        )
+        s = jnp.where(
+            jnp.tril(jnp.ones((6, 6), bool))[None],
+            jnp.einsum("btk,bsk->bts", q, k) / 4**0.5,
+            -jnp.inf,
+        )
         # The key of the row, for the experts (1), for this expert, for its one key head (0), for the one tile (0).
-        keys = jax.vmap(lambda key: functools.reduce(jax.random.fold_in, (1, e, 0, 0), key))(KEYS[:2])
+        keys = jax.vmap(lambda key: functools.reduce(jax.random.fold_in, (1, e, 0, 0), key))(
+            KEYS[:2]
+        )
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (6, 6)))(keys)
-        wanted = wanted + jnp.where(keep, 2 * jax.nn.softmax(s, axis=-1), 0) @ v @ block.w_o[...][e, 0][None]
+        wanted = (
+            wanted
+            + jnp.where(keep, 2 * jax.nn.softmax(s, axis=-1), 0) @ v @ block.w_o[...][e, 0][None]
+        )
     assert reference.error(y, wanted) < 1e-5
     assert np.abs(y - block(x)[0]).max() > 0.05
 
 
 NOISY = dict(n_experts=4, k=2, capacity_window=16, router_noise=0.5)
 # Whole sequences choose; each expert takes one of two consecutive rows.
-BOUNDED = dict(n_experts=4, k=2, unit="sequence", priority="score", sequence_capacity_factor=1.0, sequence_group=2)
+BOUNDED = dict(
+    n_experts=4,
+    k=2,
+    unit="sequence",
+    priority="score",
+    sequence_capacity_factor=1.0,
+    sequence_group=2,
+)
 TRAINED = {
     "everything random": dict(dropout=0.1, attention_dropout=0.1, smha=NOISY, uome=NOISY),
-    "bounded sequences": dict(causal=False, smha=BOUNDED, uome=BOUNDED | dict(unit="hierarchical", capacity_factor=0.5)),
+    "bounded sequences": dict(
+        causal=False, smha=BOUNDED, uome=BOUNDED | dict(unit="hierarchical", capacity_factor=0.5)
+    ),
 }
 
 
@@ -152,7 +191,11 @@ def test_training_draws_the_same_on_every_mesh(name):
     """Two steps on one device, on eight, and in two microbatches; what is drawn and bound is so in training only."""
 
     def losses(model: dict, sizes: dict, parts: int) -> tuple[list[float], float]:
-        values = {"model": {**MODEL, **model}, "train": {"batch_size": 8, "accumulation": parts}, "mesh": sizes}
+        values = {
+            "model": {**MODEL, **model},
+            "train": {"batch_size": 8, "accumulation": parts},
+            "mesh": sizes,
+        }
         config = from_dict(values)
         mesh = make_mesh(config.mesh, jax.devices()[: 1 if sizes == ONE else 8])
         with jax.set_mesh(mesh):
@@ -181,11 +224,19 @@ def test_every_row_of_every_step_has_its_own_key():
 # --- sequences per expert ---------------------------------------------------------------------------------------
 
 BOUND = RoutingConfig(
-    n_experts=N, k=2, unit="sequence", priority="score", capacity_factor=0.75, sequence_capacity_factor=1.0, sequence_group=4
+    n_experts=N,
+    k=2,
+    unit="sequence",
+    priority="score",
+    capacity_factor=0.75,
+    sequence_capacity_factor=1.0,
+    sequence_group=4,
 )
 
 
-def bound_by_hand(chosen_BN: np.ndarray, scores_BN: np.ndarray, group: int, capacity: int) -> np.ndarray:
+def bound_by_hand(
+    chosen_BN: np.ndarray, scores_BN: np.ndarray, group: int, capacity: int
+) -> np.ndarray:
     """bool [B,N]: who is taken, group by group and expert by expert."""
     taken = np.zeros_like(chosen_BN)
     for start in range(0, len(chosen_BN), group):
@@ -199,36 +250,56 @@ def bound_by_hand(chosen_BN: np.ndarray, scores_BN: np.ndarray, group: int, capa
 def test_who_is_taken(group, capacity):
     rng = np.random.default_rng(group)
     chosen, scores = rng.random((B, N)) < 0.6, rng.random((B, N)).astype(np.float32)
-    sequence_NR, row_of_BN = routing.bound_sequences(jnp.asarray(chosen), jnp.asarray(scores), group, capacity)
+    sequence_NR, row_of_BN = routing.bound_sequences(
+        jnp.asarray(chosen), jnp.asarray(scores), group, capacity
+    )
     r = capacity * B // group
     assert sequence_NR.shape == (N, r)
     taken = bound_by_hand(chosen, scores, group, capacity)
     np.testing.assert_array_equal(np.asarray(row_of_BN) < r, taken)
     for b, e in np.argwhere(taken):
         assert sequence_NR[e, row_of_BN[b, e]] == b
-        assert row_of_BN[b, e] // capacity == b // group  # a group's sequences lie in the group's rows
+        assert (
+            row_of_BN[b, e] // capacity == b // group
+        )  # a group's sequences lie in the group's rows
 
 
 def test_the_number_of_sequences_is_exact():
     for factor, wanted in ((1.0, 2), (0.01, 1), (1.1, 3), (4.0, 4), (0.5, 1)):
-        assert dataclasses.replace(BOUND, sequence_capacity_factor=factor).sequence_capacity() == wanted
+        assert (
+            dataclasses.replace(BOUND, sequence_capacity_factor=factor).sequence_capacity()
+            == wanted
+        )
 
 
-@pytest.mark.parametrize("kind, order, dispatch", [("uome", "gather", "inverse"), ("smha", "project", "scatter"), ("smha", "gather", "inverse")])
+@pytest.mark.parametrize(
+    "kind, order, dispatch",
+    [("uome", "gather", "inverse"), ("smha", "project", "scatter"), ("smha", "gather", "inverse")],
+)
 @pytest.mark.parametrize("unit", ["sequence", "hierarchical"])
 def test_bounded_blocks(kind, order, dispatch, unit):
     """In training, values and gradients of the reference in which a sequence too many is not taken; evaluation takes all."""
     r = dataclasses.replace(BOUND, unit=unit, order=order, dispatch=dispatch, patch_size=2)
-    make = (lambda: UoME(D, 32, r, rngs=nnx.Rngs(0))) if kind == "uome" else (lambda: SMHA(D, N, r, rngs=nnx.Rngs(0)))
+    make = (
+        (lambda: UoME(D, 32, r, rngs=nnx.Rngs(0)))
+        if kind == "uome"
+        else (lambda: SMHA(D, N, r, rngs=nnx.Rngs(0)))
+    )
     graphdef, state = reference.build(make)
     w = reference.weights_of(state)
     x, d = reference.normal(1, B, L, D), reference.normal(2, B, L, D)
-    segments = jnp.asarray((np.arange(L)[None] < np.array([12, 12, 7, 12, 0, 12, 3, 12])[:, None]).astype(np.int32))
+    segments = jnp.asarray(
+        (np.arange(L)[None] < np.array([12, 12, 7, 12, 0, 12, 3, 12])[:, None]).astype(np.int32)
+    )
     tokens = Tokens(segments, jnp.broadcast_to(jnp.arange(L), (B, L)), keys_B=KEYS)
 
     chosen, kept, scores = [], [], []
     for row in range(B):
-        patch = None if unit == "sequence" else reference.router_logits(w, x[row], segments[row], 2, False)
+        patch = (
+            None
+            if unit == "sequence"
+            else reference.router_logits(w, x[row], segments[row], 2, False)
+        )
         whole = reference.sequence_logits(w, x[row], segments[row])
         c, k = reference.select(patch, np.asarray(segments[row]).reshape(-1, 2).any(1), r, whole)
         chosen.append(c), kept.append(k), scores.append(reference.softmax(whole))
@@ -247,7 +318,10 @@ def test_bounded_blocks(kind, order, dispatch, unit):
             nnx.replace_by_pure_dict(s, w)
             return nnx.merge(graphdef, s)(x, tokens)
 
-        (y, pull, stats), (z, back) = jax.vjp(ours, w, x, has_aux=True), jax.vjp(lambda w, x: wanted(w, x, kept & taken[:, None]), w, x)
+        (y, pull, stats), (z, back) = (
+            jax.vjp(ours, w, x, has_aux=True),
+            jax.vjp(lambda w, x: wanted(w, x, kept & taken[:, None]), w, x),
+        )
         return (y, pull(d)), (z, back(d)), stats
 
     got, reference_, stats = both(w, x)
@@ -263,8 +337,18 @@ def test_groups_do_not_see_each_other_and_must_fit():
     x = reference.normal(1, B, L, D)
     f = lambda x: nnx.merge(graphdef, state)(x, tokens_like(x)._replace(keys_B=KEYS[: len(x)]))[0]  # noqa: E731
     np.testing.assert_allclose(f(x.at[4:].set(1.0))[:4], f(x)[:4], rtol=1e-6)
-    with pytest.raises(ValueError, match="sequence_group=4 must divide the 6 rows of the batch: 1, 2, 3, 6"):
+    with pytest.raises(
+        ValueError, match="sequence_group=4 must divide the 6 rows of the batch: 1, 2, 3, 6"
+    ):
         f(x[:6])
     bounded = {"unit": "sequence", "priority": "score", "sequence_capacity_factor": 1.0}
-    with pytest.raises(ConfigError, match="uome.sequence_group=8: must divide the 12 rows of one device's microbatch: 1, 2, 3, 4, 6, 12"):
-        from_dict({"model": {"causal": False, "vocab_size": 9, "uome": bounded}, "train": {"batch_size": 12}})
+    with pytest.raises(
+        ConfigError,
+        match="uome.sequence_group=8: must divide the 12 rows of one device's microbatch: 1, 2, 3, 4, 6, 12",
+    ):
+        from_dict(
+            {
+                "model": {"causal": False, "vocab_size": 9, "uome": bounded},
+                "train": {"batch_size": 12},
+            }
+        )

@@ -26,7 +26,9 @@ def test_the_blocks_alone():
     assert float(names["stats"].patches) == 128
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
 def test_links_lead_somewhere(path):
     """Files exist, and a name shown as a link to a source file is defined in it."""
     links = re.findall(r"\[([^\]]*)\]\(([^)#]+)[^)]*\)", path.read_text())
@@ -37,7 +39,10 @@ def test_links_lead_somewhere(path):
         assert (path.parent / target).exists(), target
         name = text.strip("`").split(".")[-1]
         if target.endswith(".py") and text.startswith("`") and not text.endswith(".py`"):
-            assert re.search(rf"(def|class) {name}\b", (path.parent / target).read_text()), (text, target)
+            assert re.search(rf"(def|class) {name}\b", (path.parent / target).read_text()), (
+                text,
+                target,
+            )
 
 
 def test_every_key_named_exists():

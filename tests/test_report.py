@@ -10,7 +10,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, TINY, environment, metric_lines, uoe, uoe_process, wait_for_step, write_source
+from helpers import (
+    ROOT,
+    TINY,
+    environment,
+    metric_lines,
+    uoe,
+    uoe_process,
+    wait_for_step,
+    write_source,
+)
 
 from uoe_jax import cli
 from uoe_jax import mesh as mesh_lib
@@ -28,7 +37,9 @@ ENCODER = dict(causal=False, task="classify", classifier=dict(n_classes=3, pooli
 
 
 def program_of(model, devices=1, **mesh):
-    config = from_dict({"model": {**SMALL, **model}, "train": {"batch_size": 4}, "mesh": {"data": 1, **mesh}})
+    config = from_dict(
+        {"model": {**SMALL, **model}, "train": {"batch_size": 4}, "mesh": {"data": 1, **mesh}}
+    )
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
         program = build(config, mesh)
@@ -46,9 +57,15 @@ def text_rows(config, rows=3):
 
 BLOCKS = {
     "uoe": dict(smha=ROUTING, uome=ROUTING),
-    "tokens": dict(smha=ROUTING | {"patch_size": 1}, uome=ROUTING | {"patch_size": 1, "gate": "normalized"}),
+    "tokens": dict(
+        smha=ROUTING | {"patch_size": 1}, uome=ROUTING | {"patch_size": 1, "gate": "normalized"}
+    ),
     "mixture": dict(attention="dense", mlp="token_choice", moe=dict(n_experts=4, k=2, d_expert=16)),
-    "encoder": ENCODER | dict(smha=ROUTING | {"priority": "score"}, uome=ROUTING | {"unit": "hierarchical", "priority": "score"}),
+    "encoder": ENCODER
+    | dict(
+        smha=ROUTING | {"priority": "score"},
+        uome=ROUTING | {"unit": "hierarchical", "priority": "score"},
+    ),
     "mosa": ENCODER | dict(attention="mosa", mlp="uome", uome=ROUTING | {"unit": "sequence"}),
 }
 
@@ -61,11 +78,17 @@ def test_routes_are_those_of_the_forward_pass(name):
     batch = {"tokens": tokens, "segments": segments, "positions": positions}
     if config.model.task == "classify":
         batch = {"inputs": tokens, "segments": segments}
-    shown = Sample(batch, [["x"] * 32] * 3, None, (0, 0), config.model.block_length - 32, ["a", "b", "c"])
+    shown = Sample(
+        batch, [["x"] * 32] * 3, None, (0, 0), config.model.block_length - 32, ["a", "b", "c"]
+    )
     with jax.set_mesh(mesh):
         found = routes(program, params, shown, config)
         model = program.model(params)
-        stats = (model(tokens, segments) if config.model.task == "classify" else model(tokens, segments, positions))[1]
+        stats = (
+            model(tokens, segments)
+            if config.model.task == "classify"
+            else model(tokens, segments, positions)
+        )[1]
     assert set(found) == set(stats)
     for block, weights in found.items():
         taken = weights >= 0
@@ -80,7 +103,14 @@ def test_routes_are_the_same_on_a_mesh():
     for devices, sizes in ((1, {}), (8, dict(data=2, fsdp=2, expert=2))):
         config, mesh, program, params = program_of(BLOCKS["uoe"], devices, **sizes)
         tokens = text_rows(config) if tokens is None else tokens
-        shown = Sample(dict(zip(("tokens", "segments", "positions"), tokens)), [["x"] * 32] * 3, None, (0, 0), 0, ["a", "b", "c"])
+        shown = Sample(
+            dict(zip(("tokens", "segments", "positions"), tokens)),
+            [["x"] * 32] * 3,
+            None,
+            (0, 0),
+            0,
+            ["a", "b", "c"],
+        )
         with jax.set_mesh(mesh):
             found.append(routes(program, params, shown, config))
     for block in found[0]:
@@ -97,32 +127,58 @@ def write_run(workdir, steps, log_every=1, layers=2, **changes):
     rng = np.random.default_rng(0)
     with (workdir / "metrics.jsonl").open("w") as file:
         for step in range(log_every, steps + 1, log_every):
-            line = {"step": step, "train/loss": 3 + 5 / step, "train/bits_per_byte": 4 + 7 / step, "train/grad_norm": float(rng.random())}
-            line |= {"train/learning_rate": 1e-3, "train/tokens": 100, "train/skipped": 0, "perf/tokens_per_second": 1e4 + step, "perf/device_peak_bytes": "n/a", "perf/host_peak_bytes": 1 << 30}
+            line = {
+                "step": step,
+                "train/loss": 3 + 5 / step,
+                "train/bits_per_byte": 4 + 7 / step,
+                "train/grad_norm": float(rng.random()),
+            }
+            line |= {
+                "train/learning_rate": 1e-3,
+                "train/tokens": 100,
+                "train/skipped": 0,
+                "perf/tokens_per_second": 1e4 + step,
+                "perf/device_peak_bytes": "n/a",
+                "perf/host_peak_bytes": 1 << 30,
+            }
             for block in ("smha", "uome"):
                 load = np.round(rng.random((layers, 8)) * 2, 4)
                 line[f"train/{block}/load"] = load.tolist()
                 line[f"train/{block}/kept_by_quarter"] = np.ones((layers, 4)).tolist()
-                line |= {f"train/{block}/{name}": [0.5] * layers for name in ("dropped", "untouched", "entropy", "dead", "load_max")}
+                line |= {
+                    f"train/{block}/{name}": [0.5] * layers
+                    for name in ("dropped", "untouched", "entropy", "dead", "load_max")
+                }
             file.write(json.dumps(line) + "\n")
             if step % (10 * log_every) == 0:
-                file.write(json.dumps({"step": step, "eval/loss": 3.5, "eval/bits_per_byte": 5.0}) + "\n")
+                file.write(
+                    json.dumps({"step": step, "eval/loss": 3.5, "eval/bits_per_byte": 5.0}) + "\n"
+                )
     return workdir
 
 
 def test_curves_are_means_and_ranges_of_what_was_logged(tmp_path):
     run = write_run(tmp_path / "run", 1000)
-    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+    lines = [
+        line for line in (run / "metrics.jsonl").read_text().splitlines() if "train/loss" in line
+    ]
     loss = np.array([json.loads(line)["train/loss"] for line in lines]).reshape(100, 10)
     found = logged(str(run), read_config(str(run)), "run", points=100)
     curve = found.curves["train/loss"]
-    for got, wanted in ((curve.mean, loss.mean(1)), (curve.low, loss.min(1)), (curve.high, loss.max(1)), (curve.step, 10 * np.arange(100) + 5.5)):
+    for got, wanted in (
+        (curve.mean, loss.mean(1)),
+        (curve.low, loss.min(1)),
+        (curve.high, loss.max(1)),
+        (curve.step, 10 * np.arange(100) + 5.5),
+    ):
         np.testing.assert_allclose(got, wanted)
     np.testing.assert_allclose(curve.tokens, 100 * curve.step)  # every step had 100
     load = np.array([json.loads(line)["train/uome/load"] for line in lines])
     own = found.routing["uome"]
     assert own.load.shape == (2, 200, 8) and own.edges[0] == 1 and own.edges[-1] == 1001
-    np.testing.assert_allclose(own.load, load.reshape(200, 5, 2, 8).mean(1).transpose(1, 0, 2), rtol=1e-6)
+    np.testing.assert_allclose(
+        own.load, load.reshape(200, 5, 2, 8).mean(1).transpose(1, 0, 2), rtol=1e-6
+    )
     assert found.last["eval"]["step"] == found.step == 1000
 
 
@@ -154,14 +210,25 @@ def trained(tmp_path_factory):
     """(workdir, options) of a run of a few steps that wrote its report."""
     place = tmp_path_factory.mktemp("report")
     options = [f"--config.data.path={write_source(place / 'source')}"]
-    command_line = ["train", f"--config={TINY}", *options, f"--workdir={place / 'run'}", "--config.train.steps=6", "--config.train.report=true"]
+    command_line = [
+        "train",
+        f"--config={TINY}",
+        *options,
+        f"--workdir={place / 'run'}",
+        "--config.train.steps=6",
+        "--config.train.report=true",
+    ]
     assert cli.main(command_line) == 0
     return place / "run"
 
 
 def data_of(file):
     """What page.js is given."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text(), re.DOTALL)[1])
+    return json.loads(
+        re.search(
+            r'<script type="application/json" id="data">(.*?)</script>', file.read_text(), re.DOTALL
+        )[1]
+    )
 
 
 def test_training_writes_it(trained):
@@ -181,7 +248,18 @@ def test_it_needs_nothing_else(trained):
 
 
 def test_own_text_and_another_checkpoint(trained, capsys, tmp_path):
-    assert cli.main(["report", f"--workdir={trained}", "--text=def f(x):", f"--out={tmp_path / 'own.html'}", "--step=5"]) == 0
+    assert (
+        cli.main(
+            [
+                "report",
+                f"--workdir={trained}",
+                "--text=def f(x):",
+                f"--out={tmp_path / 'own.html'}",
+                "--step=5",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip() == str(tmp_path / "own.html")
     (run,) = data_of(tmp_path / "own.html")
     assert run["step"] == 5 and run["sample"]["texts"] == [["▮", *"def f(x):"]]
@@ -192,16 +270,36 @@ def test_a_run_in_progress_and_one_that_does_not_route(trained, tmp_path):
     young = write_run(tmp_path / "young", 30)
     dense = write_run(tmp_path / "dense", 30, attention="dense", mlp="dense")
     out = tmp_path / "both.html"
-    assert cli.main(["report", f"--workdir={young}", f"--workdir={dense}", f"--workdir={trained}", f"--out={out}"]) == 0
+    assert (
+        cli.main(
+            [
+                "report",
+                f"--workdir={young}",
+                f"--workdir={dense}",
+                f"--workdir={trained}",
+                f"--out={out}",
+            ]
+        )
+        == 0
+    )
     first, second, third = data_of(out)
-    assert "no checkpoints" in first["why"] and first["sample"] is None and first["blocks"]["smha"]["load"]
+    assert (
+        "no checkpoints" in first["why"]
+        and first["sample"] is None
+        and first["blocks"]["smha"]["load"]
+    )
     assert second["blocks"] == {} and "not route" in second["why"]
     assert third["sample"]["texts"]
 
 
 def test_a_report_that_fails_costs_nothing_else(trained, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(command, "routes", lambda *args: 1 / 0)
-    options = ["train", f"--config={trained / 'config.json'}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=1"]
+    options = [
+        "train",
+        f"--config={trained / 'config.json'}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.train.steps=1",
+    ]
     assert cli.main(options) == 0
     assert not (tmp_path / "run" / "report.html").exists()
     assert "ZeroDivisionError" in caplog.text and "uoe report" in caplog.text
@@ -225,14 +323,22 @@ def test_what_cannot_be_reported(options, said, trained, capsys):
 @pytest.mark.slow
 def test_while_it_trains(tmp_path):
     """From the files of a process that holds the workdir and goes on undisturbed."""
-    options = [f"--config.data.path={write_source(tmp_path / 'source')}", "--config.train.steps=100000", "--config.eval.every=0"]
+    options = [
+        f"--config.data.path={write_source(tmp_path / 'source')}",
+        "--config.train.steps=100000",
+        "--config.eval.every=0",
+    ]
     process = uoe_process("train", f"--config={TINY}", *options, f"--workdir={tmp_path / 'run'}")
     try:
         wait_for_step(tmp_path / "run", 12, process)
         code, out, err = uoe("report", f"--workdir={tmp_path / 'run'}")
         assert (code, err) == (0, "")
         (run,) = data_of(tmp_path / "run" / "report.html")
-        assert run["step"] >= 5 and run["sample"]["texts"] and "in progress" in (tmp_path / "run" / "report.html").read_text()
+        assert (
+            run["step"] >= 5
+            and run["sample"]["texts"]
+            and "in progress" in (tmp_path / "run" / "report.html").read_text()
+        )
         wait_for_step(tmp_path / "run", metric_lines(tmp_path / "run")[-1]["step"] + 5, process)
     finally:
         process.kill()
@@ -243,16 +349,33 @@ def test_while_it_trains(tmp_path):
 def test_images_and_expressions(tmp_path):
     """Pictures of 8 x 8 pixels as 2 x 2 squares; ListOps as its symbols."""
     workdir = tmp_path / "digits"
-    assert cli.main(["train", "--config=digits:tiny", f"--workdir={workdir}", "--config.train.report=true"]) == 0
+    assert (
+        cli.main(
+            ["train", "--config=digits:tiny", f"--workdir={workdir}", "--config.train.report=true"]
+        )
+        == 0
+    )
     (run,) = data_of(workdir / "report.html")
     sample = run["sample"]
     assert len(sample["pictures"]) == 6 and sample["pictures"][0].startswith("data:image/png")
     high, wide = sample["grid"]
     assert run["blocks"]["smha"]["routes"]["shape"][2] == high * wide + sample["before"]
     workdir = tmp_path / "listops"
-    assert cli.main(["train", "--config=lra_listops:tiny", f"--workdir={workdir}", "--config.train.report=true"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "--config=lra_listops:tiny",
+                f"--workdir={workdir}",
+                "--config.train.report=true",
+            ]
+        )
+        == 0
+    )
     (run,) = data_of(workdir / "report.html")
-    assert run["sample"]["texts"][0][0].startswith("[M") or run["sample"]["texts"][0][0].strip() in ("[MIN", "[MAX", "[MED", "[SM", "[")
+    assert run["sample"]["texts"][0][0].startswith("[M") or run["sample"]["texts"][0][
+        0
+    ].strip() in ("[MIN", "[MAX", "[MED", "[SM", "[")
 
 
 def test_memory_is_logged(trained):

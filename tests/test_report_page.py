@@ -20,7 +20,9 @@ def browser():
     found = shutil.which("chromium") or shutil.which("google-chrome")
     assert found, "no Chromium: apt install chromium"
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])  # as root it has none
+        chromium = playwright.chromium.launch(
+            executable_path=found, args=["--no-sandbox"]
+        )  # as root it has none
         yield chromium
         chromium.close()
 
@@ -33,9 +35,14 @@ def opened(browser):
 
     def open_(file):
         page = context.new_page()
-        page.on("console", lambda m: said.append(m.text) if m.type in ("error", "warning") else None)
+        page.on(
+            "console", lambda m: said.append(m.text) if m.type in ("error", "warning") else None
+        )
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else said.append(r.url))
+        page.on(
+            "request",
+            lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else said.append(r.url),
+        )
         page.goto(f"file://{file}")
         page.wait_for_selector("body[data-ready=yes]", timeout=60_000)
         return page
@@ -49,7 +56,11 @@ def opened(browser):
 def report(tmp_path_factory):
     """That of a run of a language model with patches of one token."""
     place = tmp_path_factory.mktemp("page")
-    options = [f"--config.data.path={write_source(place / 'source')}", "--config.train.steps=12", "--config.train.report=true"]
+    options = [
+        f"--config.data.path={write_source(place / 'source')}",
+        "--config.train.steps=12",
+        "--config.train.report=true",
+    ]
     assert cli.main(["train", f"--config={TINY}", *options, f"--workdir={place / 'run'}"]) == 0
     return place / "run" / "report.html"
 
@@ -78,7 +89,9 @@ def test_the_pictures_are_there(opened, report):
     page = opened(report)
     page.wait_for_timeout(500)
     shown = pixels(page)
-    assert len(shown) >= 11 and sum(n > 10 for n in shown) >= 11, shown  # six curves and five of the routing
+    assert len(shown) >= 11 and sum(n > 10 for n in shown) >= 11, (
+        shown
+    )  # six curves and five of the routing
     assert page.locator(".passage").count() == 2
     assert page.locator("#legend .key").count() == 4
     assert len(set(backgrounds(page)) - {""}) == 4  # every expert is the best of some token
@@ -86,7 +99,12 @@ def test_the_pictures_are_there(opened, report):
 
 def test_choosing_a_layer_a_block_and_an_expert(opened, report):
     page = opened(report)
-    load = lambda: page.evaluate("Bokeh.documents.map(d => d.get_model_by_name('cells')).find(s => s).data.value")  # noqa: E731
+
+    def load():
+        return page.evaluate(
+            "Bokeh.documents.map(d => d.get_model_by_name('cells')).find(s => s).data.value"
+        )
+
     first, colours = list(load()), backgrounds(page)
     page.select_option("#layer", "1")
     assert list(load()) != first and backgrounds(page) != colours
@@ -98,7 +116,9 @@ def test_choosing_a_layer_a_block_and_an_expert(opened, report):
     assert "" in shaded and len(shaded) > 1 and all(c == "" or "31, 119, 180" in c for c in shaded)
     assert page.locator("#layer").input_value() == "1"  # what was chosen stays chosen
     page.select_option("#over", "tokens")
-    labels = page.evaluate("Bokeh.documents.flatMap(d => d.roots()).flatMap(r => [...r.references()]).filter(m => m.tags.includes('over')).map(m => m.axis_label)")
+    labels = page.evaluate(
+        "Bokeh.documents.flatMap(d => d.roots()).flatMap(r => [...r.references()]).filter(m => m.tags.includes('over')).map(m => m.axis_label)"
+    )
     assert labels and set(labels) == {"tokens"}
 
 
@@ -121,12 +141,24 @@ def test_hovering(opened, report):
 
 
 def test_pictures_and_their_squares(opened, tmp_path):
-    assert cli.main(["train", "--config=digits:tiny", f"--workdir={tmp_path / 'run'}", "--config.train.report=true"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "--config=digits:tiny",
+                f"--workdir={tmp_path / 'run'}",
+                "--config.train.report=true",
+            ]
+        )
+        == 0
+    )
     page = opened(tmp_path / "run" / "report.html")
     page.wait_for_selector(".pictures canvas")
     page.wait_for_timeout(300)
     experts = page.locator("#expert option").count() - 1
-    assert page.locator(".pictures").count() == 6 and page.locator(".pictures canvas").count() == 6 * (experts + 1)
+    assert page.locator(".pictures").count() == 6 and page.locator(
+        ".pictures canvas"
+    ).count() == 6 * (experts + 1)
     page.locator(".pictures canvas").nth(1).hover(position={"x": 3, "y": 3})
     assert "square 0, 0" in page.locator("#tip").inner_text()
     page.select_option("#expert", "0")

@@ -20,7 +20,9 @@ from uoe_jax.errors import ConfigError
 
 B, M, N, C = 3, 13, 4, 5
 GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
-few = functools.partial(settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+few = functools.partial(
+    settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -34,7 +36,13 @@ def some_validity(rng: np.random.Generator, m: int = M) -> np.ndarray:
 
 
 @few(max_examples=200)
-@given(digits=st.integers(1, 4000), places=st.integers(0, 3), m=st.integers(1, 130), n=st.integers(1, 9), data=st.data())
+@given(
+    digits=st.integers(1, 4000),
+    places=st.integers(0, 3),
+    m=st.integers(1, 130),
+    n=st.integers(1, 9),
+    data=st.data(),
+)
 @example(digits=11, places=1, m=100, n=2, data=None)  # 1.1 * 100 / 2 is 55.00000000000001 in binary
 @example(digits=7, places=1, m=10, n=1, data=None)
 @example(digits=1, places=3, m=1, n=9, data=None)
@@ -43,11 +51,22 @@ def test_capacity_is_exact(digits, places, m, n, data):
     factor = float(f"{digits}e-{places}")
     wanted = Fraction(digits, 10**places) * m * k / n
     got = RoutingConfig(n_experts=n, k=k, capacity_factor=factor).window_capacity(m)
-    assert got == min(max(1, -(-wanted.numerator // wanted.denominator)), m) == reference.capacity(factor, m, k, n)
+    assert (
+        got
+        == min(max(1, -(-wanted.numerator // wanted.denominator)), m)
+        == reference.capacity(factor, m, k, n)
+    )
 
 
 @pytest.mark.parametrize(
-    "factor, window, k, n, slots", [(1.1, 100, 1, 2, 55), (0.7, 10, 4, 4, 7), (1.0, 64, 4, 8, 32), (0.1, 30, 1, 3, 1), (3.0, 7, 1, 3, 7)]
+    "factor, window, k, n, slots",
+    [
+        (1.1, 100, 1, 2, 55),
+        (0.7, 10, 4, 4, 7),
+        (1.0, 64, 4, 8, 32),
+        (0.1, 30, 1, 3, 1),
+        (3.0, 7, 1, 3, 7),
+    ],
 )
 def test_capacity_by_hand(factor, window, k, n, slots):
     r = RoutingConfig(n_experts=n, k=k, capacity_factor=factor, capacity_window=window)
@@ -56,12 +75,21 @@ def test_capacity_by_hand(factor, window, k, n, slots):
 
 
 @few(max_examples=200)
-@given(factor=st.sampled_from([0.1, 0.5, 0.7, 1.0, 1.1, 2.0]), m=st.integers(1, 40), window=st.integers(1, 45), k=st.integers(1, 4))
+@given(
+    factor=st.sampled_from([0.1, 0.5, 0.7, 1.0, 1.1, 2.0]),
+    m=st.integers(1, 40),
+    window=st.integers(1, 45),
+    k=st.integers(1, 4),
+)
 def test_the_buffer_holds_the_fullest_row_and_no_more(factor, m, window, k):
     r = RoutingConfig(n_experts=4, k=k, capacity_factor=factor, capacity_window=window)
-    kept = reference.first_come(np.ones((m, 1), bool), window, reference.capacity(factor, window, k, 4))
+    kept = reference.first_come(
+        np.ones((m, 1), bool), window, reference.capacity(factor, window, k, 4)
+    )
     assert r.slots(m) == kept.sum()
-    by_score = RoutingConfig(n_experts=4, k=k, capacity_factor=factor, capacity_window=window, priority="score")
+    by_score = RoutingConfig(
+        n_experts=4, k=k, capacity_factor=factor, capacity_window=window, priority="score"
+    )
     assert by_score.slots(m) == reference.capacity(factor, m, k, 4)
     assert all(by_score.slots(i) <= by_score.slots(m) for i in range(1, m))
 
@@ -73,7 +101,11 @@ def test_the_buffer_holds_the_fullest_row_and_no_more(factor, m, window, k):
 @given(seed=seeds, k=st.sampled_from([1, 2, 3, N]), ties=st.booleans())
 def test_choose_experts(seed, k, ties):
     rng = np.random.default_rng(seed)
-    scores = rng.integers(0, 3, (B, M, N)).astype(np.float32) if ties else rng.random((B, M, N), np.float32)
+    scores = (
+        rng.integers(0, 3, (B, M, N)).astype(np.float32)
+        if ties
+        else rng.random((B, M, N), np.float32)
+    )
     valid = some_validity(rng)
     got = routing.choose_experts(jnp.asarray(scores), jnp.asarray(valid), k)
     np.testing.assert_array_equal(got, [reference.choose(s, v, k) for s, v in zip(scores, valid)])
@@ -81,7 +113,11 @@ def test_choose_experts(seed, k, ties):
 
 
 @few(max_examples=40)
-@given(seed=seeds, density=st.sampled_from([0.2, 0.7, 1.0]), shape=st.sampled_from([(1, 1), (4, 1), (4, 3), (5, 2), (13, 4), (13, 13), (40, 6), (40, 20)]))
+@given(
+    seed=seeds,
+    density=st.sampled_from([0.2, 0.7, 1.0]),
+    shape=st.sampled_from([(1, 1), (4, 1), (4, 3), (5, 2), (13, 4), (13, 13), (40, 6), (40, 20)]),
+)
 def test_first_come(seed, density, shape):
     chosen = np.random.default_rng(seed).random((B, M, N)) < density
     got = routing.first_come(jnp.asarray(chosen), *shape)
@@ -89,11 +125,20 @@ def test_first_come(seed, density, shape):
 
 
 @few(max_examples=40)
-@given(seed=seeds, density=st.sampled_from([0.0, 0.2, 0.7, 1.0]), slots=st.sampled_from([1, 5, M]), ties=st.booleans())
+@given(
+    seed=seeds,
+    density=st.sampled_from([0.0, 0.2, 0.7, 1.0]),
+    slots=st.sampled_from([1, 5, M]),
+    ties=st.booleans(),
+)
 def test_best_first(monkeypatch, seed, density, slots, ties):
     rng = np.random.default_rng(seed)
     chosen = rng.random((B, M, N)) < density
-    scores = rng.integers(0, 3, (B, M, N)).astype(np.float32) if ties else rng.random((B, M, N), np.float32)
+    scores = (
+        rng.integers(0, 3, (B, M, N)).astype(np.float32)
+        if ties
+        else rng.random((B, M, N), np.float32)
+    )
     cap = rng.integers(0, slots + 1, B)
     wanted = [reference.best_first(*row) for row in zip(chosen, scores, cap)]
     for many in (1, M + 1):  # by counting, by sorting
@@ -107,10 +152,14 @@ def test_counting_finds_what_sorting_finds_among_many():
     rng = np.random.default_rng(0)
     scores = rng.choice(np.float32([0, 1e-45, 1e-38, 0.25, 0.5, 1 - 2**-24, 1]), (3, 4, 3000))
     scores = np.where(rng.random(scores.shape) < 0.5, rng.random(scores.shape, np.float32), scores)
-    offered = jnp.asarray(np.where(rng.random(scores.shape) < np.array([0, 0.001, 0.5, 1])[None, :, None], scores, -1))
+    offered = jnp.asarray(
+        np.where(rng.random(scores.shape) < np.array([0, 0.001, 0.5, 1])[None, :, None], scores, -1)
+    )
     for capacity in (0, 1, 7, 1500, 3000):
         args = offered, jnp.asarray([capacity, capacity // 2, 1]), max(capacity, 1)
-        np.testing.assert_array_equal(jax.jit(routing.by_counting, static_argnums=2)(*args), routing.by_sorting(*args))
+        np.testing.assert_array_equal(
+            jax.jit(routing.by_counting, static_argnums=2)(*args), routing.by_sorting(*args)
+        )
 
 
 def test_all_want_one_expert():
@@ -119,11 +168,16 @@ def test_all_want_one_expert():
     got = np.asarray(routing.first_come(jnp.asarray(chosen), 5, 2))
     assert np.flatnonzero(got[0, :, 2]).tolist() == [0, 1, 5, 6, 10, 11] and got.sum() == 6
     logits, valid = jnp.where(jnp.asarray(chosen), 9.0, 0.0), jnp.ones((1, M), bool)
-    for r, kept in ((RoutingConfig(n_experts=N, k=1, capacity_window=4), 1 + 1 + 1 + 1), (ROUTINGS["score"], 8)):
+    for r, kept in (
+        (RoutingConfig(n_experts=N, k=1, capacity_window=4), 1 + 1 + 1 + 1),
+        (ROUTINGS["score"], 8),
+    ):
         _, stats = selector(r)(logits, valid)  # 4 windows of 1 slot; ceil(1.1 * 13 * 2 / 4) slots
         assert float(stats.chosen_N[2]) == M and float(stats.kept_N[2]) == kept
     scores = np.linspace(0, 1, M, dtype=np.float32)[None, :, None] * np.ones((1, 1, N), np.float32)
-    got = np.asarray(routing.best_first(jnp.asarray(chosen), jnp.asarray(scores), jnp.asarray([3]), 5))
+    got = np.asarray(
+        routing.best_first(jnp.asarray(chosen), jnp.asarray(scores), jnp.asarray([3]), 5)
+    )
     assert np.flatnonzero(got[0, :, 2]).tolist() == [10, 11, 12] and got.sum() == 3
 
 
@@ -144,11 +198,19 @@ def packed(kept_BMN: np.ndarray, weights_BMN: np.ndarray, c: int) -> Selection:
 
 ROUTINGS = {
     "windows": RoutingConfig(n_experts=N, k=2, capacity_factor=0.7, capacity_window=4),
-    "one window": RoutingConfig(n_experts=N, k=3, capacity_factor=0.5, capacity_window=64, gate="normalized"),
-    "one slot": RoutingConfig(n_experts=N, k=1, capacity_factor=0.01, capacity_window=M, gate="score"),
-    "one slot by score": RoutingConfig(n_experts=N, k=2, capacity_factor=0.01, priority="score", gate="none"),
+    "one window": RoutingConfig(
+        n_experts=N, k=3, capacity_factor=0.5, capacity_window=64, gate="normalized"
+    ),
+    "one slot": RoutingConfig(
+        n_experts=N, k=1, capacity_factor=0.01, capacity_window=M, gate="score"
+    ),
+    "one slot by score": RoutingConfig(
+        n_experts=N, k=2, capacity_factor=0.01, priority="score", gate="none"
+    ),
     "score": RoutingConfig(n_experts=N, k=2, capacity_factor=1.1, priority="score"),
-    "expert choice": RoutingConfig(n_experts=N, k=N, capacity_factor=0.3, priority="score", gate="straight_through"),
+    "expert choice": RoutingConfig(
+        n_experts=N, k=N, capacity_factor=0.3, priority="score", gate="straight_through"
+    ),
     "all": RoutingConfig(n_experts=N, k=N, capacity_factor=1.0, capacity_window=8),
     "one expert": RoutingConfig(n_experts=1, k=1, capacity_factor=0.6, capacity_window=5),
     "one expert by score": RoutingConfig(n_experts=1, k=1, capacity_factor=0.6, priority="score"),
@@ -173,21 +235,34 @@ def test_select(name, m, seed, skew):
     selection, stats = selector(r)(jnp.asarray(logits), jnp.asarray(valid))
     chosen, kept = map(np.stack, zip(*(reference.select(*row, r) for row in zip(logits, valid))))
     np.testing.assert_array_equal(selection.kept_BMN, kept)
-    weights = np.stack([np.asarray(reference.gate(r.gate, jnp.asarray(l), jnp.asarray(c), r.k)) for l, c in zip(logits, chosen)])
+    weights = np.stack(
+        [
+            np.asarray(reference.gate(r.gate, jnp.asarray(l), jnp.asarray(c), r.k))
+            for l, c in zip(logits, chosen)
+        ]
+    )
     for got, wanted in zip(selection, packed(kept, weights, r.slots(m))):
         assert got.shape == wanted.shape and got.dtype == wanted.dtype
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-9)
     counts = reference.stats(logits, valid, r)
     assert set(counts) == set(stats._fields)
     for field in stats._fields:
-        np.testing.assert_allclose(getattr(stats, field), counts[field], rtol=1e-5, atol=1e-5, err_msg=field)
+        np.testing.assert_allclose(
+            getattr(stats, field), counts[field], rtol=1e-5, atol=1e-5, err_msg=field
+        )
     dropped = chosen.sum() - kept.sum()
-    assert float(stats.chosen_N.sum() - stats.kept_N.sum()) == float(stats.chosen_4.sum() - stats.kept_4.sum()) == dropped
+    assert (
+        float(stats.chosen_N.sum() - stats.kept_N.sum())
+        == float(stats.chosen_4.sum() - stats.kept_4.sum())
+        == dropped
+    )
 
 
 def test_an_even_load_has_balance_one():
     logits = jnp.asarray(30 * np.tile(np.eye(N, dtype=np.float32), (3, 1)))[None]
-    _, stats = selector(RoutingConfig(n_experts=N, k=1, capacity_factor=2.0))(logits, jnp.ones((1, 12), bool))
+    _, stats = selector(RoutingConfig(n_experts=N, k=1, capacity_factor=2.0))(
+        logits, jnp.ones((1, 12), bool)
+    )
     np.testing.assert_allclose(stats.balance, 1, rtol=1e-5)
     np.testing.assert_allclose(stats.kept_N, [3] * N)
     assert stats.untouched.item() == 0 and stats.entropy.item() < 1e-5
@@ -216,7 +291,9 @@ def test_gates_and_their_gradients(name, k):
         return jnp.where(chosen, routing.gate(name, l, jax.nn.softmax(l, axis=-1), chosen, k), 0)
 
     value, pull = jax.vjp(ours, logits)
-    wanted, wanted_pull = jax.vjp(lambda l: jnp.where(chosen, reference.gate(name, l, chosen, k), 0), logits)
+    wanted, wanted_pull = jax.vjp(
+        lambda l: jnp.where(chosen, reference.gate(name, l, chosen, k), 0), logits
+    )
     assert reference.error(value, wanted) < 1e-5
     assert reference.error(pull(cotangent), wanted_pull(cotangent)) < 1e-5
     assert (np.abs(pull(cotangent)[0]).max() == 0) == (name == "none")
@@ -245,12 +322,20 @@ def random_kept(rng: np.random.Generator) -> np.ndarray:
 
 @functools.cache
 def gather_and_back(backend: str):
-    return jax.jit(lambda x, s, d: (lambda y, pull: (y, pull(d)[0]))(*jax.vjp(lambda x: dispatch.gather_slots(x, s, backend), x)))
+    return jax.jit(
+        lambda x, s, d: (lambda y, pull: (y, pull(d)[0]))(
+            *jax.vjp(lambda x: dispatch.gather_slots(x, s, backend), x)
+        )
+    )
 
 
 @functools.cache
 def combine_and_back(backend: str):
-    return jax.jit(lambda y, s, d: (lambda o, pull: (o, pull(d)[0]))(*jax.vjp(lambda y: dispatch.combine_slots(y, s, backend), y)))
+    return jax.jit(
+        lambda y, s, d: (lambda o, pull: (o, pull(d)[0]))(
+            *jax.vjp(lambda y: dispatch.combine_slots(y, s, backend), y)
+        )
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -274,11 +359,20 @@ def test_dispatch(backend, dtype, seed, garbage):
     # Each is the other's transpose, so the two loops above give both values and both gradients.
     gathered, d_x = gather_and_back(backend)(x_BMF, selection, y_NBCF)
     combined, d_y = combine_and_back(backend)(y_NBCF, selection, x_BMF)
-    error, tolerance = (reference.error, 1e-5) if dtype == "float32" else (reference.norm_error, 1e-2)
-    for got, wanted in ((gathered, slots_BMNF), (combined, sum_BMF), (d_x, sum_BMF), (d_y, slots_BMNF)):
+    error, tolerance = (
+        (reference.error, 1e-5) if dtype == "float32" else (reference.norm_error, 1e-2)
+    )
+    for got, wanted in (
+        (gathered, slots_BMNF),
+        (combined, sum_BMF),
+        (d_x, sum_BMF),
+        (d_y, slots_BMNF),
+    ):
         assert got.dtype == jnp.dtype(dtype)
         got = np.asarray(got, np.float64)
-        assert error(np.where(empty[..., None], 0, got) if got.ndim == 4 else got, wanted) < tolerance
+        assert (
+            error(np.where(empty[..., None], 0, got) if got.ndim == 4 else got, wanted) < tolerance
+        )
 
 
 @pytest.mark.parametrize("backend", dispatch.BACKENDS)
@@ -287,7 +381,11 @@ def test_garbage_in_empty_slots_changes_nothing(backend, garbage):
     rng = np.random.default_rng(0)
     kept = random_kept(rng)
     selection = packed(kept, np.ones(kept.shape, np.float32), C)
-    x, w, d = reference.normal(1, B, M, 6), reference.normal(2, N, 6, 6), reference.normal(3, B, M, 6)
+    x, w, d = (
+        reference.normal(1, B, M, 6),
+        reference.normal(2, N, 6, 6),
+        reference.normal(3, B, M, 6),
+    )
 
     def loss(x, w, fill):
         y = jnp.einsum("nbcf,nfg->nbcg", dispatch.gather_slots(x, selection, backend), w)
@@ -307,7 +405,18 @@ def test_the_backend_follows_platform_dtype_and_patches(monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda: platform)
         return dispatch.backend_for(name, jnp.dtype(dtype), patch_size, bounded)
 
-    assert chosen("cpu") == chosen("gpu") == chosen("tpu") == chosen("gpu", dtype="bfloat16") == "inverse"
+    assert (
+        chosen("cpu")
+        == chosen("gpu")
+        == chosen("tpu")
+        == chosen("gpu", dtype="bfloat16")
+        == "inverse"
+    )
     assert chosen("cpu", dtype="bfloat16", patch_size=16) == "scatter"
-    assert chosen("tpu", patch_size=16) == "onehot" and chosen("tpu", patch_size=16, bounded=True) == "inverse"
-    assert [chosen("tpu", name, patch_size=16) for name in dispatch.BACKENDS] == list(dispatch.BACKENDS)
+    assert (
+        chosen("tpu", patch_size=16) == "onehot"
+        and chosen("tpu", patch_size=16, bounded=True) == "inverse"
+    )
+    assert [chosen("tpu", name, patch_size=16) for name in dispatch.BACKENDS] == list(
+        dispatch.BACKENDS
+    )

@@ -16,13 +16,26 @@ from uoe_jax.errors import UserError
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.step import build
 
-MODEL = {"task": "classify", "causal": False, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_hidden": 16}
+MODEL = {
+    "task": "classify",
+    "causal": False,
+    "d_model": 16,
+    "n_layers": 1,
+    "n_heads": 2,
+    "d_hidden": 16,
+}
 ROUTED = {"n_experts": 2, "k": 1, "priority": "score"}
 
 
 def config(source: str, model: dict, **sections) -> Config:
     routed = {"smha": ROUTED, "uome": ROUTED}
-    return from_dict({"model": {**MODEL, **routed, **model}, "data": {"source": source, **sections.pop("data", {})}, **sections})
+    return from_dict(
+        {
+            "model": {**MODEL, **routed, **model},
+            "data": {"source": source, **sections.pop("data", {})},
+            **sections,
+        }
+    )
 
 
 def reviews(n: int = 21) -> list[Example]:
@@ -31,22 +44,34 @@ def reviews(n: int = 21) -> list[Example]:
 
 def images(n: int = 21, size: int = 8) -> list[Example]:
     rng = np.random.default_rng(0)
-    return [Example((rng.integers(0, 256, (size, size, 1), dtype=np.uint8),), i % 10) for i in range(n)]
+    return [
+        Example((rng.integers(0, 256, (size, size, 1), dtype=np.uint8),), i % 10) for i in range(n)
+    ]
 
 
-TEXT = config("imdb", {"context_length": 32, "vocab_size": 257}, data={"buckets": 4}, train={"batch_size": 4})
+TEXT = config(
+    "imdb", {"context_length": 32, "vocab_size": 257}, data={"buckets": 4}, train={"batch_size": 4}
+)
 IMAGE = config(
     "digits",
     {"stem": "image", "context_length": 16, "classifier": {"n_classes": 10}, "image": {"height": 8, "width": 8, "channels": 1, "patch": 2}},
     augment={"crop_padding": 1, "flip": True, "rand_layers": 1, "mixup": 0.5, "cutmix": 0.5}, train={"batch_size": 4},
 )  # fmt: skip
-PAIR = config("aan", {"context_length": 32, "vocab_size": 257, "classifier": {"n_inputs": 2}}, train={"batch_size": 4})
+PAIR = config(
+    "aan",
+    {"context_length": 32, "vocab_size": 257, "classifier": {"n_inputs": 2}},
+    train={"batch_size": 4},
+)
 TEXT_ROWS = LabelledRows(reviews(), 2, "train", TEXT, ByteTokenizer())
 IMAGE_ROWS = LabelledRows(images(), 10, "train", IMAGE, None)
-PAIR_ROWS = LabelledRows([Example((b"a" * (i + 1), b"bc"), i % 2) for i in range(9)], 2, "train", PAIR, ByteTokenizer())
+PAIR_ROWS = LabelledRows(
+    [Example((b"a" * (i + 1), b"bc"), i % 2) for i in range(9)], 2, "train", PAIR, ByteTokenizer()
+)
 
 
-@pytest.mark.parametrize("rows", [TEXT_ROWS, IMAGE_ROWS, PAIR_ROWS], ids=["text", "images", "pairs"])
+@pytest.mark.parametrize(
+    "rows", [TEXT_ROWS, IMAGE_ROWS, PAIR_ROWS], ids=["text", "images", "pairs"]
+)
 @pytest.mark.parametrize("n_processes", [2, 4])
 def test_processes_hold_the_rows_of_one_global_batch(rows, n_processes):
     whole = TrainBatches(rows, 4, seed=5)
@@ -56,12 +81,16 @@ def test_processes_hold_the_rows_of_one_global_batch(rows, n_processes):
     for step in (0, 7, 3):
         wanted = whole[step]
         for name in wanted:
-            assert np.array_equal(wanted[name], np.concatenate([part[step][name] for part in parts])), (step, name)
+            assert np.array_equal(
+                wanted[name], np.concatenate([part[step][name] for part in parts])
+            ), (step, name)
     whole_eval = list(eval_batches(rows, 4))
     part_eval = [list(eval_batches(rows, 4, held=own)) for own in held]
     for i, wanted in enumerate(whole_eval):
         for name in wanted:
-            assert np.array_equal(wanted[name], np.concatenate([part[i][name] for part in part_eval]))
+            assert np.array_equal(
+                wanted[name], np.concatenate([part[i][name] for part in part_eval])
+            )
     assert sum(int((batch["label"] >= 0).sum()) for batch in whole_eval) == len(rows)
 
 
@@ -76,13 +105,18 @@ def test_images_are_drawn_anew_each_time_and_mixed_with_the_one_that_comes_next(
     other = TrainBatches(IMAGE_ROWS, 4, seed=6)
     assert not np.array_equal(epochs[17]["inputs"], other[17]["inputs"])
     plain = IMAGE_ROWS[3]
-    assert np.array_equal(plain["inputs"], images()[3].inputs[0]) and plain["share"] == 1  # evaluation never draws
+    assert (
+        np.array_equal(plain["inputs"], images()[3].inputs[0]) and plain["share"] == 1
+    )  # evaluation never draws
 
 
 def test_text_is_padded_to_the_bucket_of_the_longest_row():
     for batch in eval_batches(TEXT_ROWS, 4):
         longest = batch["segments"].sum(-1).max()
-        assert batch["inputs"].shape[1] in (8, 16, 24, 32) and 0 <= batch["inputs"].shape[1] - longest < 8
+        assert (
+            batch["inputs"].shape[1] in (8, 16, 24, 32)
+            and 0 <= batch["inputs"].shape[1] - longest < 8
+        )
     row = TEXT_ROWS[7]  # of 36 bytes, cut at the context
     assert row["segments"].sum() == 32 and (row["inputs"] == 65).all()
 
@@ -95,14 +129,24 @@ def test_what_is_measured_depends_neither_on_buckets_nor_on_the_batch():
     found = []
     with jax.set_mesh(mesh):
         params = build(TEXT, mesh).init(jax.random.key(0)).params
-        for c, split, size in ((TEXT, TEXT_ROWS, 4), (plain, rows, 4), (plain, rows, 21), (plain, rows, 1)):
+        for c, split, size in (
+            (TEXT, TEXT_ROWS, 4),
+            (plain, rows, 4),
+            (plain, rows, 21),
+            (plain, rows, 1),
+        ):
             c = from_dict({**_dict(c), "eval": {"batch_size": size}})
             found.append(evaluate(build(c, mesh), params, split, c)[0])
     assert all(f["eval/rows"] == 21 for f in found)
     for f in found[1:]:
-        assert f["eval/loss"] == pytest.approx(found[0]["eval/loss"], rel=1e-5) and f["eval/accuracy"] == found[0]["eval/accuracy"]
+        assert (
+            f["eval/loss"] == pytest.approx(found[0]["eval/loss"], rel=1e-5)
+            and f["eval/accuracy"] == found[0]["eval/accuracy"]
+        )
         for name in ("entropy", "load", "dropped"):
-            assert np.allclose(f[f"eval/uome/{name}"], found[0][f"eval/uome/{name}"], rtol=1e-4, atol=1e-6)
+            assert np.allclose(
+                f[f"eval/uome/{name}"], found[0][f"eval/uome/{name}"], rtol=1e-4, atol=1e-6
+            )
 
 
 def _dict(c: Config) -> dict:
@@ -130,6 +174,10 @@ def test_examples_that_the_model_cannot_take_are_named(c, examples, said):
 
 
 def test_pixels_that_are_not_the_context_are_named():
-    c = config("cifar10", {"context_length": 64, "vocab_size": 256, "classifier": {"n_classes": 10}})
-    with pytest.raises(UserError, match="context_length=64: an image of the train split has 81 pixels"):
+    c = config(
+        "cifar10", {"context_length": 64, "vocab_size": 256, "classifier": {"n_classes": 10}}
+    )
+    with pytest.raises(
+        UserError, match="context_length=64: an image of the train split has 81 pixels"
+    ):
         LabelledRows(images(1, size=9), 10, "train", c, None)[0]

@@ -16,23 +16,36 @@ SCRIPT = str(ROOT / "launch" / "slurm.sbatch")
 
 def sbatch_as_bash(*args: str, **env: str) -> tuple[int, str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    done = subprocess.run(["bash", SCRIPT, *args], env={**clean, **env}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", SCRIPT, *args], env={**clean, **env}, capture_output=True, text=True
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_a_dry_run_prints_the_command():
-    code, out, err = sbatch_as_bash("--dry-run", "--config=quickstart", "--workdir=runs/a b", SLURM_JOB_ID="9017")
+    code, out, err = sbatch_as_bash(
+        "--dry-run", "--config=quickstart", "--workdir=runs/a b", SLURM_JOB_ID="9017"
+    )
     assert code == 0, err
     words = shlex.split(out.replace("$'", "'"))
     assert words[:5] == ["srun", "--kill-on-bad-exit=1", "--cpu-bind=none", "bash", "-c"]
-    assert words[6:] == ["uoe", "FIRST_NODE:61017", "FILE_FOR_THE_CODE", "--config=quickstart", "--workdir=runs/a b"]
+    assert words[6:] == [
+        "uoe",
+        "FIRST_NODE:61017",
+        "FILE_FOR_THE_CODE",
+        "--config=quickstart",
+        "--workdir=runs/a b",
+    ]
 
 
 @pytest.mark.parametrize(
     "args, sentence",
     [
         ((), "no arguments: give those of uoe train"),
-        (("--config=quickstart",), "SLURM_JOB_ID is not set: submit this file with sbatch, or give --dry-run"),
+        (
+            ("--config=quickstart",),
+            "SLURM_JOB_ID is not set: submit this file with sbatch, or give --dry-run",
+        ),
     ],
 )
 def test_bad_input(args, sentence):
@@ -89,7 +102,11 @@ sys.exit(int(codes[int(i)]))
 def test_which_ends_come_back(cluster, tmp_path):
     """With a stand-in for uoe: bad input and bad numbers do not, a stop does, a cancelled job does not."""
     jobs = Jobs(cluster, tmp_path, STAND_IN)
-    for name, codes, expected in (("input", "2,2", "2:0"), ("numbers", "76,76", "76:0"), ("done", "0,0", "0:0")):
+    for name, codes, expected in (
+        ("input", "2,2", "2:0"),
+        ("numbers", "76,76", "76:0"),
+        ("done", "0,0", "0:0"),
+    ):
         job = jobs.submit(name, codes)
         found = cluster.wait(job, "COMPLETED", "FAILED", timeout=60)
         assert (found["ExitCode"], found["Restarts"]) == (expected, "0"), jobs.said(name)
@@ -102,7 +119,9 @@ def test_which_ends_come_back(cluster, tmp_path):
     slurm_cluster.until(lambda: jobs.said("stop").count("waits") == 2, cluster)
     cluster.run("scancel", "--signal=USR1", job)
     slurm_cluster.until(lambda: jobs.said("stop").count("waits") == 4, cluster)  # it is back
-    assert f"job {job} ended with 75 and is put back into the queue (restart 1)" in jobs.said("stop")
+    assert f"job {job} ended with 75 and is put back into the queue (restart 1)" in jobs.said(
+        "stop"
+    )
     cluster.run("scancel", job)
     found = cluster.wait(job, "CANCELLED", timeout=60)
     assert found["Restarts"] == "1"
@@ -114,11 +133,16 @@ def test_which_ends_come_back(cluster, tmp_path):
 def test_two_tasks_train_stop_and_go_on(cluster, tmp_path):
     """Two tasks give the losses of one process with two devices; stopped half-way, the job comes back by itself and ends
     with every measure the same, bit for bit, as one that nobody stopped."""
-    jobs = Jobs(cluster, tmp_path, f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m uoe_jax "$@"\n')
+    jobs = Jobs(
+        cluster, tmp_path, f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m uoe_jax "$@"\n'
+    )
     train = (f"--config={TINY}", f"--config.data.path={write_source(tmp_path / 'source')}")
 
     whole = jobs.submit("whole", *train, f"--workdir={tmp_path / 'whole'}")
-    two_devices = {**jobs.env, "XLA_FLAGS": jobs.env["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
+    two_devices = {
+        **jobs.env,
+        "XLA_FLAGS": jobs.env["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
+    }
     code, _, err = uoe("train", *train, f"--workdir={tmp_path / 'alone'}", env=two_devices)
     assert code == 0, err
     found = cluster.wait(whole, "COMPLETED", "FAILED")
@@ -136,7 +160,11 @@ def test_two_tasks_train_stop_and_go_on(cluster, tmp_path):
     found = cluster.wait(parts, "COMPLETED", "FAILED")
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), jobs.said("parts")
     said = jobs.said("parts")
-    assert "with everything saved" in said and "ended with 75 and is put back" in said and "resuming at step" in said
+    assert (
+        "with everything saved" in said
+        and "ended with 75 and is put back" in said
+        and "resuming at step" in said
+    )
     assert metric_lines(tmp_path / "parts") == metric_lines(tmp_path / "whole")
 
 
@@ -145,4 +173,9 @@ def losses(workdir) -> dict:
     if not (workdir / "metrics.jsonl").exists():
         return {}
     lines = metric_lines(workdir)
-    return {(k, line["step"]): line[k] for line in lines for k in ("train/loss", "eval/loss") if k in line}
+    return {
+        (k, line["step"]): line[k]
+        for line in lines
+        for k in ("train/loss", "eval/loss")
+        if k in line
+    }

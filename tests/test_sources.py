@@ -39,8 +39,15 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
 
 def python(code: str, *args: object, **popen) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-c", "import sys; from pathlib import Path\n" + code, *map(str, args)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from pathlib import Path\n" + code,
+        *map(str, args),
+    ]
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
 
 
 # ---- prepared datasets --------------------------------------------------------------------------------------------
@@ -57,14 +64,18 @@ def prepare_numbered(cache: Path, n: int = 300, key: str = "key") -> Path:
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 1000, 1 << 20])
-def test_records_are_read_by_index_in_the_order_they_were_written(tmp_path, monkeypatch, batch_bytes):
+def test_records_are_read_by_index_in_the_order_they_were_written(
+    tmp_path, monkeypatch, batch_bytes
+):
     monkeypatch.setattr(prepared, "BATCH_BYTES", batch_bytes)
     directory = prepare_numbered(tmp_path)
     assert prepared.record_counts(directory) == {"train": 300, "test": 1}
     records = prepared.Records(directory, "train", 300)
     for i in (299, 0, 7, 256):
         assert records[i] == {"name": f"{i}".encode(), "number": i, "text": bytes([i % 256]) * i}
-    assert [len(document) for document in prepared.Documents(directory, "train", 300)] == list(range(300))
+    assert [len(document) for document in prepared.Documents(directory, "train", 300)] == list(
+        range(300)
+    )
     for outside in (-1, 300):
         with pytest.raises(IndexError):
             records[outside]
@@ -78,14 +89,18 @@ def test_records_may_be_read_by_many_threads(tmp_path):
         assert [record["number"] for record in pool.map(records.__getitem__, indices)] == indices
 
 
-@pytest.mark.parametrize("error, raised", [(UserError("the source went away"), UserError), (ValueError("x"), ValueError)])
+@pytest.mark.parametrize(
+    "error, raised", [(UserError("the source went away"), UserError), (ValueError("x"), ValueError)]
+)
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path, error, raised):
     def records():
         yield {"text": b"first"}
         raise error
 
     with pytest.raises(raised) as caught:
-        prepared.dataset_directory(tmp_path, "key", "name", "1.0.0", {"text": bytes}, {"train": records})
+        prepared.dataset_directory(
+            tmp_path, "key", "name", "1.0.0", {"text": bytes}, {"train": records}
+        )
     assert caught.value is error and list((tmp_path / "sources").iterdir()) == []
 
 
@@ -93,11 +108,15 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(tmp_path, monke
     import tensorflow_datasets as tfds
 
     def full(*_):
-        raise RuntimeError("write() failed: No space left on device")  # what array_record says of a full disk
+        raise RuntimeError(
+            "write() failed: No space left on device"
+        )  # what array_record says of a full disk
 
     with monkeypatch.context() as patch:
         patch.setattr(tfds.core.SequentialWriter, "add_examples", full)
-        with pytest.raises(RunError, match="sources/key: cannot prepare .*No space left.*UOE_CACHE"):
+        with pytest.raises(
+            RunError, match="sources/key: cannot prepare .*No space left.*UOE_CACHE"
+        ):
             prepare_numbered(tmp_path)
     assert list((tmp_path / "sources").iterdir()) == []
     (tmp_path / "file").write_bytes(b"")
@@ -125,20 +144,29 @@ def test_a_killed_build_leaves_no_half_dataset(tmp_path):
 def test_a_damaged_dataset_is_named_with_record_and_remedy(tmp_path):
     texts = [np.random.default_rng(i).bytes(2000) for i in range(300)]
     splits = {"train": lambda: ({"text": one} for one in texts)}
-    directory = prepared.dataset_directory(tmp_path, "key", "some_name", "1.2.3", {"text": bytes}, splits)
+    directory = prepared.dataset_directory(
+        tmp_path, "key", "some_name", "1.2.3", {"text": bytes}, splits
+    )
     (file,) = directory.glob("*train*")
     whole = file.read_bytes()
     at = whole.index(texts[150]) + 1000
     file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     records = prepared.Documents(directory, "train", 300)
     assert records[149] == texts[149]
-    with pytest.raises(UserError, match="sources/key: .*record 150 of its train split.*delete it and run again"):
+    with pytest.raises(
+        UserError, match="sources/key: .*record 150 of its train split.*delete it and run again"
+    ):
         records[150]
     file.write_bytes(whole[:-LIMIT])
-    with pytest.raises(UserError, match="sources/key: the prepared dataset cannot be read .*delete it and run again"):
+    with pytest.raises(
+        UserError,
+        match="sources/key: the prepared dataset cannot be read .*delete it and run again",
+    ):
         prepared.Records(directory, "train", 300)[0]
     file.write_bytes(whole)
-    with pytest.raises(UserError, match="300 records in its train split where 301 were prepared.*delete it"):
+    with pytest.raises(
+        UserError, match="300 records in its train split where 301 were prepared.*delete it"
+    ):
         prepared.Records(directory, "train", 301)
     (directory / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match="sources/key: .*delete it and run again"):
@@ -164,23 +192,35 @@ def cut_by_hand(data: bytes) -> list[bytes]:
     if len(data) <= LIMIT:
         return [data] if data else []
     head = data[:LIMIT]
-    head = head[: head.rindex(b"\n") + 1] if b"\n" in head else head.decode("utf-8", "ignore").encode()
+    head = (
+        head[: head.rindex(b"\n") + 1] if b"\n" in head else head.decode("utf-8", "ignore").encode()
+    )
     return [head, *cut_by_hand(data[len(head) :])]
 
 
 def split_by_hand(document: bytes) -> str:
-    return (["train"] * 98 + ["validation", "test"])[int(hashlib.sha256(document).hexdigest()[:16], 16) % 100]
+    return (["train"] * 98 + ["validation", "test"])[
+        int(hashlib.sha256(document).hexdigest()[:16], 16) % 100
+    ]
 
 
 def test_more_is_held_out_of_a_little_text(tmp_path):
     place = write(tmp_path / "in", {f"{i}.txt": f"document {i}".encode() for i in range(200)})
     one, ten = (text.open_text(str(place), tmp_path, held_out) for held_out in (1, 10))
     with pytest.raises(ConfigError, match="split empty.*98/1/1"):
-        list(text.open_text(str(write(tmp_path / "few", {"a.txt": b"a", "b.txt": b"b"})), tmp_path).documents("test"))
+        list(
+            text.open_text(
+                str(write(tmp_path / "few", {"a.txt": b"a", "b.txt": b"b"})), tmp_path
+            ).documents("test")
+        )
     sizes = [len(list(ten.documents(split))) for split in SPLITS]
     assert sum(sizes) == 200 and all(10 <= n <= 32 for n in sizes[1:]) and one.key != ten.key
-    documents = [f"document {i}".encode() for i in range(2000)]  # of test stays of test where more is held out
-    assert {d for d in documents if text.split_of(d) == "test"} < {d for d in documents if text.split_of(d, 10) == "test"}
+    documents = [
+        f"document {i}".encode() for i in range(2000)
+    ]  # of test stays of test where more is held out
+    assert {d for d in documents if text.split_of(d) == "test"} < {
+        d for d in documents if text.split_of(d, 10) == "test"
+    }
 
 
 def read(source) -> dict[str, list[bytes]]:
@@ -204,15 +244,25 @@ def test_text_comes_back_byte_for_byte_each_document_in_one_split(tmp_path):
     expected = [document for data in TEXTS.values() for document in cut_by_hand(data)]
     found = read(source)
     for split in SPLITS:
-        assert Counter(found[split]) == Counter(d for d in expected if split_by_hand(d) == split), split
-        tokens = open_or_build(lambda: source.documents(split), ByteTokenizer(), tmp_path, source.key, split)
+        assert Counter(found[split]) == Counter(d for d in expected if split_by_hand(d) == split), (
+            split
+        )
+        tokens = open_or_build(
+            lambda: source.documents(split), ByteTokenizer(), tmp_path, source.key, split
+        )
         assert [ByteTokenizer().decode_bytes(tokens[d]) for d in range(len(tokens))] == found[split]
     record = json.loads(json.dumps(source.record()))
-    assert (record["n_files"], record["n_empty_files"], record["sha256"]) == (len(TEXTS), 1, source.sha256)
+    assert (record["n_files"], record["n_empty_files"], record["sha256"]) == (
+        len(TEXTS),
+        1,
+        source.sha256,
+    )
 
 
 def test_documents_end_at_lines_and_between_characters():
-    assert max(map(len, cut_by_hand(TEXTS["short_then_long.txt"]))) == LIMIT - 1  # 語 takes three bytes
+    assert (
+        max(map(len, cut_by_hand(TEXTS["short_then_long.txt"]))) == LIMIT - 1
+    )  # 語 takes three bytes
     for data in TEXTS.values():
         documents = list(text._from_text(io.BytesIO(data), Path("x")))
         assert documents == cut_by_hand(data) and b"".join(documents) == data
@@ -220,7 +270,12 @@ def test_documents_end_at_lines_and_between_characters():
 
 
 def test_a_line_of_json_is_a_document(tmp_path):
-    rows = [{"text": "Zoë\n🐍", "id": 7}, {"text": ""}, {"text": "z" * 200_000}, {"id": None, "text": "last"}]
+    rows = [
+        {"text": "Zoë\n🐍", "id": 7},
+        {"text": ""},
+        {"text": "z" * 200_000},
+        {"id": None, "text": "last"},
+    ]
     lines = "\n\n".join(json.dumps(row) for row in rows).encode()
     expected = Counter([b"Zo\xc3\xab\n\xf0\x9f\x90\x8d", b"z" * 200_000, b"last"])
     for name in ("x.jsonl", "x.jsonl.gz", "x.ndjson", "x.json", "x.json.gz"):
@@ -231,12 +286,16 @@ def test_a_line_of_json_is_a_document(tmp_path):
 def test_names_and_places_do_not_matter_but_content_does(tmp_path):
     files = {f"{i}.txt": f"document {i}".encode() for i in range(700)}
     one = text.open_text(str(write(tmp_path / "one", files)), tmp_path / "c1")
-    moved = {f"{hashlib.sha256(name.encode()).hexdigest()}/{name}": data for name, data in files.items()}
+    moved = {
+        f"{hashlib.sha256(name.encode()).hexdigest()}/{name}": data for name, data in files.items()
+    }
     two = text.open_text(str(write(tmp_path / "two", moved) / "**/*.txt"), tmp_path / "c2")
     assert one.key == two.key and read(one) == read(two)
     (tmp_path / "two/more.txt").write_bytes(b"one document more")
     more = text.open_text(str(tmp_path / "two"), tmp_path / "c2")
-    assert more.key != two.key and all(not Counter(read(two)[s]) - Counter(read(more)[s]) for s in SPLITS)
+    assert more.key != two.key and all(
+        not Counter(read(two)[s]) - Counter(read(more)[s]) for s in SPLITS
+    )
     (tmp_path / "line.txt").write_bytes(b'{"text": "a"}')
     (tmp_path / "line.jsonl").write_bytes(b'{"text": "a"}')
     one, two = (text.open_text(str(tmp_path / f"line.{end}"), tmp_path) for end in ("txt", "jsonl"))
@@ -252,7 +311,9 @@ def test_which_files_are_taken(tmp_path, monkeypatch):
     (root / "loop").symlink_to(root)
 
     def found(path: str) -> list[str]:
-        return sorted(Path(os.path.realpath(file)).relative_to(root).as_posix() for file in text.find(path))
+        return sorted(
+            Path(os.path.realpath(file)).relative_to(root).as_posix() for file in text.find(path)
+        )
 
     assert found(str(root)) == taken
     (root / "again.txt").unlink()  # glob itself walks in circles until the links are too many
@@ -277,30 +338,66 @@ def test_text_that_cannot_be_used_is_answered_with_its_place(tmp_path):
     (tmp_path / "cache").mkdir()
     refused("", None, "data.path='.*case.*': holds no .txt, .jsonl or .ndjson file")
     refused("x.md", b"x", "holds no .txt")
-    refused("", None, "data.path='/nowhere/\\*.txt': is neither a directory nor a glob", "/nowhere/*.txt")
+    refused(
+        "",
+        None,
+        "data.path='/nowhere/\\*.txt': is neither a directory nor a glob",
+        "/nowhere/*.txt",
+    )
     refused("x.txt", b"", "its 1 files are all empty: name files with text")
     refused("x.txt.gz", b"", "its 1 files hold no text")
-    refused("x.txt", b"one document", "its 1 documents leave the (train|validation|test) split empty.*98/1/1.*raise data.held_out")
+    refused(
+        "x.txt",
+        b"one document",
+        "its 1 documents leave the (train|validation|test) split empty.*98/1/1.*raise data.held_out",
+    )
     refused("x.txt", b"abc\xff", "x.txt, byte 3.*is not UTF-8: convert")
     refused("x.txt", b"a" * LIMIT + b"\n\xe8\xaa\n", f"x.txt, byte {LIMIT + 1}.*is not UTF-8")
     refused("x.txt", b"\x80" * (LIMIT + 9), "x.txt, byte 0.*is not UTF-8")
     refused("x.txt", "語".encode()[1:] * LIMIT, "x.txt, byte 0.*is not UTF-8")
-    refused("x.txt", b"ab" * (LIMIT - 8) + "語".encode()[:2], f"x.txt, byte {2 * (LIMIT - 8)}.*is not UTF-8")
-    refused("x.jsonl", b'{"text": "a"}\n{"text": 1}', "x.jsonl, line 2'.*a JSON object with its text as a string")
+    refused(
+        "x.txt",
+        b"ab" * (LIMIT - 8) + "語".encode()[:2],
+        f"x.txt, byte {2 * (LIMIT - 8)}.*is not UTF-8",
+    )
+    refused(
+        "x.jsonl",
+        b'{"text": "a"}\n{"text": 1}',
+        "x.jsonl, line 2'.*a JSON object with its text as a string",
+    )
     refused("x.jsonl", b'\n{"txt": "a"}', "x.jsonl, line 2'.*a JSON object with its text")
     refused("x.jsonl", b'["text"]', "x.jsonl, line 1'.*a JSON object with its text")
     refused("x.jsonl", b'{"text": "a"}\n{"text": "b', "x.jsonl, line 2'.*is no JSON.*mend it")
     refused("x.jsonl", b"[" * 100_000, "x.jsonl, line 1'.*is no JSON")
     refused("x.jsonl", b'{"text": "\xff"}', "x.jsonl, line 1, byte 10 of the line.*is not UTF-8")
-    refused("x.jsonl", b'{"text": "ab\\ud800"}', "x.jsonl, line 1, character 2 of its text.*is not UTF-8")
+    refused(
+        "x.jsonl",
+        b'{"text": "ab\\ud800"}',
+        "x.jsonl, line 1, character 2 of its text.*is not UTF-8",
+    )
     write(tmp_path / "gz", {"whole.txt.gz": b"x" * 999, "cut/x.txt.gz": b""})
     (tmp_path / "gz/cut/x.txt.gz").write_bytes((tmp_path / "gz/whole.txt.gz").read_bytes()[:-9])
-    refused("", None, "cut/x.txt.gz: cannot be read .*ended.*mend or remove it", str(tmp_path / "gz/cut"))
+    refused(
+        "",
+        None,
+        "cut/x.txt.gz: cannot be read .*ended.*mend or remove it",
+        str(tmp_path / "gz/cut"),
+    )
     (tmp_path / "gz/cut/x.txt.gz").write_bytes(b"not packed")
-    refused("", None, "cut/x.txt.gz: cannot be read .*[Nn]ot a gzip.*mend or remove it", str(tmp_path / "gz/cut"))
+    refused(
+        "",
+        None,
+        "cut/x.txt.gz: cannot be read .*[Nn]ot a gzip.*mend or remove it",
+        str(tmp_path / "gz/cut"),
+    )
     (tmp_path / "links").mkdir()
     (tmp_path / "links/gone.txt").symlink_to("/nowhere")
-    refused("", None, "links/gone.txt: cannot be read .No such file.*mend or remove it", str(tmp_path / "links"))
+    refused(
+        "",
+        None,
+        "links/gone.txt: cannot be read .No such file.*mend or remove it",
+        str(tmp_path / "links"),
+    )
     with pytest.raises(ConfigError, match="data.path='': set it to a directory"):
         text.open_text("", tmp_path)
 
@@ -374,7 +471,13 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     expected[0] = hashlib.sha256(b"A").hexdigest()
     assert hashes() == ["a"] and hashes() == []
     (memo,) = (tmp_path / "cache").iterdir()
-    for damage in ("", "{", "[]", json.dumps({str(files[0]): [1, 2]}), json.dumps({str(file): None for file in files})):
+    for damage in (
+        "",
+        "{",
+        "[]",
+        json.dumps({str(files[0]): [1, 2]}),
+        json.dumps({str(file): None for file in files}),
+    ):
         memo.write_text(damage)
         assert hashes() == ["a", "b"] and hashes() == []
 
@@ -387,14 +490,20 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
     times = changing.stat()
     changing.write_bytes(changing.read_bytes()[::-1])
     os.utime(changing, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(UserError, match=f"{changing.name}: changed while it was being read: run again"):
+    with pytest.raises(
+        UserError, match=f"{changing.name}: changed while it was being read: run again"
+    ):
         list(source.documents("train"))
     read(text.open_text(str(tmp_path / "in"), tmp_path / "cache"))  # running again helps
     memo = tmp_path / "cache/hashes.json"
     known = json.loads(memo.read_text())
-    known[str(changing)][-1] = "0" * 64  # also where the file's times did not show that it had changed
+    known[str(changing)][-1] = (
+        "0" * 64
+    )  # also where the file's times did not show that it had changed
     memo.write_text(json.dumps(known))
-    with pytest.raises(UserError, match=f"{changing.name}: changed while it was being read: run again"):
+    with pytest.raises(
+        UserError, match=f"{changing.name}: changed while it was being read: run again"
+    ):
         list(text.open_text(str(tmp_path / "in"), tmp_path / "cache").documents("train"))
     read(text.open_text(str(tmp_path / "in"), tmp_path / "cache"))
     changing.unlink()
@@ -446,7 +555,9 @@ def test_wikitext_is_kept_byte_for_byte_article_by_article(tmp_path):
     write_zip(tmp_path / "packed")
     write(tmp_path / "unpacked", RAW)
     places = ["packed", f"packed/{ZIP}", "unpacked", "unpacked/wikitext-103-raw"]
-    sources = [wikitext.open_wikitext103(str(tmp_path / place), tmp_path / "cache") for place in places]
+    sources = [
+        wikitext.open_wikitext103(str(tmp_path / place), tmp_path / "cache") for place in places
+    ]
     assert sources[0].key == sources[1].key and sources[2].key == sources[3].key
     for source in sources:
         assert {split: list(source.documents(split)) for split in SPLITS} == ARTICLES
@@ -459,7 +570,9 @@ def test_wikitext_is_kept_byte_for_byte_article_by_article(tmp_path):
 
 def test_wikitext_is_looked_for_where_tfds_keeps_downloads(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(ConfigError, match=f"^data.path='': neither .*{tmp_path}/downloads/manual.*download"):
+    with pytest.raises(
+        ConfigError, match=f"^data.path='': neither .*{tmp_path}/downloads/manual.*download"
+    ):
         wikitext.open_wikitext103("", tmp_path / "cache")
     write_zip(tmp_path / "downloads/manual")
     assert len(wikitext.open_wikitext103("", tmp_path / "cache").documents("test")) == 1
@@ -473,14 +586,25 @@ def test_wikitext_that_cannot_be_used_is_answered_with_what_to_download(tmp_path
             assert part in str(error.value)
         assert not list(tmp_path.glob("cache/sources/*"))
 
-    refused(tmp_path / "nothing", f"neither {ZIP} nor wikitext-103-raw/ is in .*nothing.*put it into .*nothing")
+    refused(
+        tmp_path / "nothing",
+        f"neither {ZIP} nor wikitext-103-raw/ is in .*nothing.*put it into .*nothing",
+    )
     for i, name in enumerate(RAW):
         without = {key: value for key, value in RAW.items() if key != name}
         refused(write_zip(tmp_path / f"a{i}", without), f"is without {name}: download")
         refused(write(tmp_path / f"b{i}", without), f"is without {Path(name).name}: download")
-        refused(write_zip(tmp_path / f"c{i}", RAW | {name: b""}), f"is without text in {Path(name).name}")
-        refused(write(tmp_path / f"d{i}", RAW | {name: b""}), f"is without text in {Path(name).name}")
-        refused(write_zip(tmp_path / f"e{i}", RAW | {name: b" No title here . \n"}), "is without a line ' = Title = '")
+        refused(
+            write_zip(tmp_path / f"c{i}", RAW | {name: b""}),
+            f"is without text in {Path(name).name}",
+        )
+        refused(
+            write(tmp_path / f"d{i}", RAW | {name: b""}), f"is without text in {Path(name).name}"
+        )
+        refused(
+            write_zip(tmp_path / f"e{i}", RAW | {name: b" No title here . \n"}),
+            "is without a line ' = Title = '",
+        )
         place = write_zip(tmp_path / f"f{i}")
         whole = (place / ZIP).read_bytes()
         at = whole.index(name.encode()) + len(name) + 20
@@ -516,7 +640,10 @@ def test_two_processes_may_prepare_one_archive_at_once(tmp_path):
 # ---- AAN ----------------------------------------------------------------------------------------------------------
 
 PAIRS = {
-    "train": [(i % 3 == 0, f'b"paper {i}\'s \\n text"'.encode(), f'"quoted ""{i}"" '.encode()) for i in range(50)],
+    "train": [
+        (i % 3 == 0, f'b"paper {i}\'s \\n text"'.encode(), f'"quoted ""{i}"" '.encode())
+        for i in range(50)
+    ],
     "validation": [(True, b"a", "Zoë\xa0".encode()), (False, b"\xff\x00", b"x" * 200_000)],
     "test": [(False, b"c", b"d")],
 }
@@ -538,7 +665,9 @@ TSV = {
 
 @pytest.mark.parametrize("below", ["", "tsv_data", "lra_release/lra_release/tsv_data"])
 def test_pairs_are_read_by_index_as_the_file_has_them(tmp_path, below):
-    source = aan.open_aan(str(write(tmp_path / "in" / below, TSV) and tmp_path / "in"), tmp_path / "cache")
+    source = aan.open_aan(
+        str(write(tmp_path / "in" / below, TSV) and tmp_path / "in"), tmp_path / "cache"
+    )
     assert (source.n_classes, source.vocab_size) == (2, 0)
     for split in SPLITS:
         examples = source.examples(split)
@@ -547,12 +676,19 @@ def test_pairs_are_read_by_index_as_the_file_has_them(tmp_path, below):
             label, one, two = PAIRS[split][i]
             assert examples[i].inputs == (one, two) and examples[i].label == int(label)
             assert type(examples[i].label) is int
-    assert json.loads(json.dumps(source.record()))["n_examples"] == {"train": 50, "validation": 2, "test": 1}
+    assert json.loads(json.dumps(source.record()))["n_examples"] == {
+        "train": 50,
+        "validation": 2,
+        "test": 1,
+    }
 
 
 def test_line_ends_of_windows_belong_to_no_text(tmp_path):
     write(tmp_path, TSV | {"new_aan_pairs.test.tsv": tsv(PAIRS["test"], b"\r\n")})
-    assert aan.open_aan(str(tmp_path), tmp_path / "cache").examples("test")[0].inputs == (b"c", b"d")
+    assert aan.open_aan(str(tmp_path), tmp_path / "cache").examples("test")[0].inputs == (
+        b"c",
+        b"d",
+    )
 
 
 @pytest.mark.parametrize(
@@ -570,22 +706,34 @@ def test_line_ends_of_windows_belong_to_no_text(tmp_path):
 def test_a_line_that_is_no_pair_is_named(tmp_path, line, match):
     name = "new_aan_pairs.eval.tsv"
     write(tmp_path, TSV | {name: TSV[name] + line + b"\n" + TSV[name]})
-    with pytest.raises(ConfigError, match=f"data.path='.*{name}, line 3': {match}.*unpack the file again"):
+    with pytest.raises(
+        ConfigError, match=f"data.path='.*{name}, line 3': {match}.*unpack the file again"
+    ):
         aan.open_aan(str(tmp_path), tmp_path / "cache")
     assert list((tmp_path / "cache/sources").iterdir()) == []
 
 
 def test_pairs_that_are_missing_are_answered_with_what_to_download(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="data.path='.*new_aan_pairs.train.tsv, .* not in .*lra_release.gz .*tsv_data"):
+    with pytest.raises(
+        ConfigError,
+        match="data.path='.*new_aan_pairs.train.tsv, .* not in .*lra_release.gz .*tsv_data",
+    ):
         aan.open_aan(str(tmp_path / "nothing"), tmp_path / "cache")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(ConfigError, match=f"data.path='': .* not in {tmp_path}/downloads/manual: download lra_release.gz"):
+    with pytest.raises(
+        ConfigError,
+        match=f"data.path='': .* not in {tmp_path}/downloads/manual: download lra_release.gz",
+    ):
         aan.open_aan("", tmp_path / "cache")
     write(tmp_path / "in", {name: data for name, data in TSV.items() if "eval" not in name})
-    with pytest.raises(ConfigError, match="data.path='.*': new_aan_pairs.eval.tsv is missing in .*in: download"):
+    with pytest.raises(
+        ConfigError, match="data.path='.*': new_aan_pairs.eval.tsv is missing in .*in: download"
+    ):
         aan.open_aan(str(tmp_path / "in"), tmp_path / "cache")
     write(tmp_path / "in", {"new_aan_pairs.eval.tsv": b""})
-    with pytest.raises(ConfigError, match="data.path='.*new_aan_pairs.eval.tsv': is empty: unpack it again"):
+    with pytest.raises(
+        ConfigError, match="data.path='.*new_aan_pairs.eval.tsv': is empty: unpack it again"
+    ):
         aan.open_aan(str(tmp_path / "in"), tmp_path / "cache")
 
 

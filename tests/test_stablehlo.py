@@ -69,13 +69,18 @@ def params_of(config: Config, seed: int = 0):
 def inputs_of(config: Config, b: int) -> dict[str, np.ndarray]:
     rng, m = np.random.default_rng(1), config.model
     if m.stem == "image":
-        images = rng.normal(size=(b, m.image.height, m.image.width, m.image.channels)).astype(np.float32)
+        images = rng.normal(size=(b, m.image.height, m.image.width, m.image.channels)).astype(
+            np.float32
+        )
         return {"inputs": images, "segments": np.ones((b, m.context_length), np.int32)}
     tokens = rng.integers(m.vocab_size, size=(b, m.context_length), dtype=np.int32)
     if m.task == "language":
         return {"tokens": tokens}
     lengths = rng.integers(1, m.context_length + 1, size=(b, 1))
-    return {"inputs": tokens, "segments": (np.arange(m.context_length)[None] < lengths).astype(np.int32)}
+    return {
+        "inputs": tokens,
+        "segments": (np.arange(m.context_length)[None] < lengths).astype(np.int32),
+    }
 
 
 def header_of(folder) -> tuple[dict, bytes]:
@@ -109,7 +114,9 @@ def outside(tmp_path_factory):
 def test_the_program_computes_what_the_model_does_without_this_package(outside, name):
     config = config_of(name)
     model = functional(config.model)[1]
-    wanted, stats = reference.jit(lambda p, *args: model(p)(*args))(params_of(config), *inputs_of(config, max(BATCHES)).values())
+    wanted, stats = reference.jit(lambda p, *args: model(p)(*args))(
+        params_of(config), *inputs_of(config, max(BATCHES)).values()
+    )
     for routed in stats.values():  # capacity is felt
         assert 0 < routed.kept_N.sum() < routed.chosen_N.sum()
     wanted = np.asarray(wanted)
@@ -128,7 +135,11 @@ def test_the_example_refuses_a_damaged_program(outside):
 def test_the_header_says_what_goes_in_and_comes_out(outside):
     header, blob = header_of(outside[0] / "image")
     assert header["sha256"] == hashlib.sha256(blob).hexdigest()
-    assert header["versions"]["jax"] == jax.__version__ and header["platforms"] == ["cpu", "cuda", "tpu"]
+    assert header["versions"]["jax"] == jax.__version__ and header["platforms"] == [
+        "cpu",
+        "cuda",
+        "tpu",
+    ]
     assert header["inputs"] == [
         {"name": "inputs", "shape": ["b", 6, 8, 3], "dtype": "float32"},
         {"name": "segments", "shape": ["b", 12], "dtype": "int32"},
@@ -162,8 +173,15 @@ def test_weights_survive_however_they_lie_and_nothing_is_cut_by_the_mesh_at_hand
     np.testing.assert_array_equal(weights["embedding"], embedding)
     np.testing.assert_array_equal(weights["layers.attention.router.kernel"], kernel)
     header, blob = header_of(out)
-    assert header["outputs"][0]["dtype"] == "float32" and jax.export.deserialize(bytearray(blob)).nr_devices == 1
-    assert sorted(path.name for path in out.iterdir()) == ["load.py", "model.safetensors", "model.stablehlo"]
+    assert (
+        header["outputs"][0]["dtype"] == "float32"
+        and jax.export.deserialize(bytearray(blob)).nr_devices == 1
+    )
+    assert sorted(path.name for path in out.iterdir()) == [
+        "load.py",
+        "model.safetensors",
+        "model.stablehlo",
+    ]
 
 
 def test_a_place_that_cannot_be_used_is_refused(tmp_path):
@@ -178,8 +196,12 @@ def test_a_place_that_cannot_be_used_is_refused(tmp_path):
     }.items():
         with pytest.raises(UserError) as caught:
             export_stablehlo(config, params_of(config), epath.Path(tmp_path / name))
-        assert str(caught.value) == f"--out={tmp_path / name}: {why}" and caught.value.exit_code == 2
-    with pytest.raises(UserError, match=r"^--out=gs://bucket/out: .*; give a local one, and copy that$"):
+        assert (
+            str(caught.value) == f"--out={tmp_path / name}: {why}" and caught.value.exit_code == 2
+        )
+    with pytest.raises(
+        UserError, match=r"^--out=gs://bucket/out: .*; give a local one, and copy that$"
+    ):
         export_stablehlo(config, params_of(config), epath.Path("gs://bucket/out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "there"]
 
@@ -197,9 +219,14 @@ def test_what_is_not_as_it_was_written_is_not_left_there(tmp_path, monkeypatch):
 
     save, write = safetensors.numpy.save, stablehlo._write
     other = {"embedding": params["embedding"] + np.float32(1e-6)}
-    refused("embedding in model.safetensors is not", safetensors.numpy, "save", lambda weights: save({**weights, **other}))
+    refused(
+        "embedding in model.safetensors is not",
+        safetensors.numpy,
+        "save",
+        lambda weights: save({**weights, **other}),
+    )
     for file in ("model.stablehlo", "model.safetensors"):
-        longer = lambda path, content: write(path, content + b"\n" * (path.name == file))  # noqa: E731, B023
+        longer = lambda path, content: write(path, content + b"\n" * (path.name == file))  # noqa: E731
         refused(f"{file} is not what was written", stablehlo, "_write", longer)
     real = stablehlo.export.deserialize
 

@@ -23,11 +23,20 @@ from uoe_jax.infer.sample import sample
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.loop import train
 
-PROSE = [f"the {a} {b} of {n} {c} in a book" for n in range(9) for a in ("old", "new") for b in ("game", "day") for c in "xyz"]
+PROSE = [
+    f"the {a} {b} of {n} {c} in a book"
+    for n in range(9)
+    for a in ("old", "new")
+    for b in ("game", "day")
+    for c in "xyz"
+]
 
 
 def write_prose(root: Path, dataset: str, config: str = "") -> Path:
-    rows = {split: [{"text": " . ".join(PROSE[i % 50 : i % 50 + 4]).encode()} for i in range(60)] for split in ("train", "test")}
+    rows = {
+        split: [{"text": " . ".join(PROSE[i % 50 : i % 50 + 4]).encode()} for i in range(60)]
+        for split in ("train", "test")
+    }
     version = "1.1.0" if dataset == "lm1b" else "3.1.0"
     test_named.write(root, dataset, version, {"text": tfds.features.Text()}, rows, config)
     return root
@@ -37,7 +46,10 @@ def with_bpe(root: Path) -> dict[str, str]:
     root.mkdir()
     file = root / "bpe.json"
     file.write_text(BPETokenizer.train((text.encode() for text in PROSE), 280).to_json())
-    return {"data.path": str(write_prose(root / "data", "c4", "en")), "data.tokenizer_file": str(file)}
+    return {
+        "data.path": str(write_prose(root / "data", "c4", "en")),
+        "data.tokenizer_file": str(file),
+    }
 
 
 def write_imagenet(root: Path) -> Path:
@@ -46,13 +58,21 @@ def write_imagenet(root: Path) -> Path:
     sizes = [(40, 50), (32, 32), (70, 33), (33, 64)]
     rows = {
         split: [
-            {"file_name": f"{i}.png", "image": test_named.png(rng.integers(0, 256, (*sizes[i % 4], 3), dtype=np.uint8)), "label": i % 1000}
+            {
+                "file_name": f"{i}.png",
+                "image": test_named.png(rng.integers(0, 256, (*sizes[i % 4], 3), dtype=np.uint8)),
+                "label": i % 1000,
+            }
             for i in range(n)
         ]
         for split, n in (("train", 200), ("validation", 12))
     }
     features = tfds.features
-    schema = {"file_name": features.Text(), "image": features.Image(encoding_format="png"), "label": features.ClassLabel(num_classes=1000)}
+    schema = {
+        "file_name": features.Text(),
+        "image": features.Image(encoding_format="png"),
+        "label": features.ClassLabel(num_classes=1000),
+    }
     test_named.write(root, "imagenet2012", "5.1.0", schema, rows)
     return root
 
@@ -67,7 +87,10 @@ def wikitext(root: Path) -> Path:
 
 
 def pairs(root: Path) -> Path:
-    return test_sources.write(root / "lra_release", {f"lra_release/tsv_data/{name}": text for name, text in test_sources.TSV.items()})
+    return test_sources.write(
+        root / "lra_release",
+        {f"lra_release/tsv_data/{name}": text for name, text in test_sources.TSV.items()},
+    )
 
 
 def cifar(root: Path) -> Path:
@@ -106,14 +129,18 @@ def test_every_config_is_here():
 QUICK = ("wikitext103", "lra_retrieval", "cifar10")
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NEEDS])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NEEDS]
+)
 def test_tiny_trains_five_steps_and_evaluates(name, tmp_path, capsys, as_commands_run):
     overrides = NEEDS[name](tmp_path / "data")
     workdir = tmp_path / "run"
     assert train(cli.load_config(f"{name}:tiny", overrides), str(workdir), sample) == 0
     lines = metric_lines(workdir)
     trained = [line for line in lines if "train/loss" in line]
-    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5] and np.isfinite([line["train/loss"] for line in trained]).all()
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5] and np.isfinite(
+        [line["train/loss"] for line in trained]
+    ).all()
     (evaluated,) = [line for line in lines if "eval/loss" in line]
     assert math.isfinite(evaluated["eval/loss"])
     config = json.loads((workdir / "config.json").read_text())
@@ -126,7 +153,9 @@ def test_tiny_trains_five_steps_and_evaluates(name, tmp_path, capsys, as_command
         assert evaluated["eval/word_perplexity"] == pytest.approx(math.exp(evaluated["eval/loss"]))
     tested = [line for line in lines if "test/loss" in line]
     assert len(tested) == config["eval"]["test"]
-    assert train(cli.load_config(f"{name}:tiny", overrides), str(workdir), sample) == 0  # nothing left, and not tested again
+    assert (
+        train(cli.load_config(f"{name}:tiny", overrides), str(workdir), sample) == 0
+    )  # nothing left, and not tested again
     assert metric_lines(workdir) == lines
 
 
@@ -134,13 +163,26 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
     """The file it came from may go, and another one in its place is refused."""
     overrides = with_bpe(tmp_path / "data")
     file, workdir = Path(overrides["data.tokenizer_file"]), tmp_path / "run"
-    args = ["train", "--config=uoe_1b:tiny", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in overrides.items())]
+    args = [
+        "train",
+        "--config=uoe_1b:tiny",
+        f"--workdir={workdir}",
+        *(f"--config.{k}={v}" for k, v in overrides.items()),
+    ]
     code, _, err = uoe(*args, "--config.train.stop_after=2")
     assert code == 0, err
-    assert stored((workdir / "tokenizer.json").read_text()).fingerprint == BPETokenizer.load(str(file)).fingerprint
+    assert (
+        stored((workdir / "tokenizer.json").read_text()).fingerprint
+        == BPETokenizer.load(str(file)).fingerprint
+    )
     file.write_text(BPETokenizer.train([b"something else entirely"], 260).to_json())
     code, _, err = uoe(*args)
-    assert code == 2 and "config.data.tokenizer_file" in err and "is not the tokenizer of the run" in err and err.count("\n") == 1
+    assert (
+        code == 2
+        and "config.data.tokenizer_file" in err
+        and "is not the tokenizer of the run" in err
+        and err.count("\n") == 1
+    )
     file.unlink()
     code, out, err = uoe(*args)
     assert code == 0 and "a sample:" in out, err
@@ -161,13 +203,24 @@ def test_every_variant_that_a_config_names_is_there():
 def test_a_classifier_gives_no_text(tmp_path, as_commands_run):
     assert train(cli.load_config("digits:tiny", {}), str(tmp_path / "run"), sample) == 0
     code, out, err = uoe("generate", f"--workdir={tmp_path / 'run'}", "--prompt=x")
-    assert (code, out) == (2, "") and "config.model.task='classify'" in err and "uoe eval" in err and err.count("\n") == 1
+    assert (
+        (code, out) == (2, "")
+        and "config.model.task='classify'" in err
+        and "uoe eval" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_prepared_data_may_move(tmp_path, as_commands_run):
     first, second = cifar(tmp_path / "first"), tmp_path / "second"
     args = (str(tmp_path / "run"), sample)
-    assert train(cli.load_config("cifar10:tiny", {"data.path": str(first), "train.stop_after": "2"}), *args) == 0
+    assert (
+        train(
+            cli.load_config("cifar10:tiny", {"data.path": str(first), "train.stop_after": "2"}),
+            *args,
+        )
+        == 0
+    )
     first.rename(second)
     assert train(cli.load_config("cifar10:tiny", {"data.path": str(second)}), *args) == 0
     test_named.write_cifar(tmp_path / "other", 61, 11)
@@ -190,7 +243,10 @@ def test_a_damaged_best_checkpoint_is_named_and_not_passed_over(tmp_path, capsys
     load = lambda **more: cli.load_config("digits:tiny", overrides | more)  # noqa: E731
     assert train(load(**{"eval.test": "false"}), str(workdir), sample) == 0
     best = 3
-    with jax.set_mesh(mesh_lib.make_mesh(load().mesh)), CheckpointStore(workdir, keep_latest=9, keep_best=9) as store:
+    with (
+        jax.set_mesh(mesh_lib.make_mesh(load().mesh)),
+        CheckpointStore(workdir, keep_latest=9, keep_best=9) as store,
+    ):
         store.rank(best, 0.0)
     for file in (workdir / f"checkpoints/{best}").rglob("*"):
         if file.is_file() and "/d/" in str(file):
@@ -211,4 +267,6 @@ def test_words_are_counted_once_for_all_runs(tmp_path, monkeypatch):
     (cached,) = (tmp_path / "cache/words").iterdir()
     cached.write_text(cached.read_text()[:-20])
     monkeypatch.undo()
-    assert pipeline.load(config, tmp_path / "cache").tokenizer.fingerprint == first.fingerprint  # counted again
+    assert (
+        pipeline.load(config, tmp_path / "cache").tokenizer.fingerprint == first.fingerprint
+    )  # counted again

@@ -21,7 +21,13 @@ from uoe_jax import cli
 from uoe_jax.data import vocabulary
 from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.store import TokenStore
-from uoe_jax.data.tokenizer import BPETokenizer, ByteTokenizer, WordTokenizer, load_tokenizer, stored
+from uoe_jax.data.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    WordTokenizer,
+    load_tokenizer,
+    stored,
+)
 from uoe_jax.errors import ConfigError, UserError
 
 PROSE = [
@@ -48,7 +54,11 @@ AWKWARD = {
 def picture(byte: int) -> str:
     """The character for a byte in byte-level vocabularies: itself where Latin-1 has a picture, else the next from U+0100."""
     shown = [b for b in range(256) if chr(b).isprintable() and b != 0x20]
-    return chr(byte) if byte in shown else chr(256 + [b for b in range(256) if b not in shown].index(byte))
+    return (
+        chr(byte)
+        if byte in shown
+        else chr(256 + [b for b in range(256) if b not in shown].index(byte))
+    )
 
 
 def by_hand(merges: list[tuple[bytes, bytes]], **changes) -> dict:
@@ -60,10 +70,24 @@ def by_hand(merges: list[tuple[bytes, bytes]], **changes) -> dict:
         "version": "1.0",
         "added_tokens": [added(len(vocab), "<|endoftext|>")],
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": False,
+            "use_regex": False,
+        },
         "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-        "model": {"type": "BPE", "vocab": vocab, "merges": [f"{pictured(a)} {pictured(b)}" for a, b in merges]},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": False,
+            "use_regex": False,
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": [f"{pictured(a)} {pictured(b)}" for a, b in merges],
+        },
     } | changes
 
 
@@ -72,7 +96,14 @@ def added(i: int, text: str, special: bool = True, **more) -> dict:
     return {"id": i, "content": text, "special": special, **flags, **more}
 
 
-MERGES = [(b"a", b"b"), (b"ab", b"c"), (b" ", b"ab"), (b"\xc3", b"\xa9"), (b"c", b"c"), (b"b", b"c")]
+MERGES = [
+    (b"a", b"b"),
+    (b"ab", b"c"),
+    (b" ", b"ab"),
+    (b"\xc3", b"\xa9"),
+    (b"c", b"c"),
+    (b"b", b"c"),
+]
 
 
 BY_HAND = BPETokenizer(by_hand(MERGES))
@@ -82,7 +113,11 @@ def merged_by_hand(data: bytes) -> list[bytes]:
     """Byte-pair encoding as it is defined: the earliest merge that applies, leftmost first, until none does."""
     tokens = [bytes([b]) for b in data]
     while True:
-        found = [(MERGES.index(pair), i) for i, pair in enumerate(zip(tokens, tokens[1:])) if pair in MERGES]
+        found = [
+            (MERGES.index(pair), i)
+            for i, pair in enumerate(zip(tokens, tokens[1:]))
+            if pair in MERGES
+        ]
         if not found:
             return tokens
         _, i = min(found)
@@ -96,10 +131,17 @@ def assert_exact(tokenizer, data: bytes) -> None:
     ids = tokenizer.encode(data)
     assert tokenizer.decode_bytes(ids) == data
     assert tokenizer.bytes_per_token[ids].sum() == len(data)
-    assert tokenizer.separator not in ids and ids.dtype == np.min_scalar_type(tokenizer.vocab_size - 1)
+    assert tokenizer.separator not in ids and ids.dtype == np.min_scalar_type(
+        tokenizer.vocab_size - 1
+    )
 
 
-@given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda s: s.encode("utf-8", "surrogatepass"))))
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.text(max_size=60).map(lambda s: s.encode("utf-8", "surrogatepass")),
+    )
+)
 def test_bpe_gives_back_any_bytes_and_counts_them(data):
     assert_exact(BPE, data)
 
@@ -109,11 +151,17 @@ def test_bpe_gives_back_awkward_bytes_and_counts_them(name):
     assert_exact(BPE, AWKWARD[name])
 
 
-@given(st.lists(st.sampled_from([b"a", b"b", b"c", b" ", "é".encode(), b"\xc3", b"x"]), max_size=30).map(b"".join))
+@given(
+    st.lists(
+        st.sampled_from([b"a", b"b", b"c", b" ", "é".encode(), b"\xc3", b"x"]), max_size=30
+    ).map(b"".join)
+)
 def test_bpe_merges_as_defined(data):
     tokenizer = BY_HAND
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in MERGES]
-    if b"\xc3" in data.replace("é".encode(), b""):  # not UTF-8: what is around it is encoded on its own
+    if b"\xc3" in data.replace(
+        "é".encode(), b""
+    ):  # not UTF-8: what is around it is encoded on its own
         assert_exact(tokenizer, data)
     else:
         assert [tokens[i] for i in tokenizer.encode(data)] == merged_by_hand(data)
@@ -169,11 +217,18 @@ def changed(section: str, **values) -> dict:
     return content | {section: content[section] | values}
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
 
 
 def in_sequence(*steps: dict) -> dict:
-    return by_hand(MERGES, pre_tokenizer={"type": "Sequence", "pretokenizers": [*steps, BYTE_LEVEL]})
+    return by_hand(
+        MERGES, pre_tokenizer={"type": "Sequence", "pretokenizers": [*steps, BYTE_LEVEL]}
+    )
 
 
 def split(behavior: str) -> dict:
@@ -181,7 +236,10 @@ def split(behavior: str) -> dict:
 
 
 REFUSED = {
-    "words": (by_hand([], model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "WordLevel"),
+    "words": (
+        by_hand([], model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
+        "WordLevel",
+    ),
     "no ByteLevel": (by_hand(MERGES, pre_tokenizer=None), "no ByteLevel"),
     "spaces": (by_hand(MERGES, pre_tokenizer={"type": "WhitespaceSplit"}), "no ByteLevel"),
     "drops": (in_sequence(split("Removed")), "drops characters"),
@@ -193,10 +251,24 @@ REFUSED = {
     "no bytes": (changed("model", vocab={"▁the": 0}, merges=[]), "▁the"),
     "bytes are missing": (changed("model", vocab={"a": 0, "b": 1}, merges=[]), "0x00"),
     "no separator": (by_hand(MERGES, added_tokens=[]), "none"),
-    "which separator": (by_hand([], added_tokens=[added(256, "<a>"), added(257, "<b>")]), "<a>, <b>"),
-    "strips": (by_hand([], added_tokens=[added(256, "</s>"), added(257, "<b>", special=False, lstrip=True)]), "'<b>'"),
-    "two of one id": (changed("model", vocab={picture(b): b // 2 for b in range(256)}, merges=[]), "two tokens"),
-    "a hole": (by_hand([], added_tokens=[added(256, "</s>"), added(258, "<b>")]), "'<b>' the id 258"),
+    "which separator": (
+        by_hand([], added_tokens=[added(256, "<a>"), added(257, "<b>")]),
+        "<a>, <b>",
+    ),
+    "strips": (
+        by_hand(
+            [], added_tokens=[added(256, "</s>"), added(257, "<b>", special=False, lstrip=True)]
+        ),
+        "'<b>'",
+    ),
+    "two of one id": (
+        changed("model", vocab={picture(b): b // 2 for b in range(256)}, merges=[]),
+        "two tokens",
+    ),
+    "a hole": (
+        by_hand([], added_tokens=[added(256, "</s>"), added(258, "<b>")]),
+        "'<b>' the id 258",
+    ),
     "nothing": ({}, "tokenizer.json"),
     "no vocabulary": (by_hand([], model={"type": "BPE"}), "tokenizer.json"),
     "merge of what is not there": (changed("model", merges=["q z"]), "tokenizer.json"),
@@ -217,13 +289,17 @@ def test_what_is_not_exact_byte_level_bpe_is_refused_with_the_reason(tmp_path, n
 
 @pytest.mark.parametrize("behavior", ["Isolated", "MergedWithPrevious", "Contiguous"])
 def test_other_cuts_into_words_are_exact_too(behavior):
-    tokenizer = BPETokenizer(in_sequence(split(behavior), {"type": "Digits", "individual_digits": True}))
+    tokenizer = BPETokenizer(
+        in_sequence(split(behavior), {"type": "Digits", "individual_digits": True})
+    )
     for data in [*PROSE, *(AWKWARD[name] for name in AWKWARD if "long" not in name)]:
         assert_exact(tokenizer, data)
 
 
 def test_tokens_that_do_not_stand_for_the_text_are_noticed():
-    content = by_hand(MERGES)  # a special token that is also what merges make: it would stand for no bytes
+    content = by_hand(
+        MERGES
+    )  # a special token that is also what merges make: it would stand for no bytes
     content["added_tokens"].append(added(256, "ab"))
     with pytest.raises(UserError, match="document of 4 bytes stand for 2"):
         BPETokenizer(content).encode(b"xaby")
@@ -272,13 +348,19 @@ def test_words_are_most_frequent_first_and_ties_go_by_the_word():
     assert [tokenizer.decode([i]) for i in tokenizer.encode("d once a")] == ["d", "<unk>", "a"]
 
 
-text_of_words = st.lists(st.sampled_from(["a", "bb", "é", "<unk>", "x\ty", "r\r", " ", "\n"]), max_size=40).map("".join)
+text_of_words = st.lists(
+    st.sampled_from(["a", "bb", "é", "<unk>", "x\ty", "r\r", " ", "\n"]), max_size=40
+).map("".join)
 
 
 @given(st.lists(text_of_words, min_size=1, max_size=5), st.integers(1, 4))
 def test_words_agree_with_the_reference(texts, min_count):
     counts = Counter(token for text in texts for token in tokens_by_hand(text))
-    special = {"<eos>": counts.pop("<eos>", 0), "<unk>": counts.pop("<unk>", 0), "<sep>": len(texts)}
+    special = {
+        "<eos>": counts.pop("<eos>", 0),
+        "<unk>": counts.pop("<unk>", 0),
+        "<sep>": len(texts),
+    }
     kept = {word: n for word, n in counts.items() if n >= min_count}
     special["<unk>"] += counts.total() - sum(kept.values())
     documents = [text.encode() for text in texts]
@@ -296,7 +378,11 @@ def test_words_agree_with_the_reference(texts, min_count):
         assert [known[i] for i in tokenizer.encode(text)] == expected
 
 
-@given(st.lists(st.lists(st.sampled_from(["a", "bb", "é", "\x00", "\r", "\tq"]), max_size=5), max_size=6))
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["a", "bb", "é", "\x00", "\r", "\tq"]), max_size=5), max_size=6
+    )
+)
 def test_text_of_known_words_and_single_spaces_comes_back(lines):
     tokenizer = WordTokenizer.train(["a bb é \x00 \r \tq\n".encode()], 1)
     text = "\n".join(" ".join(line) for line in lines)
@@ -317,7 +403,9 @@ def test_words_and_line_ends_stand_for_the_bytes_of_the_text(document, line_byte
     tokenizer = WordTokenizer.train([document, document], 1)
     size = tokenizer.bytes_per_token
     assert size[tokenizer.encode("\n")].tolist() == [line_bytes] and size[tokenizer.separator] == 0
-    assert all(size[tokenizer.encode(word)].tolist() == [len(word) + 1] for word in document.split())
+    assert all(
+        size[tokenizer.encode(word)].tolist() == [len(word) + 1] for word in document.split()
+    )
     left = len(document) - size[tokenizer.encode(document)].sum()
     assert 0 <= left < document.count(b"\n")
     if line_bytes or b"\n\n" not in document:
@@ -327,24 +415,39 @@ def test_words_and_line_ends_stand_for_the_bytes_of_the_text(document, line_byte
 def test_unknown_words_stand_for_no_bytes_and_a_last_word_for_the_separator_too():
     tokenizer = WordTokenizer.train([b"a a bb bb"], 2)
     count = lambda text: tokenizer.bytes_per_token[tokenizer.encode(text)].sum()  # noqa: E731
-    assert (count(b"a bb"), count(b"a unknown bb"), count(b"never seen"), count(b"<unk>")) == (5, 5, 0, 0)
+    assert (count(b"a bb"), count(b"a unknown bb"), count(b"never seen"), count(b"<unk>")) == (
+        5,
+        5,
+        0,
+        0,
+    )
     assert tokenizer.decode(tokenizer.encode("a new bb")) == "a <unk> bb"
 
 
-@pytest.mark.parametrize("min_count,words", [(1, {"a", "bb", "c"}), (2, {"a", "bb"}), (3, {"a"}), (4, None)])
+@pytest.mark.parametrize(
+    "min_count,words", [(1, {"a", "bb", "c"}), (2, {"a", "bb"}), (3, {"a"}), (4, None)]
+)
 def test_min_count_is_how_often_a_word_must_occur(min_count, words):
     documents = [b"a bb a\nc", b"a bb\n\n\n\n\n"]
     if words is None:
         with pytest.raises(ConfigError, match="config.data.min_count=4: no word"):
             WordTokenizer.train(documents, min_count)
     else:
-        assert set(names(WordTokenizer.train(documents, min_count))) == words | {"<eos>", "<sep>", "<unk>"}
+        assert set(names(WordTokenizer.train(documents, min_count))) == words | {
+            "<eos>",
+            "<sep>",
+            "<unk>",
+        }
 
 
 def test_words_that_look_like_special_tokens_are_words_and_so_are_bytes_that_are_not_utf8():
     tokenizer = WordTokenizer.train([b"<eos> <|endoftext|> Zo\xeb \xff"] * 2, 2)
     ids = tokenizer.encode(b"<eos> <|endoftext|> Zo\xeb \xff")
-    assert len(set(ids)) == 4 and tokenizer.separator not in ids and tokenizer.encode("\n")[0] not in ids
+    assert (
+        len(set(ids)) == 4
+        and tokenizer.separator not in ids
+        and tokenizer.encode("\n")[0] not in ids
+    )
     again = stored(tokenizer.to_json())
     assert again.decode_bytes(ids) == b"<eos> <|endoftext|> Zo\xeb \xff"
     assert again.encode("Zo\udceb").tolist() == tokenizer.encode(b"Zo\xeb").tolist()
@@ -398,7 +501,9 @@ def test_the_tokenizers_library_reads_a_stored_bpe():
     assert library.token_to_id("<|endoftext|>") == BPE.separator
 
 
-@pytest.mark.parametrize("make", [ByteTokenizer, lambda: BPETokenizer(by_hand(MERGES)), words_example])
+@pytest.mark.parametrize(
+    "make", [ByteTokenizer, lambda: BPETokenizer(by_hand(MERGES)), words_example]
+)
 def test_a_cut_stored_tokenizer_is_refused(make):
     text = make().to_json()
     for end in range(0, len(text), 1 + len(text) // 50):
@@ -434,7 +539,9 @@ def test_fingerprints_are_of_the_content():
 def test_packed_rows_count_every_byte_of_the_documents():
     ids = [BPE.encode(d) for d in PROSE]
     offsets = np.cumsum([0, *map(len, ids)]).astype(np.int64)
-    rows = PackedRows(TokenStore(np.concatenate(ids), offsets), 32, 4, BPE.separator, BPE.bytes_per_token)
+    rows = PackedRows(
+        TokenStore(np.concatenate(ids), offsets), 32, 4, BPE.separator, BPE.bytes_per_token
+    )
     assert sum(int(rows[i]["n_bytes"]) for i in range(len(rows))) == sum(map(len, PROSE))
 
 
@@ -447,7 +554,15 @@ def source(tmp_path_factory) -> Path:
 
 
 def train_command(source: Path, out: Path, vocab: str = "290", *more: str) -> list[str]:
-    return ["tokenizer", "train", f"--config={TINY}", f"--config.data.path={source}", f"--vocab={vocab}", f"--out={out}", *more]
+    return [
+        "tokenizer",
+        "train",
+        f"--config={TINY}",
+        f"--config.data.path={source}",
+        f"--vocab={vocab}",
+        f"--out={out}",
+        *more,
+    ]
 
 
 def test_fresh_processes_make_the_same_vocabularies(tmp_path, source):
@@ -461,16 +576,22 @@ def test_fresh_processes_make_the_same_vocabularies(tmp_path, source):
         out = tmp_path / seed / "tokenizer.json"
         out.parent.mkdir()
         args = [sys.executable, "-c", program, *train_command(source, out)]
-        run = subprocess.run(args, env=environment(PYTHONHASHSEED=seed), capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            args, env=environment(PYTHONHASHSEED=seed), capture_output=True, text=True, check=True
+        )
         assert run.stderr == ""
         said.add((run.stdout.replace(str(out), "OUT"), out.read_bytes()))
     assert len(said) == 1
 
 
-def test_tokenizer_train_writes_a_file_that_works_and_says_what_comes_next(tmp_path, source, capsys):
+def test_tokenizer_train_writes_a_file_that_works_and_says_what_comes_next(
+    tmp_path, source, capsys
+):
     out = tmp_path / "tokenizer.json"
     # The config may ask for the file that is yet to be made.
-    command = train_command(source, out, "290", "--config.data.tokenizer=bpe", f"--config.data.tokenizer_file={out}")
+    command = train_command(
+        source, out, "290", "--config.data.tokenizer=bpe", f"--config.data.tokenizer_file={out}"
+    )
     assert cli.main(command) == 0
     said, err = capsys.readouterr()
     assert said.count("\n") == 1 and err == ""
@@ -478,7 +599,9 @@ def test_tokenizer_train_writes_a_file_that_works_and_says_what_comes_next(tmp_p
     assert tokenizer.vocab_size == 290 and list(tmp_path.iterdir()) == [out]
     from uoe_jax.data import pipeline, stdlib
 
-    documents = list(stdlib.prepare(str(source), pipeline.default_cache_dir()).documents("validation"))
+    documents = list(
+        stdlib.prepare(str(source), pipeline.default_cache_dir()).documents("validation")
+    )
     rate = sum(map(len, documents)) / sum(len(tokenizer.encode(d)) for d in documents)
     assert rate > 1.5 and f"290 tokens, {rate:.3f} bytes each" in said
     for part in (f"uoe train --config={TINY}", f"--config.data.path={source}", "--config.data.tokenizer=bpe",
@@ -512,7 +635,9 @@ def test_tokenizer_train_says_where_the_text_has_fewer_pairs(tmp_path, source, c
         (["--config.data.tokenizr=bpe"], "config.data.tokenizer"),
     ],
 )
-def test_tokenizer_train_answers_mistakes_with_one_sentence(tmp_path, source, capsys, change, remedy):
+def test_tokenizer_train_answers_mistakes_with_one_sentence(
+    tmp_path, source, capsys, change, remedy
+):
     command = train_command(source, tmp_path / "t.json")
     replaced = {c.partition("=")[0] for c in change}
     assert cli.main([c for c in command if c.partition("=")[0] not in replaced] + change) == 2
@@ -528,7 +653,9 @@ def test_damage_to_a_tokenizer_file_is_a_sentence_or_still_exact(data):
     place, key = content, data.draw(st.sampled_from(sorted(content)))
     while isinstance(place[key], dict) and data.draw(st.booleans()):
         place, key = place[key], data.draw(st.sampled_from(sorted(place[key])))
-    place[key] = data.draw(st.sampled_from([None, 0, -1, "x", [], {}, [[]], ["a"], True, 1e9, {"type": "x"}]))
+    place[key] = data.draw(
+        st.sampled_from([None, 0, -1, "x", [], {}, [[]], ["a"], True, 1e9, {"type": "x"}])
+    )
     try:
         tokenizer = stored(json.dumps(content))
     except UserError:
@@ -546,7 +673,10 @@ def sentencepiece_like() -> dict:
     vocab |= {word: len(vocab) + i for i, word in enumerate(words)}
     special = [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
                for i, name in enumerate(("<unk>", "<s>", "</s>"))]  # fmt: skip
-    pieces = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+    pieces = [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ]
     back = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
             {"type": "Strip", "content": " ", "start": 1, "stop": 0}]  # fmt: skip
     model = dict(type="BPE", dropout=None, unk_token="<unk>", continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=True,
@@ -584,4 +714,10 @@ def test_a_document_starts_with_the_token_that_models_of_its_kind_start_with(tmp
     n = max(content["model"]["vocab"].values()) + 1
     extra = {**content["added_tokens"][0], "content": "<|begin_of_text|>", "id": n}
     both = BPETokenizer(content | {"added_tokens": [*content["added_tokens"], extra]})
-    assert both.start == n != both.separator == BPETokenizer(content).separator == BPETokenizer(content).start
+    assert (
+        both.start
+        == n
+        != both.separator
+        == BPETokenizer(content).separator
+        == BPETokenizer(content).start
+    )

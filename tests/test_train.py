@@ -26,7 +26,9 @@ def source(tmp_path_factory):
 def finished(source, tmp_path_factory):
     """An undisturbed run of 20 steps, and what it printed: (workdir, progress, result)."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    code, out, err = uoe("train", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={source}")
+    code, out, err = uoe(
+        "train", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={source}"
+    )
     assert code == 0, err
     return workdir, err, out
 
@@ -38,7 +40,10 @@ def checkpoint_bytes(workdir, step):
 
     path = workdir.resolve() / "checkpoints" / str(step) / "state"
     with ocp.PyTreeCheckpointer() as reader:
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            reader.metadata(path).item_metadata.tree,
+        )
         tree = reader.restore(path, restore_args=as_numpy)
     return {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree.leaves_with_path(tree)}
 
@@ -76,7 +81,9 @@ def test_metrics_hold_what_contract_4_asks(finished):
         assert np.shape(last[f"train/{block}/load"]) == (2, 4)
     evaluated = {line["step"]: line for line in lines if "eval/loss" in line}
     assert list(evaluated) == [7, 14, 20]
-    assert evaluated[20]["eval/rows"] > evaluated[14]["eval/rows"]  # the last one takes the whole split
+    assert (
+        evaluated[20]["eval/rows"] > evaluated[14]["eval/rows"]
+    )  # the last one takes the whole split
     assert train[-1]["train/loss"] < 0.75 * train[0]["train/loss"]
 
 
@@ -107,7 +114,11 @@ REFERENCE = {1: 5.9783, 10: 2.4459, 20: 1.7509}
 def test_reference_numbers(finished):
     """Initial and trained losses of the toy run. A change here is right only if initialisation, data order, the model
     or the optimizer was changed on purpose: then say so in the commit and put in the new figures."""
-    losses = {line["step"]: line["train/loss"] for line in metric_lines(finished[0]) if "train/loss" in line}
+    losses = {
+        line["step"]: line["train/loss"]
+        for line in metric_lines(finished[0])
+        if "train/loss" in line
+    }
     for step, expected in REFERENCE.items():
         assert losses[step] == pytest.approx(expected, rel=2e-3), (step, losses[step])
 
@@ -120,15 +131,24 @@ def test_keeps_latest_and_best(finished):
 def test_a_finished_run_says_so(finished, source):
     workdir, _, result = finished
     before = (workdir / "metrics.jsonl").read_bytes()
-    code, out, err = uoe("train", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={source}")
+    code, out, err = uoe(
+        "train", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={source}"
+    )
     assert code == 0 and "20 of 20" in err, err
     assert out == result
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("sig,expected", [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "sig,expected", [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGKILL, -9)]
+)
 def test_stopped_and_resumed_is_bit_for_bit_the_same(finished, source, tmp_path, sig, expected):
-    args = ("train", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={source}")
+    args = (
+        "train",
+        f"--config={TINY}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.path={source}",
+    )
     process = uoe_process(*args)
     wait_for_step(tmp_path / "run", random.randrange(1, 17), process)
     process.send_signal(sig)
@@ -143,18 +163,28 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(finished, source, tmp_path,
 
 def test_two_sittings_and_accumulation(source, tmp_path):
     """stop_after ends a sitting; 4 microbatches a step; N then M steps are N + M steps bit for bit."""
-    args = ("train", f"--config={TINY}:accumulate", f"--config.data.path={source}", "--config.train.steps=6")
+    args = (
+        "train",
+        f"--config={TINY}:accumulate",
+        f"--config.data.path={source}",
+        "--config.train.steps=6",
+    )
     assert uoe(*args, f"--workdir={tmp_path / 'whole'}")[0] == 0
     more = ("--config.train.stop_after=3", "--config.train.deterministic=True")
     code, out, err = uoe(*args, f"--workdir={tmp_path / 'parts'}", *more)
-    assert code == 0 and "step 3 of 6" in out and "deterministic: nothing to turn on for cpu" in err, err
+    assert (
+        code == 0 and "step 3 of 6" in out and "deterministic: nothing to turn on for cpu" in err
+    ), err
     assert uoe(*args, f"--workdir={tmp_path / 'parts'}")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
 
 
 def test_accumulation_changes_nothing(finished, source, tmp_path):
     code, _, err = uoe(
-        "train", f"--config={TINY}:accumulate", f"--workdir={tmp_path}", f"--config.data.path={source}"
+        "train",
+        f"--config={TINY}:accumulate",
+        f"--workdir={tmp_path}",
+        f"--config.data.path={source}",
     )
     assert code == 0, err
     for one, other in zip(metric_lines(finished[0]), metric_lines(tmp_path), strict=True):
@@ -182,7 +212,9 @@ def test_generate(finished):
     code, greedy, err = uoe(*args, "--temperature=0")
     assert code == 0, err
     assert greedy.startswith("def f1_1(x):")
-    assert "[cache of 64 tokens: 16.5 kB, 0.50 of the 32.8 kB of dense attention]" in err  # K/N of it, and the routers' state
+    assert (
+        "[cache of 64 tokens: 16.5 kB, 0.50 of the 32.8 kB of dense attention]" in err
+    )  # K/N of it, and the routers' state
     assert uoe(*args, "--temperature=0")[1] == greedy
     drawn = [uoe(*args, "--temperature=2.0", f"--seed={seed}")[1] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -199,6 +231,13 @@ def test_a_program_compiled_on_one_core_is_not_run_on_two(tmp_path):
     )
     env = environment(UOE_CACHE=str(tmp_path))
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
-    found = [subprocess.run([sys.executable, "-c", code, n], env=env, capture_output=True, text=True, check=True).stdout.strip() for n in ("1", "2")]
-    assert found == [str(tmp_path / f"jax_{n}_cores") for n in (1, min(2, len(os.sched_getaffinity(0))))]
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code, n], env=env, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for n in ("1", "2")
+    ]
+    assert found == [
+        str(tmp_path / f"jax_{n}_cores") for n in (1, min(2, len(os.sched_getaffinity(0))))
+    ]
     assert all(os.stat(folder).st_mode & 0o777 == 0o700 for folder in found)

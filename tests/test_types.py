@@ -46,7 +46,9 @@ WRONG = [
 
 def run(*command: str, cwd=ROOT) -> tuple[int, str]:
     """The exit code and the output of a module of Python."""
-    done = subprocess.run([sys.executable, "-m", *command], cwd=cwd, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=cwd, env=environment(), capture_output=True, text=True
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -56,8 +58,9 @@ def test_the_package_has_no_error_in_its_types(tmp_path):
 
 
 def test_the_checks_of_style_find_nothing():
-    code, out = run("ruff", "check", "--no-cache", ".")
-    assert code == 0, out
+    for command in ("check", "format --check"):
+        code, out = run("ruff", *command.split(), "--no-cache", ".")
+        assert code == 0, out
 
 
 def test_a_program_that_uses_the_blocks_is_checked(tmp_path):
@@ -69,7 +72,12 @@ def test_a_program_that_uses_the_blocks_is_checked(tmp_path):
     for name, program in files.items():
         (tmp_path / f"{name}.py").write_text(program)
     code, out = run("mypy", *(f"{name}.py" for name in files), cwd=tmp_path)
-    said = {name: [line for line in out.splitlines() if line.startswith(f"{name}.py") and "error:" in line] for name in files}
+    said = {
+        name: [
+            line for line in out.splitlines() if line.startswith(f"{name}.py") and "error:" in line
+        ]
+        for name in files
+    }
     assert code == 1 and not said.pop("right"), out
     for lines, (old, new, kind) in zip(said.values(), WRONG, strict=True):
         assert any(f"[{kind}]" in line for line in lines), (old, new, out)

@@ -18,7 +18,15 @@ import time
 from typing import Iterator
 
 import pytest
-from helpers import TINY, environment, finish, metric_lines, uoe_process, wait_for_step, write_source
+from helpers import (
+    TINY,
+    environment,
+    finish,
+    metric_lines,
+    uoe_process,
+    wait_for_step,
+    write_source,
+)
 
 from uoe_jax import cli, workdir
 from uoe_jax.config import Config, to_dict
@@ -58,7 +66,13 @@ def refusal(path) -> str:
 def test_a_second_run_in_a_workdir_is_refused(source, tmp_path):
     """The first goes on undisturbed, readers are let in, and what SIGKILL leaves behind keeps nobody out."""
     run = tmp_path / "run"
-    args = train_args(source, run, *ENDLESS, "--config.checkpoint.every=20", "--config.checkpoint.keep_latest=10000")
+    args = train_args(
+        source,
+        run,
+        *ENDLESS,
+        "--config.checkpoint.every=20",
+        "--config.checkpoint.keep_latest=10000",
+    )
     first = uoe_process(*args)
     try:
         wait_for_step(run, 45, first)
@@ -67,7 +81,11 @@ def test_a_second_run_in_a_workdir_is_refused(source, tmp_path):
         (code, _, err), (read, out, read_err) = finish([second, reader])
         said = f"process {first.pid} on {socket.gethostname()} has been writing there since 20"
         assert code == 2 and f"uoe: --workdir={run}: {said}" in err and err.count("\n") == 1, err
-        assert "stop it, or give another --workdir" in err and read == 0 and json.loads(out)["step"] >= 20, read_err
+        assert (
+            "stop it, or give another --workdir" in err
+            and read == 0
+            and json.loads(out)["step"] >= 20
+        ), read_err
         wait_for_step(run, metric_lines(run)[-1]["step"] + 5, first)
         steps = [line["step"] for line in metric_lines(run)[:-1]]
         assert steps == list(range(1, len(steps) + 1)) and not list(run.glob("error*"))
@@ -88,7 +106,11 @@ def test_a_lock_belongs_to_one_process_and_not_to_its_children(tmp_path):
         "print(child, flush=True), sys.stdin.read(), os._exit(0)"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        [sys.executable, "-c", code, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
     )
     child = int(holder.stdout.readline())
     try:
@@ -106,7 +128,9 @@ def test_a_lock_is_released_and_taken_again(tmp_path):
     code = "import sys; from uoe_jax import config, workdir; workdir.open_workdir(sys.argv[1], config.Config())"
 
     def other() -> int:
-        return subprocess.run([sys.executable, "-c", code, tmp_path], env=environment(), stderr=subprocess.DEVNULL).returncode
+        return subprocess.run(
+            [sys.executable, "-c", code, tmp_path], env=environment(), stderr=subprocess.DEVNULL
+        ).returncode
 
     path = workdir.open_workdir(str(tmp_path), Config())
     workdir.open_workdir(str(tmp_path), Config())  # it is ours
@@ -127,7 +151,9 @@ def test_who_holds_a_lock_is_not_always_known(tmp_path):
             fcntl.flock(file, fcntl.LOCK_EX)
             said = "another process is writing there; stop it, or give another --workdir"
             assert refusal(tmp_path) == f"--workdir={tmp_path}: {said}"
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # nothing was written before the lock was ours
+    assert [path.name for path in tmp_path.iterdir()] == [
+        ".lock"
+    ]  # nothing was written before the lock was ours
 
 
 def test_where_there_are_no_locks_the_run_says_so(tmp_path, monkeypatch, capsys):
@@ -138,7 +164,10 @@ def test_where_there_are_no_locks_the_run_says_so(tmp_path, monkeypatch, capsys)
     for code in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # noqa: B007, raised by flock
         assert workdir.open_workdir(str(tmp_path), Config()) == tmp_path
         err = capsys.readouterr().err
-        assert err.startswith(f"uoe: {tmp_path}: nothing keeps a second writer out") and err.count("\n") == 1
+        assert (
+            err.startswith(f"uoe: {tmp_path}: nothing keeps a second writer out")
+            and err.count("\n") == 1
+        )
     code = errno.EIO
     assert "cannot be written (Input/output error)" in refusal(tmp_path)
 
@@ -154,30 +183,55 @@ def test_what_failed_starts_leave_is_no_obstacle(tmp_path):
         foreign = tmp_path / f"with {name}"
         foreign.mkdir()
         (foreign / name).write_text("")
-        assert f"holds other files ({name}, …) and no run; give an empty directory" in refusal(foreign)
-        assert [path.name for path in foreign.iterdir()] == [name]  # no lock in a directory that is not ours
+        assert f"holds other files ({name}, …) and no run; give an empty directory" in refusal(
+            foreign
+        )
+        assert [path.name for path in foreign.iterdir()] == [
+            name
+        ]  # no lock in a directory that is not ours
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"\xff", b"[]", b"3", b'{"model": 3}', b'{"nothing": {}}', b'{"train": {"steps": "x"}}']
+    "text",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[]",
+        b"3",
+        b'{"model": 3}',
+        b'{"nothing": {}}',
+        b'{"train": {"steps": "x"}}',
+    ],
 )
 def test_a_damaged_config(tmp_path, capsys, text):
     (tmp_path / "config.json").write_bytes(text)
     for command in (("eval",), ("generate",)):
         assert cli.main([*command, f"--workdir={tmp_path}"]) == 2
         err = capsys.readouterr().err
-        assert err.startswith(f"uoe: {tmp_path / 'config.json'}: cannot be ") and err.count("\n") == 1
+        assert (
+            err.startswith(f"uoe: {tmp_path / 'config.json'}: cannot be ") and err.count("\n") == 1
+        )
         assert "restore it, or start in another --workdir" in err
     assert f"{tmp_path / 'config.json'}: cannot be " in refusal(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == text
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[]", b"{}", b'{"data": 3}', b'{"data": {"sha256": 1}}'])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"\xff", b"[]", b"{}", b'{"data": 3}', b'{"data": {"sha256": 1}}']
+)
 def test_a_damaged_record(tmp_path, text):
     (tmp_path / "record.json").write_bytes(text)
-    with pytest.raises(UserError, match="(record.json: cannot be read .*|data.sha256='a': .*); .*another --workdir$") as caught:
+    with pytest.raises(
+        UserError,
+        match="(record.json: cannot be read .*|data.sha256='a': .*); .*another --workdir$",
+    ) as caught:
         workdir.check_record(tmp_path, {"sha256": "a", "tokenizer": "byte"})
-    assert caught.value.exit_code == 2 and "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert (
+        caught.value.exit_code == 2
+        and "\n" not in str(caught.value)
+        and str(tmp_path) in str(caught.value)
+    )
     assert (tmp_path / "record.json").read_bytes() == text
 
 
@@ -224,12 +278,21 @@ def test_a_workdir_without_permissions():
             (path / file).chmod(0)
         path.chmod(0o555)
         with without_rights():
-            assert "cannot be written (Permission denied); give a directory you may write to" in refusal(path)
-            assert f"--workdir={path / 'sub'}: cannot be written (Permission denied)" in refusal(path / "sub")
+            assert (
+                "cannot be written (Permission denied); give a directory you may write to"
+                in refusal(path)
+            )
+            assert f"--workdir={path / 'sub'}: cannot be written (Permission denied)" in refusal(
+                path / "sub"
+            )
             for read in (workdir.read_config, read_metrics, lambda p: workdir.check_record(p, {})):
-                with pytest.raises(UserError, match=f"^{path}/.*: cannot be read .Permission denied.; "):
+                with pytest.raises(
+                    UserError, match=f"^{path}/.*: cannot be read .Permission denied.; "
+                ):
                     read(name)
-            with pytest.raises(UserError, match="metrics.jsonl: cannot be written .Permission denied"):
+            with pytest.raises(
+                UserError, match="metrics.jsonl: cannot be written .Permission denied"
+            ):
                 MetricsWriter(path)
         path.chmod(0o755)
 
@@ -243,8 +306,13 @@ def test_a_read_only_workdir(tmp_path):
     for options in (["--bind", tmp_path, tmp_path], ["-o", "remount,ro,bind", tmp_path]):
         subprocess.run(["mount", *options], check=True)
     try:
-        assert "cannot be written (Read-only file system); give a directory you may write to" in refusal(tmp_path)
-        with pytest.raises(UserError, match="metrics.jsonl: cannot be written .Read-only file system"):
+        assert (
+            "cannot be written (Read-only file system); give a directory you may write to"
+            in refusal(tmp_path)
+        )
+        with pytest.raises(
+            UserError, match="metrics.jsonl: cannot be written .Read-only file system"
+        ):
             MetricsWriter(tmp_path)
         assert workdir.read_config(str(tmp_path)) == Config() and read_metrics(tmp_path) == []
         workdir.check_record(tmp_path, {"sha256": "a"})
@@ -256,7 +324,9 @@ def test_a_read_only_workdir(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "often", [("1", "0"), pytest.param(("100000", "3"), marks=pytest.mark.slow)], ids=["at a line", "at a checkpoint"]
+    "often",
+    [("1", "0"), pytest.param(("100000", "3"), marks=pytest.mark.slow)],
+    ids=["at a line", "at a checkpoint"],
 )
 def test_a_workdir_deleted_while_a_run_writes_there(source, tmp_path, often):
     run = tmp_path / "run"
@@ -275,11 +345,18 @@ def test_a_workdir_deleted_while_a_run_writes_there(source, tmp_path, often):
     assert code == 1 and len(said) == 1 and str(run) in said[0] and "Traceback" not in err, err
     assert time.monotonic() - gone < 20
     if often[1] == "0":
-        assert f"{run}/metrics.jsonl: was deleted or replaced while the run was writing it; put the directory back, or" in said[0]
+        assert (
+            f"{run}/metrics.jsonl: was deleted or replaced while the run was writing it; put the directory back, or"
+            in said[0]
+        )
 
 
 def test_a_metrics_file_that_goes_away(tmp_path):
-    for go in (lambda p: p.unlink(), lambda p: p.rename(p.parent / "old"), lambda p: (p.unlink(), p.write_text(""))):
+    for go in (
+        lambda p: p.unlink(),
+        lambda p: p.rename(p.parent / "old"),
+        lambda p: (p.unlink(), p.write_text("")),
+    ):
         writer = MetricsWriter(tmp_path, tensorboard=False)
         writer.write(1, {"x": 1.0})
         writer.flush()

@@ -24,15 +24,27 @@ def divisors(n: int) -> str:
 def check_model(m: ModelConfig) -> None:
     """Checks the model's keys against each other."""
     if m.d_model % m.n_heads:
-        raise ConfigError("config.model.n_heads", m.n_heads, f"must divide d_model={m.d_model}: {divisors(m.d_model)}")
+        raise ConfigError(
+            "config.model.n_heads",
+            m.n_heads,
+            f"must divide d_model={m.d_model}: {divisors(m.d_model)}",
+        )
     if m.n_heads % m.kv_heads:
-        raise ConfigError("config.model.n_kv_heads", m.n_kv_heads, f"must divide n_heads={m.n_heads}: {divisors(m.n_heads)}")
+        raise ConfigError(
+            "config.model.n_kv_heads",
+            m.n_kv_heads,
+            f"must divide n_heads={m.n_heads}: {divisors(m.n_heads)}",
+        )
     if m.position == "rope" and m.head_dim % 2:
         odd = f"cuts d_model={m.d_model} into heads of odd width {m.head_dim}"
         remedy = f"{odd}; rope needs even, so give fewer heads, or position='learned'"
         raise ConfigError("config.model.n_heads", m.n_heads, remedy)
     if m.qkv_bias and (m.bias or m.attention not in ("dense", "smha")):
-        remedy = "model.bias has these already; give one of both" if m.bias else "is for model.attention='dense' or 'smha'"
+        remedy = (
+            "model.bias has these already; give one of both"
+            if m.bias
+            else "is for model.attention='dense' or 'smha'"
+        )
         raise ConfigError("config.model.qkv_bias", True, remedy)
     check_stretch(m)
     check_task(m)
@@ -48,7 +60,11 @@ def check_stretch(m: ModelConfig) -> None:
         return
     name = "config.model.rope_scaling"
     if m.position != "rope":
-        raise ConfigError(name, m.rope_scaling, f"is for rotary positions, and config.model.position={m.position!r}; use ''")
+        raise ConfigError(
+            name,
+            m.rope_scaling,
+            f"is for rotary positions, and config.model.position={m.position!r}; use ''",
+        )
     try:
         stretch = m.rope_stretch
     except ValueError:
@@ -64,28 +80,52 @@ def check_cutoffs(m: ModelConfig, vocabulary: int) -> None:
     name = "config.model.cutoffs"
     if not m.cutoffs:
         if m.cutoff_div != 1:
-            raise ConfigError("config.model.cutoff_div", m.cutoff_div, "narrows the pieces of model.cutoffs; give those, or 1")
+            raise ConfigError(
+                "config.model.cutoff_div",
+                m.cutoff_div,
+                "narrows the pieces of model.cutoffs; give those, or 1",
+            )
         return
     parts = [part.strip() for part in m.cutoffs.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) <= 10 for part in parts):
-        raise ConfigError(name, m.cutoffs, "give whole numbers with commas between them, such as '20000,40000,200000'")
+        raise ConfigError(
+            name,
+            m.cutoffs,
+            "give whole numbers with commas between them, such as '20000,40000,200000'",
+        )
     cutoffs = m.cutoff_list
     if m.task != "language":
-        raise ConfigError(name, m.cutoffs, "a classifier has no words to predict; use '', or task='language'")
+        raise ConfigError(
+            name, m.cutoffs, "a classifier has no words to predict; use '', or task='language'"
+        )
     if cutoffs[0] < 1 or any(a >= b for a, b in zip(cutoffs, cutoffs[1:])):
-        raise ConfigError(name, m.cutoffs, "every number must be larger than the one before it, and the first at least 1")
+        raise ConfigError(
+            name,
+            m.cutoffs,
+            "every number must be larger than the one before it, and the first at least 1",
+        )
     if vocabulary and cutoffs[-1] >= vocabulary:
-        raise ConfigError(name, m.cutoffs, f"the vocabulary has {vocabulary} words; leave out what is not below that")
+        raise ConfigError(
+            name,
+            m.cutoffs,
+            f"the vocabulary has {vocabulary} words; leave out what is not below that",
+        )
     if m.d_model % m.cutoff_div ** len(cutoffs):
         narrowest = f"cutoff_div to the power of {len(cutoffs)}, the number of cutoffs, must divide d_model={m.d_model}"
-        raise ConfigError("config.model.cutoff_div", m.cutoff_div, f"{narrowest}: {divisors(m.d_model)}")
+        raise ConfigError(
+            "config.model.cutoff_div", m.cutoff_div, f"{narrowest}: {divisors(m.d_model)}"
+        )
 
 
 def check_task(m: ModelConfig) -> None:
     """Checks what the model is for against what comes in and out."""
     if m.task == "language":
         if m.stem != "tokens":
-            raise ConfigError("config.model.stem", m.stem, "a language model reads tokens; use 'tokens', or task='classify'")
+            raise ConfigError(
+                "config.model.stem",
+                m.stem,
+                "a language model reads tokens; use 'tokens', or task='classify'",
+            )
         return
     if m.causal and m.classifier.pooling == "cls":
         remedy = "in a causal model the token in front sees none of the others; use 'mean', or causal=False"
@@ -105,12 +145,16 @@ def check_task(m: ModelConfig) -> None:
 def check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
     """Checks one routed block against the model it stands in."""
     if r.k > r.n_experts:
-        raise ConfigError(f"{name}.k", r.k, f"a patch cannot choose more than n_experts={r.n_experts} experts")
+        raise ConfigError(
+            f"{name}.k", r.k, f"a patch cannot choose more than n_experts={r.n_experts} experts"
+        )
     if r.gate == "normalized" and r.k == 1:
         remedy = "with k=1 the rescaled score is always 1 and the router would not learn; choose sigmoid or k >= 2"
         raise ConfigError(f"{name}.gate", r.gate, remedy)
     if m.task == "language" and m.context_length % r.patch_size:
-        raise ConfigError(f"{name}.patch_size", r.patch_size, f"must divide context_length={m.context_length}")
+        raise ConfigError(
+            f"{name}.patch_size", r.patch_size, f"must divide context_length={m.context_length}"
+        )
     if name.endswith("uome") and m.d_hidden % r.n_experts:
         remedy = f"must divide d_hidden={m.d_hidden}: {divisors(m.d_hidden)}"
         raise ConfigError(f"{name}.n_experts", r.n_experts, remedy)
@@ -141,16 +185,30 @@ def check_training(c: Config, prompt_tokens: int) -> None:
     check_source(c)
     check_idle(c)
     if c.eval.test and not c.checkpoint.keep_best:
-        raise ConfigError("config.checkpoint.keep_best", 0, "eval.test measures the best checkpoint; give 1 or more")
+        raise ConfigError(
+            "config.checkpoint.keep_best",
+            0,
+            "eval.test measures the best checkpoint; give 1 or more",
+        )
     if classify:
         return check_labelled(c)
     if not m.causal:
-        raise ConfigError("config.model.causal", False, "a language model would see the tokens it is to predict; use True")
+        raise ConfigError(
+            "config.model.causal",
+            False,
+            "a language model would see the tokens it is to predict; use True",
+        )
     if c.data.source == "tfds_text" and not c.data.name:
-        raise ConfigError("config.data.name", "", "source='tfds_text' needs a dataset's name, such as 'lm1b'")
+        raise ConfigError(
+            "config.data.name", "", "source='tfds_text' needs a dataset's name, such as 'lm1b'"
+        )
     if prompt_tokens >= m.context_length:
         room = f"its {prompt_tokens} tokens leave no room in config.model.context_length={m.context_length}"
-        raise ConfigError("config.generate.prompt", c.generate.prompt, f"{room}; shorten it, or give a longer context")
+        raise ConfigError(
+            "config.generate.prompt",
+            c.generate.prompt,
+            f"{room}; shorten it, or give a longer context",
+        )
 
 
 def check_source(c: Config) -> None:
@@ -167,16 +225,32 @@ def check_idle(c: Config) -> None:
     text = d.source in TEXT or FACTS[d.source].text
     uses = (
         ("augment.", m.stem == "image", "is for images (model.stem='image')"),
-        ("augment.rand_magnitude", c.augment.rand_layers, "is for augment.rand_layers of 1 or more"),
+        (
+            "augment.rand_magnitude",
+            c.augment.rand_layers,
+            "is for augment.rand_layers of 1 or more",
+        ),
         ("data.listops.", d.source == "listops", "is for data.source='listops'"),
-        ("data.pathfinder.", d.source == "pathfinder" and not d.path, "is for generated images: source='pathfinder' without data.path"),
-        ("data.path", d.source not in ("listops", "digits"), f"data.source={d.source!r} has no files; leave it out"),
+        (
+            "data.pathfinder.",
+            d.source == "pathfinder" and not d.path,
+            "is for generated images: source='pathfinder' without data.path",
+        ),
+        (
+            "data.path",
+            d.source not in ("listops", "digits"),
+            f"data.source={d.source!r} has no files; leave it out",
+        ),
         ("data.held_out", d.source == "text", "is for data.source='text'"),
         ("data.name", d.source == "tfds_text", "is for data.source='tfds_text'"),
         ("data.buckets", classify and (text or d.source == "listops"), "is for labelled text"),
         ("data.sort_window", d.buckets > 1, "is for data.buckets of 2 or more"),
         ("data.min_count", d.tokenizer == "words", "is for data.tokenizer='words'"),
-        ("data.tokenizer_file", d.tokenizer in FROM_FILE, "is for data.tokenizer='bpe' or 'library'"),
+        (
+            "data.tokenizer_file",
+            d.tokenizer in FROM_FILE,
+            "is for data.tokenizer='bpe' or 'library'",
+        ),
         ("data.tokenizer", text, f"is for text, and data.source={d.source!r} has none"),
         ("train.label_smoothing", classify, "is for classes (model.task='classify')"),
         ("model.classifier.", classify, "is for classes (model.task='classify')"),
@@ -186,7 +260,11 @@ def check_idle(c: Config) -> None:
     )
     for name, value, meta in leaves(c):
         for prefix, used, remedy in uses:
-            if not used and value != meta["default"] and (name == prefix or prefix.endswith(".") and name.startswith(prefix)):
+            if (
+                not used
+                and value != meta["default"]
+                and (name == prefix or prefix.endswith(".") and name.startswith(prefix))
+            ):
                 raise ConfigError(f"config.{name}", value, remedy)
 
 
@@ -197,10 +275,18 @@ def check_labelled(c: Config) -> None:
         ("n_classes", m.classifier.n_classes, facts.n_classes), ("n_inputs", m.classifier.n_inputs, facts.n_inputs)
     ):  # fmt: skip
         if given != wanted:
-            raise ConfigError(f"config.model.classifier.{name}", given, f"data.source={d.source!r} has {wanted}; give that")
+            raise ConfigError(
+                f"config.model.classifier.{name}",
+                given,
+                f"data.source={d.source!r} has {wanted}; give that",
+            )
     if facts.image is None:
         if m.stem == "image":
-            raise ConfigError("config.model.stem", "image", f"data.source={d.source!r} has no images; use 'tokens'")
+            raise ConfigError(
+                "config.model.stem",
+                "image",
+                f"data.source={d.source!r} has no images; use 'tokens'",
+            )
         if d.source == "listops" and d.listops.max_length > m.context_length + 1:
             remedy = f"expressions of fewer than data.listops.max_length={d.listops.max_length} tokens must fit; give that"
             raise ConfigError("config.model.context_length", m.context_length, remedy)
@@ -215,13 +301,19 @@ def check_labelled(c: Config) -> None:
         return
     for name, wanted in {"height": height, "width": width, "channels": channels}.items():
         if wanted and sides[name] != wanted:
-            raise ConfigError(f"config.model.image.{name}", sides[name], f"data.source={d.source!r} has {wanted}; give that")
+            raise ConfigError(
+                f"config.model.image.{name}",
+                sides[name],
+                f"data.source={d.source!r} has {wanted}; give that",
+            )
 
 
 def check_run(c: Config) -> None:
     """Checks across sections."""
     if c.train.batch_size % c.train.accumulation:
-        remedy = f"must divide train.batch_size={c.train.batch_size}: {divisors(c.train.batch_size)}"
+        remedy = (
+            f"must divide train.batch_size={c.train.batch_size}: {divisors(c.train.batch_size)}"
+        )
         raise ConfigError("config.train.accumulation", c.train.accumulation, remedy)
     if c.optimizer.moment_dtype == "bfloat16" and c.optimizer.b2 > 0.95:
         remedy = f"a second moment that moves by 1 - b2 of itself, b2={c.optimizer.b2}, stands still in 8 bits; use float32, or b2 up to 0.95"
@@ -229,10 +321,14 @@ def check_run(c: Config) -> None:
     axes = c.mesh.shape
     for axis, size in axes.items():
         if size == 0:
-            raise ConfigError(f"config.mesh.{axis}", size, "give a positive size, or -1 for what is left")
+            raise ConfigError(
+                f"config.mesh.{axis}", size, "give a positive size, or -1 for what is left"
+            )
     free = [a for a, size in axes.items() if size == -1]
     if len(free) > 1:
-        raise ConfigError(f"config.mesh.{free[1]}", -1, f"only one axis may be -1, and mesh.{free[0]} already is")
+        raise ConfigError(
+            f"config.mesh.{free[1]}", -1, f"only one axis may be -1, and mesh.{free[0]} already is"
+        )
     check_sizes(c, {a: max(size, 1) for a, size in axes.items()})
 
 
@@ -244,7 +340,10 @@ def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
     m, parts = c.model, mesh["replica"] * mesh["data"] * mesh["fsdp"]
     rows = c.train.batch_size // c.train.accumulation
     largest = max(("replica", "data", "fsdp"), key=lambda a: mesh[a])
-    for name, n in (("train.batch_size / train.accumulation", rows), ("eval.batch_size", c.eval_batch_size)):
+    for name, n in (
+        ("train.batch_size / train.accumulation", rows),
+        ("eval.batch_size", c.eval_batch_size),
+    ):
         if n % parts:
             remedy = f"replica*data*fsdp={parts}, the parts the batch is cut in, must divide {name}={n}: {divisors(n)}"
             raise ConfigError(f"config.mesh.{largest}", mesh[largest], remedy)
@@ -260,14 +359,20 @@ def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
         cut[f"model.d_model / model.cutoff_div**{n}"] = (m.d_model // m.cutoff_div**n, "fsdp")
     if c.mesh.sequence_parallel:
         if c.data.buckets > 1:
-            raise ConfigError("config.data.buckets", c.data.buckets, "rows cut over devices have one length; use 1")
+            raise ConfigError(
+                "config.data.buckets",
+                c.data.buckets,
+                "rows cut over devices have one length; use 1",
+            )
         cut["model.context_length"] = (m.context_length, "expert")
         if m.block_length != m.context_length:
             remedy = "cannot cut the tokens of a row and the one in front of them evenly; use classifier.pooling='mean'"
             raise ConfigError("config.mesh.sequence_parallel", True, remedy)
     for name, (size, axis) in cut.items():
         if size % mesh[axis]:
-            raise ConfigError(f"config.mesh.{axis}", mesh[axis], f"must divide {name}={size}: {divisors(size)}")
+            raise ConfigError(
+                f"config.mesh.{axis}", mesh[axis], f"must divide {name}={size}: {divisors(size)}"
+            )
     own = rows // parts * m.rows_per_example
     for name, r in m.routed().items():
         if r.sequence_capacity_factor and own % r.sequence_group:

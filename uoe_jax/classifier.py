@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uoe_jax.config import ModelConfig
-from uoe_jax.layers.common import PLAIN, Tokens, add_bias, fold, scaled_normal, valid_mean, valid_tokens, weight, zeros
+from uoe_jax.layers.common import (
+    PLAIN,
+    Tokens,
+    add_bias,
+    fold,
+    scaled_normal,
+    valid_mean,
+    valid_tokens,
+    weight,
+    zeros,
+)
 from uoe_jax.model import Stack, Stats
 
 
@@ -46,7 +56,11 @@ class Classifier(Stack):
         if c.stem == "tokens" and c.vocab_size < 1:
             raise ValueError("vocab_size must be set before the model is built")
         self.project = Linear(c.image.values, d, rngs=rngs) if c.stem == "image" else None
-        self.embedding = weight(rngs, (c.vocab_size, d), ("vocab", "embed"), small) if c.stem == "tokens" else None
+        self.embedding = (
+            weight(rngs, (c.vocab_size, d), ("vocab", "embed"), small)
+            if c.stem == "tokens"
+            else None
+        )
         super().__init__(c, rngs=rngs)
         self.cls = weight(rngs, (d,), (None,), small) if head.pooling == "cls" else None
         width = c.d_pooled
@@ -69,7 +83,9 @@ class Classifier(Stack):
         x_BLD, tokens = self.entered(inputs, segments, keys_B)
         x_BLD, stats = self.run(x_BLD, tokens)
         pooled_BD = self._pool(self.norm(x_BLD), tokens.segments_BL)
-        return self._score(pooled_BD.reshape(-1, self.config.classifier.n_inputs, pooled_BD.shape[-1])), stats
+        return self._score(
+            pooled_BD.reshape(-1, self.config.classifier.n_inputs, pooled_BD.shape[-1])
+        ), stats
 
     def entered(
         self, inputs: jax.Array, segments: jax.Array | None = None, keys_B: jax.Array | None = None
@@ -85,7 +101,9 @@ class Classifier(Stack):
         x_BLD = self._enter(inputs)
         b, l, _ = x_BLD.shape
         if self.cls is not None:
-            segments = None if segments is None else jnp.pad(segments, ((0, 0), (1, 0)), constant_values=1)
+            segments = (
+                None if segments is None else jnp.pad(segments, ((0, 0), (1, 0)), constant_values=1)
+            )
         positions_BL = jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
         tokens = Tokens(segments, positions_BL, self.rotary(positions_BL), keys_B)
         return self.positioned(x_BLD, positions_BL), tokens
@@ -98,7 +116,9 @@ class Classifier(Stack):
             x_BLD = self.project(squares(inputs, self.config.image.patch).astype(self.config.dtype))
         if self.cls is None:
             return x_BLD
-        cls_B1D = jnp.broadcast_to(self.cls[...], (x_BLD.shape[0], 1, x_BLD.shape[-1])).astype(x_BLD.dtype)  # rounded last, as in add_bias
+        cls_B1D = jnp.broadcast_to(self.cls[...], (x_BLD.shape[0], 1, x_BLD.shape[-1])).astype(
+            x_BLD.dtype
+        )  # rounded last, as in add_bias
         return jnp.concatenate([cls_B1D, x_BLD], axis=1)
 
     def _pool(self, x_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:

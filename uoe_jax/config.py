@@ -41,9 +41,17 @@ class ClassifierConfig:
     """What follows the blocks of a classifier (model.task='classify')."""
 
     n_classes: int = key(2, "classes", low=2)
-    pooling: str = key("mean", "the mean of the valid tokens, or a learned token in front of them", choices=("mean", "cls"))
-    n_inputs: int = key(1, "inputs of an example; two are encoded by the same blocks and compared", low=1, high=2)
-    d_head: int = key(0, "hidden width between the pooled state and the classes; 0: one linear layer", low=0)
+    pooling: str = key(
+        "mean",
+        "the mean of the valid tokens, or a learned token in front of them",
+        choices=("mean", "cls"),
+    )
+    n_inputs: int = key(
+        1, "inputs of an example; two are encoded by the same blocks and compared", low=1, high=2
+    )
+    d_head: int = key(
+        0, "hidden width between the pooled state and the classes; 0: one linear layer", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +78,11 @@ class ImageConfig:
 class ModelConfig:
     """Architecture: D d_model, F d_hidden, H n_heads, L context_length, V vocab_size."""
 
-    task: str = key("language", "predict the next token, or classify the input", choices=("language", "classify"))
+    task: str = key(
+        "language",
+        "predict the next token, or classify the input",
+        choices=("language", "classify"),
+    )
     stem: str = key("tokens", "what comes in: token ids, or images", choices=("tokens", "image"))
     vocab_size: int = key(0, "V; 0 takes the tokenizer's", low=0)
     d_model: int = key(192, "D, width of the residual stream", low=1)
@@ -79,28 +91,44 @@ class ModelConfig:
     n_kv_heads: int = key(0, "key/value heads; 0 means n_heads", low=0)
     d_hidden: int = key(768, "F, hidden width of the whole MLP", low=1)
     context_length: int = key(256, "L, tokens per row", low=1)
-    causal: bool = key(True, "a token sees itself and those before it only, as a language model must")
+    causal: bool = key(
+        True, "a token sees itself and those before it only, as a language model must"
+    )
     attention: str = key("smha", "attention block", choices=("smha", "dense", *ATTENTIONS))
     mlp: str = key("uome", "MLP block", choices=("uome", "dense", *MLPS))
-    activation: str = key("gelu", "MLP activation", choices=("gelu", "gelu_tanh", "relu", *GATED_ACTIVATIONS))
+    activation: str = key(
+        "gelu", "MLP activation", choices=("gelu", "gelu_tanh", "relu", *GATED_ACTIVATIONS)
+    )
     norm: str = key("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
     norm_eps: float = key(1e-6, "added to the variance in the norm", above=0, high=1)
     qk_norm: bool = key(False, "RMSNorm of every query and key, with one scale for all heads")
     position: str = key("rope", "position information", choices=("rope", "learned", "none"))
     rope_theta: float = key(10000.0, "base of the rotary frequencies", low=1, high=1e12)
     rope_scaling: str = key(
-        "", "rotary frequencies stretched as in Llama 3.1: 'factor,low,high,length' such as '8,1,4,8192', for contexts longer than length"
+        "",
+        "rotary frequencies stretched as in Llama 3.1: 'factor,low,high,length' such as '8,1,4,8192', for contexts longer than length",
     )
     bias: bool = key(False, "biases in projections")
     qkv_bias: bool = key(False, "biases of queries, keys and values alone, as in Qwen2")
     tie_embeddings: bool = key(True, "the output head is the embedding")
     cutoffs: str = key(
-        "", "adaptive softmax: where the vocabulary, most frequent first, is cut, such as '20000,40000,200000'; empty: one piece"
+        "",
+        "adaptive softmax: where the vocabulary, most frequent first, is cut, such as '20000,40000,200000'; empty: one piece",
     )
-    cutoff_div: int = key(1, "each further piece of an adaptive softmax is narrower than D by this factor once more", low=1)
+    cutoff_div: int = key(
+        1,
+        "each further piece of an adaptive softmax is narrower than D by this factor once more",
+        low=1,
+    )
     dropout: float = key(0.0, "share of every block's output dropped in training", low=0, high=0.99)
-    attention_dropout: float = key(0.0, "share of the attention weights dropped in training", low=0, high=0.99)
-    dtype: str = key("float32", "compute dtype; parameters are float32", choices=("float32", "bfloat16", "float16"))
+    attention_dropout: float = key(
+        0.0, "share of the attention weights dropped in training", low=0, high=0.99
+    )
+    dtype: str = key(
+        "float32",
+        "compute dtype; parameters are float32",
+        choices=("float32", "bfloat16", "float16"),
+    )
     remat: str = key(
         "slots",
         "what the backward pass recomputes: nothing (of fsdp, whole weights are kept); gathered slots and scores; all but matrix products; whole blocks",
@@ -130,7 +158,10 @@ class ModelConfig:
     def vocabulary_pieces(self) -> tuple[tuple[int, int], ...]:
         """(words, width of their vectors) of every piece of the vocabulary."""
         edges = (0, *self.cutoff_list, self.vocab_size)
-        return tuple((end - start, self.d_model // self.cutoff_div**i) for i, (start, end) in enumerate(zip(edges, edges[1:])))
+        return tuple(
+            (end - start, self.d_model // self.cutoff_div**i)
+            for i, (start, end) in enumerate(zip(edges, edges[1:]))
+        )
 
     @property
     def rope_stretch(self) -> tuple[float, float, float, float] | None:
@@ -186,12 +217,20 @@ class ModelConfig:
     @property
     def routed_hidden(self) -> int:
         """Hidden units of all routed experts of the MLP block."""
-        return self.moe.n_experts * self.d_expert if self.mlp in MLPS else (self.d_hidden if self.mlp == "uome" else 0)
+        return (
+            self.moe.n_experts * self.d_expert
+            if self.mlp in MLPS
+            else (self.d_hidden if self.mlp == "uome" else 0)
+        )
 
     @property
     def whole_hidden(self) -> int:
         """Hidden units that every token goes through: those of a dense MLP, or of shared experts."""
-        return self.moe.n_shared * self.d_expert if self.mlp in MLPS else (self.d_hidden if self.mlp == "dense" else 0)
+        return (
+            self.moe.n_shared * self.d_expert
+            if self.mlp in MLPS
+            else (self.d_hidden if self.mlp == "dense" else 0)
+        )
 
     @property
     def all_hidden(self) -> int:
@@ -230,15 +269,21 @@ class OptimizerConfig:
 
     learning_rate: float = key(1e-3, "peak learning rate", above=0, high=1e3)
     warmup_steps: int = key(100, "steps of linear warmup", low=0)
-    schedule: str = key("cosine", "how the learning rate falls after the warmup", choices=("cosine", "linear"))
+    schedule: str = key(
+        "cosine", "how the learning rate falls after the warmup", choices=("cosine", "linear")
+    )
     decay_steps: int = key(0, "step at which the decay ends; 0 means train.steps", low=0)
-    final_fraction: float = key(0.1, "learning rate at the end, relative to the peak", low=0, high=1)
+    final_fraction: float = key(
+        0.1, "learning rate at the end, relative to the peak", low=0, high=1
+    )
     weight_decay: float = key(0.1, "on matrices only", low=0, high=1e3)
     b1: float = key(0.9, "Adam's first moment", low=0, high=0.999999)
     b2: float = key(0.95, "Adam's second moment", low=0, high=0.999999)
     eps: float = key(1e-8, "Adam's epsilon", above=0, high=1)
     clip_norm: float = key(1.0, "global gradient norm; 0 means no clipping", low=0, high=1e9)
-    moment_dtype: str = key("float32", "in which Adam's moments are held between steps", choices=("float32", "bfloat16"))
+    moment_dtype: str = key(
+        "float32", "in which Adam's moments are held between steps", choices=("float32", "bfloat16")
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,21 +293,44 @@ class TrainConfig:
     accumulation: int = key(1, "microbatches a step is cut into", low=1)
     seed: int = key(0, "initialisation and data order", low=0)
     log_every: int = key(10, "steps between lines of metrics", low=1, free=True)
-    stop_after: int = key(0, "end this sitting after so many steps of the run; 0 means train.steps", low=0, free=True)
+    stop_after: int = key(
+        0, "end this sitting after so many steps of the run; 0 means train.steps", low=0, free=True
+    )
     report: bool = key(True, "at the end, write report.html into the workdir", free=True)
-    label_smoothing: float = key(0.0, "share of a class's target that goes to all classes alike (classifiers)", low=0, high=0.99)
-    init_from: str = key("", "workdir of a run, or one of its checkpoints, whose parameters to start from where they fit")
-    init_from_any: bool = key(False, "start from init_from also where that run has another tokenizer", free=True)
+    label_smoothing: float = key(
+        0.0,
+        "share of a class's target that goes to all classes alike (classifiers)",
+        low=0,
+        high=0.99,
+    )
+    init_from: str = key(
+        "",
+        "workdir of a run, or one of its checkpoints, whose parameters to start from where they fit",
+    )
+    init_from_any: bool = key(
+        False, "start from init_from also where that run has another tokenizer", free=True
+    )
     deterministic: bool = key(
-        False, "every deterministic switch of the backend: on GPUs slower, and the same bits in every run", free=True
+        False,
+        "every deterministic switch of the backend: on GPUs slower, and the same bits in every run",
+        free=True,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     every: int = key(200, "steps between evaluations; 0 means only at the end", low=0, free=True)
-    batches: int = key(0, "batches per evaluation; 0 means the whole split, as the last one always does", low=0, free=True)
-    test: bool = key(False, "at the end, measure the test split, once, with the checkpoint that is best on validation", free=True)
+    batches: int = key(
+        0,
+        "batches per evaluation; 0 means the whole split, as the last one always does",
+        low=0,
+        free=True,
+    )
+    test: bool = key(
+        False,
+        "at the end, measure the test split, once, with the checkpoint that is best on validation",
+        free=True,
+    )
     batch_size: int = key(0, "global rows per batch; 0 means train.batch_size", low=0, free=True)
 
 
@@ -271,7 +339,10 @@ class CheckpointConfig:
     every: int = key(200, "steps between checkpoints; 0 means only at the end", low=0, free=True)
     keep_latest: int = key(2, "newest checkpoints kept", low=1, free=True)
     keep_best: int = key(
-        1, "checkpoints kept for the lowest validation loss, or of a classifier the fewest errors", low=0, free=True
+        1,
+        "checkpoints kept for the lowest validation loss, or of a classifier the fewest errors",
+        low=0,
+        free=True,
     )
 
 
@@ -280,24 +351,41 @@ class GuardConfig:
     """What a run does about bad numbers, and about processes that are lost or do not go on."""
 
     spike_sigmas: float = key(
-        0.0, "skip a step whose loss or gradient norm is so many standard deviations above its running mean; 0: none. "
+        0.0,
+        "skip a step whose loss or gradient norm is so many standard deviations above its running mean; 0: none. "
         "A level that rises for good is a spike at every step",
-        low=0, high=1e6,
+        low=0,
+        high=1e6,
     )
     max_bad_steps: int = key(
-        5, "skipped steps in a row after which the run stops with exit code 76, or rolls back", low=1, free=True
+        5,
+        "skipped steps in a row after which the run stops with exit code 76, or rolls back",
+        low=1,
+        free=True,
     )
     rollbacks: int = key(
-        0, "times a run goes back to its newest checkpoint instead, leaving out the data that led there",
-        low=0, high=1000, free=True,
+        0,
+        "times a run goes back to its newest checkpoint instead, leaving out the data that led there",
+        low=0,
+        high=1000,
+        free=True,
     )
-    peer_timeout_s: float = key(10.0, "seconds within which all processes stop once one is lost", low=1, high=1e5, free=True)
+    peer_timeout_s: float = key(
+        10.0, "seconds within which all processes stop once one is lost", low=1, high=1e5, free=True
+    )
     hang_timeout_s: float = key(
-        300.0, "seconds without a step or a batch of evaluation after which all processes stop; 0: never",
-        low=0, high=1e6, free=True,
+        300.0,
+        "seconds without a step or a batch of evaluation after which all processes stop; 0: never",
+        low=0,
+        high=1e6,
+        free=True,
     )
     compile_timeout_s: float = key(
-        1800.0, "the same where something is compiled, read or written first", low=0, high=1e6, free=True
+        1800.0,
+        "the same where something is compiled, read or written first",
+        low=0,
+        high=1e6,
+        free=True,
     )
 
 
@@ -325,10 +413,17 @@ class GenerateConfig:
     """How `uoe generate` and the sample at the end of training draw tokens."""
 
     prompt: str = key("def ", "what the text starts with", free=True)
-    max_tokens: int = key(160, "tokens to generate at most; the context length bounds prompt and text together", low=1, free=True)
+    max_tokens: int = key(
+        160,
+        "tokens to generate at most; the context length bounds prompt and text together",
+        low=1,
+        free=True,
+    )
     temperature: float = key(0.7, "0 is greedy", low=0, high=1e3, free=True)
     top_k: int = key(0, "keep the k likeliest tokens; 0 keeps all", low=0, free=True)
-    top_p: float = key(0.95, "keep the likeliest tokens up to this probability", above=0, high=1, free=True)
+    top_p: float = key(
+        0.95, "keep the likeliest tokens up to this probability", above=0, high=1, free=True
+    )
     seed: int = key(0, "of the draws", low=0, free=True)
 
 
@@ -376,8 +471,12 @@ def unknown_key(name: str) -> UserError:
     """The error for a key that no section has, naming the nearest one that exists."""
     near = difflib.get_close_matches(name, ALL_KEYS, n=1, cutoff=0.0)
     last = name.rsplit(".", 1)[-1]
-    same = sorted((k for k in ALL_KEYS if k.rsplit(".", 1)[-1] == last), key=lambda k: k.count("."))  # train.seed before data.listops.seed
-    return UserError(f"config.{printable(name)}: unknown key; the nearest known key is config.{(same or near)[0]}")
+    same = sorted(
+        (k for k in ALL_KEYS if k.rsplit(".", 1)[-1] == last), key=lambda k: k.count(".")
+    )  # train.seed before data.listops.seed
+    return UserError(
+        f"config.{printable(name)}: unknown key; the nearest known key is config.{(same or near)[0]}"
+    )
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -402,7 +501,9 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def _section(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"config.{prefix[:-1]}", values, "this is a section; set the keys inside it")
+        raise ConfigError(
+            f"config.{prefix[:-1]}", values, "this is a section; set the keys inside it"
+        )
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     out = {}
@@ -420,9 +521,15 @@ def with_vocabulary(config: Config, size: int) -> Config:
     """The configuration with the vocabulary size of the data filled in; ConfigError where the model's is too small."""
     given = config.model.vocab_size
     if given and given < size:
-        raise ConfigError("config.model.vocab_size", given, f"the data have {size} tokens; give at least that, or 0")
+        raise ConfigError(
+            "config.model.vocab_size",
+            given,
+            f"the data have {size} tokens; give at least that, or 0",
+        )
     check_cutoffs(config.model, given or size)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or size))
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=given or size)
+    )
 
 
 def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
@@ -430,10 +537,14 @@ def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tup
 
     train.steps is free, unless it is among `more`, where the schedule's length does not follow it.
     """
-    extendable = old.optimizer.decay_steps == new.optimizer.decay_steps > 0 and "train.steps" not in more  # it then only says when to stop
+    extendable = (
+        old.optimizer.decay_steps == new.optimizer.decay_steps > 0 and "train.steps" not in more
+    )  # it then only says when to stop
     before = {name: value for name, value, _ in leaves(old)}
     return [
         (name, before[name], value)
         for name, value, meta in leaves(new)
-        if before[name] != value and (not meta["free"] or name in more) and not (name == "train.steps" and extendable)
+        if before[name] != value
+        and (not meta["free"] or name in more)
+        and not (name == "train.steps" and extendable)
     ]

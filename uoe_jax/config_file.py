@@ -26,13 +26,22 @@ def find_config(name: str) -> tuple[Path | epath.Path, str]:
     places = (here / "configs", here.parent / "configs")
     shipped = [d / f"{stem}.py" for d in places]
     for path in [Path(os.path.expanduser(stem)), *(shipped if not stem.endswith(".py") else [])]:
-        if os.path.isfile(path):  # unlike pathlib's, these two raise nothing for a name that cannot be
+        if os.path.isfile(
+            path
+        ):  # unlike pathlib's, these two raise nothing for a name that cannot be
             return path, variant
-    names = sorted({str(p.relative_to(d).with_suffix("")) for d in places for p in d.glob("**/[!_]*.py")})
-    raise UserError(f"--config={config_lib.printable(name)}: no such file; give a path, or a shipped config by name ({', '.join(names)})")
+    names = sorted(
+        {str(p.relative_to(d).with_suffix("")) for d in places for p in d.glob("**/[!_]*.py")}
+    )
+    raise UserError(
+        f"--config={config_lib.printable(name)}: no such file; give a path, or a shipped config by name ({', '.join(names)})"
+    )
 
 
-def evaluate(name: str, wanted: str = "it must define get_config() that returns uoe_jax.config.base() with your changes") -> dict[str, Any]:
+def evaluate(
+    name: str,
+    wanted: str = "it must define get_config() that returns uoe_jax.config.base() with your changes",
+) -> dict[str, Any]:
     """What a config file's `get_config` returns, as nested dicts; a .json file holds them.
 
     Raises:
@@ -48,14 +57,18 @@ def evaluate(name: str, wanted: str = "it must define get_config() that returns 
         spec = importlib.util.spec_from_loader("uoe_config", None)
         assert spec is not None  # of a name without a loader there always is one
         module = importlib.util.module_from_spec(spec)
-        exec(source, module.__dict__)  # a config file is a program by design: run only those you trust
+        exec(
+            source, module.__dict__
+        )  # a config file is a program by design: run only those you trust
         given = module.get_config(variant) if variant else module.get_config()
         return given.to_dict()
     except UserError:
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        line = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
+        ]
         at = f" line {line[-1]}" if line else ""
         raise UserError(f"--config={name}:{at} cannot be used ({text}); {wanted}") from error
 
@@ -65,7 +78,9 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for part in parents:
         values = values.setdefault(part, {})
-        values = values if isinstance(values, dict) else {}  # the config file put a value there: from_dict refuses it
+        values = (
+            values if isinstance(values, dict) else {}
+        )  # the config file put a value there: from_dict refuses it
     values[last] = value
 
 

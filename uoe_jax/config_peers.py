@@ -11,12 +11,21 @@ from uoe_jax.config_routing import RoutingConfig
 from uoe_jax.keys import key
 
 CAUSAL_ATTENTIONS = ("mla", "moh")
-ENCODER_ATTENTIONS = ("mosa", "linformer", "nystromformer", "performer", "reformer", "long_short")  # none can be causal here
+ENCODER_ATTENTIONS = (
+    "mosa",
+    "linformer",
+    "nystromformer",
+    "performer",
+    "reformer",
+    "long_short",
+)  # none can be causal here
 ATTENTIONS = (*CAUSAL_ATTENTIONS, *ENCODER_ATTENTIONS)
 MLPS = ("token_choice", "expert_choice", "deepseek_moe", "xmoe", "skywork_moe")
 ENCODER_MLPS = ("expert_choice",)
 UNIONS = ("smha", "uome")  # what they are compared with
-SECTIONS = {name: name for name in (*UNIONS, *ATTENTIONS)} | dict.fromkeys(MLPS, "moe")  # of a block, by its name
+SECTIONS = {name: name for name in (*UNIONS, *ATTENTIONS)} | dict.fromkeys(
+    MLPS, "moe"
+)  # of a block, by its name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,20 +35,49 @@ class MoEConfig:
     n_experts: int = key(8, "N, routed experts", low=1)
     k: int = key(2, "K, experts a token chooses; of xmoe, how many it is expected to choose", low=1)
     n_shared: int = key(0, "experts that every token goes through (deepseek_moe)", low=0)
-    d_expert: int = key(0, "hidden width of an expert; 0: d_hidden / (k + n_shared), a token's work in the dense MLP", low=0)
-    capacity_factor: float = key(1.25, "slots per expert, relative to an even load", above=0, high=1e6)
+    d_expert: int = key(
+        0,
+        "hidden width of an expert; 0: d_hidden / (k + n_shared), a token's work in the dense MLP",
+        low=0,
+    )
+    capacity_factor: float = key(
+        1.25, "slots per expert, relative to an even load", above=0, high=1e6
+    )
     capacity_window: int = key(64, "tokens per capacity window", low=1)
-    score: str = key("softmax", "how deepseek_moe scores: softmax, or as in V3 sigmoid, rescaled over the chosen", choices=("softmax", "sigmoid"))
-    scale: float = key(1.0, "what the routed experts' rescaled weights sum to (deepseek_moe with score='sigmoid')", above=0, high=1e3)
-    threshold: float = key(0.9, "a token chooses its best experts until their probabilities sum to this (xmoe)", above=0, high=1)
-    logit_scale: float = key(1.0, "standard deviation of a token's normalised logits (skywork_moe)", above=0, high=1e3)
+    score: str = key(
+        "softmax",
+        "how deepseek_moe scores: softmax, or as in V3 sigmoid, rescaled over the chosen",
+        choices=("softmax", "sigmoid"),
+    )
+    scale: float = key(
+        1.0,
+        "what the routed experts' rescaled weights sum to (deepseek_moe with score='sigmoid')",
+        above=0,
+        high=1e3,
+    )
+    threshold: float = key(
+        0.9,
+        "a token chooses its best experts until their probabilities sum to this (xmoe)",
+        above=0,
+        high=1,
+    )
+    logit_scale: float = key(
+        1.0, "standard deviation of a token's normalised logits (skywork_moe)", above=0, high=1e3
+    )
     balance_weight: float = key(0.01, "weight of the Switch balance loss", low=0, high=1e3)
     adaptive_rate: float = key(
-        0.0, "of skywork_moe: a layer's balance weight follows this times its share of dropped tokens; 0: it stays", low=0, high=1e3
+        0.0,
+        "of skywork_moe: a layer's balance weight follows this times its share of dropped tokens; 0: it stays",
+        low=0,
+        high=1e3,
     )
     adaptive_most: float = key(0.01, "what it follows is no more than this", low=0, high=1e3)
-    adaptive_decay: float = key(0.99, "how slowly it follows: the share of the old weight that a step keeps", low=0, high=1)
-    bias_rate: float = key(0.0, "step of the loss-free balancing bias (deepseek_moe); 0 turns it off", low=0, high=1)
+    adaptive_decay: float = key(
+        0.99, "how slowly it follows: the share of the old weight that a step keeps", low=0, high=1
+    )
+    bias_rate: float = key(
+        0.0, "step of the loss-free balancing bias (deepseek_moe); 0 turns it off", low=0, high=1
+    )
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
 
     def routing(self, kind: str) -> RoutingConfig:
@@ -66,7 +104,9 @@ class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2 and V3). A head is n_heads' width and a rotary part that is compared as well."""
 
     q_rank: int = key(96, "width of the queries' latent; 0: queries are projected at once", low=0)
-    kv_rank: int = key(96, "width of the latent that keys and values are made of, and that decoding keeps", low=1)
+    kv_rank: int = key(
+        96, "width of the latent that keys and values are made of, and that decoding keeps", low=1
+    )
     d_rope: int = key(0, "rotary width of a head, beside its own; 0: half of that", low=0)
 
     def rotary_width(self, head_dim: int) -> int:
@@ -82,7 +122,12 @@ class MoSAConfig:
     def routing(self, n_heads: int) -> RoutingConfig:
         """Every head is an expert to which all tokens may come."""
         return RoutingConfig(
-            n_experts=n_heads, k=n_heads, capacity_factor=self.capacity_factor, priority="score", gate="peer", balance_weight=0.0
+            n_experts=n_heads,
+            k=n_heads,
+            capacity_factor=self.capacity_factor,
+            priority="score",
+            gate="peer",
+            balance_weight=0.0,
         )
 
 
@@ -92,10 +137,17 @@ class MoHConfig:
 
     n_shared: int = key(2, "heads that every token uses", low=0)
     k: int = key(2, "of the other heads, how many a token chooses", low=1)
-    balance_weight: float = key(0.01, "weight of the Switch balance loss of the chosen heads", low=0, high=1e3)
+    balance_weight: float = key(
+        0.01, "weight of the Switch balance loss of the chosen heads", low=0, high=1e3
+    )
 
     def routing(self, n_heads: int) -> RoutingConfig:
-        return RoutingConfig(n_experts=n_heads - self.n_shared, k=self.k, gate="peer", balance_weight=self.balance_weight)
+        return RoutingConfig(
+            n_experts=n_heads - self.n_shared,
+            k=self.k,
+            gate="peer",
+            balance_weight=self.balance_weight,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +163,9 @@ class NystromformerConfig:
 
     landmarks: int = key(32, "landmarks of a row", low=1)
     iterations: int = key(6, "steps of the pseudo-inverse", low=1, high=100)
-    kernel: int = key(35, "tokens of the convolution of the values that is added, odd; 0: none", low=0)
+    kernel: int = key(
+        35, "tokens of the convolution of the values that is added, odd; 0: none", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,5 +187,9 @@ class ReformerConfig:
 class LongShortConfig:
     """Attention to a window of neighbours and to a few dynamic projections of the whole row (Transformer-LS)."""
 
-    window: int = key(16, "tokens of a segment; a token sees its own segment and half a segment on either side", low=2)
+    window: int = key(
+        16,
+        "tokens of a segment; a token sees its own segment and half a segment on either side",
+        low=2,
+    )
     rank: int = key(16, "dynamic projections of the row", low=1)

@@ -40,7 +40,10 @@ AXES = {
 }  # fmt: skip
 CUT = {"F": "d_hidden", "H": "n_heads", "G": "n_kv_heads"}
 REQUIRED = {"mlp": ("w_up", "w_down"), "attention": ("w_q", "w_k", "w_v", "w_o")}
-BLOCKS = {"smha": "attention", "uome": "mlp"}  # a section of the configuration and the block it routes
+BLOCKS = {
+    "smha": "attention",
+    "uome": "mlp",
+}  # a section of the configuration and the block it routes
 
 
 def split_mlp(dense: Weights, n: int) -> Weights:
@@ -78,7 +81,9 @@ def dense_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, attention="dense", mlp="dense")
 
 
-def split(params: Weights, config: ModelConfig, routers: dict[str, Weights] | None = None) -> Weights:
+def split(
+    params: Weights, config: ModelConfig, routers: dict[str, Weights] | None = None
+) -> Weights:
     """The parameters of the dense model as those of `config`, whose routed blocks are cut in experts.
 
     Args:
@@ -94,7 +99,9 @@ def split(params: Weights, config: ModelConfig, routers: dict[str, Weights] | No
     """
     routed, layers = config.unions(), dict(params.get("layers", {}))
     if routers is not None and set(routers) != set(routed):
-        raise UserError(f"routers={sorted(routers)}: give one for each routed block of the model, {sorted(routed)}")
+        raise UserError(
+            f"routers={sorted(routers)}: give one for each routed block of the model, {sorted(routed)}"
+        )
     for section, routing in routed.items():
         block, n = BLOCKS[section], routing.n_experts
         dense, sizes = _block(layers, block), _sizes(config)
@@ -103,10 +110,19 @@ def split(params: Weights, config: ModelConfig, routers: dict[str, Weights] | No
         if routers is None:
             # Float32 whatever the weights are: scores always are.
             xp = next(iter(dense.values())).__array_namespace__()
-            router = {name: xp.zeros(shape, np.float32) for name, shape in router_shapes(config, routing).items()}
+            router = {
+                name: xp.zeros(shape, np.float32)
+                for name, shape in router_shapes(config, routing).items()
+            }
         else:
             router = dict(routers[section])
-            _read("router", router, sizes=sizes | {"N": n}, names=_router_names(routing), where=f"routers.{section}")
+            _read(
+                "router",
+                router,
+                sizes=sizes | {"N": n},
+                names=_router_names(routing),
+                where=f"routers.{section}",
+            )
         layers[block] = experts | {"router": router}
     return {**params, "layers": layers}
 
@@ -125,7 +141,9 @@ def merge(params: Weights, config: ModelConfig) -> Weights:
         block, n = BLOCKS[section], routing.n_experts
         experts, dense = _block(layers, block), _sizes(config)
         if "router" not in experts:
-            raise UserError(f"layers.{block}.router is missing: the block is not one of experts, as config.model says")
+            raise UserError(
+                f"layers.{block}.router is missing: the block is not one of experts, as config.model says"
+            )
         _check_even(block, dense, n, f"config.model.{section}.n_experts")
         sizes = {a: size for a, size in dense.items() if a not in CUT}
         sizes |= {a.lower(): dense[a] // n for a in CUT} | {"N": n}
@@ -154,18 +172,31 @@ def _routed_leaf(path: str, config: ModelConfig) -> tuple[str, str, int]:
     """(block, name of the leaf, experts of the block, 0 where it does not route)."""
     block, _, name = path.removeprefix("layers.").partition(".")
     sections = {BLOCKS[section]: routing for section, routing in config.unions().items()}
-    return block, name, sections[block].n_experts if block in sections and name in AXES[block] else 0
+    return (
+        block,
+        name,
+        sections[block].n_experts if block in sections and name in AXES[block] else 0,
+    )
 
 
 def _block(layers: Weights, block: str) -> Weights:
     if not isinstance(layers.get(block), dict):
-        raise UserError(f"layers.{block} is missing: give the parameters of a whole model, as nested dicts")
+        raise UserError(
+            f"layers.{block} is missing: give the parameters of a whole model, as nested dicts"
+        )
     return layers[block]
 
 
 def _sizes(c: ModelConfig) -> dict[str, Any]:
     """The dense sizes by axis; "…" is the layer axis."""
-    return {"…": (c.n_layers,), "D": c.d_model, "F": c.d_hidden, "H": c.n_heads, "G": c.kv_heads, "Dh": c.head_dim}
+    return {
+        "…": (c.n_layers,),
+        "D": c.d_model,
+        "F": c.d_hidden,
+        "H": c.n_heads,
+        "G": c.kv_heads,
+        "Dh": c.head_dim,
+    }
 
 
 def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
@@ -180,7 +211,10 @@ def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
 def router_shapes(config: ModelConfig, routing: RoutingConfig) -> dict[str, tuple[int, ...]]:
     """The leaves of a block's router and their shapes, layers in front."""
     sizes = _sizes(config) | {"N": routing.n_experts}
-    return {name: (*sizes["…"], *(sizes[a] for a in AXES["router"][name].split())) for name in _router_names(routing)}
+    return {
+        name: (*sizes["…"], *(sizes[a] for a in AXES["router"][name].split()))
+        for name in _router_names(routing)
+    }
 
 
 def _router_names(r: RoutingConfig) -> tuple[str, ...]:
@@ -193,7 +227,11 @@ def _router_names(r: RoutingConfig) -> tuple[str, ...]:
 
 def _layout(block: str, name: str, experts: bool) -> list[str]:
     axes = AXES[block][name].split()
-    return ["N", *(a.lower() if a in CUT else a for a in axes)] if experts and set(axes) & set(CUT) else axes
+    return (
+        ["N", *(a.lower() if a in CUT else a for a in axes)]
+        if experts and set(axes) & set(CUT)
+        else axes
+    )
 
 
 def _read(
@@ -216,13 +254,17 @@ def _read(
     sizes = dict(sizes or {})
     for name, a in weights.items():
         if name not in allowed:
-            raise UserError(f"{where}.{name} is not a weight of this block, which has {', '.join(allowed)}")
+            raise UserError(
+                f"{where}.{name} is not a weight of this block, which has {', '.join(allowed)}"
+            )
         axes, shape = _layout(block, name, experts), np.shape(a)
         lead = len(shape) - len(axes)
         for axis, size in zip(("…", *axes), (shape[: max(lead, 0)], *shape[max(lead, 0) :])):
             if lead < 0 or sizes.setdefault(axis, size) != size:
                 wanted = [f"{x}={sizes[x]}" if x in sizes else x for x in ("…", *axes)]
-                raise UserError(f"{where}.{name} has shape {shape}, which does not fit [{', '.join(wanted)}]")
+                raise UserError(
+                    f"{where}.{name} has shape {shape}, which does not fit [{', '.join(wanted)}]"
+                )
     return sizes
 
 
@@ -236,7 +278,9 @@ def _check_even(block: str, sizes: dict[str, Any], n: int, key: str) -> None:
             raise ConfigError(key, n, f"must divide {CUT[a]}={size}; {fits}")
 
 
-def _split(block: str, dense: Weights, n: int, sizes: dict[str, Any], key: str = "n_experts") -> Weights:
+def _split(
+    block: str, dense: Weights, n: int, sizes: dict[str, Any], key: str = "n_experts"
+) -> Weights:
     _check_even(block, sizes, n, key)
     return {name: _cut(a, AXES[block][name].split(), n) for name, a in dense.items()}
 
@@ -262,4 +306,6 @@ def _join(a: Any, axes: list[str]) -> Any:
     lead = a.ndim - len(axes) - 1
     cut = lead + at[0]
     parts = a.__array_namespace__().moveaxis(a, lead, cut)
-    return parts.reshape(*parts.shape[:cut], parts.shape[cut] * parts.shape[cut + 1], *parts.shape[cut + 2 :])
+    return parts.reshape(
+        *parts.shape[:cut], parts.shape[cut] * parts.shape[cut + 1], *parts.shape[cut + 2 :]
+    )

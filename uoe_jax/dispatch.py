@@ -71,7 +71,10 @@ def all_sequences(b: int, n: int) -> tuple[jax.Array, jax.Array]:
 
 
 def pack(
-    kept_BMN: jax.Array, weights_BMN: jax.Array, c: int, rows: tuple[jax.Array, jax.Array] | None = None
+    kept_BMN: jax.Array,
+    weights_BMN: jax.Array,
+    c: int,
+    rows: tuple[jax.Array, jax.Array] | None = None,
 ) -> Selection:
     """Numbers the kept patches of each expert in ascending order and lists them by slot.
 
@@ -95,9 +98,13 @@ def pack(
     slots = jnp.zeros((n * r, c), jnp.int32).at[rows_BMN, slot_of_BMN].set(patch_BMN, mode="drop")
     maps = (slots.reshape(n, r, c), valid_NRC, slot_of_BMN, sequence_NR, row_of_BN)
     # Kept for the backward pass: decided again, a near tie might fall otherwise there than it did forward.
-    slots_NRC, valid_NRC, slot_of_BMN, sequence_NR, row_of_BN = (checkpoint_name(a, "selection") for a in maps)
+    slots_NRC, valid_NRC, slot_of_BMN, sequence_NR, row_of_BN = (
+        checkpoint_name(a, "selection") for a in maps
+    )
     weights_NBM1 = jnp.transpose(weights_BMN, (2, 0, 1))[..., None]
-    own_NRC1 = _gather_own(weights_NBM1, _patches(slots_NRC, sequence_NR, m), _places(slot_of_BMN, row_of_BN, r, c))
+    own_NRC1 = _gather_own(
+        weights_NBM1, _patches(slots_NRC, sequence_NR, m), _places(slot_of_BMN, row_of_BN, r, c)
+    )
     weights_NRC = checkpoint_name(jnp.where(valid_NRC, own_NRC1[..., 0], 0), "selection")
     return Selection(slots_NRC, valid_NRC, weights_NRC, slot_of_BMN, sequence_NR, row_of_BN)
 
@@ -194,7 +201,9 @@ def _by_pairs(x_BMF: jax.Array, patch_NRC: jax.Array) -> jax.Array:
     if jax.default_backend() != "gpu" or x_BMF.dtype.itemsize != 2 or x_BMF.shape[-1] % 2:
         return gather_rows(x_BMF, patch_NRC)
     pairs = jax.lax.bitcast_convert_type(x_BMF.reshape(*x_BMF.shape[:-1], -1, 2), jnp.uint32)
-    return jax.lax.bitcast_convert_type(gather_rows(pairs, patch_NRC), x_BMF.dtype).reshape(*patch_NRC.shape, -1)
+    return jax.lax.bitcast_convert_type(gather_rows(pairs, patch_NRC), x_BMF.dtype).reshape(
+        *patch_NRC.shape, -1
+    )
 
 
 @jax.custom_vjp

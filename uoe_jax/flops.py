@@ -44,7 +44,12 @@ def attention_flops(c: ModelConfig, length: int, training: bool = False) -> floa
     s = r.slot_tokens(length) * (r.row_share() if training else 1)
     entering = s if r.order == "gather" else r.patches(length) * r.patch_size
     core = core_flops(c, length, training)
-    return routing_flops(r, d, length) + 2 * entering * d * dh * (h + 2 * g) + 2 * s * d * dh * h + core
+    return (
+        routing_flops(r, d, length)
+        + 2 * entering * d * dh * (h + 2 * g)
+        + 2 * s * d * dh * h
+        + core
+    )
 
 
 def core_flops(c: ModelConfig, length: int, training: bool = False) -> float:
@@ -52,7 +57,13 @@ def core_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     if c.attention not in ON_SLOTS:
         return ATTENTIONS[c.attention](c, length).core
     r = c.routed()[c.attention]
-    return (r.row_share() if training else 1) * 4 * c.n_heads * c.head_dim * computed_scores(r.slot_tokens(length), c.causal)
+    return (
+        (r.row_share() if training else 1)
+        * 4
+        * c.n_heads
+        * c.head_dim
+        * computed_scores(r.slot_tokens(length), c.causal)
+    )
 
 
 def mlp_flops(c: ModelConfig, length: int, training: bool = False) -> float:
@@ -74,7 +85,9 @@ def tail_shares(c: ModelConfig) -> tuple[float, ...]:
     return tuple((end - start) / up_to[-1] for start, end in zip(up_to, up_to[1:]))
 
 
-def scored_pieces(c: ModelConfig, shares: Sequence[float] | None = None) -> list[tuple[float, int, int]]:
+def scored_pieces(
+    c: ModelConfig, shares: Sequence[float] | None = None
+) -> list[tuple[float, int, int]]:
     """(share of the tokens that it is scored for, scores of such a token, width) of every piece of the vocabulary.
 
     shares: those of the tails of an adaptive softmax; None: the tokens whose word is in them, by Zipf's law
@@ -87,13 +100,19 @@ def scored_pieces(c: ModelConfig, shares: Sequence[float] | None = None) -> list
 
 def score_flops(c: ModelConfig, length: int, shares: Sequence[float] | None = None) -> float:
     """The scores of the words over one row; shares as in `scored_pieces`."""
-    return 2 * length * sum(share * scores * width for share, scores, width in scored_pieces(c, shares))
+    return (
+        2
+        * length
+        * sum(share * scores * width for share, scores, width in scored_pieces(c, shares))
+    )
 
 
 def vocabulary_flops(c: ModelConfig, length: int, shares: Sequence[float] | None = None) -> float:
     """The language model's head, and the projections of an adaptive embedding; shares as in `scored_pieces`."""
     narrow = [width for _, width in c.vocabulary_pieces if width < c.d_model]
-    projected = 2 * sum(c.d_model * width for width in narrow)  # into the embedding, and for the head
+    projected = 2 * sum(
+        c.d_model * width for width in narrow
+    )  # into the embedding, and for the head
     return score_flops(c, length, shares) + 2 * length * projected
 
 

@@ -26,7 +26,9 @@ def key(
     """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`; `free` may change on resume."""
     if type(default) is int and high is None:
         high = INT32_MAX  # devices count in int32
-    meta = dict(default=default, doc=doc, low=low, high=high, above=above, choices=choices, free=free)
+    meta = dict(
+        default=default, doc=doc, low=low, high=high, above=above, choices=choices, free=free
+    )
     return dataclasses.field(default=default, metadata=meta)
 
 

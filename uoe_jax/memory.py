@@ -22,7 +22,9 @@ def layer_parameters(c: ModelConfig) -> int:
     """Weights of one layer: attention, MLP, routers and the two norms."""
     with_biases = c.routed_hidden if c.routed_hidden else c.whole_hidden  # shared experts have none
     mlp = (c.n_into + 1) * c.d_model * c.all_hidden + c.bias * (c.n_into * with_biases + c.d_model)
-    routers = sum(router_parameters(r, c.d_model) for name, r in c.routed().items() if name != "moh")
+    routers = sum(
+        router_parameters(r, c.d_model) for name, r in c.routed().items() if name != "moh"
+    )
     adaptive = c.mlp == "skywork_moe" and c.moe.adaptive_rate > 0
     return _attention(c).parameters + mlp + routers + adaptive + 2 * norm_parameters(c)
 
@@ -46,7 +48,9 @@ def active_parameters(c: ModelConfig) -> float:
         # All experts may take a token under expert choice. (XMoE: K are expected.)
         k = r.n_experts if name == "expert_choice" else r.k
         slots = r.slot_tokens(c.block_length) / c.block_length
-        share = min(k / r.n_experts, slots) if r.unit == "patch" else k / r.n_experts * min(1, slots)
+        share = (
+            min(k / r.n_experts, slots) if r.unit == "patch" else k / r.n_experts * min(1, slots)
+        )
         if name in ON_SLOTS:
             idle += (1 - share) * c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)
         elif name != "moh":
@@ -61,7 +65,10 @@ def norm_parameters(c: ModelConfig) -> int:
 
 def vocabulary_parameters(c: ModelConfig) -> int:
     """The vectors of all words, and the projections of those that are narrower than D."""
-    return sum(size * width + (c.d_model * width if width < c.d_model else 0) for size, width in c.vocabulary_pieces)
+    return sum(
+        size * width + (c.d_model * width if width < c.d_model else 0)
+        for size, width in c.vocabulary_pieces
+    )
 
 
 def parameters(c: ModelConfig) -> int:
@@ -105,7 +112,10 @@ def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1)
         raise ValueError(f"remat={c.remat!r}: only 'slots' and 'block' name what is kept")
     length = c.block_length
     rows *= c.rows_per_example
-    item, stream = ITEM_SIZE[c.dtype], ITEM_SIZE[c.dtype] * rows * length * c.d_model // stream_parts
+    item, stream = (
+        ITEM_SIZE[c.dtype],
+        ITEM_SIZE[c.dtype] * rows * length * c.d_model // stream_parts,
+    )
     if c.remat == "block":
         return stream
     kept = 2 * stream
@@ -124,8 +134,14 @@ def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1)
 def _kept_at_slots(c: ModelConfig, r: RoutingConfig, rows: int, width: float, parts: int) -> int:
     """Values of `width` at the slots of `rows` rows, the selection, and the logits it was made from."""
     at = r.slot_tokens(c.block_length) * r.row_share()
-    logits = 4 * r.n_experts * rows * r.patches(c.block_length) if r.unit != "sequence" else 0  # every part has those of all experts
-    return int(ITEM_SIZE[c.dtype] * rows * at * width) // parts + selection_bytes(r, rows, c.block_length) // parts + logits
+    logits = (
+        4 * r.n_experts * rows * r.patches(c.block_length) if r.unit != "sequence" else 0
+    )  # every part has those of all experts
+    return (
+        int(ITEM_SIZE[c.dtype] * rows * at * width) // parts
+        + selection_bytes(r, rows, c.block_length) // parts
+        + logits
+    )
 
 
 def selection_bytes(r: RoutingConfig, rows: int, length: int) -> int:
@@ -141,7 +157,13 @@ def selection_bytes(r: RoutingConfig, rows: int, length: int) -> int:
 def cache_bytes(c: ModelConfig, rows: int, dense: bool = False) -> int:
     """What a decoding cache keeps of the tokens before, for `context_length` tokens; dense: of a model with dense attention."""
     if c.attention == "mla" and not dense:
-        return c.n_layers * rows * c.context_length * (c.mla.kv_rank + c.rotary_dim) * ITEM_SIZE[c.dtype]
+        return (
+            c.n_layers
+            * rows
+            * c.context_length
+            * (c.mla.kv_rank + c.rotary_dim)
+            * ITEM_SIZE[c.dtype]
+        )
     routed = c.attention == "smha" and not dense
     tokens = c.smha.slot_tokens(c.context_length) if routed else c.context_length
     return 2 * c.n_layers * rows * tokens * c.kv_heads * c.head_dim * ITEM_SIZE[c.dtype]

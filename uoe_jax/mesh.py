@@ -24,7 +24,13 @@ ROWS = PartitionSpec(BATCH_AXES)
 EVERYWHERE = PartitionSpec()
 
 # Logical axis of a weight (layers.common.weight) to mesh axis; a dimension without a name is not cut.
-RULES = {"expert": "expert", "hidden": "expert", "heads": "expert", "vocab": "expert", "embed": "fsdp"}
+RULES = {
+    "expert": "expert",
+    "hidden": "expert",
+    "heads": "expert",
+    "vocab": "expert",
+    "embed": "fsdp",
+}
 # Vocabularies come as they are: one that the axis does not divide stays whole. Everything else is checked (`checks.check_sizes`).
 MAY_STAY_WHOLE = ("vocab",)
 
@@ -39,7 +45,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       ConfigError: the sizes do not multiply to the number of devices, or no batch axis can span the slow network.
     """
     devices = jax.devices() if devices is None else list(devices)
-    return Mesh(arrange(devices, sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(
+        arrange(devices, sizes(config, len(devices))), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
 
 
 def abstract_mesh(config: MeshConfig, n_devices: int) -> AbstractMesh:
@@ -57,7 +65,11 @@ def sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
         shape = ", ".join(f"{a}={s}" for a, s in found.items())
         name = max((a for a in AXES if found[a] != -1), key=lambda a: found[a])
         need = f"a multiple of {fixed}" if free else fixed
-        raise ConfigError(f"config.mesh.{name}", found[name], f"the mesh {shape} needs {need} devices and there are {n_devices}")
+        raise ConfigError(
+            f"config.mesh.{name}",
+            found[name],
+            f"the mesh {shape} needs {need} devices and there are {n_devices}",
+        )
     return {axis: n_devices // fixed if size == -1 else size for axis, size in found.items()}
 
 
@@ -71,7 +83,9 @@ def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
     Raises:
       ConfigError: the groups cannot be spread so, or the network within one cannot be cut so.
     """
-    by_process = any(d.platform == "cpu" or getattr(d, "slice_index", None) is None for d in devices)
+    by_process = any(
+        d.platform == "cpu" or getattr(d, "slice_index", None) is None for d in devices
+    )
     groups = len({d.process_index if by_process else d.slice_index for d in devices})
     left, slow = groups, {}
     for axis in AXES:
@@ -79,19 +93,27 @@ def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
         left //= slow[axis]
     written = ", ".join(f"{a}={s}" for a, s in shape.items())
     if left > 1:
-        remedy = f"{groups} {'processes' if by_process else 'slices'} are joined by a slow network and cannot be spread " \
-                 f"over the mesh {written}; give replica a multiple of {groups}"
+        remedy = (
+            f"{groups} {'processes' if by_process else 'slices'} are joined by a slow network and cannot be spread "
+            f"over the mesh {written}; give replica a multiple of {groups}"
+        )
         raise ConfigError("config.mesh.replica", shape["replica"], remedy)
     fast = tuple(shape[a] // slow[a] for a in AXES)
     try:
         if groups == 1:
             return mesh_utils.create_device_mesh(fast, devices, allow_split_physical_axes=True)
         return mesh_utils.create_hybrid_device_mesh(
-            fast, tuple(slow.values()), devices, process_is_granule=by_process, allow_split_physical_axes=True
+            fast,
+            tuple(slow.values()),
+            devices,
+            process_is_granule=by_process,
+            allow_split_physical_axes=True,
         )
     except (NotImplementedError, ValueError) as error:
         largest = max(AXES, key=lambda a: shape[a])
-        remedy = f"the network of these devices cannot be cut as {written} ({error}); choose other sizes"
+        remedy = (
+            f"the network of these devices cannot be cut as {written} ({error}); choose other sizes"
+        )
         raise ConfigError(f"config.mesh.{largest}", shape[largest], remedy) from error
 
 
@@ -135,7 +157,11 @@ def placed_activations(x_BLD: jax.Array) -> jax.Array:
 
 def everywhere(x: jax.Array) -> jax.Array:
     """The same values, said to be whole on every device of the current mesh, so that every process can read them."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, EVERYWHERE)
+    return (
+        x
+        if jax.sharding.get_abstract_mesh().empty
+        else jax.lax.with_sharding_constraint(x, EVERYWHERE)
+    )
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -147,12 +173,16 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, EVERYWHERE)
 
 
-def weight_sharding(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+def weight_sharding(
+    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> NamedSharding:
     """How a weight lies on the mesh (`weight_spec`)."""
     return NamedSharding(mesh, weight_spec(mesh, axes, shape))
 
 
-def weight_spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+def weight_spec(
+    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
     """How a weight is cut: by `RULES`. A leading axis beyond `axes` is the stack of layers and is not cut.
 
     Raises:
@@ -162,11 +192,15 @@ def weight_spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: 
     for logical, size in zip(axes, shape[len(spec) :]):
         axis = RULES.get(logical or "")
         if axis is not None and axis in spec:
-            raise ValueError(f"two axes of a weight with axes {axes} fall on the mesh axis {axis!r}")
+            raise ValueError(
+                f"two axes of a weight with axes {axes} fall on the mesh axis {axis!r}"
+            )
         parts = 1 if axis is None else mesh.shape[axis]
         if size % parts:
             if logical not in MAY_STAY_WHOLE:
-                raise ValueError(f"axis {logical!r} of size {size} cannot be cut in {parts} over the mesh axis {axis!r}")
+                raise ValueError(
+                    f"axis {logical!r} of size {size} cannot be cut in {parts} over the mesh axis {axis!r}"
+                )
             parts = 1
         spec.append(axis if parts > 1 else None)
     return PartitionSpec(*spec)

@@ -18,7 +18,16 @@ from uoe_jax.checks import check_cutoffs
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.adaptive import AdaptiveHead, look_up, make_words
 from uoe_jax.layers.attention import Attention, options
-from uoe_jax.layers.common import KEPT, Norm, Part, Tokens, dropout, rotary_tables, scaled_normal, weight
+from uoe_jax.layers.common import (
+    KEPT,
+    Norm,
+    Part,
+    Tokens,
+    dropout,
+    rotary_tables,
+    scaled_normal,
+    weight,
+)
 from uoe_jax.layers.ends import lookup, vocabulary_nll, vocabulary_scores
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.smha import SMHA
@@ -56,9 +65,25 @@ def make_mlp(c: ModelConfig, rngs: nnx.Rngs) -> Part:
         return MLPS[c.mlp](c, rngs=rngs)
     if c.mlp == "uome":
         return UoME(
-            c.d_model, c.d_hidden, c.uome, activation=c.activation, bias=c.bias, causal=c.causal, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs
+            c.d_model,
+            c.d_hidden,
+            c.uome,
+            activation=c.activation,
+            bias=c.bias,
+            causal=c.causal,
+            dtype=c.dtype,
+            out_scale=c.out_scale,
+            rngs=rngs,
         )
-    return MLP(c.d_model, c.d_hidden, activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs)
+    return MLP(
+        c.d_model,
+        c.d_hidden,
+        activation=c.activation,
+        bias=c.bias,
+        dtype=c.dtype,
+        out_scale=c.out_scale,
+        rngs=rngs,
+    )
 
 
 class Block(nnx.Module):
@@ -73,7 +98,9 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
         y_BLD, attention_stats = self.attention(self.attention_norm(x_BLD), tokens.folded(0))
-        x_BLD = checkpoint_name(placed_activations(x_BLD + self._dropped(y_BLD, tokens.folded(1))), "block_out")
+        x_BLD = checkpoint_name(
+            placed_activations(x_BLD + self._dropped(y_BLD, tokens.folded(1))), "block_out"
+        )
         y_BLD, mlp_stats = self.mlp(self.mlp_norm(x_BLD), tokens.folded(2))
         stats = zip(self.names, (attention_stats, mlp_stats))
         x_BLD = placed_activations(x_BLD + self._dropped(y_BLD, tokens.folded(3)))
@@ -85,7 +112,9 @@ class Block(nnx.Module):
     def routes(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(x_BLD behind the block in evaluation, by the name of each union in it `Union.routed`'s weights)."""
         found = {}
-        for name, part, norm in zip(self.names, (self.attention, self.mlp), (self.attention_norm, self.mlp_norm)):
+        for name, part, norm in zip(
+            self.names, (self.attention, self.mlp), (self.attention_norm, self.mlp_norm)
+        ):
             if isinstance(part, Union):
                 y_BLD, found[name] = part.routed(norm(x_BLD), tokens)
             else:
@@ -93,13 +122,17 @@ class Block(nnx.Module):
             x_BLD = x_BLD + y_BLD
         return x_BLD, found
 
-    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, tuple[Any, Any]]:
+    def prefill(
+        self, x_BLD: jax.Array, tokens: Tokens, context: int
+    ) -> tuple[jax.Array, tuple[Any, Any]]:
         y_BLD, attention = self.attention.prefill(self.attention_norm(x_BLD), tokens, context)
         x_BLD = x_BLD + y_BLD
         y_BLD, mlp = self.mlp.prefill(self.mlp_norm(x_BLD), tokens, context)
         return x_BLD + y_BLD, (attention, mlp)
 
-    def step(self, x_BD: jax.Array, caches: tuple[Any, Any], t_B: jax.Array, rotary: Any) -> tuple[jax.Array, Any]:
+    def step(
+        self, x_BD: jax.Array, caches: tuple[Any, Any], t_B: jax.Array, rotary: Any
+    ) -> tuple[jax.Array, Any]:
         y_BD, attention = self.attention.step(self.attention_norm(x_BD), caches[0], t_B, rotary)
         x_BD = x_BD + y_BD
         y_BD, mlp = self.mlp.step(self.mlp_norm(x_BD), caches[1], t_B, rotary)
@@ -112,7 +145,9 @@ _keep_named = jax.checkpoint_policies.save_only_these_names(*KEPT)
 REMAT = {
     "none": lambda f: f,  # not even that: the whole weights of all layers are kept
     "slots": lambda f: jax.checkpoint(f, policy=_keep_named, prevent_cse=False),
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False),
+    "dots": lambda f: jax.checkpoint(
+        f, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False
+    ),
     "block": lambda f: jax.checkpoint(f, prevent_cse=False),
 }
 
@@ -162,7 +197,9 @@ class Stack(nnx.Module):
         """Rotary tables, where the model has them."""
         if self.config.position != "rope":
             return None
-        return rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta, self.config.rope_stretch)
+        return rotary_tables(
+            positions, self.config.rotary_dim, self.config.rope_theta, self.config.rope_stretch
+        )
 
 
 class Transformer(Stack):
@@ -173,15 +210,23 @@ class Transformer(Stack):
         if c.vocab_size < 1:
             raise ValueError("vocab_size must be set before the model is built")
         check_cutoffs(c, c.vocab_size)
-        small = scaled_normal(c.d_model)  # also of the head: logits of the normed state start with variance 1
+        small = scaled_normal(
+            c.d_model
+        )  # also of the head: logits of the normed state start with variance 1
         shape = (c.vocab_size, c.d_model)
-        self.embedding = make_words(c, rngs=rngs) if c.cutoffs else weight(rngs, shape, ("vocab", "embed"), small)
+        self.embedding = (
+            make_words(c, rngs=rngs)
+            if c.cutoffs
+            else weight(rngs, shape, ("vocab", "embed"), small)
+        )
         super().__init__(c, rngs=rngs)
         self.head: AdaptiveHead | nnx.Param | None
         if c.cutoffs:
             self.head = AdaptiveHead(c, rngs=rngs)
         else:
-            self.head = None if c.tie_embeddings else weight(rngs, shape[::-1], ("embed", "vocab"), small)
+            self.head = (
+                None if c.tie_embeddings else weight(rngs, shape[::-1], ("embed", "vocab"), small)
+            )
 
     def __call__(
         self,
@@ -231,15 +276,23 @@ class Transformer(Stack):
     ) -> tuple[jax.Array, Tokens]:
         """What enters the first layer, [B,L,D], and what the blocks must know of it; the arguments are those of `__call__`."""
         if positions_BL is None:
-            positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape)
-        return self.embedded(tokens_BL, positions_BL), Tokens(segments_BL, positions_BL, self.rotary(positions_BL), keys_B)
+            positions_BL = jnp.broadcast_to(
+                jnp.arange(tokens_BL.shape[1], dtype=jnp.int32), tokens_BL.shape
+            )
+        return self.embedded(tokens_BL, positions_BL), Tokens(
+            segments_BL, positions_BL, self.rotary(positions_BL), keys_B
+        )
 
-    def prefill(self, tokens_BL: jax.Array, length_B: jax.Array, context: int) -> tuple[jax.Array, Cache]:
+    def prefill(
+        self, tokens_BL: jax.Array, length_B: jax.Array, context: int
+    ) -> tuple[jax.Array, Cache]:
         """Runs prompts padded on the right; returns (logits float32 [B,V] after each prompt, cache for `context` tokens)."""
         with mesh_lib.by_partitioner():
             return self._prefill(tokens_BL, length_B, context)
 
-    def _prefill(self, tokens_BL: jax.Array, length_B: jax.Array, context: int) -> tuple[jax.Array, Cache]:
+    def _prefill(
+        self, tokens_BL: jax.Array, length_B: jax.Array, context: int
+    ) -> tuple[jax.Array, Cache]:
         b, l = tokens_BL.shape
         positions_BL = jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
         segments_BL = (positions_BL < length_B[:, None]).astype(jnp.int32)
@@ -250,11 +303,15 @@ class Transformer(Stack):
             return nnx.merge(graphdef, weights).prefill(x_BLD, tokens, context)
 
         x_BLD, caches = jax.lax.scan(layer, x_BLD, stacked)
-        attention, mlp = (tuple(jax.tree.map(lambda a: a[i], c) for i in self._numbers()) for c in caches)
+        attention, mlp = (
+            tuple(jax.tree.map(lambda a: a[i], c) for i in self._numbers()) for c in caches
+        )
         last_BD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
         return self._logits(last_BD), Cache(attention, mlp, length_B.astype(jnp.int32))
 
-    def step(self, tokens_B: jax.Array, cache: Cache, layers: Layers | None = None) -> tuple[jax.Array, Cache]:
+    def step(
+        self, tokens_B: jax.Array, cache: Cache, layers: Layers | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Appends one token to each sequence; returns (logits float32 [B,V] of the one after it, cache).
 
         Every layer stands by itself in the program, so that a donated cache is written where it lies. layers: what
@@ -264,8 +321,12 @@ class Transformer(Stack):
             rotary = self.rotary(cache.next_B)
             x_BD, caches = self.embedded(tokens_B, cache.next_B), []
             graphdef = nnx.graphdef(self.layers)
-            for weights, *own in zip(layers or self.each_layer(), cache.attention, cache.mlp, strict=True):
-                x_BD, own = nnx.merge(graphdef, weights).step(x_BD, tuple(own), cache.next_B, rotary)
+            for weights, *own in zip(
+                layers or self.each_layer(), cache.attention, cache.mlp, strict=True
+            ):
+                x_BD, own = nnx.merge(graphdef, weights).step(
+                    x_BD, tuple(own), cache.next_B, rotary
+                )
                 caches.append(own)
             attention, mlp = zip(*caches)
             return self._logits(x_BD), Cache(attention, mlp, cache.next_B + 1)

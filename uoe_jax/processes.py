@@ -53,15 +53,21 @@ def told(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None
         return None
     for name in NAMES:
         if name not in given:
-            raise UserError(f"{name}: is not set while {next(iter(given))} is; give all of {', '.join(NAMES)}, or none")
+            raise UserError(
+                f"{name}: is not set while {next(iter(given))} is; give all of {', '.join(NAMES)}, or none"
+            )
     port = re.fullmatch(r"(?:[\w.\-]+|\[[\w.:]+\]):([0-9]{1,5})", given[COORDINATOR], re.ASCII)
     if port is None or not 0 < int(port[1]) < 65536:
-        raise UserError(f"{COORDINATOR}={given[COORDINATOR]}: give host:port of process 0, such as node1:8476")
+        raise UserError(
+            f"{COORDINATOR}={given[COORDINATOR]}: give host:port of process 0, such as node1:8476"
+        )
     count, me = (int(v) if v.isdecimal() else -1 for v in (given[PROCESSES], given[PROCESS_ID]))
     if count < 1:
         raise UserError(f"{PROCESSES}={given[PROCESSES]}: give the number of processes, 1 or more")
     if not 0 <= me < count:
-        raise UserError(f"{PROCESS_ID}={given[PROCESS_ID]}: give a number from 0 to {count - 1} ({PROCESSES}={count})")
+        raise UserError(
+            f"{PROCESS_ID}={given[PROCESS_ID]}: give a number from 0 to {count - 1} ({PROCESSES}={count})"
+        )
     return given[COORDINATOR], count, me
 
 
@@ -80,7 +86,11 @@ def join(stops_itself: bool) -> None:
     import jax
 
     coordinator, count, me = place
-    print(f"uoe: process {me} of {count}: meeting the others at {coordinator}", file=sys.stderr, flush=True)
+    print(
+        f"uoe: process {me} of {count}: meeting the others at {coordinator}",
+        file=sys.stderr,
+        flush=True,
+    )
     _keep_stdout_ours()
     _await_name(coordinator, me)
     here = coordinator.rpartition(":")[0] in ("127.0.0.1", "localhost")
@@ -158,7 +168,9 @@ def by_first(do: Callable[[], T]) -> T:
     if service is None:
         return do()
     name = f"uoe/first/{next(_calls)}"
-    return _telling(service, name, 0, do, tells_value=True) if is_first() else _heard(service, name, 0)
+    return (
+        _telling(service, name, 0, do, tells_value=True) if is_first() else _heard(service, name, 0)
+    )
 
 
 def together(do: Callable[[], T]) -> T:
@@ -194,13 +206,18 @@ def same(values: Mapping[str, Any], remedy: str) -> None:
         first = found if first is None else first
         for key, value in first.items():
             if found.get(key) != value:
-                raise UserError(f"{key}={found.get(key)!r} in process {i} and {value!r} in process 0: {remedy}")
+                raise UserError(
+                    f"{key}={found.get(key)!r} in process {i} and {value!r} in process 0: {remedy}"
+                )
 
 
 def same_command(config: Config, **options: Any) -> None:
     """Refuses to go on where processes were given different configurations or options."""
     given = {f"config.{name}": value for name, value, _ in leaves(config)}
-    same(given | {f"--{name}": value for name, value in options.items()}, "start every process with the same command")
+    same(
+        given | {f"--{name}": value for name, value in options.items()},
+        "start every process with the same command",
+    )
 
 
 def _telling(service: Any, name: str, me: int, do: Callable[[], T], tells_value: bool) -> T:
@@ -209,7 +226,9 @@ def _telling(service: Any, name: str, me: int, do: Callable[[], T], tells_value:
         value = do()
     except Exception as error:
         code = error.exit_code if isinstance(error, UserError) else errors.EXIT_FAILED
-        service.key_value_set(f"{name}/{me}", json.dumps({"error": str(error)[:2000], "exit_code": code}))
+        service.key_value_set(
+            f"{name}/{me}", json.dumps({"error": str(error)[:2000], "exit_code": code})
+        )
         raise
     service.key_value_set(f"{name}/{me}", json.dumps({"value": value if tells_value else None}))
     return value
@@ -259,7 +278,14 @@ class LostPeer(UserError):
 # What JAX says where another process is gone; seen with Gloo and the coordination service. It comes as a ValueError, too, where
 # only what names the collectives counts: the clients of storage fail with like words.
 _COLLECTIVES = ("gloo", "nccl")
-_LOSSES = ("connection reset", "connection closed", "heartbeat", "coordination service", "unavailable:", "deadline_exceeded")
+_LOSSES = (
+    "connection reset",
+    "connection closed",
+    "heartbeat",
+    "coordination service",
+    "unavailable:",
+    "deadline_exceeded",
+)
 
 
 def lost_peer(error: BaseException) -> str | None:
@@ -267,7 +293,9 @@ def lost_peer(error: BaseException) -> str | None:
     link: BaseException | None = error
     while link is not None and are_several():
         text = str(link).strip().partition("\n")[0][:200]
-        signs = {"JaxRuntimeError": (*_COLLECTIVES, *_LOSSES), "ValueError": _COLLECTIVES}.get(type(link).__name__, ())
+        signs = {"JaxRuntimeError": (*_COLLECTIVES, *_LOSSES), "ValueError": _COLLECTIVES}.get(
+            type(link).__name__, ()
+        )
         if any(sign in str(link).lower() for sign in signs):
             return text
         link = link.__cause__ or link.__context__

@@ -29,7 +29,9 @@ def language_by_words(c: Any) -> None:
     m.activation, m.bias, m.norm, m.dtype = "relu", True, "layernorm", "bfloat16"
     m.uome.n_experts, m.uome.k = 4, 2
     m.smha.capacity_factor = m.uome.capacity_factor = 1.25
-    c.optimizer.update(learning_rate=2.5e-4, final_fraction=0.0, weight_decay=0.0, b2=0.999, clip_norm=0.25)
+    c.optimizer.update(
+        learning_rate=2.5e-4, final_fraction=0.0, weight_decay=0.0, b2=0.999, clip_norm=0.25
+    )
     c.train.log_every = 100
     c.eval.test = True
 

@@ -112,14 +112,17 @@ def run(
 
     def share(parts: list[jax.Array], x: jax.Array, tokens: Any) -> tuple[jax.Array, Any]:
         whole = [
-            w.replace(gathered(a, spec, a.dtype if w.exact else dtype, over)) for w, a, spec in zip(leaves, parts, specs)
+            w.replace(gathered(a, spec, a.dtype if w.exact else dtype, over))
+            for w, a, spec in zip(leaves, parts, specs)
         ]
         y, sums = f(jax.tree.unflatten(tree, whole), x, tokens, region)
         return y, jax.tree.map(lambda a: jax.lax.psum(a, BATCH_AXES), sums)
 
     between = mesh_lib.activations(mesh)
     out = PartitionSpec(BATCH_AXES, None, "expert") if cut_last else between
-    shares = jax.shard_map(share, in_specs=(specs, between if enters else ROWS, ROWS), out_specs=(out, EVERYWHERE))
+    shares = jax.shard_map(
+        share, in_specs=(specs, between if enters else ROWS, ROWS), out_specs=(out, EVERYWHERE)
+    )
     return shares([w[...] for w in leaves], x, tokens)
 
 
@@ -131,7 +134,9 @@ def gathered(w: jax.Array, spec: PartitionSpec, dtype: Any, over: tuple[str, ...
     """
     if "fsdp" not in spec:
         return jax.lax.pcast(w, (*BATCH_AXES, *over), to="varying")
-    return _gather_weight(jax.lax.pcast(w, ("replica", "data", *over), to="varying"), spec.index("fsdp"), dtype)
+    return _gather_weight(
+        jax.lax.pcast(w, ("replica", "data", *over), to="varying"), spec.index("fsdp"), dtype
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -140,10 +145,14 @@ def _gather_weight(w: jax.Array, axis: int, dtype: Any) -> jax.Array:
 
 
 def _scatter_gradient(axis: int, dtype: Any, _: None, d: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.psum_scatter(d.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True),)
+    return (
+        jax.lax.psum_scatter(d.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True),
+    )
 
 
-_gather_weight.defvjp(lambda w, axis, dtype: (_gather_weight(w, axis, dtype), None), _scatter_gradient)
+_gather_weight.defvjp(
+    lambda w, axis, dtype: (_gather_weight(w, axis, dtype), None), _scatter_gradient
+)
 
 
 @jax.custom_vjp
@@ -156,7 +165,9 @@ def _gather_tokens(x_BlD: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _scatter_tokens(_: None, d: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
     d_shared_BLD, d_own_BLD = d
     l = d_own_BLD.shape[1] // jax.lax.axis_size("expert")
-    mine_BlD = jax.lax.dynamic_slice_in_dim(d_shared_BLD, l * jax.lax.axis_index("expert"), l, axis=1)
+    mine_BlD = jax.lax.dynamic_slice_in_dim(
+        d_shared_BLD, l * jax.lax.axis_index("expert"), l, axis=1
+    )
     return (mine_BlD + jax.lax.psum_scatter(d_own_BLD, "expert", scatter_dimension=1, tiled=True),)
 
 

@@ -47,12 +47,18 @@ def choose_experts(scores_BMN: jax.Array, valid_BM: jax.Array, k: int) -> jax.Ar
     if k == n:
         return jnp.broadcast_to(valid_BM[..., None], scores_BMN.shape)
     _, best_BMK = jax.lax.top_k(jax.lax.stop_gradient(scores_BMN), k)
-    return (best_BMK[..., None] == jnp.arange(n)[None, None, None]).any(axis=-2) & valid_BM[..., None]
+    return (best_BMK[..., None] == jnp.arange(n)[None, None, None]).any(axis=-2) & valid_BM[
+        ..., None
+    ]
 
 
 def biased(scores: jax.Array, load_bias_N: jax.Array | None) -> jax.Array:
     """What experts are chosen by: scores [...,N], shifted towards experts with little load."""
-    return scores if load_bias_N is None else scores + load_bias_N.reshape((1,) * (scores.ndim - 1) + (-1,))
+    return (
+        scores
+        if load_bias_N is None
+        else scores + load_bias_N.reshape((1,) * (scores.ndim - 1) + (-1,))
+    )
 
 
 def rebalanced(load_bias_N: jax.Array, chosen_N: jax.Array, rate: float) -> jax.Array:
@@ -75,7 +81,9 @@ def first_come(chosen_BMN: jax.Array, window: int, capacity: int) -> jax.Array:
 MANY = 1024  # patches from which the best are found by counting, faster than sorting everywhere but on GPUs (docs/performance.md)
 
 
-def best_first(chosen_BMN: jax.Array, scores_BMN: jax.Array, capacity_B: jax.Array, slots: int) -> jax.Array:
+def best_first(
+    chosen_BMN: jax.Array, scores_BMN: jax.Array, capacity_B: jax.Array, slots: int
+) -> jax.Array:
     """Data selection by score: bool [B,M,N], the `capacity_B` (at most `slots`) best-scored choices of each expert; of equal
     ones the first."""
     offered_BNM = jnp.where(chosen_BMN, jax.lax.stop_gradient(scores_BMN), -1.0).swapaxes(1, 2)
@@ -90,7 +98,11 @@ def by_sorting(offered_BNM: jax.Array, capacity_B: jax.Array, slots: int) -> jax
     best_BNC, patch_BNC = jax.lax.top_k(offered_BNM, slots)
     wins_BNC = (best_BNC >= 0) & (jnp.arange(slots)[None, None] < capacity_B[:, None, None])
     rows = jnp.arange(b * n)[:, None]
-    kept = jnp.zeros((b * n, m), bool).at[rows, patch_BNC.reshape(b * n, slots)].set(wins_BNC.reshape(b * n, slots))
+    kept = (
+        jnp.zeros((b * n, m), bool)
+        .at[rows, patch_BNC.reshape(b * n, slots)]
+        .set(wins_BNC.reshape(b * n, slots))
+    )
     return kept.reshape(b, n, m)
 
 
@@ -112,7 +124,9 @@ def by_counting(offered_BNM: jax.Array, capacity_B: jax.Array, slots: int) -> ja
     return above_BNM | (level_BNM & (jnp.cumsum(level_BNM, axis=-1, dtype=jnp.int32) <= left_BN1))
 
 
-def gate(name: str, logits_BMN: jax.Array, scores_BMN: jax.Array, chosen_BMN: jax.Array, k: int) -> jax.Array:
+def gate(
+    name: str, logits_BMN: jax.Array, scores_BMN: jax.Array, chosen_BMN: jax.Array, k: int
+) -> jax.Array:
     """Combine weights float32 [B,M,N]; each gate gives 1 where the router is undecided."""
     if name == "sigmoid":
         return 2 * jax.nn.sigmoid(logits_BMN)
@@ -160,15 +174,23 @@ def bound_sequences(
     """
     b, n = chosen_BN.shape
     if b % group:
-        raise ValueError(f"sequence_group={group} must divide the {b} rows of the batch: {divisors(b)}")
-    offered_NGg = jnp.where(chosen_BN, jax.lax.stop_gradient(scores_BN), -1.0).T.reshape(n, b // group, group)
+        raise ValueError(
+            f"sequence_group={group} must divide the {b} rows of the batch: {divisors(b)}"
+        )
+    offered_NGg = jnp.where(chosen_BN, jax.lax.stop_gradient(scores_BN), -1.0).T.reshape(
+        n, b // group, group
+    )
     best_NGc, member_NGc = jax.lax.top_k(offered_NGg, capacity)
-    member_NGc = jnp.sort(jnp.where(best_NGc >= 0, member_NGc, group), axis=-1)  # in their order, empty rows last
+    member_NGc = jnp.sort(
+        jnp.where(best_NGc >= 0, member_NGc, group), axis=-1
+    )  # in their order, empty rows last
     first_G = group * jnp.arange(b // group, dtype=jnp.int32)[None, :, None]
     sequence_NR = jnp.where(member_NGc < group, member_NGc + first_G, b).reshape(n, -1)
     r = sequence_NR.shape[1]
     row_of_NB = jnp.full((n, b), r, jnp.int32)
-    row_of_NB = row_of_NB.at[jnp.arange(n)[:, None], sequence_NR].set(jnp.arange(r, dtype=jnp.int32)[None], mode="drop")
+    row_of_NB = row_of_NB.at[jnp.arange(n)[:, None], sequence_NR].set(
+        jnp.arange(r, dtype=jnp.int32)[None], mode="drop"
+    )
     return jnp.where(sequence_NR < b, sequence_NR, 0), row_of_NB.T
 
 
@@ -249,11 +271,16 @@ def decide(
         patch_logits_BMN = _given(logits_BMN)
         patch_scores_BMN = rule.scores(patch_logits_BMN)
         scores_BMN = own_scores * patch_scores_BMN
-        weights_BMN = weights_BMN * rule.weigh(routing, patch_logits_BMN, patch_scores_BMN, chosen_BMN)
+        weights_BMN = weights_BMN * rule.weigh(
+            routing, patch_logits_BMN, patch_scores_BMN, chosen_BMN
+        )
     rows, offered_BMN = None, chosen_BMN
     if routing.sequence_capacity_factor and keys_B is not None:
         rows = bound_sequences(
-            chosen_BMN.any(axis=1), own_scores[:, 0], routing.sequence_group, routing.sequence_capacity()
+            chosen_BMN.any(axis=1),
+            own_scores[:, 0],
+            routing.sequence_group,
+            routing.sequence_capacity(),
         )
         offered_BMN = chosen_BMN & (rows[1] < rows[0].shape[1])[:, None]
     c = routing.slots(m)
@@ -265,7 +292,9 @@ def decide(
         scores_BMN = jnp.broadcast_to(scores_BMN, offered_BMN.shape)
         kept_BMN = best_first(offered_BMN, scores_BMN, jnp.asarray(table)[valid_BM.sum(axis=1)], c)
     stats = statistics(own, chosen_BMN, kept_BMN, valid_BM, rule)
-    if routing.unit == "hierarchical":  # both routers' logits are kept small; the load is the sequences' choice alone
+    if (
+        routing.unit == "hierarchical"
+    ):  # both routers' logits are kept small; the load is the sequences' choice alone
         stats = stats._replace(z=stats.z + _z(_given(logits_BMN), valid_BM).sum())
     return Decision(kept_BMN, jnp.broadcast_to(weights_BMN, kept_BMN.shape), c, rows), stats
 
@@ -277,7 +306,11 @@ def _given(logits: jax.Array | None) -> jax.Array:
 
 
 def _noisy(
-    logits: jax.Array, scores: jax.Array, routing: RoutingConfig, keys_B: jax.Array | None, rule: Rule
+    logits: jax.Array,
+    scores: jax.Array,
+    routing: RoutingConfig,
+    keys_B: jax.Array | None,
+    rule: Rule,
 ) -> jax.Array:
     """The scores experts are chosen by: in training, those of logits with normal noise; the combine weights have none."""
     if keys_B is None or not routing.router_noise:
@@ -293,7 +326,11 @@ def _z(logits_BMN: jax.Array, valid_BM: jax.Array) -> jax.Array:
 
 
 def statistics(
-    logits: jax.Array, chosen_BMN: jax.Array, kept_BMN: jax.Array, valid_BM: jax.Array, rule: Rule = UNION
+    logits: jax.Array,
+    chosen_BMN: jax.Array,
+    kept_BMN: jax.Array,
+    valid_BM: jax.Array,
+    rule: Rule = UNION,
 ) -> RoutingStats:
     """Sums over a batch; logits [B,M,N], or [B,1,N] where all patches of a sequence have the same."""
     m, n = chosen_BMN.shape[1:]
@@ -301,7 +338,9 @@ def statistics(
     shares = jnp.exp(log_shares)
     choices_B = jnp.maximum(chosen_BMN.sum(axis=(1, 2), dtype=jnp.float32), 1)
     # Kept, as nothing else of the choice is needed for a gradient.
-    share_BN = checkpoint_name(chosen_BMN.sum(axis=1, dtype=jnp.float32) / choices_B[:, None], "selection")
+    share_BN = checkpoint_name(
+        chosen_BMN.sum(axis=1, dtype=jnp.float32) / choices_B[:, None], "selection"
+    )
     valid_f32_BM = valid_BM.astype(jnp.float32)
     count_B = jnp.maximum(valid_BM.sum(axis=1), 1).astype(jnp.float32)
     mean_share_BN = (shares * valid_f32_BM[..., None]).sum(axis=1) / count_B[:, None]
@@ -310,7 +349,9 @@ def statistics(
 
     def sums(mask_BMN):
         by_position_M = mask_BMN.sum(axis=(0, 2)).astype(jnp.float32)
-        by_quarter_4 = jnp.matmul(quarter_4M, by_position_M, precision=jax.lax.Precision.HIGHEST)  # counts stay exact
+        by_quarter_4 = jnp.matmul(
+            quarter_4M, by_position_M, precision=jax.lax.Precision.HIGHEST
+        )  # counts stay exact
         return mask_BMN.sum(axis=(0, 1)).astype(jnp.float32), by_quarter_4
 
     chosen_N, chosen_4 = sums(chosen_BMN)

@@ -67,7 +67,9 @@ def cost_of_determinism() -> str:
     """What train.deterministic does on the devices at hand, for the person."""
     if jax.default_backend() == "gpu":
         return f"{_DETERMINISTIC}: some kernels are slower (how much was not measured), and none is chosen by its time"
-    return f"nothing to turn on for {jax.default_backend()}, which is deterministic as it is: no cost"
+    return (
+        f"nothing to turn on for {jax.default_backend()}, which is deterministic as it is: no cost"
+    )
 
 
 def host_peak_bytes() -> int:

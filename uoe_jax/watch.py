@@ -30,7 +30,10 @@ T = TypeVar("T")
 # Shares of guard.peer_timeout_s. Silence, a turn or two to see it, and the time for the others to read: together below 1.
 _TURN, _SILENCE, _LINGER = 1 / 20, 0.7, 3 / 20
 _SUSPICION = 3 / 20  # silence that is enough where a connection broke as well
-_HOPELESS = (errors.EXIT_BAD_INPUT, errors.EXIT_BAD_NUMBERS)  # the others end with the same, so that no launcher tries again
+_HOPELESS = (
+    errors.EXIT_BAD_INPUT,
+    errors.EXIT_BAD_NUMBERS,
+)  # the others end with the same, so that no launcher tries again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,9 @@ class Place:
 class Watch:
     """Tells the others how far this process is, and ends it when one of them is lost, fails or hangs."""
 
-    def __init__(self, client: Any, me: int, count: int, coordinator: str, guard: GuardConfig) -> None:
+    def __init__(
+        self, client: Any, me: int, count: int, coordinator: str, guard: GuardConfig
+    ) -> None:
         self._client, self._me, self._coordinator, self.guard = client, me, coordinator, guard
         self.place, self.ticks = Place(patience_s=guard.compile_timeout_s), 0
         self._silence = guard.peer_timeout_s * _SILENCE
@@ -66,11 +71,15 @@ class Watch:
         # Others write under `rest`, which process 0 reads; it writes under `lead`, which they read.
         self._own, self._theirs = ("uoe/lead", "uoe/rest") if me == 0 else ("uoe/rest", "uoe/lead")
         now, watched = time.monotonic(), range(1, count) if me == 0 else range(1)
-        self._said = {i: (-1, Place(patience_s=guard.compile_timeout_s), now) for i in watched}  # beat, place, when it came
+        self._said = {
+            i: (-1, Place(patience_s=guard.compile_timeout_s), now) for i in watched
+        }  # beat, place, when it came
         self._lowest, self._answered = (-1, now), now
         self._ticks: dict[int, int] = {}  # of every process, when last looked at
         for work in (self._talk, self._judge):
-            threading.Thread(target=self._turns, args=(work,), name=f"uoe{work.__name__}", daemon=True).start()
+            threading.Thread(
+                target=self._turns, args=(work,), name=f"uoe{work.__name__}", daemon=True
+            ).start()
         if me:
             _on_abort(self._aborted)
 
@@ -88,7 +97,9 @@ class Watch:
 
         Not through Python's exit, where JAX would wait minutes for the others, who wait for this one in a collective.
         """
-        self._ending.acquire(timeout=self.guard.peer_timeout_s)  # a verdict that is being told comes first
+        self._ending.acquire(
+            timeout=self.guard.peer_timeout_s
+        )  # a verdict that is being told comes first
         code = exit_code if exit_code in _HOPELESS else errors.EXIT_LOST_PEER
         sentence = f"process {self._me} ended {self.place} with exit code {exit_code}{': ' * bool(why)}{why[:2000]}"
         try:
@@ -137,7 +148,9 @@ class Watch:
         for name, text in heard:
             if "/verdict/" in name:
                 said = json.loads(text)
-                if said["code"] in _HOPELESS:  # mostly all were told in the course of things, and this one is leaving itself
+                if (
+                    said["code"] in _HOPELESS
+                ):  # mostly all were told in the course of things, and this one is leaving itself
                     time.sleep(self.guard.peer_timeout_s * _TURN)
                 self._end(**said)
 
@@ -159,16 +172,25 @@ class Watch:
         """
         at = {self._me: self.where()} | {i: place for i, (_, place, _) in self._said.items()}
         culprit = min(at, key=lambda i: (at[i].moves, at[i].waits))
-        if culprit != self._me and now - self._said[culprit][2] > self.guard.peer_timeout_s * _SUSPICION:
+        if (
+            culprit != self._me
+            and now - self._said[culprit][2] > self.guard.peer_timeout_s * _SUSPICION
+        ):
             return  # one that falls silent as well does not hang, it is soon lost
         place, (moves, since) = at[culprit], self._lowest
-        works = any(p.moves == place.moves and p.ticks > self._ticks.get(i, 0) for i, p in at.items())
+        works = any(
+            p.moves == place.moves and p.ticks > self._ticks.get(i, 0) for i, p in at.items()
+        )
         self._ticks = {i: p.ticks for i, p in at.items()}
         if place.moves != moves or works:
             self._lowest = (place.moves, now)
         elif place.patience_s and now - since > place.patience_s:
             key = "compile" if place.patience_s == self.guard.compile_timeout_s else "hang"
-            also = "" if any(p.moves > moves for p in at.values()) else ", and neither goes any other on"
+            also = (
+                ""
+                if any(p.moves > moves for p in at.values())
+                else ", and neither goes any other on"
+            )
             why = f"nothing has happened there for {now - since:.0f} s{also} (config.guard.{key}_timeout_s)"
             self._end(errors.EXIT_LOST_PEER, culprit, f"process {culprit} hangs {place}: {why}")
 
@@ -281,7 +303,9 @@ def leave_lost(error: BaseException) -> None:
     if _watch is None or said is None:
         return
     _watch.suspect()
-    time.sleep(_watch.guard.peer_timeout_s * 0.9)  # meanwhile the watch names the process that is gone, and ends this
+    time.sleep(
+        _watch.guard.peer_timeout_s * 0.9
+    )  # meanwhile the watch names the process that is gone, and ends this
     why = f"the connection to another process broke ({said})"
     with contextlib.suppress(Exception):
         print(f"uoe: {why}; run the same command again", file=sys.stderr)

@@ -31,7 +31,9 @@ from uoe_jax.surroundings import expanded
 
 CONFIG, RECORD, LOCK = "config.json", "record.json", ".lock"
 SHOWS_UP_S = 10  # a network file system may show a new file late
-_NO_RUN_YET = re.compile(r"\.lock|error(_\d+)?\.txt|\.(config|record)\.json\.\d+")  # what a start that failed may leave
+_NO_RUN_YET = re.compile(
+    r"\.lock|error(_\d+)?\.txt|\.(config|record)\.json\.\d+"
+)  # what a start that failed may leave
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _locks: dict[str, int] = {}  # workdir: file descriptor
 
@@ -66,16 +68,22 @@ def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPa
     name = os.fspath(path)
     if is_remote(name):
         if not re.match(r"gs://[^/]", name):
-            raise UserError(f"{option}={name}: is neither a local directory nor gs://bucket/name; give one of these")
+            raise UserError(
+                f"{option}={name}: is neither a local directory nor gs://bucket/name; give one of these"
+            )
         if importlib.util.find_spec("gcsfs") is None:
-            raise UserError(f"{option}={name}: gs:// takes the package gcsfs; pip install 'uoe-jax[gs]'")
+            raise UserError(
+                f"{option}={name}: gs:// takes the package gcsfs; pip install 'uoe-jax[gs]'"
+            )
         import fsspec
 
         # Listings are cached for ever by default, and would not show what TensorStore and other processes write.
         fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
     found = LiteralPath(expanded(name, option))
     if is_remote(found) and not is_remote(name):
-        raise UserError(f"{option}={printable(name)}: is taken for the address {found}; give that, or a directory elsewhere")
+        raise UserError(
+            f"{option}={printable(name)}: is taken for the address {found}; give that, or a directory elsewhere"
+        )
     return found
 
 
@@ -91,7 +99,9 @@ def checkpoint_path(path: str | os.PathLike[str], option: str = "--workdir") -> 
     try:
         names = [name] if is_remote(name) else [os.path.abspath(name), os.path.realpath(name)]
     except FileNotFoundError as error:
-        raise UserError(f"{option}={name}: the current directory is gone; give a whole path, or start elsewhere") from error
+        raise UserError(
+            f"{option}={name}: the current directory is gone; give a whole path, or start elsewhere"
+        ) from error
     for name in names:
         if not (bad := _unusable_in(name)):
             return LiteralPath(name)
@@ -117,7 +127,13 @@ def _unusable_in(name: str) -> str:
         return "'gs:' at the end of a directory's name"
     if not is_remote(name):
         what = LiteralPath(name)  # of etils: /gs/bucket is gs://bucket to it
-        return "a backslash" if "\\" in rest else f"what is taken for {what}" if is_remote(what) else ""
+        return (
+            "a backslash"
+            if "\\" in rest
+            else f"what is taken for {what}"
+            if is_remote(what)
+            else ""
+        )
     if ".." in rest.split("/"):
         return "'..'"
     if control := next((c for c in rest if ord(c) < 32 or ord(c) == 127), ""):
@@ -154,7 +170,9 @@ def open_workdir(path: str, config: Config) -> epath.Path:
                 workdir.mkdir(parents=True, exist_ok=True)
             there = _names(workdir)
             if there and CONFIG not in there:
-                raise UserError(f"--workdir={path}: holds other files ({there[0]}, …) and no run; give an empty directory")
+                raise UserError(
+                    f"--workdir={path}: holds other files ({there[0]}, …) and no run; give an empty directory"
+                )
             lock(path, workdir)
             if CONFIG in _names(workdir):
                 _refuse_other_run(path, read_config(path), config)
@@ -194,7 +212,9 @@ def lock(path: str, workdir: epath.Path) -> None:
     except OSError as error:
         try:
             if isinstance(error, BlockingIOError):
-                raise UserError(f"--workdir={path}: {_holder(lock)}; stop it, or give another --workdir") from error
+                raise UserError(
+                    f"--workdir={path}: {_holder(lock)}; stop it, or give another --workdir"
+                ) from error
             if error.errno not in _NO_LOCKS:
                 raise
             print(f"uoe: {path}: nothing keeps a second writer out, as this file system has no locks ({error.strerror})",
@@ -205,7 +225,11 @@ def lock(path: str, workdir: epath.Path) -> None:
     _locks[os.fspath(workdir)] = lock
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     os.ftruncate(lock, 0)
-    os.pwrite(lock, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode(), 0)
+    os.pwrite(
+        lock,
+        json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode(),
+        0,
+    )
 
 
 def wait_for_writer(workdir: epath.Path, seconds: float, given_up: Callable[[], bool]) -> None:
@@ -220,7 +244,11 @@ def wait_for_writer(workdir: epath.Path, seconds: float, given_up: Callable[[], 
                 return
             except BlockingIOError:
                 if not said:
-                    print(f"uoe: {workdir}: {_holder(file.fileno())}; waiting for it", file=sys.stderr, flush=True)
+                    print(
+                        f"uoe: {workdir}: {_holder(file.fileno())}; waiting for it",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 said = True
                 time.sleep(0.2)
             except OSError:  # no locks here
@@ -231,7 +259,9 @@ def _holder(lock: int) -> str:
     """Who holds a lock, from what it wrote into the file."""
     try:
         said = json.loads(os.pread(lock, 1000, 0))
-        return f"process {said['pid']} on {said['host']} has been writing there since {said['since']}"
+        return (
+            f"process {said['pid']} on {said['host']} has been writing there since {said['since']}"
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return "another process is writing there"
 
@@ -299,14 +329,18 @@ def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = 
     """
     path = locate(workdir) / RECORD
     with os_errors(path):
-        found = read_json(path, "remove it, where you are sure of the run's data, or start in another --workdir")
+        found = read_json(
+            path, "remove it, where you are sure of the run's data, or start in another --workdir"
+        )
         if found is None and not store:
             return
         if found is None:
             try:
                 return write_json(path, {"data": record})
             except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error.strerror or error}); mend that and run again") from error
+                raise UserError(
+                    f"{path}: cannot be written ({error.strerror or error}); mend that and run again"
+                ) from error
     old = found.get("data")
     for name in ("sha256", "tokenizer"):
         if not isinstance(old, dict) or old.get(name) != record.get(name):
@@ -327,7 +361,9 @@ def read_config(path: str) -> Config:
     remedy = "restore it, or start in another --workdir"
     values = read_json(file, remedy)
     if values is None:
-        raise UserError(f"--workdir={path}: no run there (config.json is missing); train one with uoe train")
+        raise UserError(
+            f"--workdir={path}: no run there (config.json is missing); train one with uoe train"
+        )
     try:
         return from_dict(values)
     except UserError as error:
@@ -354,7 +390,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+        raise ValueError(
+            f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice"
+        )
     return found
 
 
@@ -369,7 +407,9 @@ def write_asked(name: str, text: str) -> None:
         with os_errors(name):
             write_text(locate(name, "--out"), text)
     except OSError as error:
-        raise UserError(f"--out={name}: cannot be written ({error.strerror or error}); give another file") from error
+        raise UserError(
+            f"--out={name}: cannot be written ({error.strerror or error}); give another file"
+        ) from error
 
 
 def read_text(path: epath.PathLike) -> str:

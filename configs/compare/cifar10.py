@@ -10,7 +10,16 @@ Expected:  not run.
 from uoe_jax import recipes
 from uoe_jax.compare.table import experiment, table
 
-ROWS = ("full_attention", "switch", "expert_choice", "xmoe", "deepseek_moe", "skywork_moe", "deepseek_v3", "uoe")
+ROWS = (
+    "full_attention",
+    "switch",
+    "expert_choice",
+    "xmoe",
+    "deepseek_moe",
+    "skywork_moe",
+    "deepseek_v3",
+    "uoe",
+)
 
 
 def get_config(variant: str = ""):

@@ -10,8 +10,25 @@ Expected:  all rows between 97.6 and 98.8 % of test, which is within the noise o
 from uoe_jax import recipes
 from uoe_jax.compare.table import experiment, table
 
-PEERS = ("full_attention", "switch", "expert_choice", "deepseek_moe", "deepseek_v3", "skywork_moe", "xmoe", "uoe")
-ABLATIONS = ("smha_only", "uome_only", "hierarchical", "gate_normalized", "gate_score", "gate_straight_through", "gate_none")
+PEERS = (
+    "full_attention",
+    "switch",
+    "expert_choice",
+    "deepseek_moe",
+    "deepseek_v3",
+    "skywork_moe",
+    "xmoe",
+    "uoe",
+)
+ABLATIONS = (
+    "smha_only",
+    "uome_only",
+    "hierarchical",
+    "gate_normalized",
+    "gate_score",
+    "gate_straight_through",
+    "gate_none",
+)
 CAPACITIES = ("capacity_0.75", "capacity_1.0", "capacity_2.0", "no_balance")
 
 
@@ -22,4 +39,6 @@ def get_config(variant: str = ""):
         c.checkpoint.every = 200
     title = "Handwritten digits of 8 x 8 pixels"
     rows = (*PEERS, "mosa", "moh", *ABLATIONS, *CAPACITIES)
-    return recipes.compared(table(c, rows, title=title, learning_rates="0.001,0.003"), variant, PEERS)
+    return recipes.compared(
+        table(c, rows, title=title, learning_rates="0.001,0.003"), variant, PEERS
+    )

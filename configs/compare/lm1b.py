@@ -17,4 +17,6 @@ ROWS = ("full_attention", "xmoe", "deepseek_moe", "skywork_moe", "deepseek_v3", 
 
 def get_config(variant: str = ""):
     c = experiment("lm1b", variant)
-    return recipes.compared(table(c, ROWS, title="One Billion Word", lengths=recipes.LENGTHS), variant, ROWS)
+    return recipes.compared(
+        table(c, ROWS, title="One Billion Word", lengths=recipes.LENGTHS), variant, ROWS
+    )

@@ -12,8 +12,22 @@ Expected:  bits per byte of validation: UoE 2.657, full attention 2.615, UoME al
 from uoe_jax import recipes
 from uoe_jax.compare.table import experiment, table
 
-PEERS = ("full_attention", "gshard", "deepseek_moe", "deepseek_v3", "skywork_moe", "xmoe", "moh", "uoe")
-GATES = ("gate_normalized", "gate_score", "gate_straight_through", "gate_none")  # the base's own is sigmoid
+PEERS = (
+    "full_attention",
+    "gshard",
+    "deepseek_moe",
+    "deepseek_v3",
+    "skywork_moe",
+    "xmoe",
+    "moh",
+    "uoe",
+)
+GATES = (
+    "gate_normalized",
+    "gate_score",
+    "gate_straight_through",
+    "gate_none",
+)  # the base's own is sigmoid
 CAPACITIES = ("capacity_0.75", "capacity_1.0", "capacity_2.0")
 BALANCE = ("no_balance", "switch_balance", "bias_balance")
 
@@ -29,7 +43,9 @@ def get_config(variant: str = ""):
         c.model.n_layers, c.model.d_model, c.model.d_hidden = 2, 128, 512
         c.train.steps, c.eval.every = 300, 100
         c.checkpoint.every = 0
-    if variant == "flops":  # as many operations as full attention, not its width; no row of other capacity
+    if (
+        variant == "flops"
+    ):  # as many operations as full attention, not its width; no row of other capacity
         made = table(c, PEERS, title=f"{TITLE}, matched by operations", match="flops", **MORE)
         return recipes.compared(made, "", PEERS)
     return recipes.compared(table(c, rows, title=TITLE, **MORE), variant, PEERS)

@@ -20,7 +20,12 @@ ROWS = ("full_attention", "deepseek_v3", "xmoe", "uoe")
 def get_config(variant: str = ""):
     c = experiment("quickstart", variant)
     if variant != "tiny":
-        c.model.n_layers, c.model.d_model, c.model.d_hidden, c.model.context_length = 6, 512, 2048, 1024
+        c.model.n_layers, c.model.d_model, c.model.d_hidden, c.model.context_length = (
+            6,
+            512,
+            2048,
+            1024,
+        )
         c.model.dtype = "bfloat16"
         c.train.steps, c.train.batch_size = 300, 32
         c.optimizer.learning_rate = 1e-3

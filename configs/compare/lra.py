@@ -10,7 +10,15 @@ Expected:  not run.
 from uoe_jax import recipes
 from uoe_jax.compare.table import experiment, table
 
-MIXTURES = ("full_attention", "expert_choice", "xmoe", "deepseek_moe", "skywork_moe", "deepseek_v3", "uoe")
+MIXTURES = (
+    "full_attention",
+    "expert_choice",
+    "xmoe",
+    "deepseek_moe",
+    "skywork_moe",
+    "deepseek_v3",
+    "uoe",
+)
 EFFICIENT = ("linformer", "nystromformer", "performer", "reformer", "long_short")
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 
@@ -18,13 +26,25 @@ TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 def get_config(variant: str = "listops"):
     task = "listops" if variant == "tiny" else variant
     if task not in TASKS:
-        raise ValueError(f"there is no variant {variant!r}; give {', '.join(map(repr, TASKS))} or 'tiny'")
+        raise ValueError(
+            f"there is no variant {variant!r}; give {', '.join(map(repr, TASKS))} or 'tiny'"
+        )
     c = experiment(f"lra_{task}", variant)
     # As in the authors' harness: LSH by chunks of 64 in two rounds, a window of 8 and 32 projections.
-    c.model.linformer.rank, c.model.nystromformer.landmarks, c.model.performer.features = 256, 128, 256
+    c.model.linformer.rank, c.model.nystromformer.landmarks, c.model.performer.features = (
+        256,
+        128,
+        256,
+    )
     c.model.reformer.chunk, c.model.long_short.window, c.model.long_short.rank = 64, 8, 32
     if variant == "tiny":
-        c.model.linformer.rank, c.model.nystromformer.landmarks, c.model.performer.features = 8, 8, 8
+        c.model.linformer.rank, c.model.nystromformer.landmarks, c.model.performer.features = (
+            8,
+            8,
+            8,
+        )
         c.model.reformer.chunk = c.model.long_short.rank = 8
-    made = table(c, (*MIXTURES, *EFFICIENT), title=f"Long Range Arena, {task}", lengths=recipes.LENGTHS)
+    made = table(
+        c, (*MIXTURES, *EFFICIENT), title=f"Long Range Arena, {task}", lengths=recipes.LENGTHS
+    )
     return recipes.compared(made, "tiny" if variant == "tiny" else "", MIXTURES)

@@ -42,7 +42,9 @@ def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     out = {}
     for name, (shape, dtype) in task_of(config).shapes(config).items():
         if name in ("tokens", "targets", "inputs"):
-            out[name] = rng.integers(0, 256 if config.model.stem == "image" else config.model.vocab_size, shape).astype(dtype)
+            out[name] = rng.integers(
+                0, 256 if config.model.stem == "image" else config.model.vocab_size, shape
+            ).astype(dtype)
         elif name == "positions":
             out[name] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
         elif name in ("label", "other"):
@@ -95,11 +97,20 @@ def paired(step: Step, reference: Step, rounds: int) -> tuple[list[float], list[
 def against(own: list[float], reference: list[float]) -> dict[str, float]:
     """The median of the ratios within a round, the quartiles around it, and the median seconds."""
     ratios = [a / b for a, b in zip(own, reference)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return {"seconds": statistics.median(own), "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
+    low, _, high = (
+        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    )
+    return {
+        "seconds": statistics.median(own),
+        "ratio": statistics.median(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+    }
 
 
-def side_by_side(configs: dict[str, Config], reference: str, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+def side_by_side(
+    configs: dict[str, Config], reference: str, rounds: int
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """(time and memory of every row's step, each measured in turn with the reference's; of rows that the device could not run, why).
 
     Rows are not measured at the same time as each other, so that a row's seconds are its ratio times the reference's.
@@ -115,7 +126,10 @@ def side_by_side(configs: dict[str, Config], reference: str, rounds: int) -> tup
             failed[name] = str(error).partition("\n")[0]
             print(f"uoe: {name} is not measured: {failed[name]}", file=sys.stderr, flush=True)
     seconds = out[reference]["seconds"]
-    return {name: {**found, "seconds": seconds * (1 if name == reference else found["ratio"])} for name, found in out.items()}, failed
+    return {
+        name: {**found, "seconds": seconds * (1 if name == reference else found["ratio"])}
+        for name, found in out.items()
+    }, failed
 
 
 def batch_lengths(config: Config) -> collections.Counter[int]:
@@ -124,15 +138,21 @@ def batch_lengths(config: Config) -> collections.Counter[int]:
     c = config
     if c.data.buckets == 1:
         return collections.Counter({c.model.block_length: 1})
-    batches = TrainBatches(load(c, default_cache_dir()).train, c.train.batch_size, seed=0, window=c.data.sort_window)
+    batches = TrainBatches(
+        load(c, default_cache_dir()).train, c.train.batch_size, seed=0, window=c.data.sort_window
+    )
     in_front = c.model.block_length - c.model.context_length
-    return collections.Counter(batches[i]["inputs"].shape[-1] + in_front for i in range(min(c.train.steps, MOST_BATCHES)))
+    return collections.Counter(
+        batches[i]["inputs"].shape[-1] + in_front for i in range(min(c.train.steps, MOST_BATCHES))
+    )
 
 
 def counts(config: Config, lengths: collections.Counter[int]) -> dict[str, float]:
     """What is counted from the configuration (`flops`, `memory`), and of training by the lengths of its batches."""
     m = config.model
-    trained = sum(n * train_flops(m, config.train.batch_size, length) for length, n in lengths.items())
+    trained = sum(
+        n * train_flops(m, config.train.batch_size, length) for length, n in lengths.items()
+    )
     return {
         "parameters": parameters(m),
         "active_parameters": active_parameters(m),
@@ -166,7 +186,9 @@ def over_lengths(
             except ConfigError as error:
                 refused.append((name, length, str(error)))
         if reference in own:
-            timed, failed = side_by_side(own, reference, max(FEWEST_ROUNDS, min(rounds, 2048 // length)))
+            timed, failed = side_by_side(
+                own, reference, max(FEWEST_ROUNDS, min(rounds, 2048 // length))
+            )
             refused += [(name, length, why) for name, why in failed.items()]
             out += [{"row": name, "length": length, **found} for name, found in timed.items()]
     return out, refused
@@ -177,32 +199,50 @@ def measure(workdir_name: str) -> int:
     workdir = locate(workdir_name)
     table = read_json(workdir / "table.json", DAMAGED)
     if table is None:
-        raise UserError(f"--workdir={workdir_name}: holds no table.json; give the directory of a table made by uoe compare")
-    reference = next(slug for slug, row in table["rows"].items() if row["name"] == table["reference"])
+        raise UserError(
+            f"--workdir={workdir_name}: holds no table.json; give the directory of a table made by uoe compare"
+        )
+    reference = next(
+        slug for slug, row in table["rows"].items() if row["name"] == table["reference"]
+    )
     configs = {}
     for slug in table["rows"]:
         place = workdir / "rows" / slug / "seed_0"
         if not (place / "config.json").exists():
             continue
         found = read_config(str(place))
-        if is_finished(found, place) or diverged(place):  # others were left out this time, maybe because they cannot run
+        if is_finished(found, place) or diverged(
+            place
+        ):  # others were left out this time, maybe because they cannot run
             configs[slug] = found if found.model.vocab_size else with_vocabulary(found, 257)
     # What may change while a table is made is the same for all that are compared.
     first = configs[reference]
-    configs = {slug: replace(c, mesh=first.mesh, model=replace(c.model, remat=first.model.remat)) for slug, c in configs.items()}
+    configs = {
+        slug: replace(c, mesh=first.mesh, model=replace(c.model, remat=first.model.remat))
+        for slug, c in configs.items()
+    }
     runtime.start(first)
     trained_on = batch_lengths(first)  # before all that takes long: it may find no data
     timed_rows, failed = side_by_side(configs, reference, table["rounds"])
-    rows = {slug: {**timed, **counts(configs[slug], trained_on)} for slug, timed in timed_rows.items()}
+    rows = {
+        slug: {**timed, **counts(configs[slug], trained_on)} for slug, timed in timed_rows.items()
+    }
     image = configs[reference].model.stem == "image"  # whose tokens are settled
     lengths = () if image else numbers("config.lengths", table["lengths"], int)
     wanted = {*table["length_rows"].split(","), table["reference"]}
-    swept = {slug: c for slug, c in configs.items() if not table["length_rows"] or table["rows"][slug]["name"] in wanted}
+    swept = {
+        slug: c
+        for slug, c in configs.items()
+        if not table["length_rows"] or table["rows"][slug]["name"] in wanted
+    }
     sweep, refused = over_lengths(swept, lengths, reference, table["rounds"])
     refused += [(slug, first.model.context_length, why) for slug, why in failed.items()]
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     made = {"jax": jax.__version__, "devices": devices, "python": sys.version.split()[0]}
-    write_json(workdir / "measured.json", {"made": made, "rows": rows, "lengths": sweep, "refused": refused})
+    write_json(
+        workdir / "measured.json",
+        {"made": made, "rows": rows, "lengths": sweep, "refused": refused},
+    )
     return EXIT_DONE
 
 

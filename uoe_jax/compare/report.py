@@ -79,17 +79,39 @@ def results(table: Table, workdir: epath.Path) -> list[Result]:
                 bad += 1
                 continue
             lines = read_metrics(place) if (place / "metrics.jsonl").exists() else []
-            last = [line for line in lines if f"{split}/loss" in line and line["step"] == config.train.steps]
+            last = [
+                line
+                for line in lines
+                if f"{split}/loss" in line and line["step"] == config.train.steps
+            ]
             if last:
                 config = read_config(str(place))
                 if f"{split}/{measure.key}" not in last[-1]:
                     remedy = f"the rows are compared by {measure.name}, which is unknown with it; use another tokenizer"
                     raise ConfigError("config.data.tokenizer", config.data.tokenizer, remedy)
                 finals[seed] = measure.scale * last[-1][f"{split}/{measure.key}"]
-                curves.append([(line["step"], measure.scale * line[f"eval/{measure.key}"]) for line in lines if "eval/loss" in line])
+                curves.append(
+                    [
+                        (line["step"], measure.scale * line[f"eval/{measure.key}"])
+                        for line in lines
+                        if "eval/loss" in line
+                    ]
+                )
         if finals or bad:
             rate = rates.get(slug, config.optimizer.learning_rate)
-            out.append(Result(slug, row["name"], config, row["miss"], finals, bad, curves, measured.get(slug, {}), rate))
+            out.append(
+                Result(
+                    slug,
+                    row["name"],
+                    config,
+                    row["miss"],
+                    finals,
+                    bad,
+                    curves,
+                    measured.get(slug, {}),
+                    rate,
+                )
+            )
     return out
 
 
@@ -98,7 +120,11 @@ def write(table: Table, workdir: epath.Path) -> str:
     from uoe_jax.compare.plots import draw
 
     found = results(table, workdir)
-    told = read_json(workdir / "measured.json", DAMAGED) or {"made": {}, "lengths": [], "refused": []}
+    told = read_json(workdir / "measured.json", DAMAGED) or {
+        "made": {},
+        "lengths": [],
+        "refused": [],
+    }
     write_text(workdir / "table.csv", as_csv(found))
     pictures = draw(found, told["lengths"], workdir)
     text = as_markdown(table, found, told)
@@ -125,12 +151,23 @@ def as_markdown(table: Table, found: list[Result], told: dict[str, Any]) -> str:
     searched = bool(table.rates)
     head += ["learning rate"] * searched
     sign = 1 if measure.lower_is_better else -1
-    ordered = sorted(found, key=lambda r: (not r.finals, sign * statistics.mean(r.finals.values() or [0])))
-    lines = [f"# {table.config.title or 'Comparison'}", "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    ordered = sorted(
+        found, key=lambda r: (not r.finals, sign * statistics.mean(r.finals.values() or [0]))
+    )
+    lines = [
+        f"# {table.config.title or 'Comparison'}",
+        "",
+        _line(head),
+        _line(["---", *["---:"] * (len(head) - 1)]),
+    ]
     for r in ordered:
         m = r.measured
         mark = " *" if abs(r.miss) > SMALLEST_MISS else ""
-        cells = [r.name + mark, spread(r.finals.values(), measure.digits), f"{len(r.finals)}" + (f" ({r.diverged} diverged)" if r.diverged else "")]
+        cells = [
+            r.name + mark,
+            spread(r.finals.values(), measure.digits),
+            f"{len(r.finals)}" + (f" ({r.diverged} diverged)" if r.diverged else ""),
+        ]
         cells += (
             [f"{m['parameters'] / 1e6:.3f} M", f"{m['active_parameters'] / 1e6:.3f} M", f"{m['forward_flops_per_token'] / 1e6:.3f}",
              f"{m['ratio']:.2f} ({m['ratio_low']:.2f}-{m['ratio_high']:.2f})", f"{m['bytes'] / 1e6:.1f} MB", f"{m['kept_bytes_per_row'] / 1e3:.0f} kB"]
@@ -155,16 +192,29 @@ def rules(table: Table, found: list[Result], told: dict[str, Any]) -> list[str]:
         f"- Rows are {matched}.",
     ]
     far = [f"{r.name} {r.miss:+.0%}" for r in found if abs(r.miss) > SMALLEST_MISS]
-    why = {"width": "the experts do not divide it", "flops": "no width does that, as the attention alone costs more or less, or a step of the width does"}
+    why = {
+        "width": "the experts do not divide it",
+        "flops": "no width does that, as the attention alone costs more or less, or a step of the width does",
+    }
     out += [f"- Marked *: {why[t.match]}: {', '.join(far)}."] if far else []
     if table.rates:
         tried = ", ".join(f"{rate:g}" for rate in table.rates)
-        out.append(f"- Same search for every row: learning rates {tried}, {table.search_steps:,} steps each with seed 0, the best on validation.")
+        out.append(
+            f"- Same search for every row: learning rates {tried}, {table.search_steps:,} steps each with seed 0, the best on validation."
+        )
     else:
-        out.append(f"- No search: learning rate {c.optimizer.learning_rate:g} and the same schedule for every row.")
-    out.append("- Nothing else was searched for here: unions are routed as the table's experiment says, mixtures and other attentions as their presets and rows do.")
+        out.append(
+            f"- No search: learning rate {c.optimizer.learning_rate:g} and the same schedule for every row."
+        )
+    out.append(
+        "- Nothing else was searched for here: unions are routed as the table's experiment says, mixtures and other attentions as their presets and rows do."
+    )
     several = c.data.buckets > 1
-    which = "test, read once, of the checkpoint that is best on validation" if c.eval.test else "validation, which also chose the learning rate"
+    which = (
+        "test, read once, of the checkpoint that is best on validation"
+        if c.eval.test
+        else "validation, which also chose the learning rate"
+    )
     out += [
         f"- The measure is of {which if table.rates or c.eval.test else 'validation'}, at the end of training; mean ± sample standard deviation "
         "over seeds, which draw initialisation and data order. Seeds that diverged are counted and not in the mean.",
@@ -173,23 +223,65 @@ def rules(table: Table, found: list[Result], told: dict[str, Any]) -> list[str]:
         f"- Time of a step: relative to {t.reference!r}, measured in turn with it in one process, the median of {t.rounds} rounds and "
         "the quartiles; memory: what the compiler needs for a step.",
     ]
-    out += [f"- Not measured at {length} tokens: {row} ({why})." for row, length, why in told["refused"]]
+    out += [
+        f"- Not measured at {length} tokens: {row} ({why})." for row, length, why in told["refused"]
+    ]
     made = told["made"]
-    devices = f"{made['devices']}, jax {made['jax']}, Python {made['python']}" if made else f"jax {jax.__version__}"
+    devices = (
+        f"{made['devices']}, jax {made['jax']}, Python {made['python']}"
+        if made
+        else f"jax {jax.__version__}"
+    )
     return [*out, f"- {datetime.date.today().isoformat()}, {devices}."]
 
 
 def as_csv(found: list[Result]) -> str:
     """One line a row and seed."""
     out = io.StringIO()
-    columns = ["parameters", "active_parameters", "forward_flops_per_token", "train_flops_per_step", "ratio", "ratio_low", "ratio_high", "bytes", "kept_bytes_per_row"]
+    columns = [
+        "parameters",
+        "active_parameters",
+        "forward_flops_per_token",
+        "train_flops_per_step",
+        "ratio",
+        "ratio_low",
+        "ratio_high",
+        "bytes",
+        "kept_bytes_per_row",
+    ]
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "attention", "mlp", "hidden", "measure", "seed", "value", "learning_rate", "train_flops", *columns])
+    writer.writerow(
+        [
+            "row",
+            "attention",
+            "mlp",
+            "hidden",
+            "measure",
+            "seed",
+            "value",
+            "learning_rate",
+            "train_flops",
+            *columns,
+        ]
+    )
     for r in found:
         m, measure = r.config.model, measure_of(r.config)
         flops = r.measured["train_flops_per_step"] * r.config.train.steps if r.measured else ""
         for seed, value in r.finals.items():
-            writer.writerow([r.name, m.attention, m.mlp, m.all_hidden, measure.name, seed, value, r.rate, flops, *(r.measured.get(c, "") for c in columns)])
+            writer.writerow(
+                [
+                    r.name,
+                    m.attention,
+                    m.mlp,
+                    m.all_hidden,
+                    measure.name,
+                    seed,
+                    value,
+                    r.rate,
+                    flops,
+                    *(r.measured.get(c, "") for c in columns),
+                ]
+            )
     return out.getvalue()
 
 

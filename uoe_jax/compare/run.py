@@ -27,15 +27,37 @@ from etils import epath
 from uoe_jax import processes
 from uoe_jax.compare.table import Row, Table
 from uoe_jax.config import Config, changed_keys, from_dict, to_dict
-from uoe_jax.errors import EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, ConfigError, RunError, UserError
+from uoe_jax.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_BAD_NUMBERS,
+    EXIT_DONE,
+    EXIT_STOPPED,
+    ConfigError,
+    RunError,
+    UserError,
+)
 from uoe_jax.surroundings import default_cache_dir, tell
 from uoe_jax.train.metrics import read_metrics
-from uoe_jax.workdir import locate, lock, os_errors, read_json, release, wait_for_writer, write_json, write_text
+from uoe_jax.workdir import (
+    locate,
+    lock,
+    os_errors,
+    read_json,
+    release,
+    wait_for_writer,
+    write_json,
+    write_text,
+)
 
 ORPHAN_S = 120  # that a run whose table was killed may take to end its step and save
 RATES, TABLE = "rates.json", "table.json"
 DAMAGED = "remove it and what it is about, or give another --workdir"
-FIXED = ("match", "reference", "learning_rates", "search_steps")  # of TableConfig: what finished rows depend on
+FIXED = (
+    "match",
+    "reference",
+    "learning_rates",
+    "search_steps",
+)  # of TableConfig: what finished rows depend on
 # Of a run that goes on these may change (train.steps where optimizer.decay_steps is set). In a table they settle what is
 # measured, of which checkpoint, and after how many steps.
 MEASURES = ("eval.test", "eval.every", "checkpoint.every", "checkpoint.keep_best", "train.steps")
@@ -78,7 +100,9 @@ def compare(table: Table, workdir_name: str) -> int:
     except Refused:
         return EXIT_BAD_INPUT
     except OSError as error:
-        raise UserError(f"--workdir={workdir_name}: cannot be written ({error.strerror or error}); give a directory you may write to") from error
+        raise UserError(
+            f"--workdir={workdir_name}: cannot be written ({error.strerror or error}); give a directory you may write to"
+        ) from error
     try:
         with Children() as children:
             rates = found_rates(table, workdir, children)
@@ -109,18 +133,33 @@ def claim(table: Table, workdir: epath.Path) -> None:
     """Writes what the table is into its directory, or makes sure that it is what is there; seeds and rows may be added."""
     path, own = workdir / TABLE, dataclasses.asdict(table.config)
     rows: dict[str, dict[str, Any]] = {
-        row.slug: {"name": row.name, "preset": row.preset, "miss": row.miss, "config": to_dict(row.config)}
+        row.slug: {
+            "name": row.name,
+            "preset": row.preset,
+            "miss": row.miss,
+            "config": to_dict(row.config),
+        }
         for row in table.rows
     }
     known = read_json(path, DAMAGED) or {**own, "rows": {}}
     stored = known.get("rows")
-    if not (known.keys() >= {*FIXED} and isinstance(stored, dict) and all(isinstance(r, dict) and isinstance(r.get("config"), dict) for r in stored.values())):
+    if not (
+        known.keys() >= {*FIXED}
+        and isinstance(stored, dict)
+        and all(isinstance(r, dict) and isinstance(r.get("config"), dict) for r in stored.values())
+    ):
         raise UserError(f"{path}: is no table of uoe compare; {DAMAGED}")
     for key in FIXED:
         if known[key] != own[key]:
-            raise ConfigError(f"config.{key}", own[key], f"the table in this workdir has {known[key]!r}; give that, or another --workdir")
+            raise ConfigError(
+                f"config.{key}",
+                own[key],
+                f"the table in this workdir has {known[key]!r}; give that, or another --workdir",
+            )
     for slug, row in rows.items():
-        changed = changed_keys(from_dict(known["rows"].get(slug, row)["config"]), from_dict(row["config"]), MEASURES)
+        changed = changed_keys(
+            from_dict(known["rows"].get(slug, row)["config"]), from_dict(row["config"]), MEASURES
+        )
         if changed:
             key, old, new = changed[0]
             remedy = f"the row {row['name']!r} of the table in this workdir has {old!r}, from its config or preset of then; give that, or another --workdir"
@@ -135,7 +174,12 @@ def runs(table: Table, workdir: epath.Path, rates: dict[str, float | None]) -> I
         for row in table.rows:
             if rates.get(row.slug, 0.0) is not None:
                 config = _with(row.config, rates.get(row.slug), seed=seed)
-                yield Planned(row, config, workdir / "rows" / row.slug / f"seed_{seed}", f"{row.name}, seed {seed}")
+                yield Planned(
+                    row,
+                    config,
+                    workdir / "rows" / row.slug / f"seed_{seed}",
+                    f"{row.name}, seed {seed}",
+                )
 
 
 def found_rates(table: Table, workdir: epath.Path, children: Children) -> dict[str, float | None]:
@@ -152,8 +196,14 @@ def found_rates(table: Table, workdir: epath.Path, children: Children) -> dict[s
                 config = _with(row.config, rate, steps=table.search_steps)
                 place = workdir / "rows" / row.slug / f"rate_{rate:g}"
                 train(Planned(row, config, place, f"{row.name}, learning rate {rate:g}"), children)
-                losses = [] if diverged(place) else [line["eval/loss"] for line in read_metrics(place) if "eval/loss" in line]
-                tried[str(rate)] = losses[-1] if losses and math.isfinite(losses[-1]) else None  # None: its numbers went bad
+                losses = (
+                    []
+                    if diverged(place)
+                    else [line["eval/loss"] for line in read_metrics(place) if "eval/loss" in line]
+                )
+                tried[str(rate)] = (
+                    losses[-1] if losses and math.isfinite(losses[-1]) else None
+                )  # None: its numbers went bad
                 write_json(workdir / RATES, known)
     return best_rates(known)
 
@@ -163,9 +213,17 @@ def searched_losses(workdir: epath.Path) -> dict[str, dict[str, float | None]]:
     path = workdir / RATES
     try:
         known = read_json(path, DAMAGED) or {}
-        return {slug: {str(float(rate)): None if loss is None else float(loss) for rate, loss in tried.items()} for slug, tried in known.items()}
+        return {
+            slug: {
+                str(float(rate)): None if loss is None else float(loss)
+                for rate, loss in tried.items()
+            }
+            for slug, tried in known.items()
+        }
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: holds other things than losses by row and learning rate; {DAMAGED}") from error
+        raise UserError(
+            f"{path}: holds other things than losses by row and learning rate; {DAMAGED}"
+        ) from error
 
 
 def best_rates(tried: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
@@ -180,13 +238,21 @@ def best_rates(tried: dict[str, dict[str, float | None]]) -> dict[str, float | N
 
 def _with(config: Config, rate: float | None, seed: int = 0, steps: int = 0) -> Config:
     """The same with a learning rate, a seed, and so many steps; a shorter run is not tested."""
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=rate or config.optimizer.learning_rate)
-    train = dataclasses.replace(config.train, seed=seed, steps=steps or config.train.steps, report=False)
+    optimizer = dataclasses.replace(
+        config.optimizer, learning_rate=rate or config.optimizer.learning_rate
+    )
+    train = dataclasses.replace(
+        config.train, seed=seed, steps=steps or config.train.steps, report=False
+    )
     found = dataclasses.replace(config, optimizer=optimizer, train=train)
     if not steps:
         return found
-    optimizer = dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, max(1, steps // 10)))
-    return dataclasses.replace(found, optimizer=optimizer, eval=dataclasses.replace(config.eval, test=False))
+    optimizer = dataclasses.replace(
+        optimizer, warmup_steps=min(optimizer.warmup_steps, max(1, steps // 10))
+    )
+    return dataclasses.replace(
+        found, optimizer=optimizer, eval=dataclasses.replace(config.eval, test=False)
+    )
 
 
 def train(planned: Planned, children: Children) -> None:
@@ -214,7 +280,9 @@ def measure(table: Table, workdir: epath.Path, children: Children) -> None:
     """
     if not (workdir / "rows" / table.reference.slug / "seed_0" / "config.json").exists():
         remedy = f"others are measured by it; give another --workdir and config.learning_rates than {table.config.learning_rates!r}"
-        raise RunError(f"row {table.config.reference!r}: every learning rate diverged, and {remedy}")
+        raise RunError(
+            f"row {table.config.reference!r}: every learning rate diverged, and {remedy}"
+        )
     (workdir / "measured.json").unlink(missing_ok=True)
     children.run(["uoe_jax.compare.measure", str(workdir)], "measuring the rows side by side")
 
@@ -253,7 +321,9 @@ class Children:
         # In a group of its own: a Ctrl-C then reaches it once, from here.
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", *command]
-        self._child = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent, env=env)
+        self._child = subprocess.Popen(
+            command, start_new_session=True, preexec_fn=_end_with_parent, env=env
+        )
         if self.stopped:  # while it was started
             self._child.send_signal(signal.SIGTERM)
         code = self._child.wait()
@@ -263,7 +333,9 @@ class Children:
         if code == EXIT_BAD_INPUT:
             raise Refused
         if code != EXIT_DONE and code not in accepted:
-            raise RunError(f"{what}: ended with exit code {code} (above); mend that and run the same command again")
+            raise RunError(
+                f"{what}: ended with exit code {code} (above); mend that and run the same command again"
+            )
         return code
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -34,17 +34,26 @@ class TableConfig:
     """What a table says beside its experiment (`base`) and its rows."""
 
     title: str = key("", "heading of the table")
-    seeds: int = key(3, "runs of each row, with seeds 0, 1, …: initialisation and data order", low=1, high=100)
+    seeds: int = key(
+        3, "runs of each row, with seeds 0, 1, …: initialisation and data order", low=1, high=100
+    )
     match: str = key(
         "width", "rows have the reference's hidden width (and a mixture's experts together have it), or its operations",
         choices=("width", "flops"),
     )  # fmt: skip
     reference: str = key("full_attention", "the row that others are matched to and compared with")
-    learning_rates: str = key("", "tried for every row alike, such as '0.001,0.003'; empty: that of the base")
+    learning_rates: str = key(
+        "", "tried for every row alike, such as '0.001,0.003'; empty: that of the base"
+    )
     search_steps: int = key(0, "steps of each try, with seed 0; 0: a quarter of the run's", low=0)
     rounds: int = key(15, "interleaved measurements of a step's time", low=1, high=1000)
-    lengths: str = key("", "context lengths at which a step of one row is measured, such as '64,128,256'; empty: none")
-    length_rows: str = key("", "the rows that are measured at these lengths, with commas between them; empty: all")
+    lengths: str = key(
+        "",
+        "context lengths at which a step of one row is measured, such as '64,128,256'; empty: none",
+    )
+    length_rows: str = key(
+        "", "the rows that are measured at these lengths, with commas between them; empty: all"
+    )
 
 
 class Row(NamedTuple):
@@ -94,7 +103,13 @@ def table(base: Any, rows: Mapping[str, Mapping[str, Any]] | tuple[str, ...], **
     rows = rows if isinstance(rows, Mapping) else {name: {} for name in rows}
     given = dataclasses.asdict(TableConfig()) | more
     # Names of rows may hold dots, which a ConfigDict takes for paths: a list.
-    return ConfigDict(given | {"base": base.to_dict(), "rows": [[name, dict(changes)] for name, changes in rows.items()]})
+    return ConfigDict(
+        given
+        | {
+            "base": base.to_dict(),
+            "rows": [[name, dict(changes)] for name, changes in rows.items()],
+        }
+    )
 
 
 def experiment(name: str, variant: str = "") -> Any:
@@ -113,10 +128,18 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
     Raises:
       UserError: it is no table; an unknown key or row; two rows of one name; a row whose configuration cannot be used.
     """
-    values = evaluate(name, "it must define get_config() that returns uoe_jax.compare.table.table(base, rows)")
+    values = evaluate(
+        name, "it must define get_config() that returns uoe_jax.compare.table.table(base, rows)"
+    )
     if not isinstance(values.get("rows"), list) or not isinstance(values.get("base"), Mapping):
-        raise UserError(f"--config={name}: is no table of rows; train it with uoe train, or give one of configs/compare/")
-    base, rows, given = values.pop("base"), {n: dict(changes) for n, changes in values.pop("rows")}, values
+        raise UserError(
+            f"--config={name}: is no table of rows; train it with uoe train, or give one of configs/compare/"
+        )
+    base, rows, given = (
+        values.pop("base"),
+        {n: dict(changes) for n, changes in values.pop("rows")},
+        values,
+    )
     for row in rows:
         if not isinstance(row, str):
             raise UserError(f"config.rows: {row!r} is no name; give text")
@@ -133,17 +156,29 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
     config = _table_config(given)
     for name in filter(None, config.length_rows.split(",")):
         if name not in every:
-            raise ConfigError("config.length_rows", config.length_rows, f"{name!r} is none of the rows {', '.join(every)}")
+            raise ConfigError(
+                "config.length_rows",
+                config.length_rows,
+                f"{name!r} is none of the rows {', '.join(every)}",
+            )
     if config.reference not in rows:
-        raise ConfigError("config.reference", config.reference, f"is none of the rows {', '.join(rows)}")
+        raise ConfigError(
+            "config.reference", config.reference, f"is none of the rows {', '.join(rows)}"
+        )
     found = Table(config, tuple(_rows(base, rows, config)))
     _check(found, asked)
     slugs = [row.slug for row in found.rows]
     for row in found.rows:
         if slugs.count(row.slug) > 1:
-            raise ConfigError("config.rows", row.name, "two rows would have one directory; give another name")
+            raise ConfigError(
+                "config.rows", row.name, "two rows would have one directory; give another name"
+            )
         if len(row.slug) > LONGEST_NAME:
-            raise ConfigError("config.rows", row.name, f"is a directory's name, too; give one of at most {LONGEST_NAME} characters")
+            raise ConfigError(
+                "config.rows",
+                row.name,
+                f"is a directory's name, too; give one of at most {LONGEST_NAME} characters",
+            )
     return found
 
 
@@ -151,32 +186,64 @@ def _check(table: Table, asked: Mapping[str, Any]) -> None:
     """What a row would be refused for only when it is its turn, and what would change nothing."""
     reference, steps = table.reference.config, table.reference.config.train.steps
     if reference.train.stop_after:
-        raise ConfigError("config.base.train.stop_after", reference.train.stop_after, "a table is made to its end; leave it out")
+        raise ConfigError(
+            "config.base.train.stop_after",
+            reference.train.stop_after,
+            "a table is made to its end; leave it out",
+        )
     if "train.seed" in asked:
-        raise ConfigError("config.base.train.seed", asked["train.seed"], "every row is trained with the seeds 0, 1, …; give config.seeds")
+        raise ConfigError(
+            "config.base.train.seed",
+            asked["train.seed"],
+            "every row is trained with the seeds 0, 1, …; give config.seeds",
+        )
     if "optimizer.learning_rate" in asked and table.rates:
         remedy = "it is searched for; give config.learning_rates, or that as '' to train all rows with one"
-        raise ConfigError("config.base.optimizer.learning_rate", asked["optimizer.learning_rate"], remedy)
+        raise ConfigError(
+            "config.base.optimizer.learning_rate", asked["optimizer.learning_rate"], remedy
+        )
     if table.config.match == "flops" and reference.mesh.expert == -1:
-        raise ConfigError("config.base.mesh.expert", -1, "widths that match operations must be a multiple of it; give the number")
+        raise ConfigError(
+            "config.base.mesh.expert",
+            -1,
+            "widths that match operations must be a multiple of it; give the number",
+        )
     if table.config.search_steps > steps:
-        raise ConfigError("config.search_steps", table.config.search_steps, f"a try is no longer than a run; give at most {steps}")
+        raise ConfigError(
+            "config.search_steps",
+            table.config.search_steps,
+            f"a try is no longer than a run; give at most {steps}",
+        )
     for rate in table.rates:
         values = config_lib.to_dict(reference)
         values["optimizer"]["learning_rate"] = rate
         _validated(table.config.reference, values)
     if len({f"{rate:g}" for rate in table.rates}) < len(table.rates):
-        raise ConfigError("config.learning_rates", table.config.learning_rates, "give each once; six digits of it count")
+        raise ConfigError(
+            "config.learning_rates",
+            table.config.learning_rates,
+            "give each once; six digits of it count",
+        )
     if any(length > MOST_TOKENS for length in table.lengths):
-        raise ConfigError("config.lengths", table.config.lengths, f"give at most {MOST_TOKENS} tokens")
+        raise ConfigError(
+            "config.lengths", table.config.lengths, f"give at most {MOST_TOKENS} tokens"
+        )
     used = [{name: value for name, value, _ in leaves(row.config)} for row in table.rows]
     for name, value in asked.items():
         if name in ("model.attention", "model.mlp") or all(own[name] != value for own in used):
-            raise ConfigError(f"config.base.{name}", value, "no row takes it: presets set it, or no row has such a block; change the rows")
+            raise ConfigError(
+                f"config.base.{name}",
+                value,
+                "no row takes it: presets set it, or no row has such a block; change the rows",
+            )
 
 
-def _rows(base: dict[str, Any], rows: Mapping[str, Mapping[str, Any]], config: TableConfig) -> list[Row]:
-    base = config_lib.to_dict(config_lib.from_dict(base))  # every key, so that presets find their sections
+def _rows(
+    base: dict[str, Any], rows: Mapping[str, Mapping[str, Any]], config: TableConfig
+) -> list[Row]:
+    base = config_lib.to_dict(
+        config_lib.from_dict(base)
+    )  # every key, so that presets find their sections
     reference = _values(base, config.reference, rows[config.reference])
     whole = _validated(config.reference, reference)
     target = _operations(whole)
@@ -186,13 +253,19 @@ def _rows(base: dict[str, Any], rows: Mapping[str, Mapping[str, Any]], config: T
         if config.match == "flops" and name != config.reference:
             values = _matched(base, name, changes, target)
         found = _validated(name, values)
-        own, wanted = (_operations(found), target) if config.match == "flops" else (found.model.all_hidden, whole.model.all_hidden)
+        own, wanted = (
+            (_operations(found), target)
+            if config.match == "flops"
+            else (found.model.all_hidden, whole.model.all_hidden)
+        )
         miss = own / wanted - 1
         out.append(Row(name, changes.get("preset", name), found, miss))
     return out
 
 
-def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], d_hidden: int = 0) -> dict[str, Any]:
+def _values(
+    base: Mapping[str, Any], name: str, changes: Mapping[str, Any], d_hidden: int = 0
+) -> dict[str, Any]:
     """A row's configuration as nested dicts; d_hidden: in place of the base's; 0: that."""
     preset = changes.get("preset", name)
     if not isinstance(preset, str):
@@ -205,15 +278,27 @@ def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], d_hi
     for key_, value in own.items():
         if key_ not in config_lib.ALL_KEYS:
             raise config_lib.unknown_key(key_)
-        if key_.removeprefix("model.").split(".")[0] not in SECTIONS.values() or key_ == "model.moe.d_expert":
+        if (
+            key_.removeprefix("model.").split(".")[0] not in SECTIONS.values()
+            or key_ == "model.moe.d_expert"
+        ):
             remedy = f"the row {name!r} would differ in more than its blocks; give keys of {', '.join(sorted(set(SECTIONS.values())))}"
             raise ConfigError(f"config.rows: {key_}", value, remedy)
         default, meta = config_lib.DECLARED[key_]
-        own[key_] = checked(f"config.rows: {key_}", type(default), value, meta)  # before sizes follow from it
-    return {**base, "model": presets.apply(preset, model, {key_.removeprefix("model."): value for key_, value in own.items()})}
+        own[key_] = checked(
+            f"config.rows: {key_}", type(default), value, meta
+        )  # before sizes follow from it
+    return {
+        **base,
+        "model": presets.apply(
+            preset, model, {key_.removeprefix("model."): value for key_, value in own.items()}
+        ),
+    }
 
 
-def _matched(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], target: float) -> dict[str, Any]:
+def _matched(
+    base: Mapping[str, Any], name: str, changes: Mapping[str, Any], target: float
+) -> dict[str, Any]:
     """A row's configuration with the hidden width at which a forward pass costs what the reference's does.
 
     Operations are linear in the width of an MLP, of experts and of unions alike.
@@ -222,7 +307,10 @@ def _matched(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], tar
     # Devices divide what they are given; as many as one device of the mesh may have are one step.
     step = math.lcm(presets.hidden_parts(values["model"]), max(1, values["mesh"]["expert"]))
     alone = {**base, "mesh": {}}
-    low, high = (_operations(config_lib.from_dict(_values(alone, name, changes, n * step))) for n in (1, 1001))
+    low, high = (
+        _operations(config_lib.from_dict(_values(alone, name, changes, n * step)))
+        for n in (1, 1001)
+    )
     parts = max(1, round(1 + (target - low) / (high - low) * 1000))
     return _values(base, name, changes, parts * step)
 
@@ -259,7 +347,12 @@ def _table_config(given: Mapping[str, Any]) -> TableConfig:
     for name in given:
         if name not in FIELDS:
             raise _unknown(name)
-    return TableConfig(**{n: checked(f"config.{n}", type(FIELDS[n].default), v, FIELDS[n].metadata) for n, v in given.items()})
+    return TableConfig(
+        **{
+            n: checked(f"config.{n}", type(FIELDS[n].default), v, FIELDS[n].metadata)
+            for n, v in given.items()
+        }
+    )
 
 
 def _parsed(name: str, text: str) -> Any:
@@ -271,7 +364,9 @@ def _parsed(name: str, text: str) -> Any:
 def _unknown(name: str) -> UserError:
     known = [*FIELDS, "rows", *(f"base.{key_}" for key_ in config_lib.ALL_KEYS)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return UserError(f"config.{config_lib.printable(name)}: unknown key of a table; the nearest known key is config.{near}")
+    return UserError(
+        f"config.{config_lib.printable(name)}: unknown key of a table; the nearest known key is config.{near}"
+    )
 
 
 def numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.data.examples import Example
-from uoe_jax.data.prepared import ARENA, RawFiles, Records, dataset_directory, lines, manual_dir, record_counts
+from uoe_jax.data.prepared import (
+    ARENA,
+    RawFiles,
+    Records,
+    dataset_directory,
+    lines,
+    manual_dir,
+    record_counts,
+)
 from uoe_jax.errors import ConfigError
 
 VERSION = "1.0.0"  # of the rules below: raise it when the examples or their order change, or the cache goes stale
@@ -73,7 +81,10 @@ def open_aan(path: str, cache_dir: Path) -> Aan:
     sha256 = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
     key = f"aan-{VERSION}-{sha256[:24]}"
     fields = {"label": int, "text1": bytes, "text2": bytes}
-    splits = {split: functools.partial(_records, file, hashes[split], raw) for split, file in files.items()}
+    splits = {
+        split: functools.partial(_records, file, hashes[split], raw)
+        for split, file in files.items()
+    }
     directory = dataset_directory(cache_dir, key, "lra_aan", VERSION, fields, splits)
     return Aan(key, directory, origin.resolve(), sha256, record_counts(directory))
 
@@ -89,7 +100,9 @@ def _locate(path: str) -> Path:
         if not missing:
             return folder
         if len(missing) < len(FILES):
-            raise ConfigError("data.path", path, f"{', '.join(missing)} is missing in {folder}: {remedy}")
+            raise ConfigError(
+                "data.path", path, f"{', '.join(missing)} is missing in {folder}: {remedy}"
+            )
     raise ConfigError("data.path", path, f"{', '.join(FILES.values())} are not in {root}: {remedy}")
 
 
@@ -111,9 +124,15 @@ def _records(file: Path, sha256: str, raw: RawFiles) -> Iterator[dict[str, bytes
                 raise _no_pair(file, number, "has an empty text")
             yield {"label": int(value), "text1": text1, "text2": text2}
     if not number:
-        raise ConfigError("data.path", str(file), "is empty: unpack it again from Long Range Arena's lra_release.gz.")
+        raise ConfigError(
+            "data.path",
+            str(file),
+            "is empty: unpack it again from Long Range Arena's lra_release.gz.",
+        )
 
 
 def _no_pair(file: Path, number: int, what: str) -> ConfigError:
     remedy = "mend the line, or unpack the file again from Long Range Arena's lra_release.gz."
-    return ConfigError("data.path", f"{file}, line {number}", f"{what} (label, id1, id2, text1, text2): {remedy}")
+    return ConfigError(
+        "data.path", f"{file}, line {number}", f"{what} (label, id1, id2, text1, text2): {remedy}"
+    )

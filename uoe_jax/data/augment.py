@@ -22,7 +22,9 @@ MARGIN = 0.875  # the share of the short side that evaluation keeps of an image 
 ASPECTS = (3 / 4, 4 / 3)  # of random crops, width by height
 CROP_TRIALS = 10
 EMPTY = 128  # the grey that RandAugment's shears, shifts and turns leave behind, as its authors' code has it
-TRANSLATED = 150 / 331  # share of a side that the strongest shift moves, as searched on images of 331 pixels
+TRANSLATED = (
+    150 / 331
+)  # share of a side that the strongest shift moves, as searched on images of 331 pixels
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
 
 Pixels = TypeVar("Pixels", np.ndarray, "jax.Array")
@@ -41,7 +43,13 @@ class Mix(NamedTuple):
 
 
 def augmented(
-    image: np.ndarray, c: AugmentConfig, rng: np.random.Generator, height: int, width: int, *, resize: bool = False
+    image: np.ndarray,
+    c: AugmentConfig,
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    *,
+    resize: bool = False,
 ) -> np.ndarray:
     """One draw of training's crops, flips and RandAugment; mixing comes after, as it takes two images.
 
@@ -86,7 +94,15 @@ def fitted(image: np.ndarray, height: int, width: int, *, resize: bool = False) 
     if not resize:
         raise ValueError(f"an image of {h}x{w} pixels where {height}x{width} are expected")
     scale = MARGIN * min(h / height, w / width)  # pixels of the image for one of the result
-    return _resized(image, (h - scale * height) / 2, (w - scale * width) / 2, scale * height, scale * width, height, width)
+    return _resized(
+        image,
+        (h - scale * height) / 2,
+        (w - scale * width) / 2,
+        scale * height,
+        scale * width,
+        height,
+        width,
+    )
 
 
 def mixing(c: AugmentConfig, rng: np.random.Generator, height: int, width: int) -> Mix | None:
@@ -143,8 +159,15 @@ def as_floats(image: Pixels, bound: float) -> Pixels:
 
 
 def _check(image: np.ndarray) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3) or not image.size:
-        raise ValueError(f"{image.dtype} {list(image.shape)} is no image: uint8 [height,width,1 or 3] is expected")
+    if (
+        image.dtype != np.uint8
+        or image.ndim != 3
+        or image.shape[-1] not in (1, 3)
+        or not image.size
+    ):
+        raise ValueError(
+            f"{image.dtype} {list(image.shape)} is no image: uint8 [height,width,1 or 3] is expected"
+        )
 
 
 def _span(size: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
@@ -162,7 +185,9 @@ def _padded_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> n
     return padded[top : top + h, left : left + w]
 
 
-def _resized_crop(image: np.ndarray, area: float, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _resized_crop(
+    image: np.ndarray, area: float, rng: np.random.Generator, height: int, width: int
+) -> np.ndarray:
     """Inception's crop. Up to ten times draws its share of the area and the logarithm of its aspect; the first that fits
     draws its top and its left edge, and where none fits the largest middle of an allowed aspect is taken."""
     h, w, _ = image.shape
@@ -179,12 +204,20 @@ def _resized_crop(image: np.ndarray, area: float, rng: np.random.Generator, heig
 
 
 def _resized(
-    image: np.ndarray, top: float, left: float, crop_h: float, crop_w: float, height: int, width: int
+    image: np.ndarray,
+    top: float,
+    left: float,
+    crop_h: float,
+    crop_w: float,
+    height: int,
+    width: int,
 ) -> np.ndarray:
     from PIL.Image import Resampling
 
     box = (left, top, left + crop_w, top + crop_h)
-    return _to_array(_to_pillow(image).resize((width, height), Resampling.BILINEAR, box), image.shape[-1])
+    return _to_array(
+        _to_pillow(image).resize((width, height), Resampling.BILINEAR, box), image.shape[-1]
+    )
 
 
 def _to_pillow(image: np.ndarray) -> Image:
@@ -197,7 +230,9 @@ def _to_array(image: Image, channels: int) -> np.ndarray:
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def _rand_augmented(image: np.ndarray, layers: int, magnitude: int, rng: np.random.Generator) -> np.ndarray:
+def _rand_augmented(
+    image: np.ndarray, layers: int, magnitude: int, rng: np.random.Generator
+) -> np.ndarray:
     """RandAugment: every layer draws one of the operations, then the sign of its strength (used or not)."""
     channels = image.shape[-1]
     names = [name for name in RAND_OPS if channels == 3 or name != "color"]
@@ -214,7 +249,9 @@ def _moved(image: Image, *coefficients: float) -> Image:
     from PIL.Image import Resampling, Transform
 
     fill = EMPTY if image.mode == "L" else (EMPTY,) * 3
-    return image.transform(image.size, Transform.AFFINE, coefficients, Resampling.NEAREST, fillcolor=fill)
+    return image.transform(
+        image.size, Transform.AFFINE, coefficients, Resampling.NEAREST, fillcolor=fill
+    )
 
 
 def _rotated(image: Image, m: float, sign: int) -> Image:
@@ -230,7 +267,9 @@ def _enhanced(name: str) -> Callable[[Image, float, int], Image]:
     return enhance
 
 
-def _by_values(name: str, argument: Callable[[float], int] | None = None) -> Callable[[Image, float, int], Image]:
+def _by_values(
+    name: str, argument: Callable[[float], int] | None = None
+) -> Callable[[Image, float, int], Image]:
     def apply(image: Image, m: float, sign: int) -> Image:
         from PIL import ImageOps
 
@@ -255,6 +294,10 @@ RAND_OPS: dict[str, Callable[[Image, float, int], Image]] = {
     "sharpness": _enhanced("Sharpness"),
     "shear_x": lambda image, m, sign: _moved(image, 1, 0.3 * m * sign, 0, 0, 1, 0),
     "shear_y": lambda image, m, sign: _moved(image, 1, 0, 0, 0.3 * m * sign, 1, 0),
-    "translate_x": lambda image, m, sign: _moved(image, 1, 0, TRANSLATED * m * sign * image.width, 0, 1, 0),
-    "translate_y": lambda image, m, sign: _moved(image, 1, 0, 0, 0, 1, TRANSLATED * m * sign * image.height),
+    "translate_x": lambda image, m, sign: _moved(
+        image, 1, 0, TRANSLATED * m * sign * image.width, 0, 1, 0
+    ),
+    "translate_y": lambda image, m, sign: _moved(
+        image, 1, 0, 0, 0, 1, TRANSLATED * m * sign * image.height
+    ),
 }

@@ -46,11 +46,14 @@ class Digits:
         from sklearn.datasets import load_digits  # a second
 
         loaded = load_digits()
-        images = (loaded.images.astype(np.int64) * 255 // 16).astype(np.uint8)[..., None]  # of 16 levels of ink
+        images = (loaded.images.astype(np.int64) * 255 // 16).astype(np.uint8)[
+            ..., None
+        ]  # of 16 levels of ink
         labels = loaded.target.astype(np.int64)
         self._sha256 = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
         self._splits = {
-            split: DigitExamples(images[indices], labels[indices]) for split, indices in split_indices(labels).items()
+            split: DigitExamples(images[indices], labels[indices])
+            for split, indices in split_indices(labels).items()
         }
 
     def examples(self, split: str) -> DigitExamples:
@@ -58,7 +61,10 @@ class Digits:
 
     def record(self) -> dict[str, Any]:
         """JSON-able, for the run's record."""
-        return {"sha256": self._sha256, "n_examples": {split: len(self._splits[split]) for split in SPLITS}}
+        return {
+            "sha256": self._sha256,
+            "n_examples": {split: len(self._splits[split]) for split in SPLITS},
+        }
 
 
 def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:

@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 
 from uoe_jax.errors import UserError
 
-FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 STARTS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>")
 # Their tokenizer puts the start token in front unless add_bos_token says otherwise.
@@ -45,7 +50,9 @@ def by_name(special: Sequence[str]) -> Ends:
     Raises:
       UnknownEnds: there is none.
     """
-    known = [name for name in SEPARATORS if name in special] or (list(special) if len(special) == 1 else [])
+    known = [name for name in SEPARATORS if name in special] or (
+        list(special) if len(special) == 1 else []
+    )
     if known:
         return Ends(known[0], next((name for name in STARTS if name in special), known[0]))
     shown = ", ".join(special) or "none"
@@ -55,7 +62,9 @@ def by_name(special: Sequence[str]) -> Ends:
     )
 
 
-def find_ends(content: Mapping[str, Any], files: Files, separator: str = "", start: str = "") -> Ends:
+def find_ends(
+    content: Mapping[str, Any], files: Files, separator: str = "", start: str = ""
+) -> Ends:
     """The ends of documents for one tokenizer.
 
     Args:
@@ -75,16 +84,22 @@ class _Search:
         added = [token for token in content.get("added_tokens") or () if isinstance(token, dict)]
         self.special = [token["content"] for token in added if token.get("special")]
         self.added = {token["content"] for token in added}
-        self.by_id = {i: token for token, i in _vocabulary(content)} | {token["id"]: token["content"] for token in added}
+        self.by_id = {i: token for token, i in _vocabulary(content)} | {
+            token["id"]: token["content"] for token in added
+        }
         self.tokens = set(self.by_id.values())
         self.front, self.back = template(content.get("post_processor"))
-        self.config, self.generation, self.tokenizer, self.map = (files.get(name, {}) for name in FILES)
+        self.config, self.generation, self.tokenizer, self.map = (
+            files.get(name, {}) for name in FILES
+        )
         self.notes: list[str] = []
 
     def ends(self, separator: str, start: str) -> Ends:
         for key, name in (("separator", separator), ("start", start)):
             if name and name not in self.tokens:
-                raise UserError(f"has no token {name!r}, which data.{key} names; give the text of a token it has")
+                raise UserError(
+                    f"has no token {name!r}, which data.{key} names; give the text of a token it has"
+                )
         said = self.said("eos")
         if separator:
             last = separator
@@ -98,12 +113,17 @@ class _Search:
         """told: some file has said what ends a document, so that nothing is guessed of its start either."""
         adds, by_class = self.tokenizer.get("add_bos_token"), self._class_adds_bos()
         if adds is True or (by_class and adds is not False):
-            return self.said("bos", ("tokenizer_config.json", *FILES)) or (self.front or [separator])[0]
+            return (
+                self.said("bos", ("tokenizer_config.json", *FILES))
+                or (self.front or [separator])[0]
+            )
         if adds is False and by_class:
             return separator  # its class goes by that key, whatever the post-processor is
         if len(self.front) > 1:
             shown = " ".join(self.front)
-            raise UserError(f"puts {shown} in front of a text, where one token can stand here; name it with --config.data.start")
+            raise UserError(
+                f"puts {shown} in front of a text, where one token can stand here; name it with --config.data.start"
+            )
         if self.front:
             return self.front[0]
         if self.tokenizer:
@@ -141,9 +161,13 @@ class _Search:
         token = self.by_id.get(value) if type(value) is int else None
         if isinstance(value, str) and value in self.tokens:
             token = value
-        if token in self.added or (token is not None and re.fullmatch(r"[<\[](?!0x).+[>\]]", token)):
+        if token in self.added or (
+            token is not None and re.fullmatch(r"[<\[](?!0x).+[>\]]", token)
+        ):
             return token
-        self.notes.append(f"{file} has {key}={value!r}, which is no special token of tokenizer.json; it is not used")
+        self.notes.append(
+            f"{file} has {key}={value!r}, which is no special token of tokenizer.json; it is not used"
+        )
         return None
 
 
@@ -162,7 +186,9 @@ def template(step: Any) -> tuple[list[str], list[str]]:
     kind = step.get("type") if isinstance(step, dict) else None
     if kind == "Sequence":
         parts = [template(part) for part in step.get("processors") or ()]
-        return next((front for front, _ in parts if front), []), next((back for _, back in parts if back), [])
+        return next((front for front, _ in parts if front), []), next(
+            (back for _, back in parts if back), []
+        )
     if kind in ("RobertaProcessing", "BertProcessing"):
         return [step["cls"][0]], [step["sep"][0]]
     if kind != "TemplateProcessing":

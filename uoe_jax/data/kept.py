@@ -29,7 +29,9 @@ def tokenizer_of_run(config: Config, workdir: str) -> Tokenizer:
     """The tokenizer a trained run speaks with; never another one than it learned. Raises UserError where it is lost."""
     kept = ByteTokenizer() if config.data.tokenizer == "bytes" else read_tokenizer(workdir)
     if kept is None:
-        raise UserError(f"{locate(workdir) / TOKENIZER}: is gone, and with it what the run's tokens mean; restore it")
+        raise UserError(
+            f"{locate(workdir) / TOKENIZER}: is gone, and with it what the run's tokens mean; restore it"
+        )
     return kept
 
 

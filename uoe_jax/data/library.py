@@ -41,7 +41,11 @@ class TokenizerFile:
           UserError: it is no tokenizer.json, or its ends are unknown.
         """
         if "file" in content and "kind" in content:
-            separator, start, content = content.get("separator"), content.get("start"), content["file"]
+            separator, start, content = (
+                content.get("separator"),
+                content.get("start"),
+                content["file"],
+            )
             if not isinstance(content, dict):
                 raise UserError("is no tokenizer.json (its file is no object)")
             if ends is None and separator and start:
@@ -52,7 +56,10 @@ class TokenizerFile:
         if any(end not in self.special for end in self.ends[:2]):
             self._make_ends_special()
         self.library.encode_special_tokens = True  # as text
-        self.separator, self.start = self.special[self.ends.separator], self.special[self.ends.start]
+        self.separator, self.start = (
+            self.special[self.ends.separator],
+            self.special[self.ends.start],
+        )
         self.digest = hashlib.sha256(self._text().encode()).hexdigest()[:24]
         if not self._ends_by(lambda: by_name(list(self.special))):
             self.digest += f"-{self.separator}-{self.start}"
@@ -64,7 +71,9 @@ class TokenizerFile:
 
     def to_json(self) -> str:
         """What the constructor reads: a tokenizer.json where the ends follow from it, as they do with one made here."""
-        follow = self._ends_by(lambda: by_name(list(self.special))) and self._ends_by(lambda: find_ends(self.content, {}))
+        follow = self._ends_by(lambda: by_name(list(self.special))) and self._ends_by(
+            lambda: find_ends(self.content, {})
+        )
         if self.kind == "bpe" and follow:
             return json.dumps(self.content, indent=1)
         ends = {} if follow else {"separator": self.ends.separator, "start": self.ends.start}
@@ -86,13 +95,19 @@ class TokenizerFile:
         given = {token["content"]: dict(token) for token in self.content.get("added_tokens") or ()}
         plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
         for end in self.ends[:2]:
-            given[end] = {**plain, **given.get(end, {"id": vocabulary[end], "content": end}), "special": True}
+            given[end] = {
+                **plain,
+                **given.get(end, {"id": vocabulary[end], "content": end}),
+                "special": True,
+            }
         self.content["added_tokens"] = sorted(given.values(), key=lambda token: token["id"])
         self.library = _opened(self._text())
 
 
 def _by_name(content: Mapping[str, Any]) -> Ends:
-    return by_name([token["content"] for token in content.get("added_tokens") or () if token.get("special")])
+    return by_name(
+        [token["content"] for token in content.get("added_tokens") or () if token.get("special")]
+    )
 
 
 def _opened(text: str) -> Any:
@@ -136,7 +151,9 @@ class LibraryTokenizer:
     def encode(self, text: str | bytes) -> np.ndarray:
         """The smallest unsigned type, [T], without separators."""
         clean = _as_text(text)[0]
-        return np.asarray(self._library.encode_batch_fast([clean], add_special_tokens=False)[0].ids, self._dtype)
+        return np.asarray(
+            self._library.encode_batch_fast([clean], add_special_tokens=False)[0].ids, self._dtype
+        )
 
     def encode_with_bytes(self, document: str | bytes) -> tuple[np.ndarray, np.ndarray]:
         """(`encode`, uint16 [T + 1]: bytes of the document that each token stands for, the separator last).
@@ -148,7 +165,9 @@ class LibraryTokenizer:
         found = self._library.encode_batch([text], add_special_tokens=False)[0]
         ids_T = np.asarray(found.ids, self._dtype)
         spans_T2 = np.asarray(found.offsets, np.int64).reshape(-1, 2)
-        is_unknown_T = ids_T == self._unknown if self._unknown is not None else np.zeros(len(ids_T), bool)
+        is_unknown_T = (
+            ids_T == self._unknown if self._unknown is not None else np.zeros(len(ids_T), bool)
+        )
         told_C = _covered(spans_T2[~is_unknown_T], len(code_C)) | np.isin(code_C, _SPACES)
         told_C &= ~_covered(spans_T2[is_unknown_T], len(code_C))
         before_C = np.concatenate([[0], np.cumsum(_utf8_bytes(code_C) * told_C)])
@@ -162,7 +181,9 @@ class LibraryTokenizer:
 
     def decode(self, ids: ArrayLike | Iterable[int]) -> str:
         """Text as the library writes it; special tokens are dropped."""
-        return self._library.decode(known_ids(ids, self.vocab_size).tolist(), skip_special_tokens=True)
+        return self._library.decode(
+            known_ids(ids, self.vocab_size).tolist(), skip_special_tokens=True
+        )
 
 
 def _as_text(document: str | bytes) -> tuple[str, np.ndarray]:
@@ -171,7 +192,9 @@ def _as_text(document: str | bytes) -> tuple[str, np.ndarray]:
         document = document.decode("utf-8", "surrogateescape")
     code_C = np.frombuffer(document.encode("utf-32-le", "surrogatepass"), np.uint32)
     if (code_C >> 11 == 0xD800 >> 11).any():
-        document = "".join("\N{REPLACEMENT CHARACTER}" if "\ud800" <= c <= "\udfff" else c for c in document)
+        document = "".join(
+            "\N{REPLACEMENT CHARACTER}" if "\ud800" <= c <= "\udfff" else c for c in document
+        )
     return document, code_C
 
 
@@ -184,7 +207,9 @@ def _utf8_bytes(code_C: np.ndarray) -> np.ndarray:
 
 def _covered(spans_T2: np.ndarray, length: int) -> np.ndarray:
     """bool [length]: whether a character lies in one of the spans."""
-    steps = np.bincount(spans_T2[:, 0], minlength=length + 1) - np.bincount(spans_T2[:, 1], minlength=length + 1)
+    steps = np.bincount(spans_T2[:, 0], minlength=length + 1) - np.bincount(
+        spans_T2[:, 1], minlength=length + 1
+    )
     return np.cumsum(steps[:length]) > 0
 
 

@@ -24,14 +24,18 @@ from uoe_jax.data.examples import Example
 from uoe_jax.data.prepared import SPLITS
 from uoe_jax.errors import ConfigError
 
-VERSION = 1  # of the rules below: raise it when a (seed, split, index) comes to mean another example
+VERSION = (
+    1  # of the rules below: raise it when a (seed, split, index) comes to mean another example
+)
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 SYMBOLS = ("<pad>", *"0123456789", *OPERATORS, "]")  # by id
 DIGIT, OPERATOR, CLOSE = SYMBOLS.index("0"), SYMBOLS.index(OPERATORS[0]), SYMBOLS.index("]")
 
 OPERATOR_SHARE = 0.25  # VALUE_P of LRA
 CHECKSUMS = {"train": (0, 1), "validation": (2,), "test": (3,)}  # crc32 of the ids, modulo 4
-LONGEST = 1 << 15  # allowed max_length: trees grow exponentially with depth, and each is drawn to this length at most
+LONGEST = (
+    1 << 15
+)  # allowed max_length: trees grow exponentially with depth, and each is drawn to this length at most
 RAREST = 1e-3  # allowed share of trees within the limits of length: rarer, an example takes a tenth of a second
 
 
@@ -117,7 +121,9 @@ def to_text(ids: ArrayLike) -> str:
     """The symbols with spaces between them; padding is left out. Raises ValueError for an id without a symbol."""
     ids_T = np.asarray(ids, np.int64).reshape(-1)
     if ids_T.size and not (0 <= np.min(ids_T) and np.max(ids_T) < len(SYMBOLS)):
-        raise ValueError(f"ids from {np.min(ids_T)} to {np.max(ids_T)} are not all in [0, {len(SYMBOLS)})")
+        raise ValueError(
+            f"ids from {np.min(ids_T)} to {np.max(ids_T)} are not all in [0, {len(SYMBOLS)})"
+        )
     return " ".join(SYMBOLS[i] for i in ids_T if i)
 
 

@@ -81,7 +81,11 @@ def open_tfds_text(name: str, path: str) -> NamedText:
     The documents are the feature 'text', or else the only feature of text. Raises UserError as `open_named` does.
     """
     if not name:
-        raise ConfigError("data.name", name, "data.source='tfds_text' needs the name of a dataset, such as 'lm1b'.")
+        raise ConfigError(
+            "data.name",
+            name,
+            "data.source='tfds_text' needs the name of a dataset, such as 'lm1b'.",
+        )
     return NamedText(Prepared("data.name", name, name, path))
 
 
@@ -96,7 +100,9 @@ def hash_order(salt: str, n: int, k: int) -> np.ndarray:
     for start in ticking(range(0, n, 1 << 20)):
         fresh = np.arange(start, min(n, start + (1 << 20)))
         fresh_hashes = _splitmix64(fresh.astype(np.uint64) + offset)
-        if len(kept) == k:  # sorting only what can still be among the first makes this a pass at memory speed
+        if (
+            len(kept) == k
+        ):  # sorting only what can still be among the first makes this a pass at memory speed
             below = fresh_hashes < np.max(hashes, initial=0)
             fresh, fresh_hashes = fresh[below], fresh_hashes[below]
         kept, hashes = np.concatenate([kept, fresh]), np.concatenate([hashes, fresh_hashes])
@@ -132,18 +138,24 @@ class Prepared:
             self._builder = tfds.builder(name, data_dir=path or None)
         except tfds.core.DatasetNotFoundError as error:
             raise self._unknown(tfds.list_builders(with_community_datasets=False)) from error
-        except Exception as error:  # an unknown configuration or version, damaged files: tfds raises all kinds
+        except (
+            Exception
+        ) as error:  # an unknown configuration or version, damaged files: tfds raises all kinds
             raise self._refusal(
                 f"TensorFlow Datasets cannot open it in {self._where} ({_one_line(error)}): {self._choose} Or, if its "
                 f"files there are damaged, delete them and prepare it again, {self._command}."
             ) from error
         self.directory = str(self._builder.data_dir)
         self._there = epath.Path(self.directory).exists()
-        if self._there:  # what the files say of themselves, which need not be what this release of tfds says
+        if (
+            self._there
+        ):  # what the files say of themselves, which need not be what this release of tfds says
             try:
                 self._builder = tfds.builder_from_directory(self.directory)
             except Exception as error:
-                raise self.damaged(f"the prepared dataset cannot be read ({_one_line(error)})") from error
+                raise self.damaged(
+                    f"the prepared dataset cannot be read ({_one_line(error)})"
+                ) from error
         self.full_name = self._builder.info.full_name
         self.features = dict(self._builder.info.features)
 
@@ -157,18 +169,24 @@ class Prepared:
         """Raises UserError where the split is not there, or not there as array_record."""
         splits = self._builder.info.splits
         if splits and split not in splits:
-            raise self._refusal(f"{self.full_name} has no split {split!r}, only {', '.join(splits)}: {self._choose}")
+            raise self._refusal(
+                f"{self.full_name} has no split {split!r}, only {', '.join(splits)}: {self._choose}"
+            )
         try:
             source = self._builder.as_data_source(split=split)
             n = len(source)
         except Exception as error:
             raise self._unreadable(error) from error
         if not n:
-            raise self._refusal(f"the split {split!r} of {self.full_name} holds no example: {self._choose}")
+            raise self._refusal(
+                f"the split {split!r} of {self.full_name} holds no example: {self._choose}"
+            )
         return Records(source, self, split)
 
     def damaged(self, what: str) -> UserError:
-        return UserError(f"{self.directory}: {what}: delete that directory and prepare it again, {self._command}.")
+        return UserError(
+            f"{self.directory}: {what}: delete that directory and prepare it again, {self._command}."
+        )
 
     @property
     def _where(self) -> str:
@@ -200,7 +218,9 @@ class Prepared:
     def _unreadable(self, error: Exception) -> UserError:
         if not self._there:
             first = f"put {self._manual}, then " if self._manual else ""
-            return self._refusal(f"is not prepared in {self.directory}: {first}prepare it {self._command}.")
+            return self._refusal(
+                f"is not prepared in {self.directory}: {first}prepare it {self._command}."
+            )
         if isinstance(error, NotImplementedError):
             return self._refusal(
                 f"is prepared in {self.directory}, but not as array_record, which reading by index takes: add that with "
@@ -244,18 +264,27 @@ class Records:
             raise self.wrong(i, f"has {type(value).__name__} where text is expected in {feature!r}")
         return value
 
-    def image(self, i: int, record: dict[str, Any], feature: str, shape: tuple[int, ...]) -> np.ndarray:
+    def image(
+        self, i: int, record: dict[str, Any], feature: str, shape: tuple[int, ...]
+    ) -> np.ndarray:
         value = np.asarray(record[feature])
-        fits = value.ndim == len(shape) and all(want in (0, got) for want, got in zip(shape, value.shape))
+        fits = value.ndim == len(shape) and all(
+            want in (0, got) for want, got in zip(shape, value.shape)
+        )
         if not fits or value.dtype != np.uint8 or not value.size:
             wanted = ",".join(str(size or "any") for size in shape)
-            raise self.wrong(i, f"has {value.dtype} {list(value.shape)} where uint8 [{wanted}] is expected in {feature!r}")
+            raise self.wrong(
+                i,
+                f"has {value.dtype} {list(value.shape)} where uint8 [{wanted}] is expected in {feature!r}",
+            )
         return value
 
     def label(self, i: int, record: dict[str, Any], n_classes: int) -> int:
         value = np.asarray(record["label"])
         if value.ndim or value.dtype.kind not in "iu" or not 0 <= value < n_classes:
-            raise self.wrong(i, f"has the label {value.tolist()!r} where 0 to {n_classes - 1} is expected")
+            raise self.wrong(
+                i, f"has the label {value.tolist()!r} where 0 to {n_classes - 1} is expected"
+            )
         return int(value)
 
 
@@ -272,12 +301,16 @@ class NamedExamples:
         for feature in (spec.feature, "label"):
             if feature not in prepared.features:
                 has = ", ".join(sorted(prepared.features))
-                raise prepared.damaged(f"{prepared.full_name} has no feature {feature!r}, only {has}")
+                raise prepared.damaged(
+                    f"{prepared.full_name} has no feature {feature!r}, only {has}"
+                )
         train, test = prepared.records("train"), prepared.records(spec.test)
         n = len(train)
         n_held = max(1, n // spec.one_in)
         if n_held >= n:
-            raise prepared.damaged(f"one training example of {prepared.full_name} leaves none to hold out as validation")
+            raise prepared.damaged(
+                f"one training example of {prepared.full_name} leaves none to hold out as validation"
+            )
         held = np.arange(n - n_held, n) if spec.last else np.sort(hash_order(spec.name, n, n_held))
         kept = np.setdiff1d(np.arange(n), held, assume_unique=True)
         self._splits = {
@@ -319,7 +352,11 @@ class PickedExamples:
         at = int(self._indices[i])
         record = self._records[at]
         feature, shape = self._spec.feature, self._spec.shape
-        data: Input = self._records.image(at, record, feature, shape) if shape else self._records.text(at, record, feature)
+        data: Input = (
+            self._records.image(at, record, feature, shape)
+            if shape
+            else self._records.text(at, record, feature)
+        )
         return Example((data,), self._records.label(at, record, self._spec.n_classes))
 
 
@@ -348,15 +385,24 @@ class NamedText:
         n = len(self._records["train"])
         each = min(100_000, max(1, n // 100))
         if n <= each * len(missing):
-            raise prepared.damaged(f"{n} documents in 'train' of {prepared.full_name} are too few to hold some out")
+            raise prepared.damaged(
+                f"{n} documents in 'train' of {prepared.full_name} are too few to hold some out"
+            )
         # By the whole name without the version: a new release of a dataset then holds out the same indices.
         order = hash_order(prepared.full_name.rsplit("/", 1)[0], n, each * len(missing))
-        self._held = {split: np.sort(order[j * each : (j + 1) * each]) for j, split in enumerate(missing)}
+        self._held = {
+            split: np.sort(order[j * each : (j + 1) * each]) for j, split in enumerate(missing)
+        }
         self._all_held = np.sort(order)
         self._from = {split: names.get(split, "held out of train") for split in SPLITS}
 
-        sizes = {split: (len(records), prepared.n_bytes(names[split])) for split, records in self._records.items()}
-        facts = json.dumps([VERSION, prepared.full_name, self._feature, sizes, self._from], sort_keys=True)
+        sizes = {
+            split: (len(records), prepared.n_bytes(names[split]))
+            for split, records in self._records.items()
+        }
+        facts = json.dumps(
+            [VERSION, prepared.full_name, self._feature, sizes, self._from], sort_keys=True
+        )
         self.key = f"tfds-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
 
     def documents(self, split: str) -> Iterator[bytes]:
@@ -376,7 +422,9 @@ class NamedText:
         left_out = self._all_held if split == "train" else np.zeros(0, np.int64)
         for start in range(0, n, CHUNK):
             lo, hi = np.searchsorted(left_out, [start, start + CHUNK])
-            yield np.setdiff1d(np.arange(start, min(n, start + CHUNK)), left_out[lo:hi], assume_unique=True)
+            yield np.setdiff1d(
+                np.arange(start, min(n, start + CHUNK)), left_out[lo:hi], assume_unique=True
+            )
 
     def record(self) -> dict[str, Any]:
         """JSON-able, for the run's record."""
@@ -396,7 +444,11 @@ def _text_feature(prepared: Prepared) -> str:
     """Raises UserError where it is not plain which feature holds the documents."""
     import tensorflow_datasets as tfds
 
-    texts = [name for name, feature in prepared.features.items() if isinstance(feature, tfds.features.Text)]
+    texts = [
+        name
+        for name, feature in prepared.features.items()
+        if isinstance(feature, tfds.features.Text)
+    ]
     if "text" in prepared.features:
         texts = ["text"]
     if len(texts) != 1:

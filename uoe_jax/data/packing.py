@@ -54,10 +54,14 @@ class PackedRows:
         self._bytes_V = None if bytes_per_token is None else np.asarray(bytes_per_token, np.int32)
         self._bytes_E = None if store.bytes_unknown else store.bytes_E
         # One token that is never a valid one, so that a split of empty documents needs no special case below.
-        self._tokens_T = store.tokens_T if store.tokens_T.size else np.zeros(1, store.tokens_T.dtype)
+        self._tokens_T = (
+            store.tokens_T if store.tokens_T.size else np.zeros(1, store.tokens_T.dtype)
+        )
         self._offsets = store.offsets  # int64 [D + 1], into the tokens
         sizes_D = np.diff(store.offsets) + 1  # targets per document: its tokens and the separator
-        self._starts = np.zeros(len(sizes_D) + 1, np.int64)  # [D + 1], into the padded concatenation
+        self._starts = np.zeros(
+            len(sizes_D) + 1, np.int64
+        )  # [D + 1], into the padded concatenation
         np.cumsum(-(-sizes_D // multiple) * multiple, out=self._starts[1:])
         self.n_targets = int(sizes_D.sum())
 
@@ -93,14 +97,20 @@ class PackedRows:
             "targets": targets_L.astype(np.int32),
             "segments": (piece_L * valid_L).astype(np.int32),
             "positions": positions_L.astype(np.int32),
-            "n_bytes": np.sum(self._bytes(targets_L, next_L + doc_L), where=valid_L, dtype=np.int32),
+            "n_bytes": np.sum(
+                self._bytes(targets_L, next_L + doc_L), where=valid_L, dtype=np.int32
+            ),
         }
 
     def _bytes(self, targets_L: np.ndarray, place_L: np.ndarray) -> np.ndarray:
         """Bytes of text that each target stands for; 0 where that is unknown. place_L: in the store's bytes_E."""
         if self._bytes_V is not None:
             return self._bytes_V[targets_L]
-        return np.zeros(self.length, np.int32) if self._bytes_E is None else self._bytes_E.take(place_L, mode="clip")
+        return (
+            np.zeros(self.length, np.int32)
+            if self._bytes_E is None
+            else self._bytes_E.take(place_L, mode="clip")
+        )
 
     needs_all_rows = False  # every row is full
 
@@ -118,4 +128,7 @@ class PackedRows:
     def padding_row(self) -> Row:
         """A row that holds nothing and counts for nothing."""
         zeros_L = np.zeros(self.length, np.int32)
-        return {**dict.fromkeys(("tokens", "targets", "segments", "positions"), zeros_L), "n_bytes": np.int32(0)}
+        return {
+            **dict.fromkeys(("tokens", "targets", "segments", "positions"), zeros_L),
+            "n_bytes": np.int32(0),
+        }

@@ -99,7 +99,9 @@ class PathfinderFiles:
 class _Files:
     """One split of the archive by index. Raises UserError for an image that is damaged or of another size."""
 
-    def __init__(self, root: Path, split: str, names: list[str], labels: np.ndarray, size: int) -> None:
+    def __init__(
+        self, root: Path, split: str, names: list[str], labels: np.ndarray, size: int
+    ) -> None:
         self._root = root
         self._split = split
         self._names = names
@@ -136,15 +138,21 @@ def read_png(file: Path, what: str) -> np.ndarray:
             image.verify()  # all checksums, which decoding does not look at
         with Image.open(BytesIO(data), formats=["PNG"]) as image:
             return np.array(image.convert("L"))[:, :, None]
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error and more
-        raise UserError(f"{file}: {what} is not a readable PNG image ({error}): unpack the archive again.") from error
+    except (
+        Exception
+    ) as error:  # Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error and more
+        raise UserError(
+            f"{file}: {what} is not a readable PNG image ({error}): unpack the archive again."
+        ) from error
 
 
 def _find(root: Path, path: str) -> Path:
     for inside in ("", *INSIDE):
         if (root / inside / "metadata").is_dir():
             return root / inside
-    is_what = "holds no Pathfinder images" if root.is_dir() else "is not a directory on this machine"
+    is_what = (
+        "holds no Pathfinder images" if root.is_dir() else "is not a directory on this machine"
+    )
     raise ConfigError("data.path", path, f"{is_what}: {REMEDY}")
 
 
@@ -162,7 +170,9 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
             data = file.read_bytes()
             lines = data.decode("ascii").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: is not the text that Long Range Arena released ({error}): {REMEDY}") from error
+            raise UserError(
+                f"{file}: is not the text that Long Range Arena released ({error}): {REMEDY}"
+            ) from error
         content.update(data)
         for number, line in enumerate(lines, 1):
             words = line.split()
@@ -188,14 +198,18 @@ MARGIN = 2.5  # from the middle of a line to the border
 APART = 3.0  # between the middles of lines of different paths, and of dashes that do not follow each other
 APART_DOT = 4.0  # between the end of a long path and the lines of others
 NEAR = 9.0  # how far the two long paths' beginnings may be apart
-MATCH = 1 / 72  # how far the two distances may differ between which the label chooses, for length 1; by length squared
+MATCH = (
+    1 / 72
+)  # how far the two distances may differ between which the label chooses, for length 1; by length squared
 TURN = 0.8  # radians a path turns at most from dash to dash
 CELLS = 2  # of the map of taken places, to a unit
 GREY = 190  # of dashes; dots are 255, the ground 0
 WALKERS = 96  # candidates for a path that grow side by side
 TRIALS = 4  # images drawn at the start, to see that there is room
 TRIAL_TRIES = 200  # pairs of long paths that each of these may take
-TRIES = 20 * TRIAL_TRIES  # that any other may take: where all trials succeed, none fails for want of luck
+TRIES = (
+    20 * TRIAL_TRIES
+)  # that any other may take: where all trials succeed, none fails for want of luck
 
 
 class PathfinderGenerated:
@@ -223,7 +237,11 @@ class PathfinderGenerated:
 
     def record(self) -> dict[str, Any]:
         """JSON-able: all that the images depend on, and how many distractors found room in a few trials, on average."""
-        return {"version": VERSION, **dataclasses.asdict(self._c), "distractors_drawn": self._distractors}
+        return {
+            "version": VERSION,
+            **dataclasses.asdict(self._c),
+            "distractors_drawn": self._distractors,
+        }
 
 
 class _Generated:
@@ -289,18 +307,25 @@ def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _S
     raise ConfigError("data.pathfinder.length", c.length, remedy)
 
 
-def _matching(rng: np.random.Generator, first: np.ndarray, seconds: np.ndarray) -> np.ndarray | None:
+def _matching(
+    rng: np.random.Generator, first: np.ndarray, seconds: np.ndarray
+) -> np.ndarray | None:
     """Two paths, float [2, 2·length, 2], with which the dots' distance does not tell the label; None if there are none.
 
     `seconds`, float [n, 2·length, 2], are what to choose from.
     """
     # Longer paths curl: their ends' distances are spread over more than those of short ones, and nearness tells less.
     match = max(0.25, MATCH * (first.shape[0] // 2) ** 2)
-    clear_n = np.minimum(_nearest(first[[0, -1]], seconds), _nearest(seconds[:, [0, -1]], first)) > APART_DOT
+    clear_n = (
+        np.minimum(_nearest(first[[0, -1]], seconds), _nearest(seconds[:, [0, -1]], first))
+        > APART_DOT
+    )
     pairs = np.stack([np.broadcast_to(first, seconds.shape), seconds], 1)
     for order in ([0, 1], [1, 0]) if rng.random() < 0.5 else ([1, 0], [0, 1]):
         ends_n2 = np.linalg.norm(pairs[:, order, -1] - pairs[:, order[0], :1], axis=-1)
-        good_n = clear_n & (ends_n2.min(1) > APART_DOT) & (abs(ends_n2[:, 0] - ends_n2[:, 1]) < match)
+        good_n = (
+            clear_n & (ends_n2.min(1) > APART_DOT) & (abs(ends_n2[:, 0] - ends_n2[:, 1]) < match)
+        )
         if good_n.any():
             return pairs[np.argmax(good_n), order]
     return None
@@ -325,7 +350,12 @@ class _Taken:
         n = int(np.ceil(side * CELLS))
         self._map = np.zeros((n, n))
         edge = int(MARGIN * CELLS)
-        for border in (self._map[:edge], self._map[:, :edge], self._map[n - edge :], self._map[:, n - edge :]):
+        for border in (
+            self._map[:edge],
+            self._map[:, :edge],
+            self._map[n - edge :],
+            self._map[:, n - edge :],
+        ):
             border[:] = 1
 
     def add(self, path: np.ndarray, distance: float = APART) -> None:
@@ -336,11 +366,15 @@ class _Taken:
     def free(self, points: np.ndarray) -> np.ndarray:
         """bool […]: which of the points […, 2] are inside and not taken."""
         cells = np.floor(points * CELLS).astype(np.int64)
-        x, y = np.moveaxis(np.clip(cells, 0, len(self._map) - 1), -1, 0)  # what is outside falls on the border: taken
+        x, y = np.moveaxis(
+            np.clip(cells, 0, len(self._map) - 1), -1, 0
+        )  # what is outside falls on the border: taken
         return self._map[y, x] < 0.5
 
 
-def _grow(rng: np.random.Generator, starts_W2: np.ndarray, dashes: int, taken: _Taken) -> np.ndarray | None:
+def _grow(
+    rng: np.random.Generator, starts_W2: np.ndarray, dashes: int, taken: _Taken
+) -> np.ndarray | None:
     """Paths that start at `starts_W2`, float [W, 2·dashes, 2], clear of what is taken and of themselves; None if none.
 
     All W grow at once, dash by dash, and whichever has no room is replaced by a copy of one that has, so that twisted
@@ -379,14 +413,19 @@ def _render(scene: _Scene, label: int, size: int) -> np.ndarray:
     return np.rint(image).astype(np.uint8)[:, :, None]
 
 
-def _stroke(image: np.ndarray, begin_N2: np.ndarray, end_N2: np.ndarray, radius: float, bright: float) -> None:
+def _stroke(
+    image: np.ndarray, begin_N2: np.ndarray, end_N2: np.ndarray, radius: float, bright: float
+) -> None:
     """Draws lines with round ends into `image`, each in a window of its own about its middle; all in pixels."""
     size = len(image)
     along_N2 = end_N2 - begin_N2
     half = int(np.ceil(np.abs(along_N2).max() / 2 + radius + 1))
     window = np.arange(-half, half + 1)
     middle_N2 = np.floor((begin_N2 + end_N2) / 2).astype(np.int64)
-    x, y = middle_N2[:, 0, None, None] + window, middle_N2[:, 1, None, None] + window[:, None]  # [N, 1, w], [N, w, 1]
+    x, y = (
+        middle_N2[:, 0, None, None] + window,
+        middle_N2[:, 1, None, None] + window[:, None],
+    )  # [N, 1, w], [N, w, 1]
     dx, dy = x + 0.5 - begin_N2[:, 0, None, None], y + 0.5 - begin_N2[:, 1, None, None]
     ax, ay = along_N2[:, 0, None, None], along_N2[:, 1, None, None]
     t = np.clip((dx * ax + dy * ay) / np.maximum(ax**2 + ay**2, 1e-9), 0, 1)

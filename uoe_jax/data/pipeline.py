@@ -24,7 +24,13 @@ from uoe_jax.data.examples import Examples, ExampleSource
 from uoe_jax.data.packing import Batch, PackedRows, Row
 from uoe_jax.data.prepared import SPLITS
 from uoe_jax.data.rows import LabelledRows
-from uoe_jax.data.sources import TextSource, known_vocabulary, labelled_source, text_source, tokenizer_of
+from uoe_jax.data.sources import (
+    TextSource,
+    known_vocabulary,
+    labelled_source,
+    text_source,
+    tokenizer_of,
+)
 from uoe_jax.data.store import open_or_build
 from uoe_jax.data.tokenizer import Tokenizer
 from uoe_jax.errors import ConfigError
@@ -98,12 +104,23 @@ def _load_text(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> 
     data, model = config.data, config.model
     source = text_source(data, cache_dir)
     if tokenizer is None:
-        tokenizer = tokenizer_of(data, lambda: source.documents("train"), cache_dir / "words" / f"{source.key}-{data.min_count}.json")
+        tokenizer = tokenizer_of(
+            data,
+            lambda: source.documents("train"),
+            cache_dir / "words" / f"{source.key}-{data.min_count}.json",
+        )
     rows, unknown = {}, {}
     for split in SPLITS:
-        store = open_or_build(lambda: source.documents(split), tokenizer, cache_dir, source.key, split)
+        store = open_or_build(
+            lambda: source.documents(split), tokenizer, cache_dir, source.key, split
+        )
         rows[split] = PackedRows(
-            store, model.context_length, model.patch_multiple, tokenizer.separator, tokenizer.bytes_per_token, tokenizer.start
+            store,
+            model.context_length,
+            model.patch_multiple,
+            tokenizer.separator,
+            tokenizer.bytes_per_token,
+            tokenizer.start,
         )
         if store.bytes_unknown:
             unknown[split] = store.bytes_unknown
@@ -120,7 +137,8 @@ def _load_labelled(config: Config, cache_dir: Path, tokenizer: Tokenizer | None)
     if FACTS[config.data.source].text and tokenizer is None:
         tokenizer = tokenizer_of(config.data, lambda: _texts(source.examples("train")))
     rows = {
-        split: LabelledRows(source.examples(split), source.n_classes, split, config, tokenizer) for split in SPLITS
+        split: LabelledRows(source.examples(split), source.n_classes, split, config, tokenizer)
+        for split in SPLITS
     }
     facts = {**described(source), "tokenizer": tokenizer.fingerprint if tokenizer else None}
     ids = tokenizer.vocab_size if tokenizer else source.vocab_size or known_vocabulary(config)[0]
@@ -138,18 +156,28 @@ def _texts(examples: Examples) -> Iterator[bytes]:
 def described(source: TextSource | ExampleSource) -> dict[str, Any]:
     """The record of a source; where nobody hashes its content, with a hash of what else is known, its place left out."""
     record = source.record()
-    known = json.dumps({name: value for name, value in record.items() if name != "directory"}, sort_keys=True)
+    known = json.dumps(
+        {name: value for name, value in record.items() if name != "directory"}, sort_keys=True
+    )
     return {"sha256": hashlib.sha256(known.encode()).hexdigest(), **record}
 
 
 def _bundle(
-    config: Config, rows: Mapping[str, Rows], tokenizer: Tokenizer | None, vocab_size: int, facts: dict[str, Any]
+    config: Config,
+    rows: Mapping[str, Rows],
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    facts: dict[str, Any],
 ) -> DataBundle:
     for split in SPLITS:
         if not len(rows[split]):
             remedy = f"its {split} split holds nothing to learn from: choose another data.path."
             raise ConfigError("data.source", config.data.source, remedy)
-    record = {"source": config.data.source, **facts, "n_rows": {split: len(rows[split]) for split in SPLITS}}
+    record = {
+        "source": config.data.source,
+        **facts,
+        "n_rows": {split: len(rows[split]) for split in SPLITS},
+    }
     return DataBundle(**rows, tokenizer=tokenizer, vocab_size=vocab_size, record=record)
 
 
@@ -159,7 +187,14 @@ class TrainBatches:
     window: so many consecutive batches share their rows out by length, and come in an order drawn for them; 1: as they are.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int, held: Iterable[int] | None = None, window: int = 1) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        seed: int,
+        held: Iterable[int] | None = None,
+        window: int = 1,
+    ) -> None:
         import grain  # imports jax, a second or two: only who trains pays for it
 
         if not 0 <= seed < 2**32:
@@ -181,7 +216,9 @@ class TrainBatches:
         if step < 0:
             raise IndexError(f"step {step}")
         entries = self._entries(step)
-        return _batch(self._rows, lambda r: self._drawn(int(entries[r])), self._batch_size, self._held)
+        return _batch(
+            self._rows, lambda r: self._drawn(int(entries[r])), self._batch_size, self._held
+        )
 
     def _entries(self, step: int) -> Sequence[int]:
         """The places in the endless order of the rows of a batch."""
@@ -193,12 +230,17 @@ class TrainBatches:
             places = np.arange(group * w * b, (group + 1) * w * b)
             lengths = [self._rows.n_tokens(int(self._order[int(i)])) for i in places]
             by_length = places[np.argsort(lengths, kind="stable")].reshape(w, b)
-            self._shared = group, by_length[np.random.default_rng((self._seed, group)).permutation(w)]
+            self._shared = (
+                group,
+                by_length[np.random.default_rng((self._seed, group)).permutation(w)],
+            )
         return self._shared[1][turn]
 
     def _drawn(self, entry: int) -> Row:
         """A row by its place in the endless order; the one after it is the one it may be mixed with."""
-        return self._rows.drawn(int(self._order[entry]), (self._seed, entry), int(self._order[entry + 1]))
+        return self._rows.drawn(
+            int(self._order[entry]), (self._seed, entry), int(self._order[entry + 1])
+        )
 
 
 def eval_batches(
@@ -214,7 +256,7 @@ def eval_batches(
     n_batches = -(-len(rows) // batch_size)
     for b in range(min(n_batches, limit) if limit else n_batches):
         base = b * batch_size
-        row = lambda r: rows[base + r] if base + r < len(rows) else rows.padding_row()  # noqa: E731, B023
+        row = lambda r: rows[base + r] if base + r < len(rows) else rows.padding_row()  # noqa: E731
         yield _batch(rows, row, batch_size, held)
 
 
@@ -260,7 +302,9 @@ class Prefetcher(Generic[T]):
         self._ready: deque[T | _Failed] = deque()
         self._closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, args=(start,), name="uoe-prefetch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(start,), name="uoe-prefetch", daemon=True
+        )
         self._thread.start()
 
     def get(self, step: int) -> T:
@@ -269,7 +313,9 @@ class Prefetcher(Generic[T]):
             if step >= self._stop:
                 raise IndexError(f"step {step} is not before stop={self._stop}")
             if step != self._next:
-                raise ValueError(f"steps are taken in order: step {step} asked for, {self._next} is next")
+                raise ValueError(
+                    f"steps are taken in order: step {step} asked for, {self._next} is next"
+                )
             self._changed.wait_for(lambda: self._ready or self._closed)
             if self._closed:
                 raise RuntimeError("the prefetcher is closed")
@@ -306,7 +352,9 @@ class Prefetcher(Generic[T]):
             item: T | _Failed
             try:
                 item = self._fetch(step)
-            except BaseException as error:  # everything is the consumer's to know, SystemExit included
+            except (
+                BaseException
+            ) as error:  # everything is the consumer's to know, SystemExit included
                 item = _Failed(error)
             with self._changed:
                 if self._closed:

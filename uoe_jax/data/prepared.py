@@ -33,7 +33,9 @@ from uoe_jax.watch import tick, ticking
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-ARENA = tuple("lra_release/" * n for n in range(3))  # where unpacking Long Range Arena's archive leaves what is in it
+ARENA = tuple(
+    "lra_release/" * n for n in range(3)
+)  # where unpacking Long Range Arena's archive leaves what is in it
 BATCH_BYTES = 8 << 20  # between two of tfds's notes of how far it is, which cost milliseconds
 LINE_BYTES = 256 << 20
 HASHED_BYTES = 1 << 20  # at a time
@@ -60,18 +62,24 @@ class Records:
         except Exception as error:  # tfds, etils and array_record each raise their own
             raise damaged(directory, error) from error
         if found != n_records:
-            raise damaged(directory, f"{found} records in its {split} split where {n_records} were prepared")
+            raise damaged(
+                directory, f"{found} records in its {split} split where {n_records} were prepared"
+            )
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")  # array_record's is a ValueError: no end of iteration
+            raise IndexError(
+                f"record {index} of {len(self)}"
+            )  # array_record's is a ValueError: no end of iteration
         try:
             return self._records[index]
         except Exception as error:
-            raise damaged(self._directory, f"record {index} of its {self._split} split: {error!r}") from error
+            raise damaged(
+                self._directory, f"record {index} of its {self._split} split: {error!r}"
+            ) from error
 
 
 class Documents(Records):
@@ -87,7 +95,9 @@ class Documents(Records):
 def damaged(directory: Path, what: object) -> UserError:
     """That the dataset at `directory`, two levels below its name in the cache, is not what was written."""
     what = what if isinstance(what, str) else repr(what)
-    return UserError(f"{directory.parent.parent}: the prepared dataset cannot be read ({what}): delete it and run again.")
+    return UserError(
+        f"{directory.parent.parent}: the prepared dataset cannot be read ({what}): delete it and run again."
+    )
 
 
 def dataset_directory(
@@ -143,11 +153,16 @@ def _build(
             try:
                 os.rename(work, home)
             except OSError:
-                if not home.is_dir():  # else another process was first, and its result is the same as ours
+                if (
+                    not home.is_dir()
+                ):  # else another process was first, and its result is the same as ours
                     raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # array_record's errors are RuntimeErrors, a full disk among them
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # array_record's errors are RuntimeErrors, a full disk among them
         raise RunError(
             f"{home}: cannot prepare the dataset ({error}): free space there or set UOE_CACHE elsewhere."
         ) from error
@@ -165,11 +180,17 @@ def _write(
 
     features = {bytes: tfds.features.Text, int: lambda: tfds.features.Scalar(np.int64)}
     info = tfds.core.DatasetInfo(
-        builder=tfds.core.dataset_info.DatasetIdentity(name, tfds.core.Version(version), str(directory), __name__),
-        features=tfds.features.FeaturesDict({field: features[kind]() for field, kind in fields.items()}),
+        builder=tfds.core.dataset_info.DatasetIdentity(
+            name, tfds.core.Version(version), str(directory), __name__
+        ),
+        features=tfds.features.FeaturesDict(
+            {field: features[kind]() for field, kind in fields.items()}
+        ),
         disable_shuffling=True,
     )
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=2**62, file_format="array_record")
+    writer = tfds.core.SequentialWriter(
+        info, max_examples_per_shard=2**62, file_format="array_record"
+    )
     writer.initialize_splits(list(splits))
     counts = dict.fromkeys(splits, 0)
     try:
@@ -266,9 +287,15 @@ class RawFiles:
         memo = {**self._remembered(), **new}
         try:
             self._memo.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._memo, {file: known for file, known in memo.items() if known is not None})
+            write_json(
+                self._memo, {file: known for file, known in memo.items() if known is not None}
+            )
         except OSError as error:
-            log.warning("%s: cannot be written (%s); files are hashed again at the next start", self._memo, error)
+            log.warning(
+                "%s: cannot be written (%s); files are hashed again at the next start",
+                self._memo,
+                error,
+            )
 
 
 class _Hashed(io.RawIOBase):
@@ -300,7 +327,9 @@ def readable(file: Path) -> Iterator[None]:
 def refuse(file: Path | str, error: Exception) -> NoReturn:
     """Raises the UserError that `file` cannot be read."""
     reason = getattr(error, "strerror", None) or error
-    raise UserError(f"{file}: cannot be read ({reason}): mend or remove it, or set data.path to other data.") from error
+    raise UserError(
+        f"{file}: cannot be read ({reason}): mend or remove it, or set data.path to other data."
+    ) from error
 
 
 def changed(file: Path) -> UserError:
@@ -321,7 +350,9 @@ def lines(reader: Reader, file: Path) -> Iterator[tuple[int, bytes]]:
         number += 1
         tick()
         if len(line) > LINE_BYTES:
-            raise UserError(f"{file}, line {number}: is longer than {LINE_BYTES:,} bytes: cut it into several.")
+            raise UserError(
+                f"{file}, line {number}: is longer than {LINE_BYTES:,} bytes: cut it into several."
+            )
         yield number, line
 
 

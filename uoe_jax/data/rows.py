@@ -28,7 +28,14 @@ class LabelledRows:
       being `other` (mixed images).
     """
 
-    def __init__(self, examples: Examples, n_classes: int, name: str, config: Config, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        n_classes: int,
+        name: str,
+        config: Config,
+        tokenizer: Tokenizer | None,
+    ) -> None:
         """name: of the split, for errors. tokenizer: of text; other inputs have their token ids."""
         self._examples, self._n_classes, self._name = examples, n_classes, name
         self._model, self._augment, self._tokenizer = config.model, config.augment, tokenizer
@@ -52,11 +59,17 @@ class LabelledRows:
             return self[i]
         c, rng = self._augment, np.random.default_rng(seeds)
         example = self._read(i)
-        image, label, share = self._image(augment.augmented, i, example, c, rng, *self._size), example.label, 1.0
+        image, label, share = (
+            self._image(augment.augmented, i, example, c, rng, *self._size),
+            example.label,
+            1.0,
+        )
         mix = augment.mixing(c, rng, *self._size)
         if mix is not None:
             example, share = self._read(other), mix.share
-            image = augment.mixed(image, self._image(augment.augmented, other, example, c, rng, *self._size), mix)
+            image = augment.mixed(
+                image, self._image(augment.augmented, other, example, c, rng, *self._size), mix
+            )
         return self._image_row(image, label, example.label, share)
 
     def n_tokens(self, i: int) -> int:
@@ -99,15 +112,21 @@ class LabelledRows:
             )
         return example
 
-    def _image(self, made: Callable[..., np.ndarray], i: int, example: Example, *how: Any) -> np.ndarray:
+    def _image(
+        self, made: Callable[..., np.ndarray], i: int, example: Example, *how: Any
+    ) -> np.ndarray:
         """The image of example i, uint8 [height,width,channels], at the size the model takes."""
         try:
             image = made(example.inputs[0], *how, resize=self._resize)
             channels = self._model.image.channels
             if image.shape[-1] != channels:
-                raise ValueError(f"it has {image.shape[-1]} channels where config.model.image.channels={channels}")
+                raise ValueError(
+                    f"it has {image.shape[-1]} channels where config.model.image.channels={channels}"
+                )
         except ValueError as error:
-            raise UserError(f"config.data.path: example {i} of the {self._name} split cannot be used: {error}") from error
+            raise UserError(
+                f"config.data.path: example {i} of the {self._name} split cannot be used: {error}"
+            ) from error
         return image
 
     def _image_row(self, image: np.ndarray, label: int, other: int, share: float) -> Row:
@@ -121,17 +140,25 @@ class LabelledRows:
         for ids_L, segments_L, given in zip(inputs_IL, segments_IL, example.inputs):
             ids_T = self._ids(given)
             if not isinstance(given, bytes) and given.ndim == 3 and len(ids_T) != length:
-                raise UserError(f"config.model.context_length={length}: an image of the {self._name} split has {len(ids_T)} pixels; give that")
+                raise UserError(
+                    f"config.model.context_length={length}: an image of the {self._name} split has {len(ids_T)} pixels; give that"
+                )
             ids_T = ids_T[:length]
             ids_L[: len(ids_T)] = ids_T
             segments_L[: len(ids_T)] = 1
         if len(inputs_IL) == 1:
             inputs_IL, segments_IL = inputs_IL[0], segments_IL[0]
-        return {"inputs": inputs_IL, "segments": segments_IL, **_target(example.label, example.label, 1.0)}
+        return {
+            "inputs": inputs_IL,
+            "segments": segments_IL,
+            **_target(example.label, example.label, 1.0),
+        }
 
     def _ids(self, given: Input) -> np.ndarray:
         if isinstance(given, bytes):
-            assert self._tokenizer is not None  # bytes are text, and `pipeline.load` gives text its tokenizer
+            assert (
+                self._tokenizer is not None
+            )  # bytes are text, and `pipeline.load` gives text its tokenizer
             return self._tokenizer.encode(given)
         return given if given.ndim == 1 else augment.grey_tokens(given)
 

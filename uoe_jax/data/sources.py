@@ -27,7 +27,11 @@ class TextSource(Protocol):
 _own: dict[str, Callable[[DataConfig], Any]] = {}
 
 
-def add_source(name: str, opened: Callable[[DataConfig], TextSource | ExampleSource], facts: Facts | None = None) -> None:
+def add_source(
+    name: str,
+    opened: Callable[[DataConfig], TextSource | ExampleSource],
+    facts: Facts | None = None,
+) -> None:
     """Makes `data.source=name` mean a source of one's own, in every process that calls this, such as from a config file.
 
     Args:
@@ -79,7 +83,9 @@ def labelled_source(c: DataConfig, cache_dir: Path) -> ExampleSource:
     return opened[c.source]() if c.source in opened else named.open_named(c.source, c.path)
 
 
-def tokenizer_of(c: DataConfig, documents: Callable[[], Iterable[bytes]], cached: Path | None = None) -> Tokenizer:
+def tokenizer_of(
+    c: DataConfig, documents: Callable[[], Iterable[bytes]], cached: Path | None = None
+) -> Tokenizer:
     """The tokenizer that data.tokenizer asks for; a vocabulary of words is counted in `documents`, the training split.
 
     cached: where that vocabulary stays for the next run.
@@ -88,7 +94,9 @@ def tokenizer_of(c: DataConfig, documents: Callable[[], Iterable[bytes]], cached
     if known is not None:
         return known
     if cached is not None and cached.is_file():
-        with contextlib.suppress(UserError, OSError, UnicodeError):  # a damaged one is counted again
+        with contextlib.suppress(
+            UserError, OSError, UnicodeError
+        ):  # a damaged one is counted again
             return stored(cached.read_text(encoding="utf-8"))
     words = WordTokenizer.train(documents(), c.min_count)
     if cached is not None:
@@ -98,7 +106,9 @@ def tokenizer_of(c: DataConfig, documents: Callable[[], Iterable[bytes]], cached
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_text(cached, words.to_json())
         except OSError as error:
-            raise RunError(f"{cached}: cannot be written ({error}): free space there or set UOE_CACHE elsewhere.") from error
+            raise RunError(
+                f"{cached}: cannot be written ({error}): free space there or set UOE_CACHE elsewhere."
+            ) from error
     return words
 
 

@@ -117,7 +117,9 @@ def prepare(path: str, cache_dir: Path) -> PreparedSource:
         python_version=None if path else platform.python_version(),
         sha256=sha256,
         n_files=n_files,
-        n_bytes={split: sum(file.size for file in files if file.split == split) for split in SPLITS},
+        n_bytes={
+            split: sum(file.size for file in files if file.split == split) for split in SPLITS
+        },
     )
 
 
@@ -130,7 +132,9 @@ def scan(root: Path, path: str = "") -> list[SourceFile]:
         raise ConfigError("data.path", shown, f"is not a directory on this machine.{remedy}")
 
     def refuse(error: OSError) -> NoReturn:
-        raise ConfigError("data.path", shown, f"cannot read {error.filename}: {error.strerror}.{remedy}") from error
+        raise ConfigError(
+            "data.path", shown, f"cannot read {error.filename}: {error.strerror}.{remedy}"
+        ) from error
 
     files = []
     for folder, names, leaves in os.walk(root, onerror=refuse):
@@ -152,7 +156,9 @@ def scan(root: Path, path: str = "") -> list[SourceFile]:
 
 def _records(root: Path, files: list[SourceFile], split: str) -> Iterator[dict[str, bytes]]:
     # By the hash of the path: neighbours in a row are then unrelated, and any prefix of a split is a sample.
-    for file in sorted((file for file in files if file.split == split), key=lambda file: file.path_hash):
+    for file in sorted(
+        (file for file in files if file.split == split), key=lambda file: file.path_hash
+    ):
         with readable(root / file.relative):
             data = (root / file.relative).read_bytes()
         if hashlib.sha256(data).hexdigest() != file.sha256:

@@ -24,7 +24,9 @@ from uoe_jax.watch import ticking
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-CHECKED_BYTES = 256 << 20  # above this, opening trusts the sizes and does not read every byte for the checksum
+CHECKED_BYTES = (
+    256 << 20
+)  # above this, opening trusts the sizes and does not read every byte for the checksum
 
 
 class DamagedStore(Exception):
@@ -70,10 +72,14 @@ class TokenStore:
                     raise DamagedStore(f"{name} has {found} bytes where {size} were written")
             offsets = np.load(directory / "offsets.npy")
             # An array without elements cannot be memory-mapped.
-            tokens_T = np.load(directory / "tokens.npy", mmap_mode="r" if meta["n_tokens"] else None)
+            tokens_T = np.load(
+                directory / "tokens.npy", mmap_mode="r" if meta["n_tokens"] else None
+            )
             bytes_E = None
             if "bytes_crc" in meta:
-                bytes_E = np.load(directory / "bytes.npy", mmap_mode="r" if meta["n_documents"] else None)
+                bytes_E = np.load(
+                    directory / "bytes.npy", mmap_mode="r" if meta["n_documents"] else None
+                )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             raise DamagedStore(f"{type(error).__name__}: {error}") from error
         if zlib.crc32(offsets.data) != meta["offsets_crc"]:
@@ -88,7 +94,12 @@ class TokenStore:
             mapped.append(values.view(np.ndarray))
         for values in (*mapped, offsets):
             values.flags.writeable = False
-        return cls(mapped[0], offsets, mapped[1] if len(mapped) > 1 else None, meta.get("bytes_unknown", ""))
+        return cls(
+            mapped[0],
+            offsets,
+            mapped[1] if len(mapped) > 1 else None,
+            meta.get("bytes_unknown", ""),
+        )
 
     @staticmethod
     def write(documents: Iterable[str | bytes], tokenizer: Tokenizer, directory: Path) -> None:
@@ -142,7 +153,11 @@ class _Growing:
         self._length += len(values)
 
     def _write_header(self) -> int:
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._length,)}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self._length,),
+        }
         self._file.seek(0)
         np.lib.format.write_array_header_1_0(self._file, header)
         return self._file.tell()
@@ -165,7 +180,11 @@ def _left_over(d: int, document: str | bytes, sizes: np.ndarray) -> str:
 
 
 def open_or_build(
-    documents: Callable[[], Iterable[str | bytes]], tokenizer: Tokenizer, cache_dir: Path, key: str, split: str
+    documents: Callable[[], Iterable[str | bytes]],
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    key: str,
+    split: str,
 ) -> TokenStore:
     """The store of one split from the cache, or built into it.
 
@@ -176,7 +195,9 @@ def open_or_build(
     Any number of processes may do this at once: each builds beside the final directory and renames; the first one wins.
     Raises RunError where the cache cannot be written, or where what was written does not read back.
     """
-    sized = "-sized" if isinstance(tokenizer, LibraryTokenizer) else ""  # earlier versions kept no bytes.npy
+    sized = (
+        "-sized" if isinstance(tokenizer, LibraryTokenizer) else ""
+    )  # earlier versions kept no bytes.npy
     home = Path(cache_dir) / "tokens" / f"{key}-{tokenizer.fingerprint}{sized}-{split}"
     if home.is_dir():
         try:
@@ -190,7 +211,9 @@ def open_or_build(
             new = work / "new"
             new.mkdir()
             TokenStore.write(documents(), tokenizer, new)
-            store = TokenStore.open(new)  # before the rename: the mapping stays ours whatever happens to the name
+            store = TokenStore.open(
+                new
+            )  # before the rename: the mapping stays ours whatever happens to the name
             _install(new, home, aside=work / "old")
             return store
         finally:

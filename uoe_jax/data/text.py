@@ -91,7 +91,9 @@ class TextFiles:
                     n_yielded += 1
                     yield document
         if not n_documents:
-            raise ConfigError("data.path", self.path, f"its {len(self.files)} files hold no text: name others.")
+            raise ConfigError(
+                "data.path", self.path, f"its {len(self.files)} files hold no text: name others."
+            )
         if not n_yielded:
             remedy = (
                 f"its {n_documents} documents leave the {split} split empty (a document goes to train/validation/test by "
@@ -125,7 +127,9 @@ def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False
     sizes = {file: _size(file) for file in ticking(found)}
     full = [file for file in found if sizes[file]]
     if not full:
-        raise ConfigError("data.path", path, f"its {len(found)} files are all empty: name files with text.")
+        raise ConfigError(
+            "data.path", path, f"its {len(found)} files are all empty: name files with text."
+        )
     formats = [look(file) for file in ticking(full)]
     if others and not quiet and os.environ.get(processes.PROCESS_ID, "0") in ("", "0"):
         n_files = len(others) + len(found)
@@ -153,7 +157,13 @@ def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False
 def split_of(document: bytes, held_out: int = 1) -> str:
     """The split of a document by the hash of its bytes; held_out: percent for validation, and for test."""
     percent = int.from_bytes(hashlib.sha256(document).digest()[:8], "big") % 100
-    return "train" if percent < 100 - 2 * held_out else "validation" if percent < 100 - held_out else "test"
+    return (
+        "train"
+        if percent < 100 - 2 * held_out
+        else "validation"
+        if percent < 100 - held_out
+        else "test"
+    )
 
 
 def find(path: str, others: list[str] | None = None) -> list[Path]:
@@ -163,7 +173,9 @@ def find(path: str, others: list[str] | None = None) -> list[Path]:
     """
     passed_over: list[str] = [] if others is None else others
     if not path:
-        remedy = "set it to a directory of .txt or .jsonl files, or to a glob such as 'DIR/**/*.txt'."
+        remedy = (
+            "set it to a directory of .txt or .jsonl files, or to a glob such as 'DIR/**/*.txt'."
+        )
         raise ConfigError("data.path", path, remedy)
     pattern = expanded(path, "config.data.path")
     if os.path.isdir(pattern):
@@ -183,7 +195,11 @@ def find(path: str, others: list[str] | None = None) -> list[Path]:
             # glob itself passes over directories that cannot be read.
             list(_walk(os.path.join(".", head)))
         exists = os.path.exists(pattern)
-        names = [pattern] if exists else glob.glob(os.path.join(glob.escape(head), rest), recursive=True)
+        names = (
+            [pattern]
+            if exists
+            else glob.glob(os.path.join(glob.escape(head), rest), recursive=True)
+        )
         missing = "is neither a directory nor a glob of files on this machine: name one of text or JSON lines."
     files: dict[str, Path] = {}
     for name in sorted(names, key=os.fsencode):
@@ -204,8 +220,12 @@ def _head(pattern: str) -> tuple[str, str]:
     """(the directory that a glob begins with, the pattern below it); a directory that is named `fold[1]` is no pattern."""
     parts = Path(pattern).parts
     for n, part in enumerate(parts):
-        matches_itself = fnmatch.fnmatchcase(part, part)  # as `*` does, which then means others as well
-        if glob.has_magic(part) and (matches_itself or not os.path.isdir(os.path.join(*parts[: n + 1]))):
+        matches_itself = fnmatch.fnmatchcase(
+            part, part
+        )  # as `*` does, which then means others as well
+        if glob.has_magic(part) and (
+            matches_itself or not os.path.isdir(os.path.join(*parts[: n + 1]))
+        ):
             return os.path.join("", *parts[:n]), os.path.join(*parts[n:])
     return os.path.join("", *parts[:-1]), os.path.join("", *parts[-1:])
 
@@ -225,8 +245,12 @@ def _walk(root: str) -> Iterator[str]:
         refuse(str(error.filename), error)
 
     for folder, folders, leaves in os.walk(root, onerror=refused, followlinks=True):
-        folders[:] = [f for f in sorted(folders) if not f.startswith(".") and is_new(os.path.join(folder, f))]
-        yield from (os.path.join(folder, leaf) for leaf in ticking(leaves) if not leaf.startswith("."))
+        folders[:] = [
+            f for f in sorted(folders) if not f.startswith(".") and is_new(os.path.join(folder, f))
+        ]
+        yield from (
+            os.path.join(folder, leaf) for leaf in ticking(leaves) if not leaf.startswith(".")
+        )
 
 
 def _is_file(name: str) -> bool:
@@ -275,7 +299,9 @@ def _cut(data: bytes) -> int:
     if end := data.rfind(b"\n", 0, DOCUMENT_BYTES) + 1:
         return end
     # The byte at a cut begins a character: in UTF-8 at most three bytes 10xxxxxx follow the first.
-    starts = (end for end in range(DOCUMENT_BYTES, DOCUMENT_BYTES - 4, -1) if data[end] & 0xC0 != 0x80)
+    starts = (
+        end for end in range(DOCUMENT_BYTES, DOCUMENT_BYTES - 4, -1) if data[end] & 0xC0 != 0x80
+    )
     return next(starts, DOCUMENT_BYTES)
 
 
@@ -309,4 +335,6 @@ def _from_json_lines(reader: Reader, file: Path) -> Iterator[bytes]:
 
 
 def _not_utf8(where: str) -> ConfigError:
-    return ConfigError("data.path", where, "is not UTF-8: convert the file to UTF-8, or take it out of data.path.")
+    return ConfigError(
+        "data.path", where, "is not UTF-8: convert the file to UTF-8, or take it out of data.path."
+    )

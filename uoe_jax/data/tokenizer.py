@@ -81,7 +81,12 @@ class ByteTokenizer:
 
 # --- pieces of words ----------------------------------------------------------------------------------------------
 
-_LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")  # pre-tokenizers that keep every character
+_LOSSLESS = (
+    "ByteLevel",
+    "Split",
+    "Digits",
+    "Punctuation",
+)  # pre-tokenizers that keep every character
 # The characters that stand for bytes in byte-level vocabularies, as GPT-2's encoder.py has it: bytes with a picture in
 # Latin-1 stand for themselves, the others are counted up from U+0100.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -113,10 +118,16 @@ class BPETokenizer:
         self.separator, self.start = self.file.separator, self.file.start
         ids = {token: i for i, token in enumerate(self._bytes) if len(token) == 1}
         if missing := [b for b in range(256) if bytes([b]) not in ids]:
-            raise UserError(f"has no token for the byte {missing[0]:#04x}, so not every text can be written with it")
-        for token in self.file.content.get("added_tokens") or ():  # the library counts on where there is a hole
+            raise UserError(
+                f"has no token for the byte {missing[0]:#04x}, so not every text can be written with it"
+            )
+        for token in (
+            self.file.content.get("added_tokens") or ()
+        ):  # the library counts on where there is a hole
             if self._library.token_to_id(token["content"]) != token["id"]:
-                raise UserError(f"gives its added token {token['content']!r} the id {token['id']}, with ids left out before it")
+                raise UserError(
+                    f"gives its added token {token['content']!r} the id {token['id']}, with ids left out before it"
+                )
         self._byte_ids = np.array([ids[bytes([b])] for b in range(256)])
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
         self._sizes_V = np.array([len(token) for token in self._bytes], np.int32)
@@ -138,7 +149,9 @@ class BPETokenizer:
             initial_alphabet=list(BYTE_OF),
             show_progress=False,
         )
-        library.train_from_iterator((piece for document in documents for piece in _pieces(document)[::2]), trainer)
+        library.train_from_iterator(
+            (piece for document in documents for piece in _pieces(document)[::2]), trainer
+        )
         return cls(json.loads(library.to_str()))
 
     @classmethod
@@ -164,9 +177,15 @@ class BPETokenizer:
         parts = [np.zeros(0, self._dtype)]
         for i, piece in enumerate(_pieces(data)):
             if i % 2:
-                parts.append(self._byte_ids[np.frombuffer(piece.encode("utf-8", "surrogateescape"), np.uint8)])
+                parts.append(
+                    self._byte_ids[
+                        np.frombuffer(piece.encode("utf-8", "surrogateescape"), np.uint8)
+                    ]
+                )
             elif piece:  # a batch of one: the only call that does not keep track of where each token was in the text
-                parts.append(self._library.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
+                parts.append(
+                    self._library.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+                )
         ids_T = np.concatenate([np.asarray(part, self._dtype) for part in parts])
         if (stands_for := int(self._sizes_V[ids_T].sum(dtype=np.int64))) != len(data):
             raise UserError(
@@ -199,15 +218,25 @@ def _check_exact(content: dict[str, Any]) -> None:
         raise UserError(f"is not byte-level BPE (its model is {model['type']})")
     steps = list(steps_of(content["pre_tokenizer"]))
     if sum(step["type"] == "ByteLevel" for step in steps) != 1:
-        raise UserError("is not byte-level BPE (its pre_tokenizer has no ByteLevel step, or several)")
+        raise UserError(
+            "is not byte-level BPE (its pre_tokenizer has no ByteLevel step, or several)"
+        )
     for step in steps:
-        if step["type"] not in _LOSSLESS or step.get("behavior") == "Removed" or step.get("add_prefix_space"):
-            raise UserError(f"does not give back its text (pre_tokenizer {json.dumps(step)} adds or drops characters)")
+        if (
+            step["type"] not in _LOSSLESS
+            or step.get("behavior") == "Removed"
+            or step.get("add_prefix_space")
+        ):
+            raise UserError(
+                f"does not give back its text (pre_tokenizer {json.dumps(step)} adds or drops characters)"
+            )
     if content["normalizer"] is not None:
         raise UserError("does not give back its text (it has a normalizer; put null in its place)")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[name]:
-            raise UserError(f"does not give back its text alike every time (model.{name} is {model[name]!r}; put null there)")
+            raise UserError(
+                f"does not give back its text alike every time (model.{name} is {model[name]!r}; put null there)"
+            )
 
 
 def steps_of(step: Any) -> Iterator[dict[str, Any]]:
@@ -224,14 +253,18 @@ def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> lis
     found: dict[int, bytes] = {token["id"]: b"" for token in added if token["special"]}
     plain = [token for token in added if not token["special"]]
     if stripped := [token["content"] for token in plain if token["lstrip"] or token["rstrip"]]:
-        raise UserError(f"does not give back its text (the added token {stripped[0]!r} takes the spaces beside it)")
+        raise UserError(
+            f"does not give back its text (the added token {stripped[0]!r} takes the spaces beside it)"
+        )
     named = {token["content"]: (token["id"], token["content"].encode()) for token in plain}
     for token, i in sorted(vocabulary.items()):
         if token not in named and i not in found:
             try:
                 named[token] = i, bytes([BYTE_OF[c] for c in token])
             except KeyError as error:
-                raise UserError(f"is not byte-level BPE (its token {token!r} does not stand for bytes)") from error
+                raise UserError(
+                    f"is not byte-level BPE (its token {token!r} does not stand for bytes)"
+                ) from error
     for token, (i, data) in named.items():
         if found.setdefault(i, data) != data:
             raise UserError(f"has two tokens of the id {i}, one of them {token!r}")
@@ -241,7 +274,9 @@ def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> lis
 # --- which ----------------------------------------------------------------------------------------------------------
 
 
-def from_file(made: Callable[[dict[str, Any], EndsOf], T], path: str, separator: str = "", start: str = "") -> T:
+def from_file(
+    made: Callable[[dict[str, Any], EndsOf], T], path: str, separator: str = "", start: str = ""
+) -> T:
     """A tokenizer made of the object in a file, and of what the files beside it say of its ends.
 
     Args:
@@ -255,18 +290,26 @@ def from_file(made: Callable[[dict[str, Any], EndsOf], T], path: str, separator:
     train = "make one with uoe tokenizer train --config=… --vocab=4096 --out=tokenizer.json"
     key = "config.data.tokenizer_file"
     if not path:
-        raise ConfigError(key, path, f"tokenizers 'bpe' and 'library' take a file; give one, or {train}")
+        raise ConfigError(
+            key, path, f"tokenizers 'bpe' and 'library' take a file; give one, or {train}"
+        )
     file = epath.Path(expanded(path, key))
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except Exception as error:  # the clients of gs:// raise exceptions of a dozen kinds
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ConfigError(key, path, f"cannot be read ({reason}); give another file, or {train}") from error
+        raise ConfigError(
+            key, path, f"cannot be read ({reason}); give another file, or {train}"
+        ) from error
     try:
         content = json_object(text)
-        separator = separator or str(content.get("separator", ""))  # of a tokenizer that a run has kept
+        separator = separator or str(
+            content.get("separator", "")
+        )  # of a tokenizer that a run has kept
         start = start or str(content.get("start", ""))
-        ends = functools.partial(find_ends, files=files_beside(file.parent), separator=separator, start=start)
+        ends = functools.partial(
+            find_ends, files=files_beside(file.parent), separator=separator, start=start
+        )
         return made(content, ends)
     except UserError as error:
         raise ConfigError(key, path, f"{error}; give another file, or {train}") from error
@@ -297,7 +340,10 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
     return ByteTokenizer() if kind == "bytes" else None
 
 
-_FROM_FILE: dict[str, type[BPETokenizer] | type[LibraryTokenizer]] = {"bpe": BPETokenizer, "library": LibraryTokenizer}
+_FROM_FILE: dict[str, type[BPETokenizer] | type[LibraryTokenizer]] = {
+    "bpe": BPETokenizer,
+    "library": LibraryTokenizer,
+}
 
 
 def stored(text: str) -> Tokenizer:

@@ -15,17 +15,23 @@ from numpy.typing import ArrayLike
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.watch import ticking
 
-FORMAT = 1  # of the rules below and of the JSON: raise it when either changes, or token caches go stale
+FORMAT = (
+    1  # of the rules below and of the JSON: raise it when either changes, or token caches go stale
+)
 NEWLINE, SEPARATOR, UNKNOWN = b"\n", b"", b"<unk>"  # no word between spaces is one of the first two
 SPECIAL = (NEWLINE, SEPARATOR, UNKNOWN)
-CHUNK = 1 << 20  # bytes split at a time: a corpus in one document then takes no list of all of its words
+CHUNK = (
+    1 << 20
+)  # bytes split at a time: a corpus in one document then takes no list of all of its words
 
 
 def known_ids(ids: ArrayLike | Iterable[int], vocab_size: int) -> np.ndarray:
     """int64 [T]. Raises ValueError for an id outside the vocabulary."""
     ids_T = np.asarray(ids, np.int64).reshape(-1)
     if ids_T.size and not (0 <= np.min(ids_T) and np.max(ids_T) < vocab_size):
-        raise ValueError(f"token ids from {np.min(ids_T)} to {np.max(ids_T)} are not all in [0, {vocab_size})")
+        raise ValueError(
+            f"token ids from {np.min(ids_T)} to {np.max(ids_T)} are not all in [0, {vocab_size})"
+        )
     return ids_T
 
 
@@ -53,7 +59,9 @@ class WordTokenizer:
         self.separator = self.start = self._ids[SEPARATOR]
         self._unknown = self._ids[UNKNOWN]
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
-        self.fingerprint = f"words-{self.vocab_size}-{hashlib.sha256(self.to_json().encode()).hexdigest()[:24]}"
+        self.fingerprint = (
+            f"words-{self.vocab_size}-{hashlib.sha256(self.to_json().encode()).hexdigest()[:24]}"
+        )
 
     @classmethod
     def train(cls, documents: Iterable[bytes], min_count: int) -> WordTokenizer:
@@ -73,7 +81,10 @@ class WordTokenizer:
             raise ConfigError("config.data.min_count", min_count, remedy)
         unknown += counts.total() - sum(kept.values())
         kept |= {NEWLINE: newlines, SEPARATOR: n_documents, UNKNOWN: unknown}
-        return cls(sorted(kept, key=lambda word: (-kept[word], word)), max(0, left // newlines) if newlines else 0)
+        return cls(
+            sorted(kept, key=lambda word: (-kept[word], word)),
+            max(0, left // newlines) if newlines else 0,
+        )
 
     @property
     def bytes_per_token(self) -> np.ndarray:
@@ -86,7 +97,8 @@ class WordTokenizer:
         data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
         unknown = itertools.repeat(self._unknown)
         parts = [
-            np.fromiter(map(self._ids.get, words, unknown), self._dtype, len(words)) for words in ticking(split_words(data))
+            np.fromiter(map(self._ids.get, words, unknown), self._dtype, len(words))
+            for words in ticking(split_words(data))
         ]
         return np.concatenate([np.zeros(0, self._dtype), *parts])
 
@@ -103,7 +115,10 @@ class WordTokenizer:
     def to_json(self) -> str:
         """What `from_json` reads; ASCII, bytes that are not UTF-8 as lone surrogates."""
         words = [word.decode("utf-8", "surrogateescape") for word in self._words]
-        return json.dumps({"kind": "words", "format": FORMAT, "line_bytes": self._line_bytes, "words": words}, indent=1)
+        return json.dumps(
+            {"kind": "words", "format": FORMAT, "line_bytes": self._line_bytes, "words": words},
+            indent=1,
+        )
 
     @classmethod
     def from_json(cls, text: str) -> WordTokenizer:
@@ -111,13 +126,27 @@ class WordTokenizer:
         try:
             found = json.loads(text)
             if (found["kind"], found["format"]) != ("words", FORMAT):
-                raise ValueError(f"{found['kind']!r} of format {found['format']!r}, this version reads {FORMAT}")
-            words, line_bytes = [word.encode("utf-8", "surrogateescape") for word in found["words"]], found["line_bytes"]
+                raise ValueError(
+                    f"{found['kind']!r} of format {found['format']!r}, this version reads {FORMAT}"
+                )
+            words, line_bytes = (
+                [word.encode("utf-8", "surrogateescape") for word in found["words"]],
+                found["line_bytes"],
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"the vocabulary of words cannot be read ({type(error).__name__}: {error})") from error
+            raise UserError(
+                f"the vocabulary of words cannot be read ({type(error).__name__}: {error})"
+            ) from error
         unique = set(words)
-        if len(unique) != len(words) or not unique.issuperset(SPECIAL) or type(line_bytes) is not int or line_bytes < 0:
-            raise UserError("the vocabulary of words is damaged (a word twice, no <unk>, separator or newline, or no line_bytes)")
+        if (
+            len(unique) != len(words)
+            or not unique.issuperset(SPECIAL)
+            or type(line_bytes) is not int
+            or line_bytes < 0
+        ):
+            raise UserError(
+                "the vocabulary of words is damaged (a word twice, no <unk>, separator or newline, or no line_bytes)"
+            )
         return cls(words, line_bytes)
 
 

@@ -72,13 +72,17 @@ def open_wikitext103(path: str, cache_dir: Path) -> WikiText:
     something is missing in it, UserError where it cannot be read.
     """
     origin = _locate(path)
-    sha256, n_bytes, texts = (_packed if origin.is_file() else _unpacked)(origin, RawFiles(cache_dir))
+    sha256, n_bytes, texts = (_packed if origin.is_file() else _unpacked)(
+        origin, RawFiles(cache_dir)
+    )
     for split, member in MEMBERS.items():
         if not n_bytes[split]:
             raise _broken(origin, f"without text in {member}")
     key = f"wikitext103-{VERSION}-{sha256[:24]}"
     splits = {split: functools.partial(_records, text, origin) for split, text in texts.items()}
-    directory = dataset_directory(cache_dir, key, "wikitext103_raw", VERSION, {"text": bytes}, splits)
+    directory = dataset_directory(
+        cache_dir, key, "wikitext103_raw", VERSION, {"text": bytes}, splits
+    )
     return WikiText(key, directory, origin.resolve(), sha256, record_counts(directory), n_bytes)
 
 
@@ -94,7 +98,12 @@ def articles(text: Iterable[bytes]) -> Iterator[bytes]:
     blank_before = True
     for line, after in itertools.pairwise(itertools.chain(text, [b""])):
         words = line.strip()
-        is_title = words.startswith(b"= ") and words.endswith(b" =") and len(words) > 4 and words[2:4] != b"= "
+        is_title = (
+            words.startswith(b"= ")
+            and words.endswith(b" =")
+            and len(words) > 4
+            and words[2:4] != b"= "
+        )
         if is_title and blank_before and not after.strip():
             if titled:
                 yield b"".join(article)
@@ -135,7 +144,10 @@ def _packed(archive: Path, raw: RawFiles) -> Content:
     for name in names.values():
         if name not in sizes:
             raise _broken(archive, f"without {name}")
-    texts = {split: functools.partial(_from_archive, archive, sha256, name) for split, name in names.items()}
+    texts = {
+        split: functools.partial(_from_archive, archive, sha256, name)
+        for split, name in names.items()
+    }
     return sha256, {split: sizes[name] for split, name in names.items()}, texts
 
 
@@ -147,9 +159,16 @@ def _from_archive(archive: Path, sha256: str, name: str) -> Iterator[bytes]:
         try:
             with zipfile.ZipFile(file) as opened, opened.open(name) as text:
                 assert isinstance(text, zipfile.ZipExtFile)  # what is opened for reading
-                for _, line in lines(io.BufferedReader(text, 1 << 20), archive / name):  # zipfile's own readline is slow
+                for _, line in lines(
+                    io.BufferedReader(text, 1 << 20), archive / name
+                ):  # zipfile's own readline is slow
                     yield line
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            RuntimeError,
+        ) as error:  # the last: encrypted
             raise _broken(archive, f"damaged in {name} ({error})") from error
 
 
@@ -160,7 +179,10 @@ def _unpacked(folder: Path, raw: RawFiles) -> Content:
             raise _broken(folder, f"without {file.name}")
     hashes = dict(zip(files, raw.sha256(list(files.values())), strict=True))
     sha256 = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
-    texts = {split: functools.partial(_from_file, file, hashes[split], raw) for split, file in files.items()}
+    texts = {
+        split: functools.partial(_from_file, file, hashes[split], raw)
+        for split, file in files.items()
+    }
     return sha256, {split: file.stat().st_size for split, file in files.items()}, texts
 
 
@@ -181,4 +203,6 @@ def _records(text: Callable[[], Iterator[bytes]], origin: Path) -> Iterator[dict
 
 
 def _broken(origin: Path, what: str) -> ConfigError:
-    return ConfigError("data.path", str(origin), f"is {what}: download {ARCHIVE} ({ARCHIVE_BYTES:,} bytes) again.")
+    return ConfigError(
+        "data.path", str(origin), f"is {what}: download {ARCHIVE} ({ARCHIVE_BYTES:,} bytes) again."
+    )

@@ -40,7 +40,9 @@ class Moments(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # over the method of tuples, which nobody asks of sums
 
 
-def seen(model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array) -> dict[str, Moments]:
+def seen(
+    model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array
+) -> dict[str, Moments]:
     """What the routers of a batch would have to tell apart, by block."""
     x_BLD, tokens = model.entered(tokens_BL, segments_BL, positions_BL)
     graphdef, stacked = nnx.split(model.layers)
@@ -64,11 +66,16 @@ def seen(model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, posit
 def _sums(block: Union, x_BLD: jax.Array, y_NBLD: jax.Array, segments_BL: jax.Array) -> Moments:
     p, d = block.routing.patch_size, x_BLD.shape[-1]
     valid_BMP, x_BMPD = patches(segments_BL, p) > 0, patches(x_BLD, p)
-    summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32) if block.causal else valid_mean(x_BMPD, valid_BMP)
+    summary_BMD = (
+        x_BMPD[:, :, 0].astype(jnp.float32) if block.causal else valid_mean(x_BMPD, valid_BMP)
+    )
     given_BLN = jnp.linalg.norm(y_NBLD.astype(jnp.float32), axis=-1).transpose(1, 2, 0)
     target_BMN = valid_mean(patches(given_BLN, p), valid_BMP)
     counts_R = valid_BMP.any(axis=2).reshape(-1, 1).astype(jnp.float32)
-    x_RD, t_RN = summary_BMD.reshape(-1, d) * counts_R, target_BMN.reshape(counts_R.shape[0], -1) * counts_R
+    x_RD, t_RN = (
+        summary_BMD.reshape(-1, d) * counts_R,
+        target_BMN.reshape(counts_R.shape[0], -1) * counts_R,
+    )
     return Moments(x_RD.T @ x_RD, x_RD.T @ t_RN, counts_R.sum())
 
 
@@ -84,9 +91,13 @@ def fitted(sums: Moments, gate: str) -> np.ndarray:
     return (kernel * (wanted / np.maximum(spread, 1e-30))[:, None, None]).astype(np.float32)
 
 
-def calibrated(config: ModelConfig, model: Any, params: Params, batches: Iterable[Mapping[str, Any]]) -> Params:
+def calibrated(
+    config: ModelConfig, model: Any, params: Params, batches: Iterable[Mapping[str, Any]]
+) -> Params:
     """The parameters with the patches' routers fitted to batches of text; model: params -> Transformer."""
-    step = jax.jit(lambda p, tokens, segments, positions: seen(model(p), tokens, segments, positions))
+    step = jax.jit(
+        lambda p, tokens, segments, positions: seen(model(p), tokens, segments, positions)
+    )
     total = None
     for batch in ticking(batches):
         found = step(params, batch["tokens"], batch["segments"], batch["positions"])

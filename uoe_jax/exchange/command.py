@@ -32,21 +32,36 @@ def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> Non
     from uoe_jax import runtime
     from uoe_jax.exchange.plan_import import plan
 
-    found = plan(options.source, options.config, options.experts, options.k, options.capacity, overrides, options.workdir)
+    found = plan(
+        options.source,
+        options.config,
+        options.experts,
+        options.k,
+        options.capacity,
+        overrides,
+        options.workdir,
+    )
     runtime.start(found.config)
     from uoe_jax.exchange.importing import import_model
 
     import_model(found, options.workdir)
-    start = (f"--config={options.workdir}/config.json", f"--config.train.init_from={options.workdir}")
+    start = (
+        f"--config={options.workdir}/config.json",
+        f"--config.train.init_from={options.workdir}",
+    )
     print(f"{options.workdir}: imported; next: uoe train {shlex.join(start)} --workdir=DIR")
 
 
 def run_export(options: argparse.Namespace, config: Config) -> None:
     """Raises UserError for what cannot be exported; RunError where what was written is not what it should be."""
     if options.routed and options.format != "hf":
-        raise UserError(f"--routed: is for --format=hf; --format={options.format} has the routed model as it is")
+        raise UserError(
+            f"--routed: is for --format=hf; --format={options.format} has the routed model as it is"
+        )
     if options.dtype != "float32" and options.format == "stablehlo":
-        raise UserError(f"--dtype={options.dtype}: is for safetensors and hf; StableHLO has the weights as they are")
+        raise UserError(
+            f"--dtype={options.dtype}: is for safetensors and hf; StableHLO has the weights as they are"
+        )
     from uoe_jax import runtime
 
     runtime.start(config)
@@ -58,7 +73,9 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
     from uoe_jax.workdir import locate
 
     if processes.are_several():
-        raise UserError(f"--out={options.out}: a model is exported by one process; start this once, and not by srun or its like")
+        raise UserError(
+            f"--out={options.out}: a model is exported by one process; start this once, and not by srun or its like"
+        )
     m, source = config.model, locate(options.workdir) / SOURCE
     with restored(config, options.workdir, options.step) as run:
         if options.format == "stablehlo":
@@ -73,7 +90,11 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
                     exporting.export_routed(config, run.params, tokenizer, target)
                 else:
                     exporting.export_dense(config, run.params, tokenizer, target)
-    fewer = [f"{r.k} of {r.n_experts} experts in {name}" for name, r in m.unions().items() if r.k < r.n_experts]
+    fewer = [
+        f"{r.k} of {r.n_experts} experts in {name}"
+        for name, r in m.unions().items()
+        if r.k < r.n_experts
+    ]
     if options.format == "hf" and not options.routed and fewer:
         merged = "merged into a dense model of all experts, where the run chooses"
         print(f"uoe: {merged} {', '.join(fewer)}; --routed keeps that", file=sys.stderr)

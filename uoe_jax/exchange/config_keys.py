@@ -49,7 +49,10 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "is_causal": (True, None),
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
-    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_bias", "use_parallel_residual"), (False, None)),
+    **dict.fromkeys(
+        ("use_qk_norm", "qk_norm", "qk_layernorm", "use_bias", "use_parallel_residual"),
+        (False, None),
+    ),
     "partial_rotary_factor": (1.0, 1, None),
     "problem_type": (None, "single_label_classification"),
 }
@@ -107,7 +110,9 @@ class Keys:
         self._read.add(key)
         return self._values.get(key, default)
 
-    def whole(self, key: str, default: Any = _REQUIRED, also: Sequence[str] = (), low: int = 1) -> Any:
+    def whole(
+        self, key: str, default: Any = _REQUIRED, also: Sequence[str] = (), low: int = 1
+    ) -> Any:
         """An int of at least `low`; null where the default is None. also: other names of the same key."""
         value = self._one_of_names(key, also, default)
         if value is default or (type(value) is int and value >= low):
@@ -143,7 +148,9 @@ class Keys:
         """What `names` says of a string."""
         value = self.get(key)
         if not isinstance(value, str) or value not in names:
-            raise self.wrong(key, value, f"for which there is no block here ({', '.join(map(repr, names))} work)")
+            raise self.wrong(
+                key, value, f"for which there is no block here ({', '.join(map(repr, names))} work)"
+            )
         return names[value]
 
     def section(self, key: str) -> Keys | None:
@@ -158,7 +165,12 @@ class Keys:
     def close(self, ignored: frozenset[str], defaults: Mapping[str, tuple[Any, ...]]) -> None:
         """Refuses every key that was not read, is not ignored, and has neither null nor a default as its value."""
         for key, value in self._values.items():
-            if key in self._read or key in ignored or value is None or _among(value, defaults.get(key, ())):
+            if (
+                key in self._read
+                or key in ignored
+                or value is None
+                or _among(value, defaults.get(key, ()))
+            ):
                 continue
             what = "may change what the model computes, and is not known here"
             if key in defaults:
@@ -171,17 +183,23 @@ class Keys:
 
     def _one_of_names(self, key: str, also: Sequence[str], default: Any) -> Any:
         self._read.update((key, *also))
-        found = {name: self._values[name] for name in (key, *also) if self._values.get(name) is not None}
+        found = {
+            name: self._values[name] for name in (key, *also) if self._values.get(name) is not None
+        }
         if not found:
             if default is _REQUIRED:
                 if key in self._values:
                     raise self.wrong(key, None, "give a whole model, as save_pretrained writes it")
-                raise UserError(f"{self.file} has no {key}; give a whole model, as save_pretrained writes it")
+                raise UserError(
+                    f"{self.file} has no {key}; give a whole model, as save_pretrained writes it"
+                )
             return default
         (first, value), *others = found.items()
         for name, other in others:
             if other != value:
-                raise UserError(f"{self.file} has {first}={_shown(value)} and {name}={_shown(other)}; make them one")
+                raise UserError(
+                    f"{self.file} has {first}={_shown(value)} and {name}={_shown(other)}; make them one"
+                )
         return value
 
 
@@ -206,7 +224,13 @@ _IGNORED_IN_PROCESSOR = frozenset(
     input_data_format device disable_grouping return_tensors default_to_square size crop_size pad_size
     """.split()
 )
-_VIT_PROCESSORS = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor", None)
+_VIT_PROCESSORS = (
+    "ViTImageProcessor",
+    "ViTImageProcessorFast",
+    "ViTImageProcessorPil",
+    "ViTFeatureExtractor",
+    None,
+)
 
 
 def generation_notes(place: epath.Path, theirs: Mapping[str, Any]) -> list[str]:
@@ -219,10 +243,16 @@ def generation_notes(place: epath.Path, theirs: Mapping[str, Any]) -> list[str]:
     Keys(GENERATION_FILE, beside).close(IGNORED_IN_GENERATION | GENERATION.keys(), {})
     notes = []
     for file, values in (("config.json", theirs), (GENERATION_FILE, beside)):
-        set_here = [key for key, known in GENERATION.items() if key in values and not _among(values[key], known)]
+        set_here = [
+            key
+            for key, known in GENERATION.items()
+            if key in values and not _among(values[key], known)
+        ]
         if set_here:
             said = ", ".join(f"{key}={_shown(values[key])}" for key in set_here)
-            notes.append(f"{file} has {said} for generation, which uoe generate does not follow; it takes generate.*")
+            notes.append(
+                f"{file} has {said} for generation, which uoe generate does not follow; it takes generate.*"
+            )
     return notes
 
 
@@ -236,25 +266,40 @@ def image_bound(place: epath.Path, model: Mapping[str, Any], overrides: Mapping[
       UserError: the two cannot be the same, and no override of model.image.bound says that this does not matter.
     """
     nested = (read_json(place / "processor_config.json", _AGAIN) or {}).get("image_processor")
-    given = {PROCESSOR_FILE: read_json(place / PROCESSOR_FILE, _AGAIN), "processor_config.json": nested}
-    found = {file: _bound(file, values, model, overrides) for file, values in given.items() if isinstance(values, dict)}
+    given = {
+        PROCESSOR_FILE: read_json(place / PROCESSOR_FILE, _AGAIN),
+        "processor_config.json": nested,
+    }
+    found = {
+        file: _bound(file, values, model, overrides)
+        for file, values in given.items()
+        if isinstance(values, dict)
+    }
     if len({*found.values()}) > 1:
         raise UserError(f"{' and '.join(found)} scale pixels differently; take one of them away")
     return next(iter(found.values()), 1.0)
 
 
-def _bound(file: str, values: Mapping[str, Any], model: Mapping[str, Any], overrides: Mapping[str, str]) -> float:
+def _bound(
+    file: str, values: Mapping[str, Any], model: Mapping[str, Any], overrides: Mapping[str, str]
+) -> float:
     keys = Keys(file, values)
     kind = keys.get("image_processor_type") or keys.get("feature_extractor_type")
     rescaled, normalised = keys.flag("do_rescale", True), keys.flag("do_normalize", True)
     factor = keys.number("rescale_factor", 1 / 255)
-    mean, std = (_channels(keys, name, model["image"]["channels"]) for name in ("image_mean", "image_std"))
+    mean, std = (
+        _channels(keys, name, model["image"]["channels"]) for name in ("image_mean", "image_std")
+    )
     _check_size(keys, model["image"]["height"])
     keys.close(_IGNORED_IN_PROCESSOR, {"do_pad": (False,)})
     if "model.image.bound" in overrides:
         return 1.0  # replaced by the override
     if kind not in _VIT_PROCESSORS and not {"image_mean", "image_std"} <= values.keys():
-        raise keys.wrong("image_processor_type", kind, "whose image_mean and image_std are not known here; write them into it")
+        raise keys.wrong(
+            "image_processor_type",
+            kind,
+            "whose image_mean and image_std are not known here; write them into it",
+        )
     scale = factor if rescaled else 1.0
     mean, std = (mean, std) if normalised else ([0.0], [1.0])
     slopes = {scale / s for s in std}
@@ -285,6 +330,16 @@ def _check_size(keys: Keys, wanted: int) -> None:
     resized, cropped = keys.flag("do_resize", True), keys.flag("do_center_crop", False)
     key = "crop_size" if cropped else "size"
     value = keys.get(key)
-    sides = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    if value is not None and (resized or cropped) and any(type(side) is not int or side != wanted for side in sides):
+    sides = (
+        [*value.values()]
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else [value]
+    )
+    if (
+        value is not None
+        and (resized or cropped)
+        and any(type(side) is not int or side != wanted for side in sides)
+    ):
         raise keys.wrong(key, value, f"and config.json image_size={wanted}; make them one")

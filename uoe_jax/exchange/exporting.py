@@ -22,7 +22,14 @@ from uoe_jax.data.library import LibraryTokenizer
 from uoe_jax.data.tokenizer import BYTE_OF, BPETokenizer, ByteTokenizer, Tokenizer
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.exchange.config_keys import GENERATION_FILE, PROCESSOR_FILE, image_bound
-from uoe_jax.exchange.families import ALIASES, FAMILIES, Values, family_for, into_theirs, their_shape
+from uoe_jax.exchange.families import (
+    ALIASES,
+    FAMILIES,
+    Values,
+    family_for,
+    into_theirs,
+    their_shape,
+)
 from uoe_jax.exchange.tensors import Tensor, dotted, write
 from uoe_jax.train.step import Params
 from uoe_jax.workdir import CONFIG, read_json
@@ -52,7 +59,9 @@ class Target(NamedTuple):
             print(f"uoe: {n_lost:,} numbers became infinity or 0 in {self.dtype}", file=sys.stderr)
 
 
-def export_safetensors(config: Config, params: Params, tokenizer: Tokenizer | None, target: Target) -> None:
+def export_safetensors(
+    config: Config, params: Params, tokenizer: Tokenizer | None, target: Target
+) -> None:
     """Weights under their dotted names, the run's configuration, and its tokenizer in our own format."""
     target.write(_leaves(params))
     _write_json(target.out / CONFIG, to_dict(config))
@@ -60,7 +69,9 @@ def export_safetensors(config: Config, params: Params, tokenizer: Tokenizer | No
         _write_json(target.out / "tokenizer.json", json.loads(tokenizer.to_json()))
 
 
-def export_dense(config: Config, params: Params, tokenizer: Tokenizer | None, target: Target) -> None:
+def export_dense(
+    config: Config, params: Params, tokenizer: Tokenizer | None, target: Target
+) -> None:
     """The dense model of all experts together, in the layout of its family: `AutoModel…from_pretrained` loads it.
 
     Raises:
@@ -73,7 +84,11 @@ def export_dense(config: Config, params: Params, tokenizer: Tokenizer | None, ta
             raise ConfigError(f"config.model.{key}", getattr(m, key), remedy)
     family, theirs = family_for(m)
     flat = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    dense = {path: _dense_shape(path, leaf.shape, m) for path, leaf in flat.items() if ".router." not in path}
+    dense = {
+        path: _dense_shape(path, leaf.shape, m)
+        for path, leaf in flat.items()
+        if ".router." not in path
+    }
 
     def tensors() -> Iterator[Tensor]:
         for entry in family.entries(m):
@@ -81,14 +96,25 @@ def export_dense(config: Config, params: Params, tokenizer: Tokenizer | None, ta
             for layer in range(m.n_layers) if layered else (None,):
 
                 def make(entry: Any = entry, layer: int | None = layer) -> np.ndarray:
-                    wholes = [decompose.join_leaf(path, flat[path] if layer is None else flat[path][layer : layer + 1], m) for path in entry.ours]
-                    return into_theirs(entry, [np.asarray(a) if layer is None else np.asarray(a)[0] for a in wholes])
+                    wholes = [
+                        decompose.join_leaf(
+                            path, flat[path] if layer is None else flat[path][layer : layer + 1], m
+                        )
+                        for path in entry.ours
+                    ]
+                    return into_theirs(
+                        entry,
+                        [np.asarray(a) if layer is None else np.asarray(a)[0] for a in wholes],
+                    )
 
                 shapes = [dense[path][layered:] for path in entry.ours]
                 yield Tensor(entry.theirs.format(i=layer), their_shape(entry, shapes), make)
 
     target.write(tensors())
-    dtypes = {"dtype": target.dtype, "torch_dtype": target.dtype}  # for readers of transformers 5 and of 4
+    dtypes = {
+        "dtype": target.dtype,
+        "torch_dtype": target.dtype,
+    }  # for readers of transformers 5 and of 4
     found = _as_imported(theirs, target.source, m) | dtypes
     _write_json(target.out / CONFIG, found if tokenizer is None else _with_ends(found, tokenizer))
     _write_beside(tokenizer, target, m.vocab_size)
@@ -96,7 +122,9 @@ def export_dense(config: Config, params: Params, tokenizer: Tokenizer | None, ta
         _write_processor(m, target.out)
 
 
-def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, target: Target) -> None:
+def export_routed(
+    config: Config, params: Params, tokenizer: Tokenizer | None, target: Target
+) -> None:
     """The routed model for PyTorch: `modeling_uoe.py` beside the weights, loaded with `trust_remote_code=True`.
 
     Raises:
@@ -104,11 +132,20 @@ def export_routed(config: Config, params: Params, tokenizer: Tokenizer | None, t
     """
     m = config.model
     remedy = "has no code in PyTorch here; use --format=safetensors, or --format=stablehlo"
-    for key, known in (("task", ("language",)), ("causal", (True,)), ("attention", ("dense", "smha")), ("mlp", ("dense", "uome")), ("cutoffs", ("",))):
+    for key, known in (
+        ("task", ("language",)),
+        ("causal", (True,)),
+        ("attention", ("dense", "smha")),
+        ("mlp", ("dense", "uome")),
+        ("cutoffs", ("",)),
+    ):
         if getattr(m, key) not in known:
             raise ConfigError(f"config.model.{key}", getattr(m, key), remedy)
     target.write(_leaves(params))
-    names = {"AutoConfig": "modeling_uoe.UoEConfig", "AutoModelForCausalLM": "modeling_uoe.UoEForCausalLM"}
+    names = {
+        "AutoConfig": "modeling_uoe.UoEConfig",
+        "AutoModelForCausalLM": "modeling_uoe.UoEForCausalLM",
+    }
     theirs: Values = {
         "model_type": "uoe", "architectures": ["UoEForCausalLM"], "auto_map": names, "vocab_size": m.vocab_size, "hidden_size": m.d_model,
         "num_hidden_layers": m.n_layers, "num_attention_heads": m.n_heads, "num_key_value_heads": m.kv_heads,
@@ -127,15 +164,24 @@ def _leaves(params: Params) -> Iterator[Tensor]:
 
 
 def _dense_shape(path: str, shape: tuple[int, ...], m: ModelConfig) -> tuple[int, ...]:
-    return jax.eval_shape(lambda a: decompose.join_leaf(path, a, m), jax.ShapeDtypeStruct(shape, np.float32)).shape
+    return jax.eval_shape(
+        lambda a: decompose.join_leaf(path, a, m), jax.ShapeDtypeStruct(shape, np.float32)
+    ).shape
 
 
 def _as_imported(theirs: Values, source: epath.Path, m: ModelConfig) -> Values:
     """Our config.json over that of the model that was imported, which knows more than we need: names of classes, its own type."""
     before = read_json(source / CONFIG, "remove it")
-    if before is None or FAMILIES.get(str(before.get("model_type"))) is not FAMILIES[theirs["model_type"]]:
+    if (
+        before is None
+        or FAMILIES.get(str(before.get("model_type"))) is not FAMILIES[theirs["model_type"]]
+    ):
         return theirs
-    ours = {key: value for key, value in theirs.items() if key not in ("model_type", "architectures", "id2label", "label2id")}
+    ours = {
+        key: value
+        for key, value in theirs.items()
+        if key not in ("model_type", "architectures", "id2label", "label2id")
+    }
     if m.position == "rope":  # a row was cut for training; the frequencies are what they were
         ours["max_position_embeddings"] = max(m.context_length, before["max_position_embeddings"])
     other_names = {name for key in theirs for name in ALIASES.get(key, ())}
@@ -146,7 +192,11 @@ def _with_ends(values: Values, tokenizer: Tokenizer) -> Values:
     """A config.json or generation_config.json in which the separator ends a text; a list that has it stays as it is."""
     found = values.get("eos_token_id")
     known = tokenizer.separator in (found if isinstance(found, list) else [found])
-    return {"bos_token_id": tokenizer.start, **values, "eos_token_id": found if known else tokenizer.separator}
+    return {
+        "bos_token_id": tokenizer.start,
+        **values,
+        "eos_token_id": found if known else tokenizer.separator,
+    }
 
 
 def _write_processor(m: ModelConfig, out: epath.Path) -> None:
@@ -156,7 +206,10 @@ def _write_processor(m: ModelConfig, out: epath.Path) -> None:
         with contextlib.suppress(UserError):
             if image_bound(out, sizes, {}) == m.image.bound:
                 return
-        print(f"uoe: {PROCESSOR_FILE} scales pixels from -{m.image.bound:g} to {m.image.bound:g} now, as here", file=sys.stderr)
+        print(
+            f"uoe: {PROCESSOR_FILE} scales pixels from -{m.image.bound:g} to {m.image.bound:g} now, as here",
+            file=sys.stderr,
+        )
     n = m.image.channels
     _write_json(out / PROCESSOR_FILE, {
         "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
@@ -177,27 +230,46 @@ def _write_beside(tokenizer: Tokenizer | None, target: Target, vocab_size: int) 
     if tokenizer is None:
         return
     generation = read_json(out / GENERATION_FILE, "remove it") or {}
-    if no_tokens := list(range(tokenizer.vocab_size, vocab_size)):  # `uoe generate` does not draw them either
-        generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or ()), *no_tokens})
+    if no_tokens := list(
+        range(tokenizer.vocab_size, vocab_size)
+    ):  # `uoe generate` does not draw them either
+        generation["suppress_tokens"] = sorted(
+            {*(generation.get("suppress_tokens") or ()), *no_tokens}
+        )
     _write_json(out / GENERATION_FILE, _with_ends(generation, tokenizer))
     content = tokenizer_file(tokenizer)
     if content is None:
-        print("uoe: a vocabulary of words has no form that transformers reads; the tokenizer was left out", file=sys.stderr)
+        print(
+            "uoe: a vocabulary of words has no form that transformers reads; the tokenizer was left out",
+            file=sys.stderr,
+        )
         return
     named = {token["id"]: token["content"] for token in content["added_tokens"]}
     start, end = named[tokenizer.start], named[tokenizer.separator]
     settings = read_json(out / "tokenizer_config.json", "remove it") or {}
     by_itself = template(content.get("post_processor")) == ([start], [])
-    if target.source.is_dir() and by_itself and settings.get("add_bos_token") is not False and not settings.get("add_eos_token"):
+    if (
+        target.source.is_dir()
+        and by_itself
+        and settings.get("add_bos_token") is not False
+        and not settings.get("add_eos_token")
+    ):
         if settings.get("tokenizer_class") == _CLASS_5:  # which transformers 4 does not know
             _write_json(out / "tokenizer_config.json", settings | {"tokenizer_class": _CLASS})
         return
     if target.source.is_dir():
-        print(f"uoe: tokenizer.json puts {start!r} alone in front of a text now, as training and uoe generate do", file=sys.stderr)
+        print(
+            f"uoe: tokenizer.json puts {start!r} alone in front of a text now, as training and uoe generate do",
+            file=sys.stderr,
+        )
     _write_json(out / "tokenizer.json", _with_start(content, start, tokenizer.start))
     for name in ("add_bos_token", "add_eos_token"):
         settings.pop(name, None)
-    own = {"tokenizer_class": _CLASS, "bos_token": start, "model_input_names": ["input_ids", "attention_mask"]}
+    own = {
+        "tokenizer_class": _CLASS,
+        "bos_token": start,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     plain = {"clean_up_tokenization_spaces": False, "eos_token": end}
     _write_json(out / "tokenizer_config.json", plain | settings | own)
 
@@ -207,10 +279,18 @@ _CLASS, _CLASS_5 = "PreTrainedTokenizerFast", "TokenizersBackend"
 
 def _with_start(content: Values, start: str, i: int) -> Values:
     """A tokenizer.json that puts a token in front of every text."""
-    piece, text = {"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    piece, text = (
+        {"SpecialToken": {"id": start, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    )
     both = [piece, text, {"Sequence": {"id": "B", "type_id": 0}}]
     ids = {start: {"id": start, "ids": [i], "tokens": [start]}}
-    step = {"type": "TemplateProcessing", "single": [piece, text], "pair": both, "special_tokens": ids}
+    step = {
+        "type": "TemplateProcessing",
+        "single": [piece, text],
+        "pair": both,
+        "special_tokens": ids,
+    }
     return content | {"post_processor": step}
 
 
@@ -220,11 +300,31 @@ def tokenizer_file(tokenizer: Tokenizer) -> dict[str, Any] | None:
         return tokenizer.file.content
     if not isinstance(tokenizer, ByteTokenizer):
         return None
-    special = dict(id=tokenizer.separator, content=SEPARATORS[0], special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
-    by_byte = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    special = dict(
+        id=tokenizer.separator,
+        content=SEPARATORS[0],
+        special=True,
+        single_word=False,
+        lstrip=False,
+        rstrip=False,
+        normalized=False,
+    )
+    by_byte = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     model = {"type": "BPE", "vocab": {**BYTE_OF, SEPARATORS[0]: tokenizer.separator}, "merges": []}
     nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    return {"version": "1.0", **nothing, "added_tokens": [special], "pre_tokenizer": by_byte, "decoder": by_byte, "model": model}
+    return {
+        "version": "1.0",
+        **nothing,
+        "added_tokens": [special],
+        "pre_tokenizer": by_byte,
+        "decoder": by_byte,
+        "model": model,
+    }
 
 
 def _write_json(path: epath.Path, value: Values) -> None:

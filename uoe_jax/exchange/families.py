@@ -30,12 +30,16 @@ class Form(NamedTuple):
 
 def linear(n_in: int = 1) -> Form:
     """A torch Linear [out,in]; the first `n_in` axes of ours are the input's."""
-    return Form(lambda t, shape: t.T.reshape(shape), lambda a: a.reshape(math.prod(a.shape[:n_in]), -1).T)
+    return Form(
+        lambda t, shape: t.T.reshape(shape), lambda a: a.reshape(math.prod(a.shape[:n_in]), -1).T
+    )
 
 
 def kernel(n_in: int = 1) -> Form:
     """GPT-2's Conv1D [in,out]."""
-    return Form(lambda t, shape: t.reshape(shape), lambda a: a.reshape(math.prod(a.shape[:n_in]), -1))
+    return Form(
+        lambda t, shape: t.reshape(shape), lambda a: a.reshape(math.prod(a.shape[:n_in]), -1)
+    )
 
 
 SAME = Form(lambda t, shape: t.reshape(shape), lambda a: a)
@@ -69,7 +73,10 @@ def into_ours(entry: Entry, theirs: np.ndarray, shapes: list[tuple[int, ...]]) -
         return [entry.form.into(theirs, shapes[0])]
     lead = math.prod(theirs.shape[:-1])
     widths = np.cumsum([math.prod(shape) // lead for shape in shapes])[:-1]
-    return [entry.form.into(part, shape) for part, shape in zip(np.split(theirs, widths, axis=-1), shapes)]
+    return [
+        entry.form.into(part, shape)
+        for part, shape in zip(np.split(theirs, widths, axis=-1), shapes)
+    ]
 
 
 def into_theirs(entry: Entry, ours: list[np.ndarray]) -> np.ndarray:
@@ -85,7 +92,9 @@ def their_shape(entry: Entry, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _shape_only(back: Callable[[Any], Any], shape: tuple[int, ...]) -> tuple[int, ...]:
-    return back(np.lib.stride_tricks.as_strided(np.zeros(1, np.bool_), shape, (0,) * len(shape))).shape
+    return back(
+        np.lib.stride_tricks.as_strided(np.zeros(1, np.bool_), shape, (0,) * len(shape))
+    ).shape
 
 
 class Family(NamedTuple):
@@ -98,7 +107,13 @@ class Family(NamedTuple):
     prefix: str = ""
 
 
-PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
+PLAIN = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 
 
@@ -109,7 +124,12 @@ def _theirs(names: Mapping[str, str], ours: str) -> str:
 
 # --- Llama, Mistral, Qwen2 ------------------------------------------------------------------------------------------
 
-ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of llama3's scaling
+ROPE = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)  # of llama3's scaling
 THETA, MISTRAL_WINDOW = 10000.0, 4096  # of their classes, where config.json is silent
 
 
@@ -123,7 +143,9 @@ def _llama_model(keys: Keys) -> Values:
     _check_layer_types(keys)
     context = keys.whole("max_position_embeddings")
     if kind == "mistral":
-        window = keys.whole("sliding_window", context if "sliding_window" in keys else MISTRAL_WINDOW)
+        window = keys.whole(
+            "sliding_window", context if "sliding_window" in keys else MISTRAL_WINDOW
+        )
         context = min(context, window)
     elif kind == "qwen2":
         keys.get("sliding_window")  # which use_sliding_window turns off
@@ -142,7 +164,9 @@ def _llama_model(keys: Keys) -> Values:
 def _check_layer_types(keys: Keys) -> None:
     found = keys.get("layer_types") or []
     if not isinstance(found, list) or any(kind != "full_attention" for kind in found):
-        raise keys.wrong("layer_types", found, "for which there is no block here (full_attention works)")
+        raise keys.wrong(
+            "layer_types", found, "for which there is no block here (full_attention works)"
+        )
 
 
 def _rope(keys: Keys) -> tuple[float, str]:
@@ -159,17 +183,24 @@ def _rope(keys: Keys) -> tuple[float, str]:
         if section is not None:
             found[name] = _rope_section(section, theta, top)
     if len(set(found.values())) > 1:
-        raise UserError(f"{keys.file} has rope_parameters and rope_scaling that differ; make them one")
+        raise UserError(
+            f"{keys.file} has rope_parameters and rope_scaling that differ; make them one"
+        )
     return next(iter(found.values()), (theta or THETA, ""))
 
 
 def _rope_section(keys: Keys, theta: float | None, top: float | None) -> tuple[float, str]:
-    kind = keys.only("rope_type" if keys.has("rope_type") else "type", "default", "llama3", None) or "default"
+    kind = (
+        keys.only("rope_type" if keys.has("rope_type") else "type", "default", "llama3", None)
+        or "default"
+    )
     if (keys.get("type") or kind) != kind:
         raise keys.wrong("rope_type", kind, f"and type={keys.get('type')!r}; make them one")
     own = keys.number("rope_theta", None)
     if None not in (own, theta) and own != theta:
-        raise keys.wrong("rope_theta", own, f"and config.json itself has rope_theta={theta}; make them one")
+        raise keys.wrong(
+            "rope_theta", own, f"and config.json itself has rope_theta={theta}; make them one"
+        )
     numbers: list[float] = []
     if kind == "llama3":
         length = keys.number(ROPE[3], top)
@@ -180,7 +211,9 @@ def _rope_section(keys: Keys, theta: float | None, top: float | None) -> tuple[f
         if (top or length) != length:
             raise keys.wrong(ROPE[3], length, f"and config.json itself has {top}; make them one")
         numbers = [*(keys.number(name) for name in ROPE[:3]), length]
-    keys.close(frozenset(), {"partial_rotary_factor": (1.0, 1), **dict.fromkeys(ROPE[:1], (1.0, 1))})
+    keys.close(
+        frozenset(), {"partial_rotary_factor": (1.0, 1), **dict.fromkeys(ROPE[:1], (1.0, 1))}
+    )
     return own or theta or THETA, ",".join(f"{number:.12g}" for number in numbers)
 
 
@@ -188,7 +221,11 @@ def _llama_config(m: ModelConfig) -> Values:
     kind = "qwen2" if m.qkv_bias else "llama"
     scaling: Values | None = None
     if m.rope_stretch:
-        scaling = {"rope_type": "llama3", **dict(zip(ROPE, m.rope_stretch)), ROPE[-1]: int(m.rope_stretch[-1])}
+        scaling = {
+            "rope_type": "llama3",
+            **dict(zip(ROPE, m.rope_stretch)),
+            ROPE[-1]: int(m.rope_stretch[-1]),
+        }
     return {
         "model_type": kind, "architectures": ["Qwen2ForCausalLM" if m.qkv_bias else "LlamaForCausalLM"],
         "hidden_size": m.d_model, "num_hidden_layers": m.n_layers, "num_attention_heads": m.n_heads,
@@ -229,7 +266,10 @@ ALIASES = {
 
 
 def _gpt2_model(keys: Keys) -> Values:
-    d, heads = keys.whole("n_embd", also=ALIASES["n_embd"]), keys.whole("n_head", also=ALIASES["n_head"])
+    d, heads = (
+        keys.whole("n_embd", also=ALIASES["n_embd"]),
+        keys.whole("n_head", also=ALIASES["n_head"]),
+    )
     keys.only("scale_attn_weights", True)
     for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
         keys.only(key, False, None)
@@ -257,7 +297,11 @@ def _gpt2_entries(m: ModelConfig) -> Iterator[Entry]:
     if not m.tie_embeddings:
         yield Entry("lm_head.weight", ("head",), linear())
     layer = "transformer.h.{i}."
-    for theirs, ours in (("transformer.ln_f", "norm"), (layer + "ln_1", "layers.attention_norm"), (layer + "ln_2", "layers.mlp_norm")):
+    for theirs, ours in (
+        ("transformer.ln_f", "norm"),
+        (layer + "ln_1", "layers.attention_norm"),
+        (layer + "ln_2", "layers.mlp_norm"),
+    ):
         yield from _layer_norm(theirs, ours)
     qkv = "layers.attention.w_q", "layers.attention.w_k", "layers.attention.w_v"
     yield Entry(layer + "attn.c_attn.weight", qkv, kernel())
@@ -284,11 +328,15 @@ def _vit_model(keys: Keys) -> Values:
     keys.get("tie_word_embeddings")  # there is nothing to tie
     size, patch = keys.whole("image_size"), keys.whole("patch_size")
     if size % patch:
-        raise keys.wrong("image_size", size, f"which patch_size={patch} does not divide; only whole squares work")
+        raise keys.wrong(
+            "image_size", size, f"which patch_size={patch} does not divide; only whole squares work"
+        )
     labels = keys.section("id2label")
     n_classes = keys.whole("num_labels", len(labels) if labels else 2)
     if labels and n_classes != len(labels):
-        raise keys.wrong("num_labels", n_classes, f"and {len(labels)} names in id2label; make them one")
+        raise keys.wrong(
+            "num_labels", n_classes, f"and {len(labels)} names in id2label; make them one"
+        )
     return dict(
         task="classify", stem="image", causal=False, vocab_size=0, d_model=d, n_layers=keys.whole("num_hidden_layers"),
         n_heads=heads, n_kv_heads=heads, d_hidden=keys.whole("intermediate_size"), context_length=(size // patch) ** 2,
@@ -312,7 +360,11 @@ def _vit_config(m: ModelConfig) -> Values:
 def _vit_entries(m: ModelConfig) -> Iterator[Entry]:
     yield Entry("vit.embeddings.cls_token", ("cls",), under(2))
     yield Entry("vit.embeddings.position_embeddings", ("positions",), under(1))
-    yield Entry("vit.embeddings.patch_embeddings.projection.weight", ("project.kernel",), pixels(m.image.patch, m.image.channels))
+    yield Entry(
+        "vit.embeddings.patch_embeddings.projection.weight",
+        ("project.kernel",),
+        pixels(m.image.patch, m.image.channels),
+    )
     yield Entry("vit.embeddings.patch_embeddings.projection.bias", ("project.bias",), SAME)
     yield Entry("classifier.weight", ("classes.kernel",), linear())
     yield Entry("classifier.bias", ("classes.bias",), SAME)
@@ -322,8 +374,12 @@ def _vit_entries(m: ModelConfig) -> Iterator[Entry]:
     ):  # fmt: skip
         yield from _layer_norm(theirs, ours)
     for theirs, x in (("query", "q"), ("key", "k"), ("value", "v")):
-        yield Entry(layer + f"attention.attention.{theirs}.weight", (f"layers.attention.w_{x}",), linear())
-        yield Entry(layer + f"attention.attention.{theirs}.bias", (f"layers.attention.b_{x}",), FLAT)
+        yield Entry(
+            layer + f"attention.attention.{theirs}.weight", (f"layers.attention.w_{x}",), linear()
+        )
+        yield Entry(
+            layer + f"attention.attention.{theirs}.bias", (f"layers.attention.b_{x}",), FLAT
+        )
     yield Entry(layer + "attention.output.dense.weight", ("layers.attention.w_o",), linear(2))
     yield Entry(layer + "attention.output.dense.bias", ("layers.attention.bias_out",), SAME)
     yield Entry(layer + "intermediate.dense.weight", ("layers.mlp.w_up",), linear())
@@ -337,7 +393,13 @@ def _vit_entries(m: ModelConfig) -> Iterator[Entry]:
 LLAMA = Family("Llama, Mistral or Qwen2", _llama_model, _llama_config, _llama_entries)
 GPT2 = Family("GPT-2", _gpt2_model, _gpt2_config, _gpt2_entries, prefix="transformer.")
 VIT = Family("ViT", _vit_model, _vit_config, _vit_entries)
-FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "vit": VIT}  # by model_type
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "gpt2": GPT2,
+    "vit": VIT,
+}  # by model_type
 ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "LlamaModel"), "mistral": ("MistralForCausalLM", "MistralModel"), "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
     "gpt2": ("GPT2LMHeadModel", "GPT2Model"), "vit": ("ViTForImageClassification", "ViTModel"),
@@ -348,7 +410,9 @@ def family_of(theirs: Mapping[str, Any]) -> Family:
     """The family of a config.json; UserError where it is of none."""
     kind = theirs.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"config.json has model_type={kind!r}; models of the types {', '.join(FAMILIES)} can be imported")
+        raise UserError(
+            f"config.json has model_type={kind!r}; models of the types {', '.join(FAMILIES)} can be imported"
+        )
     return FAMILIES[kind]
 
 
@@ -362,8 +426,12 @@ def model_of(family: Family, theirs: Mapping[str, Any]) -> Values:
     model = family.model(keys)
     known = ARCHITECTURES[theirs["model_type"]]
     named = keys.get("architectures") or []
-    if not isinstance(named, list) or not all(str(name).lower() in map(str.lower, known) for name in named):
-        raise keys.wrong("architectures", named, f"for which there is no block here ({', '.join(known)} work)")
+    if not isinstance(named, list) or not all(
+        str(name).lower() in map(str.lower, known) for name in named
+    ):
+        raise keys.wrong(
+            "architectures", named, f"for which there is no block here ({', '.join(known)} work)"
+        )
     keys.close(IGNORED | GENERATION.keys(), DEFAULTS)
     return model
 
@@ -389,7 +457,9 @@ def family_for(m: ModelConfig) -> tuple[Family, Values]:
     raise UserError(f"{key}={value!r}: the layout of {family.kind} has {has}, {remedy}")
 
 
-def _first_difference(own: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> tuple[str, Any, Any] | None:
+def _first_difference(
+    own: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str
+) -> tuple[str, Any, Any] | None:
     for key, wanted in theirs.items():
         if isinstance(wanted, Mapping):
             found = _first_difference(own[key], wanted, f"{prefix}{key}.")

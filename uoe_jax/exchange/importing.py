@@ -46,7 +46,9 @@ def import_model(plan: Plan, workdir: str) -> None:
       UserError: what is in the directory does not fit its config.json, or cannot be read, or the workdir exists already.
     """
     if processes.are_several():
-        raise UserError(f"--workdir={workdir}: a model is imported by one process; start this once, and not by srun or its like")
+        raise UserError(
+            f"--workdir={workdir}: a model is imported by one process; start this once, and not by srun or its like"
+        )
     config, mesh = plan.config, mesh_lib.make_mesh(plan.config.mesh)
     with jax.set_mesh(mesh), whole_directory(workdir, "--workdir") as place:
         source = Tensors(plan.source)
@@ -58,7 +60,14 @@ def import_model(plan: Plan, workdir: str) -> None:
             params = calibrated(config.model, program.model, params, _batches(config, data, mesh))
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params)) + 1
         with CheckpointStore(place, write_bytes=largest) as store:
-            store.save(0, {"params": params}, metadata={"config": to_dict(config), "imported": plan.theirs.get("_name_or_path", "")})
+            store.save(
+                0,
+                {"params": params},
+                metadata={
+                    "config": to_dict(config),
+                    "imported": plan.theirs.get("_name_or_path", ""),
+                },
+            )
         keep_tokenizer(place, plan.tokenizer)
         for file in itertools.chain.from_iterable(plan.source.glob(pattern) for pattern in KEPT):
             if file.name != "model.safetensors.index.json":
@@ -85,14 +94,25 @@ def _check_names(plan: Plan, source: Tensors) -> None:
         used.add(name)
         wanted = their_shape(entry, [shapes[path][layer is not None :] for path in entry.ours])
         if name not in source:
-            raise UserError(f"--from={plan.source}: {name} is missing in its weights, and config.json asks for it; download the model again")
+            raise UserError(
+                f"--from={plan.source}: {name} is missing in its weights, and config.json asks for it; download the model again"
+            )
         found = source.shape(name)
-        is_longer = entry.ours == ("positions",) and len(found) == len(wanted) and found[-2] >= wanted[-2] and found[-1] == wanted[-1]
+        is_longer = (
+            entry.ours == ("positions",)
+            and len(found) == len(wanted)
+            and found[-2] >= wanted[-2]
+            and found[-1] == wanted[-1]
+        )
         if found != wanted and not is_longer:
             raise UserError(
                 f"--from={plan.source}: {name} has shape {list(found)} where config.json asks for {list(wanted)}; they are not of one model"
             )
-    left = [name for name in source.names() if name not in used and not _is_known_buffer(plan, source, name)]
+    left = [
+        name
+        for name in source.names()
+        if name not in used and not _is_known_buffer(plan, source, name)
+    ]
     if left:
         lost = f"{left[0]} (and {len(left) - 1} more) have no place in a {plan.family.kind} model here; they would be lost"
         raise UserError(f"--from={plan.source}: {lost}")
@@ -108,7 +128,9 @@ def _is_known_buffer(plan: Plan, source: Tensors, name: str) -> bool:
     if name.startswith("vit.pooler."):
         return True  # a classifier goes without it
     if name == "lm_head.weight" and m.tie_embeddings:
-        embedding = next(found for entry, _, found in _tensors(plan, source) if entry.ours == ("embedding",))
+        embedding = next(
+            found for entry, _, found in _tensors(plan, source) if entry.ours == ("embedding",)
+        )
         if not np.array_equal(source.read(name), source.read(embedding)):
             remedy = "set that to false to keep both, or take one out of the weights"
             raise UserError(
@@ -117,7 +139,9 @@ def _is_known_buffer(plan: Plan, source: Tensors, name: str) -> bool:
         return True
     if name.endswith(".rotary_emb.inv_freq"):
         wanted = m.rope_theta ** -(np.arange(0, m.head_dim, 2) / m.head_dim)
-        same = source.shape(name) == wanted.shape and np.allclose(source.read(name).astype(np.float64), wanted, 1e-2, 1e-4)
+        same = source.shape(name) == wanted.shape and np.allclose(
+            source.read(name).astype(np.float64), wanted, 1e-2, 1e-4
+        )
     elif name.endswith(".attn.bias"):
         square = source.read(name).squeeze()
         same = square.ndim == 2 and np.array_equal(square != 0, np.tri(*square.shape, dtype=bool))
@@ -142,7 +166,10 @@ def _tensors(plan: Plan, source: Tensors) -> Iterator[tuple[Entry, int | None, s
 
 def _dense_shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{dotted path: shape} of the dense model."""
-    tree = declared(functional(decompose.dense_config(m))[2], lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32))
+    tree = declared(
+        functional(decompose.dense_config(m))[2],
+        lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
     return {dotted(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
@@ -168,7 +195,9 @@ def _parameters(plan: Plan, source: Tensors, abstract: Params) -> Params:
     rng = np.random.default_rng(plan.config.train.seed)
     for name, routing in m.unions().items():
         for leaf, shape in decompose.router_shapes(m, routing).items():
-            drawn = rng.normal(0, 0.3 * m.d_model**-0.5, shape) if "kernel" in leaf else np.zeros(shape)
+            drawn = (
+                rng.normal(0, 0.3 * m.d_model**-0.5, shape) if "kernel" in leaf else np.zeros(shape)
+            )
             keep(f"layers.{m.place_of(name)}.router.{leaf}", drawn.astype(np.float32))
     return jax.tree.map_with_path(lambda path, _: found[dotted(path)], abstract)
 
@@ -201,10 +230,16 @@ def _losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -
         yield f"the loss was not measured, and routers are drawn: {data}"
         return
     limit = config.eval.batches or LOOKED_AT
-    for c, what in ((all_experts(config), "all experts, the dense model"), (config, _said(config.model))):
+    for c, what in (
+        (all_experts(config), "all experts, the dense model"),
+        (config, _said(config.model)),
+    ):
         found, _ = evaluate(build(c, mesh), params, data.validation, c, limit, whole=False)
         yield f"loss {found['eval/loss']:.4f} on {int(found['eval/rows'])} rows of validation with {what}"
 
 
 def _said(m: ModelConfig) -> str:
-    return ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in m.unions().items()) or "dense blocks"
+    return (
+        ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in m.unions().items())
+        or "dense blocks"
+    )

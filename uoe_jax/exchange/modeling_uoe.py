@@ -77,10 +77,15 @@ def check(m: Model) -> None:
     """Raises ValueError where the configuration asks for what this file does not have."""
     asked = [(f"model.{key}", m.get(key), allowed) for key, allowed in SUPPORTED.items()]
     for block in routed_blocks(m):
-        asked += [(f"model.{block}.{key}", m[block].get(key), allowed) for key, allowed in SUPPORTED_ROUTING.items()]
+        asked += [
+            (f"model.{block}.{key}", m[block].get(key), allowed)
+            for key, allowed in SUPPORTED_ROUTING.items()
+        ]
     for key, value, allowed in asked:
         if value not in allowed:
-            raise ValueError(f"config.{key}={value!r}: this model has {', '.join(map(repr, allowed))} only")
+            raise ValueError(
+                f"config.{key}={value!r}: this model has {', '.join(map(repr, allowed))} only"
+            )
     if not m["vocab_size"]:
         raise ValueError("config.model.vocab_size=0: give the rows of the embedding")
 
@@ -88,7 +93,12 @@ def check(m: Model) -> None:
 def shapes(m: Model) -> dict[str, Any]:
     """The shapes of all weights, nested by name. Those of `layers` are of one layer; T of them are stacked."""
     d, scales = m["d_model"], _norm_shapes(m)
-    layer = {"attention_norm": scales, "attention": _attention_shapes(m), "mlp_norm": scales, "mlp": _mlp_shapes(m)}
+    layer = {
+        "attention_norm": scales,
+        "attention": _attention_shapes(m),
+        "mlp_norm": scales,
+        "mlp": _mlp_shapes(m),
+    }
     tree = {"embedding": (m["vocab_size"], d), "layers": layer, "norm": scales}
     if m["position"] == "learned":
         tree["positions"] = (m["context_length"], d)
@@ -98,14 +108,21 @@ def shapes(m: Model) -> dict[str, Any]:
 
 
 def _norm_shapes(m: Model) -> Weights:
-    return dict.fromkeys(("scale", "bias") if m["norm"] == "layernorm" else ("scale",), (m["d_model"],))
+    return dict.fromkeys(
+        ("scale", "bias") if m["norm"] == "layernorm" else ("scale",), (m["d_model"],)
+    )
 
 
 def _attention_shapes(m: Model) -> Weights:
     h, g, dh = head_sizes(m)
     d, (lead, n) = m["d_model"], _experts(m, "smha")
     queries, keys = (h // n, dh), (g // n, dh)
-    tree = {"w_q": (*lead, d, *queries), "w_k": (*lead, d, *keys), "w_v": (*lead, d, *keys), "w_o": (*lead, *queries, d)}
+    tree = {
+        "w_q": (*lead, d, *queries),
+        "w_k": (*lead, d, *keys),
+        "w_v": (*lead, d, *keys),
+        "w_o": (*lead, *queries, d),
+    }
     if m["bias"] or m["qkv_bias"]:
         tree |= {"b_q": (*lead, *queries), "b_k": (*lead, *keys), "b_v": (*lead, *keys)}
     if m["bias"]:
@@ -130,7 +147,10 @@ def _router_shapes(m: Model, block: str) -> Weights:
     if not lead:
         return {}
     kept = {"bias": m[block]["router_bias"], "load_bias": m[block]["bias_rate"]}
-    return {"router": {"kernel": (m["d_model"], n)} | {name: (n,) for name, there in kept.items() if there}}
+    return {
+        "router": {"kernel": (m["d_model"], n)}
+        | {name: (n,) for name, there in kept.items() if there}
+    }
 
 
 def _experts(m: Model, block: str) -> tuple[tuple[int, ...], int]:
@@ -181,7 +201,9 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def rotary_tables(length: int, dh: int, m: Model, device: torch.device) -> Rotary:
     """cos and sin of the rotary angles of a row, float32 [L,Dh/2]; slow ones are stretched where the model says so (Llama 3.1)."""
-    frequency = m["rope_theta"] ** (-torch.arange(0, dh, 2, dtype=torch.float32, device=device) / dh)
+    frequency = m["rope_theta"] ** (
+        -torch.arange(0, dh, 2, dtype=torch.float32, device=device) / dh
+    )
     if m["rope_scaling"]:
         factor, low, high, trained = (float(part) for part in m["rope_scaling"].split(","))
         kept = ((trained * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
@@ -211,7 +233,9 @@ def route(w: Weights, x_BLD: Tensor, r: dict[str, Any]) -> tuple[Tensor, Tensor]
     The first token of a patch decides for all of it. Of every capacity window, an expert takes the first that choose it.
     """
     p, k = r["patch_size"], r["k"]
-    with torch.autocast(x_BLD.device.type, enabled=False):  # float32 whatever the rest is computed in
+    with torch.autocast(
+        x_BLD.device.type, enabled=False
+    ):  # float32 whatever the rest is computed in
         logits_BMN = x_BLD[:, ::p].float() @ w["kernel"].float()
     if "bias" in w:
         logits_BMN = logits_BMN + w["bias"].float()
@@ -221,9 +245,13 @@ def route(w: Weights, x_BLD: Tensor, r: dict[str, Any]) -> tuple[Tensor, Tensor]
     best_BMK = ranked_BMN.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     chosen_BMN = torch.zeros_like(scores_BMN, dtype=torch.bool).scatter(-1, best_BMK, True)
     windows = chosen_BMN.split(r["capacity_window"], dim=1)
-    kept_BMN = chosen_BMN & (torch.cat([window.cumsum(dim=1) for window in windows], dim=1) <= capacity(r))
+    kept_BMN = chosen_BMN & (
+        torch.cat([window.cumsum(dim=1) for window in windows], dim=1) <= capacity(r)
+    )
     weights_BMN = torch.where(kept_BMN, gate(r, logits_BMN, scores_BMN, chosen_BMN), 0)
-    kept_BLN, weights_BLN = (a.repeat_interleave(p, dim=1)[:, : x_BLD.shape[1]] for a in (kept_BMN, weights_BMN))
+    kept_BLN, weights_BLN = (
+        a.repeat_interleave(p, dim=1)[:, : x_BLD.shape[1]] for a in (kept_BMN, weights_BMN)
+    )
     return kept_BLN, weights_BLN
 
 
@@ -233,7 +261,11 @@ def gate(r: dict[str, Any], logits: Tensor, scores: Tensor, chosen: Tensor) -> T
         return 2 * logits.sigmoid()
     if r["gate"] == "normalized":
         of_chosen = torch.where(chosen, scores, 0)
-        return r["k"] * of_chosen / of_chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return (
+            r["k"]
+            * of_chosen
+            / of_chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        )
     if r["gate"] == "score":
         return r["n_experts"] * scores
     if r["gate"] == "straight_through":
@@ -263,7 +295,9 @@ def attention(w: Weights, x_BLD: Tensor, m: Model, rotary: Rotary | None) -> Ten
     allowed = torch.ones_like(itself).tril()
     if "router" in w:
         of_experts = route(w["router"], x_BLD, m["smha"])
-        kept_BHL, weights_BHL = (a.transpose(1, 2).repeat_interleave(h // a.shape[2], dim=1) for a in of_experts)
+        kept_BHL, weights_BHL = (
+            a.transpose(1, 2).repeat_interleave(h // a.shape[2], dim=1) for a in of_experts
+        )
         # A token that was not taken attends to itself, lest its softmax be over nothing; its weight is 0.
         allowed = allowed & (kept_BHL[:, :, None] | itself)
     o_BHLk = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
@@ -281,10 +315,16 @@ def mlp(w: Weights, x_BLD: Tensor, m: Model) -> Tensor:
         return y_BLF + w[f"b_{name}"].flatten() if f"b_{name}" in w else y_BLF
 
     name = m["activation"]
-    hidden_BLF = GATED[name](project("gate")) * project("up") if name in GATED else PLAIN[name](project("up"))
+    hidden_BLF = (
+        GATED[name](project("gate")) * project("up")
+        if name in GATED
+        else PLAIN[name](project("up"))
+    )
     if "router" in w:
         _, weights_BLN = route(w["router"], x_BLD, m["uome"])
-        per_unit = weights_BLN.repeat_interleave(hidden_BLF.shape[-1] // weights_BLN.shape[-1], dim=-1)
+        per_unit = weights_BLN.repeat_interleave(
+            hidden_BLF.shape[-1] // weights_BLN.shape[-1], dim=-1
+        )
         hidden_BLF = hidden_BLF * per_unit.to(hidden_BLF.dtype)
     y_BLD = hidden_BLF @ w["w_down"].reshape(hidden_BLF.shape[-1], -1)
     return y_BLD + w["bias_out"] if "bias_out" in w else y_BLD
@@ -305,7 +345,12 @@ class UoEForCausalLM(PreTrainedModel, GenerationMixin):
         m = config.model
         check(m)
         # float32 in a model of any dtype; transformers 4 refuses names of modules that are not there.
-        self._keep_in_fp32_modules_strict = ["norm", "attention_norm", "mlp_norm", *["router"] * bool(routed_blocks(m))]
+        self._keep_in_fp32_modules_strict = [
+            "norm",
+            "attention_norm",
+            "mlp_norm",
+            *["router"] * bool(routed_blocks(m)),
+        ]
         for name, shape in shapes(m).items():
             if isinstance(shape, dict):
                 self.add_module(name, Tree(shape, (m["n_layers"],) if name == "layers" else ()))
@@ -344,9 +389,13 @@ class UoEForCausalLM(PreTrainedModel, GenerationMixin):
         """
         m, length = self.config.model, input_ids.shape[1]
         if length > m["context_length"]:
-            raise ValueError(f"input_ids has {length} tokens a row: the context holds {m['context_length']}; give no more")
+            raise ValueError(
+                f"input_ids has {length} tokens a row: the context holds {m['context_length']}; give no more"
+            )
         if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
-            raise ValueError("attention_mask has padding in front of tokens: pad on the right, or give prompts of one length")
+            raise ValueError(
+                "attention_mask has padding in front of tokens: pad on the right, or give prompts of one length"
+            )
         x_BLD = F.embedding(input_ids, self.embedding)
         if m["position"] == "learned":
             x_BLD = x_BLD + self.positions[:length]
@@ -354,7 +403,9 @@ class UoEForCausalLM(PreTrainedModel, GenerationMixin):
         rotary = rotary_tables(length, head_sizes(m)[2], m, x_BLD.device) if rope else None
         for i in range(m["n_layers"]):
             w = self.layers.weights(i)
-            x_BLD = x_BLD + attention(w["attention"], norm(w["attention_norm"], x_BLD, m["norm_eps"]), m, rotary)
+            x_BLD = x_BLD + attention(
+                w["attention"], norm(w["attention_norm"], x_BLD, m["norm_eps"]), m, rotary
+            )
             x_BLD = x_BLD + mlp(w["mlp"], norm(w["mlp_norm"], x_BLD, m["norm_eps"]), m)
         x_BLD = norm(self.norm.weights(), x_BLD, m["norm_eps"])
         logits_BLV = (x_BLD @ (self.embedding.T if m["tie_embeddings"] else self.head)).float()

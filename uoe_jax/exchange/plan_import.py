@@ -41,7 +41,13 @@ class Plan(NamedTuple):
 
 
 def plan(
-    source: str, base: str | None, experts: str, k: str, capacity: str | None, overrides: Mapping[str, str], workdir: str
+    source: str,
+    base: str | None,
+    experts: str,
+    k: str,
+    capacity: str | None,
+    overrides: Mapping[str, str],
+    workdir: str,
 ) -> Plan:
     """Reads config.json and tokenizer of a directory in Hugging Face's layout.
 
@@ -57,7 +63,9 @@ def plan(
         place = locate(source, "--from").resolve()
         theirs = read_json(place / CONFIG, "download the model again")
         if theirs is None:
-            raise UserError(f"has no {CONFIG}; give the directory of a model that save_pretrained wrote")
+            raise UserError(
+                f"has no {CONFIG}; give the directory of a model that save_pretrained wrote"
+            )
         family = family_of(theirs)
         model = model_of(family, theirs)
         notes = generation_notes(place, theirs)
@@ -65,10 +73,14 @@ def plan(
         values = evaluate(base) if base else config_lib.to_dict(Config())
         tokenizer = read_tokenizer(place, values.get("data", {}), overrides)
         if tokenizer is not None and tokenizer.vocab_size > model["vocab_size"]:
-            raise UserError(f"{TOKENIZER} has {tokenizer.vocab_size} tokens and {CONFIG} vocab_size={model['vocab_size']}; they are not of one model")
+            raise UserError(
+                f"{TOKENIZER} has {tokenizer.vocab_size} tokens and {CONFIG} vocab_size={model['vocab_size']}; they are not of one model"
+            )
     except UserError as error:
         text = str(error)
-        raise UserError(text if text.startswith("--from") else f"--from={source}: {text}") from error
+        raise UserError(
+            text if text.startswith("--from") else f"--from={source}: {text}"
+        ) from error
     if not base:
         values["optimizer"] |= TUNING
         for name in ("smha", "uome"):
@@ -76,36 +88,71 @@ def plan(
     longest = model["context_length"]
     if model["task"] == "language" and model["position"] == "rope":
         model["context_length"] = min(longest, LONGEST)
-    values["model"] |= {"attention": "smha", "mlp": "uome", "moe": {}, "dropout": 0.0, "cutoff_div": 1, **model}
+    values["model"] |= {
+        "attention": "smha",
+        "mlp": "uome",
+        "moe": {},
+        "dropout": 0.0,
+        "cutoff_div": 1,
+        **model,
+    }
     if bound is not None:
         values["model"]["image"]["bound"] = bound
     if tokenizer is not None:
         notes += tokenizer.file.ends.notes
         file = str(target / TOKENIZER)
-        values["data"] |= {"tokenizer": "bpe" if isinstance(tokenizer, BPETokenizer) else "library", "tokenizer_file": file}
+        values["data"] |= {
+            "tokenizer": "bpe" if isinstance(tokenizer, BPETokenizer) else "library",
+            "tokenizer_file": file,
+        }
     for name in ("smha", "uome"):
-        put(values, f"model.{name}.n_experts", config_lib.parse_value(f"model.{name}.n_experts", experts))
+        put(
+            values,
+            f"model.{name}.n_experts",
+            config_lib.parse_value(f"model.{name}.n_experts", experts),
+        )
         put(values, f"model.{name}.k", config_lib.parse_value(f"model.{name}.k", k))
         if capacity is not None:
-            put(values, f"model.{name}.capacity_factor", config_lib.parse_value(f"model.{name}.capacity_factor", capacity))
+            put(
+                values,
+                f"model.{name}.capacity_factor",
+                config_lib.parse_value(f"model.{name}.capacity_factor", capacity),
+            )
     for key, text in overrides.items():
         put(values, key, config_lib.parse_value(key, text))
     config = _checked(config_lib.from_dict(values), model, longest, theirs)
     return Plan(place, family, theirs, config, tokenizer, tuple(notes))
 
 
-def _checked(config: Config, model: Mapping[str, Any], longest: int, theirs: Mapping[str, Any]) -> Config:
+def _checked(
+    config: Config, model: Mapping[str, Any], longest: int, theirs: Mapping[str, Any]
+) -> Config:
     """The configuration, where nothing of the model but routing and context differs from what the weights are."""
     own = config_lib.to_dict(config.model)
     for key, value in model.items():
-        given = own[key] if not isinstance(value, Mapping) else {name: own[key][name] for name in value}
+        given = (
+            own[key] if not isinstance(value, Mapping) else {name: own[key][name] for name in value}
+        )
         if given != value and key != "context_length":
-            raise UserError(f"--config.model.{key}={given!r}: the weights are of a model with {value!r}; leave it out")
+            raise UserError(
+                f"--config.model.{key}={given!r}: the weights are of a model with {value!r}; leave it out"
+            )
     m = config.model
-    has_window = theirs["model_type"] == "mistral" and theirs.get("sliding_window", MISTRAL_WINDOW) is not None
-    why = "learned positions" if m.position == "learned" else "tokens in the window of its attention" if has_window else ""
+    has_window = (
+        theirs["model_type"] == "mistral"
+        and theirs.get("sliding_window", MISTRAL_WINDOW) is not None
+    )
+    why = (
+        "learned positions"
+        if m.position == "learned"
+        else "tokens in the window of its attention"
+        if has_window
+        else ""
+    )
     if m.context_length > longest and why and m.task == "language":
-        raise UserError(f"--config.model.context_length={m.context_length}: the model has {longest} {why}; give at most that")
+        raise UserError(
+            f"--config.model.context_length={m.context_length}: the model has {longest} {why}; give at most that"
+        )
     return config
 
 
@@ -121,7 +168,11 @@ def read_tokenizer(
     """
     content = read_json(place / TOKENIZER, "download the model again")
     if content is None:
-        others = [name for name in ("tokenizer.model", "vocab.json", "spiece.model") if (place / name).exists()]
+        others = [
+            name
+            for name in ("tokenizer.model", "vocab.json", "spiece.model")
+            if (place / name).exists()
+        ]
         if others:
             remedy = "write a tokenizer.json beside it with transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…)"
             raise UserError(f"{others[0]} is of a format that is not read here; {remedy}")
@@ -149,9 +200,13 @@ def _check_prefix_space(settings: Mapping[str, Any], content: Mapping[str, Any])
         if step.get("type") == "ByteLevel":
             found = bool(step.get("add_prefix_space"))
         elif step.get("type") in ("Metaspace", "Prepend"):
-            found = step.get("prepend_scheme") != "never" and step.get("add_prefix_space") is not False
+            found = (
+                step.get("prepend_scheme") != "never" and step.get("add_prefix_space") is not False
+            )
     if isinstance(said, bool) and found is not None and said != found:
-        raise UserError(f"tokenizer_config.json has add_prefix_space={said} and {TOKENIZER} {found}; make them one")
+        raise UserError(
+            f"tokenizer_config.json has add_prefix_space={said} and {TOKENIZER} {found}; make them one"
+        )
 
 
 def _check_vocabularies(place: epath.Path, content: Mapping[str, Any]) -> None:
@@ -161,4 +216,6 @@ def _check_vocabularies(place: epath.Path, content: Mapping[str, Any]) -> None:
     other = read_json(place / "vocab.json", "download the model again") or {}
     for token, i in own.items() if isinstance(own, dict) else ():
         if other.get(token, i) != i:
-            raise UserError(f"{TOKENIZER} gives {token!r} the id {i} and vocab.json {other[token]}; remove one of the two")
+            raise UserError(
+                f"{TOKENIZER} gives {token!r} the id {i} and vocab.json {other[token]}; remove one of the two"
+            )

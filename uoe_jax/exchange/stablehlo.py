@@ -78,14 +78,25 @@ def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
             files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
             for name, content in ticking(files.items()):
                 _write(place / name, content)
-            if damage := _damage({name: (place / name).read_bytes() for name in files}, files, config, weights, forward):
-                raise RunError(f"--out={out}: {damage}; nothing is left there: try again, and report it if it stays so")
+            if damage := _damage(
+                {name: (place / name).read_bytes() for name in files},
+                files,
+                config,
+                weights,
+                forward,
+            ):
+                raise RunError(
+                    f"--out={out}: {damage}; nothing is left there: try again, and report it if it stays so"
+                )
 
 
 def by_name(params: Params) -> dict[str, np.ndarray]:
     """The weights on the host by dotted name, in the order of their names, as jax orders them."""
     # The writer of safetensors takes the bytes as they lie, whatever the strides.
-    weights = {dotted(path): np.asarray(jax.device_get(leaf), order="C") for path, leaf in jax.tree.leaves_with_path(params)}
+    weights = {
+        dotted(path): np.asarray(jax.device_get(leaf), order="C")
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
     return dict(sorted(weights.items()))
 
 
@@ -115,19 +126,30 @@ def _inputs(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     found = {}
     for name in ("tokens",) if config.model.task == "language" else ("inputs", "segments"):
         shape, dtype = batch[name]
-        dtype = jnp.float32 if dtype == jnp.uint8 else dtype  # a byte a pixel goes to the device; the model takes floats
+        dtype = (
+            jnp.float32 if dtype == jnp.uint8 else dtype
+        )  # a byte a pixel goes to the device; the model takes floats
         found[name] = jax.ShapeDtypeStruct((b, *shape[1:]), dtype)
     return found
 
 
 def _program(config: Config, forward: Any, weights: dict[str, np.ndarray]) -> bytes:
     """What is to stand in `model.stablehlo`."""
-    inputs, parameters = _inputs(config), {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()}
-    exported = export.export(jax.jit(forward, keep_unused=True), platforms=PLATFORMS)(parameters, *inputs.values())
+    inputs, parameters = (
+        _inputs(config),
+        {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()},
+    )
+    exported = export.export(jax.jit(forward, keep_unused=True), platforms=PLATFORMS)(
+        parameters, *inputs.values()
+    )
     blob = bytes(exported.serialize())
 
     def described(name: str, a: Any) -> dict[str, Any]:
-        return {"name": name, "shape": [n if isinstance(n, int) else str(n) for n in a.shape], "dtype": str(a.dtype)}
+        return {
+            "name": name,
+            "shape": [n if isinstance(n, int) else str(n) for n in a.shape],
+            "dtype": str(a.dtype),
+        }
 
     header = {
         "sha256": hashlib.sha256(blob).hexdigest(),
@@ -149,7 +171,11 @@ def _write(path: epath.Path, content: bytes) -> None:
 
 
 def _damage(
-    found: dict[str, bytes], files: dict[str, bytes], config: Config, weights: dict[str, np.ndarray], forward: Any
+    found: dict[str, bytes],
+    files: dict[str, bytes],
+    config: Config,
+    weights: dict[str, np.ndarray],
+    forward: Any,
 ) -> str:
     """How the files found differ from those written, or what they hold from the model; empty: they do not."""
     for name, content in files.items():
@@ -158,14 +184,22 @@ def _damage(
     there = safetensors.numpy.load(found[WEIGHTS])
     for name in ticking({**weights, **there}):
         a, b = weights.get(name), there.get(name)
-        if a is None or b is None or (a.shape, a.dtype, a.tobytes()) != (b.shape, b.dtype, b.tobytes()):
+        if (
+            a is None
+            or b is None
+            or (a.shape, a.dtype, a.tobytes()) != (b.shape, b.dtype, b.tobytes())
+        ):
             return f"{name} in {WEIGHTS} is not the model's"
     inputs, program = _example(config), found[PROGRAM]
     wanted = np.asarray(jax.jit(forward)(weights, *inputs))
     blob = bytearray(program[16 + int.from_bytes(program[8:16], "little") :])
     got = np.asarray(export.deserialize(blob).call(there, *inputs))
     miss, most = np.abs(got - wanted).max(), np.abs(wanted).max()
-    return "" if miss <= _TOLERANCE * most else f"the logits of {PROGRAM} differ by {miss:.1e} from the model's, up to {most:.1e}"
+    return (
+        ""
+        if miss <= _TOLERANCE * most
+        else f"the logits of {PROGRAM} differ by {miss:.1e} from the model's, up to {most:.1e}"
+    )
 
 
 def _example(config: Config) -> list[np.ndarray]:

@@ -46,7 +46,9 @@ class Tensors:
             raise self._error(INDEX, "has no weight_map")
         for name, file in weight_map.items():
             if not isinstance(file, str) or os.path.basename(file) != file:
-                raise self._error(INDEX, f"says that {name} is in {file!r}, which is no file of this directory")
+                raise self._error(
+                    INDEX, f"says that {name} is in {file!r}, which is no file of this directory"
+                )
         self._file_of = weight_map
         held = {file: set(self._open(file).keys()) for file in sorted(set(self._file_of.values()))}
         for name, file in self._file_of.items():
@@ -62,8 +64,13 @@ class Tensors:
         named = self._file_of.get(name)
         if named is None:
             raise self._error(file, f"holds {name}, which {INDEX} does not name")
-        if named != file and self._open(file).get_tensor(name).tobytes() != self.read(name).tobytes():
-            raise self._error(file, f"holds another {name} than {named}, which {INDEX} names for it")
+        if (
+            named != file
+            and self._open(file).get_tensor(name).tobytes() != self.read(name).tobytes()
+        ):
+            raise self._error(
+                file, f"holds another {name} than {named}, which {INDEX} names for it"
+            )
 
     def _check_other_files(self) -> None:
         """UserError where other files of weights lie in the directory, of which nobody can say which are right."""
@@ -80,7 +87,11 @@ class Tensors:
         return [name for name in self._others() if name not in self._file_of.values()]
 
     def _others(self) -> list[str]:
-        return sorted(p.name for p in self._place.iterdir() if p.suffix.lower() in (".safetensors", *_OTHER_FORMATS))
+        return sorted(
+            p.name
+            for p in self._place.iterdir()
+            if p.suffix.lower() in (".safetensors", *_OTHER_FORMATS)
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -100,20 +111,27 @@ class Tensors:
         """A tensor of floating point numbers as float32; UserError where they are none, not finite, or do not fit."""
         stored = self._open(self._file_of[name]).get_slice(name).get_dtype()
         if stored not in ("F64", "F32", "F16", "BF16"):
-            raise self._error(self._file_of[name], f"holds {name} as {stored}, and F64, F32, F16 and BF16 are read")
+            raise self._error(
+                self._file_of[name],
+                f"holds {name} as {stored}, and F64, F32, F16 and BF16 are read",
+            )
         array = self.read(name)
         if not np.isfinite(array).all():
             raise self._error(self._file_of[name], f"holds numbers in {name} that are not finite")
         held, lost = cast(array, np.dtype(np.float32))
         if len(lost):
-            raise self._error(self._file_of[name], f"holds {lost[0]:.6g} in {name}, which float32 cannot hold")
+            raise self._error(
+                self._file_of[name], f"holds {lost[0]:.6g} in {name}, which float32 cannot hold"
+            )
         return held
 
     def _open(self, file: str) -> Any:
         # Opened for every read: what a mapped file had in memory is given back with it.
         if not (self._place / file).is_file():
             others = [name for name in self._others() if not name.endswith(".safetensors")]
-            why = f"is missing ({others[0]} is there, which is not read)" if others else "is missing"
+            why = (
+                f"is missing ({others[0]} is there, which is not read)" if others else "is missing"
+            )
             raise self._error(file, why)
         try:
             return safe_open(str(self._place / file), "numpy")
@@ -161,7 +179,11 @@ def write(
             size = 0
         shards[-1].append(tensor)
         size, total = size + nbytes, total + nbytes
-    files = [FILE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    files = (
+        [FILE]
+        if len(shards) == 1
+        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     for file, shard in zip(files, shards):
         held = {}
         for t in ticking(shard):
@@ -173,7 +195,9 @@ def write(
                 )
             n_lost += len(lost)
         safetensors.numpy.save_file(held, str(directory / file), metadata={"format": "pt"})
-        os.chmod(directory / file, 0o666 & ~_umask())  # it makes files that their owner alone can read
+        os.chmod(
+            directory / file, 0o666 & ~_umask()
+        )  # it makes files that their owner alone can read
         _compare(directory / file, held)
     if len(shards) > 1:
         where = {t.name: file for file, shard in zip(files, shards) for t in shard}
@@ -202,12 +226,16 @@ def _compare(file: epath.Path, held: dict[str, np.ndarray]) -> None:
     """RunError unless a file holds exactly these."""
     with safe_open(str(file), "numpy") as there:
         if set(there.keys()) != set(held):
-            raise RunError(f"{file}: does not hold the tensors that were written; write it again, on another disk perhaps")
+            raise RunError(
+                f"{file}: does not hold the tensors that were written; write it again, on another disk perhaps"
+            )
         for name, array in ticking(held.items()):
             found = there.get_tensor(name)
             same = found.shape == array.shape and found.dtype == array.dtype
             if not same or found.tobytes() != array.tobytes():
-                raise RunError(f"{file}: {name} is not what was written; write it again, on another disk perhaps")
+                raise RunError(
+                    f"{file}: {name} is not what was written; write it again, on another disk perhaps"
+                )
 
 
 def dotted(path: tuple[Any, ...]) -> str:

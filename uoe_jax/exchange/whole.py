@@ -22,7 +22,9 @@ def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
     """
     out = LiteralPath(os.path.abspath(locate(path, option)))
     if is_remote(path):
-        raise UserError(f"{option}={path}: a directory must be renamed, which gs:// cannot; give a local one, and copy that")
+        raise UserError(
+            f"{option}={path}: a directory must be renamed, which gs:// cannot; give a local one, and copy that"
+        )
     if os.path.lexists(out):
         raise UserError(f"{option}={path}: exists already; remove it, or give another directory")
     temporary = out.parent / f".{out.name}.{os.getpid()}"
@@ -32,7 +34,9 @@ def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
         temporary.rename(out)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{option}={path}: cannot be written ({reason}); mend that, or give another directory") from error
+        raise UserError(
+            f"{option}={path}: cannot be written ({reason}); mend that, or give another directory"
+        ) from error
     finally:
         if temporary.exists():
             temporary.rmtree()

@@ -34,21 +34,33 @@ def configured(options: argparse.Namespace, config: Config) -> Config:
             values["generate"][name] = config_lib.parse_value(f"generate.{name}", text)
     config = dataclasses.replace(config, generate=config_lib.from_dict(values).generate)
     if config.model.task != "language":
-        raise ConfigError("config.model.task", config.model.task, "gives classes and no text; use uoe eval")
+        raise ConfigError(
+            "config.model.task", config.model.task, "gives classes and no text; use uoe eval"
+        )
     given = [f"--{name}" for name in ("prompt", "prompts", "chat") if getattr(options, name)]
     if len(given) > 1:
-        raise UserError(f"{given[0]} and {given[1]}: prompts come from one place; give one of these")
+        raise UserError(
+            f"{given[0]} and {given[1]}: prompts come from one place; give one of these"
+        )
     if options.out and not options.prompts:
-        raise UserError(f"--out={options.out}: is for --prompts=FILE; a single text goes to the screen")
+        raise UserError(
+            f"--out={options.out}: is for --prompts=FILE; a single text goes to the screen"
+        )
     if "" in options.stop:
-        raise UserError("--stop: an empty string ends every text before it begins; give one with characters, or leave it out")
+        raise UserError(
+            "--stop: an empty string ends every text before it begins; give one with characters, or leave it out"
+        )
     if not (options.batch.isdecimal() and 0 < int(options.batch) < 1_000_000):
-        raise UserError(f"--batch={config_lib.printable(options.batch)}: give a whole number from 1 on")
+        raise UserError(
+            f"--batch={config_lib.printable(options.batch)}: give a whole number from 1 on"
+        )
     if options.experts is None:
         return config
     found = choices(config, options.experts)
     if len(found) > 1:
-        raise UserError(f"--experts={options.experts}: a text is written with one K; give one number")
+        raise UserError(
+            f"--experts={options.experts}: a text is written with one K; give one number"
+        )
     return found[0]
 
 
@@ -162,7 +174,11 @@ def _one(sampler: Any, options: argparse.Namespace) -> None:
         completion = sampler.complete([prompt], options.stop, show=lambda _, text: _show(text))[0]
     _show("\n")
     if processes.is_first():
-        why = {"document": "end of document", "stop": "stop string", "limit": f"limit of {completion.n_tokens} tokens"}
+        why = {
+            "document": "end of document",
+            "stop": "stop string",
+            "limit": f"limit of {completion.n_tokens} tokens",
+        }
         print(f"[{why[completion.ended]}]", file=sys.stderr)
 
 
@@ -172,7 +188,9 @@ def chat(sampler: Any, stops: list[str], lines: TextIO) -> None:
     What no longer fits the context is forgotten from the beginning, and said so.
     """
     if processes.are_several():
-        raise UserError("--chat: one person speaks with one process; start this once, and not by srun or its like")
+        raise UserError(
+            "--chat: one person speaks with one process; start this once, and not by srun or its like"
+        )
     text, turn = "", 0
     while True:
         if lines.isatty():
@@ -186,9 +204,17 @@ def chat(sampler: Any, stops: list[str], lines: TextIO) -> None:
         text += line.removeprefix("\ufeff")  # of a file in the place of a person
         kept = fitting(sampler, text)
         if kept != text:
-            print(f"[the context is full: the first {len(text) - len(kept)} characters are forgotten]", file=sys.stderr)
-        completion = sampler.complete([kept], stops, first=turn, show=lambda _, more: _show(more))[0]
-        text, turn = completion.text if completion.followed.endswith("\n") else completion.text + "\n", turn + 1
+            print(
+                f"[the context is full: the first {len(text) - len(kept)} characters are forgotten]",
+                file=sys.stderr,
+            )
+        completion = sampler.complete([kept], stops, first=turn, show=lambda _, more: _show(more))[
+            0
+        ]
+        text, turn = (
+            completion.text if completion.followed.endswith("\n") else completion.text + "\n",
+            turn + 1,
+        )
         _show("" if completion.followed.endswith("\n") else "\n")
 
 
@@ -215,8 +241,14 @@ def _report(sampler: Any, step: int) -> None:
         return
     m = sampler.config.model
     dense = cache_bytes(m, rows=1, dense=True)
-    rate = f"{sampler.timed / sampler.seconds:.1f} tokens/s once compiled" if sampler.timed else "too few tokens to time"
-    experts = "".join(f"{r.k} of {r.n_experts} experts in {name}; " for name, r in m.unions().items())
+    rate = (
+        f"{sampler.timed / sampler.seconds:.1f} tokens/s once compiled"
+        if sampler.timed
+        else "too few tokens to time"
+    )
+    experts = "".join(
+        f"{r.k} of {r.n_experts} experts in {name}; " for name, r in m.unions().items()
+    )
     print(f"[step {step}: {experts}{rate}]", file=sys.stderr)
     if sampler.cache_bytes:
         print(

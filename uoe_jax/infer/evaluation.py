@@ -24,7 +24,9 @@ from uoe_jax.workdir import check_record
 
 def run_eval(options: argparse.Namespace, config: Config) -> None:
     """Raises UserError for data or experts that are not the run's."""
-    config, data = agreed_data(config, options.workdir, step=options.step, split=options.split, experts=options.experts)
+    config, data = agreed_data(
+        config, options.workdir, step=options.step, split=options.split, experts=options.experts
+    )
     processes.by_first(lambda: check_record(options.workdir, data.record, store=False))
     per_word = processes.by_first(lambda: targets_per_word(config, data, options.split))
     with restored(config, options.workdir, options.step) as run:

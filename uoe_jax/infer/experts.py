@@ -19,11 +19,19 @@ def with_experts(config: Config, k: dict[str, int]) -> Config:
     unions = config.model.unions()
     for name, value in k.items():
         if name not in unions:
-            has = f"the routed blocks of this model are {', '.join(unions)}" if unions else "this model has no unions of experts"
+            has = (
+                f"the routed blocks of this model are {', '.join(unions)}"
+                if unions
+                else "this model has no unions of experts"
+            )
             raise UserError(f"--experts={name}={value}: {has}; leave it out")
         if not 1 <= value <= unions[name].n_experts:
-            raise UserError(f"--experts={value}: {name} has {unions[name].n_experts} experts; give a number from 1 to that")
-    found = _with_routing(config, {name: dataclasses.replace(unions[name], k=value) for name, value in k.items()})
+            raise UserError(
+                f"--experts={value}: {name} has {unions[name].n_experts} experts; give a number from 1 to that"
+            )
+    found = _with_routing(
+        config, {name: dataclasses.replace(unions[name], k=value) for name, value in k.items()}
+    )
     check_model(found.model)
     return found
 
@@ -32,14 +40,19 @@ def all_experts(config: Config) -> Config:
     """All experts for every patch, and slots for all: the dense model's function, where the gate weighs all alike."""
     unions = config.model.unions()
     found = with_experts(config, {name: routing.n_experts for name, routing in unions.items()})
-    room = {name: dataclasses.replace(r, capacity_factor=max(1.0, r.capacity_factor)) for name, r in found.model.unions().items()}
+    room = {
+        name: dataclasses.replace(r, capacity_factor=max(1.0, r.capacity_factor))
+        for name, r in found.model.unions().items()
+    }
     return _with_routing(found, room)
 
 
 def _with_routing(config: Config, changed: dict[str, RoutingConfig]) -> Config:
     """The same with another routing of the blocks named ("smha", "uome")."""
     model = config.model
-    model = dataclasses.replace(model, smha=changed.get("smha", model.smha), uome=changed.get("uome", model.uome))
+    model = dataclasses.replace(
+        model, smha=changed.get("smha", model.smha), uome=changed.get("uome", model.uome)
+    )
     return dataclasses.replace(config, model=model)
 
 
@@ -54,7 +67,9 @@ def choices(config: Config, text: str) -> list[Config]:
     if numbers:
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
         if first > last:
-            raise UserError(f"--experts={text}: the first number is the larger one; turn them round")
+            raise UserError(
+                f"--experts={text}: the first number is the larger one; turn them round"
+            )
         if not unions:
             raise UserError(f"--experts={text}: this model has no unions of experts; leave it out")
         return [with_experts(config, dict.fromkeys(unions, k)) for k in range(first, last + 1)]

@@ -17,10 +17,16 @@ class GrowingText:
       ended: "document" (the model closed it), "stop" (a stop string; the text ends before it), "limit"; None: it goes on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limit: int, stops: Sequence[str] = (), before: str = "") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, limit: int, stops: Sequence[str] = (), before: str = ""
+    ) -> None:
         """limit: tokens at most. before: the prompt, after which words want a space."""
         self._tokenizer, self._limit, self._stops = tokenizer, limit, tuple(stops)
-        self._space = " " if tokenizer.tokens_are_words and before and not before.endswith((" ", "\n")) else ""
+        self._space = (
+            " "
+            if tokenizer.tokens_are_words and before and not before.endswith((" ", "\n"))
+            else ""
+        )
         self.ids: list[int] = []
         self.ended: str | None = "limit" if limit < 1 else None
         self.text = ""  # all of it

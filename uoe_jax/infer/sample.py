@@ -35,7 +35,9 @@ class Completion:
         return self.prompt + self.followed
 
 
-def pick(logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def pick(
+    logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
+) -> jax.Array:
     """Draws a token for each row, int32 [B].
 
     Args:
@@ -44,7 +46,9 @@ def pick(logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_k: ja
     """
     greedy_B = logits_BV.argmax(-1)
     order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
-    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1) / jnp.where(temperature > 0, temperature, 1.0)
+    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1) / jnp.where(
+        temperature > 0, temperature, 1.0
+    )
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
     rank_1V = jnp.arange(logits_BV.shape[-1])[None]
@@ -63,7 +67,11 @@ class Sampler:
     """
 
     def __init__(
-        self, config: Config, model: Callable[[Params], Transformer], params: Params, tokenizer: Tokenizer
+        self,
+        config: Config,
+        model: Callable[[Params], Transformer],
+        params: Params,
+        tokenizer: Tokenizer,
     ) -> None:
         self.config, self.tokenizer, self._model, self._params = config, tokenizer, model, params
         self.seconds, self.timed, self.cache_bytes = 0.0, 0, 0
@@ -71,17 +79,23 @@ class Sampler:
         self._counts = False  # whether the tokens just drawn are timed
         context = config.model.context_length
         self._prefill = jax.jit(lambda p, tokens, length: model(p).prefill(tokens, length, context))
-        self._layers: Layers | None = None  # made for the first token; they hold the layers' weights once more
+        self._layers: Layers | None = (
+            None  # made for the first token; they hold the layers' weights once more
+        )
 
         @functools.partial(jax.jit, donate_argnums=2)
-        def step(p: Params, layers: Layers, cache: Cache, token_B: jax.Array) -> tuple[jax.Array, Cache]:
+        def step(
+            p: Params, layers: Layers, cache: Cache, token_B: jax.Array
+        ) -> tuple[jax.Array, Cache]:
             return model(p).step(token_B, cache, layers)
 
         @jax.jit
         def draw(logits_BV, seed, rows_B, next_B, settings):
             fold = jax.vmap(jax.random.fold_in)
             keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows_B)
-            known_BV = logits_BV[:, : tokenizer.vocab_size]  # a model may have more than there are tokens
+            known_BV = logits_BV[
+                :, : tokenizer.vocab_size
+            ]  # a model may have more than there are tokens
             return everywhere(pick(known_BV, fold(keys_B, next_B), *settings))
 
         self._step, self._draw = step, draw
@@ -110,12 +124,16 @@ class Sampler:
         size = min(batch or len(ids), len(ids))
         room = self.config.model.context_length
         texts = [
-            GrowingText(self.tokenizer, min(self.config.generate.max_tokens, room - len(row)), stops, prompt)
+            GrowingText(
+                self.tokenizer, min(self.config.generate.max_tokens, room - len(row)), stops, prompt
+            )
             for row, prompt in zip(ids, prompts)
         ]
         for start in range(0, len(order), size):
             members = order[start : start + size]
-            rows = members + members[:1] * (size - len(members))  # of one shape, so that one program does
+            rows = members + members[:1] * (
+                size - len(members)
+            )  # of one shape, so that one program does
             for token_B in self._tokens([ids[i] for i in rows], [first + i for i in rows]):
                 for i, token in zip(members, token_B):
                     if texts[i].ended is None:
@@ -124,7 +142,10 @@ class Sampler:
                             show(i, more)
                 if all(texts[i].ended for i in members):
                     break
-        return [Completion(prompt, text.text, len(text.ids), text.ended or "limit") for prompt, text in zip(prompts, texts)]
+        return [
+            Completion(prompt, text.text, len(text.ids), text.ended or "limit")
+            for prompt, text in zip(prompts, texts)
+        ]
 
     def encoded(self, prompt: str, where: str = "") -> np.ndarray:
         """The tokens of a prompt, int32 [L], behind the one that starts a document.
@@ -132,7 +153,9 @@ class Sampler:
         where: the prompt was given, for the error; left out, by --prompt.
         Raises UserError where the context has no room.
         """
-        ids = np.concatenate([[self.tokenizer.start], self.tokenizer.encode(prompt)]).astype(np.int32)
+        ids = np.concatenate([[self.tokenizer.start], self.tokenizer.encode(prompt)]).astype(
+            np.int32
+        )
         context = self.config.model.context_length
         if len(ids) >= context:
             shown = repr(prompt if len(prompt) < 40 else prompt[:36] + "…")
@@ -146,8 +169,15 @@ class Sampler:
         tokens_BL = np.zeros((len(ids), max(self._bucket(len(row)) for row in ids)), np.int32)
         for i, row in enumerate(ids):
             tokens_BL[i, : len(row)] = row
-        length_B, rows_B = np.array([len(row) for row in ids], np.int32), np.array(numbers, np.uint32)
-        knobs = (np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
+        length_B, rows_B = (
+            np.array([len(row) for row in ids], np.int32),
+            np.array(numbers, np.uint32),
+        )
+        knobs = (
+            np.float32(settings.temperature),
+            np.int32(settings.top_k),
+            np.float32(settings.top_p),
+        )
         logits, cache = self._prefill(self._params, tokens_BL, length_B)
         self.cache_bytes = sum(a.nbytes for a in jax.tree.leaves(cache.attention)) // len(ids)
         warm, started = len(ids) in self._warm, 0.0
@@ -173,4 +203,6 @@ class Sampler:
 
 def sample(config: Config, program: Program, params: Params, tokenizer: Tokenizer) -> str:
     """One completion of the configured prompt."""
-    return Sampler(config, program.model, params, tokenizer).complete([config.generate.prompt])[0].text
+    return (
+        Sampler(config, program.model, params, tokenizer).complete([config.generate.prompt])[0].text
+    )

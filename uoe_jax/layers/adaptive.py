@@ -32,25 +32,47 @@ class Pieces(nnx.Module):
     """The vectors of a vocabulary whose pieces are of different widths: table_i [v,d], and for a tail projection_i [D,d]."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        small = scaled_normal(c.d_model)  # of the projection: what is looked up is then as large as in one table [V,D]
+        small = scaled_normal(
+            c.d_model
+        )  # of the projection: what is looked up is then as large as in one table [V,D]
         self.cutoffs = c.cutoff_list
         self.table_0: nnx.Param
         for i, (size, width) in enumerate(c.vocabulary_pieces):
-            setattr(self, f"table_{i}", weight(rngs, (size, width), (None, "embed"), scaled_normal(width if i else c.d_model)))
+            setattr(
+                self,
+                f"table_{i}",
+                weight(
+                    rngs, (size, width), (None, "embed"), scaled_normal(width if i else c.d_model)
+                ),
+            )
             if i:
-                setattr(self, f"projection_{i}", weight(rngs, (c.d_model, width), ("embed", None), small))
+                setattr(
+                    self,
+                    f"projection_{i}",
+                    weight(rngs, (c.d_model, width), ("embed", None), small),
+                )
 
     def lookup(self, ids_BL: jax.Array, dtype: Any) -> jax.Array:
         """The vectors of ids, [B,L,D] in `dtype`, as activations lie between blocks; as well of ids [B]."""
         starts = (0, *self.cutoffs)
 
-        def share(words: _Words, ids_BL: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
+        def share(
+            words: _Words, ids_BL: jax.Array, _: None, region: Region
+        ) -> tuple[jax.Array, None]:
             own_BL, found = region.own_tokens(ids_BL), []
             # In float32, and rounded then, for the sums of the gradient (`ends.lookup`).
-            for start, (table_vd, projection_Dd) in zip(starts, words.pieces(jnp.float32, self.cutoffs), strict=True):
+            for start, (table_vd, projection_Dd) in zip(
+                starts, words.pieces(jnp.float32, self.cutoffs), strict=True
+            ):
                 here_BL = (own_BL >= start) & (own_BL < start + table_vd.shape[0])
-                x = jnp.where(here_BL[..., None], table_vd[jnp.where(here_BL, own_BL - start, 0)].astype(dtype), 0)
-                found.append(x if projection_Dd is None else linear(x, projection_Dd.T.astype(dtype)))
+                x = jnp.where(
+                    here_BL[..., None],
+                    table_vd[jnp.where(here_BL, own_BL - start, 0)].astype(dtype),
+                    0,
+                )
+                found.append(
+                    x if projection_Dd is None else linear(x, projection_Dd.T.astype(dtype))
+                )
             return sum(found[1:], found[0]), None
 
         return run(share, _words(self), ids_BL, dtype=dtype, enters=False, on_own_tokens=True)[0]
@@ -68,7 +90,9 @@ def make_words(c: ModelConfig, *, rngs: nnx.Rngs) -> Vocabulary:
 
 def look_up(words: Vocabulary, ids_BL: jax.Array, dtype: Any) -> jax.Array:
     """The vectors of ids, [B,L,D] in `dtype`, as activations lie between blocks."""
-    return words.lookup(ids_BL, dtype) if isinstance(words, Pieces) else lookup(words, ids_BL, dtype)
+    return (
+        words.lookup(ids_BL, dtype) if isinstance(words, Pieces) else lookup(words, ids_BL, dtype)
+    )
 
 
 class AdaptiveHead(nnx.Module):
@@ -76,7 +100,9 @@ class AdaptiveHead(nnx.Module):
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.cutoffs = c.cutoff_list
-        self.tails = weight(rngs, (len(self.cutoffs), c.d_model), (None, "embed"), scaled_normal(c.d_model))
+        self.tails = weight(
+            rngs, (len(self.cutoffs), c.d_model), (None, "embed"), scaled_normal(c.d_model)
+        )
         self.words = None if c.tie_embeddings else make_words(c, rngs=rngs)
 
     def __call__(self, x: jax.Array, embedding: Vocabulary) -> jax.Array:
@@ -87,7 +113,10 @@ class AdaptiveHead(nnx.Module):
             head = jax.nn.log_softmax(word_scores(x, first[0]), axis=-1)
             out = [head[..., : self.cutoffs[0]]]
             for i, (table_vd, projection_Dd) in enumerate(tails, self.cutoffs[0]):
-                out.append(jax.nn.log_softmax(word_scores(_narrowed(x, projection_Dd), table_vd), axis=-1) + head[..., i : i + 1])
+                out.append(
+                    jax.nn.log_softmax(word_scores(_narrowed(x, projection_Dd), table_vd), axis=-1)
+                    + head[..., i : i + 1]
+                )
             return jnp.concatenate(out, axis=-1), None
 
         return run(share, self._weights(embedding), x, dtype=x.dtype, on_own_tokens=True)[0]
@@ -95,16 +124,29 @@ class AdaptiveHead(nnx.Module):
     def nll(self, x_BLD: jax.Array, targets_BL: jax.Array, embedding: Vocabulary) -> jax.Array:
         """-log p of the targets, float32 [B,L], and with it gradients, without the scores of all tokens at once."""
 
-        def share(weights: Any, x: jax.Array, targets_BL: jax.Array, region: Region) -> tuple[jax.Array, None]:
+        def share(
+            weights: Any, x: jax.Array, targets_BL: jax.Array, region: Region
+        ) -> tuple[jax.Array, None]:
             target_n = region.own_tokens(targets_BL).reshape(-1)
-            nll_n = _nll(self._pieces(weights, None), self.cutoffs, x.reshape(-1, x.shape[-1]), target_n)
+            nll_n = _nll(
+                self._pieces(weights, None), self.cutoffs, x.reshape(-1, x.shape[-1]), target_n
+            )
             return nll_n.reshape(x.shape[:-1]), None
 
         mesh = mesh_lib.current()
         alike = mesh is None or x_BLD.shape[1] % mesh.shape["expert"]
-        x_BLD = mesh_lib.placed_activations(x_BLD)  # else the partitioner cuts what comes out of the blocks, too, along L
+        x_BLD = mesh_lib.placed_activations(
+            x_BLD
+        )  # else the partitioner cuts what comes out of the blocks, too, along L
         with mesh_lib.sequence_parallel(not alike):  # no part scores the tokens of another
-            return run(share, self._weights(embedding), x_BLD, targets_BL, dtype=x_BLD.dtype, on_own_tokens=True)[0]
+            return run(
+                share,
+                self._weights(embedding),
+                x_BLD,
+                targets_BL,
+                dtype=x_BLD.dtype,
+                on_own_tokens=True,
+            )[0]
 
     def _weights(self, embedding: Vocabulary) -> tuple[_Words, nnx.Param]:
         return _words(embedding if self.words is None else self.words), self.tails
@@ -137,7 +179,9 @@ def _words(words: Vocabulary) -> _Words:
     if not isinstance(words, Pieces):
         return _Words((words,), ())
     tails = range(1, len(words.cutoffs) + 1)
-    tables, projections = ([getattr(words, f"{name}_{i}") for i in tails] for name in ("table", "projection"))
+    tables, projections = (
+        [getattr(words, f"{name}_{i}") for i in tails] for name in ("table", "projection")
+    )
     return _Words((words.table_0, *tables), tuple(projections))
 
 
@@ -145,15 +189,23 @@ def _narrowed(x: jax.Array, projection_Dd: jax.Array | None) -> jax.Array:
     return x if projection_Dd is None else x @ projection_Dd.astype(x.dtype)
 
 
-def _nll(pieces: list[_Piece], cutoffs: tuple[int, ...], x_nD: jax.Array, target_n: jax.Array) -> jax.Array:
+def _nll(
+    pieces: list[_Piece], cutoffs: tuple[int, ...], x_nD: jax.Array, target_n: jax.Array
+) -> jax.Array:
     """-log p of the targets, float32 [n]."""
     n = target_n.shape[0]
-    piece_n = (target_n[:, None] >= jnp.array(cutoffs, jnp.int32)[None]).sum(axis=-1, dtype=jnp.int32)
+    piece_n = (target_n[:, None] >= jnp.array(cutoffs, jnp.int32)[None]).sum(
+        axis=-1, dtype=jnp.int32
+    )
     order_n = jnp.argsort(piece_n)
-    x_nD, target_n, piece_n = (a.at[order_n].get(unique_indices=True) for a in (x_nD, target_n, piece_n))
+    x_nD, target_n, piece_n = (
+        a.at[order_n].get(unique_indices=True) for a in (x_nD, target_n, piece_n)
+    )
     starts = [(piece_n < i).sum(dtype=jnp.int32) for i in range(len(pieces) + 1)]
     in_first_n = jnp.where(piece_n == 0, target_n, cutoffs[0] - 1 + piece_n)
-    nll_n = words_nll(x_nD, pieces[0][0], in_first_n, jnp.zeros_like(starts[0]), jnp.full_like(starts[0], n))
+    nll_n = words_nll(
+        x_nD, pieces[0][0], in_first_n, jnp.zeros_like(starts[0]), jnp.full_like(starts[0], n)
+    )
     for i, (table_vd, projection_Dd) in enumerate(pieces[1:], 1):
         y_nd = _narrowed(x_nD, projection_Dd)
         nll_n += words_nll(y_nd, table_vd, target_n - cutoffs[i - 1], starts[i], starts[i + 1])

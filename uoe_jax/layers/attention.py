@@ -63,7 +63,8 @@ def attend(
     in_queries, on_scores = (dh**-0.5, 1.0) if q.dtype.itemsize == 4 else (1.0, dh**-0.5)
     k_XSk, v_XSv = (a.transpose(0, 2, 1, 3).reshape(b * g, s, a.shape[-1]) for a in (k, v))
     marks = Marks(
-        None if segments is None else jnp.repeat(segments, g, axis=0), None if keys_BG is None else keys_BG.reshape(-1)
+        None if segments is None else jnp.repeat(segments, g, axis=0),
+        None if keys_BG is None else keys_BG.reshape(-1),
     )
     o_XRSv = flash_attention(q_XRSk * in_queries, k_XSk, v_XSv, marks, causal, drop_rate, on_scores)
     return o_XRSv.reshape(b, g, h // g, s, dv).transpose(0, 3, 1, 2, 4).reshape(b, s, h, dv)
@@ -83,10 +84,14 @@ def attend_one(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax
     *rows, h, dh = q.shape
     g, s = k.shape[-3:-1]
     q_GRk = q.reshape(*rows, g, h // g, dh)
-    scores_GRS = jnp.einsum("...grk,...gsk->...grs", q_GRk, k, preferred_element_type=jnp.float32) * dh**-0.5
+    scores_GRS = (
+        jnp.einsum("...grk,...gsk->...grs", q_GRk, k, preferred_element_type=jnp.float32) * dh**-0.5
+    )
     seen_S = along_last(jnp.arange(s), scores_GRS) <= last[..., None, None, None]
     weights_GRS = jax.nn.softmax(jnp.where(seen_S, scores_GRS, -1e30))
-    o_GRk = jnp.einsum("...grs,...gsk->...grk", weights_GRS.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    o_GRk = jnp.einsum(
+        "...grs,...gsk->...grk", weights_GRS.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
     return o_GRk.reshape(q.shape).astype(q.dtype)
 
 
@@ -106,7 +111,9 @@ def put(cache_GSk: jax.Array, k_Gk: jax.Array, at: jax.Array) -> jax.Array:
 
 def placed(x: jax.Array, scale: nnx.Param | None, eps: float | None, rotary: Any) -> jax.Array:
     """Queries or keys [...,heads,Dh] ready to be compared: QK-norm where the block has it, then their rotary positions."""
-    return rotate(x if scale is None or eps is None else rms_norm(x, scale[...], eps).astype(x.dtype), rotary)
+    return rotate(
+        x if scale is None or eps is None else rms_norm(x, scale[...], eps).astype(x.dtype), rotary
+    )
 
 
 class DenseCache(NamedTuple):
@@ -148,7 +155,9 @@ class Heads(nnx.Module):
     w_o: nnx.Param
     bias_out: nnx.Param | None
 
-    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats | None]:
+    def __call__(
+        self, x_BLD: jax.Array, tokens: Tokens | None = None
+    ) -> tuple[jax.Array, RoutingStats | None]:
         """Returns (y_BLD, None: nothing is routed). On a mesh, heads lie on `expert`."""
         graphdef, weights = nnx.split(self)
 
@@ -157,7 +166,13 @@ class Heads(nnx.Module):
         ) -> tuple[jax.Array, RoutingStats | None]:
             return nnx.merge(graphdef, weights)._forward(x_BLD, tokens, region)[:2]
 
-        return run(share, weights, x_BLD, tokens_like(x_BLD) if tokens is None else tokens, dtype=self.dtype)
+        return run(
+            share,
+            weights,
+            x_BLD,
+            tokens_like(x_BLD) if tokens is None else tokens,
+            dtype=self.dtype,
+        )
 
     def _forward(
         self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
@@ -192,9 +207,16 @@ class Attention(Heads):
         rngs: nnx.Rngs,
     ) -> None:
         d, h, g, dh = d_model, n_heads, n_kv_heads or n_heads, d_model // n_heads
-        self.causal, self.drop_rate, self.qk_norm_eps, self.dtype = causal, drop_rate, qk_norm_eps, dtype
+        self.causal, self.drop_rate, self.qk_norm_eps, self.dtype = (
+            causal,
+            drop_rate,
+            qk_norm_eps,
+            dtype,
+        )
         self.w_q = weight(rngs, (d, h, dh), ("embed", "heads", None), scaled_normal(d))
-        self.w_k: nnx.Param | None = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
+        self.w_k: nnx.Param | None = weight(
+            rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d)
+        )
         self.w_v = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
         self.w_o = weight(rngs, (h, dh, d), ("heads", None, "embed"), scaled_normal(d, out_scale))
         self.b_q = weight(rngs, (h, dh), ("heads", None), zeros) if bias or qkv_bias else None
@@ -211,7 +233,12 @@ class Attention(Heads):
         q, k, v = self._project(x_BLD, tokens.rotary)
         o = self._mix(q, k, v, x_BLD, tokens, region)
         o, stats = self._weighed(o, shared_BLD, tokens.segments_BL, region)
-        return add_bias(region.leave(self._out(o)), region.for_own_tokens(self.bias_out)), stats, k, v
+        return (
+            add_bias(region.leave(self._out(o)), region.for_own_tokens(self.bias_out)),
+            stats,
+            k,
+            v,
+        )
 
     def _weighed(
         self, o: jax.Array, x_BLD: jax.Array, segments_BL: jax.Array | None, region: Region
@@ -220,10 +247,18 @@ class Attention(Heads):
         return o, None
 
     def _mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, tokens: Tokens, region: Region
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        x_BLD: jax.Array,
+        tokens: Tokens,
+        region: Region,
     ) -> jax.Array:
         """The heads' values [B,L,H,Dh] from queries [B,L,H,Dh], keys and values [B,L,G,Dh], and what they were made of."""
-        keys_BG = None if tokens.keys_B is None else group_keys(tokens.keys_B, k.shape[2], region.part)
+        keys_BG = (
+            None if tokens.keys_B is None else group_keys(tokens.keys_B, k.shape[2], region.part)
+        )
         return attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
 
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -232,17 +267,29 @@ class Attention(Heads):
             checkpoint_name(add_bias(linear(x, w[...].astype(self.dtype)), b), "qkv")
             for w, b in ((self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v))
         )
-        q, k = placed(q, self.q_scale, self.qk_norm_eps, rotary), placed(k, self.k_scale, self.qk_norm_eps, rotary)
+        q, k = (
+            placed(q, self.q_scale, self.qk_norm_eps, rotary),
+            placed(k, self.k_scale, self.qk_norm_eps, rotary),
+        )
         return q, k, v
 
-    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, DenseCache]:
+    def prefill(
+        self, x_BLD: jax.Array, tokens: Tokens, context: int
+    ) -> tuple[jax.Array, DenseCache]:
         """The whole prompt, and its keys and values with room for `context` tokens."""
         y_BLD, _, k, v = self._forward(x_BLD, tokens)
         return y_BLD, DenseCache(cache_of(k, context), cache_of(v, context))
 
-    def step(self, x_BD: jax.Array, cache: DenseCache, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, DenseCache]:
+    def step(
+        self, x_BD: jax.Array, cache: DenseCache, t_B: jax.Array, rotary: Any
+    ) -> tuple[jax.Array, DenseCache]:
         """Token `t_B` of each sequence; rotary tables are [B,Dh/2]."""
         q, k, v = self._project(x_BD.astype(self.dtype), rotary)
         cache = DenseCache(put(cache.k, k, t_B), put(cache.v, v, t_B))
-        o, _ = self._weighed(attend_one(q, cache.k, cache.v, t_B)[:, None], x_BD.astype(self.dtype)[:, None], None, WHOLE)
+        o, _ = self._weighed(
+            attend_one(q, cache.k, cache.v, t_B)[:, None],
+            x_BD.astype(self.dtype)[:, None],
+            None,
+            WHOLE,
+        )
         return add_bias(self._out(o[:, 0]), self.bias_out), cache

@@ -40,7 +40,9 @@ def weight(
     """
     assert len(shape) == len(axes), (shape, axes)
     decay = trained and init not in (zeros, ones) and len(shape) > 1
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes, decay=decay, exact=exact)
+    return nnx.Param(
+        init(rngs.params(), shape, jnp.float32), logical_axes=axes, decay=decay, exact=exact
+    )
 
 
 def scaled_normal(fan_in: int, scale: float = 1.0) -> Initializer:
@@ -61,10 +63,14 @@ def linear(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last axis, computed in float32."""
 
-    def __init__(self, d_model: int, *, kind: str = "rmsnorm", eps: float = 1e-6, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, d_model: int, *, kind: str = "rmsnorm", eps: float = 1e-6, rngs: nnx.Rngs
+    ) -> None:
         self.kind, self.eps = kind, eps
         self.scale = weight(rngs, (d_model,), (None,), ones, exact=True)
-        self.bias = weight(rngs, (d_model,), (None,), zeros, exact=True) if kind == "layernorm" else None
+        self.bias = (
+            weight(rngs, (d_model,), (None,), zeros, exact=True) if kind == "layernorm" else None
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
@@ -128,13 +134,17 @@ def activate(name: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
 class Part(Protocol):
     """What a block is made of: an attention or an MLP, dense, routed or compared; called by position but for `tokens`."""
 
-    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats | None]:
+    def __call__(
+        self, x_BLD: jax.Array, tokens: Tokens | None = None
+    ) -> tuple[jax.Array, RoutingStats | None]:
         """(y_BLD, statistics where something is routed)."""
 
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, Any]:
         """(y_BLD of the whole prompt, a cache of its own kind with room for `context` tokens)."""
 
-    def step(self, x_BD: jax.Array, cache: Any, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, Any]:
+    def step(
+        self, x_BD: jax.Array, cache: Any, t_B: jax.Array, rotary: Any
+    ) -> tuple[jax.Array, Any]:
         """(y_BD of token `t_B` of each sequence, the cache with it)."""
 
 
@@ -177,11 +187,15 @@ def valid_tokens(segments_BL: jax.Array | None, like: jax.Array) -> jax.Array:
     return jnp.ones(like.shape[:2], bool) if segments_BL is None else segments_BL > 0
 
 
-def empty_apart(segments_BS: jax.Array | None, lengths_B: jax.Array | None, s: int) -> jax.Array | None:
+def empty_apart(
+    segments_BS: jax.Array | None, lengths_B: jax.Array | None, s: int
+) -> jax.Array | None:
     """Segments of rows of s places in which those from each row's length on, empty ones, are a segment of their own."""
     if lengths_B is None:
         return segments_BS
-    return jnp.where(jnp.arange(s)[None] < lengths_B[:, None], 1 if segments_BS is None else segments_BS, -1)
+    return jnp.where(
+        jnp.arange(s)[None] < lengths_B[:, None], 1 if segments_BS is None else segments_BS, -1
+    )
 
 
 def valid_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
@@ -210,16 +224,23 @@ def tokens_like(x_BLD: jax.Array) -> Tokens:
 
 
 def rotary_tables(
-    positions_BL: jax.Array, head_dim: int, theta: float, stretch: tuple[float, float, float, float] | None = None
+    positions_BL: jax.Array,
+    head_dim: int,
+    theta: float,
+    stretch: tuple[float, float, float, float] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary angles, float32 [..., Dh/2] for positions [...]; stretch: see `stretched`."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     frequency = frequency if stretch is None else stretched(frequency, *stretch)
-    angle = along_last(frequency, positions_BL[..., None]) * positions_BL[..., None].astype(jnp.float32)
+    angle = along_last(frequency, positions_BL[..., None]) * positions_BL[..., None].astype(
+        jnp.float32
+    )
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def stretched(frequency: jax.Array, factor: float, low: float, high: float, length: float) -> jax.Array:
+def stretched(
+    frequency: jax.Array, factor: float, low: float, high: float, length: float
+) -> jax.Array:
     """Rotary frequencies for contexts longer than the `length` they were trained with, as in Llama 3.1: divided by `factor`
     where they turn fewer than `low` times in it, kept where more than `high` times, and in between blended."""
     turns = length * frequency / (2 * math.pi)
@@ -233,4 +254,6 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> jax.Arra
         return x
     cos, sin = (t[..., None, :] for t in tables)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)

@@ -25,7 +25,9 @@ def lookup(table: nnx.Param, ids_BL: jax.Array, dtype: Any) -> jax.Array:
     """
     whole = table.shape[0]
 
-    def share(table: nnx.Param, ids_BL: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
+    def share(
+        table: nnx.Param, ids_BL: jax.Array, _: None, region: Region
+    ) -> tuple[jax.Array, None]:
         table_vD = table[...].astype(jnp.float32)
         v = table_vD.shape[0]
         if v == whole:
@@ -47,12 +49,16 @@ def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: jax.Array) -> jax.Arra
     def share(head: nnx.Param, x_BLD: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
         x_BLD = region.enter(x_BLD)[1] if cut else x_BLD
         kernel_DV = head[...].T if tied else head[...]
-        return jnp.matmul(x_BLD, kernel_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32), None
+        return jnp.matmul(
+            x_BLD, kernel_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32
+        ), None
 
     return run(share, head, x_BLD, dtype=x_BLD.dtype, cut_last=cut, on_own_tokens=not cut)[0]
 
 
-def vocabulary_nll(head: nnx.Param, tied: bool, x_BLD: jax.Array, targets_BL: jax.Array) -> jax.Array:
+def vocabulary_nll(
+    head: nnx.Param, tied: bool, x_BLD: jax.Array, targets_BL: jax.Array
+) -> jax.Array:
     """-log softmax(scores) at the targets, float32 [B,L] as activations lie between blocks; never the scores of all tokens.
 
     Over a cut vocabulary every part sums its own words, and what crosses `expert` are three numbers a token.
@@ -60,7 +66,9 @@ def vocabulary_nll(head: nnx.Param, tied: bool, x_BLD: jax.Array, targets_BL: ja
     axis = 0 if tied else 1
     cut = mesh_lib.is_cut("vocab", head.shape[axis])
 
-    def share(head: nnx.Param, x_BLD: jax.Array, targets_BL: jax.Array, region: Region) -> tuple[jax.Array, None]:
+    def share(
+        head: nnx.Param, x_BLD: jax.Array, targets_BL: jax.Array, region: Region
+    ) -> tuple[jax.Array, None]:
         kernel_vD = head[...] if tied else head[...].T
         x_BLD = region.enter(x_BLD)[1] if cut else x_BLD
         target_n = (targets_BL if cut else region.own_tokens(targets_BL)).reshape(-1)

@@ -48,7 +48,13 @@ class Marks(NamedTuple):
 
 
 def flash_attention(
-    q_XRSk: jax.Array, k_XSk: jax.Array, v_XSv: jax.Array, marks: Marks, causal: bool, drop_rate: float = 0.0, scale: float = 1.0
+    q_XRSk: jax.Array,
+    k_XSk: jax.Array,
+    v_XSv: jax.Array,
+    marks: Marks,
+    causal: bool,
+    drop_rate: float = 0.0,
+    scale: float = 1.0,
 ) -> jax.Array:
     """softmax(scale·q·kᵀ)·v in the dtype of the queries, [X,R,S,v]; sums, scale and softmax in float32.
 
@@ -58,14 +64,19 @@ def flash_attention(
     rule = Rule(causal, tiles.tile(s), s, drop_rate if marks.keys_X is not None else 0.0, scale)
     more = -s % rule.side
     if more:
-        q_XRSk, k_XSk, v_XSv = (jnp.pad(a, (*((0, 0),) * (a.ndim - 2), (0, more), (0, 0))) for a in (q_XRSk, k_XSk, v_XSv))
+        q_XRSk, k_XSk, v_XSv = (
+            jnp.pad(a, (*((0, 0),) * (a.ndim - 2), (0, more), (0, 0)))
+            for a in (q_XRSk, k_XSk, v_XSv)
+        )
         if marks.segments_XS is not None:
             marks = marks._replace(segments_XS=jnp.pad(marks.segments_XS, ((0, 0), (0, more))))
     return _attention(q_XRSk, k_XSk, v_XSv, marks, rule)[:, :, :s]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q_XRSk: jax.Array, k_XSk: jax.Array, v_XSv: jax.Array, marks: Marks, rule: Rule) -> jax.Array:
+def _attention(
+    q_XRSk: jax.Array, k_XSk: jax.Array, v_XSv: jax.Array, marks: Marks, rule: Rule
+) -> jax.Array:
     return _forward(q_XRSk, k_XSk, v_XSv, marks, rule)[0]
 
 
@@ -76,7 +87,11 @@ def _forward(q, k, v, marks, rule):
         scores = _scores(q, k, marks, rule, pair)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         weight, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-        mixed = _product("xrts,xsv->xrtv", _dropped(weight, marks, rule, pair).astype(v.dtype), _part(v, pair[1], rule, 1))
+        mixed = _product(
+            "xrts,xsv->xrtv",
+            _dropped(weight, marks, rule, pair).astype(v.dtype),
+            _part(v, pair[1], rule, 1),
+        )
         new = o * shrink[..., None] + mixed, new_top, total * shrink + weight.sum(axis=-1)
         return tuple(_put(a, b, pair[0], rule, 2) for a, b in zip(sums, new))
 
@@ -93,7 +108,13 @@ def _forward(q, k, v, marks, rule):
 def _backward(rule, kept, d_o):
     q, k, v, marks, o, log_total = kept
     # As a product: a sum over so few values was 12 times as slow on CPUs.
-    shift = jnp.einsum("xrtv,xrtv->xrt", d_o, o, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    shift = jnp.einsum(
+        "xrtv,xrtv->xrt",
+        d_o,
+        o,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
     def add(sums: tuple[jax.Array, ...], pair: Pair) -> tuple[jax.Array, ...]:
         i, j = pair
@@ -104,10 +125,16 @@ def _backward(rule, kept, d_o):
         d_weight = _dropped(_product("xrtv,xsv->xrts", d_t, v_s), marks, rule, pair)
         d_scores = (weight * (d_weight - shift_t[..., None])).astype(q.dtype)
         # The scale goes on the sums: on what is rounded to 16 bits it would push small values of float16 below its least one.
-        d_q, d_k = _product("xrts,xsk->xrtk", d_scores, k_s), _product("xrts,xrtk->xsk", d_scores, q_t)
+        d_q, d_k = (
+            _product("xrts,xsk->xrtk", d_scores, k_s),
+            _product("xrts,xrtk->xsk", d_scores, q_t),
+        )
         new = d_q * rule.scale, d_k * rule.scale, d_v
         places = ((i, 2), (j, 1), (j, 1))
-        return tuple(_put(a, _part(a, at, rule, axis) + b, at, rule, axis) for a, b, (at, axis) in zip(sums, new, places))
+        return tuple(
+            _put(a, _part(a, at, rule, axis) + b, at, rule, axis)
+            for a, b, (at, axis) in zip(sums, new, places)
+        )
 
     zeros = tuple(jnp.zeros_like(a, jnp.float32) for a in (q, k, v))
     found = _over_pairs(add, zeros, rule)
@@ -122,12 +149,17 @@ def _over_pairs(add: Callable[[Any, Pair], Any], start: Any, rule: Rule) -> Any:
     pairs = tiles.pairs(rule.length, rule.causal)
     if len(pairs) == 1:
         return add(start, pairs[0])
-    return jax.lax.scan(lambda sums, pair: (add(sums, (pair[0], pair[1])), None), start, np.array(pairs, np.int32))[0]
+    return jax.lax.scan(
+        lambda sums, pair: (add(sums, (pair[0], pair[1])), None), start, np.array(pairs, np.int32)
+    )[0]
 
 
 def _scores(q: jax.Array, k: jax.Array, marks: Marks, rule: Rule, pair: Pair) -> jax.Array:
     """float32 [X,R,t,t], HIDDEN where a query may not attend."""
-    scores = _product("xrtk,xsk->xrts", _part(q, pair[0], rule, 2), _part(k, pair[1], rule, 1)) * rule.scale
+    scores = (
+        _product("xrtk,xsk->xrts", _part(q, pair[0], rule, 2), _part(k, pair[1], rule, 1))
+        * rule.scale
+    )
     query_t1, key_1t = (at * rule.side + jnp.arange(rule.side) for at in pair)
     query_t1, key_1t = query_t1[:, None], key_1t[None]
     allowed = None

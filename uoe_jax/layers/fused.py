@@ -34,7 +34,10 @@ def fits_cudnn(q: jax.Array, v: jax.Array, drop_rate: float) -> bool:
 
 @functools.cache
 def _on_nvidia() -> bool:
-    return jax.default_backend() == "gpu" and "cuda" in jax.extend.backend.get_backend().platform_version.lower()
+    return (
+        jax.default_backend() == "gpu"
+        and "cuda" in jax.extend.backend.get_backend().platform_version.lower()
+    )
 
 
 @functools.cache
@@ -56,12 +59,24 @@ def _packed_form(grouped: bool) -> Any:
 
 
 def fused(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, causal: bool, lengths: jax.Array | None, kernel: Kernel
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    causal: bool,
+    lengths: jax.Array | None,
+    kernel: Kernel,
 ) -> jax.Array:
     """`attention.attend` by `jax.nn.dot_product_attention` ("cudnn", or "xla" to try the same on any device)."""
     if segments is None:
         o = jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=kernel
+            q,
+            k,
+            v,
+            is_causal=causal,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation=kernel,
         )
     else:
         o = _of_documents(q, k, v, empty_apart(segments, lengths, q.shape[1]), causal, kernel)
@@ -69,7 +84,9 @@ def fused(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _of_documents(q: jax.Array, k: jax.Array, v: jax.Array, segments_BS: jax.Array, causal: bool, kernel: Kernel) -> jax.Array:
+def _of_documents(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments_BS: jax.Array, causal: bool, kernel: Kernel
+) -> jax.Array:
     return _packed_or_masked(lambda f: f(q, k, v), q.shape != k.shape, segments_BS, causal, kernel)
 
 
@@ -81,19 +98,27 @@ def _backward(causal, kernel, kept, d_o):
     # The choice stands around the whole of it: what either form keeps for its gradient never leaves a branch.
     *qkv, segments_BS = kept
     grouped = qkv[0].shape != qkv[1].shape
-    return *_packed_or_masked(lambda f: jax.vjp(f, *qkv)[1](d_o), grouped, segments_BS, causal, kernel), None
+    return *_packed_or_masked(
+        lambda f: jax.vjp(f, *qkv)[1](d_o), grouped, segments_BS, causal, kernel
+    ), None
 
 
 _of_documents.defvjp(_forward, _backward)
 
 
 def _packed_or_masked(
-    use: Callable[[Callable[..., jax.Array]], Any], grouped: bool, segments_BS: jax.Array, causal: bool, kernel: Kernel
+    use: Callable[[Callable[..., jax.Array]], Any],
+    grouped: bool,
+    segments_BS: jax.Array,
+    causal: bool,
+    kernel: Kernel,
 ) -> Any:
     """What `use` makes of the attention of q, k, v by the form that the rows allow."""
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=kernel)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=causal, implementation=kernel
+        )
 
     def masked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return plain(q, k, v, (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None])
@@ -121,10 +146,16 @@ def runs(segments_BS: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Arra
       a row; int32, the most runs of a row). Where they are more than n, only that is of use.
     """
     b, s = segments_BS.shape
-    begins_BS = jnp.concatenate([jnp.ones((b, 1), bool), segments_BS[:, 1:] != segments_BS[:, :-1]], axis=1)
+    begins_BS = jnp.concatenate(
+        [jnp.ones((b, 1), bool), segments_BS[:, 1:] != segments_BS[:, :-1]], axis=1
+    )
     run_BS = jnp.cumsum(begins_BS, axis=1, dtype=jnp.int32) - 1
     each_r = jnp.arange(n, dtype=jnp.int32)
     length_Br = (run_BS[..., None] == each_r[None, None]).sum(axis=1, dtype=jnp.int32)
     there_Br = each_r[None] <= run_BS[:, -1:]
     first_Br = jnp.where(there_Br, jnp.cumsum(length_Br, axis=1, dtype=jnp.int32) - length_Br, -1)
-    return jnp.pad(first_Br, ((0, 0), (0, 1)), constant_values=-1), jnp.where(there_Br, length_Br, -1), run_BS[:, -1].max() + 1
+    return (
+        jnp.pad(first_Br, ((0, 0), (0, 1)), constant_values=-1),
+        jnp.where(there_Br, length_Br, -1),
+        run_BS[:, -1].max() + 1,
+    )

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.layers.common import GATED, Tokens, activate, add_bias, linear, scaled_normal, weight, zeros
+from uoe_jax.layers.common import (
+    GATED,
+    Tokens,
+    activate,
+    add_bias,
+    linear,
+    scaled_normal,
+    weight,
+    zeros,
+)
 from uoe_jax.region import WHOLE, Region, run
 
 
@@ -30,17 +39,25 @@ class MLP(nnx.Module):
         self.activation, self.dtype = activation, dtype
         d, f = d_model, d_hidden
         self.w_up = weight(rngs, (d, f), ("embed", "hidden"), scaled_normal(d))
-        self.w_gate = weight(rngs, (d, f), ("embed", "hidden"), scaled_normal(d)) if activation in GATED else None
+        self.w_gate = (
+            weight(rngs, (d, f), ("embed", "hidden"), scaled_normal(d))
+            if activation in GATED
+            else None
+        )
         self.w_down = weight(rngs, (f, d), ("hidden", "embed"), scaled_normal(f, out_scale))
         self.b_up = weight(rngs, (f,), ("hidden",), zeros) if bias else None
-        self.b_gate = weight(rngs, (f,), ("hidden",), zeros) if bias and self.w_gate is not None else None
+        self.b_gate = (
+            weight(rngs, (f,), ("hidden",), zeros) if bias and self.w_gate is not None else None
+        )
         self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
 
     def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
         """Every token by itself; returns (y_BLD, None: nothing is routed). On a mesh, hidden units lie on `expert`."""
         graphdef, weights = nnx.split(self)
 
-        def share(weights: nnx.State, x_BLD: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
+        def share(
+            weights: nnx.State, x_BLD: jax.Array, _: None, region: Region
+        ) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, weights)._forward(x_BLD, region), None
 
         return run(share, weights, x_BLD, dtype=self.dtype)
@@ -52,7 +69,11 @@ class MLP(nnx.Module):
     def partial(self, x: jax.Array) -> jax.Array:
         """What the hidden units held here give for tokens [...,D], without the output bias."""
         up = checkpoint_name(self._linear(x, self.w_up, self.b_up), "hidden")
-        gate = None if self.w_gate is None else checkpoint_name(self._linear(x, self.w_gate, self.b_gate), "hidden")
+        gate = (
+            None
+            if self.w_gate is None
+            else checkpoint_name(self._linear(x, self.w_gate, self.b_gate), "hidden")
+        )
         return self._linear(activate(self.activation, up, gate), self.w_down, None)
 
     def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
@@ -62,6 +83,8 @@ class MLP(nnx.Module):
         """The whole prompt; a dense MLP needs no cache."""
         return self._forward(x_BLD), ()
 
-    def step(self, x_BD: jax.Array, cache: tuple, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, tuple]:
+    def step(
+        self, x_BD: jax.Array, cache: tuple, t_B: jax.Array, rotary: Any
+    ) -> tuple[jax.Array, tuple]:
         """One token of each sequence."""
         return self._forward(x_BD[:, None])[:, 0], cache

@@ -39,26 +39,38 @@ class Router(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, routing: RoutingConfig, *, causal: bool, rule: Rule = UNION, rngs: nnx.Rngs
+        self,
+        d_model: int,
+        routing: RoutingConfig,
+        *,
+        causal: bool,
+        rule: Rule = UNION,
+        rngs: nnx.Rngs,
     ) -> None:
         self.routing, self.causal, self.rule = routing, causal, rule
         n, unit = routing.n_experts, routing.unit
 
         def kernel() -> nnx.Param:
-            return weight(rngs, (d_model, n), ("embed", None), scaled_normal(d_model, 0.3), exact=True)
+            return weight(
+                rngs, (d_model, n), ("embed", None), scaled_normal(d_model, 0.3), exact=True
+            )
 
         def bias() -> nnx.Param | None:
             return weight(rngs, (n,), (None,), zeros, exact=True) if routing.router_bias else None
 
         # Not trained: no gradient reaches it, and the train step moves it by the load (`routing.rebalanced`).
-        self.load_bias = weight(rngs, (n,), (None,), zeros, exact=True) if routing.bias_rate else None
+        self.load_bias = (
+            weight(rngs, (n,), (None,), zeros, exact=True) if routing.bias_rate else None
+        )
         self.kernel: nnx.Param | None
         self.bias: nnx.Param | None
         self.sequence_kernel: nnx.Param | None
         self.sequence_bias: nnx.Param | None
         self.balance_weight: nnx.Param  # where a block gives it one (peers.skywork_moe)
         self.kernel, self.bias = (None, None) if unit == "sequence" else (kernel(), bias())
-        self.sequence_kernel, self.sequence_bias = (None, None) if unit == "patch" else (kernel(), bias())
+        self.sequence_kernel, self.sequence_bias = (
+            (None, None) if unit == "patch" else (kernel(), bias())
+        )
 
     def __call__(
         self, x_BMPD: jax.Array, valid_BMP: jax.Array, keys_B: jax.Array | None = None
@@ -70,14 +82,24 @@ class Router(nnx.Module):
             summary_BMD = valid_mean(x_BMPD, valid_BMP)
         patch_logits = None
         if self.kernel is not None:  # kept for the backward pass, as few as they are
-            patch_logits = checkpoint_name(_logits(summary_BMD, self.kernel, self.bias), "selection")
+            patch_logits = checkpoint_name(
+                _logits(summary_BMD, self.kernel, self.bias), "selection"
+            )
         sequence_logits = None
         if self.sequence_kernel is not None:
             b, m, p, d = x_BMPD.shape
             summary_BD = valid_mean(x_BMPD.reshape(b, m * p, d), valid_BMP.reshape(b, m * p))
             sequence_logits = _logits(summary_BD, self.sequence_kernel, self.sequence_bias)
         valid_BM = valid_BMP.any(axis=2)
-        return routing_lib.decide(patch_logits, valid_BM, self.routing, sequence_logits, self._load_bias(), keys_B, self.rule)
+        return routing_lib.decide(
+            patch_logits,
+            valid_BM,
+            self.routing,
+            sequence_logits,
+            self._load_bias(),
+            keys_B,
+            self.rule,
+        )
 
     def _load_bias(self) -> jax.Array | None:
         return None if self.load_bias is None else jax.lax.stop_gradient(self.load_bias[...])

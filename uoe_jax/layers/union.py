@@ -72,16 +72,31 @@ class Union(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, routing: RoutingConfig, *, causal: bool, dtype: Any, rule: Rule = UNION, rngs: nnx.Rngs
+        self,
+        d_model: int,
+        routing: RoutingConfig,
+        *,
+        causal: bool,
+        dtype: Any,
+        rule: Rule = UNION,
+        rngs: nnx.Rngs,
     ) -> None:
-        if rule is UNION:  # that of a config file is checked already, and the compared mixtures make their own
+        if (
+            rule is UNION
+        ):  # that of a config file is checked already, and the compared mixtures make their own
             check_declared("routing", routing)
         if routing.k > routing.n_experts:
-            raise ValueError(f"routing.k={routing.k}: a patch cannot choose more than n_experts={routing.n_experts} experts")
+            raise ValueError(
+                f"routing.k={routing.k}: a patch cannot choose more than n_experts={routing.n_experts} experts"
+            )
         if causal and routing.unit != "patch":
-            raise ValueError(f"unit={routing.unit!r} in a causal block depends on later patches; use 'patch'")
+            raise ValueError(
+                f"unit={routing.unit!r} in a causal block depends on later patches; use 'patch'"
+            )
         if causal and routing.priority != "position":
-            raise ValueError(f"priority={routing.priority!r} in a causal block depends on later patches; use 'position'")
+            raise ValueError(
+                f"priority={routing.priority!r} in a causal block depends on later patches; use 'position'"
+            )
         self.routing, self.causal, self.dtype = routing, causal, dtype
         self.bias_out: nnx.Param | None
         self.router = Router(d_model, routing, causal=causal, rule=rule, rngs=rngs)
@@ -98,7 +113,9 @@ class Union(nnx.Module):
         """What is added for every token [...,D] whatever it chose (the shared experts of some mixtures); None: nothing."""
         return None
 
-    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, RoutingStats]:
+    def __call__(
+        self, x_BLD: jax.Array, tokens: Tokens | None = None
+    ) -> tuple[jax.Array, RoutingStats]:
         """Returns (y_BLD, statistics). The last patch is filled up where L is no multiple of P; padding tokens give zeros.
 
         On a mesh of several devices (`jax.set_mesh`) this is one fully manual region: every device routes the patches of
@@ -109,10 +126,18 @@ class Union(nnx.Module):
         """
         graphdef, weights = nnx.split(self)
 
-        def share(weights: nnx.State, x_BLD: jax.Array, tokens: Tokens, region: Region) -> tuple[jax.Array, RoutingStats]:
+        def share(
+            weights: nnx.State, x_BLD: jax.Array, tokens: Tokens, region: Region
+        ) -> tuple[jax.Array, RoutingStats]:
             return nnx.merge(graphdef, weights)._forward(x_BLD, tokens, region)[:2]
 
-        return run(share, weights, x_BLD, tokens_like(x_BLD) if tokens is None else tokens, dtype=self.dtype)
+        return run(
+            share,
+            weights,
+            x_BLD,
+            tokens_like(x_BLD) if tokens is None else tokens,
+            dtype=self.dtype,
+        )
 
     def _forward(
         self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
@@ -129,7 +154,9 @@ class Union(nnx.Module):
             decision, stats = self.router(shared_BMPD, valid_BMP, tokens.folded(0).keys_B)
             if region.parts:
                 n = self.routing.n_experts // region.parts
-                decision = decision._replace(weights_BMN=region.each(decision.weights_BMN)).of_experts(n * region.part, n)
+                decision = decision._replace(
+                    weights_BMN=region.each(decision.weights_BMN)
+                ).of_experts(n * region.part, n)
             selection = decision.pack()
         n, r, c = selection.slots_NRC.shape
 
@@ -140,13 +167,18 @@ class Union(nnx.Module):
 
         keys_B = tokens.folded(1).keys_B
         slots = Slots(
-            weight_NBS=jnp.repeat(selection.weights_NRC, p, axis=-1) * at_slots(valid_BMP.reshape(b, m * p).astype(jnp.float32)),
+            weight_NBS=jnp.repeat(selection.weights_NRC, p, axis=-1)
+            * at_slots(valid_BMP.reshape(b, m * p).astype(jnp.float32)),
             filled_NBS=jnp.repeat(selection.valid_NRC, p, axis=-1),
             segments_NBS=None if tokens.segments_BL is None else at_slots(tokens.segments_BL),
             rotary=_both(at_slots, tokens.rotary),
-            keys_NB=None if keys_B is None else _expert_keys(keys_B, selection.sequence_NR, n * region.part),
+            keys_NB=None
+            if keys_B is None
+            else _expert_keys(keys_B, selection.sequence_NR, n * region.part),
         )
-        how = backend_for(self.routing.dispatch, x_BMPD.dtype, p, bool(self.routing.sequence_capacity_factor))
+        how = backend_for(
+            self.routing.dispatch, x_BMPD.dtype, p, bool(self.routing.sequence_capacity_factor)
+        )
         if self.routing.order == "gather":
             with jax.named_scope("dispatch"):
                 x_NBCF = gather_slots(x_BMPD.reshape(b, m, p * d), selection, how)
@@ -177,7 +209,13 @@ class Union(nnx.Module):
         y_BLD, _, selection, _ = self._forward(x_BLD, tokens)
         place_BMN = selection.place_BMN
         weights_NX = selection.weights_NRC.reshape(place_BMN.shape[2], -1)
-        weights_XN = jnp.take_along_axis(weights_NX.T, place_BMN.reshape(-1, place_BMN.shape[2]), axis=0, mode="fill", fill_value=-1)
+        weights_XN = jnp.take_along_axis(
+            weights_NX.T,
+            place_BMN.reshape(-1, place_BMN.shape[2]),
+            axis=0,
+            mode="fill",
+            fill_value=-1,
+        )
         return y_BLD, weights_XN.reshape(place_BMN.shape)
 
     def of_every_expert(self, x_BLD: jax.Array, tokens: Tokens) -> jax.Array:
@@ -202,7 +240,9 @@ class Union(nnx.Module):
         return add_bias(y_BD, self.bias_out)
 
 
-def _both(f: Callable[[jax.Array], jax.Array], tables: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array] | None:
+def _both(
+    f: Callable[[jax.Array], jax.Array], tables: tuple[jax.Array, jax.Array] | None
+) -> tuple[jax.Array, jax.Array] | None:
     return None if tables is None else (f(tables[0]), f(tables[1]))
 
 

@@ -10,7 +10,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config_routing import RoutingConfig
-from uoe_jax.layers.common import GATED, Tokens, activate, add_bias, scaled_normal, valid_tokens, weight, zeros
+from uoe_jax.layers.common import (
+    GATED,
+    Tokens,
+    activate,
+    add_bias,
+    scaled_normal,
+    valid_tokens,
+    weight,
+    zeros,
+)
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert
 from uoe_jax.routing import UNION, Rule
@@ -54,15 +63,23 @@ class UoME(Union):
         self.activation = activation
         into, out = ("expert", "embed", None), ("expert", None, "embed")
         self.w_up = weight(rngs, (n, d, f), into, scaled_normal(d))
-        self.w_gate = weight(rngs, (n, d, f), into, scaled_normal(d)) if activation in GATED else None
+        self.w_gate = (
+            weight(rngs, (n, d, f), into, scaled_normal(d)) if activation in GATED else None
+        )
         self.w_down = weight(rngs, (n, f, d), out, scaled_normal(fan_in or d_hidden, out_scale))
         self.b_up = weight(rngs, (n, f), ("expert", None), zeros) if bias else None
-        self.b_gate = weight(rngs, (n, f), ("expert", None), zeros) if bias and self.w_gate is not None else None
+        self.b_gate = (
+            weight(rngs, (n, f), ("expert", None), zeros)
+            if bias and self.w_gate is not None
+            else None
+        )
         self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
 
     def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
         into = ((self.w_up, self.b_up), (self.w_gate, self.b_gate))
-        return tuple(self._into(x_NBSD, kernel, bias) for kernel, bias in into if kernel is not None)
+        return tuple(
+            self._into(x_NBSD, kernel, bias) for kernel, bias in into if kernel is not None
+        )
 
     def _experts(self, entered: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, tuple]:
         return self._leave(entered, slots.weight_NBS), ()
@@ -77,12 +94,18 @@ class UoME(Union):
         y_NBSf = per_expert(x_NBSD, kernel[...].astype(self.dtype))
         return add_bias(y_NBSf, None if bias is None else bias[...][:, None, None])
 
-    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, RouterCache]:
+    def prefill(
+        self, x_BLD: jax.Array, tokens: Tokens, context: int
+    ) -> tuple[jax.Array, RouterCache]:
         """The whole prompt, and the cache for the tokens after it."""
         y_BLD, _, selection, _ = self._forward(x_BLD, tokens)
-        return y_BLD, self.router.start_cache(selection, valid_tokens(tokens.segments_BL, x_BLD).sum(axis=1))
+        return y_BLD, self.router.start_cache(
+            selection, valid_tokens(tokens.segments_BL, x_BLD).sum(axis=1)
+        )
 
-    def step(self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, RouterCache]:
+    def step(
+        self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array, rotary: Any
+    ) -> tuple[jax.Array, RouterCache]:
         """Token `t_B` of each sequence."""
         x_BD = x_BD.astype(self.dtype)
         cache = self.router.step(x_BD, cache, t_B)

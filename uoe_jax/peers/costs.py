@@ -42,43 +42,69 @@ def _over_projections(c: ModelConfig, length: int, core: float, more: int = 0) -
     projections = d * dh * (2 * h + 2 * g)
     biases = (c.bias or c.qkv_bias) * dh * (h + 2 * g) + c.bias * d
     weights = projections + biases + 2 * dh * c.qk_norm + more
-    return Cost(2 * length * projections + core, core, weights, weights, length * dh * (2 * h + 2 * g))
+    return Cost(
+        2 * length * projections + core, core, weights, weights, length * dh * (2 * h + 2 * g)
+    )
 
 
 def moh(c: ModelConfig, length: int) -> Cost:
     shared, routed = c.moh.n_shared, c.n_heads - c.moh.n_shared
     choices = routed + (shared if shared > 1 else 0) + (2 if shared else 0)
     whole, weights = dense(c, length), c.d_model * choices
-    idle = (routed - c.moh.k) * c.d_model * c.head_dim * 2  # the query and output rows of heads that a token did not choose
+    idle = (
+        (routed - c.moh.k) * c.d_model * c.head_dim * 2
+    )  # the query and output rows of heads that a token did not choose
     return whole._replace(
-        flops=whole.flops + 2 * length * weights, parameters=whole.parameters + weights, active=whole.parameters + weights - idle
+        flops=whole.flops + 2 * length * weights,
+        parameters=whole.parameters + weights,
+        active=whole.parameters + weights - idle,
     )
 
 
 def mla(c: ModelConfig, length: int) -> Cost:
-    d, h, dh, r, dr, narrow = c.d_model, c.n_heads, c.head_dim, c.mla.kv_rank, c.rotary_dim, c.mla.q_rank
+    d, h, dh, r, dr, narrow = (
+        c.d_model,
+        c.n_heads,
+        c.head_dim,
+        c.mla.kv_rank,
+        c.rotary_dim,
+        c.mla.q_rank,
+    )
     queries = (d + h * (dh + dr)) * narrow if narrow else d * h * (dh + dr)
     products = d * (r + dr) + 2 * r * h * dh + queries + h * dh * d
     core = 2 * computed_scores(length, c.causal) * h * (2 * dh + dr)
     weights = products + r + narrow + c.bias * d
-    return Cost(2 * length * products + core, core, weights, weights, length * h * ((dh + dr) + 3 * dh), length * h)
+    return Cost(
+        2 * length * products + core,
+        core,
+        weights,
+        weights,
+        length * h * ((dh + dr) + 3 * dh),
+        length * h,
+    )
 
 
 def linformer(c: ModelConfig, length: int) -> Cost:
     r = c.linformer.rank
-    return _over_projections(c, length, core=8 * length * r * c.d_model, more=2 * c.block_length * r)
+    return _over_projections(
+        c, length, core=8 * length * r * c.d_model, more=2 * c.block_length * r
+    )
 
 
 def nystromformer(c: ModelConfig, length: int) -> Cost:
     n, d, h = c.nystromformer, c.d_model, c.n_heads
     r = n.landmarks
-    core = 12 * length * r * d + 4 * r**2 * d + 8 * n.iterations * r**3 * h + 2 * n.kernel * length * d
+    core = (
+        12 * length * r * d + 4 * r**2 * d + 8 * n.iterations * r**3 * h + 2 * n.kernel * length * d
+    )
     return _over_projections(c, length, core, more=h * n.kernel)
 
 
 def performer(c: ModelConfig, length: int) -> Cost:
     r = c.performer.features
-    return _over_projections(c, length, core=length * r * (8 * c.d_model + 2 * c.n_heads), more=r * c.head_dim)
+    return _over_projections(
+        c, length, core=length * r * (8 * c.d_model + 2 * c.n_heads), more=r * c.head_dim
+    )
 
 
 def long_short(c: ModelConfig, length: int) -> Cost:

@@ -23,15 +23,25 @@ class EncoderAttention(Attention):
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
 
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def mix(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
+    ) -> jax.Array:
         """[B,L,h,Dh], what the heads held here give, from q, k, v [B,L,h,Dh], the block's input, and which tokens are no padding."""
         raise NotImplementedError
 
     def _mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, tokens: Tokens, region: Region
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        x_BLD: jax.Array,
+        tokens: Tokens,
+        region: Region,
     ) -> jax.Array:
         k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
-        return checkpoint_name(self.mix(q, k, v, x_BLD, valid_tokens(tokens.segments_BL, q)).astype(q.dtype), "heads")
+        return checkpoint_name(
+            self.mix(q, k, v, x_BLD, valid_tokens(tokens.segments_BL, q)).astype(q.dtype), "heads"
+        )
 
 
 def shares(scores: jax.Array, allowed: jax.Array | None = None) -> jax.Array:

@@ -25,7 +25,9 @@ class Linformer(EncoderAttention):
         self.w_keys = weight(rngs, shape, (None, None), scaled_normal(c.block_length))
         self.w_values = weight(rngs, shape, (None, None), scaled_normal(c.block_length))
 
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def mix(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
+    ) -> jax.Array:
         there = valid_BL[..., None, None].astype(k.dtype)
         length = q.shape[1]
         few_k, few_v = (

@@ -25,20 +25,35 @@ class LongShort(EncoderAttention):
         super().__init__(c, rngs=rngs)
         h, dh = c.n_heads, c.head_dim
         self.window, self.eps = c.long_short.window, c.norm_eps
-        self.w_p = weight(rngs, (c.d_model, h, c.long_short.rank), ("embed", "heads", None), scaled_normal(c.d_model))
-        self.near_scale, self.far_scale = (weight(rngs, (h, dh), ("heads", None), ones, exact=True) for _ in range(2))
-        self.near_bias, self.far_bias = (weight(rngs, (h, dh), ("heads", None), zeros, exact=True) for _ in range(2))
+        self.w_p = weight(
+            rngs,
+            (c.d_model, h, c.long_short.rank),
+            ("embed", "heads", None),
+            scaled_normal(c.d_model),
+        )
+        self.near_scale, self.far_scale = (
+            weight(rngs, (h, dh), ("heads", None), ones, exact=True) for _ in range(2)
+        )
+        self.near_bias, self.far_bias = (
+            weight(rngs, (h, dh), ("heads", None), zeros, exact=True) for _ in range(2)
+        )
 
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def mix(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
+    ) -> jax.Array:
         b, length, h, dh = q.shape
         scores_BLhR = linear(x_BLD, self.w_p[...].astype(x_BLD.dtype))
         p_BhRL = shares(scores_BLhR.transpose(0, 2, 3, 1), valid_BL[:, None, None])
         far_k, far_v = (products("blhk,bhrl->brhk", a, p_BhRL) for a in (k, v))
-        far_k, far_v = (self._normed(a, self.far_scale, self.far_bias, q.dtype) for a in (far_k, far_v))
+        far_k, far_v = (
+            self._normed(a, self.far_scale, self.far_bias, q.dtype) for a in (far_k, far_v)
+        )
         near_k, near_v = (self._normed(a, self.near_scale, self.near_bias, q.dtype) for a in (k, v))
         more = -length % self.window
         q_BSwhk = lengthened(q, more).reshape(b, -1, self.window, h, dh)
-        near_k, near_v, there = (around(lengthened(a, more), self.window) for a in (near_k, near_v, valid_BL))
+        near_k, near_v, there = (
+            around(lengthened(a, more), self.window) for a in (near_k, near_v, valid_BL)
+        )
         near = products("bswhk,bsthk->bshwt", q_BSwhk, near_k)
         near = jnp.where(there[:, :, None, None], near, -1e30)
         far = products("bswhk,brhk->bshwr", q_BSwhk, far_k)
@@ -47,7 +62,9 @@ class LongShort(EncoderAttention):
         y = products("bsthk,bshwt->bswhk", near_v, near) + products("brhk,bshwr->bswhk", far_v, far)
         return y.reshape(b, -1, h, dh)[:, :length]
 
-    def _normed(self, x: jax.Array, scale: nnx.Param, bias: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    def _normed(
+        self, x: jax.Array, scale: nnx.Param, bias: nnx.Param, dtype: jnp.dtype
+    ) -> jax.Array:
         """LayerNorm over the last axis of [...,h,Dh], each head with its own scale and bias."""
         y = x.astype(jnp.float32)
         y = y - y.mean(axis=-1, keepdims=True)

@@ -31,7 +31,16 @@ class Mixture(UoME):
         )  # fmt: skip
         hidden = moe.n_shared * width
         self.shared = (
-            MLP(c.d_model, hidden, activation=c.activation, dtype=c.dtype, out_scale=c.out_scale, rngs=rngs) if moe.n_shared else None
+            MLP(
+                c.d_model,
+                hidden,
+                activation=c.activation,
+                dtype=c.dtype,
+                out_scale=c.out_scale,
+                rngs=rngs,
+            )
+            if moe.n_shared
+            else None
         )
 
     def _beside(self, x: jax.Array) -> jax.Array | None:

@@ -18,7 +18,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config import ModelConfig
 from uoe_jax.layers.attention import Heads, attend, group_keys
-from uoe_jax.layers.common import Tokens, add_bias, linear, ones, rms_norm, rotate, scaled_normal, weight, zeros
+from uoe_jax.layers.common import (
+    Tokens,
+    add_bias,
+    linear,
+    ones,
+    rms_norm,
+    rotate,
+    scaled_normal,
+    weight,
+    zeros,
+)
 from uoe_jax.region import WHOLE, Region
 
 
@@ -36,16 +46,32 @@ class MLA(Heads):
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        d, h, dh, r, dr, q_rank = c.d_model, c.n_heads, c.head_dim, c.mla.kv_rank, c.rotary_dim, c.mla.q_rank
-        self.causal, self.drop_rate, self.eps, self.dtype = c.causal, c.attention_dropout, c.norm_eps, c.dtype
+        d, h, dh, r, dr, q_rank = (
+            c.d_model,
+            c.n_heads,
+            c.head_dim,
+            c.mla.kv_rank,
+            c.rotary_dim,
+            c.mla.q_rank,
+        )
+        self.causal, self.drop_rate, self.eps, self.dtype = (
+            c.causal,
+            c.attention_dropout,
+            c.norm_eps,
+            c.dtype,
+        )
         self.w_latent = weight(rngs, (d, r + dr), ("embed", None), scaled_normal(d))
         self.latent_scale = weight(rngs, (r,), (None,), ones)
         self.w_k = weight(rngs, (r, h, dh), (None, "heads", None), scaled_normal(r))
         self.w_v = weight(rngs, (r, h, dh), (None, "heads", None), scaled_normal(r))
-        self.w_down = weight(rngs, (d, q_rank), ("embed", None), scaled_normal(d)) if q_rank else None
+        self.w_down = (
+            weight(rngs, (d, q_rank), ("embed", None), scaled_normal(d)) if q_rank else None
+        )
         self.q_scale = weight(rngs, (q_rank,), (None,), ones) if q_rank else None
         into = ((q_rank, None), (d, "embed"))[not q_rank]
-        self.w_q = weight(rngs, (into[0], h, dh + dr), (into[1], "heads", None), scaled_normal(into[0]))
+        self.w_q = weight(
+            rngs, (into[0], h, dh + dr), (into[1], "heads", None), scaled_normal(into[0])
+        )
         self.w_o = weight(rngs, (h, dh, d), ("heads", None, "embed"), scaled_normal(d, c.out_scale))
         self.bias_out = weight(rngs, (d,), (None,), zeros) if c.bias else None
 
@@ -54,11 +80,19 @@ class MLA(Heads):
     ) -> tuple[jax.Array, None, jax.Array, jax.Array]:
         alike_BLD, own_BLD = region.enter(x_BLD.astype(self.dtype))
         latent_BLR, rotary_BLr = self._latent(alike_BLD, tokens.rotary)
-        q_BLhk = self._queries(own_BLD if self.w_down is None else region.each(self._narrow(alike_BLD)), tokens.rotary)
+        q_BLhk = self._queries(
+            own_BLD if self.w_down is None else region.each(self._narrow(alike_BLD)), tokens.rotary
+        )
         own_BLR, own_rotary_BL1r = region.each(latent_BLR), region.each(rotary_BLr)[:, :, None]
-        k_BLhk, v_BLhk = (checkpoint_name(self._heads(own_BLR, w), "qkv") for w in (self.w_k, self.w_v))
+        k_BLhk, v_BLhk = (
+            checkpoint_name(self._heads(own_BLR, w), "qkv") for w in (self.w_k, self.w_v)
+        )
         shared_BLhr = jnp.broadcast_to(own_rotary_BL1r, (*k_BLhk.shape[:3], rotary_BLr.shape[-1]))
-        keys_BH = None if tokens.keys_B is None else group_keys(tokens.keys_B, k_BLhk.shape[2], region.part)
+        keys_BH = (
+            None
+            if tokens.keys_B is None
+            else group_keys(tokens.keys_B, k_BLhk.shape[2], region.part)
+        )
         k = jnp.concatenate([k_BLhk, shared_BLhr], axis=-1)
         o = attend(q_BLhk, k, v_BLhk, tokens.segments_BL, self.causal, self.drop_rate, keys_BH)
         y_BLD = region.leave(self._out(o))
@@ -72,7 +106,9 @@ class MLA(Heads):
         return latent, rotate(both[..., None, r:], rotary)[..., 0, :]
 
     def _narrow(self, x: jax.Array) -> jax.Array:
-        assert self.w_down is not None and self.q_scale is not None  # asked for where there is a q_rank
+        assert (
+            self.w_down is not None and self.q_scale is not None
+        )  # asked for where there is a q_rank
         narrow = linear(x, self.w_down[...].astype(self.dtype))
         return rms_norm(narrow, self.q_scale[...], self.eps).astype(self.dtype)
 
@@ -91,12 +127,16 @@ class MLA(Heads):
         room = ((0, 0), (0, context - x_BLD.shape[1]), (0, 0))
         return y_BLD, MLACache(jnp.pad(latent_BLR, room), jnp.pad(rotary_BLr, room))
 
-    def step(self, x_BD: jax.Array, cache: MLACache, t_B: jax.Array, rotary: Any) -> tuple[jax.Array, MLACache]:
+    def step(
+        self, x_BD: jax.Array, cache: MLACache, t_B: jax.Array, rotary: Any
+    ) -> tuple[jax.Array, MLACache]:
         """Token `t_B` of each sequence; rotary tables are [B,d_rope/2]."""
         x_BD = x_BD.astype(self.dtype)
         latent_BR, rotary_Br = self._latent(x_BD, rotary)
         rows = jnp.arange(x_BD.shape[0])
-        cache = MLACache(cache.latent.at[rows, t_B].set(latent_BR), cache.rotary.at[rows, t_B].set(rotary_Br))
+        cache = MLACache(
+            cache.latent.at[rows, t_B].set(latent_BR), cache.rotary.at[rows, t_B].set(rotary_Br)
+        )
         q_BHk = self._queries(x_BD if self.w_down is None else self._narrow(x_BD), rotary)
         dh = self.w_k.shape[-1]
         q_BHR = jnp.einsum("bhk,rhk->bhr", q_BHk[..., :dh], self.w_k[...].astype(self.dtype))

@@ -28,7 +28,9 @@ class MoH(Attention):
         self.n_shared, self.k = c.moh.n_shared, c.moh.k
 
         def kernel(n: int) -> nnx.Param:
-            return weight(rngs, (c.d_model, n), ("embed", None), scaled_normal(c.d_model, 0.3), exact=True)
+            return weight(
+                rngs, (c.d_model, n), ("embed", None), scaled_normal(c.d_model, 0.3), exact=True
+            )
 
         self.w_routed = kernel(c.n_heads - self.n_shared)
         self.w_shared = kernel(self.n_shared) if self.n_shared > 1 else None
@@ -43,9 +45,17 @@ class MoH(Attention):
         routed = rescaled(scores, chosen, self.k)
         if self.w_kinds is None:
             return routed, logits, chosen
-        among = 1.0 if self.w_shared is None else self.n_shared * jax.nn.softmax(_scores(x, self.w_shared))
+        among = (
+            1.0
+            if self.w_shared is None
+            else self.n_shared * jax.nn.softmax(_scores(x, self.w_shared))
+        )
         kinds = 2 * jax.nn.softmax(_scores(x, self.w_kinds))
-        return jnp.concatenate([kinds[..., :1] * among, kinds[..., 1:] * routed], axis=-1), logits, chosen
+        return (
+            jnp.concatenate([kinds[..., :1] * among, kinds[..., 1:] * routed], axis=-1),
+            logits,
+            chosen,
+        )
 
     def _weighed(
         self, o: jax.Array, x_BLD: jax.Array, segments_BL: jax.Array | None, region: Region

@@ -27,4 +27,6 @@ class MoSA(SMHA):
     """model.attention='mosa'."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(c.d_model, c.n_heads, c.mosa.routing(c.n_heads), rule=RULE, rngs=rngs, **options(c))
+        super().__init__(
+            c.d_model, c.n_heads, c.mosa.routing(c.n_heads), rule=RULE, rngs=rngs, **options(c)
+        )

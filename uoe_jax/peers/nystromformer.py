@@ -26,9 +26,15 @@ class Nystromformer(EncoderAttention):
         super().__init__(c, rngs=rngs)
         n = c.nystromformer
         self.landmarks, self.iterations = n.landmarks, n.iterations
-        self.w_conv = weight(rngs, (c.n_heads, n.kernel), ("heads", None), scaled_normal(n.kernel)) if n.kernel else None
+        self.w_conv = (
+            weight(rngs, (c.n_heads, n.kernel), ("heads", None), scaled_normal(n.kernel))
+            if n.kernel
+            else None
+        )
 
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def mix(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
+    ) -> jax.Array:
         scale = q.shape[-1] ** -0.5  # on the scores, which are float32
         means_BRL, there_BR = landmark_means(valid_BL, self.landmarks)
         few_q, few_k = (products("blhk,brl->brhk", a, means_BRL).astype(a.dtype) for a in (q, k))
@@ -36,11 +42,15 @@ class Nystromformer(EncoderAttention):
         to_few_BhLR = shares(scale * products("blhk,brhk->bhlr", q, few_k), there)
         among_BhRR = shares(scale * products("brhk,bshk->bhrs", few_q, few_k), there)
         # Landmarks without tokens: ones on the diagonal, so that the inverse of the others is what it is without them.
-        among_BhRR = jnp.where(there_BR[:, None, :, None], among_BhRR, jnp.eye(self.landmarks)[None, None])
+        among_BhRR = jnp.where(
+            there_BR[:, None, :, None], among_BhRR, jnp.eye(self.landmarks)[None, None]
+        )
         to_all_BhRL = shares(scale * products("brhk,blhk->bhrl", few_q, k), valid_BL[:, None, None])
         few_BhRk = products("blhk,bhrl->bhrk", v, to_all_BhRL)
         inverse_BhRR = pseudo_inverse(among_BhRR, self.iterations)
-        y_BLhk = exactly("bhlr,bhrk->blhk", to_few_BhLR, exactly("bhrs,bhsk->bhrk", inverse_BhRR, few_BhRk))
+        y_BLhk = exactly(
+            "bhlr,bhrk->blhk", to_few_BhLR, exactly("bhrs,bhsk->bhrk", inverse_BhRR, few_BhRk)
+        )
         if self.w_conv is None:
             return y_BLhk
         return y_BLhk + convolved(v * valid_BL[..., None, None].astype(v.dtype), self.w_conv)
@@ -52,7 +62,13 @@ def convolved(v: jax.Array, w_conv: nnx.Param) -> jax.Array:
     rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
     kernel = w_conv[...].T[:, None].astype(v.dtype)  # [kernel,1,h]
     y = jax.lax.conv_general_dilated(
-        rows, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=h, preferred_element_type=jnp.float32
+        rows,
+        kernel,
+        (1,),
+        "SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=h,
+        preferred_element_type=jnp.float32,
     )
     return y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
 
@@ -64,7 +80,9 @@ def landmark_means(valid_BL: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
     place_L = jnp.arange(valid_BL.shape[1], dtype=jnp.int32)[None, None]
     member_BRL = (place_L >= edges_BR[:, :-1, None]) & (place_L < edges_BR[:, 1:, None])
     size_BR = member_BRL.sum(axis=-1)
-    return member_BRL.astype(jnp.float32) / jnp.maximum(size_BR, 1).astype(jnp.float32)[..., None], size_BR > 0
+    return member_BRL.astype(jnp.float32) / jnp.maximum(size_BR, 1).astype(jnp.float32)[
+        ..., None
+    ], size_BR > 0
 
 
 def pseudo_inverse(a: jax.Array, iterations: int) -> jax.Array:

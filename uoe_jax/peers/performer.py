@@ -27,16 +27,22 @@ class Performer(EncoderAttention):
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(c, rngs=rngs)
         shape = (c.performer.features, c.head_dim)
-        self.directions = weight(rngs, shape, (None, None), orthogonal_normal, exact=True, trained=False)
+        self.directions = weight(
+            rngs, shape, (None, None), orthogonal_normal, exact=True, trained=False
+        )
 
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def mix(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
+    ) -> jax.Array:
         there = valid_BL[..., None, None]
         w_Rk = jax.lax.stop_gradient(self.directions[...])
         q, k = (a.astype(jnp.float32) * a.shape[-1] ** -0.25 for a in (q, k))
         along_q, along_k = (exactly("blhk,rk->blhr", a, w_Rk) for a in (q, k))
         half_q, half_k = (jnp.square(a).sum(axis=-1, keepdims=True) / 2 for a in (q, k))
         most_q = jax.lax.stop_gradient(along_q.max(axis=-1, keepdims=True))
-        most_k = jax.lax.stop_gradient(jnp.where(there, along_k, -1e30).max(axis=(1, 3), keepdims=True))
+        most_k = jax.lax.stop_gradient(
+            jnp.where(there, along_k, -1e30).max(axis=(1, 3), keepdims=True)
+        )
         phi_q = jnp.exp(along_q - half_q - most_q) + SMALL
         phi_k = jnp.where(there, jnp.exp(jnp.where(there, along_k - half_k - most_k, 0)) + SMALL, 0)
         summed = exactly("blhr,blhk->bhrk", phi_k, v.astype(jnp.float32))
@@ -54,4 +60,6 @@ def orthogonal_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax
     # As Gram and Schmidt give them: signs left to the factorisation favour a side, and the mean over directions is off.
     q = q * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None]
     rows = q.swapaxes(-1, -2).reshape(-1, dh)[:r]
-    return rows * jnp.linalg.norm(jax.random.normal(lengths, (r, dh), dtype), axis=-1, keepdims=True)
+    return rows * jnp.linalg.norm(
+        jax.random.normal(lengths, (r, dh), dtype), axis=-1, keepdims=True
+    )

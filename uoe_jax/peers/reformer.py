@@ -35,7 +35,14 @@ class Reformer(EncoderAttention):
         self.chunk = c.reformer.chunk
         half = -(-c.block_length // self.chunk)
         shape = (c.n_heads, c.head_dim, c.reformer.n_hashes, half)
-        self.rotations = weight(rngs, shape, ("heads", None, None, None), nnx.initializers.normal(1.0), exact=True, trained=False)
+        self.rotations = weight(
+            rngs,
+            shape,
+            ("heads", None, None, None),
+            nnx.initializers.normal(1.0),
+            exact=True,
+            trained=False,
+        )
 
     def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         qk, v = (
@@ -45,7 +52,9 @@ class Reformer(EncoderAttention):
         # What is hashed is not turned: equal tokens fall into one bucket wherever they are.
         return placed(qk, None, None, rotary), qk, v
 
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def mix(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
+    ) -> jax.Array:
         b, length, h, dh = q.shape  # k: the same as q, as it is hashed
         more = -length % self.chunk
         q, hashed, v, valid_BT = (lengthened(a, more) for a in (q, k, v, valid_BL))
@@ -56,14 +65,18 @@ class Reformer(EncoderAttention):
         def at(a_BhTx: jax.Array) -> jax.Array:
             """Rows in sorted order, cut in chunks: [B,h,R,chunks,chunk,…]."""
             index = order_BhRT.reshape(b, h, n_hashes * t, 1)
-            return jnp.take_along_axis(a_BhTx, index, axis=2).reshape(b, h, n_hashes, -1, self.chunk, a_BhTx.shape[-1])
+            return jnp.take_along_axis(a_BhTx, index, axis=2).reshape(
+                b, h, n_hashes, -1, self.chunk, a_BhTx.shape[-1]
+            )
 
         keys, values = at(unit(q_BhTk)), at(v_BhTk)
         own = order_BhRT.reshape(b, h, n_hashes, -1, self.chunk)
         n_B = valid_BT.sum(axis=1, dtype=jnp.int32)
         there = jnp.take_along_axis(valid_BT[:, None, None], order_BhRT, axis=-1).reshape(own.shape)
         last_B = jnp.maximum(-(-n_B // self.chunk) - 1, 0)
-        keys, values, places = (jnp.concatenate([before(a, last_B), a], axis=4) for a in (keys, values, own))
+        keys, values, places = (
+            jnp.concatenate([before(a, last_B), a], axis=4) for a in (keys, values, own)
+        )
         # A row of one chunk has none before it: what stands there is the chunk itself.
         first = before(there, last_B) & (last_B > 0)[:, None, None, None, None]
         there = jnp.concatenate([first, there], axis=4)
@@ -78,7 +91,9 @@ class Reformer(EncoderAttention):
     def _sorted(self, hashed_BhTk: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(int32 [B,h,R,T]: the tokens of every round in the order of their buckets, and the inverse); padding comes last."""
         directions = jax.lax.stop_gradient(self.rotations[...])
-        turned = exactly("bhtk,hkrn->bhrtn", jax.lax.stop_gradient(hashed_BhTk).astype(jnp.float32), directions)
+        turned = exactly(
+            "bhtk,hkrn->bhrtn", jax.lax.stop_gradient(hashed_BhTk).astype(jnp.float32), directions
+        )
         bucket_BhRT = jnp.concatenate([turned, -turned], axis=-1).argmax(axis=-1)
         bucket_BhRT = jnp.where(valid_BT[:, None, None], bucket_BhRT, 2 * directions.shape[-1])
         order = jnp.argsort(bucket_BhRT, axis=-1, stable=True).astype(jnp.int32)
@@ -95,11 +110,17 @@ def combined(mixed_BhRTk: jax.Array, total_BhRT: jax.Array, place_BhRT: jax.Arra
 def unit(x: jax.Array) -> jax.Array:
     """x [...,Dh] with length 1."""
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + 1e-6) * y.shape[-1] ** -0.5).astype(x.dtype)
+    return (
+        y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + 1e-6) * y.shape[-1] ** -0.5
+    ).astype(x.dtype)
 
 
 def before(a: jax.Array, last_B: jax.Array) -> jax.Array:
     """Of chunks [B,h,R,C,…], the one before each: in front of a round's first, the last one with tokens of the round before."""
     index = last_B.reshape(-1, *(1,) * (a.ndim - 1))
-    wrapped = jnp.roll(jnp.take_along_axis(a, jnp.broadcast_to(index, (*a.shape[:3], 1, *a.shape[4:])), axis=3), 1, axis=2)
+    wrapped = jnp.roll(
+        jnp.take_along_axis(a, jnp.broadcast_to(index, (*a.shape[:3], 1, *a.shape[4:])), axis=3),
+        1,
+        axis=2,
+    )
     return jnp.concatenate([wrapped, a[:, :, :, :-1]], axis=3)

@@ -64,7 +64,9 @@ def compile_step(config: Config) -> Compiled:
         raise UserError(json.loads(done.stdout)["error"])
     if done.returncode:
         said = done.stderr[-4000:].decode("utf-8", "replace")
-        raise RuntimeError(f"the compilation for {devices} host devices ended with {done.returncode}: {said}")
+        raise RuntimeError(
+            f"the compilation for {devices} host devices ended with {done.returncode}: {said}"
+        )
     found = json.loads(done.stdout)
     moved = (Collective(k, Array(o[0], tuple(o[1])), Array(r[0], tuple(r[1])), tuple(axes), *rest)
              for k, o, r, axes, *rest in found.pop("collectives"))  # fmt: skip
@@ -85,7 +87,9 @@ def describe(config: Config) -> Compiled:
         program = build(config, mesh)
         compiled = program.train_step.lower(program.abstract, program.abstract_batch).compile()
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    assert memory is not None and cost is not None and text is not None  # as for every program of a CPU
+    assert (
+        memory is not None and cost is not None and text is not None
+    )  # as for every program of a CPU
 
     def held(tree: Any) -> int:
         arrays = jax.tree.leaves(tree)

@@ -39,7 +39,10 @@ class Hardware:
     products: Range
     attention: Range
     source: str
-    streams: Range = (0.75, 0.90)  # gathers 0.76-0.79 on H100 (FBGEMM issue 3993); a copy 0.90 on H200 (measured)
+    streams: Range = (
+        0.75,
+        0.90,
+    )  # gathers 0.76-0.79 on H100 (FBGEMM issue 3993); a copy 0.90 on H200 (measured)
     network: Range = (0.70, 0.90)  # assumed
 
     @property
@@ -98,5 +101,7 @@ def find(name: str) -> Hardware | None:
       UserError: an unknown name.
     """
     if name != CPU and name not in HARDWARE:
-        raise UserError(f"--hardware={name}: is not known; choose one of {', '.join(HARDWARE)}, or {CPU}")
+        raise UserError(
+            f"--hardware={name}: is not known; choose one of {', '.join(HARDWARE)}, or {CPU}"
+        )
     return HARDWARE.get(name)

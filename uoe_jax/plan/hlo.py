@@ -29,7 +29,9 @@ class Array(NamedTuple):
     @property
     def bytes(self) -> int:
         bits = re.search(r"\d+", self.dtype)
-        return self.size * max(int(bits[0]) // 8, 1) if bits else self.size  # pred is a byte, token nothing worth counting
+        return (
+            self.size * max(int(bits[0]) // 8, 1) if bits else self.size
+        )  # pred is a byte, token nothing worth counting
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -90,7 +92,9 @@ class _Instruction(NamedTuple):
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
+)
 _CALLED_LIST = re.compile(r"\b(?:called_computations|branch_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]")
@@ -115,16 +119,22 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
             operands = [_arrays(types.get(n, ""))[0] for n in _operand_names(i.rest)]
             arrays = _arrays(i.type)
             # A started all-gather or permute gives (operands, results, …); a started all-reduce its results only.
-            whole = i.opcode.endswith("-start") and kind != "all-reduce" and len(arrays) > len(operands)
+            whole = (
+                i.opcode.endswith("-start") and kind != "all-reduce" and len(arrays) > len(operands)
+            )
             results = arrays[len(operands) : 2 * len(operands)] if whole else arrays
             if kind == "all-to-all" and len(operands) > 1:  # as a tuple: one part for each device
-                operands, results = ([a[0]._replace(shape=(len(a), *a[0].shape))] for a in (operands, results))
+                operands, results = (
+                    [a[0]._replace(shape=(len(a), *a[0].shape))] for a in (operands, results)
+                )
             axes, group = _axes(i.rest, tuple(mesh_shape.items()))
             times, counted = runs[computation]
             op_name = re.search(r'op_name="([^"]*)"', i.rest)
             for operand, result in zip(operands, results, strict=True):
                 where = op_name[1] if op_name else ""
-                found.append(Collective(kind, operand, result, axes, group, times, counted, where, i.name))
+                found.append(
+                    Collective(kind, operand, result, axes, group, times, counted, where, i.name)
+                )
     return found
 
 
@@ -133,7 +143,11 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     out: dict[str, list[_Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
-        if not line.startswith((" ", "}")) and (head := _COMPUTATION.match(line)) and not line.startswith("HloModule"):
+        if (
+            not line.startswith((" ", "}"))
+            and (head := _COMPUTATION.match(line))
+            and not line.startswith("HloModule")
+        ):
             current = out.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
         elif current is not None and (match := _INSTRUCTION.match(line)):
@@ -153,9 +167,15 @@ def _runs(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, 
             trips = _TRIPS.search(i.rest) if i.opcode == "while" else None
             known = i.opcode != "while" or trips is not None
             called = [(role, name) for role, name in _CALLED.findall(i.rest)]
-            called += [("", n.strip(" %")) for names in _CALLED_LIST.findall(i.rest) for n in names.split(",")]
+            called += [
+                ("", n.strip(" %"))
+                for names in _CALLED_LIST.findall(i.rest)
+                for n in names.split(",")
+            ]
             for role, name in called:
-                callers.setdefault(name, []).append((caller, int(trips[1]) if trips and role == "body" else 1, known))
+                callers.setdefault(name, []).append(
+                    (caller, int(trips[1]) if trips and role == "body" else 1, known)
+                )
 
     @functools.cache
     def count(name: str) -> tuple[int, bool]:
@@ -176,13 +196,18 @@ def _operand_names(rest: str) -> list[str]:
     while depth and end < len(rest):
         depth += {"(": 1, ")": -1}.get(rest[end], 0)
         end += 1
-    return re.findall(r"%([\w.-]+)", rest[: end - 1]) or re.findall(r"([\w.-]+)(?:,|$)", rest[: end - 1])
+    return re.findall(r"%([\w.-]+)", rest[: end - 1]) or re.findall(
+        r"([\w.-]+)(?:,|$)", rest[: end - 1]
+    )
 
 
 def _arrays(type_text: str) -> list[Array]:
     """Arrays of `f32[2,3]{1,0}` or of a tuple of such, tuples within it laid flat."""
     found = _ARRAY.findall(type_text)
-    return [Array(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n)) for dtype, dims in found]
+    return [
+        Array(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n))
+        for dtype, dims in found
+    ]
 
 
 def _axes(rest: str, mesh: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], int]:
@@ -198,7 +223,9 @@ def _varying(written: str, mesh: tuple[tuple[str, int], ...]) -> tuple[tuple[str
     groups = _groups(written) or (tuple(range(math.prod(sizes))),)
     place = list(itertools.product(*map(range, sizes)))
     axes = tuple(
-        name for a, (name, _) in enumerate(mesh) if any(len({place[device][a] for device in group}) > 1 for group in groups)
+        name
+        for a, (name, _) in enumerate(mesh)
+        if any(len({place[device][a] for device in group}) > 1 for group in groups)
     )
     return axes, max(map(len, groups))
 
@@ -209,7 +236,9 @@ def _groups(written: str) -> Groups:
         match = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? ?\{(.*)\}", written)
         if match is None:  # no axis at all: every device by itself
             return ((0,),)
-        named = [(name, int(size)) for name, size in re.findall(r"['\"]([^'\"]*)['\"]=(\d+)", match[1])]
+        named = [
+            (name, int(size)) for name, size in re.findall(r"['\"]([^'\"]*)['\"]=(\d+)", match[1])
+        ]
         ids = _iota(match[2]) if match[2] else list(range(math.prod(size for _, size in named)))
         # An axis may be used in part: 'x':(2)4 is 4 of it, inside the outermost 2.
         used = {name: (int(outer or 1), int(size) if size else 0) for name, outer, size in
@@ -228,7 +257,9 @@ def _groups(written: str) -> Groups:
         rows, columns = map(int, shape.strip("[]").split(","))
         ids = _iota(order)
         return tuple(tuple(ids[r * columns : (r + 1) * columns]) for r in range(rows))
-    return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", written))
+    return tuple(
+        tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", written)
+    )
 
 
 def _iota(order: str) -> list[int]:
@@ -239,4 +270,7 @@ def _iota(order: str) -> list[int]:
         return sizes if 0 in sizes else list(range(math.prod(sizes)))
     axes = [int(n) for n in permutation.strip("() ").split(",")]
     strides = [math.prod(sizes[a + 1 :]) for a in range(len(sizes))]
-    return [sum(i * strides[a] for i, a in zip(place, axes)) for place in itertools.product(*(range(sizes[a]) for a in axes))]
+    return [
+        sum(i * strides[a] for i, a in zip(place, axes))
+        for place in itertools.product(*(range(sizes[a]) for a in axes))
+    ]

@@ -13,7 +13,14 @@ from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.plan.compiled import Compiled, compile_step
 from uoe_jax.plan.hardware import Hardware, Range, find
 from uoe_jax.plan.peak import Peak, peak
-from uoe_jax.plan.predict import Prediction, expected_collectives, narrowed, network_seconds, predict, ring
+from uoe_jax.plan.predict import (
+    Prediction,
+    expected_collectives,
+    narrowed,
+    network_seconds,
+    predict,
+    ring,
+)
 
 MAX_DEVICES = 512  # host devices that one process compiles for
 USABLE = 0.92  # of the memory; the rest is the runtime's, the networks' buffers and what lies between arrays (assumed)
@@ -79,24 +86,34 @@ def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshC
     for item in () if text is None else text.split(","):
         axis, equals, size = (part.strip() for part in item.partition("="))
         if axis not in MESH_AXES or not equals:
-            raise UserError(f"--mesh={text}: {item!r} names no axis; give axis=size, of {', '.join(MESH_AXES)}")
+            raise UserError(
+                f"--mesh={text}: {item!r} names no axis; give axis=size, of {', '.join(MESH_AXES)}"
+            )
         if axis in seen:
             raise UserError(f"--mesh={text}: {axis} is given twice; give it once")
         if size != "-1" and not (size.isdecimal() and int(size)):
-            raise UserError(f"--mesh={text}: {axis}={size} is no size; give a whole number from 1 on, or -1 for what is left")
+            raise UserError(
+                f"--mesh={text}: {axis}={size} is no size; give a whole number from 1 on, or -1 for what is left"
+            )
         seen.add(axis)
         sizes[axis] = int(size)
     open_axes = [axis for axis in MESH_AXES if sizes[axis] == -1]
     source = f"--mesh={text}" if text is not None else "config.mesh"
     left_open = " and ".join(f"{axis}=-1" for axis in open_axes)
     if len(open_axes) > 1:
-        raise UserError(f"{source}: {left_open}: only one axis can take what is left of the devices; give the others a size")
+        raise UserError(
+            f"{source}: {left_open}: only one axis can take what is left of the devices; give the others a size"
+        )
     if open_axes and devices is None:
-        raise UserError(f"{source}: {left_open} takes what is left of the devices; say how many with --devices=N, or give a size")
+        raise UserError(
+            f"{source}: {left_open} takes what is left of the devices; say how many with --devices=N, or give a size"
+        )
     total = devices or math.prod(sizes.values())
     if total > MAX_DEVICES:
         remedy = f"the step is compiled here for at most {MAX_DEVICES}; plan fewer along data, with as many rows for each device"
-        raise UserError(f"{f'--devices={devices}' if devices else source}: {total} devices; {remedy}")
+        raise UserError(
+            f"{f'--devices={devices}' if devices else source}: {total} devices; {remedy}"
+        )
     mesh = _resized(given, sizes)
     if devices is None:
         return mesh
@@ -132,7 +149,8 @@ def make(config: Config, hardware_name: str) -> Plan:
     if hardware is None:
         return plan
     plan = plan._replace(
-        fits=total <= USABLE * hardware.memory, prediction=predict(config, shape, hardware, compiled.collectives)
+        fits=total <= USABLE * hardware.memory,
+        prediction=predict(config, shape, hardware, compiled.collectives),
     )
     return _with_suggestion(plan, hardware)
 
@@ -150,7 +168,10 @@ def _traffic(config: Config, hardware: Hardware | None, compiled: Compiled) -> I
         if hardware is None:
             yield Traffic(kind, axes, runs, sum(c.sent * c.times for c in group), None, False)
         else:
-            seconds, slow = network_seconds(group, shape, hardware, m), ring(axes, shape, hardware).bandwidth < hardware.fast
+            seconds, slow = (
+                network_seconds(group, shape, hardware, m),
+                ring(axes, shape, hardware).bandwidth < hardware.fast,
+            )
             yield Traffic(kind, axes, runs, sum(narrowed(c, m) for c in group), seconds, slow)
 
 
@@ -169,7 +190,9 @@ def _with_suggestion(plan: Plan, hardware: Hardware) -> Plan:
         mesh, _, needed = min(every, key=lambda found: found[2])
         return plan._replace(least=(mesh.shape, needed))
     given = judged(plan.config.mesh)[1]
-    mesh, step, needed = min(fitting, key=lambda found: sum(found[1]), default=(plan.config.mesh, given, 0.0))
+    mesh, step, needed = min(
+        fitting, key=lambda found: sum(found[1]), default=(plan.config.mesh, given, 0.0)
+    )
     if mesh == plan.config.mesh or plan.fits and sum(step) > (1 - WORTH) * sum(given):
         return plan
     return plan._replace(suggestion=Suggestion(mesh.shape, needed, step, given))
@@ -181,7 +204,9 @@ def _meshes(config: Config) -> Iterator[MeshConfig]:
     divisors = [n for n in range(1, total + 1) if total % n == 0]
     for fsdp, expert in itertools.product(divisors, divisors):
         if total % (fsdp * expert) == 0:
-            mesh = dataclasses.replace(config.mesh, data=total // fsdp // expert, fsdp=fsdp, expert=expert)
+            mesh = dataclasses.replace(
+                config.mesh, data=total // fsdp // expert, fsdp=fsdp, expert=expert
+            )
             try:
                 check_sizes(config, mesh.shape)
             except ConfigError:

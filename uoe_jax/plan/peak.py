@@ -60,7 +60,10 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     item, length, d, dh = ITEM_SIZE[m.dtype], m.block_length, m.d_model, m.head_dim
     stream = item * b * length * d
     tokens: dict[str, float] = {"smha": b * length, "uome": b * length}
-    slots = {"smha": 0.0, "uome": 0.0}  # what is gathered for the experts of a device, or comes out of them
+    slots = {
+        "smha": 0.0,
+        "uome": 0.0,
+    }  # what is gathered for the experts of a device, or comes out of them
     for name, r in m.routed().items():
         tokens[name] = b * r.slot_tokens(length) * r.row_share()
         slots[name] = item * r.n_experts / e * tokens[name] * d if r.order == "gather" else 0.0
@@ -81,14 +84,21 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     whole = 2 * norm_parameters(m) + out
     cut = (layer_parameters(m) - routers - whole - into) / e + routers
     held: float = m.n_layers * (cut / shape["fsdp"] + into / e + whole) + norm_parameters(m)
-    held += (ends_parameters(m) / words_parts(m, e) + (length * d if m.position == "learned" else 0)) / shape["fsdp"]
+    held += (
+        ends_parameters(m) / words_parts(m, e) + (length * d if m.position == "learned" else 0)
+    ) / shape["fsdp"]
     held += classifier_parameters(m)
 
     stored = dataclasses.replace(m, remat="slots") if m.remat in ("none", "dots") else m
     kept: float = kept_bytes(stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1)
-    if m.remat in ("none", "dots"):  # the products' results as well; with 'none' also what is made from them
+    if m.remat in (
+        "none",
+        "dots",
+    ):  # the products' results as well; with 'none' also what is made from them
         kept += sum(slots.values()) + (m.remat == "none") * (4 * stream + hidden)
-    if m.remat == "none" and (shape["fsdp"] > 1 or item < 4):  # weights as they are used, gathered or cast
+    if m.remat == "none" and (
+        shape["fsdp"] > 1 or item < 4
+    ):  # weights as they are used, gathered or cast
         kept += item * cut
     return Peak(
         parameters=4 * held,
@@ -117,6 +127,16 @@ def _ends(c: Config, shape: Shape) -> float:
     tokens = rows(c, shape) * m.context_length
     words = vocabulary_parameters(m) / words_parts(m, e)
     if m.task == "classify":
-        return tokens * m.image.values * (4 + ITEM_SIZE[m.dtype]) if m.stem == "image" else 4 * words
-    gradient = (2 * ITEM_SIZE[m.dtype] + 4) * words if m.cutoffs else 4 * words  # the former gathered as a layer's weights
-    return max(3 * 4 * chunk(int(own), int(scores)) * scores for own, scores, _, _ in scored_here(c, shape, tokens)) + gradient
+        return (
+            tokens * m.image.values * (4 + ITEM_SIZE[m.dtype]) if m.stem == "image" else 4 * words
+        )
+    gradient = (
+        (2 * ITEM_SIZE[m.dtype] + 4) * words if m.cutoffs else 4 * words
+    )  # the former gathered as a layer's weights
+    return (
+        max(
+            3 * 4 * chunk(int(own), int(scores)) * scores
+            for own, scores, _, _ in scored_here(c, shape, tokens)
+        )
+        + gradient
+    )

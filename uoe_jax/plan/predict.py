@@ -11,8 +11,22 @@ import math
 from typing import Iterable, Mapping, NamedTuple
 
 from uoe_jax.config import Config, ModelConfig
-from uoe_jax.flops import attention_flops, core_flops, ends_flops, mlp_flops, score_flops, scored_pieces, train_flops
-from uoe_jax.memory import ITEM_SIZE, classifier_parameters, layer_parameters, parameters, vocabulary_parameters
+from uoe_jax.flops import (
+    attention_flops,
+    core_flops,
+    ends_flops,
+    mlp_flops,
+    score_flops,
+    scored_pieces,
+    train_flops,
+)
+from uoe_jax.memory import (
+    ITEM_SIZE,
+    classifier_parameters,
+    layer_parameters,
+    parameters,
+    vocabulary_parameters,
+)
 from uoe_jax.plan.hardware import Hardware, Range
 from uoe_jax.plan.hlo import Array, Collective
 from uoe_jax.tiles import chunk
@@ -89,7 +103,9 @@ def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collect
     products, core = executed_flops(c, shape["expert"])
     n, peak = devices(shape), hardware.flops
     moved = [m for m in moved if m.axes]
-    experts, weights = ([m for m in moved if (m.axes == ("expert",)) is over] for over in (True, False))
+    experts, weights = (
+        [m for m in moved if (m.axes == ("expert",)) is over] for over in (True, False)
+    )
     parts = {
         "products": _over(products / n / peak, hardware.products),
         "attention": _over(core / n / peak, hardware.attention),
@@ -97,7 +113,10 @@ def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collect
         "experts": network_seconds(experts, shape, hardware, c.model),
         "weights": network_seconds(weights, shape, hardware, c.model),
     }
-    best, worst = (sum(times) for times in zip(*(seconds for name, seconds in parts.items() if name != "weights")))
+    best, worst = (
+        sum(times)
+        for times in zip(*(seconds for name, seconds in parts.items() if name != "weights"))
+    )
     step = max(best, parts["weights"][0]), worst + parts["weights"][1]
     flops = train_flops(c.model, c.train.batch_size)
     mfu = tuple(flops / (n * peak * seconds) for seconds in reversed(step))
@@ -118,10 +137,16 @@ def executed_flops(c: Config, expert: int) -> tuple[float, float]:
     """
     m, length = c.model, c.model.block_length
     core: float = m.n_layers * core_flops(m, length, training=True)
-    blocks = m.n_layers * (attention_flops(m, length, training=True) + mlp_flops(m, length, training=True)) - core
+    blocks = (
+        m.n_layers
+        * (attention_flops(m, length, training=True) + mlp_flops(m, length, training=True))
+        - core
+    )
     again = m.remat in ("slots", "block")
     ends = 3 * ends_flops(m, length) + (score_flops(m, length) if m.task == "language" else 0)
-    products = (3 + (m.remat == "block")) * m.rows_per_example * blocks + scored_alike(c, expert) * ends
+    products = (3 + (m.remat == "block")) * m.rows_per_example * blocks + scored_alike(
+        c, expert
+    ) * ends
     core *= m.rows_per_example * (3.5 + again)
     return c.train.batch_size * products, c.train.batch_size * core
 
@@ -141,7 +166,9 @@ def moved_bytes(c: Config, shape: Shape) -> float:
         at[name] = tokens * r.slot_tokens(m.block_length) / m.block_length * r.row_share()
         slots = r.n_experts / e * at[name]
         into = slots * m.d_model if r.order == "gather" else slots * widths[name] / r.n_experts
-        total += m.n_layers * item * (3 * (into + tokens * m.d_model) + 2 * (slots + tokens) * m.d_model)
+        total += (
+            m.n_layers * item * (3 * (into + tokens * m.d_model) + 2 * (slots + tokens) * m.d_model)
+        )
     total += m.n_layers * item * at["uome"] * m.d_hidden / e * (4 * m.n_into + 3)
     total += _ends_moved(c, tokens, shape)
     total += c.train.accumulation * m.n_layers * layer_parameters(m) / e * (3 * item + 4)
@@ -151,8 +178,14 @@ def moved_bytes(c: Config, shape: Shape) -> float:
 def _ends_moved(c: Config, tokens: float, shape: Shape) -> float:
     """Bytes moved for scores, or for images: `tokens` of a device in a step."""
     m = c.model
-    if m.task == "classify":  # pixels come as bytes, are written and read as float32 and then as tokens
-        return tokens * m.image.values * (1 + 2 * 4 + 3 * ITEM_SIZE[m.dtype]) if m.stem == "image" else 0
+    if (
+        m.task == "classify"
+    ):  # pixels come as bytes, are written and read as float32 and then as tokens
+        return (
+            tokens * m.image.values * (1 + 2 * 4 + 3 * ITEM_SIZE[m.dtype])
+            if m.stem == "image"
+            else 0
+        )
     # Scores are made twice, and every chunk of tokens reads and writes the gradient of the words it is scored against.
     parts, total = c.train.accumulation, 0.0
     for own, scores, share, width in scored_here(c, shape, tokens / parts):
@@ -171,7 +204,9 @@ def narrowed(moved: Collective, m: ModelConfig) -> float:
     return moved.sent * moved.times * (ITEM_SIZE[m.dtype] / 4 if narrow else 1)
 
 
-def network_seconds(moved: Iterable[Collective], shape: Shape, hardware: Hardware, m: ModelConfig) -> Range:
+def network_seconds(
+    moved: Iterable[Collective], shape: Shape, hardware: Hardware, m: ModelConfig
+) -> Range:
     """(best, worst) seconds of collectives one after the other; at best all hops are hidden, or shared by combined ones."""
     best = worst = 0.0
     latency = {}
@@ -196,7 +231,9 @@ def ring(axes: tuple[str, ...], shape: Shape, hardware: Hardware) -> Ring:
 
     A ring that leaves a fast domain goes out of it once, over the slow links of all its members there.
     """
-    domain = min(hardware.domain, devices(shape) // shape["replica"])  # what replica is for: the slow network between
+    domain = min(
+        hardware.domain, devices(shape) // shape["replica"]
+    )  # what replica is for: the slow network between
     members = [sum(place) for place in itertools.product(*(_offsets(axis, shape) for axis in axes))]
     local = sum(member < domain for member in members)
     domains = math.ceil(len(members) / local)
@@ -225,10 +262,14 @@ def reductions(c: Config, shape: Shape, hardware: Hardware) -> tuple[Reduction, 
     core = core_flops(m, length, training=True)
     flash = core / hardware.attention[1]
     blocks = {
-        m.attention: (attention_flops(m, length, training=True) - core) / hardware.products[1] + flash,
-        f"{m.mlp} MLP" if m.mlp == m.attention else m.mlp: mlp_flops(m, length, training=True) / hardware.products[1],
+        m.attention: (attention_flops(m, length, training=True) - core) / hardware.products[1]
+        + flash,
+        f"{m.mlp} MLP" if m.mlp == m.attention else m.mlp: mlp_flops(m, length, training=True)
+        / hardware.products[1],
     }
-    return tuple(Reduction(name, seconds, b * flops / e / hardware.flops) for name, flops in blocks.items())
+    return tuple(
+        Reduction(name, seconds, b * flops / e / hardware.flops) for name, flops in blocks.items()
+    )
 
 
 def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
@@ -241,8 +282,12 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
         group = math.prod(shape[a] for a in axes)
         if group > 1 and times:
             whole, part = Array("f32", (round(elements),)), Array("f32", (round(elements / group),))
-            before, after = {"all-gather": (part, whole), "reduce-scatter": (whole, part)}.get(kind, (whole, whole))
-            out.append(Collective(kind, before, after, axes, group, times * parts, True, "", f"{len(out)}"))
+            before, after = {"all-gather": (part, whole), "reduce-scatter": (whole, part)}.get(
+                kind, (whole, whole)
+            )
+            out.append(
+                Collective(kind, before, after, axes, group, times * parts, True, "", f"{len(out)}")
+            )
 
     # Looked up, and (language) scored. What images are projected by, and a classifier's head, is whole on every device.
     uses = (m.stem == "tokens") + (m.task == "language")
@@ -250,25 +295,45 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
     again = m.remat in ("dots", "block")  # the state between attention and MLP is made again
     stream, layer = rows(c, shape) * m.block_length * m.d_model, layer_parameters(m) / e
     reductions_of_stream = m.n_layers * (4 + again) + uses * (cut > 1)
-    if c.mesh.sequence_parallel:  # a reduction is a scatter after the block and a gather before the next, made again backward
-        add("all-gather", stream, ("expert",), m.n_layers * (4 + 2 * (m.remat != "none")) + uses * (cut > 1))
+    if (
+        c.mesh.sequence_parallel
+    ):  # a reduction is a scatter after the block and a gather before the next, made again backward
+        add(
+            "all-gather",
+            stream,
+            ("expert",),
+            m.n_layers * (4 + 2 * (m.remat != "none")) + uses * (cut > 1),
+        )
         add("reduce-scatter", stream, ("expert",), reductions_of_stream)
     else:
         add("all-reduce", stream, ("expert",), reductions_of_stream)
     # (values of a weight, gathers forward and backward, gradients, axes that these are added over beside those of the batch)
-    words, own = vocabulary_parameters(m) / cut, ("expert",) if c.mesh.sequence_parallel else ()  # of a device's own tokens
+    words, own = (
+        vocabulary_parameters(m) / cut,
+        ("expert",) if c.mesh.sequence_parallel else (),
+    )  # of a device's own tokens
     read = own if cut == 1 else ()
     scored = ("expert",) if m.cutoffs and scored_alike(c, e) == 1 else read
     if scored and not c.mesh.sequence_parallel:
         add("all-gather", stream, ("expert",), 1)  # of the gradient
     for elements, gathers, times, over in (
         (layer, (1 if m.remat == "none" else 2) * m.n_layers, m.n_layers, ()),
-        (words, uses > 0 if m.tie_embeddings else uses, uses > 0, read),  # one gather for a table that is used twice
+        (
+            words,
+            uses > 0 if m.tie_embeddings else uses,
+            uses > 0,
+            read,
+        ),  # one gather for a table that is used twice
         (words, 0, m.task == "language", scored),
         (m.block_length * m.d_model, m.position == "learned", m.position == "learned", own),
     ):
         add("all-gather", elements, ("fsdp",), gathers)
         add("reduce-scatter", elements, ("fsdp",), times)
         add("all-reduce", elements / fsdp, tuple(a for a in (*batch, *over) if shape[a] > 1), times)
-    add("all-reduce", classifier_parameters(m), tuple(a for a in (*batch, "fsdp") if shape[a] > 1), 1)
+    add(
+        "all-reduce",
+        classifier_parameters(m),
+        tuple(a for a in (*batch, "fsdp") if shape[a] > 1),
+        1,
+    )
     return out

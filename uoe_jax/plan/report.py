@@ -32,7 +32,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
     del found["compiled"]["collectives"]
     found["compiled"]["peak"] = plan.compiled.peak
     c = plan.config
-    return {"mesh": c.mesh.shape, "parameters": parameters(c.model), "warnings": list(warnings(plan)), **found}
+    return {
+        "mesh": c.mesh.shape,
+        "parameters": parameters(c.model),
+        "warnings": list(warnings(plan)),
+        **found,
+    }
 
 
 def warnings(plan: Plan) -> Iterator[str]:
@@ -60,10 +65,25 @@ def warnings(plan: Plan) -> Iterator[str]:
 
 def text(plan: Plan, name: str) -> str:
     """The plan for a person; `name` is the configuration's."""
-    c, m, compiled, e, p = plan.config, plan.config.model, plan.compiled, plan.expected, plan.prediction
-    hardware, shape, tokens = HARDWARE.get(plan.hardware), c.mesh.shape, c.train.batch_size * m.rows_per_example * m.context_length
-    n, ends = math.prod(shape.values()), "the vocabulary scores" if m.task == "language" else "the inputs"
-    room = f" of {_gb(hardware.memory)}: {'fits' if plan.fits else 'does not fit'}" if hardware else ""
+    c, m, compiled, e, p = (
+        plan.config,
+        plan.config.model,
+        plan.compiled,
+        plan.expected,
+        plan.prediction,
+    )
+    hardware, shape, tokens = (
+        HARDWARE.get(plan.hardware),
+        c.mesh.shape,
+        c.train.batch_size * m.rows_per_example * m.context_length,
+    )
+    n, ends = (
+        math.prod(shape.values()),
+        "the vocabulary scores" if m.task == "language" else "the inputs",
+    )
+    room = (
+        f" of {_gb(hardware.memory)}: {'fits' if plan.fits else 'does not fit'}" if hardware else ""
+    )
     lines = [
         f"{name}: {_count(parameters(m))} parameters, {m.dtype}, remat={m.remat}, {tokens:,} tokens a step",
         f"{n} x {plan.hardware}, mesh {_mesh(shape)}: {c.train.accumulation} x {rows(c, shape)} rows a device",
@@ -74,7 +94,10 @@ def text(plan: Plan, name: str) -> str:
             ("optimizer", _gb(compiled.optimizer)),
             ("gradients", _gb(e.gradients)),
             ("activations kept", _gb(e.kept)),
-            ("working set", f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}"),
+            (
+                "working set",
+                f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}",
+            ),
             ("peak", _gb(plan.peak) + room),
         ),
         f"  Compiled for {n} host devices in {compiled.seconds:.0f} s (jax {compiled.jax}): {_gb(compiled.peak)}, of it "
@@ -83,7 +106,9 @@ def text(plan: Plan, name: str) -> str:
         f"factor {plan.factor:.2f}.",
     ]
     if hardware is not None:
-        lines.append(f"  Assumed: {m.dtype}, and a kernel of attention that holds no scores; tiles of them take {_gb(plan.scores)} more.")
+        lines.append(
+            f"  Assumed: {m.dtype}, and a kernel of attention that holds no scores; tiles of them take {_gb(plan.scores)} more."
+        )
     sent = (
         (
             f"{t.kind} over {', '.join(t.axes)}",
@@ -99,9 +124,15 @@ def text(plan: Plan, name: str) -> str:
             "A step, best to worst",
             *_table(
                 ("model FLOPs", f"{p.flops:.3g}"),
-                ("executed FLOPs", f"{p.executed:.3g}, recomputation included, attention as a flash kernel does it"),
+                (
+                    "executed FLOPs",
+                    f"{p.executed:.3g}, recomputation included, attention as a flash kernel does it",
+                ),
                 *((PARTS[part], _range(seconds)) for part, seconds in p.parts.items()),
-                ("time", f"{_range(p.step)}; {tokens / p.step[1]:.3g} to {tokens / p.step[0]:.3g} tokens/s"),
+                (
+                    "time",
+                    f"{_range(p.step)}; {tokens / p.step[1]:.3g} to {tokens / p.step[0]:.3g} tokens/s",
+                ),
                 ("MFU", f"{p.mfu[0]:.0%} to {p.mfu[1]:.0%} of {hardware.flops / 1e12:.0f} TFLOP/s"),
             ),
             f"  {plan.hardware}: {hardware.source}.",
@@ -125,7 +156,9 @@ def _table(*pairs: tuple[str, str]) -> list[str]:
 
 
 def _mesh(shape: dict[str, int]) -> str:
-    return ", ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "of one device"
+    return (
+        ", ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "of one device"
+    )
 
 
 def _count(n: float) -> str:

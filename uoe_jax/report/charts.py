@@ -45,7 +45,11 @@ def colours(runs: Sequence[Logged]) -> list[str]:
 
 def curves(runs: Sequence[Logged]) -> list[figure]:
     """One figure for every measure that a run has; training as lines with their range, evaluations as dots on a line."""
-    return [_curves(runs, *chart) for chart in TRAIN if any(_has(run, key) for run in runs for key in chart[1])]
+    return [
+        _curves(runs, *chart)
+        for chart in TRAIN
+        if any(_has(run, key) for run in runs for key in chart[1])
+    ]
 
 
 def _has(run: Logged, key: str) -> bool:
@@ -53,7 +57,9 @@ def _has(run: Logged, key: str) -> bool:
     return key in run.curves and (key != "train/skipped" or bool(run.curves[key].high.any()))
 
 
-def _curves(runs: Sequence[Logged], title: str, keys: Sequence[str], factor: float, shown: str) -> figure:
+def _curves(
+    runs: Sequence[Logged], title: str, keys: Sequence[str], factor: float, shown: str
+) -> figure:
     chart = _figure(title)
     hovered: list[DataRenderer] = []
     for run, colour in zip(runs, colours(runs)):
@@ -61,21 +67,53 @@ def _curves(runs: Sequence[Logged], title: str, keys: Sequence[str], factor: flo
             if not _has(run, key):
                 continue
             c, prefix = run.curves[key], key.split("/")[0]
-            what = {"train": "training", "eval": "validation"}.get(prefix, key.removeprefix("perf/").split("_")[0])
-            data = dict(x=c.step, step=c.step, tokens=c.tokens, value=factor * c.mean, low=factor * c.low, high=factor * c.high)
-            source = ColumnDataSource({**data, "what": np.full(len(c.step), f"{run.name}, {what}" if len(runs) > 1 else what)})
+            what = {"train": "training", "eval": "validation"}.get(
+                prefix, key.removeprefix("perf/").split("_")[0]
+            )
+            data = dict(
+                x=c.step,
+                step=c.step,
+                tokens=c.tokens,
+                value=factor * c.mean,
+                low=factor * c.low,
+                high=factor * c.high,
+            )
+            source = ColumnDataSource(
+                {
+                    **data,
+                    "what": np.full(len(c.step), f"{run.name}, {what}" if len(runs) > 1 else what),
+                }
+            )
             single = prefix == "eval" or key.startswith("perf/device")
             if (c.high > c.low).any():
                 chart.varea("x", "low", "high", source=source, color=colour, alpha=0.15)
-            line = chart.line("x", "value", source=source, color=colour, line_width=2 if single else 1.3, line_dash="dashed" if prefix == "eval" else "solid")
+            line = chart.line(
+                "x",
+                "value",
+                source=source,
+                color=colour,
+                line_width=2 if single else 1.3,
+                line_dash="dashed" if prefix == "eval" else "solid",
+            )
             hovered.append(line)
             if prefix == "eval" or len(c.step) == 1:
                 chart.scatter("x", "value", source=source, color=colour, size=5)
-    tips = [("", "@what"), ("step", "@step{0,0}"), ("tokens", "@tokens{0.00a}"), (title, f"@value{{{shown}}}")]
-    chart.add_tools(HoverTool(renderers=hovered, tooltips=tips, mode="vline" if len(hovered) < 3 else "mouse"))
+    tips = [
+        ("", "@what"),
+        ("step", "@step{0,0}"),
+        ("tokens", "@tokens{0.00a}"),
+        (title, f"@value{{{shown}}}"),
+    ]
+    chart.add_tools(
+        HoverTool(renderers=hovered, tooltips=tips, mode="vline" if len(hovered) < 3 else "mouse")
+    )
     chart.xaxis.tags = ["over"]  # page.js renames it
     chart.xaxis.formatter = NumeralTickFormatter(format="0[.]0a")
-    chart.yaxis.formatter = PrintfTickFormatter(format="%.1e") if title == "learning rate" else NumeralTickFormatter(format="0[.]00a")
+    chart.yaxis.formatter = (
+        PrintfTickFormatter(format="%.1e")
+        if title == "learning rate"
+        else NumeralTickFormatter(format="0[.]00a")
+    )
     return chart
 
 
@@ -84,23 +122,51 @@ def routing() -> list[figure]:
     load = _figure("load of every expert, of the mean", name="load", y_axis_label="expert")
     mapper = LinearColorMapper(palette=list(cividis(256)), low=0, high=2)
     # One point each, as a figure without any warns that it has no range.
-    cells = ColumnDataSource({name: [float(name in ("right", "top"))] for name in CELL}, name="cells")
-    load.quad("left", "right", "top", "bottom", source=cells, fill_color={"field": "value", "transform": mapper}, line_color=None)
-    load.add_tools(HoverTool(tooltips=[("expert", "@expert"), ("from step", "@step{0,0}"), ("load / mean", "@value{0.00}")]))
+    cells = ColumnDataSource(
+        {name: [float(name in ("right", "top"))] for name in CELL}, name="cells"
+    )
+    load.quad(
+        "left",
+        "right",
+        "top",
+        "bottom",
+        source=cells,
+        fill_color={"field": "value", "transform": mapper},
+        line_color=None,
+    )
+    load.add_tools(
+        HoverTool(
+            tooltips=[
+                ("expert", "@expert"),
+                ("from step", "@step{0,0}"),
+                ("load / mean", "@value{0.00}"),
+            ]
+        )
+    )
     load.add_layout(ColorBar(color_mapper=mapper, ticker=BasicTicker(), width=10), "right")
     load.yaxis.ticker = BasicTicker(min_interval=1, mantissas=[1, 2, 5])
     load.grid.visible = False
     return [
         load,
-        _lines("patches that were lost, share", ("choices without a slot", "patches no expert took"), "0.0000"),
+        _lines(
+            "patches that were lost, share",
+            ("choices without a slot", "patches no expert took"),
+            "0.0000",
+        ),
         _lines("router entropy, nats", ("router entropy, nats", "even: ln N"), "0.000"),
         _lines("experts out of balance", ("highest load / mean", "dead experts"), "0.00"),
-        _lines("kept share by quarter of the row, of the mean", ("first quarter", "second quarter", "third quarter", "last quarter"), "0.000"),
+        _lines(
+            "kept share by quarter of the row, of the mean",
+            ("first quarter", "second quarter", "third quarter", "last quarter"),
+            "0.000",
+        ),
     ]
 
 
 def _figure(title: str, **more: Any) -> figure:
-    chart = figure(title=title, tools=TOOLS, x_axis_label="step", width=WIDTH, height=HEIGHT, **more)
+    chart = figure(
+        title=title, tools=TOOLS, x_axis_label="step", width=WIDTH, height=HEIGHT, **more
+    )
     chart.toolbar.update(logo=None, autohide=True)
     return chart
 
@@ -109,8 +175,22 @@ def _lines(title: str, names: Sequence[str], shown: str) -> figure:
     chart = _figure(title)
     for name, colour in zip(names, Category10_10):
         source = ColumnDataSource({"step": [0], "value": [0]}, name=name)
-        line = chart.line("step", "value", source=source, color=colour, line_width=1.5, legend_label=name)
-        chart.add_tools(HoverTool(renderers=[line], tooltips=[("", name), ("step", "@step{0,0}"), ("", f"@value{{{shown}}}")], mode="vline"))
-    chart.legend.update(orientation="horizontal", label_text_font_size="8pt", padding=0, spacing=8, border_line_alpha=0)
+        line = chart.line(
+            "step", "value", source=source, color=colour, line_width=1.5, legend_label=name
+        )
+        chart.add_tools(
+            HoverTool(
+                renderers=[line],
+                tooltips=[("", name), ("step", "@step{0,0}"), ("", f"@value{{{shown}}}")],
+                mode="vline",
+            )
+        )
+    chart.legend.update(
+        orientation="horizontal",
+        label_text_font_size="8pt",
+        padding=0,
+        spacing=8,
+        border_line_alpha=0,
+    )
     chart.add_layout(chart.legend[0], "below")
     return chart

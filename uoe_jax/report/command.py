@@ -35,17 +35,31 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     from uoe_jax.report.page import page
 
     if processes.are_several():
-        raise UserError("uoe report: is written by one process; start this once, and not by srun or its like")
+        raise UserError(
+            "uoe report: is written by one process; start this once, and not by srun or its like"
+        )
     workdirs = options.workdirs
     out = options.out or os.fspath(locate(workdirs[0]) / REPORT)
     points = max(200, POINTS // len(workdirs))
-    runs = [logged(w, config, name, points) for w, config, name in zip(workdirs, configs, names(workdirs))]
+    runs = [
+        logged(w, config, name, points)
+        for w, config, name in zip(workdirs, configs, names(workdirs))
+    ]
     looked = [_look(w, config, options.step, options.text) for w, config in zip(workdirs, configs)]
-    write_asked(out, page(runs, looked).encode("utf-8", "backslashreplace").decode())  # of names that are no UTF-8
+    write_asked(
+        out, page(runs, looked).encode("utf-8", "backslashreplace").decode()
+    )  # of names that are no UTF-8
     return out
 
 
-def at_end(config: Config, program: Program, params: Params, data: DataBundle, workdir: epath.Path, step: int) -> str:
+def at_end(
+    config: Config,
+    program: Program,
+    params: Params,
+    data: DataBundle,
+    workdir: epath.Path,
+    step: int,
+) -> str:
     """Writes the report of a run that has just ended; returns its place. What goes wrong is told, and nothing else ("" then)."""
     try:
         from uoe_jax.report.page import page
@@ -57,7 +71,13 @@ def at_end(config: Config, program: Program, params: Params, data: DataBundle, w
             write_asked(out, page([run], [Looked(sample, found, step)]))
         return out
     except Exception as error:
-        log.warning("no %s (%s: %s); uoe report --workdir=%s writes one", REPORT, type(error).__name__, error, workdir)
+        log.warning(
+            "no %s (%s: %s); uoe report --workdir=%s writes one",
+            REPORT,
+            type(error).__name__,
+            error,
+            workdir,
+        )
         return ""
 
 

@@ -28,7 +28,10 @@ from uoe_jax.report.series import PER_LAYER, Logged
 
 def page(runs: Sequence[Logged], looked: Sequence[Looked]) -> str:
     """The file's text, for one run or several beside each other."""
-    curves, routing = charts.curves(runs), charts.routing() if any(run.routing for run in runs) else []
+    curves, routing = (
+        charts.curves(runs),
+        charts.routing() if any(run.routing for run in runs) else [],
+    )
     figures: list[Model] = [*curves, *routing]
     script, divs = components(figures) if figures else ("", ())
     title = " · ".join(run.name for run in runs)
@@ -65,17 +68,31 @@ def _summary(runs: Sequence[Logged]) -> str:
         facts = {
             "run": f'<span style="color:{colour}">■</span> {html.escape(run.name)}',
             "blocks": f"{m.attention} + {m.mlp}, {m.n_layers} layers, D = {m.d_model}",
-            **{name: f"{r.k} of {r.n_experts} experts, patches of {r.patch_size}, {r.unit} by {r.priority}, gate {r.gate}" for name, r in m.unions().items()},
+            **{
+                name: f"{r.k} of {r.n_experts} experts, patches of {r.patch_size}, {r.unit} by {r.priority}, gate {r.gate}"
+                for name, r in m.unions().items()
+            },
             "parameters": f"{parameters(m) / 1e6:,.2f} M",
             "forward operations": f"{forward_flops_per_token(m) / 1e6:.3g} MFLOPs a token",
             "data": html.escape(" ".join(filter(None, (c.data.source, c.data.name, c.data.path)))),
             "batch": f"{c.train.batch_size} rows of {m.context_length} tokens",
-            "steps": f"{run.step:,} of {c.train.steps:,}" + ("" if run.step >= c.train.steps else " (in progress, or stopped)"),
-            **{_called(split, key): f"{line[key]:.4f} (step {line.get('test/step', line['step']):,})" for split, line in run.last.items() for key in line if _told(key)},
+            "steps": f"{run.step:,} of {c.train.steps:,}"
+            + ("" if run.step >= c.train.steps else " (in progress, or stopped)"),
+            **{
+                _called(
+                    split, key
+                ): f"{line[key]:.4f} (step {line.get('test/step', line['step']):,})"
+                for split, line in run.last.items()
+                for key in line
+                if _told(key)
+            },
         }
         for name, value in facts.items():
             rows.setdefault(name, [""] * len(runs))[i] = value
-    body = "".join(f"<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{v}</td>" for v in values) + "</tr>" for name, values in rows.items())
+    body = "".join(
+        f"<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{v}</td>" for v in values) + "</tr>"
+        for name, values in rows.items()
+    )
     return f'<table class="summary">{body}</table>'
 
 
@@ -84,7 +101,9 @@ def _told(key: str) -> bool:
 
 
 def _called(split: str, key: str) -> str:
-    return f"{'validation' if split == 'eval' else split}: {key.partition('/')[2].replace('_', ' ')}"
+    return (
+        f"{'validation' if split == 'eval' else split}: {key.partition('/')[2].replace('_', ' ')}"
+    )
 
 
 def _run(run: Logged, looked: Looked) -> dict[str, Any]:
@@ -93,7 +112,11 @@ def _run(run: Logged, looked: Looked) -> dict[str, Any]:
     blocks = {}
     for name, r in m.routed().items():
         own = run.routing.get(name)
-        found: dict[str, Any] = {"n": r.n_experts, "patch": r.patch_size, "heads": m.n_heads // r.n_experts if name == "smha" else 0}
+        found: dict[str, Any] = {
+            "n": r.n_experts,
+            "patch": r.patch_size,
+            "heads": m.n_heads // r.n_experts if name == "smha" else 0,
+        }
         if own is not None:
             found |= {
                 "edges": own.edges.tolist(),
@@ -105,13 +128,24 @@ def _run(run: Logged, looked: Looked) -> dict[str, Any]:
         if looked.sample is not None and name in looked.routes:
             found["routes"] = _packed(looked.routes[name])
         blocks[name] = found
-    return {"name": run.name, "layers": m.n_layers, "blocks": blocks, "sample": _sample(looked), "why": looked.why, "step": looked.step}
+    return {
+        "name": run.name,
+        "layers": m.n_layers,
+        "blocks": blocks,
+        "sample": _sample(looked),
+        "why": looked.why,
+        "step": looked.step,
+    }
 
 
 def _packed(array: np.ndarray) -> dict[str, Any]:
     """Numbers to about four digits: int16 of a common scale, as text."""
     top = float(np.abs(array).max(initial=0)) or 1.0
-    return {"shape": array.shape, "scale": top / 32767, "data": base64.b64encode(np.round(array / top * 32767).astype("<i2").tobytes()).decode()}
+    return {
+        "shape": array.shape,
+        "scale": top / 32767,
+        "data": base64.b64encode(np.round(array / top * 32767).astype("<i2").tobytes()).decode(),
+    }
 
 
 def _sample(looked: Looked) -> dict[str, Any] | None:
@@ -119,7 +153,13 @@ def _sample(looked: Looked) -> dict[str, Any] | None:
     if s is None:
         return None
     pictures = None if s.pictures is None else [_png(picture) for picture in s.pictures]
-    return {"texts": s.texts, "pictures": pictures, "grid": s.grid, "before": s.before, "titles": s.titles}
+    return {
+        "texts": s.texts,
+        "pictures": pictures,
+        "grid": s.grid,
+        "before": s.before,
+        "titles": s.titles,
+    }
 
 
 def _png(picture: np.ndarray) -> str:

@@ -58,20 +58,52 @@ def of_rows(config: Config, rows: Rows, tokenizer: Tokenizer | None) -> Sample:
     m = config.model
     if m.task == "language":
         found = [rows[i] for i in range(min(TEXTS, len(rows)))]
-        batch = {name: np.stack([row[name] for row in found]) for name in ("tokens", "segments", "positions")}
-        texts = [pieces(ids[valid > 0], tokenizer, m) for ids, valid in zip(batch["tokens"], batch["segments"])]
-        return Sample(batch, texts, None, (0, 0), 0, [f"row {i} of the validation split" for i in range(len(found))])
-    pictured = m.stem == "image" or (FACTS[config.data.source].image is not None and math.isqrt(m.context_length) ** 2 == m.context_length)
+        batch = {
+            name: np.stack([row[name] for row in found])
+            for name in ("tokens", "segments", "positions")
+        }
+        texts = [
+            pieces(ids[valid > 0], tokenizer, m)
+            for ids, valid in zip(batch["tokens"], batch["segments"])
+        ]
+        return Sample(
+            batch,
+            texts,
+            None,
+            (0, 0),
+            0,
+            [f"row {i} of the validation split" for i in range(len(found))],
+        )
+    pictured = m.stem == "image" or (
+        FACTS[config.data.source].image is not None
+        and math.isqrt(m.context_length) ** 2 == m.context_length
+    )
     examples = [rows[i] for i in range(min(PICTURES if pictured else TEXTS, len(rows)))]
     batch = {name: np.stack([row[name] for row in examples]) for name in ("inputs", "segments")}
     before = m.block_length - m.context_length  # the learned token in front
     titles = [f"class {row['label']}" for row in examples for _ in range(m.classifier.n_inputs)]
     if m.stem == "image":
-        return Sample(batch, None, list(batch["inputs"]), (m.image.height // m.image.patch, m.image.width // m.image.patch), before, titles)
-    inputs, segments = (batch[name].reshape(-1, m.context_length) for name in ("inputs", "segments"))
+        return Sample(
+            batch,
+            None,
+            list(batch["inputs"]),
+            (m.image.height // m.image.patch, m.image.width // m.image.patch),
+            before,
+            titles,
+        )
+    inputs, segments = (
+        batch[name].reshape(-1, m.context_length) for name in ("inputs", "segments")
+    )
     if pictured:
         side = math.isqrt(m.context_length)
-        return Sample(batch, None, list(inputs.reshape(-1, side, side, 1).astype(np.uint8)), (side, side), before, titles)
+        return Sample(
+            batch,
+            None,
+            list(inputs.reshape(-1, side, side, 1).astype(np.uint8)),
+            (side, side),
+            before,
+            titles,
+        )
     texts = [pieces(ids[valid > 0], tokenizer, m) for ids, valid in zip(inputs, segments)]
     return Sample(batch, texts, None, (0, 0), before, titles)
 
@@ -84,12 +116,25 @@ def of_text(config: Config, text: str, tokenizer: Tokenizer) -> Sample:
     """
     m = config.model
     if m.task != "language":
-        raise UserError(f"--text: the model's task is {m.task!r}, and it reads rows of its data alone; leave the option out")
+        raise UserError(
+            f"--text: the model's task is {m.task!r}, and it reads rows of its data alone; leave the option out"
+        )
     ids = np.append(tokenizer.start, tokenizer.encode(text))[: m.context_length].astype(np.int32)
     row = np.zeros(m.context_length, np.int32)
     batch = {"tokens": row.copy(), "segments": row.copy(), "positions": row.copy()}
-    batch["tokens"][: len(ids)], batch["segments"][: len(ids)], batch["positions"][: len(ids)] = ids, 1, np.arange(len(ids))
-    return Sample({name: a[None] for name, a in batch.items()}, [pieces(ids, tokenizer, m)], None, (0, 0), 0, ["the text given"])
+    batch["tokens"][: len(ids)], batch["segments"][: len(ids)], batch["positions"][: len(ids)] = (
+        ids,
+        1,
+        np.arange(len(ids)),
+    )
+    return Sample(
+        {name: a[None] for name, a in batch.items()},
+        [pieces(ids, tokenizer, m)],
+        None,
+        (0, 0),
+        0,
+        ["the text given"],
+    )
 
 
 def pieces(ids: np.ndarray, tokenizer: Tokenizer | None, m: ModelConfig) -> list[str]:
@@ -99,11 +144,16 @@ def pieces(ids: np.ndarray, tokenizer: Tokenizer | None, m: ModelConfig) -> list
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     marks = {tokenizer.start, tokenizer.separator} if m.task == "language" else set()
     return [
-        START if int(i) in marks else decoder.decode(tokenizer.decode_bytes([i]) if i < tokenizer.vocab_size else b"") for i in ids
+        START
+        if int(i) in marks
+        else decoder.decode(tokenizer.decode_bytes([i]) if i < tokenizer.vocab_size else b"")
+        for i in ids
     ]
 
 
-def routes(program: Program, params: Params, sample: Sample, config: Config) -> dict[str, np.ndarray]:
+def routes(
+    program: Program, params: Params, sample: Sample, config: Config
+) -> dict[str, np.ndarray]:
     """By block the experts' combine weights, float32 [layers,rows,M,N], -1 where an expert did not take a patch.
 
     In every process the same; no more patches of a row than can be shown (`CELLS`), and none of padding.
@@ -128,5 +178,7 @@ def routes(program: Program, params: Params, sample: Sample, config: Config) -> 
         layers, rows, _, n = weights.shape
         p = config.model.routed()[block].patch_size
         tokens = max(map(len, sample.texts)) if sample.texts else math.prod(sample.grid)
-        out[block] = weights[:, :, : min(-(-(sample.before + tokens) // p), max(1, CELLS // (layers * rows * n)))]
+        out[block] = weights[
+            :, :, : min(-(-(sample.before + tokens) // p), max(1, CELLS // (layers * rows * n)))
+        ]
     return out

@@ -70,18 +70,38 @@ def logged(workdir: str, config: Config, name: str, points: int = POINTS) -> Log
     taken = np.array([line["step"] for line in train], np.float64)
     seen = np.cumsum([line["train/tokens"] for line in train] * np.diff(taken, prepend=0))
     curves = {}
-    for key in sorted({key for line in lines for key, value in line.items() if key != "step" and isinstance(value, (int, float))}):
-        found = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
+    for key in sorted(
+        {
+            key
+            for line in lines
+            for key, value in line.items()
+            if key != "step" and isinstance(value, (int, float))
+        }
+    ):
+        found = [
+            (line["step"], line[key])
+            for line in lines
+            if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
+        ]
         if found:
             curves[key] = _curve(np.array(found, np.float64), taken, seen, points)
-    routing = {block: _routing(train, block, config) for block in config.model.routed() if train and f"train/{block}/load" in train[0]}
+    routing = {
+        block: _routing(train, block, config)
+        for block in config.model.routed()
+        if train and f"train/{block}/load" in train[0]
+    }
     last = {split: line for line in lines for split in ("eval", "test") if f"{split}/loss" in line}
-    return Logged(name, config, max((line["step"] for line in lines), default=0), curves, routing, last)
+    return Logged(
+        name, config, max((line["step"] for line in lines), default=0), curves, routing, last
+    )
 
 
 def names(workdirs: Sequence[str]) -> list[str]:
     """Short names to tell runs apart: the last parts of their directories' names, as many as are needed."""
-    parts = [os.path.abspath(w).split("/") if "://" not in w else w.rstrip("/").split("/") for w in workdirs]
+    parts = [
+        os.path.abspath(w).split("/") if "://" not in w else w.rstrip("/").split("/")
+        for w in workdirs
+    ]
     for n in range(1, max(map(len, parts)) + 1):
         short = ["/".join(p[-n:]) for p in parts]
         if len(set(short)) == len(short):
@@ -98,7 +118,13 @@ def _curve(found: np.ndarray, taken: np.ndarray, seen: np.ndarray, points: int) 
     def mean(x: np.ndarray) -> np.ndarray:
         return np.add.reduceat(x, starts) / sizes
 
-    return Curve(mean(step), mean(tokens), mean(value), np.minimum.reduceat(value, starts), np.maximum.reduceat(value, starts))
+    return Curve(
+        mean(step),
+        mean(tokens),
+        mean(value),
+        np.minimum.reduceat(value, starts),
+        np.maximum.reduceat(value, starts),
+    )
 
 
 def _starts(n: int, most: int) -> np.ndarray:
@@ -114,11 +140,20 @@ def _routing(train: Sequence[dict[str, Any]], block: str, config: Config) -> Rou
 
     def stretches(name: str, *shape: int) -> np.ndarray:
         """float32 [layers,T,…]: means over what is finite."""
-        values = np.array([line[f"train/{block}/{name}"] for line in train], np.float64).reshape(len(train), layers, *shape)
+        values = np.array([line[f"train/{block}/{name}"] for line in train], np.float64).reshape(
+            len(train), layers, *shape
+        )
         finite = np.isfinite(values)
         total = np.add.reduceat(np.where(finite, values, 0), starts, axis=0)
         count = np.add.reduceat(finite, starts, axis=0, dtype=np.int64)
         return np.moveaxis(total / np.maximum(count, 1), 0, 1).astype(np.float32)
 
-    edges = np.append(steps[starts], steps[-1] + max(1.0, (steps[-1] - steps[0]) / max(len(steps) - 1, 1)))
-    return Routing(edges, stretches("load", n), stretches("kept_by_quarter", 4), {name: stretches(name) for name in PER_LAYER})
+    edges = np.append(
+        steps[starts], steps[-1] + max(1.0, (steps[-1] - steps[0]) / max(len(steps) - 1, 1))
+    )
+    return Routing(
+        edges,
+        stretches("load", n),
+        stretches("kept_by_quarter", 4),
+        {name: stretches(name) for name in PER_LAYER},
+    )

@@ -52,11 +52,19 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], keep_latest: int = 2, keep_best: int = 1, read_only: bool = False,
+        self,
+        workdir: str | os.PathLike[str],
+        keep_latest: int = 2,
+        keep_best: int = 1,
+        read_only: bool = False,
         write_bytes: int | None = None,
     ) -> None:
         if keep_latest < 1:
-            raise ConfigError("checkpoint.keep_latest", keep_latest, "must be at least 1, or nothing could be resumed")
+            raise ConfigError(
+                "checkpoint.keep_latest",
+                keep_latest,
+                "must be at least 1, or nothing could be resumed",
+            )
         if keep_best < 0:
             raise ConfigError("checkpoint.keep_best", keep_best, "must be 0 or more")
         # Absolute: Orbax refuses a relative path after it has made directories there.
@@ -78,7 +86,9 @@ class CheckpointStore:
 
     def _list(self) -> None:
         """Looks at the disk; the same in every process, as no two look at one moment."""
-        found = by_first(lambda: {str(step): loss for step, loss in saved.listed(self.directory).items()})
+        found = by_first(
+            lambda: {str(step): loss for step, loss in saved.listed(self.directory).items()}
+        )
         self._losses = {int(step): loss for step, loss in found.items()}
 
     def _open_directory(self) -> None:
@@ -93,7 +103,9 @@ class CheckpointStore:
             probe.unlink()
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"{self.directory}: cannot write here ({reason}); choose another --workdir") from error
+            raise UserError(
+                f"{self.directory}: cannot write here ({reason}); choose another --workdir"
+            ) from error
 
     def save(
         self,
@@ -132,13 +144,19 @@ class CheckpointStore:
         nbytes = verify.check_storable(state)
         self.wait()
         if step in self.steps():
-            log.warning("a checkpoint of step %d is there already in %s; left as it is", step, self.directory)
+            log.warning(
+                "a checkpoint of step %d is there already in %s; left as it is",
+                step,
+                self.directory,
+            )
             return False
         words, not_finite = fingerprints(state)
         if not_finite:
             more = f" and {len(not_finite) - 1} more are" if len(not_finite) > 1 else " is"
-            raise BadNumbers(f"{not_finite[0]}{more} not finite at step {step}, so no checkpoint of it was written; lower "
-                             f"config.optimizer.learning_rate and use a new --workdir ({self._resumes_from()})")
+            raise BadNumbers(
+                f"{not_finite[0]}{more} not finite at step {step}, so no checkpoint of it was written; lower "
+                f"config.optimizer.learning_rate and use a new --workdir ({self._resumes_from()})"
+            )
         by_first(lambda: self._check_space(step, nbytes))
         self._orbax.reload()  # finds nothing: its list does not know what was deleted or set aside
         loss = saved.ranking_loss(metrics)
@@ -148,7 +166,9 @@ class CheckpointStore:
                 step,
                 state,
                 custom_metadata=saved.sealed(
-                    metadata, {name: {**leaf, "fingerprint": words[name]} for name, leaf in leaves.items()}, loss
+                    metadata,
+                    {name: {**leaf, "fingerprint": words[name]} for name, leaf in leaves.items()},
+                    loss,
                 ),
                 force=True,  # the caller has decided; Orbax's own policy would save as often as it can
             )
@@ -210,8 +230,10 @@ class CheckpointStore:
             try:
                 saved.write_loss(path, found)
             except OSError as error:
-                raise RunError(f"{path}: the validation loss cannot be written here ({first_line(error)}); mend that and "
-                               "run the same command again") from error
+                raise RunError(
+                    f"{path}: the validation loss cannot be written here ({first_line(error)}); mend that and "
+                    "run the same command again"
+                ) from error
 
         by_first(write)
         self._losses[step] = found
@@ -269,18 +291,27 @@ class CheckpointStore:
                     return self.restore_newest(abstract_state, say, partial)
                 damaged[step] = error.reason
                 continue
-            for bad, reason in damaged.items():  # not before: what fails for all of them lies elsewhere
+            for (
+                bad,
+                reason,
+            ) in damaged.items():  # not before: what fails for all of them lies elsewhere
                 done = "passed over" if self._read_only else f"moved to {self.set_aside(bad)}"
                 if is_first():
-                    say(f"{self.directory / str(bad)}: this checkpoint is damaged ({reason}); {done}, going on with an older one")
+                    say(
+                        f"{self.directory / str(bad)}: this checkpoint is damaged ({reason}); {done}, going on with an older one"
+                    )
             return state, step, metadata
         if damaged:
             step, reason = max(damaged.items())
-            raise RunError(f"{self.directory}: no checkpoint can be read as it was saved (step {step}: {reason}); "
-                           "mend that, or move this directory away to start from the beginning")
+            raise RunError(
+                f"{self.directory}: no checkpoint can be read as it was saved (step {step}: {reason}); "
+                "mend that, or move this directory away to start from the beginning"
+            )
         if aside := by_first(lambda: saved.names_aside(self._aside)):
-            raise RunError(f"{self._aside}: holds the damaged checkpoints of this run ({', '.join(aside)}) and no good one "
-                           "is left; move this directory away to start from the beginning")
+            raise RunError(
+                f"{self._aside}: holds the damaged checkpoints of this run ({', '.join(aside)}) and no good one "
+                "is left; move this directory away to start from the beginning"
+            )
         return None
 
     def drop_after(self, step: int) -> None:
@@ -292,7 +323,9 @@ class CheckpointStore:
 
     def set_aside(self, step: int) -> str:
         """Moves a checkpoint that nobody is to go on from out of the list; returns where it is now."""
-        where = by_first(lambda: os.fspath(saved.move_aside(self.directory / str(step), self._aside)))
+        where = by_first(
+            lambda: os.fspath(saved.move_aside(self.directory / str(step), self._aside))
+        )
         del self._losses[step]
         return where
 
@@ -305,7 +338,9 @@ class CheckpointStore:
             self.wait()
         finally:
             self._deleter.shutdown()
-            with contextlib.suppress(Exception):  # Orbax raises once more what wait() has just reported
+            with contextlib.suppress(
+                Exception
+            ):  # Orbax raises once more what wait() has just reported
                 self._orbax.close()
 
     def __enter__(self) -> CheckpointStore:
@@ -323,7 +358,9 @@ class CheckpointStore:
         self.wait()
         if step not in self.steps():
             there = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"{self.directory}: there is no checkpoint of step {step} (there are: {there})")
+            raise UserError(
+                f"{self.directory}: there is no checkpoint of step {step} (there are: {there})"
+            )
         return self.directory / str(step)
 
     def _best_first(self) -> list[int]:
@@ -332,7 +369,11 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Deletes what is neither among the latest nor the best; called when a save is committed."""
-        keep = {*self.steps()[-self._keep_latest :], *self._best_first()[: self._keep_best], self.hold}
+        keep = {
+            *self.steps()[-self._keep_latest :],
+            *self._best_first()[: self._keep_best],
+            self.hold,
+        }
         for step in set(self._losses) - keep:
             del self._losses[step]
             if is_first():
@@ -354,15 +395,19 @@ class CheckpointStore:
     def _check_space(self, step: int, nbytes: int) -> None:
         for deletion in self._deletions:
             if error := deletion.exception():  # waits for it
-                log.warning("%s: an old checkpoint could not be deleted (%s)", self.directory, error)
+                log.warning(
+                    "%s: an old checkpoint could not be deleted (%s)", self.directory, error
+                )
         self._deletions.clear()
         if self._remote:
             return
         try:
             free = _free_bytes(self.directory)
         except OSError as error:
-            raise RunError(f"{self.directory}: the checkpoint of step {step} cannot be written here ({error.strerror or error}); put the "
-                           "directory back, or start in another --workdir") from error
+            raise RunError(
+                f"{self.directory}: the checkpoint of step {step} cannot be written here ({error.strerror or error}); put the "
+                "directory back, or start in another --workdir"
+            ) from error
         if free < nbytes * SPACE_MARGIN:
             raise self._no_space(step, nbytes)
 
@@ -375,7 +420,9 @@ class CheckpointStore:
 
     def _resumes_from(self) -> str:
         latest = self.latest_step()
-        return "no checkpoint is complete yet" if latest is None else f"it resumes from step {latest}"
+        return (
+            "no checkpoint is complete yet" if latest is None else f"it resumes from step {latest}"
+        )
 
     def _save_failed(self, error: Exception) -> RunError:
         """Makes the store usable again after a failed save, and the error to raise."""
@@ -388,8 +435,10 @@ class CheckpointStore:
                     left.rmtree()
         if is_no_space(error):
             return self._no_space(step, nbytes)
-        return RunError(f"{self.directory}: the checkpoint of step {step} could not be written "
-                        f"({first_line(error)}); mend that and run the same command again ({self._resumes_from()})")
+        return RunError(
+            f"{self.directory}: the checkpoint of step {step} could not be written "
+            f"({first_line(error)}); mend that and run the same command again ({self._resumes_from()})"
+        )
 
 
 def _free_bytes(directory: epath.Path) -> int:

@@ -50,19 +50,30 @@ def evaluate(
     total: Sums | None = None
     ranking: Sums | None = None
     seen = set() if seen is None else seen
-    for i, batch in enumerate(_ahead(eval_batches(rows, size, 0 if whole else limit, held)), start=1):
-        watch.at("evaluation" if name == "eval" else "testing", step, slow=is_new(("eval", batch), seen))
+    for i, batch in enumerate(
+        _ahead(eval_batches(rows, size, 0 if whole else limit, held)), start=1
+    ):
+        watch.at(
+            "evaluation" if name == "eval" else "testing", step, slow=is_new(("eval", batch), seen)
+        )
         if stop():
             raise Interrupted
         sums = program.eval_step(params, mesh_lib.put_batch(program.devices, batch))
         before = total
         total = sums if total is None else _add(total, sums)
-        jax.block_until_ready(before)  # no further ahead of the device than one batch: a stop must not wait for a queue
+        jax.block_until_ready(
+            before
+        )  # no further ahead of the device than one batch: a stop must not wait for a queue
         ranking = total if i == limit else ranking
     host = jax.device_get(total)
-    found = {**measures(host, config, name), f"{name}/rows": int(host.rows) // config.model.rows_per_example}
+    found = {
+        **measures(host, config, name),
+        f"{name}/rows": int(host.rows) // config.model.rows_per_example,
+    }
     task = task_of(config)
-    return found, task.ranking(task.measures(jax.device_get(ranking) if ranking is not None else host, config))
+    return found, task.ranking(
+        task.measures(jax.device_get(ranking) if ranking is not None else host, config)
+    )
 
 
 def is_new(what: tuple[str, dict[str, Any]], seen: set[Any]) -> bool:

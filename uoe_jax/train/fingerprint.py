@@ -41,7 +41,11 @@ def fingerprints(tree: Any) -> Fingerprints:
     if not named:
         return Fingerprints({}, [])
     of_first = named[0][1].sharding
-    everywhere = NamedSharding(of_first.mesh, PartitionSpec()) if isinstance(of_first, NamedSharding) else None
+    everywhere = (
+        NamedSharding(of_first.mesh, PartitionSpec())
+        if isinstance(of_first, NamedSharding)
+        else None
+    )
     words, bad = jax.device_get(_compiled(everywhere)([leaf for _, leaf in named]))
     return Fingerprints(
         {name: f"{int(word):08x}" for (name, _), word in zip(named, words)},
@@ -69,11 +73,15 @@ def _word_and_bad(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     bits = _bits(x).astype(jnp.uint32)
     index = jnp.zeros(bits.shape, jnp.uint32)
     stride = 1
-    for axis in reversed(range(bits.ndim)):  # flat, without a reshape: that would gather a sharded array
+    for axis in reversed(
+        range(bits.ndim)
+    ):  # flat, without a reshape: that would gather a sharded array
         index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
     h = bits ^ (index * jnp.uint32(0x9E3779B1))
-    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)  # each line is one to one, so no change of one value is lost
+    h = (h ^ (h >> 16)) * jnp.uint32(
+        0x7FEB352D
+    )  # each line is one to one, so no change of one value is lost
     h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
     h ^= h >> 16
     bad = jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.ones(x.shape, jnp.bool_)
@@ -81,7 +89,10 @@ def _word_and_bad(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Both in one reduction: read once, and compiled in a third of the time of two.
     zero = jnp.uint32(0)
     return jax.lax.reduce(
-        (h, (~bad).astype(jnp.uint32)), (zero, zero), lambda a, b: (a[0] + b[0], a[1] | b[1]), tuple(range(h.ndim))
+        (h, (~bad).astype(jnp.uint32)),
+        (zero, zero),
+        lambda a, b: (a[0] + b[0], a[1] | b[1]),
+        tuple(range(h.ndim)),
     )
 
 

@@ -43,15 +43,21 @@ def fresh() -> Guard:
     return Guard(zero, zero, zero, moments, moments, zero, zero)
 
 
-def judge(c: GuardConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array) -> tuple[jax.Array, Guard]:
+def judge(
+    c: GuardConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array
+) -> tuple[jax.Array, Guard]:
     """(whether a step with this loss and gradient norm is bad, the guard after it); all are global values."""
     found = jnp.stack([loss, grad_norm]).astype(jnp.float32)
     bad = ~jnp.isfinite(found).all()
     if c.spike_sigmas:
-        bad |= (guard.seen >= WINDOW) & (found > guard.mean + c.spike_sigmas * jnp.sqrt(guard.variance)).any()
+        bad |= (guard.seen >= WINDOW) & (
+            found > guard.mean + c.spike_sigmas * jnp.sqrt(guard.variance)
+        ).any()
     # A plain mean at first, then an exponential one. A value that is not finite must not come near it, even times 0.
     weight = 1 / jnp.minimum(guard.seen + 1, WINDOW).astype(jnp.float32)
-    away = jnp.where(bad, 0, jnp.minimum(found, 1e18) - guard.mean)  # its square must be finite, too
+    away = jnp.where(
+        bad, 0, jnp.minimum(found, 1e18) - guard.mean
+    )  # its square must be finite, too
     moved = guard._replace(
         in_a_row=jnp.zeros_like(guard.in_a_row),
         seen=guard.seen + 1,

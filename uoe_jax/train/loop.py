@@ -60,7 +60,9 @@ def train(
         watch.at("preparing the data", slow=True)
         config, data = agreed_data(config, workdir_name)
         mesh = mesh_lib.make_mesh(config.mesh)
-        if config.train.init_from and not by_first(lambda: bool(listed(locate(workdir_name) / "checkpoints"))):
+        if config.train.init_from and not by_first(
+            lambda: bool(listed(locate(workdir_name) / "checkpoints"))
+        ):
             check_init_from(config, data.record.get("tokenizer"), say_early)
         with jax.set_mesh(mesh):
             program = build(config, mesh)
@@ -69,11 +71,24 @@ def train(
         by_first(lambda: check_record(workdir, data.record))
         by_first(lambda: keep_tokenizer(workdir, data.tokenizer))
         keep = config.checkpoint
-        with jax.set_mesh(mesh), CheckpointStore(workdir, keep.keep_latest, keep.keep_best) as store:
+        with (
+            jax.set_mesh(mesh),
+            CheckpointStore(workdir, keep.keep_latest, keep.keep_best) as store,
+        ):
             watch.at("restoring", slow=True)
             state, start, owed = first_state(program, store, config, say_early)
             progress = Progress(config.train.steps, start) if is_first() else Silent()
-            run = Run(config, data, program, store, functools.partial(open_writer, workdir), progress, state, start, owed)
+            run = Run(
+                config,
+                data,
+                program,
+                store,
+                functools.partial(open_writer, workdir),
+                progress,
+                state,
+                start,
+                owed,
+            )
             try:
                 progress.say(run.welcome(workdir_name))
                 exit_code = run.go(signal)
@@ -84,7 +99,11 @@ def train(
                     run.writer.close()
             watch.at("generating", slow=True)
             speaks = run.step == config.train.steps and config.model.task == "language"
-            text = sample(config, program, run.state.params, data.tokenizer) if speaks and data.tokenizer else ""
+            text = (
+                sample(config, program, run.state.params, data.tokenizer)
+                if speaks and data.tokenizer
+                else ""
+            )
             place = ""
             if report is not None and config.train.report and exit_code == EXIT_DONE:
                 watch.at("reporting", slow=True)
@@ -102,7 +121,9 @@ def agreed_data(config: Config, workdir: str | None, **options: Any) -> tuple[Co
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
     processes.same(found, "give every machine the same data and the same interpreter")
     if "bits_per_byte" in data.record:
-        say_early(f"uoe: bits_per_byte is {data.record['bits_per_byte']}, so they cannot be told with this tokenizer")
+        say_early(
+            f"uoe: bits_per_byte is {data.record['bits_per_byte']}, so they cannot be told with this tokenizer"
+        )
     return config, data
 
 

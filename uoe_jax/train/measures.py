@@ -42,7 +42,9 @@ def routing_measures(stats: RoutingStats, k: int, rows: float) -> dict[str, list
 
 def measures(sums: Sums, config: Config, prefix: str) -> dict[str, Any]:
     """All measures of some batches, keys `<prefix>/loss`, …, `<prefix>/smha/dropped`, …; `sums` is on the host."""
-    out: dict[str, Any] = {f"{prefix}/{name}": value for name, value in task_of(config).measures(sums, config).items()}
+    out: dict[str, Any] = {
+        f"{prefix}/{name}": value for name, value in task_of(config).measures(sums, config).items()
+    }
     routed = config.model.routed()
     for block, stats in sums.routing.items():
         for name, value in routing_measures(stats, routed[block].k, float(sums.rows)).items():

@@ -58,7 +58,9 @@ class MetricsWriter:
             self._file = (_Object if is_remote(root) else _File)(self.path, last, owed)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"{self.path}: cannot be written ({reason}); choose another --workdir") from error
+            raise UserError(
+                f"{self.path}: cannot be written ({reason}); choose another --workdir"
+            ) from error
         self._tensorboard = _TensorBoard(root / "tensorboard", resume_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -72,7 +74,9 @@ class MetricsWriter:
             raise ValueError('metrics: the key "step" is the writer\'s own')
         plain = {key: _plain(key, value) for key, value in metrics.items()}
         with self._failing():
-            self._file.write(json.dumps({"step": int(step), **plain}, allow_nan=False).encode() + b"\n")
+            self._file.write(
+                json.dumps({"step": int(step), **plain}, allow_nan=False).encode() + b"\n"
+            )
         if self._tensorboard:
             self._tensorboard.write(int(step), plain)
 
@@ -99,8 +103,10 @@ class MetricsWriter:
         try:
             yield
         except OSError as error:
-            raise RunError(f"{self.path}: a line could not be written ({error.strerror or error}); "
-                           "mend that and run the same command again") from error
+            raise RunError(
+                f"{self.path}: a line could not be written ({error.strerror or error}); "
+                "mend that and run the same command again"
+            ) from error
 
 
 class _File:
@@ -129,8 +135,10 @@ class _File:
         except FileNotFoundError:
             same = False
         if not same:
-            raise RunError(f"{self._path}: was deleted or replaced while the run was writing it; put the directory back, or "
-                           "start again in another --workdir")
+            raise RunError(
+                f"{self._path}: was deleted or replaced while the run was writing it; put the directory back, or "
+                "start again in another --workdir"
+            )
 
     def close(self) -> None:
         self.closed = True
@@ -201,7 +209,9 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: there are no metrics here; check --workdir") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); mend that, or check --workdir") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); mend that, or check --workdir"
+        ) from error
     return [{key: _restore(value) for key, value in record.items()} for _, record in _records(data)]
 
 
@@ -218,8 +228,11 @@ def _records(data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _kept(data: bytes, last_step: int, owed: bool) -> bytes:
     """The whole lines of a metrics file up to `last_step`; owed: without the evaluation of that step."""
+
     def stays(record: dict[str, Any]) -> bool:
-        again = owed and record["step"] == last_step and any(key.startswith("eval/") for key in record)
+        again = (
+            owed and record["step"] == last_step and any(key.startswith("eval/") for key in record)
+        )
         return record["step"] <= last_step and not again
 
     return b"".join(line for line, record in _records(data) if stays(record))
@@ -245,12 +258,16 @@ def _plain(key: str, value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [_plain(key, item) for item in value]
-    if hasattr(value, "tolist"):  # numpy and jax; bfloat16 stays itself in tolist and is a float to float()
+    if hasattr(
+        value, "tolist"
+    ):  # numpy and jax; bfloat16 stays itself in tolist and is a float to float()
         value = value.tolist()
         return _plain(key, value if isinstance(value, (str, bool, int, list)) else float(value))
     if isinstance(value, float):
         return value if math.isfinite(value) else repr(value)
-    raise TypeError(f"metrics: {key} is a {type(value).__name__}; numbers, strings and lists of them can be written")
+    raise TypeError(
+        f"metrics: {key} is a {type(value).__name__}; numbers, strings and lists of them can be written"
+    )
 
 
 def _restore(value: Any) -> Any:
@@ -277,8 +294,12 @@ class _TensorBoard:
             self._pb, self._summary = event_pb2, summary_pb2
             directory.mkdir(parents=True, exist_ok=True)
             # The file name has whole seconds only: a quick restart would overwrite the file before it.
-            self._writer = EventsWriter(os.fspath(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
-            purge = 0 if resume_step is None else resume_step + 1  # TensorBoard hides older events from here on
+            self._writer = EventsWriter(
+                os.fspath(directory / "events"), f".{os.getpid()}.{time.time_ns()}"
+            )
+            purge = (
+                0 if resume_step is None else resume_step + 1
+            )  # TensorBoard hides older events from here on
             self._event(purge, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         except Exception as error:
             self._give_up(error)
@@ -291,7 +312,10 @@ class _TensorBoard:
         if self._writer is None:
             return
         try:
-            scalars = [self._summary.Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(plain)]
+            scalars = [
+                self._summary.Summary.Value(tag=tag, simple_value=value)
+                for tag, value in _scalars(plain)
+            ]
             self._event(step, summary=self._summary.Summary(value=scalars))
         except Exception as error:
             self._give_up(error)
@@ -315,14 +339,20 @@ class _TensorBoard:
 
     def _give_up(self, error: Exception) -> None:
         self._writer = None
-        log.warning("no more TensorBoard files (%s: %s); metrics.jsonl has everything", type(error).__name__, error)
+        log.warning(
+            "no more TensorBoard files (%s: %s); metrics.jsonl has everything",
+            type(error).__name__,
+            error,
+        )
 
 
 def _scalars(plain: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in plain.items():
-        for tag, item in [(key, value)] if not isinstance(value, list) else [
-            (f"{key}/{layer}", item) for layer, item in enumerate(value)
-        ]:
+        for tag, item in (
+            [(key, value)]
+            if not isinstance(value, list)
+            else [(f"{key}/{layer}", item) for layer, item in enumerate(value)]
+        ):
             if isinstance(item, (int, float)):
                 yield tag, float(item)
 
@@ -339,7 +369,9 @@ class Progress:
     def __init__(self, total: int, start: int = 0, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._total = total
-        self._first: tuple[float, int] | None = None  # time and step of the first update: before it, compilation
+        self._first: tuple[float, int] | None = (
+            None  # time and step of the first update: before it, compilation
+        )
         self._bar = None
         if self._stream.isatty() and os.environ.get("TERM") != "dumb":
             from tqdm import tqdm

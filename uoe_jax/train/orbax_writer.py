@@ -19,7 +19,9 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def _drop_orbax_tracebacks(record: logging.LogRecord) -> bool:
     """Orbax logs a failed save a dozen times over, a thousand lines in all, and then raises it: that is enough."""
-    return log.isEnabledFor(logging.DEBUG) or not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+    return log.isEnabledFor(logging.DEBUG) or not (
+        record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname
+    )
 
 
 class _Unlisted:
@@ -34,7 +36,9 @@ class _Unlisted:
         raise ValueError(f"no step {step} is looked for")
 
 
-def open_writer(directory: epath.Path, read_only: bool, write_bytes: int | None) -> ocp.training.Checkpointer:
+def open_writer(
+    directory: epath.Path, read_only: bool, write_bytes: int | None
+) -> ocp.training.Checkpointer:
     """Orbax's checkpointer for a directory, which must exist; arguments as of CheckpointStore."""
     logging.getLogger("absl").addFilter(_drop_orbax_tracebacks)
     # Orbax asks JAX in every save, with the step, whether to stop. JAX expects such questions to count up, and takes the answer for
@@ -57,7 +61,9 @@ def is_no_space(error: BaseException) -> bool:
     of the arrays (TensorStore) gives the reason as text only."""
     link: BaseException | None = error
     while link is not None:
-        if getattr(link, "errno", None) in _NO_SPACE or any(os.strerror(code) in str(link) for code in _NO_SPACE):
+        if getattr(link, "errno", None) in _NO_SPACE or any(
+            os.strerror(code) in str(link) for code in _NO_SPACE
+        ):
             return True
         link = link.__cause__ or link.__context__
     return False

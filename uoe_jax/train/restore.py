@@ -38,7 +38,9 @@ def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Re
     with jax.set_mesh(mesh), CheckpointStore(workdir, read_only=True) as store:
         step = _step(store, which)
         program = build(config, mesh)
-        abstract = {"params": program.abstract.params}  # the optimizer's two thirds of a checkpoint stay on the disk
+        abstract = {
+            "params": program.abstract.params
+        }  # the optimizer's two thirds of a checkpoint stay on the disk
         if which == "latest" and (newest := store.restore_newest(abstract, _say, partial=True)):
             yield Restored(program, newest[0]["params"], newest[1])
         else:

@@ -58,9 +58,13 @@ class Run:
         self.start, self.step = start, start
         self.stop = min(config.train.stop_after or config.train.steps, config.train.steps)
         self.pending: tuple[int, Any] | None = None  # (step, measures still on the device)
-        self.in_a_row = int(jax.device_get(state.guard.in_a_row))  # bad steps up to the last one looked at
+        self.in_a_row = int(
+            jax.device_get(state.guard.in_a_row)
+        )  # bad steps up to the last one looked at
         self.ranking_loss: float | None = None  # of the state at self.step, where it was evaluated
-        self.seen: set[Any] = set()  # shapes of batches for which something was compiled in this process
+        self.seen: set[Any] = (
+            set()
+        )  # shapes of batches for which something was compiled in this process
         self.clock = Clock()
 
     def go(self, signal: StopSignal) -> int:
@@ -83,7 +87,9 @@ class Run:
         """
         c, program = self.config, self.program
         rows = mesh_lib.local_rows(program.devices, c.train.batch_size)
-        batches = TrainBatches(self.data.train, c.train.batch_size, c.train.seed, rows, c.data.sort_window)
+        batches = TrainBatches(
+            self.data.train, c.train.batch_size, c.train.seed, rows, c.data.sort_window
+        )
         offset = int(jax.device_get(self.state.guard.offset))
         fetch = lambda step: mesh_lib.put_batch(program.devices, batches[step + offset])  # noqa: E731
         if self.owed:
@@ -132,8 +138,15 @@ class Run:
         with self.clock.paused():
             limit, last = self.config.eval.batches, self.step == self.config.train.steps
             found, self.ranking_loss = evaluate(
-                self.program, self.state.params, self.data.validation, self.config, limit, whole=last or not limit,
-                step=self.step, seen=self.seen, stop=signal.due,
+                self.program,
+                self.state.params,
+                self.data.validation,
+                self.config,
+                limit,
+                whole=last or not limit,
+                step=self.step,
+                seen=self.seen,
+                stop=signal.due,
             )
             self.writer.write(self.step, found)
         self.progress.say(f"step {self.step}: validation {self.said(found, 'eval')}")
@@ -146,14 +159,23 @@ class Run:
         if best != self.step:
             watch.at("restoring", best, slow=True)
             try:
-                params = load_params(self.store.directory / str(best), self.program.abstract.params)[0]
+                params = load_params(
+                    self.store.directory / str(best), self.program.abstract.params
+                )[0]
             except CheckpointDamaged as error:
                 raise RunError(
                     f"{error}; it is the best on validation: delete it, and the same command tests with the next best, or give "
                     "--config.eval.test=false"
                 ) from error
         found, _ = evaluate(
-            self.program, params, self.data.test, self.config, step=self.step, seen=self.seen, stop=signal.due, name="test"
+            self.program,
+            params,
+            self.data.test,
+            self.config,
+            step=self.step,
+            seen=self.seen,
+            stop=signal.due,
+            name="test",
         )
         self.writer.write(self.step, {**found, "test/step": best})
         self.writer.flush()
@@ -182,8 +204,17 @@ class Run:
         with self.clock.paused():
             self.writer.flush()
             metrics = None if self.ranking_loss is None else {"loss": self.ranking_loss}
-            mesh = {"axes": dict(self.program.mesh.shape), "processes": jax.process_count(), "devices": describe_devices()}
-            kept = {"config": to_dict(self.config), "data": self.data.record, "mesh": mesh, "evaluation_owed": owed}
+            mesh = {
+                "axes": dict(self.program.mesh.shape),
+                "processes": jax.process_count(),
+                "devices": describe_devices(),
+            }
+            kept = {
+                "config": to_dict(self.config),
+                "data": self.data.record,
+                "mesh": mesh,
+                "evaluation_owed": owed,
+            }
             with jax.transfer_guard("allow"):  # Orbax copies to the host as it sees fit
                 self.store.save(self.step, self.state, metrics, kept)
 
@@ -229,7 +260,9 @@ class Run:
             self.writer.write(step, found)
         if self.in_a_row:
             text = f"loss {found['train/loss']:.4g}, gradient norm {found['train/grad_norm']:.4g}"
-            self.progress.say(f"step {step} skipped: {text} ({self.in_a_row} in a row, {found['train/skipped']} in all)")
+            self.progress.say(
+                f"step {step} skipped: {text} ({self.in_a_row} in a row, {found['train/skipped']} in all)"
+            )
         told = task_of(self.config).said(_own(found, "train"))
         self.progress.update(step, found["train/loss"], told, found.get("perf/tokens_per_second"))
 
@@ -247,7 +280,11 @@ class Run:
         target = self.before(bad.step - bad.in_a_row)
         limit, done = self.config.guard.rollbacks, int(jax.device_get(self.state.guard.rollbacks))
         if done >= limit or target is None:
-            which = "there is no checkpoint" if target is None else f"the checkpoint of step {target} is"
+            which = (
+                "there is no checkpoint"
+                if target is None
+                else f"the checkpoint of step {target} is"
+            )
             raise BadNumbers(
                 f"config.guard.max_bad_steps={self.config.guard.max_bad_steps}: {bad.in_a_row} steps in a row, up to step "
                 f"{bad.step}, had numbers that are not finite or jumped, and were skipped; lower optimizer.learning_rate in a "
@@ -256,7 +293,9 @@ class Run:
         watch.at("going back", bad.step, slow=True)
         taken = bad.step + int(jax.device_get(self.state.guard.offset))
         state = self.store.restore(target, self.program.abstract)
-        self.store.drop_after(target)  # saved by a stop within the stretch: the same state, and no place to go on from
+        self.store.drop_after(
+            target
+        )  # saved by a stop within the stretch: the same state, and no place to go on from
         guard = state.guard
         told = (np.int32(taken - target), np.int32(done + 1))
         offset, rollbacks = jax.device_put(told, (guard.offset.sharding, guard.rollbacks.sharding))
@@ -290,21 +329,30 @@ class Run:
         told = []
         for prefix, name in (("eval", "validation"), ("test", "test")):
             for line in [line for line in lines if f"{prefix}/loss" in line][-1:]:
-                then = f" of a run of {line['step']}, and not measured again" * (prefix == "test" and line["step"] != self.step)
-                told.append(f"{name} at step {line.get('test/step', line['step'])}{then}: {self.said(line, prefix)}")
+                then = f" of a run of {line['step']}, and not measured again" * (
+                    prefix == "test" and line["step"] != self.step
+                )
+                told.append(
+                    f"{name} at step {line.get('test/step', line['step'])}{then}: {self.said(line, prefix)}"
+                )
         if sample:
             told += ["a sample:", *("  | " + line for line in sample.splitlines())]
         told += [f"report: {report}"] * bool(report)
         here = shlex.quote(f"--workdir={workdir}")
         following = [] if self.config.eval.test else [f"  uoe eval {here} --split=test"]
-        following += [f"  uoe generate {here} --prompt={shlex.quote(self.config.generate.prompt)}"] * bool(sample)
+        following += [
+            f"  uoe generate {here} --prompt={shlex.quote(self.config.generate.prompt)}"
+        ] * bool(sample)
         return "\n".join(told + ["next:", *following] * bool(following))
 
 
 def peak_bytes() -> dict[str, Any]:
     """The most memory that was held so far by this process: of its first device ("n/a" on CPUs, whose memory is the host's), and of the host."""
     device = jax.local_devices()[0].memory_stats() or {}
-    return {"perf/device_peak_bytes": device.get("peak_bytes_in_use", "n/a"), "perf/host_peak_bytes": host_peak_bytes()}
+    return {
+        "perf/device_peak_bytes": device.get("peak_bytes_in_use", "n/a"),
+        "perf/host_peak_bytes": host_peak_bytes(),
+    }
 
 
 def _own(found: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -31,17 +31,35 @@ from uoe_jax.workdir import checkpoint_path, is_remote, locate, write_json
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FORMAT_VERSION = 2  # of what this module adds to a checkpoint; 1 had neither fingerprints nor digest
-OURS = ("format_version", "versions", "leaves", "loss", "digest")  # top-level metadata keys that a caller may not use
-COMMITTED = "commit_success.txt"  # Orbax's; where there is no rename, what lacks it is no checkpoint
+FORMAT_VERSION = (
+    2  # of what this module adds to a checkpoint; 1 had neither fingerprints nor digest
+)
+OURS = (
+    "format_version",
+    "versions",
+    "leaves",
+    "loss",
+    "digest",
+)  # top-level metadata keys that a caller may not use
+COMMITTED = (
+    "commit_success.txt"  # Orbax's; where there is no rename, what lacks it is no checkpoint
+)
 STATE = "state"  # of a checkpoint: the directory of its arrays
 _METADATA, _TREE, _LOSS = "_CHECKPOINT_METADATA", "_METADATA", "uoe_loss.json"
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 _INIT_FROM = "config.train.init_from"
 # Signs that reading failed though the checkpoint may be good: it must not be set aside. The names are TensorStore's.
-_PASSING = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+_PASSING = (
+    "RESOURCE_EXHAUSTED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+)
 _PASSING_CODES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ESTALE)
-_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE
+)
 _USER_IN_URL = re.compile(r"(\w[\w+.-]*://)[^/\s:@]*:[^/\s]*@")
 _REDACTED = "…redacted…"
 
@@ -75,7 +93,9 @@ def describe(tree: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def sealed(metadata: Mapping[str, Any], leaves: Mapping[str, Any], loss: float | None) -> dict[str, Any]:
+def sealed(
+    metadata: Mapping[str, Any], leaves: Mapping[str, Any], loss: float | None
+) -> dict[str, Any]:
     """The metadata to store: the caller's without secrets, ours, and the digest of both."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     ours = {"format_version": FORMAT_VERSION, "versions": versions, "leaves": leaves, "loss": loss}
@@ -104,8 +124,10 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
     if isinstance(found, str):
         raise CheckpointDamaged(path, found)
     if found["format_version"] > FORMAT_VERSION:
-        raise UserError(f"{path}: format_version={found['format_version']} is newer than {FORMAT_VERSION}, the newest "
-                        "this uoe_jax reads; update uoe_jax")
+        raise UserError(
+            f"{path}: format_version={found['format_version']} is newer than {FORMAT_VERSION}, the newest "
+            "this uoe_jax reads; update uoe_jax"
+        )
     return found
 
 
@@ -115,7 +137,9 @@ def metadata_or_fault(path: epath.Path) -> dict[str, Any] | str:
         found = json.loads((path / _METADATA).read_bytes())["custom_metadata"]
         if found["format_version"] == 1 and "digest" not in found:
             found["leaves"].items()  # nothing else can be checked there
-        elif not _is_sealed(found):  # before the version is believed; every later format keeps this digest
+        elif not _is_sealed(
+            found
+        ):  # before the version is believed; every later format keeps this digest
             return f"{_METADATA} is not as it was written"
     except Exception as error:
         raise_if_passing(path, error)
@@ -124,16 +148,22 @@ def metadata_or_fault(path: epath.Path) -> dict[str, Any] | str:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    content = json.loads(json.dumps(content))  # as a reader finds it: keys are strings, tuples are lists
+    content = json.loads(
+        json.dumps(content)
+    )  # as a reader finds it: keys are strings, tuples are lists
     return {**content, "digest": _digest(content)}
 
 
 def _is_sealed(found: Mapping[str, Any]) -> bool:
-    return found["digest"] == _digest({name: value for name, value in found.items() if name != "digest"})
+    return found["digest"] == _digest(
+        {name: value for name, value in found.items() if name != "digest"}
+    )
 
 
 # --- the list of checkpoints and their losses ---------------------------------------------------------------------
@@ -142,8 +172,14 @@ def _is_sealed(found: Mapping[str, Any]) -> bool:
 def listed(directory: epath.Path) -> dict[int, float | None]:
     """{step: the loss that ranks it} of the checkpoints here, damaged ones too; to be called in process 0."""
     found = {}
-    for path in directory.iterdir() if directory.is_dir() else ():  # an empty one does not exist on gs://
-        if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir() and (not is_remote(path) or (path / COMMITTED).exists()):
+    for path in (
+        directory.iterdir() if directory.is_dir() else ()
+    ):  # an empty one does not exist on gs://
+        if (
+            re.fullmatch("0|[1-9][0-9]*", path.name)
+            and path.is_dir()
+            and (not is_remote(path) or (path / COMMITTED).exists())
+        ):
             found[int(path.name)] = _read_loss(path)
     return found
 
@@ -156,7 +192,9 @@ def ranking_loss(metrics: Mapping[str, Any] | None) -> float | None:
 
 def _read_loss(path: epath.Path) -> float | None:
     for name in (_LOSS, _METADATA):
-        with contextlib.suppress(Exception):  # a step without its loss is no best one, and can be resumed all the same
+        with contextlib.suppress(
+            Exception
+        ):  # a step without its loss is no best one, and can be resumed all the same
             found = json.loads((path / name).read_bytes())
             found = found["custom_metadata"] if name == _METADATA else found
             if _is_sealed(found):
@@ -175,14 +213,18 @@ def move_aside(path: epath.Path, aside: epath.Path) -> epath.Path:
     target = next(aside / name for name in names if not (aside / name).exists())
     try:
         aside.mkdir(exist_ok=True)
-        if is_remote(path):  # no rename there; if this is cut off, it is whole where it was and is copied once more
+        if is_remote(
+            path
+        ):  # no rename there; if this is cut off, it is whole where it was and is copied once more
             _copy_tree(path, target)
             path.rmtree()
         else:
             path.rename(target)
     except OSError as error:
-        raise RunError(f"{path}: this checkpoint is damaged and cannot be moved to {target} ({first_line(error)}); move it "
-                       "away by hand and run the same command again") from error
+        raise RunError(
+            f"{path}: this checkpoint is damaged and cannot be moved to {target} ({first_line(error)}); move it "
+            "away by hand and run the same command again"
+        ) from error
     return target
 
 
@@ -205,17 +247,25 @@ def restore(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any
     """(The whole state of a checkpoint, or `partial` what is asked for of it; its metadata); see CheckpointStore.restore."""
     _check_placed(abstract)
     metadata, wanted = read_metadata(path), describe(abstract)
-    there = {name: leaf for name, leaf in metadata["leaves"].items() if name in wanted or not partial}
+    there = {
+        name: leaf for name, leaf in metadata["leaves"].items() if name in wanted or not partial
+    }
     if not partial and all(name.startswith("params/") for name in there):
-        raise UserError(f"{path}: holds parameters alone, as an imported model does; train them in a new --workdir with "
-                        f"--{_INIT_FROM}={path}")
+        raise UserError(
+            f"{path}: holds parameters alone, as an imported model does; train them in a new --workdir with "
+            f"--{_INIT_FROM}={path}"
+        )
     if metadata["format_version"] == 1 and not partial:
-        raise UserError(f"{path}: format_version=1 is of an older uoe_jax, whose training state lacks leaves; start in a "
-                        f"new --workdir with --{_INIT_FROM}={path}")
+        raise UserError(
+            f"{path}: format_version=1 is of an older uoe_jax, whose training state lacks leaves; start in a "
+            f"new --workdir with --{_INIT_FROM}={path}"
+        )
     if differences := list(_differences(there, wanted)):
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-        raise UserError(f"{path}: this checkpoint does not fit the model: {differences[0]}{more}; use the configuration "
-                        "it was saved with, or another --workdir")
+        raise UserError(
+            f"{path}: this checkpoint does not fit the model: {differences[0]}{more}; use the configuration "
+            "it was saved with, or another --workdir"
+        )
     return _load(path, abstract, there, partial), metadata
 
 
@@ -225,22 +275,29 @@ def checkpoints_of(path: str | os.PathLike[str]) -> list[str]:
     Raises:
       ConfigError: there is none.
     """
+
     def found() -> list[str]:
         root = checkpoint_path(path, _INIT_FROM)
         below = root / "checkpoints"
         if below.is_dir():
             return [os.fspath(below / str(step)) for step in sorted(listed(below), reverse=True)]
-        is_one = (root / _METADATA).exists() or (root.is_dir() and root.parent.name == "checkpoints")
+        is_one = (root / _METADATA).exists() or (
+            root.is_dir() and root.parent.name == "checkpoints"
+        )
         return [os.fspath(root)] if is_one else []
 
     places = by_first(found)
     if not places:
-        remedy = "there is no checkpoint; give the workdir of a run, or one of its checkpoints/<step>"
+        remedy = (
+            "there is no checkpoint; give the workdir of a run, or one of its checkpoints/<step>"
+        )
         raise ConfigError(_INIT_FROM, os.fspath(path), remedy)
     return places
 
 
-def load_params(path: str | os.PathLike[str], abstract_params: Any) -> tuple[Any, list[str], dict[str, str]]:
+def load_params(
+    path: str | os.PathLike[str], abstract_params: Any
+) -> tuple[Any, list[str], dict[str, str]]:
     """The parameters of another run where they fit: same name, dtype and shape. Touches nothing there.
 
     Args:
@@ -264,26 +321,45 @@ def load_params(path: str | os.PathLike[str], abstract_params: Any) -> tuple[Any
             if len(places) == 1:
                 raise
             log.warning("%s", error)
-    raise ConfigError(_INIT_FROM, os.fspath(path), f"all of its {len(places)} checkpoints are damaged; give another run")
+    raise ConfigError(
+        _INIT_FROM,
+        os.fspath(path),
+        f"all of its {len(places)} checkpoints are damaged; give another run",
+    )
 
 
-def _params_of(path: epath.Path, abstract: Any, given: str) -> tuple[Any, list[str], dict[str, str]]:
+def _params_of(
+    path: epath.Path, abstract: Any, given: str
+) -> tuple[Any, list[str], dict[str, str]]:
     metadata = read_metadata(path)
     there, here = metadata["leaves"], describe({"params": abstract})
     fresh = {
-        name: f"{_kind(there[name])} there, {_kind(leaf)} here" if name in there else "not in the checkpoint"
+        name: f"{_kind(there[name])} there, {_kind(leaf)} here"
+        if name in there
+        else "not in the checkpoint"
         for name, leaf in here.items()
         if name not in there or _kind(there[name]) != _kind(leaf)
     }
     taken = [name for name in here if name not in fresh]
     if not taken:
-        raise ConfigError(_INIT_FROM, given, f"none of its parameters fits the model ({_first(fresh)}); give a run of a "
-                                             "model that has layers in common")
+        raise ConfigError(
+            _INIT_FROM,
+            given,
+            f"none of its parameters fits the model ({_first(fresh)}); give a run of a "
+            "model that has layers in common",
+        )
     if metadata["format_version"] == 1:
-        log.warning("%s: was written by an older uoe_jax, without fingerprints, so damage would not be noticed", path)
+        log.warning(
+            "%s: was written by an older uoe_jax, without fingerprints, so damage would not be noticed",
+            path,
+        )
     part = _load(path, {"params": _only(abstract, {*taken}, "params/")}, there, partial=True)
     loaded = {leaf_name(at): leaf for at, leaf in jax.tree.leaves_with_path(part)}
-    return jax.tree.map_with_path(lambda at, _: loaded.get(f"params/{leaf_name(at)}"), abstract), taken, fresh
+    return (
+        jax.tree.map_with_path(lambda at, _: loaded.get(f"params/{leaf_name(at)}"), abstract),
+        taken,
+        fresh,
+    )
 
 
 def _first(reasons: Mapping[str, str]) -> str:
@@ -372,9 +448,15 @@ def raise_if_passing(path: epath.Path, error: Exception) -> None:
     """RunError where reading failed for a reason that may pass, and says nothing of the checkpoint."""
     kinds = (MemoryError, PermissionError, ConnectionError, TimeoutError)
     code = getattr(error, "errno", None)
-    if isinstance(error, kinds) or code in _PASSING_CODES or any(sign in str(error) for sign in _PASSING):
-        raise RunError(f"{path}: cannot be read now ({first_line(error)}); mend that and run the same command "
-                       "again") from error
+    if (
+        isinstance(error, kinds)
+        or code in _PASSING_CODES
+        or any(sign in str(error) for sign in _PASSING)
+    ):
+        raise RunError(
+            f"{path}: cannot be read now ({first_line(error)}); mend that and run the same command "
+            "again"
+        ) from error
 
 
 def _kind(leaf: Mapping[str, Any]) -> str:

@@ -40,7 +40,10 @@ class StopSignal:
         return self._due if self._shared else self.requested is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, self.requested = self.requested is None, self.requested or signal.Signals(number).name
+        first, self.requested = (
+            self.requested is None,
+            self.requested or signal.Signals(number).name,
+        )
         if self._shared and first:
             os.kill(os.getpid(), signal.SIGTERM)
         if number == signal.SIGINT:

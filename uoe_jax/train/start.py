@@ -33,7 +33,9 @@ def first_state(
     state = program.init(jax.random.key(config.train.seed))
     jax.block_until_ready(state)  # raises where memory is too small; a transfer would wait for ever
     if config.train.init_from:
-        state = state._replace(params=taken_over(config.train.init_from, program, state.params, say))
+        state = state._replace(
+            params=taken_over(config.train.init_from, program, state.params, say)
+        )
     return state, 0, False
 
 
@@ -45,7 +47,12 @@ def taken_over(source: str, program: Program, own: Params, say: Callable[[str], 
         say(f"  taken {name}")
     for name, reason in fresh.items():
         say(f"  fresh {name}: {reason}")
-    return jax.tree.map(lambda theirs, ours: ours if theirs is None else theirs, loaded, own, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda theirs, ours: ours if theirs is None else theirs,
+        loaded,
+        own,
+        is_leaf=lambda x: x is None,
+    )
 
 
 def check_init_from(config: Config, tokenizer: str | None, say: Callable[[str], None]) -> None:
@@ -62,14 +69,16 @@ def check_init_from(config: Config, tokenizer: str | None, say: Callable[[str], 
             metadata = read_metadata(place)
         except CheckpointDamaged:
             continue  # as `load_params` does
-        theirs = by_first(lambda: _tokenizer_of(place, metadata))  # noqa: B023
+        theirs = by_first(lambda: _tokenizer_of(place, metadata))
         if theirs != tokenizer:
             said = f"its tokenizer is {theirs or 'unknown'}, this run's is {tokenizer}"
             if theirs is not None and not config.train.init_from_any:
                 remedy = "give data.tokenizer and data.tokenizer_file of that run, or --config.train.init_from_any=true"
                 raise ConfigError("config.train.init_from", source, f"{said}; {remedy}")
             say(f"init_from {source}: {said}")
-        for key, found, value in _other_keys(metadata.get("config", {}).get("model", {}), config.model):
+        for key, found, value in _other_keys(
+            metadata.get("config", {}).get("model", {}), config.model
+        ):
             say(f"init_from {source}: config.model.{key} is {found!r} there, {value!r} here")
         return
 

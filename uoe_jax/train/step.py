@@ -75,34 +75,52 @@ def learning_rate(c: OptimizerConfig, decay_steps: int) -> optax.Schedule:
     if c.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(0.0, peak, c.warmup_steps, end, last)
     else:
-        rise, fall = optax.linear_schedule(0.0, peak, c.warmup_steps), optax.linear_schedule(peak, last, end - c.warmup_steps)
+        rise, fall = (
+            optax.linear_schedule(0.0, peak, c.warmup_steps),
+            optax.linear_schedule(peak, last, end - c.warmup_steps),
+        )
         schedule = optax.join_schedules([rise, fall], [c.warmup_steps])
     return lambda count: schedule(count + 1)
 
 
-def make_optimizer(c: OptimizerConfig, decay_steps: int, decayed: Params) -> optax.GradientTransformation:
+def make_optimizer(
+    c: OptimizerConfig, decay_steps: int, decayed: Params
+) -> optax.GradientTransformation:
     """AdamW with clipping by global norm; `decayed` is a tree of bool, True where weight decay applies."""
     clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
     adam = optax.adamw(
-        learning_rate(c, decay_steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=lambda _: decayed
+        learning_rate(c, decay_steps),
+        c.b1,
+        c.b2,
+        c.eps,
+        weight_decay=c.weight_decay,
+        mask=lambda _: decayed,
     )
-    return optax.chain(clip, adam if c.moment_dtype == "float32" else held_in(jnp.dtype(c.moment_dtype), adam))
+    return optax.chain(
+        clip, adam if c.moment_dtype == "float32" else held_in(jnp.dtype(c.moment_dtype), adam)
+    )
 
 
 def held_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """An optimizer whose float state is held in `dtype` between steps and computed with in float32."""
 
     def cast(state: optax.OptState, to: Any) -> optax.OptState:
-        return jax.tree.map(lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, state)
+        return jax.tree.map(
+            lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, state
+        )
 
-    def update(grads: Params, state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
+    def update(
+        grads: Params, state: optax.OptState, params: Params
+    ) -> tuple[Params, optax.OptState]:
         updates, state = inner.update(grads, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
-def functional(c: ModelConfig) -> tuple[Callable[[jax.Array], Params], Callable[[Params], Stack], nnx.State]:
+def functional(
+    c: ModelConfig,
+) -> tuple[Callable[[jax.Array], Params], Callable[[Params], Stack], nnx.State]:
     """(key -> params, params -> module, abstract state with the weights' declarations)."""
     model = TASKS[c.task].model
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: model(c, rngs=nnx.Rngs(0))))
@@ -135,14 +153,20 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     """Derives everything compiled from the configuration; nothing is allocated."""
     check_sizes(config, mesh.shape)
     init_params, rebuild, declarations = functional(config.model)
-    shardings = declared(declarations, lambda w, shape: mesh_lib.weight_sharding(mesh, w.logical_axes, shape))
-    optimizer = make_optimizer(config.optimizer, config.decay_steps, declared(declarations, lambda w, _: w.decay))
+    shardings = declared(
+        declarations, lambda w, shape: mesh_lib.weight_sharding(mesh, w.logical_axes, shape)
+    )
+    optimizer = make_optimizer(
+        config.optimizer, config.decay_steps, declared(declarations, lambda w, _: w.decay)
+    )
     rate = learning_rate(config.optimizer, config.decay_steps)
     everywhere = mesh_lib.replicated(mesh)
 
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.fresh())
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.fresh()
+        )
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     # Optimizer moments have the tree of the parameters and lie as they do; scalars are everywhere.
@@ -150,15 +174,22 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
         optimizer, lambda _, s: s, shapes.opt, shardings, transform_non_params=lambda _: everywhere
     )
     everything = jax.tree.map(lambda _: everywhere, shapes.guard)
-    placed = TrainState._make((everywhere, shardings, like_params, everything))  # shardings in the places of arrays
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
+    placed = TrainState._make(
+        (everywhere, shardings, like_params, everything)
+    )  # shardings in the places of arrays
+    abstract = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed
+    )
 
     def sharing(f: Callable[..., Any]) -> Callable[..., Any]:
         """f on the mesh, whether or not the caller has made it current, with activations between blocks as configured."""
 
         @functools.wraps(f)
         def wrapped(*args: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), mesh_lib.sequence_parallel(config.mesh.sequence_parallel):
+            with (
+                jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+                mesh_lib.sequence_parallel(config.mesh.sequence_parallel),
+            ):
                 return f(*args)
 
         return wrapped
@@ -167,8 +198,12 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
         batch = {**batch, "keys": row_keys(config, state.step + state.guard.offset)}
         grads, sums = accumulated_gradients(config, rebuild, state.params, batch)
         grad_norm = optax.global_norm(grads)
-        bad, guard = guard_lib.judge(config.guard, state.guard, sums.nll / jnp.maximum(sums.count, 1), grad_norm)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes float constants with integer counts
+        bad, guard = guard_lib.judge(
+            config.guard, state.guard, sums.nll / jnp.maximum(sums.count, 1), grad_norm
+        )
+        with jax.numpy_dtype_promotion(
+            "standard"
+        ):  # optax mixes float constants with integer counts
             updates, opt = optimizer.update(grads, state.opt, state.params)
             used_rate = jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32)
         params = rebalance(config.model, optax.apply_updates(state.params, updates), sums.routing)
@@ -184,9 +219,14 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
         mesh=mesh,
         init=jax.jit(init, out_shardings=placed),
         train_step=jax.jit(
-            sharing(train_step), donate_argnums=0, in_shardings=(placed, rows), out_shardings=(placed, everywhere)
+            sharing(train_step),
+            donate_argnums=0,
+            in_shardings=(placed, rows),
+            out_shardings=(placed, everywhere),
         ),
-        eval_step=jax.jit(sharing(eval_step), in_shardings=(shardings, rows), out_shardings=everywhere),
+        eval_step=jax.jit(
+            sharing(eval_step), in_shardings=(shardings, rows), out_shardings=everywhere
+        ),
         abstract=abstract,
         abstract_batch=abstract_batch(config, rows),
         model=rebuild,
@@ -196,12 +236,17 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
 def abstract_batch(config: Config, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a train step's batch."""
     shapes = task_of(config).shapes(config)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def row_keys(config: Config, step: jax.Array) -> jax.Array:
     """A random key for each global row of a step's batch; layers and experts fold their own number in."""
-    root = jax.random.fold_in(jax.random.key(config.train.seed), 0x726F7773)  # far from those of the initialisation
+    root = jax.random.fold_in(
+        jax.random.key(config.train.seed), 0x726F7773
+    )  # far from those of the initialisation
     key = jax.random.fold_in(root, step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(config.train.batch_size))
 
@@ -213,7 +258,9 @@ def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
         place = c.place_of(name)
         router = dict(layers[place].get("router", {}))
         if r.bias_rate:
-            router["load_bias"] = rebalanced(router["load_bias"], routing[name].chosen_N, r.bias_rate)
+            router["load_bias"] = rebalanced(
+                router["load_bias"], routing[name].chosen_N, r.bias_rate
+            )
         if "balance_weight" in router:
             router["balance_weight"] = adapted(router["balance_weight"], routing[name], c.moe)
         if router:
@@ -232,7 +279,10 @@ def routing_loss(c: ModelConfig, params: Params, routing: Stats) -> jax.Array:
     """Balance and z losses of all layers, summed over rows."""
     total = jnp.zeros(())
     for name, r in c.routed().items():
-        stats, adaptive = routing[name], params["layers"][c.place_of(name)].get("router", {}).get("balance_weight")
+        stats, adaptive = (
+            routing[name],
+            params["layers"][c.place_of(name)].get("router", {}).get("balance_weight"),
+        )
         weight = r.balance_weight if adaptive is None else jax.lax.stop_gradient(adaptive)[:, 0]
         total += (weight * stats.balance).sum() + r.z_weight * stats.z.sum()
     return total
@@ -252,7 +302,9 @@ def accumulated_gradients(
 
     def loss(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
         sums = task.sums(rebuild(params), part, config)
-        return scale * (sums.nll / count + routing_loss(config.model, params, sums.routing) / rows), sums
+        return scale * (
+            sums.nll / count + routing_loss(config.model, params, sums.routing) / rows
+        ), sums
 
     def gradient(params: Params, part: Batch) -> tuple[Params, Sums]:
         found, sums = jax.grad(loss, has_aux=True)(params, part)
@@ -262,12 +314,22 @@ def accumulated_gradients(
     if parts == 1:
         return gradient(params, batch)
     # Microbatch i takes groups of rows i, i + parts, …: every device keeps its own rows, and no group is torn.
-    group = math.lcm(*(r.sequence_group for r in config.model.routed().values() if r.sequence_capacity_factor), 1)
+    group = math.lcm(
+        *(r.sequence_group for r in config.model.routed().values() if r.sequence_capacity_factor), 1
+    )
 
     def microbatches(a: jax.Array) -> jax.Array:
-        return a.reshape(-1, parts, group, *a.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *a.shape[1:])
+        return (
+            a.reshape(-1, parts, group, *a.shape[1:])
+            .swapaxes(0, 1)
+            .reshape(parts, -1, *a.shape[1:])
+        )
 
     cut = jax.tree.map(microbatches, batch)
     first = jax.tree.map(lambda a: a[0], cut)
-    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, first))
-    return jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, gradient(params, part)), None), zero, cut)[0]
+    zero = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, first)
+    )
+    return jax.lax.scan(
+        lambda acc, part: (jax.tree.map(jnp.add, acc, gradient(params, part)), None), zero, cut
+    )[0]

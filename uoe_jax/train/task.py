@@ -63,7 +63,9 @@ def task_of(c: Config) -> Task:
 
 def _text_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
     rows = c.train.batch_size
-    by_token = dict.fromkeys(("tokens", "targets", "segments", "positions"), ((rows, c.model.context_length), jnp.int32))
+    by_token = dict.fromkeys(
+        ("tokens", "targets", "segments", "positions"), ((rows, c.model.context_length), jnp.int32)
+    )
     return by_token | {"n_bytes": ((rows,), jnp.int32)}
 
 
@@ -102,7 +104,11 @@ def _text_measures(sums: Sums, c: Config) -> dict[str, float]:
 
 def _text_said(found: dict[str, float]) -> str:
     parts = [f"{found['bits_per_byte']:.4f} bits per byte"] if "bits_per_byte" in found else []
-    parts += [f"perplexity {found['word_perplexity']:.2f} per word"] if "word_perplexity" in found else []
+    parts += (
+        [f"perplexity {found['word_perplexity']:.2f} per word"]
+        if "word_perplexity" in found
+        else []
+    )
     return ", ".join(parts) or f"perplexity {math.exp(min(found['loss'], 700)):.2f} per token"
 
 
@@ -138,7 +144,9 @@ def _class_sums(model: Classifier, batch: Batch, c: Config) -> Sums:
     nll_B = -(target_BC * jax.nn.log_softmax(logits_BC)).sum(axis=-1)
     examples, rows = _class_counts(batch)
     found_B = logits_BC.argmax(axis=-1)
-    right_B = jnp.where(found_B == batch["label"], batch["share"], 0) + jnp.where(found_B == batch["other"], 1 - batch["share"], 0)
+    right_B = jnp.where(found_B == batch["label"], batch["share"], 0) + jnp.where(
+        found_B == batch["other"], 1 - batch["share"], 0
+    )
     return Sums(
         nll=jnp.where(valid_B, nll_B, 0).sum(),
         count=examples,

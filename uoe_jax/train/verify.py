@@ -25,8 +25,13 @@ from uoe_jax.train.fingerprint import leaf_name
 from uoe_jax.workdir import SHOWS_UP_S, is_remote
 
 MANIFEST = "manifest.ocdbt"
-_BESIDE = ("_METADATA", "_sharding")  # of Orbax: without them a restore fails, or gives another type
-_KEY = re.compile(r"(.*)/(zarr\.json|c(?:/\d+)*)", re.DOTALL)  # in the manifest: the description of an array, or a chunk
+_BESIDE = (
+    "_METADATA",
+    "_sharding",
+)  # of Orbax: without them a restore fails, or gives another type
+_KEY = re.compile(
+    r"(.*)/(zarr\.json|c(?:/\d+)*)", re.DOTALL
+)  # in the manifest: the description of an array, or a chunk
 
 
 def check_storable(state: Any) -> int:
@@ -36,8 +41,10 @@ def check_storable(state: Any) -> int:
         if not isinstance(leaf, jax.Array):
             raise ValueError(f"{leaf_name(path)}: must be a jax.Array, not {type(leaf).__name__}")
         if leaf.size == 0:
-            raise UserError(f"{leaf_name(path)} has shape {leaf.shape}: an array of size 0 cannot be saved; "
-                            "the configuration must not make one (no layers, no experts)")
+            raise UserError(
+                f"{leaf_name(path)} has shape {leaf.shape}: an array of size 0 cannot be saved; "
+                "the configuration must not make one (no layers, no experts)"
+            )
         total += leaf.size * leaf.dtype.itemsize
     return total
 
@@ -55,10 +62,14 @@ def check(path: epath.Path, aside: epath.Path, latest: int | None) -> None:
     moved = ""
     with contextlib.suppress(RunError):  # the directory is gone, perhaps
         moved = f"; it was moved to {saved.move_aside(path, aside)}"
-    remedy = "run the same command again" + (f" (it resumes from step {latest})" if latest is not None else "")
+    remedy = "run the same command again" + (
+        f" (it resumes from step {latest})" if latest is not None else ""
+    )
     if latest is None and moved:
         remedy = f"move {aside} away and {remedy}, which then starts from the beginning"
-    raise RunError(f"{path}: this checkpoint was written and is not whole ({reason}){moved}; mend that and {remedy}")
+    raise RunError(
+        f"{path}: this checkpoint was written and is not whole ({reason}){moved}; mend that and {remedy}"
+    )
 
 
 def fault(path: epath.Path) -> str:
@@ -118,13 +129,17 @@ def _spec(state: epath.Path) -> dict[str, str]:
 
 def _dump(directory: epath.Path, node: str | None = None) -> Any:
     """The manifest of a directory, or what lies at a place that it names."""
-    return tensorstore.ocdbt.dump(tensorstore.KvStore.open(_spec(directory)).result(), node).result()
+    return tensorstore.ocdbt.dump(
+        tensorstore.KvStore.open(_spec(directory)).result(), node
+    ).result()
 
 
 def _listed(directory: epath.Path) -> dict[str, dict[str, Any]]:
     """By key, all that the newest version of the manifest of a directory lists."""
     found: dict[str, dict[str, Any]] = {}
-    nodes: list[tuple[Any, bytes]] = [(version["root"].get("location"), b"") for version in _dump(directory)["versions"][-1:]]
+    nodes: list[tuple[Any, bytes]] = [
+        (version["root"].get("location"), b"") for version in _dump(directory)["versions"][-1:]
+    ]
     while nodes:
         location, prefix = nodes.pop()
         node: Any = _dump(directory, location) if location else {"height": 0, "entries": []}
@@ -136,7 +151,9 @@ def _listed(directory: epath.Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _missing(leaves: Mapping[str, Any], state: epath.Path, listed: Mapping[str, dict[str, Any]]) -> str:
+def _missing(
+    leaves: Mapping[str, Any], state: epath.Path, listed: Mapping[str, dict[str, Any]]
+) -> str:
     """Which leaf the manifest lacks, or has not whole."""
     described: dict[str, Any] = {}
     chunks: dict[str, int] = {}
@@ -152,7 +169,10 @@ def _missing(leaves: Mapping[str, Any], state: epath.Path, listed: Mapping[str, 
         name = leaf.replace("/", ".")
         if name not in described:
             return f"{leaf} is missing in {saved.STATE}/{MANIFEST}"
-        shape, chunk = described[name]["shape"], described[name]["chunk_grid"]["configuration"]["chunk_shape"]
+        shape, chunk = (
+            described[name]["shape"],
+            described[name]["chunk_grid"]["configuration"]["chunk_shape"],
+        )
         wanted = math.prod(-(-n // size) for n, size in zip(shape, chunk, strict=True))
         if (found := chunks.get(name, 0)) != wanted:
             return f"{found} of {wanted} chunks of {leaf} are in {saved.STATE}/{MANIFEST}"

@@ -25,10 +25,19 @@ Weights = dict[str, torch.Tensor]
 
 def weights(rng: np.random.Generator, **shapes: tuple[int, ...]) -> Weights:
     """Drawn weights by name; "." in a name is written "__"."""
-    return {name.replace("__", "."): torch.tensor(0.4 * rng.normal(size=shape)) for name, shape in shapes.items()}
+    return {
+        name.replace("__", "."): torch.tensor(0.4 * rng.normal(size=shape))
+        for name, shape in shapes.items()
+    }
 
 
-def store(name: str, config: dict[str, Any], w: Weights, forward: Callable[[Weights, torch.Tensor], torch.Tensor], made: str) -> None:
+def store(
+    name: str,
+    config: dict[str, Any],
+    w: Weights,
+    forward: Callable[[Weights, torch.Tensor], torch.Tensor],
+    made: str,
+) -> None:
     rng = np.random.default_rng(1)
     x = torch.tensor(rng.normal(size=(B, L, D)), requires_grad=True)
     r = torch.tensor(rng.normal(size=(B, L, D)))
@@ -37,14 +46,21 @@ def store(name: str, config: dict[str, Any], w: Weights, forward: Callable[[Weig
     grads = torch.autograd.grad((y * r).sum(), [x, *w.values()], allow_unused=True)
     out = {"x": x, "r": r, "y": y, "d_x": grads[0]}
     out |= {f"w/{k}": v for k, v in w.items()}
-    out |= {f"d/{k}": torch.zeros_like(v) if g is None else g for (k, v), g in zip(w.items(), grads[1:])}
+    out |= {
+        f"d/{k}": torch.zeros_like(v) if g is None else g for (k, v), g in zip(w.items(), grads[1:])
+    }
     arrays = {k: v.detach().numpy().astype(np.float32) for k, v in out.items()}
-    full = dict(d_model=D, n_layers=1, vocab_size=8, context_length=L, position="none", causal=False) | config
+    full = (
+        dict(d_model=D, n_layers=1, vocab_size=8, context_length=L, position="none", causal=False)
+        | config
+    )
     np.savez_compressed(OUT / f"{name}.npz", config=json.dumps(full), made=made, **arrays)
     print(name, made, (OUT / f"{name}.npz").stat().st_size)
 
 
-def hugging(module: torch.nn.Module, layout: Callable[[Weights], dict[str, torch.Tensor]], **how: Any):
+def hugging(
+    module: torch.nn.Module, layout: Callable[[Weights], dict[str, torch.Tensor]], **how: Any
+):
     """A module of transformers as a function of our weights; its output is the first it returns."""
     module = module.double().eval()
 
@@ -78,38 +94,60 @@ def gate_up(w: Weights) -> torch.Tensor:
 
 def shared(w: Weights) -> dict[str, torch.Tensor]:
     names = {"gate_proj": "w_gate", "up_proj": "w_up", "down_proj": "w_down"}
-    return {f"shared_experts.{theirs}.weight": w[f"shared.{ours}"].T for theirs, ours in names.items()}
+    return {
+        f"shared_experts.{theirs}.weight": w[f"shared.{ours}"].T for theirs, ours in names.items()
+    }
 
 
 def expert(w: Weights, i: int, x: torch.Tensor) -> torch.Tensor:
     return F.relu(x @ w["w_up"][i]) @ w["w_down"][i]
 
 
-def by_tokens(w: Weights, x: torch.Tensor, choose: Callable[[torch.Tensor], dict[int, torch.Tensor]]) -> torch.Tensor:
+def by_tokens(
+    w: Weights, x: torch.Tensor, choose: Callable[[torch.Tensor], dict[int, torch.Tensor]]
+) -> torch.Tensor:
     """Every token by itself: `choose` gives the weight of each expert it takes, from its logits."""
-    rows = [[sum(g * expert(w, i, t) for i, g in choose(t @ w["router.kernel"]).items()) for t in row] for row in x]
+    rows = [
+        [sum(g * expert(w, i, t) for i, g in choose(t @ w["router.kernel"]).items()) for t in row]
+        for row in x
+    ]
     return torch.stack([torch.stack(row) for row in rows])
 
 
 def mixtures() -> None:
     moe = dict(n_experts=N, d_expert=WIDE, capacity_factor=float(N))
-    common = dict(hidden_size=D, intermediate_size=WIDE, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    common = dict(
+        hidden_size=D,
+        intermediate_size=WIDE,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=8,
+    )
 
     from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
     for capacity, factor in ((L, float(N)), (4, 4 * N / L)):
-        c = switch.SwitchTransformersConfig(d_model=D, d_ff=WIDE, num_experts=N, expert_capacity=capacity, dense_act_fn="relu")
+        c = switch.SwitchTransformersConfig(
+            d_model=D, d_ff=WIDE, num_experts=N, expert_capacity=capacity, dense_act_fn="relu"
+        )
         block = switch.SwitchTransformersSparseMLP(c)
         block.router.dtype = torch.float64
 
         def layout(w: Weights) -> dict[str, torch.Tensor]:
             found = {"router.classifier.weight": w["router.kernel"].T}
             for i in range(N):
-                found |= {f"experts.expert_{i}.wi.weight": w["w_up"][i].T, f"experts.expert_{i}.wo.weight": w["w_down"][i].T}
+                found |= {
+                    f"experts.expert_{i}.wi.weight": w["w_up"][i].T,
+                    f"experts.expert_{i}.wo.weight": w["w_down"][i].T,
+                }
             return found
 
         name = "switch" if capacity == L else "switch_drops"
-        config = dict(mlp="token_choice", activation="relu", moe={**moe, "k": 1, "capacity_factor": factor, "capacity_window": L})
+        config = dict(
+            mlp="token_choice",
+            activation="relu",
+            moe={**moe, "k": 1, "capacity_factor": factor, "capacity_window": L},
+        )
         store(name, config, experts(np.random.default_rng(0), False), hugging(block, layout), HF)
 
     from transformers.models.mixtral import modeling_mixtral as mixtral
@@ -118,10 +156,20 @@ def mixtures() -> None:
 
     def layout(w: Weights) -> dict[str, torch.Tensor]:
         down = w["w_down"].transpose(1, 2)
-        return {"gate.weight": w["router.kernel"].T, "experts.gate_up_proj": gate_up(w), "experts.down_proj": down}
+        return {
+            "gate.weight": w["router.kernel"].T,
+            "experts.gate_up_proj": gate_up(w),
+            "experts.down_proj": down,
+        }
 
     config = dict(mlp="token_choice", activation="swiglu", moe={**moe, "k": 2})
-    store("mixtral", config, experts(np.random.default_rng(0), True), hugging(mixtral.MixtralSparseMoeBlock(c), layout), HF)
+    store(
+        "mixtral",
+        config,
+        experts(np.random.default_rng(0), True),
+        hugging(mixtral.MixtralSparseMoeBlock(c), layout),
+        HF,
+    )
 
     deepseek = dict(
         n_routed_experts=N, num_experts_per_tok=2, moe_intermediate_size=WIDE, n_shared_experts=2, n_group=1, topk_group=1, **common
@@ -129,17 +177,30 @@ def mixtures() -> None:
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
-    c = v2.DeepseekV2Config(routed_scaling_factor=1.0, topk_method="greedy", norm_topk_prob=False, **deepseek)
+    c = v2.DeepseekV2Config(
+        routed_scaling_factor=1.0, topk_method="greedy", norm_topk_prob=False, **deepseek
+    )
     config = dict(mlp="deepseek_moe", activation="swiglu", moe={**moe, "k": 2, "n_shared": 2})
     w = experts(np.random.default_rng(0), True, 2)
-    store("deepseek_moe", config, w, hugging(v2.DeepseekV2Moe(c), lambda w: layout(w) | shared(w), ), HF)
+    store(
+        "deepseek_moe", config, w, hugging(v2.DeepseekV2Moe(c), lambda w: layout(w) | shared(w)), HF
+    )
 
     c = v3.DeepseekV3Config(routed_scaling_factor=2.5, norm_topk_prob=True, **deepseek)
     block = v3.DeepseekV3MoE(c)
     bias = torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64)
     w["router.load_bias"] = bias
-    config = dict(mlp="deepseek_moe", activation="swiglu", moe={**moe, "k": 2, "n_shared": 2, "score": "sigmoid", "scale": 2.5, "bias_rate": 0.001})
-    how = lambda w: layout(w) | shared(w) | {"gate.e_score_correction_bias": w["router.load_bias"].detach()}  # noqa: E731
+    config = dict(
+        mlp="deepseek_moe",
+        activation="swiglu",
+        moe={**moe, "k": 2, "n_shared": 2, "score": "sigmoid", "scale": 2.5, "bias_rate": 0.001},
+    )
+
+    def how(w):
+        return (
+            layout(w) | shared(w) | {"gate.e_score_correction_bias": w["router.load_bias"].detach()}
+        )
+
     store("deepseek_v3_moe", config, w, hugging(block, how), HF)
 
     def until(logits: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -160,7 +221,13 @@ def mixtures() -> None:
 
     w = experts(np.random.default_rng(0), False)
     xmoe = {**moe, "k": 2, "threshold": 0.7, "capacity_factor": float(N)}
-    store("xmoe", dict(mlp="xmoe", activation="relu", moe=xmoe), w, lambda w, x: by_tokens(w, x, until), EQUATIONS)
+    store(
+        "xmoe",
+        dict(mlp="xmoe", activation="relu", moe=xmoe),
+        w,
+        lambda w, x: by_tokens(w, x, until),
+        EQUATIONS,
+    )
     config = dict(mlp="skywork_moe", activation="relu", moe={**moe, "k": 2, "logit_scale": 2.0})
     store("skywork_moe", config, w, lambda w, x: by_tokens(w, x, skywork), EQUATIONS)
 
@@ -171,11 +238,17 @@ def mixtures() -> None:
             s, out = torch.softmax(row @ w["router.kernel"], 1), torch.zeros_like(row)
             for i in range(N):
                 for t in sorted(range(L), key=lambda t: -s[t, i].item())[: L * 2 // N]:
-                    out = out + F.one_hot(torch.tensor(t), L)[:, None] * (s[t, i] * expert(w, i, row[t]))[None]
+                    out = (
+                        out
+                        + F.one_hot(torch.tensor(t), L)[:, None]
+                        * (s[t, i] * expert(w, i, row[t]))[None]
+                    )
             rows.append(out)
         return torch.stack(rows)
 
-    config = dict(mlp="expert_choice", activation="relu", moe={**moe, "k": 2, "capacity_factor": 1.0})
+    config = dict(
+        mlp="expert_choice", activation="relu", moe={**moe, "k": 2, "capacity_factor": 1.0}
+    )
     store("expert_choice", config, w, expert_choice, EQUATIONS)
 
 
@@ -185,7 +258,9 @@ H, DH = 4, D // 4
 
 
 def rotation(width: int, theta: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
-    angle = torch.arange(L, dtype=torch.float64)[:, None] * theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(L, dtype=torch.float64)[:, None] * theta ** (
+        -torch.arange(0, width, 2, dtype=torch.float64) / width
+    )
     return torch.cos(angle), torch.sin(angle)
 
 
@@ -216,11 +291,28 @@ def attentions() -> None:
         c._attn_implementation = "eager"
         block = v3.DeepseekV3Attention(c, 0)
         narrow = dict(w_down=(D, rank), q_scale=(rank,)) if rank else {}
-        w = weights(rng(0), w_latent=(D, 10), latent_scale=(8,), w_k=(8, H, DH), w_v=(8, H, DH), w_q=(rank or D, H, DH + 2), w_o=(H, DH, D), **narrow)
+        w = weights(
+            rng(0),
+            w_latent=(D, 10),
+            latent_scale=(8,),
+            w_k=(8, H, DH),
+            w_v=(8, H, DH),
+            w_q=(rank or D, H, DH + 2),
+            w_o=(H, DH, D),
+            **narrow,
+        )
 
         def layout(w: Weights) -> dict[str, torch.Tensor]:
             into = w["w_q"].flatten(1).T
-            queries = {"q_a_proj.weight": w["w_down"].T, "q_a_layernorm.weight": w["q_scale"], "q_b_proj.weight": into} if rank else {"q_proj.weight": into}
+            queries = (
+                {
+                    "q_a_proj.weight": w["w_down"].T,
+                    "q_a_layernorm.weight": w["q_scale"],
+                    "q_b_proj.weight": into,
+                }
+                if rank
+                else {"q_proj.weight": into}
+            )
             both = torch.cat([w["w_k"], w["w_v"]], dim=2).flatten(1).T
             return {
                 "kv_a_proj_with_mqa.weight": w["w_latent"].T, "kv_a_layernorm.weight": w["latent_scale"], "kv_b_proj.weight": both,
@@ -228,12 +320,26 @@ def attentions() -> None:
             }  # fmt: skip
 
         cos, sin = (torch.cat([t, t], dim=-1)[None] for t in rotation(2))
-        mask = torch.zeros(1, 1, L, L, dtype=torch.float64).masked_fill(torch.ones(L, L).triu(1).bool(), -torch.inf)
+        mask = torch.zeros(1, 1, L, L, dtype=torch.float64).masked_fill(
+            torch.ones(L, L).triu(1).bool(), -torch.inf
+        )
         forward = hugging(block, layout, position_embeddings=(cos, sin), attention_mask=mask)
         config = dict(attention="mla", n_heads=H, mla=dict(q_rank=rank, kv_rank=8, d_rope=2))
-        store("mla" if rank else "mla_whole_queries", {**config, "position": "rope", "causal": True}, w, forward, HF)
+        store(
+            "mla" if rank else "mla_whole_queries",
+            {**config, "position": "rope", "causal": True},
+            w,
+            forward,
+            HF,
+        )
 
-    shapes = dict(w_q=(H, D, 1, DH), w_k=(H, D, 1, DH), w_v=(H, D, 1, DH), w_o=(H, 1, DH, D), router__kernel=(D, H))
+    shapes = dict(
+        w_q=(H, D, 1, DH),
+        w_k=(H, D, 1, DH),
+        w_v=(H, D, 1, DH),
+        w_o=(H, 1, DH, D),
+        router__kernel=(D, H),
+    )
 
     def mosa(w: Weights, x: torch.Tensor) -> torch.Tensor:
         """MoSA, equations 1 to 5, without a mask: the best L/2 tokens of every head by a sigmoid score, which scales the output."""
@@ -245,7 +351,9 @@ def attentions() -> None:
                 chosen = row[places]
                 q, k, v = (chosen @ w[name][i, :, 0] for name in ("w_q", "w_k", "w_v"))
                 o = attended(rotated(q, places), rotated(k, places), v, causal=False)
-                out = out + F.one_hot(torch.tensor(places), L).double().T @ (scores[places, i, None] * o @ w["w_o"][i, 0])
+                out = out + F.one_hot(torch.tensor(places), L).double().T @ (
+                    scores[places, i, None] * o @ w["w_o"][i, 0]
+                )
             rows.append(out)
         return torch.stack(rows)
 
@@ -267,18 +375,39 @@ def attentions() -> None:
             for t in range(L):
                 best = sorted(range(H - n_shared), key=lambda i: -p[t, i].item())[:2]
                 kinds = 2 * torch.softmax(row[t] @ w["w_kinds"], 0) if n_shared else torch.ones(2)
-                among = n_shared * torch.softmax(row[t] @ w["w_shared"], 0) if n_shared > 1 else torch.ones(n_shared)
-                y = sum((kinds[0] * among[i] * heads[i][t] for i in range(n_shared)), torch.zeros(D, dtype=torch.float64))
+                among = (
+                    n_shared * torch.softmax(row[t] @ w["w_shared"], 0)
+                    if n_shared > 1
+                    else torch.ones(n_shared)
+                )
+                y = sum(
+                    (kinds[0] * among[i] * heads[i][t] for i in range(n_shared)),
+                    torch.zeros(D, dtype=torch.float64),
+                )
                 norm = sum(p[t, i] for i in best)
-                out.append(y + sum(kinds[1] * 2 * p[t, i] / norm * heads[n_shared + i][t] for i in best))
+                out.append(
+                    y + sum(kinds[1] * 2 * p[t, i] / norm * heads[n_shared + i][t] for i in best)
+                )
             rows.append(torch.stack(out))
         return torch.stack(rows)
 
     for s in (0, 1, 2):
-        own = dict(w_routed=(D, H - s)) | (dict(w_kinds=(D, 2)) if s else {}) | (dict(w_shared=(D, s)) if s > 1 else {})
+        own = (
+            dict(w_routed=(D, H - s))
+            | (dict(w_kinds=(D, 2)) if s else {})
+            | (dict(w_shared=(D, s)) if s > 1 else {})
+        )
         # With two of two routed heads all are chosen; with more, some are not.
-        config = dict(attention="moh", n_heads=H, moh=dict(n_shared=s, k=2), position="rope", causal=True)
-        store(f"moh_{s}", config, weights(rng(0), **shapes, **own), lambda w, x, s=s: moh(w, x, s), EQUATIONS)
+        config = dict(
+            attention="moh", n_heads=H, moh=dict(n_shared=s, k=2), position="rope", causal=True
+        )
+        store(
+            f"moh_{s}",
+            config,
+            weights(rng(0), **shapes, **own),
+            lambda w, x, s=s: moh(w, x, s),
+            EQUATIONS,
+        )
 
 
 def main() -> None:

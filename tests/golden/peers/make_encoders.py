@@ -71,8 +71,12 @@ def long_short(q, k, v, w, i, x, window=4):
     P is made of the row itself (equation 3).
     """
     p = torch.softmax(x @ w["w_p"][:, i], dim=0)
-    far_k, far_v = (F.layer_norm(p.T @ a, (DH,), w["far_scale"][i], w["far_bias"][i], 1e-6) for a in (k, v))
-    near_k, near_v = (F.layer_norm(a, (DH,), w["near_scale"][i], w["near_bias"][i], 1e-6) for a in (k, v))
+    far_k, far_v = (
+        F.layer_norm(p.T @ a, (DH,), w["far_scale"][i], w["far_bias"][i], 1e-6) for a in (k, v)
+    )
+    near_k, near_v = (
+        F.layer_norm(a, (DH,), w["near_scale"][i], w["near_bias"][i], 1e-6) for a in (k, v)
+    )
     rows = []
     for t in range(L):
         start = t // window * window
@@ -86,7 +90,10 @@ def nystromformer(q, k, v, w, i, x, landmarks):
     """Xiong et al., section 3, over the landmarks that have tokens, with the iteration of equation 11."""
     cuts = [range(j * L // landmarks, (j + 1) * L // landmarks) for j in range(landmarks)]
     few_q, few_k = (torch.stack([a[list(cut)].mean(0) for cut in cuts if cut]) for a in (q, k))
-    near, among, far = (torch.softmax(a @ b.T / DH**0.5, dim=-1) for a, b in ((q, few_k), (few_q, few_k), (few_q, k)))
+    near, among, far = (
+        torch.softmax(a @ b.T / DH**0.5, dim=-1)
+        for a, b in ((q, few_k), (few_q, few_k), (few_q, k))
+    )
     z, one = among.T / among.sum(0).max(), torch.eye(len(among)).double()
     for _ in range(6):
         az = among @ z
@@ -117,18 +124,40 @@ def reformer(q, k, v, w, i, x, chunk):
 def uneven() -> None:
     (make.OUT / "uneven").mkdir(exist_ok=True)
     for landmarks in (5, L + 8):  # the second: some have no token
-        config = dict(attention="nystromformer", nystromformer=dict(landmarks=landmarks, kernel=0), **ENCODER)
-        w, mix = weights(np.random.default_rng(0), **WITH_KEYS), functools.partial(nystromformer, landmarks=landmarks)
+        config = dict(
+            attention="nystromformer", nystromformer=dict(landmarks=landmarks, kernel=0), **ENCODER
+        )
+        w, mix = (
+            weights(np.random.default_rng(0), **WITH_KEYS),
+            functools.partial(nystromformer, landmarks=landmarks),
+        )
         store(f"uneven/nystromformer_{landmarks}", config, w, by_heads(mix), EQUATIONS)
     for chunk, n_hashes in ((5, 2), (20, 1)):
-        config = dict(attention="reformer", reformer=dict(chunk=chunk, n_hashes=n_hashes), **ENCODER)
+        config = dict(
+            attention="reformer", reformer=dict(chunk=chunk, n_hashes=n_hashes), **ENCODER
+        )
         w = weights(np.random.default_rng(0), **SHAPES, rotations=(H, DH, n_hashes, -(-L // chunk)))
-        store(f"uneven/reformer_{chunk}_{n_hashes}", config, w, by_heads(functools.partial(reformer, chunk=chunk)), EQUATIONS)
+        store(
+            f"uneven/reformer_{chunk}_{n_hashes}",
+            config,
+            w,
+            by_heads(functools.partial(reformer, chunk=chunk)),
+            EQUATIONS,
+        )
 
 
 def equations() -> None:
-    rng, config = np.random.default_rng, dict(attention="linformer", linformer=dict(rank=5), **ENCODER)
-    store("linformer", config, weights(rng(0), **WITH_KEYS, w_keys=(L, 5), w_values=(L, 5)), by_heads(linformer), EQUATIONS)
+    rng, config = (
+        np.random.default_rng,
+        dict(attention="linformer", linformer=dict(rank=5), **ENCODER),
+    )
+    store(
+        "linformer",
+        config,
+        weights(rng(0), **WITH_KEYS, w_keys=(L, 5), w_values=(L, 5)),
+        by_heads(linformer),
+        EQUATIONS,
+    )
 
     config = dict(attention="performer", performer=dict(features=6), **ENCODER)
     w = weights(rng(0), **WITH_KEYS, directions=(6, DH))
@@ -141,7 +170,13 @@ def equations() -> None:
 
     both = {f"{kind}_{what}": (H, DH) for kind in ("near", "far") for what in ("scale", "bias")}
     config = dict(attention="long_short", long_short=dict(window=4, rank=3), **ENCODER)
-    store("long_short", config, weights(rng(0), **WITH_KEYS, w_p=(D, H, 3), **both), by_heads(long_short), EQUATIONS)
+    store(
+        "long_short",
+        config,
+        weights(rng(0), **WITH_KEYS, w_p=(D, H, 3), **both),
+        by_heads(long_short),
+        EQUATIONS,
+    )
 
 
 def nystromformers() -> None:
@@ -153,17 +188,28 @@ def nystromformers() -> None:
             attention_probs_dropout_prob=0.0,
         )  # fmt: skip
         module = theirs.NystromformerSelfAttention(c).double().eval()
-        module.init_option = "exact"  # every matrix by itself; its configuration cannot say so (5.24)
+        module.init_option = (
+            "exact"  # every matrix by itself; its configuration cannot say so (5.24)
+        )
         module.conv_kernel_size = kernel or None
 
         def forward(w: Weights, x: torch.Tensor, module=module, kernel=kernel) -> torch.Tensor:
-            named = {f"{name}.weight": linear(w[f"w_{name[0]}"]) for name in ("query", "key", "value")}
-            named |= {f"{name}.bias": torch.zeros(D, dtype=torch.float64) for name in ("query", "key", "value")}
+            named = {
+                f"{name}.weight": linear(w[f"w_{name[0]}"]) for name in ("query", "key", "value")
+            }
+            named |= {
+                f"{name}.bias": torch.zeros(D, dtype=torch.float64)
+                for name in ("query", "key", "value")
+            }
             named |= {"conv.weight": w["w_conv"][:, None, :, None]} if kernel else {}
             return out(functional_call(module, named, (x,))[0], w)
 
-        config = dict(attention="nystromformer", nystromformer=dict(landmarks=4, kernel=kernel), **ENCODER)
-        w = weights(np.random.default_rng(0), **WITH_KEYS, **(dict(w_conv=(H, kernel)) if kernel else {}))
+        config = dict(
+            attention="nystromformer", nystromformer=dict(landmarks=4, kernel=kernel), **ENCODER
+        )
+        w = weights(
+            np.random.default_rng(0), **WITH_KEYS, **(dict(w_conv=(H, kernel)) if kernel else {})
+        )
         store("nystromformer" if kernel else "nystromformer_no_convolution", config, w, forward, HF)
 
 
@@ -186,7 +232,9 @@ def reformers() -> None:
             with mock.patch.object(torch, "randn", lambda *shape, **how: w["rotations"].detach()):
                 return out(functional_call(module, named, (x,)).hidden_states, w)
 
-        config = dict(attention="reformer", reformer=dict(chunk=chunk, n_hashes=n_hashes), **ENCODER)
+        config = dict(
+            attention="reformer", reformer=dict(chunk=chunk, n_hashes=n_hashes), **ENCODER
+        )
         w = weights(np.random.default_rng(0), **SHAPES, rotations=(H, DH, n_hashes, half))
         store(f"reformer_{chunk}_{n_hashes}", config, w, forward, HF)
 
