@@ -17,16 +17,16 @@ from flax import nnx
 
 from benchmarks import timing
 from uoe_jax.config import ModelConfig
-from uoe_jax.config_routing import RoutingConfig
-from uoe_jax.dispatch import backend_for, combine_slots, gather_slots
-from uoe_jax.flops import attention_flops, mlp_flops
+from uoe_jax.config.routing import RoutingConfig
+from uoe_jax.costs.flops import attention_flops, mlp_flops
+from uoe_jax.distributed.manual import Region
 from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import Tokens, rotary_tables
+from uoe_jax.layers.tiles import computed_scores
 from uoe_jax.layers.uome import UoME
-from uoe_jax.model import make_attention, make_mlp
-from uoe_jax.region import Region
-from uoe_jax.routing import select
-from uoe_jax.tiles import computed_scores
+from uoe_jax.models.decoder import make_attention, make_mlp
+from uoe_jax.moe.dispatch import backend_for, combine_slots, gather_slots
+from uoe_jax.moe.routing import select
 
 
 class Sizes(NamedTuple):

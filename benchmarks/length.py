@@ -14,7 +14,7 @@ from benchmarks import timing
 from benchmarks.model import PAIR, ROUTED
 from uoe_jax.compare.measure import Step
 from uoe_jax.config import from_dict
-from uoe_jax.flops import train_flops
+from uoe_jax.costs.flops import train_flops
 
 LENGTHS, TOKENS = (64, 128, 256, 512, 1024, 2048, 4096), 4096
 MODEL = dict(

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.config_data import ListopsConfig
+from uoe_jax.config.data import ListopsConfig
 from uoe_jax.data.examples import Examples
-from uoe_jax.data.listops import CLOSE, OPERATOR, OPERATORS, ListOps
+from uoe_jax.data.sources.listops import CLOSE, OPERATOR, OPERATORS, ListOps
 
 MOST_ARGS = 100  # the highest data.listops.max_args
 

@@ -15,10 +15,11 @@ import time
 import jax
 
 from benchmarks import timing
-from uoe_jax import cli, runtime
-from uoe_jax import mesh as mesh_lib
+from uoe_jax import cli
 from uoe_jax.data.pipeline import TrainBatches
-from uoe_jax.train.loop import load_data
+from uoe_jax.distributed import mesh as mesh_lib
+from uoe_jax.distributed import setup
+from uoe_jax.train.main import load_data
 from uoe_jax.train.step import build
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     overrides = cli._overrides(rest, argparse.Namespace(takes_config=True))
     config = cli.load_config(options.config, overrides)
-    runtime.start(config)
+    setup.start(config)
     config, data = load_data(config)
     mesh = mesh_lib.make_mesh(config.mesh)
     made, trained = [], []

@@ -14,9 +14,10 @@ import time
 
 import numpy as np
 
-from uoe_jax.data import pipeline, stdlib
+from uoe_jax.data import pipeline
+from uoe_jax.data.sources import stdlib
 from uoe_jax.data.store import TokenStore, open_or_build
-from uoe_jax.data.tokenizer import ByteTokenizer
+from uoe_jax.data.tokenizers.load import ByteTokenizer
 
 ALPHA = 1.0  # added to every bigram count
 

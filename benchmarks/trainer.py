@@ -15,12 +15,12 @@ import time
 import jax
 
 from benchmarks import timing
-from uoe_jax import mesh as mesh_lib
-from uoe_jax import runtime
 from uoe_jax.cli import load_config
 from uoe_jax.data.pipeline import TrainBatches
+from uoe_jax.distributed import mesh as mesh_lib
+from uoe_jax.distributed import setup
 from uoe_jax.train.checkpoint import CheckpointStore
-from uoe_jax.train.loop import Run, load_data
+from uoe_jax.train.main import Run, load_data
 from uoe_jax.train.metrics import MetricsWriter, Progress
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import build
@@ -34,7 +34,7 @@ class _NoSaves(CheckpointStore):
 def main() -> None:
     options = timing.arguments(__doc__, config="quickstart", rounds=4, steps=20)
     config = load_config(options.config, {"eval.every": "0", "checkpoint.every": "0"})
-    runtime.start(config)
+    setup.start(config)
     config, data = load_data(config)
     mesh = mesh_lib.make_mesh(config.mesh)
     bare_times, trainer_times = [], []

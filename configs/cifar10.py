@@ -9,7 +9,7 @@ Expected:  not measured. The paper's image code and sizes were not released; the
 """
 
 from uoe_jax import config as uoe
-from uoe_jax import recipes
+from uoe_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -9,7 +9,7 @@ Expected:  98.51, 98.88 and 98.88 % of the 269 test images with train.seed 0, 1 
 """
 
 from uoe_jax import config as uoe
-from uoe_jax import recipes
+from uoe_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -12,7 +12,7 @@ The official validation split is the test split here; one in a hundred training 
 """
 
 from uoe_jax import config as uoe
-from uoe_jax import recipes
+from uoe_jax.config import recipes
 
 
 def get_config(variant: str = ""):

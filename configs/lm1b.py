@@ -10,7 +10,7 @@ Expected:  not measured. The authors' harness carries a memory of 32 tokens from
 """
 
 from uoe_jax import config as uoe
-from uoe_jax import recipes
+from uoe_jax.config import recipes
 
 
 def get_config(variant: str = ""):

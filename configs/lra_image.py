@@ -8,7 +8,7 @@ Expected:  not measured. Sizes and schedule are those of the released code.
 """
 
 from uoe_jax import config as uoe
-from uoe_jax import recipes
+from uoe_jax.config import recipes
 
 
 def get_config(variant: str = ""):

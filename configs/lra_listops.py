@@ -12,7 +12,7 @@ Expected:  not measured; `:short` 50.25, 49.90 and 50.05 % of the test split wit
 """
 
 from uoe_jax import config as uoe
-from uoe_jax import recipes
+from uoe_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -13,7 +13,7 @@ The interpreter's own sources are the data, so another Python gives other figure
 """
 
 from uoe_jax import config as uoe
-from uoe_jax import recipes
+from uoe_jax.config import recipes
 
 
 def get_config(variant: str = ""):

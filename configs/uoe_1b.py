@@ -12,7 +12,7 @@ Expected:  planned only: 39.9 GB of the 80 GB of an H100, 35 to 51 % of its peak
 """
 
 from uoe_jax import config as uoe
-from uoe_jax import recipes
+from uoe_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -13,7 +13,7 @@ uoe tokenizer train --config=uoe_7b --vocab=32768 --out=bpe.json, and then --con
 """
 
 from uoe_jax import config as uoe
-from uoe_jax import recipes
+from uoe_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -13,7 +13,7 @@ word, and `<eos>` at every line end counts as one.
 """
 
 from uoe_jax import config as uoe
-from uoe_jax import recipes
+from uoe_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -10,7 +10,7 @@ import numpy as np
 
 from uoe_jax import cli
 from uoe_jax import config as uoe
-from uoe_jax.data.sources import add_source
+from uoe_jax.data.registry import add_source
 
 SIZES = {"train": 20_000, "validation": 500, "test": 500}
 

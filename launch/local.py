@@ -3,7 +3,7 @@
 
     python launch/local.py --processes=2 --devices=4 -- uoe train --config=quickstart --workdir=runs/a
 
-Each process is told its place through UOE_COORDINATOR, UOE_PROCESSES and UOE_PROCESS_ID (uoe_jax/processes.py). Process 0
+Each process is told its place through UOE_COORDINATOR, UOE_PROCESSES and UOE_PROCESS_ID (uoe_jax/distributed/coordination.py). Process 0
 writes to the terminal as it would alone; lines of the others begin with their number, "[1] ". SIGINT, SIGTERM and
 SIGUSR1 are passed on to all of them, SIGHUP as SIGTERM. Exit code: 0 where all end with 0; 75 where all end with 0 or 75;
 else that of the first process that failed (128 + n where signal n ended it), after which the others are ended too.

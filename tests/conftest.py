@@ -32,8 +32,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 @pytest.fixture
 def forgotten():
     """The sources as they were, after a test that adds one."""
-    from uoe_jax.config_data import FACTS, SOURCES, TEXT
-    from uoe_jax.data import sources
+    from uoe_jax.config.data import FACTS, SOURCES, TEXT
+    from uoe_jax.data import registry as sources
 
     before = list(SOURCES), list(TEXT), dict(FACTS), dict(sources._own)
     yield

@@ -13,7 +13,8 @@ import signal
 import sys
 import time
 
-from uoe_jax import cli, watch
+from uoe_jax import cli
+from uoe_jax.distributed import watchdog
 
 
 def spin():
@@ -41,7 +42,11 @@ KINDS = {
 
 
 def main(faults: str, argv: list[str]) -> int:
-    me, real, trace = os.environ.get("UOE_PROCESS_ID", "0"), watch.at, os.environ.get("UOE_TRACE")
+    me, real, trace = (
+        os.environ.get("UOE_PROCESS_ID", "0"),
+        watchdog.at,
+        os.environ.get("UOE_TRACE"),
+    )
     wanted, poisoned = {}, []
     for kind, doing, step, process in (
         fault.split("@") for fault in faults.split(",") if fault != "none"
@@ -58,7 +63,7 @@ def main(faults: str, argv: list[str]) -> int:
                 file.write(f"{doing} {step}")
         wanted.get((doing, str(step)), lambda: None)()
 
-    watch.at = at
+    watchdog.at = at
     if poisoned:
         poison(poisoned, me)
     return cli.main(argv)

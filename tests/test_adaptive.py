@@ -15,16 +15,17 @@ from flax import nnx
 from test_mesh import EVERY, ONE, assert_same, program_on, sized, slow
 from test_model import MODEL, batch
 
-from uoe_jax import RoutingConfig, tiles
-from uoe_jax import mesh as mesh_lib
-from uoe_jax.checks import check_cutoffs
+from uoe_jax import RoutingConfig
 from uoe_jax.config import MeshConfig, ModelConfig, from_dict
+from uoe_jax.config.validate import check_cutoffs
+from uoe_jax.costs.flops import forward_flops, tail_shares, vocabulary_flops
+from uoe_jax.costs.memory import parameters
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import ConfigError
-from uoe_jax.flops import forward_flops, tail_shares, vocabulary_flops
+from uoe_jax.layers import tiles
 from uoe_jax.layers.adaptive import AdaptiveHead, look_up, make_words
 from uoe_jax.layers.common import scaled_normal, weight
-from uoe_jax.memory import parameters
-from uoe_jax.model import Transformer
+from uoe_jax.models.decoder import Transformer
 from uoe_jax.plan.hlo import collectives
 
 V, D, CUTOFFS = 32, 16, (7, 12, 25)

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from uoe_jax.config_data import AugmentConfig
+from uoe_jax.config.data import AugmentConfig
 from uoe_jax.data.augment import (
     RAND_OPS,
     Mix,

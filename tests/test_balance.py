@@ -8,8 +8,9 @@ import numpy as np
 from flax import nnx
 from test_model import MODEL, batch, program
 
-from uoe_jax import RoutingConfig, UoME, routing
+from uoe_jax import RoutingConfig, UoME
 from uoe_jax.config import from_dict
+from uoe_jax.moe import routing
 
 
 def test_the_bias_evens_out_the_load():

@@ -21,7 +21,7 @@ from uoe_jax.layers import union
 from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import Tokens, rotary_tables
 from uoe_jax.layers.mlp import MLP
-from uoe_jax.model import Transformer
+from uoe_jax.models.decoder import Transformer
 
 B, L, D, F, H, N = 2, 16, 32, 32, 8, 4
 ALL = RoutingConfig(n_experts=N, k=N, capacity_factor=1.0, capacity_window=5, gate="none")

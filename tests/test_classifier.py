@@ -11,9 +11,9 @@ import pytest
 import reference
 from flax import nnx
 
-from uoe_jax.classifier import Classifier, squares
 from uoe_jax.config import from_dict
 from uoe_jax.errors import ConfigError
+from uoe_jax.models.classifier import Classifier, squares
 
 SCORE = dict(n_experts=4, k=2, priority="score", capacity_factor=1.0)
 SMALL = dict(

@@ -25,8 +25,8 @@ from uoe_jax.compare.report import results, spread, write
 from uoe_jax.compare.run import claim, found_rates, is_finished, runs
 from uoe_jax.compare.table import load_table
 from uoe_jax.config import to_dict
+from uoe_jax.costs.flops import attention_flops, ends_flops, mlp_flops, train_flops
 from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
-from uoe_jax.flops import attention_flops, ends_flops, mlp_flops, train_flops
 from uoe_jax.workdir import locate, wait_for_writer
 
 TABLES = sorted(path.stem for path in (ROOT / "configs" / "compare").glob("*.py"))

@@ -10,9 +10,9 @@ import pytest
 from helpers import ROOT
 
 from uoe_jax import cli
-from uoe_jax import mesh as mesh_lib
 from uoe_jax.compare.table import load_table
 from uoe_jax.config import with_vocabulary
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.train.step import build
 
 FILES = sorted((ROOT / "configs").glob("*.py"))

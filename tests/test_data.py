@@ -21,11 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uoe_jax.config import Config, from_dict
-from uoe_jax.data import pipeline, stdlib
+from uoe_jax.data import pipeline
 from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.pipeline import Prefetcher, TrainBatches, eval_batches
+from uoe_jax.data.sources import stdlib
 from uoe_jax.data.store import DamagedStore, TokenStore, open_or_build
-from uoe_jax.data.tokenizer import ByteTokenizer
+from uoe_jax.data.tokenizers.load import ByteTokenizer
 from uoe_jax.errors import RunError, UserError
 
 BYTES = ByteTokenizer()

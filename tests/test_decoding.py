@@ -12,7 +12,7 @@ from flax import nnx
 
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import ConfigError, ModelConfig, check_model
-from uoe_jax.model import Transformer
+from uoe_jax.models.decoder import Transformer
 
 D, F, H, N, V, CONTEXT = 16, 32, 4, 4, 11, 48
 

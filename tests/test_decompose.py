@@ -14,9 +14,10 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uoe_jax import decompose
 from uoe_jax.config import ModelConfig, RoutingConfig
-from uoe_jax.decompose import (
+from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.moe import decompose
+from uoe_jax.moe.decompose import (
     dense_config,
     merge,
     merge_attention,
@@ -25,7 +26,6 @@ from uoe_jax.decompose import (
     split_attention,
     split_mlp,
 )
-from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.train.step import functional
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu", "geglu")

@@ -25,8 +25,8 @@ from markdown_it import MarkdownIt
 from uoe_jax import cli
 from uoe_jax import config as config_lib
 from uoe_jax.compare.table import TableConfig, load_table
-from uoe_jax.data.tokenizer import BPETokenizer
-from uoe_jax.keys import leaves
+from uoe_jax.config.fields import leaves
+from uoe_jax.data.tokenizers.load import BPETokenizer
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [ROOT / "README.md", *PAGES]

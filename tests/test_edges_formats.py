@@ -21,10 +21,10 @@ from helpers import ROOT, TINY
 
 from uoe_jax import cli
 from uoe_jax.config import from_dict, to_dict
-from uoe_jax.config_file import evaluate
-from uoe_jax.data import stdlib, text, wikitext
+from uoe_jax.config.load import evaluate
 from uoe_jax.data.pipeline import default_cache_dir, load
-from uoe_jax.data.tokenizer import BPETokenizer, ByteTokenizer
+from uoe_jax.data.sources import stdlib, text, wikitext
+from uoe_jax.data.tokenizers.load import BPETokenizer, ByteTokenizer
 from uoe_jax.errors import UserError
 from uoe_jax.infer.command import read_prompts
 from uoe_jax.workdir import read_config, read_json

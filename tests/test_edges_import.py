@@ -13,7 +13,7 @@ from test_exchange import CUT, LLAMA, config_of, exported, imported, run_of
 
 from uoe_jax import cli
 from uoe_jax.config import from_dict, to_dict
-from uoe_jax.data.tokenizer import BPETokenizer
+from uoe_jax.data.tokenizers.load import BPETokenizer
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.exchange.plan_import import plan
 from uoe_jax.exchange.tensors import Tensor, Tensors, write

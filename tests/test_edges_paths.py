@@ -17,7 +17,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 from test_exchange import LLAMA, config_of, exported, run_of
 
 from uoe_jax import cli
-from uoe_jax.data import stdlib, text
+from uoe_jax.data.sources import stdlib, text
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.train import restore, verify
 from uoe_jax.train.checkpoint import CheckpointStore

@@ -14,12 +14,12 @@ import tempfile
 import pytest
 from helpers import TINY, environment, metric_lines, write_source
 
-from uoe_jax import cli, surroundings
+from uoe_jax import cli, runtime_env
 from uoe_jax.data.prepared import manual_dir
 from uoe_jax.errors import UserError
 from uoe_jax.infer import command
 from uoe_jax.infer.sample import Completion
-from uoe_jax.surroundings import default_cache_dir
+from uoe_jax.runtime_env import default_cache_dir
 
 SETTLED = "import os, sys; from uoe_jax import surroundings; surroundings.settle(); "
 
@@ -151,7 +151,7 @@ def test_paths_of_data_and_files_of_such_a_name(homeless, monkeypatch):
         manual_dir("")
     monkeypatch.chdir(homeless)
     (homeless / "~notes.txt").write_text("")
-    assert surroundings.expanded("~notes.txt", "config.data.path") == "~notes.txt"
+    assert runtime_env.expanded("~notes.txt", "config.data.path") == "~notes.txt"
 
 
 def test_a_workdir_that_is_not_text_or_has_no_place_is_refused(capsys, monkeypatch, tmp_path):

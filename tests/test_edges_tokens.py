@@ -9,11 +9,11 @@ from test_exchange import LLAMA, config_of, exported, run_of
 
 from uoe_jax.config import from_dict, to_dict
 from uoe_jax.data import pipeline
-from uoe_jax.data.ends import UnknownEnds, find_ends
-from uoe_jax.data.library import LibraryTokenizer
 from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.store import TokenStore
-from uoe_jax.data.tokenizer import BPETokenizer, load_tokenizer, stored
+from uoe_jax.data.tokenizers.ends import UnknownEnds, find_ends
+from uoe_jax.data.tokenizers.hf import LibraryTokenizer
+from uoe_jax.data.tokenizers.load import BPETokenizer, load_tokenizer, stored
 from uoe_jax.errors import ConfigError, UserError
 
 TEXT = "the cat sat on the mat,  and the other cat sat there too.\nThe end of the cats "

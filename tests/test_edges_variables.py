@@ -9,7 +9,8 @@ import subprocess
 import pytest
 from helpers import QUICK_CODE, TINY, environment, finish, uoe, uoe_together, write_source
 
-from uoe_jax import cli, processes, surroundings
+from uoe_jax import cli, runtime_env
+from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
 
 
@@ -34,7 +35,7 @@ def test_flags_that_xla_does_not_know_are_refused(monkeypatch):
         UserError,
         match="^XLA_FLAGS=.*Unknown flag in XLA_FLAGS: --xla_nonsense=1.; correct it, or unset it",
     ):
-        surroundings.check_variables("0.12.0")
+        runtime_env.check_variables("0.12.0")
 
 
 @pytest.mark.parametrize("flags", [
@@ -63,7 +64,7 @@ def test_flags_that_are_not_known_to_work_are_tried_in_another_process(monkeypat
     with pytest.raises(
         UserError, match="^XLA_FLAGS=.*does not take this .Couldn't interpret it.; correct it"
     ):
-        surroundings.check_variables("0.12.0")
+        runtime_env.check_variables("0.12.0")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_flags_that_are_known_cost_nothing(monkeypatch, flags):
 
     monkeypatch.setattr(subprocess, "run", None)
     monkeypatch.setenv("XLA_FLAGS", flags)
-    surroundings.check_variables(jax.lib.__version__)
+    runtime_env.check_variables(jax.lib.__version__)
     assert os.environ.get("XLA_FLAGS", "").strip() == flags.strip()
 
 
@@ -90,7 +91,7 @@ def test_a_file_of_flags_is_read_and_can_be_added_to(monkeypatch, tmp_path):
         "\n--xla_force_host_platform_device_count=3\n--xla_backend_optimization_level=0\n"
     )
     monkeypatch.setenv("XLA_FLAGS", str(file))
-    surroundings.check_variables("0.12.0")
+    runtime_env.check_variables("0.12.0")
     assert os.environ["XLA_FLAGS"].split() == file.read_text().split()
     file.write_text("xla_nonsense")
     for name, said in (
@@ -100,7 +101,7 @@ def test_a_file_of_flags_is_read_and_can_be_added_to(monkeypatch, tmp_path):
     ):
         monkeypatch.setenv("XLA_FLAGS", str(name))
         with pytest.raises(UserError, match=f"^XLA_FLAGS={name}: .*{said}"):
-            surroundings.check_variables("0.12.0")
+            runtime_env.check_variables("0.12.0")
 
 
 def refused(env, *args) -> str:
@@ -122,11 +123,11 @@ def test_a_variable_that_jax_does_not_take_is_named():
     "name,error", [("JAX_PLATFORMS", AssertionError()), ("", RuntimeError("Unable\nto"))]
 )
 def test_no_device_is_a_sentence(monkeypatch, name, error):
-    for given in [n for n in os.environ if surroundings._OF_DEVICES.match(n)]:
+    for given in [n for n in os.environ if runtime_env._OF_DEVICES.match(n)]:
         monkeypatch.delenv(given)
     if name:
         monkeypatch.setenv(name, "cuda")
-    said = str(surroundings.no_device(error))
+    said = str(runtime_env.no_device(error))
     assert "\n" not in said and said.startswith(
         "JAX_PLATFORMS=cuda: " if name else "JAX_PLATFORMS: "
     )
@@ -195,18 +196,18 @@ def no_name(*_):
 def test_a_coordinator_without_an_address_is_waited_for_and_told(
     monkeypatch, capfd, host, me, code
 ):
-    monkeypatch.setattr(processes, "_OWN_NAME_S", 0.02)
-    monkeypatch.setattr(processes, "_NAME_S", 0.02)
-    monkeypatch.setattr(processes.time, "sleep", lambda _: None)
+    monkeypatch.setattr(coordination, "_OWN_NAME_S", 0.02)
+    monkeypatch.setattr(coordination, "_NAME_S", 0.02)
+    monkeypatch.setattr(coordination.time, "sleep", lambda _: None)
     if host != "bad..name":
         monkeypatch.setattr(socket, "getaddrinfo", no_name)
     with pytest.raises(
         UserError, match=f"^UOE_COORDINATOR={host}:1234: {host} has no address here"
     ) as caught:
-        processes._await_name(f"{host}:1234", me)
+        coordination._await_name(f"{host}:1234", me)
     assert caught.value.exit_code == code and capfd.readouterr().err.count("waiting for one") == 1
     monkeypatch.undo()
-    processes._await_name("[::1]:1234", me)
+    coordination._await_name("[::1]:1234", me)
 
 
 def test_a_port_that_is_taken_is_refused():
@@ -217,19 +218,21 @@ def test_a_port_that_is_taken_is_refused():
                 UserError,
                 match=f"^UOE_COORDINATOR={host}:{port}: process 0 cannot listen at port {port} ",
             ):
-                processes._check_port(f"{host}:{port}", here)
-    processes._check_port(f"127.0.0.1:{port}", True)
+                coordination._check_port(f"{host}:{port}", here)
+    coordination._check_port(f"127.0.0.1:{port}", True)
     with pytest.raises(
         UserError, match="give host:port"
     ):  # gRPC waits for ever for an address of IPv6 without brackets
-        processes.told({"UOE_COORDINATOR": "::1:80", "UOE_PROCESSES": "1", "UOE_PROCESS_ID": "0"})
+        coordination.told(
+            {"UOE_COORDINATOR": "::1:80", "UOE_PROCESSES": "1", "UOE_PROCESS_ID": "0"}
+        )
 
 
 def test_gloo_needs_an_address_for_this_machine(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
     monkeypatch.setattr(socket, "getaddrinfo", no_name)
     said = str(
-        surroundings.no_device(
+        runtime_env.no_device(
             RuntimeError(
                 "[enforce fail at external/gloo/gloo/transport/tcp/device.cc:99] rv == 0. -2 vs 0"
             )

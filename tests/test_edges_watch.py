@@ -7,11 +7,12 @@ import json
 import pytest
 from helpers import TINY, finish, uoe_together
 
-from uoe_jax import watch
 from uoe_jax.config import GuardConfig
-from uoe_jax.data import prepared, store, vocabulary
-from uoe_jax.data.tokenizer import ByteTokenizer
-from uoe_jax.watch import Place, Watch
+from uoe_jax.data import prepared, store
+from uoe_jax.data.tokenizers import words as vocabulary
+from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.distributed import watchdog
+from uoe_jax.distributed.watchdog import Place, Watch
 
 LIMIT = 10
 
@@ -53,15 +54,15 @@ class Judge(Watch):
 @pytest.fixture
 def judge(monkeypatch):
     judge = Judge()
-    monkeypatch.setattr(watch, "_watch", judge)
-    watch.at("preparing the data", slow=True)
+    monkeypatch.setattr(watchdog, "_watch", judge)
+    watchdog.at("preparing the data", slow=True)
     return judge
 
 
 def test_work_that_goes_on_is_no_hang(judge):
     """Of this process, and then of the other one while this one waits; what falls silent is found in time."""
     for _ in range(5 * LIMIT):
-        watch.tick()
+        watchdog.tick()
         assert not judge.goes_on(1, moves=1)
     for ticks in range(1, 5 * LIMIT):
         assert not judge.goes_on(1, moves=1, ticks=ticks)
@@ -84,7 +85,7 @@ def test_what_one_does_who_is_further_on_does_not_help_one_that_hangs(judge):
     "mine, theirs, culprit", [(True, False, 1), (False, True, 0), (False, False, 0)]
 )
 def test_the_one_that_waits_for_another_does_not_hang(mine, theirs, culprit, judge, monkeypatch):
-    monkeypatch.setattr(watch.processes, "_waiting", mine)
+    monkeypatch.setattr(watchdog.processes, "_waiting", mine)
     assert judge.goes_on(2 * LIMIT, moves=1, waits=theirs).startswith(f"process {culprit} hangs")
 
 
@@ -93,20 +94,20 @@ def test_a_process_tells_that_it_waits():
 
     class Service:
         def blocking_key_value_get(self, name, timeout):
-            seen.append(watch.processes.waits())
+            seen.append(watchdog.processes.waits())
             return json.dumps({"value": 3})
 
     assert (
-        watch.processes._heard(Service(), "x", 1) == 3
+        watchdog.processes._heard(Service(), "x", 1) == 3
         and seen == [True]
-        and not watch.processes.waits()
+        and not watchdog.processes.waits()
     )
 
 
 def ticks_of(do) -> int:
-    before = watch._watch.ticks
+    before = watchdog._watch.ticks
     do()
-    return watch._watch.ticks - before
+    return watchdog._watch.ticks - before
 
 
 def test_every_part_of_a_preparation_is_progress(judge, tmp_path):
@@ -128,13 +129,13 @@ def test_every_part_of_a_preparation_is_progress(judge, tmp_path):
         >= 7 + 3
     )
     assert ticks_of(lambda: list(prepared._batches({"text": b"x"} for _ in range(5)))) == 5
-    assert ticks_of(lambda: list(watch.ticking([]))) == 0
+    assert ticks_of(lambda: list(watchdog.ticking([]))) == 0
 
 
 def test_one_process_has_nobody_to_tell():
-    assert watch._watch is None
-    watch.tick()
-    assert list(watch.ticking("ab")) == ["a", "b"]
+    assert watchdog._watch is None
+    watchdog.tick()
+    assert list(watchdog.ticking("ab")) == ["a", "b"]
 
 
 # --- two processes ----------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_one_process_has_nobody_to_tell():
 SLOW = """
 import runpy, time
 from uoe_jax import watch
-from uoe_jax.data.sources import add_source
+from uoe_jax.data.registry import add_source
 from uoe_jax.train import loop
 
 class Source:

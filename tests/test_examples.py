@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT, environment, uoe
 
 from uoe_jax import cli
-from uoe_jax.data.sources import add_source
+from uoe_jax.data.registry import add_source
 
 EXAMPLES = ROOT / "examples"
 
@@ -56,11 +56,11 @@ def test_a_dataset_of_ones_own(tmp_path, capsys, forgotten):
 
 def test_own_examples_of_token_ids(forgotten):
     """With facts a name is for classifiers; the model then knows as many ids as are said."""
-    from uoe_jax.config_data import Facts
+    from uoe_jax.config.data import Facts
 
     add_source("parity", lambda data: None, Facts(2, n_ids=3))
     from uoe_jax.config import from_dict
-    from uoe_jax.data.sources import known_vocabulary
+    from uoe_jax.data.registry import known_vocabulary
 
     config = from_dict(
         {

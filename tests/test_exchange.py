@@ -17,9 +17,9 @@ from helpers import environment, write_source
 from safetensors.numpy import load_file, save_file
 
 from uoe_jax import cli
-from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config, from_dict, to_dict
-from uoe_jax.data.tokenizer import BPETokenizer
+from uoe_jax.data.tokenizers.load import BPETokenizer
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.exchange import tensors
 from uoe_jax.exchange.calibrate import calibrated

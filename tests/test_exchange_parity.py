@@ -23,7 +23,7 @@ from helpers import ROOT, environment, write_source
 from test_exchange import CUT, config_of, run_of
 
 from uoe_jax import cli
-from uoe_jax.data.tokenizer import BPETokenizer, ByteTokenizer
+from uoe_jax.data.tokenizers.load import BPETokenizer, ByteTokenizer
 from uoe_jax.infer.sample import Sampler
 from uoe_jax.train.restore import restored
 from uoe_jax.workdir import read_config

@@ -13,8 +13,8 @@ import tiny
 from helpers import TINY, finish, metric_lines, uoe, uoe_process, uoe_together, write_source
 from test_train import assert_same_run
 
-from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import GuardConfig, from_dict
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.train import guard, step
 
 PEER_TIMEOUT = 5  # seconds, for the tests' patience; the default is 10

@@ -12,8 +12,8 @@ import pytest
 import reference
 from flax import nnx
 
-from uoe_jax import RoutingConfig, tiles
-from uoe_jax.layers import attention, smha
+from uoe_jax import RoutingConfig
+from uoe_jax.layers import attention, smha, tiles
 from uoe_jax.layers import fused as fused_lib
 from uoe_jax.layers.attention import attend, group_keys
 from uoe_jax.layers.chunked import words_nll

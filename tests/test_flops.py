@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from uoe_jax import RoutingConfig
-from uoe_jax.classifier import Classifier
 from uoe_jax.config import ClassifierConfig, ImageConfig, ModelConfig
-from uoe_jax.flops import forward_flops, train_flops
-from uoe_jax.model import Transformer
+from uoe_jax.costs.flops import forward_flops, train_flops
+from uoe_jax.models.classifier import Classifier
+from uoe_jax.models.decoder import Transformer
 
 # One layer: the compiler counts the body of the scan over layers once. Wide, so that elementwise work is small beside it.
 BASE = ModelConfig(

@@ -21,10 +21,10 @@ import pytest
 from helpers import TINY, environment, metric_lines, write_source
 
 from uoe_jax import cli, config
-from uoe_jax import mesh as mesh_lib
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.infer.sample import sample
-from uoe_jax.routing import first_come
-from uoe_jax.train.loop import train
+from uoe_jax.moe.routing import first_come
+from uoe_jax.train.main import train
 from uoe_jax.train.step import build
 
 HUGE = 2**31 - 1

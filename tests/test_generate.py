@@ -15,7 +15,7 @@ from test_exchange import run_of
 
 from uoe_jax import cli
 from uoe_jax.config import Config, from_dict
-from uoe_jax.data.tokenizer import ByteTokenizer
+from uoe_jax.data.tokenizers.load import ByteTokenizer
 from uoe_jax.errors import UserError
 from uoe_jax.infer import command
 from uoe_jax.infer.experts import all_experts, choices
@@ -320,7 +320,7 @@ def test_the_curve_over_experts(run, capsys):
     assert plain["eval/perplexity"] == pytest.approx(math.exp(plain["eval/loss"]))
     source = json.loads((run / "config.json").read_text())["data"]["path"]
     from uoe_jax.data.pipeline import default_cache_dir
-    from uoe_jax.data.sources import text_source
+    from uoe_jax.data.registry import text_source
 
     config = config_of(source)
     documents = list(text_source(config.data, default_cache_dir()).documents("validation"))

@@ -9,10 +9,11 @@ import pytest
 import reference
 from flax import nnx
 
-from uoe_jax import RoutingConfig, UoME, routing
+from uoe_jax import RoutingConfig, UoME
 from uoe_jax.config import from_dict
 from uoe_jax.errors import ConfigError
 from uoe_jax.layers.common import Tokens
+from uoe_jax.moe import routing
 
 B, M, N, K = 3, 10, 4, 2
 VALID = np.array([[1] * 10, [1] * 7 + [0] * 3, [0] * 10], bool)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks import listops_baseline
-from uoe_jax.config_data import ListopsConfig
-from uoe_jax.data.listops import SYMBOLS, ListOps, share_within_limits, to_text
+from uoe_jax.config.data import ListopsConfig
+from uoe_jax.data.sources.listops import SYMBOLS, ListOps, share_within_limits, to_text
 from uoe_jax.errors import ConfigError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -153,7 +153,7 @@ def test_an_example_is_a_function_of_seed_split_and_index_alone():
     keys = {**SHORT, "seed": 7}
     here = [(to_text(ids_T), label) for ids_T, label in draw(20, "test", **keys)]
     code = (
-        "from uoe_jax.config_data import ListopsConfig; from uoe_jax.data.listops import ListOps, to_text\n"
+        "from uoe_jax.config.data import ListopsConfig; from uoe_jax.data.sources.listops import ListOps, to_text\n"
         f"e = ListOps(ListopsConfig(**{keys})).examples('test')\n"
         "print([(to_text(e[i].inputs[0]), e[i].label) for i in reversed(range(20))][::-1])"
     )

@@ -12,10 +12,10 @@ from test_classifier import MODELS as CLASSIFIERS
 from test_classifier import config_of
 
 from uoe_jax import RoutingConfig
-from uoe_jax.classifier import Classifier
 from uoe_jax.config import ModelConfig
-from uoe_jax.memory import cache_bytes, kept_bytes, parameters
-from uoe_jax.model import Transformer
+from uoe_jax.costs.memory import cache_bytes, kept_bytes, parameters
+from uoe_jax.models.classifier import Classifier
+from uoe_jax.models.decoder import Transformer
 
 BASE = ModelConfig(
     vocab_size=64, d_model=64, n_layers=2, n_heads=8, d_hidden=256, context_length=64

@@ -16,17 +16,17 @@ from flax import nnx
 from test_model import MODEL, batch
 
 from uoe_jax import SMHA, RoutingConfig, UoME
-from uoe_jax import mesh as mesh_lib
-from uoe_jax.classifier import Classifier
 from uoe_jax.config import MeshConfig, ModelConfig, from_dict
-from uoe_jax.config_peers import ATTENTIONS, MLPS, SECTIONS
-from uoe_jax.data.tokenizer import ByteTokenizer
+from uoe_jax.config.baselines import ATTENTIONS, MLPS, SECTIONS
+from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import ConfigError
 from uoe_jax.infer.sample import Sampler
 from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import tokens_like
 from uoe_jax.layers.mlp import MLP
-from uoe_jax.model import Block, make_attention, make_mlp
+from uoe_jax.models.classifier import Classifier
+from uoe_jax.models.decoder import Block, make_attention, make_mlp
 from uoe_jax.plan.hlo import Collective, collectives
 from uoe_jax.train.step import build
 

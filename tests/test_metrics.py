@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uoe_jax import processes
+from uoe_jax.distributed import coordination
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.train.metrics import MetricsWriter, Progress, read_metrics
 from uoe_jax.train.signals import StopSignal
@@ -290,8 +290,8 @@ def test_one_of_several_processes_turns_signals_to_the_preemption_service(monkey
     """Which waits for SIGTERM with a handler of its own, that must stay; and says when all are to stop."""
     got = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
-    monkeypatch.setattr(processes, "are_several", lambda: True)
-    monkeypatch.setattr(processes, "preempted", lambda call: call == 1)
+    monkeypatch.setattr(coordination, "are_several", lambda: True)
+    monkeypatch.setattr(coordination, "preempted", lambda call: call == 1)
     try:
         with StopSignal() as stop:
             signal.raise_signal(signal.SIGUSR1)

@@ -11,8 +11,8 @@ import optax
 import pytest
 import reference
 
-from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config, from_dict
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import ConfigError
 from uoe_jax.train.step import build, learning_rate
 

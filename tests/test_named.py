@@ -18,9 +18,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from uoe_jax.data import named
-from uoe_jax.data.digits import Digits
-from uoe_jax.data.named import hash_order, open_named, open_tfds_text
+from uoe_jax.data.sources import tfds as named
+from uoe_jax.data.sources.digits import Digits
+from uoe_jax.data.sources.tfds import hash_order, open_named, open_tfds_text
 from uoe_jax.errors import ConfigError, UserError
 
 SPLITS = ("train", "validation", "test")
@@ -254,7 +254,7 @@ def test_what_a_record_is_does_not_depend_on_the_process(tmp_path):
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     code = (
-        "import hashlib\nfrom uoe_jax.data.named import open_named\n"
+        "import hashlib\nfrom uoe_jax.data.sources.tfds import open_named\n"
         f"data = open_named('imdb', {str(tmp_path)!r})\n"
         "parts = [repr([data.examples(s)[i] for i in range(len(data.examples(s)))]) for s in ('train', 'validation', 'test')]\n"
         "print(hashlib.sha256(''.join(parts).encode()).hexdigest())\n"

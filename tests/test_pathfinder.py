@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from uoe_jax.config_data import PathfinderConfig
-from uoe_jax.data import pathfinder
-from uoe_jax.data.pathfinder import PathfinderFiles, PathfinderGenerated, open_pathfinder
+from uoe_jax.config.data import PathfinderConfig
+from uoe_jax.data.sources import pathfinder
+from uoe_jax.data.sources.pathfinder import PathfinderFiles, PathfinderGenerated, open_pathfinder
 from uoe_jax.errors import ConfigError, UserError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -273,7 +273,7 @@ def test_images_hold_two_long_paths_and_distractors(default):
 def test_an_image_is_a_function_of_seed_split_and_index_alone():
     images, _ = draw(6, "test", seed=5)
     code = (
-        "from uoe_jax.config_data import PathfinderConfig; from uoe_jax.data.pathfinder import PathfinderGenerated\n"
+        "from uoe_jax.config.data import PathfinderConfig; from uoe_jax.data.sources.pathfinder import PathfinderGenerated\n"
         "e = PathfinderGenerated(PathfinderConfig(seed=5, n_train=3, n_eval=6)).examples('test')\n"
         "print([e[i].inputs[0].tobytes().hex() for i in reversed(range(6))][::-1])"
     )

@@ -15,9 +15,9 @@ from flax import nnx
 
 from uoe_jax import config as config_lib
 from uoe_jax.config import ModelConfig
-from uoe_jax.config_peers import ATTENTIONS, MLPS
+from uoe_jax.config.baselines import ATTENTIONS, MLPS
 from uoe_jax.layers.common import Tokens, rotary_tables, tokens_like
-from uoe_jax.model import make_attention, make_mlp
+from uoe_jax.models.decoder import make_attention, make_mlp
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "peers"
 FILES = sorted(p.stem for p in GOLDEN.glob("*.npz"))

@@ -15,8 +15,8 @@ from test_mesh import over_expert
 from test_peers import GOLDEN, load, make, split, under
 
 from uoe_jax import config as config_lib
-from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import MeshConfig, ModelConfig
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.layers.common import Tokens, rotary_tables
 from uoe_jax.plan.hlo import collectives
 

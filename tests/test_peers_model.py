@@ -15,17 +15,17 @@ from test_flops import compilers_count
 from test_mesh import ONE, assert_same, run, sized
 
 from uoe_jax import config as config_lib
-from uoe_jax import mesh as mesh_lib
-from uoe_jax import tiles
-from uoe_jax.classifier import Classifier
 from uoe_jax.compare import presets
 from uoe_jax.compare.measure import drawn_batch
 from uoe_jax.config import ModelConfig
-from uoe_jax.config_peers import SECTIONS
+from uoe_jax.config.baselines import SECTIONS
+from uoe_jax.costs.flops import forward_flops
+from uoe_jax.costs.memory import active_parameters, kept_bytes, parameters
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import ConfigError
-from uoe_jax.flops import forward_flops
-from uoe_jax.memory import active_parameters, kept_bytes, parameters
-from uoe_jax.model import Transformer
+from uoe_jax.layers import tiles
+from uoe_jax.models.classifier import Classifier
+from uoe_jax.models.decoder import Transformer
 from uoe_jax.train import step
 from uoe_jax.train.step import accumulated_gradients, adapted, functional
 from uoe_jax.train.step import build as build_program

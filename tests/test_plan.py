@@ -15,9 +15,9 @@ from test_cli import sentence
 from test_model import batch
 
 from uoe_jax import cli
-from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
-from uoe_jax.data.sources import known_vocabulary
+from uoe_jax.data.registry import known_vocabulary
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import UserError
 from uoe_jax.plan import make as make_lib
 from uoe_jax.plan.compiled import Compiled, compile_step

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import MeshConfig
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.plan.hlo import Array, Collective, collectives
 
 SHAPE = dict(replica=1, data=2, fsdp=2, expert=2)

@@ -9,8 +9,9 @@ import pytest
 from helpers import TINY, finish, metric_lines, uoe_together, wait_for_step, write_source
 from test_train import assert_same_run
 
-from uoe_jax import processes, workdir
+from uoe_jax import workdir
 from uoe_jax.config import Config
+from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
 
 PLACE = {"UOE_COORDINATOR": "node1:8476", "UOE_PROCESSES": "2", "UOE_PROCESS_ID": "1"}
@@ -25,9 +26,9 @@ def source(tmp_path_factory):
 
 
 def test_a_process_is_told_its_place_or_is_alone():
-    assert processes.told({}) is None
-    assert processes.told(PLACE) == ("node1:8476", 2, 1)
-    assert processes.told({"SLURM_STEP_NUM_TASKS": "1", "PATH": "/bin"}) is None
+    assert coordination.told({}) is None
+    assert coordination.told(PLACE) == ("node1:8476", 2, 1)
+    assert coordination.told({"SLURM_STEP_NUM_TASKS": "1", "PATH": "/bin"}) is None
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_a_process_is_told_its_place_or_is_alone():
 )
 def test_a_place_that_cannot_be_is_refused(environ, sentence):
     with pytest.raises(UserError, match=sentence):
-        processes.told(environ)
+        coordination.told(environ)
 
 
 # --- agreeing ---------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def test_what_goes_wrong_in_one_process_ends_all(source, tmp_path):
 
 def test_a_workdir_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     """As another machine would see it: what process 0 says it wrote is not there."""
-    monkeypatch.setattr(processes, "by_first", lambda do: [*do()[:1], "written elsewhere"])
+    monkeypatch.setattr(coordination, "by_first", lambda do: [*do()[:1], "written elsewhere"])
     monkeypatch.setattr(workdir, "SHOWS_UP_S", 0)
     with pytest.raises(
         UserError,

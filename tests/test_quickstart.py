@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from uoe_jax import cli
-from uoe_jax import mesh as mesh_lib
 from uoe_jax.data.pipeline import TrainBatches
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.train.evaluate import evaluate
-from uoe_jax.train.loop import load_data
+from uoe_jax.train.main import load_data
 from uoe_jax.train.step import build
 
 

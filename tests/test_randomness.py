@@ -13,12 +13,13 @@ import reference
 from flax import nnx
 from test_model import MODEL, batch
 
-from uoe_jax import SMHA, RoutingConfig, UoME, routing
+from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import ModelConfig, from_dict
+from uoe_jax.distributed.mesh import make_mesh, put_batch
 from uoe_jax.errors import ConfigError
 from uoe_jax.layers.common import Tokens, dropout, tokens_like
-from uoe_jax.mesh import make_mesh, put_batch
-from uoe_jax.model import Transformer
+from uoe_jax.models.decoder import Transformer
+from uoe_jax.moe import routing
 from uoe_jax.train.step import build, row_keys
 
 B, L, D, N = 8, 12, 16, 4

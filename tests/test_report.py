@@ -22,9 +22,9 @@ from helpers import (
 )
 
 from uoe_jax import cli
-from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import from_dict, to_dict
-from uoe_jax.data.tokenizer import ByteTokenizer
+from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.report import command
 from uoe_jax.report.sample import Sample, of_text, pieces, routes
 from uoe_jax.report.series import logged, names
@@ -385,5 +385,5 @@ def test_memory_is_logged(trained):
 
 def test_bokeh_is_loaded_only_for_reports():
     """The command line starts without it."""
-    program = "import sys, uoe_jax.cli, uoe_jax.train.loop, uoe_jax.report.command; assert 'bokeh' not in sys.modules"
+    program = "import sys, uoe_jax.cli, uoe_jax.train.main, uoe_jax.report.command; assert 'bokeh' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, env=environment(), cwd=ROOT)

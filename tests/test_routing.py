@@ -13,10 +13,11 @@ import reference
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from uoe_jax import config, dispatch, routing
+from uoe_jax import config
 from uoe_jax.config import RoutingConfig
-from uoe_jax.dispatch import Selection, all_sequences
 from uoe_jax.errors import ConfigError
+from uoe_jax.moe import dispatch, routing
+from uoe_jax.moe.dispatch import Selection, all_sequences
 
 B, M, N, C = 3, 13, 4, 5
 GATES = ("sigmoid", "normalized", "score", "straight_through", "none")

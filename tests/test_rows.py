@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from uoe_jax import mesh as mesh_lib
 from uoe_jax.config import Config, from_dict
 from uoe_jax.data.examples import Example
 from uoe_jax.data.pipeline import TrainBatches, eval_batches
 from uoe_jax.data.rows import LabelledRows
-from uoe_jax.data.tokenizer import ByteTokenizer
+from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import UserError
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.step import build

@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from uoe_jax.data import aan, prepared, text, wikitext
+from uoe_jax.data import prepared
+from uoe_jax.data.sources import aan, text, wikitext
 from uoe_jax.data.store import open_or_build
-from uoe_jax.data.tokenizer import ByteTokenizer
+from uoe_jax.data.tokenizers.load import ByteTokenizer
 from uoe_jax.errors import ConfigError, RunError, UserError
 
 REPO = Path(__file__).resolve().parent.parent

@@ -16,10 +16,10 @@ from etils import epath
 from helpers import environment
 
 from uoe_jax.config import Config, MeshConfig, from_dict
+from uoe_jax.distributed.mesh import make_mesh
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.exchange import stablehlo
 from uoe_jax.exchange.stablehlo import export_stablehlo
-from uoe_jax.mesh import make_mesh
 from uoe_jax.train.step import functional
 
 SMALL = dict(d_model=16, n_layers=2, n_heads=4, d_hidden=32, context_length=32, vocab_size=11)

@@ -16,12 +16,12 @@ import test_sources
 from helpers import ROOT, metric_lines, uoe, write_source
 
 from uoe_jax import cli
-from uoe_jax import mesh as mesh_lib
-from uoe_jax.data.tokenizer import BPETokenizer, stored
+from uoe_jax.data.tokenizers.load import BPETokenizer, stored
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.infer.sample import sample
 from uoe_jax.train.checkpoint import CheckpointStore
-from uoe_jax.train.loop import train
+from uoe_jax.train.main import train
 
 PROSE = [
     f"the {a} {b} of {n} {c} in a book"
@@ -258,7 +258,7 @@ def test_a_damaged_best_checkpoint_is_named_and_not_passed_over(tmp_path, capsys
 
 def test_words_are_counted_once_for_all_runs(tmp_path, monkeypatch):
     from uoe_jax.data import pipeline
-    from uoe_jax.data.vocabulary import WordTokenizer
+    from uoe_jax.data.tokenizers.words import WordTokenizer
 
     config = cli.load_config("wikitext103:tiny", NEEDS["wikitext103"](tmp_path / "data"))
     first = pipeline.load(config, tmp_path / "cache").tokenizer

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uoe_jax import cli
-from uoe_jax.data import vocabulary
 from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.store import TokenStore
-from uoe_jax.data.tokenizer import (
+from uoe_jax.data.tokenizers import words as vocabulary
+from uoe_jax.data.tokenizers.load import (
     BPETokenizer,
     ByteTokenizer,
     WordTokenizer,
@@ -567,7 +567,7 @@ def train_command(source: Path, out: Path, vocab: str = "290", *more: str) -> li
 
 def test_fresh_processes_make_the_same_vocabularies(tmp_path, source):
     program = (
-        "import sys; from uoe_jax import cli; from uoe_jax.data.tokenizer import *; code = cli.main(sys.argv[1:]);"
+        "import sys; from uoe_jax import cli; from uoe_jax.data.tokenizers.load import *; code = cli.main(sys.argv[1:]);"
         "docs = [b'e d c b a e d c b a %d' % (i % 7) for i in range(50)];"
         "print(WordTokenizer.train(docs, 2).fingerprint); sys.exit(code)"
     )
@@ -597,7 +597,8 @@ def test_tokenizer_train_writes_a_file_that_works_and_says_what_comes_next(
     assert said.count("\n") == 1 and err == ""
     tokenizer = load_tokenizer("bpe", str(out))
     assert tokenizer.vocab_size == 290 and list(tmp_path.iterdir()) == [out]
-    from uoe_jax.data import pipeline, stdlib
+    from uoe_jax.data import pipeline
+    from uoe_jax.data.sources import stdlib
 
     documents = list(
         stdlib.prepare(str(source), pipeline.default_cache_dir()).documents("validation")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import TINY, environment, metric_lines, uoe, uoe_process, wait_for_step, write_source
 
-from uoe_jax.train.run import Clock
+from uoe_jax.train.loop import Clock
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 __all__ = ["SMHA", "RoutingConfig", "UoME"]
 
 if TYPE_CHECKING:
-    from uoe_jax.config import RoutingConfig
+    from uoe_jax.config.schema import RoutingConfig
     from uoe_jax.layers.smha import SMHA
     from uoe_jax.layers.uome import UoME
 else:  # a type checker that saw this would believe in any name
@@ -16,7 +16,7 @@ else:  # a type checker that saw this would believe in any name
     def __getattr__(name: str) -> Any:
         """Imports the blocks when they are first asked for: the command line checks its input before jax is imported."""
         if name == "RoutingConfig":
-            from uoe_jax.config import RoutingConfig
+            from uoe_jax.config.schema import RoutingConfig
 
             return RoutingConfig
         if name == "UoME":

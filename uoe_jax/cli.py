@@ -11,17 +11,18 @@ import traceback
 from typing import Any, NoReturn, Sequence
 
 from uoe_jax import config as config_lib
-from uoe_jax import processes, surroundings, watch
-from uoe_jax.config import Config
-from uoe_jax.config_file import load_config
-from uoe_jax.config_peers import ATTENTIONS, MLPS
+from uoe_jax import runtime_env
+from uoe_jax.config.baselines import ATTENTIONS, MLPS
+from uoe_jax.config.load import load_config
+from uoe_jax.config.schema import Config
+from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
 from uoe_jax.exchange.command import DTYPES, FORMATS
 
 
 def console() -> NoReturn:
     """The `uoe` command."""
-    surroundings.settle()
+    runtime_env.settle()
     sys.exit(main())
 
 
@@ -42,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, rest = _parser().parse_known_args(argv)
         overrides = _overrides(rest, options)
-        with surroundings.explained():
+        with runtime_env.explained():
             exit_code = options.run(options, overrides) or EXIT_DONE
         sys.stdout.flush()
-        watch.part()
+        watchdog.part()
         return exit_code
-    except processes.Told as error:
+    except coordination.Told as error:
         exit_code, why = error.exit_code, str(error)
     except UserError as error:
-        watch.leave_lost(error)
+        watchdog.leave_lost(error)
         if "--debug" in argv:
             traceback.print_exc()
         _complain(f"uoe: {error}")
@@ -60,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code, why = EXIT_FAILED, "interrupted"
     except Exception as error:
         workdir = None if options is None or options.debug else options.workdir
-        watch.leave_lost(error)
+        watchdog.leave_lost(error)
         exit_code, why = _unexpected(error, workdir)
-    watch.leave(exit_code, why)
+    watchdog.leave(exit_code, why)
     return exit_code
 
 
@@ -81,7 +82,7 @@ def _unexpected(error: Exception, workdir: str | None) -> tuple[int, str]:
 
         if workdir is None or not locate(workdir).is_dir():
             raise OSError
-        me = os.environ.get(processes.PROCESS_ID, "0")
+        me = os.environ.get(coordination.PROCESS_ID, "0")
         file = locate(workdir) / (
             f"error_{int(me)}.txt" if me.isdecimal() and int(me) else "error.txt"
         )
@@ -327,7 +328,7 @@ def _overrides(rest: list[str], options: argparse.Namespace) -> dict[str, str]:
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from uoe_jax.data.kept import check_tokenizer
+    from uoe_jax.data.tokenizers.workdir import check_tokenizer
     from uoe_jax.workdir import checkpoint_path
 
     config = load_config(options.config, overrides)
@@ -338,7 +339,7 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     _start(config, stops_itself=True)
     from uoe_jax.infer.sample import sample
     from uoe_jax.report.command import at_end
-    from uoe_jax.train.loop import train
+    from uoe_jax.train.main import train
 
     return train(config, options.workdir, sample, at_end)
 
@@ -361,7 +362,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if devices is not None and not (devices.isdecimal() and int(devices)):
         raise UserError(f"--devices={devices}: give a whole number from 1 on")
     mesh = make.read_mesh(options.mesh, None if devices is None else int(devices), config.mesh)
-    from uoe_jax.data.sources import known_vocabulary
+    from uoe_jax.data.registry import known_vocabulary
 
     config = config_lib.with_vocabulary(
         dataclasses.replace(config, mesh=mesh), known_vocabulary(config)[0]
@@ -434,10 +435,10 @@ def _report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _tokenizer_train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     import shlex
 
-    from uoe_jax.config_data import TEXT
+    from uoe_jax.config.data import TEXT
     from uoe_jax.data.pipeline import default_cache_dir
-    from uoe_jax.data.sources import text_source
-    from uoe_jax.data.tokenizer import BPETokenizer
+    from uoe_jax.data.registry import text_source
+    from uoe_jax.data.tokenizers.load import BPETokenizer
     from uoe_jax.workdir import is_remote, locate
 
     vocab, out = options.vocab, locate(options.out, "--out")
@@ -532,6 +533,6 @@ def _check_workdir(path: str) -> None:
 
 
 def _start(config: Config, stops_itself: bool = False) -> None:
-    from uoe_jax import runtime
+    from uoe_jax.distributed import setup
 
-    runtime.start(config, stops_itself)
+    setup.start(config, stops_itself)

@@ -24,10 +24,10 @@ from typing import Any
 from etils import epath
 from etils.epath import gpath
 
-from uoe_jax import processes
-from uoe_jax.config import Config, changed_keys, from_dict, printable, to_dict
+from uoe_jax.config.schema import Config, changed_keys, from_dict, printable, to_dict
+from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
-from uoe_jax.surroundings import expanded
+from uoe_jax.runtime_env import expanded
 
 CONFIG, RECORD, LOCK = "config.json", "record.json", ".lock"
 SHOWS_UP_S = 10  # a network file system may show a new file late
@@ -293,7 +293,7 @@ def enter_workdir(path: str, config: Config) -> epath.Path:
         workdir = open_workdir(path, config)
         return [os.fspath(workdir), read_text(workdir / CONFIG)]
 
-    name, written = processes.by_first(opened)
+    name, written = coordination.by_first(opened)
     workdir = locate(name)
 
     def seen() -> None:
@@ -306,7 +306,7 @@ def enter_workdir(path: str, config: Config) -> epath.Path:
                 )
             time.sleep(0.1)
 
-    processes.together(seen)
+    coordination.together(seen)
     return workdir
 
 

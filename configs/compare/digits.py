@@ -7,8 +7,8 @@ Time:      54 minutes on one of two cores, beside other work (2026-11-26, Python
 Expected:  all rows between 97.6 and 98.8 % of test, which is within the noise of 269 images: docs/results.md.
 """
 
-from uoe_jax import recipes
 from uoe_jax.compare.table import experiment, table
+from uoe_jax.config import recipes
 
 PEERS = (
     "full_attention",

@@ -7,8 +7,8 @@ Time:      2 hours on one of two cores beside other work, and 10 minutes of meas
 Expected:  UoE 41.3 % of test, full attention 43.5, UoME alone 42.6, SMHA alone 41.2, each +- 0.9 to 1.7: docs/results.md.
 """
 
-from uoe_jax import recipes
 from uoe_jax.compare.table import experiment, table
+from uoe_jax.config import recipes
 
 PEERS = ("full_attention", "expert_choice", "deepseek_v3", "xmoe", "uoe")
 ENCODERS = ("linformer", "nystromformer", "performer", "reformer", "long_short", "mosa")

@@ -9,8 +9,8 @@ Time:      not run.
 Expected:  not run.
 """
 
-from uoe_jax import recipes
 from uoe_jax.compare.table import experiment, table
+from uoe_jax.config import recipes
 
 ROWS = ("full_attention", "xmoe", "deepseek_moe", "skywork_moe", "deepseek_v3", "uoe")
 

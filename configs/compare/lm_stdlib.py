@@ -9,8 +9,8 @@ Time:      86 minutes on one of two cores beside other work, and 8 minutes of me
 Expected:  bits per byte of validation: UoE 2.657, full attention 2.615, UoME alone 2.617, SMHA alone 2.692, each +- 0.01 to 0.05: docs/results.md.
 """
 
-from uoe_jax import recipes
 from uoe_jax.compare.table import experiment, table
+from uoe_jax.config import recipes
 
 PEERS = (
     "full_attention",

@@ -11,8 +11,8 @@ Expected:  bits per byte of validation. `:cpu`, three seeds: UoE 2.368 +- 0.026,
            UoE (1.74 at step 200, where full attention had 1.79) was not seen to the end. docs/results.md has both.
 """
 
-from uoe_jax import recipes
 from uoe_jax.compare.table import experiment, table
+from uoe_jax.config import recipes
 
 ROWS = ("full_attention", "deepseek_v3", "xmoe", "uoe")
 

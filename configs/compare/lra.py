@@ -7,8 +7,8 @@ Time:      not run.
 Expected:  not run.
 """
 
-from uoe_jax import recipes
 from uoe_jax.compare.table import experiment, table
+from uoe_jax.config import recipes
 
 MIXTURES = (
     "full_attention",

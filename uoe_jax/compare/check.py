@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import sys
 
-from uoe_jax import surroundings
-from uoe_jax.config import from_dict
+from uoe_jax import runtime_env
+from uoe_jax.config.schema import from_dict
 from uoe_jax.errors import EXIT_DONE, UserError
 
 
 def main() -> int:
     """Returns the exit code."""
-    surroundings.settle()
+    runtime_env.settle()
     try:
-        with surroundings.explained():
-            from uoe_jax import runtime
-            from uoe_jax.train.loop import agreed_data
+        with runtime_env.explained():
+            from uoe_jax.distributed import setup
+            from uoe_jax.train.main import agreed_data
 
             config = from_dict(json.loads(sys.argv[1]))
-            runtime.start(config)
+            setup.start(config)
             agreed_data(config, None)
     except UserError as error:
         print(f"uoe: {error}", file=sys.stderr, flush=True)

@@ -19,15 +19,16 @@ from typing import Any, Sequence
 import jax
 import numpy as np
 
-from uoe_jax import mesh as mesh_lib
-from uoe_jax import runtime, surroundings
+from uoe_jax import runtime_env
 from uoe_jax.compare.run import DAMAGED, diverged, is_finished
 from uoe_jax.compare.table import numbers
-from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
+from uoe_jax.config.schema import Config, from_dict, to_dict, with_vocabulary
+from uoe_jax.costs.flops import forward_flops_per_token, train_flops
+from uoe_jax.costs.memory import active_parameters, kept_bytes, parameters
 from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
+from uoe_jax.distributed import mesh as mesh_lib
+from uoe_jax.distributed import setup
 from uoe_jax.errors import EXIT_DONE, ConfigError, UserError
-from uoe_jax.flops import forward_flops_per_token, train_flops
-from uoe_jax.memory import active_parameters, kept_bytes, parameters
 from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of
 from uoe_jax.workdir import locate, read_config, read_json, write_json
@@ -221,7 +222,7 @@ def measure(workdir_name: str) -> int:
         slug: replace(c, mesh=first.mesh, model=replace(c.model, remat=first.model.remat))
         for slug, c in configs.items()
     }
-    runtime.start(first)
+    setup.start(first)
     trained_on = batch_lengths(first)  # before all that takes long: it may find no data
     timed_rows, failed = side_by_side(configs, reference, table["rounds"])
     rows = {
@@ -247,7 +248,7 @@ def measure(workdir_name: str) -> int:
 
 
 def main() -> int:
-    surroundings.settle()
+    runtime_env.settle()
     try:
         return measure(sys.argv[1])
     except UserError as error:

@@ -13,8 +13,8 @@ import math
 from types import MappingProxyType
 from typing import Any, Mapping
 
-from uoe_jax.config_file import put
-from uoe_jax.config_peers import MLPS, SECTIONS, UNIONS
+from uoe_jax.config.baselines import MLPS, SECTIONS, UNIONS
+from uoe_jax.config.load import put
 from uoe_jax.errors import ConfigError
 
 Changes = dict[str, Any]  # values by dotted key below `model`

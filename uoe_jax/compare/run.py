@@ -24,9 +24,9 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 from etils import epath
 
-from uoe_jax import processes
 from uoe_jax.compare.table import Row, Table
-from uoe_jax.config import Config, changed_keys, from_dict, to_dict
+from uoe_jax.config.schema import Config, changed_keys, from_dict, to_dict
+from uoe_jax.distributed import coordination
 from uoe_jax.errors import (
     EXIT_BAD_INPUT,
     EXIT_BAD_NUMBERS,
@@ -36,7 +36,7 @@ from uoe_jax.errors import (
     RunError,
     UserError,
 )
-from uoe_jax.surroundings import default_cache_dir, tell
+from uoe_jax.runtime_env import default_cache_dir, tell
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import (
     locate,
@@ -79,7 +79,7 @@ def compare(table: Table, workdir_name: str) -> int:
     Raises:
       UserError: the workdir holds another table, or one process of several asks. RunError: a run failed.
     """
-    if processes.are_several():
+    if coordination.are_several():
         remedy = "a table is made by one process on all devices of one machine; start this once, and not by srun or its like"
         raise UserError(f"--workdir={workdir_name}: {remedy}")
     workdir = locate(workdir_name)

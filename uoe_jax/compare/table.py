@@ -18,11 +18,11 @@ from typing import Any, Mapping, NamedTuple
 
 from uoe_jax import config as config_lib
 from uoe_jax.compare import presets
-from uoe_jax.config import Config
-from uoe_jax.config_file import evaluate, put, validated
-from uoe_jax.config_peers import SECTIONS
+from uoe_jax.config.baselines import SECTIONS
+from uoe_jax.config.fields import checked, key, leaves, parsed
+from uoe_jax.config.load import evaluate, put, validated
+from uoe_jax.config.schema import Config
 from uoe_jax.errors import ConfigError, UserError
-from uoe_jax.keys import checked, key, leaves, parsed
 
 MOST_TOKENS = 1 << 20
 LONGEST_NAME = 200
@@ -317,7 +317,7 @@ def _matched(
 
 def _operations(config: Config) -> float:
     """Of a forward pass without the words' scores: how many words there are is not known before the data is read."""
-    from uoe_jax.flops import forward_flops
+    from uoe_jax.costs.flops import forward_flops
 
     return forward_flops(dataclasses.replace(config.model, vocab_size=0, cutoffs=""))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from uoe_jax.config_data import AugmentConfig
+from uoe_jax.config.data import AugmentConfig
 
 if TYPE_CHECKING:
     import jax

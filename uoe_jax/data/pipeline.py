@@ -17,25 +17,25 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from uoe_jax.checks import check_source
-from uoe_jax.config import Config
-from uoe_jax.config_data import FACTS, TEXT
+from uoe_jax.config.data import FACTS, TEXT
+from uoe_jax.config.schema import Config
+from uoe_jax.config.validate import check_source
 from uoe_jax.data.examples import Examples, ExampleSource
 from uoe_jax.data.packing import Batch, PackedRows, Row
 from uoe_jax.data.prepared import SPLITS
-from uoe_jax.data.rows import LabelledRows
-from uoe_jax.data.sources import (
+from uoe_jax.data.registry import (
     TextSource,
     known_vocabulary,
     labelled_source,
     text_source,
     tokenizer_of,
 )
+from uoe_jax.data.rows import LabelledRows
 from uoe_jax.data.store import open_or_build
-from uoe_jax.data.tokenizer import Tokenizer
+from uoe_jax.data.tokenizers.load import Tokenizer
+from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError
-from uoe_jax.surroundings import default_cache_dir as default_cache_dir
-from uoe_jax.watch import ticking
+from uoe_jax.runtime_env import default_cache_dir as default_cache_dir
 
 T = TypeVar("T")
 

@@ -26,9 +26,9 @@ from typing import Any, BinaryIO, NoReturn, Protocol
 
 import numpy as np
 
+from uoe_jax.distributed.watchdog import tick, ticking
 from uoe_jax.errors import RunError, UserError
-from uoe_jax.surroundings import expanded
-from uoe_jax.watch import tick, ticking
+from uoe_jax.runtime_env import expanded
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.config import Config
-from uoe_jax.config_data import FACTS
+from uoe_jax.config.data import FACTS
+from uoe_jax.config.schema import Config
 from uoe_jax.data import augment
 from uoe_jax.data.examples import Example, Examples, Input
 from uoe_jax.data.packing import Batch, Row
-from uoe_jax.data.tokenizer import Tokenizer
+from uoe_jax.data.tokenizers.load import Tokenizer
 from uoe_jax.errors import UserError
 
 

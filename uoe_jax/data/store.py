@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from uoe_jax.data.library import LibraryTokenizer
-from uoe_jax.data.tokenizer import Tokenizer
+from uoe_jax.data.tokenizers.hf import LibraryTokenizer
+from uoe_jax.data.tokenizers.load import Tokenizer
+from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import RunError
-from uoe_jax.watch import ticking
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config.schema import ModelConfig
+from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.layers.common import add_bias, valid_mean
 from uoe_jax.layers.router import patches
 from uoe_jax.layers.union import Union
-from uoe_jax.model import Transformer
+from uoe_jax.models.decoder import Transformer
 from uoe_jax.train.step import Params
-from uoe_jax.watch import ticking
 
 RIDGE = 1e-3  # of the mean square of the summaries
 SPREAD = 1.0  # standard deviation of the fitted logits: ranks must not be lost in the first steps of training

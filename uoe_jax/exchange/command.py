@@ -7,9 +7,9 @@ import shlex
 import sys
 from typing import Mapping
 
-from uoe_jax import processes
-from uoe_jax.config import Config
-from uoe_jax.data.tokenizer import Tokenizer
+from uoe_jax.config.schema import Config
+from uoe_jax.data.tokenizers.load import Tokenizer
+from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
 
 FORMATS = ("safetensors", "hf", "stablehlo")
@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def _tokenizer(config: Config, workdir: str) -> Tokenizer | None:
     """The run's tokenizer; None of an imported model that came without one."""
-    from uoe_jax.data.kept import read_tokenizer, tokenizer_of_run
+    from uoe_jax.data.tokenizers.workdir import read_tokenizer, tokenizer_of_run
     from uoe_jax.exchange.importing import SOURCE
     from uoe_jax.workdir import locate
 
@@ -29,7 +29,7 @@ def _tokenizer(config: Config, workdir: str) -> Tokenizer | None:
 
 def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     """Raises UserError for what cannot be imported."""
-    from uoe_jax import runtime
+    from uoe_jax.distributed import setup
     from uoe_jax.exchange.plan_import import plan
 
     found = plan(
@@ -41,7 +41,7 @@ def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> Non
         overrides,
         options.workdir,
     )
-    runtime.start(found.config)
+    setup.start(found.config)
     from uoe_jax.exchange.importing import import_model
 
     import_model(found, options.workdir)
@@ -62,9 +62,9 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
         raise UserError(
             f"--dtype={options.dtype}: is for safetensors and hf; StableHLO has the weights as they are"
         )
-    from uoe_jax import runtime
+    from uoe_jax.distributed import setup
 
-    runtime.start(config)
+    setup.start(config)
     from uoe_jax.exchange import exporting
     from uoe_jax.exchange.importing import SOURCE
     from uoe_jax.exchange.stablehlo import export_stablehlo
@@ -72,7 +72,7 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
     from uoe_jax.train.restore import restored
     from uoe_jax.workdir import locate
 
-    if processes.are_several():
+    if coordination.are_several():
         raise UserError(
             f"--out={options.out}: a model is exported by one process; start this once, and not by srun or its like"
         )

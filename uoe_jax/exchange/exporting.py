@@ -14,12 +14,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from uoe_jax import decompose
-from uoe_jax.config import Config, ModelConfig, to_dict
-from uoe_jax.config_peers import UNIONS
-from uoe_jax.data.ends import SEPARATORS, template
-from uoe_jax.data.library import LibraryTokenizer
-from uoe_jax.data.tokenizer import BYTE_OF, BPETokenizer, ByteTokenizer, Tokenizer
+from uoe_jax.config.baselines import UNIONS
+from uoe_jax.config.schema import Config, ModelConfig, to_dict
+from uoe_jax.data.tokenizers.ends import SEPARATORS, template
+from uoe_jax.data.tokenizers.hf import LibraryTokenizer
+from uoe_jax.data.tokenizers.load import BYTE_OF, BPETokenizer, ByteTokenizer, Tokenizer
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.exchange.config_keys import GENERATION_FILE, PROCESSOR_FILE, image_bound
 from uoe_jax.exchange.families import (
@@ -31,6 +30,7 @@ from uoe_jax.exchange.families import (
     their_shape,
 )
 from uoe_jax.exchange.tensors import Tensor, dotted, write
+from uoe_jax.moe import decompose
 from uoe_jax.train.step import Params
 from uoe_jax.workdir import CONFIG, read_json
 

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uoe_jax import decompose, processes
-from uoe_jax import mesh as mesh_lib
-from uoe_jax.checks import check_source
-from uoe_jax.config import Config, ModelConfig, to_dict
-from uoe_jax.data.kept import keep_tokenizer
+from uoe_jax.config.schema import Config, ModelConfig, to_dict
+from uoe_jax.config.validate import check_source
 from uoe_jax.data.pipeline import DataBundle, TrainBatches, default_cache_dir, load
+from uoe_jax.data.tokenizers.workdir import keep_tokenizer
+from uoe_jax.distributed import coordination
+from uoe_jax.distributed import mesh as mesh_lib
+from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.exchange.calibrate import calibrated
 from uoe_jax.exchange.families import Entry, into_ours, their_shape
@@ -28,10 +29,10 @@ from uoe_jax.exchange.plan_import import Plan
 from uoe_jax.exchange.tensors import Tensors, dotted
 from uoe_jax.exchange.whole import whole_directory
 from uoe_jax.infer.experts import all_experts
+from uoe_jax.moe import decompose
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.step import Params, build, declared, functional
-from uoe_jax.watch import ticking
 from uoe_jax.workdir import CONFIG, write_json
 
 SOURCE = "source"  # of a workdir: the files of the model that was imported, its weights left out
@@ -45,7 +46,7 @@ def import_model(plan: Plan, workdir: str) -> None:
     Raises:
       UserError: what is in the directory does not fit its config.json, or cannot be read, or the workdir exists already.
     """
-    if processes.are_several():
+    if coordination.are_several():
         raise UserError(
             f"--workdir={workdir}: a model is imported by one process; start this once, and not by srun or its like"
         )

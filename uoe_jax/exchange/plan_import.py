@@ -8,11 +8,11 @@ from typing import Any, Mapping, NamedTuple
 from etils import epath
 
 from uoe_jax import config as config_lib
-from uoe_jax.config import Config
-from uoe_jax.config_file import evaluate, put
-from uoe_jax.data.ends import find_ends
-from uoe_jax.data.library import LibraryTokenizer
-from uoe_jax.data.tokenizer import BPETokenizer, files_beside, steps_of
+from uoe_jax.config.load import evaluate, put
+from uoe_jax.config.schema import Config
+from uoe_jax.data.tokenizers.ends import find_ends
+from uoe_jax.data.tokenizers.hf import LibraryTokenizer
+from uoe_jax.data.tokenizers.load import BPETokenizer, files_beside, steps_of
 from uoe_jax.errors import UserError
 from uoe_jax.exchange.config_keys import generation_notes, image_bound
 from uoe_jax.exchange.families import MISTRAL_WINDOW, Family, family_of, model_of

@@ -21,14 +21,14 @@ from etils import epath
 from jax import export
 
 import uoe_jax
-from uoe_jax.config import Config, MeshConfig
+from uoe_jax.config.schema import Config, MeshConfig
+from uoe_jax.distributed.mesh import make_mesh
+from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import RunError
 from uoe_jax.exchange.tensors import dotted
 from uoe_jax.exchange.whole import whole_directory
-from uoe_jax.mesh import make_mesh
 from uoe_jax.train.step import Params, functional
 from uoe_jax.train.task import task_of
-from uoe_jax.watch import ticking
 
 MAGIC = b"UOESHLO1"
 PLATFORMS = ("cpu", "cuda", "tpu")

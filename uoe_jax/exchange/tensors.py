@@ -14,9 +14,9 @@ import safetensors.numpy
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
+from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.train.fingerprint import leaf_name
-from uoe_jax.watch import ticking
 from uoe_jax.workdir import read_json, write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"

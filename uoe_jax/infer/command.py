@@ -10,12 +10,12 @@ import sys
 from typing import Any, TextIO
 
 from uoe_jax import config as config_lib
-from uoe_jax import processes
-from uoe_jax.config import Config
-from uoe_jax.data.formats import JSON_LINES, json_of, keys_of, other_format
+from uoe_jax.config.schema import Config
+from uoe_jax.data.sources.formats import JSON_LINES, json_of, keys_of, other_format
+from uoe_jax.distributed import coordination
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.infer.experts import choices
-from uoe_jax.surroundings import takes_utf8
+from uoe_jax.runtime_env import takes_utf8
 from uoe_jax.workdir import locate, os_errors, write_asked
 
 _LINES = "start it in a terminal, or send it lines"
@@ -70,15 +70,15 @@ def run_generate(options: argparse.Namespace, config: Config) -> None:
     if options.chat and sys.stdin is None:
         raise UserError(f"--chat: standard input is closed; {_LINES}")
     prompts = read_prompts(options.prompts) if options.prompts else {}
-    from uoe_jax import runtime
+    from uoe_jax.distributed import setup
 
-    runtime.start(config)
-    from uoe_jax.data.kept import tokenizer_of_run
+    setup.start(config)
+    from uoe_jax.data.tokenizers.workdir import tokenizer_of_run
     from uoe_jax.infer.sample import Sampler
     from uoe_jax.train.restore import restored
 
     texts = list(prompts.values())
-    processes.same_command(config, step=options.step, stop=options.stop, prompts=texts)
+    coordination.same_command(config, step=options.step, stop=options.stop, prompts=texts)
     tokenizer = tokenizer_of_run(config, options.workdir)
     with restored(config, options.workdir, options.step) as run:
         sampler = Sampler(config, run.program.model, run.params, tokenizer)
@@ -142,7 +142,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _write(out: str | None, completions: list[Any]) -> None:
-    if not processes.is_first():
+    if not coordination.is_first():
         return
     # JSON is UTF-8; where the screen is not, other characters are escaped.
     escaped = not out and not takes_utf8(sys.stdout)
@@ -158,7 +158,7 @@ def _write(out: str | None, completions: list[Any]) -> None:
 
 
 def _show(text: str) -> None:
-    if processes.is_first():
+    if coordination.is_first():
         print(text, end="", flush=True)
 
 
@@ -173,7 +173,7 @@ def _one(sampler: Any, options: argparse.Namespace) -> None:
         _show(prompt)
         completion = sampler.complete([prompt], options.stop, show=lambda _, text: _show(text))[0]
     _show("\n")
-    if processes.is_first():
+    if coordination.is_first():
         why = {
             "document": "end of document",
             "stop": "stop string",
@@ -187,7 +187,7 @@ def chat(sampler: Any, stops: list[str], lines: TextIO) -> None:
 
     What no longer fits the context is forgotten from the beginning, and said so.
     """
-    if processes.are_several():
+    if coordination.are_several():
         raise UserError(
             "--chat: one person speaks with one process; start this once, and not by srun or its like"
         )
@@ -235,9 +235,9 @@ def fitting(sampler: Any, text: str) -> str:
 
 
 def _report(sampler: Any, step: int) -> None:
-    from uoe_jax.memory import cache_bytes
+    from uoe_jax.costs.memory import cache_bytes
 
-    if not processes.is_first():
+    if not coordination.is_first():
         return
     m = sampler.config.model
     dense = cache_bytes(m, rows=1, dense=True)

@@ -7,18 +7,18 @@ import json
 import math
 from typing import Any
 
-from uoe_jax import processes
-from uoe_jax.config import Config
-from uoe_jax.config_data import TEXT
+from uoe_jax.config.data import TEXT
+from uoe_jax.config.schema import Config
+from uoe_jax.costs.flops import forward_flops_per_token
 from uoe_jax.data.pipeline import DataBundle, default_cache_dir
-from uoe_jax.data.sources import text_source
-from uoe_jax.flops import forward_flops_per_token
+from uoe_jax.data.registry import text_source
+from uoe_jax.distributed import coordination
+from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.infer.experts import choices
 from uoe_jax.train.evaluate import evaluate
-from uoe_jax.train.loop import agreed_data
+from uoe_jax.train.main import agreed_data
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import build
-from uoe_jax.watch import ticking
 from uoe_jax.workdir import check_record
 
 
@@ -27,8 +27,8 @@ def run_eval(options: argparse.Namespace, config: Config) -> None:
     config, data = agreed_data(
         config, options.workdir, step=options.step, split=options.split, experts=options.experts
     )
-    processes.by_first(lambda: check_record(options.workdir, data.record, store=False))
-    per_word = processes.by_first(lambda: targets_per_word(config, data, options.split))
+    coordination.by_first(lambda: check_record(options.workdir, data.record, store=False))
+    per_word = coordination.by_first(lambda: targets_per_word(config, data, options.split))
     with restored(config, options.workdir, options.step) as run:
         for c in [config] if options.experts is None else choices(config, options.experts):
             program = run.program if c == config else build(c, run.program.mesh)
@@ -39,7 +39,7 @@ def run_eval(options: argparse.Namespace, config: Config) -> None:
                 line["forward_flops_per_token"] = forward_flops_per_token(c.model)
             if per_word is not None:
                 found |= perplexities(found["eval/loss"], per_word)
-            if processes.is_first():
+            if coordination.is_first():
                 print(json.dumps({**line, **found}), flush=True)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from uoe_jax.checks import check_model
-from uoe_jax.config import Config, RoutingConfig
+from uoe_jax.config.schema import Config, RoutingConfig
+from uoe_jax.config.validate import check_model
 from uoe_jax.errors import UserError
 
 

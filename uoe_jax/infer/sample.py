@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uoe_jax.config import Config
-from uoe_jax.data.tokenizer import Tokenizer
+from uoe_jax.config.schema import Config
+from uoe_jax.data.tokenizers.load import Tokenizer
+from uoe_jax.distributed.mesh import everywhere
 from uoe_jax.errors import UserError
 from uoe_jax.infer.growing import GrowingText
-from uoe_jax.mesh import everywhere
-from uoe_jax.model import Cache, Layers, Transformer
+from uoe_jax.models.decoder import Cache, Layers, Transformer
 from uoe_jax.train.step import Params, Program
 
 

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from uoe_jax import mesh as mesh_lib
-from uoe_jax.config import ModelConfig
+from uoe_jax.config.schema import ModelConfig
+from uoe_jax.distributed import mesh as mesh_lib
+from uoe_jax.distributed.manual import Region, run
 from uoe_jax.layers.chunked import word_scores, words_nll
 from uoe_jax.layers.common import linear, scaled_normal, weight
-from uoe_jax.layers.ends import lookup
-from uoe_jax.region import Region, run
+from uoe_jax.layers.vocabulary import lookup
 
 
 class Pieces(nnx.Module):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.config import ModelConfig
+from uoe_jax.config.schema import ModelConfig
+from uoe_jax.distributed.manual import WHOLE, Region, run
 from uoe_jax.layers.common import (
     Tokens,
     add_bias,
@@ -27,8 +28,7 @@ from uoe_jax.layers.common import (
 )
 from uoe_jax.layers.flash import Marks, flash_attention
 from uoe_jax.layers.fused import fits_cudnn, fused
-from uoe_jax.region import WHOLE, Region, run
-from uoe_jax.routing import RoutingStats
+from uoe_jax.moe.routing import RoutingStats
 
 
 def attend(

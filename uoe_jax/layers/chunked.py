@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from uoe_jax import tiles
+from uoe_jax.layers import tiles
 
 
 def words_nll(

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from uoe_jax.config import GATED_ACTIVATIONS
-from uoe_jax.routing import RoutingStats
+from uoe_jax.config.schema import GATED_ACTIVATIONS
+from uoe_jax.moe.routing import RoutingStats
 
 # Names of the activations the default remat policy keeps for the backward pass (`model.REMAT`): the narrow ones.
 # Gathered slots, attention scores and activations are made again from these.

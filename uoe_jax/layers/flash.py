@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax import tiles
+from uoe_jax.layers import tiles
 from uoe_jax.layers.common import dropout, fold
 
 HIDDEN = -1e30  # the score of what a query may not attend to

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from uoe_jax.distributed.manual import WHOLE, Region, run
 from uoe_jax.layers.common import (
     GATED,
     Tokens,
@@ -19,7 +20,6 @@ from uoe_jax.layers.common import (
     weight,
     zeros,
 )
-from uoe_jax.region import WHOLE, Region, run
 
 
 class MLP(nnx.Module):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax import routing as routing_lib
-from uoe_jax.config_routing import RoutingConfig
-from uoe_jax.dispatch import Selection
+from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.layers.common import along_last, lengthened, scaled_normal, valid_mean, weight, zeros
-from uoe_jax.routing import UNION, Decision, RoutingStats, Rule
+from uoe_jax.moe import routing as routing_lib
+from uoe_jax.moe.dispatch import Selection
+from uoe_jax.moe.routing import UNION, Decision, RoutingStats, Rule
 
 
 class RouterCache(NamedTuple):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.config_routing import RoutingConfig
+from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.layers.attention import attend, attend_one, cache_of, group_keys, placed, put
 from uoe_jax.layers.common import Tokens, add_bias, ones, scaled_normal, valid_tokens, weight, zeros
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert, per_expert_each
-from uoe_jax.routing import UNION, Rule
+from uoe_jax.moe.routing import UNION, Rule
 
 
 class SMHACache(NamedTuple):

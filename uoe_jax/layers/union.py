@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from uoe_jax.config_routing import RoutingConfig
-from uoe_jax.dispatch import backend_for, combine_slots, gather_own, gather_rows, gather_slots
-from uoe_jax.keys import check_declared
+from uoe_jax.config.fields import check_declared
+from uoe_jax.config.routing import RoutingConfig
+from uoe_jax.distributed.manual import WHOLE, Region, run
 from uoe_jax.layers.common import Tokens, add_bias, fold, tokens_like
 from uoe_jax.layers.router import Router, patches
-from uoe_jax.region import WHOLE, Region, run
-from uoe_jax.routing import UNION, RoutingStats, Rule, Selection
+from uoe_jax.moe.dispatch import backend_for, combine_slots, gather_own, gather_rows, gather_slots
+from uoe_jax.moe.routing import UNION, RoutingStats, Rule, Selection
 
 
 class Slots(NamedTuple):

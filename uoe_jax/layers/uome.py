@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.config_routing import RoutingConfig
+from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.layers.common import (
     GATED,
     Tokens,
@@ -22,7 +22,7 @@ from uoe_jax.layers.common import (
 )
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert
-from uoe_jax.routing import UNION, Rule
+from uoe_jax.moe.routing import UNION, Rule
 
 
 class UoME(Union):

@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from uoe_jax.config import Config, from_dict, to_dict
+from uoe_jax.config.schema import Config, from_dict, to_dict
 from uoe_jax.errors import EXIT_BAD_INPUT, UserError
 from uoe_jax.plan.hlo import Array, Collective, collectives
 
@@ -77,8 +77,8 @@ def describe(config: Config) -> Compiled:
     """The same in this process, which must have the devices."""
     import jax
 
-    from uoe_jax import mesh as mesh_lib
-    from uoe_jax.runtime import host_peak_bytes
+    from uoe_jax.distributed import mesh as mesh_lib
+    from uoe_jax.distributed.setup import host_peak_bytes
     from uoe_jax.train.step import build
 
     begun = time.monotonic()

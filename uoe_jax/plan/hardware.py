@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from uoe_jax.costs.flops import PEAK_FLOPS
 from uoe_jax.errors import UserError
-from uoe_jax.flops import PEAK_FLOPS
 
 Range = tuple[float, float]
 

@@ -7,8 +7,8 @@ import itertools
 import math
 from typing import Iterator, Mapping, NamedTuple
 
-from uoe_jax.checks import check_sizes
-from uoe_jax.config import MESH_AXES, Config, MeshConfig
+from uoe_jax.config.schema import MESH_AXES, Config, MeshConfig
+from uoe_jax.config.validate import check_sizes
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.plan.compiled import Compiled, compile_step
 from uoe_jax.plan.hardware import Hardware, Range, find
@@ -117,7 +117,7 @@ def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshC
     mesh = _resized(given, sizes)
     if devices is None:
         return mesh
-    from uoe_jax import mesh as mesh_lib
+    from uoe_jax.distributed import mesh as mesh_lib
 
     return _resized(mesh, mesh_lib.sizes(mesh, devices))
 

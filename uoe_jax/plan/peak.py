@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from uoe_jax.config import Config
-from uoe_jax.memory import (
+from uoe_jax.config.schema import Config
+from uoe_jax.costs.memory import (
     ITEM_SIZE,
     bias_parameters,
     classifier_parameters,
@@ -23,8 +23,8 @@ from uoe_jax.memory import (
     router_parameters,
     vocabulary_parameters,
 )
+from uoe_jax.layers.tiles import chunk, tile
 from uoe_jax.plan.predict import Shape, examples, rows, scored_here, words_parts
-from uoe_jax.tiles import chunk, tile
 
 
 class Peak(NamedTuple):

@@ -10,8 +10,8 @@ import itertools
 import math
 from typing import Iterable, Mapping, NamedTuple
 
-from uoe_jax.config import Config, ModelConfig
-from uoe_jax.flops import (
+from uoe_jax.config.schema import Config, ModelConfig
+from uoe_jax.costs.flops import (
     attention_flops,
     core_flops,
     ends_flops,
@@ -20,16 +20,16 @@ from uoe_jax.flops import (
     scored_pieces,
     train_flops,
 )
-from uoe_jax.memory import (
+from uoe_jax.costs.memory import (
     ITEM_SIZE,
     classifier_parameters,
     layer_parameters,
     parameters,
     vocabulary_parameters,
 )
+from uoe_jax.layers.tiles import chunk
 from uoe_jax.plan.hardware import Hardware, Range
 from uoe_jax.plan.hlo import Array, Collective
-from uoe_jax.tiles import chunk
 
 Shape = Mapping[str, int]  # sizes of the mesh axes, in the mesh's order
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from uoe_jax import processes
-from uoe_jax.config import Config
-from uoe_jax.data.kept import tokenizer_of_run
+from uoe_jax.config.schema import Config
 from uoe_jax.data.pipeline import DataBundle
+from uoe_jax.data.tokenizers.workdir import tokenizer_of_run
+from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
 from uoe_jax.report.sample import Looked, Sample, of_rows, of_text, routes
 from uoe_jax.report.series import POINTS, logged, names
-from uoe_jax.train.loop import load_data
+from uoe_jax.train.main import load_data
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import Params, Program
 from uoe_jax.workdir import locate, write_asked
@@ -34,7 +34,7 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     """
     from uoe_jax.report.page import page
 
-    if processes.are_several():
+    if coordination.are_several():
         raise UserError(
             "uoe report: is written by one process; start this once, and not by srun or its like"
         )
@@ -66,7 +66,7 @@ def at_end(
 
         sample = of_rows(config, data.validation, data.tokenizer)
         found, out = routes(program, params, sample, config), os.fspath(workdir / REPORT)
-        if processes.is_first():
+        if coordination.is_first():
             run = logged(os.fspath(workdir), config, workdir.name)
             write_asked(out, page([run], [Looked(sample, found, step)]))
         return out

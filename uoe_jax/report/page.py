@@ -19,8 +19,8 @@ from bokeh.model import Model
 from bokeh.resources import Resources
 from PIL import Image
 
-from uoe_jax.flops import forward_flops_per_token
-from uoe_jax.memory import parameters
+from uoe_jax.costs.flops import forward_flops_per_token
+from uoe_jax.costs.memory import parameters
 from uoe_jax.report import charts
 from uoe_jax.report.sample import Looked
 from uoe_jax.report.series import PER_LAYER, Logged

@@ -9,15 +9,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from uoe_jax.classifier import Classifier
-from uoe_jax.config import Config, ModelConfig
-from uoe_jax.config_data import FACTS
-from uoe_jax.data import listops
+from uoe_jax.config.data import FACTS
+from uoe_jax.config.schema import Config, ModelConfig
 from uoe_jax.data.augment import as_floats
 from uoe_jax.data.pipeline import Rows
-from uoe_jax.data.tokenizer import Tokenizer
+from uoe_jax.data.sources import listops
+from uoe_jax.data.tokenizers.load import Tokenizer
+from uoe_jax.distributed.mesh import by_partitioner, everywhere
 from uoe_jax.errors import UserError
-from uoe_jax.mesh import by_partitioner, everywhere
+from uoe_jax.models.classifier import Classifier
 from uoe_jax.train.step import Params, Program
 
 TEXTS, PICTURES = 2, 6  # rows shown

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from uoe_jax.config import Config
+from uoe_jax.config.schema import Config
 from uoe_jax.train.metrics import read_metrics
 
 POINTS = 1200  # of a curve: more than a screen is wide

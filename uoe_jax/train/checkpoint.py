@@ -24,8 +24,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from uoe_jax.distributed.coordination import by_first, is_first, together
 from uoe_jax.errors import BadNumbers, ConfigError, RunError, UserError
-from uoe_jax.processes import by_first, is_first, together
 from uoe_jax.train import saved, verify
 from uoe_jax.train.fingerprint import fingerprints
 from uoe_jax.train.orbax_writer import is_no_space, open_writer

@@ -7,10 +7,10 @@ from typing import Any, Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from uoe_jax import mesh as mesh_lib
-from uoe_jax import watch
-from uoe_jax.config import Config
+from uoe_jax.config.schema import Config
 from uoe_jax.data.pipeline import Prefetcher, Rows, eval_batches
+from uoe_jax.distributed import mesh as mesh_lib
+from uoe_jax.distributed import watchdog
 from uoe_jax.train.measures import measures
 from uoe_jax.train.step import Params, Program
 from uoe_jax.train.task import Sums, task_of
@@ -53,7 +53,7 @@ def evaluate(
     for i, batch in enumerate(
         _ahead(eval_batches(rows, size, 0 if whole else limit, held)), start=1
     ):
-        watch.at(
+        watchdog.at(
             "evaluation" if name == "eval" else "testing", step, slow=is_new(("eval", batch), seen)
         )
         if stop():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from uoe_jax.config import GuardConfig
+from uoe_jax.config.schema import GuardConfig
 
 WINDOW = 128  # good steps that the running moments stand for, and that must have been seen before a step can be a spike
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.config import Config
-from uoe_jax.routing import RoutingStats
+from uoe_jax.config.schema import Config
+from uoe_jax.moe.routing import RoutingStats
 from uoe_jax.train.task import Sums, task_of
 
 

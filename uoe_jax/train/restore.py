@@ -8,8 +8,8 @@ from typing import Iterator, NamedTuple
 
 import jax
 
-from uoe_jax import mesh as mesh_lib
-from uoe_jax.config import Config
+from uoe_jax.config.schema import Config
+from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import UserError
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.step import Params, Program, build

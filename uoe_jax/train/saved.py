@@ -23,8 +23,8 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from uoe_jax.distributed.coordination import Told, by_first, together
 from uoe_jax.errors import ConfigError, RunError, UserError
-from uoe_jax.processes import Told, by_first, together
 from uoe_jax.train.fingerprint import fingerprints, leaf_name
 from uoe_jax.workdir import checkpoint_path, is_remote, locate, write_json
 

@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 from typing import Any, Callable
 
-from uoe_jax import processes
+from uoe_jax.distributed import coordination
 
 
 class StopSignal:
@@ -26,7 +26,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested: str | None = None  # the name of the first signal
-        self._shared = processes.are_several()
+        self._shared = coordination.are_several()
         self._asked = 0  # a number that is the same in all processes
         self._due = False
         self._interrupts = 0
@@ -35,7 +35,7 @@ class StopSignal:
     def due(self) -> bool:
         """Whether to stop here; of several processes, all say so in the same one of their calls, and from then on."""
         if self._shared and not self._due:
-            self._due = processes.preempted(self._asked)
+            self._due = coordination.preempted(self._asked)
             self._asked += 1
         return self._due if self._shared else self.requested is not None
 

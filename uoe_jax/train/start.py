@@ -8,11 +8,11 @@ from typing import Any, Callable, Iterator, Mapping
 import jax
 from etils import epath
 
-from uoe_jax.config import Config, ModelConfig, leaves
-from uoe_jax.data.kept import read_tokenizer
-from uoe_jax.data.tokenizer import ByteTokenizer
+from uoe_jax.config.schema import Config, ModelConfig, leaves
+from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.workdir import read_tokenizer
+from uoe_jax.distributed.coordination import by_first
 from uoe_jax.errors import ConfigError
-from uoe_jax.processes import by_first
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.saved import CheckpointDamaged, checkpoints_of, load_params, read_metadata
 from uoe_jax.train.step import Params, Program, TrainState

@@ -12,12 +12,12 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from uoe_jax import mesh as mesh_lib
-from uoe_jax.checks import check_sizes
-from uoe_jax.config import Config, ModelConfig, OptimizerConfig
-from uoe_jax.config_peers import MoEConfig
-from uoe_jax.model import Stack, Stats
-from uoe_jax.routing import RoutingStats, rebalanced
+from uoe_jax.config.baselines import MoEConfig
+from uoe_jax.config.schema import Config, ModelConfig, OptimizerConfig
+from uoe_jax.config.validate import check_sizes
+from uoe_jax.distributed import mesh as mesh_lib
+from uoe_jax.models.decoder import Stack, Stats
+from uoe_jax.moe.routing import RoutingStats, rebalanced
 from uoe_jax.train import guard as guard_lib
 from uoe_jax.train.task import TASKS, Batch, Sums, task_of
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uoe_jax.classifier import Classifier
-from uoe_jax.config import Config
+from uoe_jax.config.schema import Config
 from uoe_jax.data.augment import as_floats
-from uoe_jax.model import Stack, Stats, Transformer
+from uoe_jax.models.classifier import Classifier
+from uoe_jax.models.decoder import Stack, Stats, Transformer
 
 Batch = dict[str, jax.Array]
 

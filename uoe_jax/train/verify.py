@@ -18,7 +18,7 @@ import jax
 import tensorstore
 from etils import epath
 
-from uoe_jax import processes
+from uoe_jax.distributed import coordination
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.train import saved
 from uoe_jax.train.fingerprint import leaf_name
@@ -83,7 +83,7 @@ def fault(path: epath.Path) -> str:
       RunError: it cannot be read now (rights, memory, the network).
     """
     # What other machines wrote may show up late on a network file system.
-    until = time.monotonic() + (SHOWS_UP_S if processes.are_several() else 0)
+    until = time.monotonic() + (SHOWS_UP_S if coordination.are_several() else 0)
     while True:
         try:
             found = _fault(path)

@@ -1,0 +1,166 @@
+"""The Python standard library's sources as a TensorFlow Datasets dataset: real text that is always there.
+
+The content hash of the directory (some 50 ms for 11 MB) says whether the dataset is there already.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import functools
+import hashlib
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from uoe_jax.data.prepared import SPLITS, Documents, changed, dataset_directory, readable
+from uoe_jax.distributed.watchdog import ticking
+from uoe_jax.errors import ConfigError
+from uoe_jax.runtime_env import expanded
+
+VERSION = "1.0.0"  # of the rules below: raise it when the choice, split or order of files changes, or caches go stale
+EXCLUDED_DIRS = frozenset({
+    "test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__", "_bundled",
+})  # fmt: skip
+# Written when an interpreter is built or packaged: without them, equal releases have equal sources on all machines.
+MACHINE_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize")
+
+
+def _left_out(name: str) -> bool:
+    return name in EXCLUDED_DIRS or name.startswith((".", *MACHINE_PREFIXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file under the source directory: relative POSIX path, size and SHA-256 of its bytes.
+
+    bom: whether it begins with a byte-order mark, which is no part of its document.
+    """
+
+    relative: str
+    size: int
+    sha256: str
+    bom: bool = False
+
+    @functools.cached_property
+    def path_hash(self) -> bytes:
+        return hashlib.sha256(os.fsencode(self.relative)).digest()
+
+    @property
+    def split(self) -> str:
+        """About 90/5/5 by the path alone, so that an edited or added file moves no other file to another split."""
+        percent = int.from_bytes(self.path_hash[:8], "big") % 100
+        return "train" if percent < 90 else "validation" if percent < 95 else "test"
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+    """A prepared dataset on disk, and what the run's record says of it.
+
+    Attributes:
+      key: names this content under these rules; caches derived from it are keyed by it.
+      directory: the tfds directory, for `tfds.builder_from_directory`.
+      origin: where the files were read.
+      python_version: of the running interpreter where its own library was read, else None.
+      sha256: over the relative paths and bytes of all files.
+      n_files, n_bytes: per split.
+    """
+
+    key: str
+    directory: Path
+    origin: Path
+    python_version: str | None
+    sha256: str
+    n_files: dict[str, int]
+    n_bytes: dict[str, int]
+
+    def documents(self, split: str) -> Documents:
+        """The split's files (imports tfds). Raises UserError where the prepared files are damaged."""
+        return Documents(self.directory, split, self.n_files[split])
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able, for the run's record."""
+        kept = ("python_version", "sha256", "n_files", "n_bytes")
+        return {"directory": str(self.origin), **{name: getattr(self, name) for name in kept}}
+
+
+def prepare(path: str, cache_dir: Path) -> PreparedSource:
+    """Prepares the .py files under `path` (empty: this interpreter's standard library) once.
+
+    The result is keyed by content, so an edited source is prepared anew and an unchanged one costs only its hash.
+    Raises UserError where `path` is no readable directory, or holds too few .py files to give every split one.
+    """
+    root = Path(expanded(path, "config.data.path")) if path else Path(sysconfig.get_path("stdlib"))
+    files = scan(root, path)
+    content = hashlib.sha256()
+    for file in files:
+        mark = b"\0bom" if file.bom else b""  # once read as text: the key must tell
+        content.update(os.fsencode(file.relative) + b"\0" + file.sha256.encode() + mark + b"\n")
+    sha256 = content.hexdigest()
+    n_files = {split: sum(file.split == split for file in files) for split in SPLITS}
+    if empty := [split for split, n in n_files.items() if n == 0]:
+        remedy = f"its {len(files)} .py files leave the {empty[0]} split empty (files go to train/validation/test by " \
+                 "a hash of their path, about 90/5/5): name a directory with more files."  # fmt: skip
+        raise ConfigError("data.path", path or str(root), remedy)
+
+    key = f"stdlib-{VERSION}-{sha256[:24]}"
+    splits = {split: functools.partial(_records, root, files, split) for split in SPLITS}
+    return PreparedSource(
+        key=key,
+        directory=dataset_directory(
+            cache_dir, key, "python_sources", VERSION, {"path": bytes, "text": bytes}, splits
+        ),
+        origin=root.resolve(),
+        python_version=None if path else platform.python_version(),
+        sha256=sha256,
+        n_files=n_files,
+        n_bytes={
+            split: sum(file.size for file in files if file.split == split) for split in SPLITS
+        },
+    )
+
+
+def scan(root: Path, path: str = "") -> list[SourceFile]:
+    """The .py files under `root` in ascending path order; `path` is what the person wrote, for the error."""
+    shown = path or str(root)
+    default = "" if path else " This Python ships without its library's sources;"
+    remedy = default + " set data.path to a directory of .py files."
+    if not root.is_dir():
+        raise ConfigError("data.path", shown, f"is not a directory on this machine.{remedy}")
+
+    def refuse(error: OSError) -> NoReturn:
+        raise ConfigError(
+            "data.path", shown, f"cannot read {error.filename}: {error.strerror}.{remedy}"
+        ) from error
+
+    files = []
+    for folder, names, leaves in os.walk(root, onerror=refuse):
+        names[:] = [name for name in names if not _left_out(name)]  # prunes the walk
+        for leaf in ticking(leaves):
+            file = Path(folder, leaf)
+            if file.suffix.lower() != ".py" or _left_out(leaf) or not file.is_file():
+                continue
+            try:
+                data = file.read_bytes()
+            except OSError as error:
+                refuse(error)
+            relative, sha256 = file.relative_to(root).as_posix(), hashlib.sha256(data).hexdigest()
+            files.append(SourceFile(relative, len(data), sha256, data.startswith(codecs.BOM_UTF8)))
+    if not files:
+        raise ConfigError("data.path", shown, f"holds no .py file.{remedy}")
+    return sorted(files, key=lambda file: os.fsencode(file.relative))
+
+
+def _records(root: Path, files: list[SourceFile], split: str) -> Iterator[dict[str, bytes]]:
+    # By the hash of the path: neighbours in a row are then unrelated, and any prefix of a split is a sample.
+    for file in sorted(
+        (file for file in files if file.split == split), key=lambda file: file.path_hash
+    ):
+        with readable(root / file.relative):
+            data = (root / file.relative).read_bytes()
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise changed(root / file.relative)
+        yield {"path": os.fsencode(file.relative), "text": data.removeprefix(codecs.BOM_UTF8)}

@@ -1,0 +1,55 @@
+"""The tokenizer that a run keeps in its workdir, as the file or the data it came from may have changed since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from etils import epath
+
+from uoe_jax.config.schema import Config
+from uoe_jax.data.tokenizers.load import ByteTokenizer, Tokenizer, load_tokenizer, stored
+from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.runtime_env import expanded
+from uoe_jax.workdir import locate, os_errors, read_text, write_text
+
+TOKENIZER = "tokenizer.json"
+
+
+def read_tokenizer(workdir: str) -> Tokenizer | None:
+    """The kept tokenizer; None where there is none, as for bytes. Raises UserError for a file that cannot be used."""
+    file = locate(workdir) / TOKENIZER
+    try:
+        with os_errors(file):
+            return stored(read_text(file)) if file.is_file() else None
+    except (OSError, UnicodeError, UserError) as error:
+        raise UserError(f"{file}: {error}; restore it, or start in another --workdir") from error
+
+
+def tokenizer_of_run(config: Config, workdir: str) -> Tokenizer:
+    """The tokenizer a trained run speaks with; never another one than it learned. Raises UserError where it is lost."""
+    kept = ByteTokenizer() if config.data.tokenizer == "bytes" else read_tokenizer(workdir)
+    if kept is None:
+        raise UserError(
+            f"{locate(workdir) / TOKENIZER}: is gone, and with it what the run's tokens mean; restore it"
+        )
+    return kept
+
+
+def keep_tokenizer(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
+    """Stores a tokenizer that came from a file or from data."""
+    file = workdir / TOKENIZER
+    if tokenizer is not None and not isinstance(tokenizer, ByteTokenizer) and not file.exists():
+        write_text(file, tokenizer.to_json())
+
+
+def check_tokenizer(config: Config, workdir: str) -> None:
+    """Raises ConfigError where data.tokenizer_file is needed and cannot be used, or is not what the run was started with."""
+    data, name = config.data, config.data.tokenizer_file
+    kept = read_tokenizer(workdir)
+    if kept is None:
+        load_tokenizer(data.tokenizer, name, data.separator, data.start)
+    elif name and Path(expanded(name, "config.data.tokenizer_file")).is_file():
+        given = load_tokenizer(data.tokenizer, name, data.separator, data.start)
+        if given is not None and given.fingerprint != kept.fingerprint:
+            remedy = f"is not the tokenizer of the run in {workdir}; give that one, or none, or start in another --workdir"
+            raise ConfigError("config.data.tokenizer_file", name, remedy)

@@ -1,0 +1,311 @@
+"""Dense weights to expert weights and back: arrays are cut, moved and joined, never computed with, so both are exact.
+
+Weights are plain dicts of numpy or jax arrays, with any leading axes (the layers of a model), written "…" here. A
+model's abstract tree goes through `jax.eval_shape`. Arrays are taken one at a time and those that need no cut are
+passed on as they are; of numpy arrays, the results are views wherever numpy can make one.
+
+    MLP         w_up, w_gate […,D,F]      w_down […,F,D]      b_up, b_gate […,F]              bias_out […,D]
+    UoME        w_up, w_gate […,N,D,f]    w_down […,N,f,D]    b_up, b_gate […,N,f]            bias_out […,D]
+    Attention   w_q […,D,H,Dh]     w_k, w_v […,D,G,Dh]     w_o […,H,Dh,D]     b_q […,H,Dh]     b_k, b_v […,G,Dh]
+    SMHA        w_q […,N,D,h,Dh]   w_k, w_v […,N,D,g,Dh]   w_o […,N,h,Dh,D]   b_q […,N,h,Dh]   b_k, b_v […,N,g,Dh]
+
+and, shared by all heads of either, q_scale, k_scale […,Dh].
+
+Expert i holds hidden units [i·f, (i+1)·f), or heads [i·h, (i+1)·h) with the key/value heads those use, [i·g, (i+1)·g).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from uoe_jax.config.schema import ModelConfig, RoutingConfig
+from uoe_jax.config.validate import divisors
+from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.layers.common import GATED
+
+Weights = dict[str, Any]
+
+# The dense layouts; "…" is in front of each. The expert layouts follow: N in front, and the axis in CUT is 1/N of it.
+AXES = {
+    "mlp": {"w_up": "D F", "w_gate": "D F", "w_down": "F D", "b_up": "F", "b_gate": "F", "bias_out": "D"},
+    "attention": {
+        "w_q": "D H Dh", "w_k": "D G Dh", "w_v": "D G Dh", "w_o": "H Dh D",
+        "b_q": "H Dh", "b_k": "G Dh", "b_v": "G Dh", "bias_out": "D", "q_scale": "Dh", "k_scale": "Dh",
+    },
+    "router": {"kernel": "D N", "bias": "N", "sequence_kernel": "D N", "sequence_bias": "N", "load_bias": "N"},
+}  # fmt: skip
+CUT = {"F": "d_hidden", "H": "n_heads", "G": "n_kv_heads"}
+REQUIRED = {"mlp": ("w_up", "w_down"), "attention": ("w_q", "w_k", "w_v", "w_o")}
+BLOCKS = {
+    "smha": "attention",
+    "uome": "mlp",
+}  # a section of the configuration and the block it routes
+
+
+def split_mlp(dense: Weights, n: int) -> Weights:
+    """The weights of an MLP as those of N experts; w_gate and biases may be absent.
+
+    Raises:
+      ConfigError: n does not divide F. UserError: a leaf is missing, unknown or of a shape that does not fit.
+    """
+    return _split("mlp", dense, n, _read("mlp", dense))
+
+
+def merge_mlp(experts: Weights) -> Weights:
+    """The inverse of `split_mlp`; raises UserError for leaves as it does."""
+    _read("mlp", experts, experts=True)
+    return _merge("mlp", experts)
+
+
+def split_attention(dense: Weights, n: int) -> Weights:
+    """The weights of an attention block (any H and G) as those of N groups of heads; biases may be absent.
+
+    Raises:
+      ConfigError: n does not divide H and G. UserError: a leaf is missing, unknown or of a shape that does not fit.
+    """
+    return _split("attention", dense, n, _read("attention", dense))
+
+
+def merge_attention(experts: Weights) -> Weights:
+    """The inverse of `split_attention`; raises UserError for leaves as it does."""
+    _read("attention", experts, experts=True)
+    return _merge("attention", experts)
+
+
+def dense_config(config: ModelConfig) -> ModelConfig:
+    """The dense model of the same sizes, whose parameters `split` takes and `merge` gives."""
+    return dataclasses.replace(config, attention="dense", mlp="dense")
+
+
+def split(
+    params: Weights, config: ModelConfig, routers: dict[str, Weights] | None = None
+) -> Weights:
+    """The parameters of the dense model as those of `config`, whose routed blocks are cut in experts.
+
+    Args:
+      params: of `dense_config(config)`, or of a model that is dense where `config` routes.
+      routers: {"smha" or "uome": {"kernel": float32 […,D,N], …}}, for every routed block, what its router has: kernel and,
+        with router_bias, bias […,N] for patches; sequence_kernel, sequence_bias where sequences choose; load_bias […,N].
+        None: zeros, with which every gate gives weight 1; with K = N and nothing dropped this is the dense model's
+        function. To train with K < N give drawn ones: at zero all experts tie, and every patch chooses the first K.
+
+    Raises:
+      ConfigError: N does not divide what it must.
+      UserError: a leaf of a routed block or router is missing, unknown or not of the shape `config` gives it.
+    """
+    routed, layers = config.unions(), dict(params.get("layers", {}))
+    if routers is not None and set(routers) != set(routed):
+        raise UserError(
+            f"routers={sorted(routers)}: give one for each routed block of the model, {sorted(routed)}"
+        )
+    for section, routing in routed.items():
+        block, n = BLOCKS[section], routing.n_experts
+        dense, sizes = _block(layers, block), _sizes(config)
+        _read(block, dense, sizes=sizes, names=_names(block, config))
+        experts = _split(block, dense, n, sizes, f"config.model.{section}.n_experts")
+        if routers is None:
+            # Float32 whatever the weights are: scores always are.
+            xp = next(iter(dense.values())).__array_namespace__()
+            router = {
+                name: xp.zeros(shape, np.float32)
+                for name, shape in router_shapes(config, routing).items()
+            }
+        else:
+            router = dict(routers[section])
+            _read(
+                "router",
+                router,
+                sizes=sizes | {"N": n},
+                names=_router_names(routing),
+                where=f"routers.{section}",
+            )
+        layers[block] = experts | {"router": router}
+    return {**params, "layers": layers}
+
+
+def merge(params: Weights, config: ModelConfig) -> Weights:
+    """The parameters of `config` as those of `dense_config(config)`: all experts joined, their routers dropped.
+
+    The inverse of `split` for given routers. The dense model computes what the routed one would with every patch in
+    every expert at weight 1; a trained router that chooses or weighs computes something else.
+
+    Raises:
+      ConfigError, UserError: as `split`.
+    """
+    layers = dict(params.get("layers", {}))
+    for section, routing in config.unions().items():
+        block, n = BLOCKS[section], routing.n_experts
+        experts, dense = _block(layers, block), _sizes(config)
+        if "router" not in experts:
+            raise UserError(
+                f"layers.{block}.router is missing: the block is not one of experts, as config.model says"
+            )
+        _check_even(block, dense, n, f"config.model.{section}.n_experts")
+        sizes = {a: size for a, size in dense.items() if a not in CUT}
+        sizes |= {a.lower(): dense[a] // n for a in CUT} | {"N": n}
+        experts = {name: a for name, a in experts.items() if name != "router"}
+        _read(block, experts, True, sizes, _names(block, config))
+        layers[block] = _merge(block, experts)
+    return {**params, "layers": layers}
+
+
+def cut_leaf(path: str, a: Any, config: ModelConfig) -> Any:
+    """One leaf of the dense model, by its dotted path, as `config` has it: cut in experts where its block routes.
+
+    What `split` does to a whole tree, for who cannot hold two of them.
+    """
+    block, name, n = _routed_leaf(path, config)
+    return _cut(a, AXES[block][name].split(), n) if n else a
+
+
+def join_leaf(path: str, a: Any, config: ModelConfig) -> Any:
+    """The inverse of `cut_leaf`."""
+    block, name, n = _routed_leaf(path, config)
+    return _join(a, AXES[block][name].split()) if n else a
+
+
+def _routed_leaf(path: str, config: ModelConfig) -> tuple[str, str, int]:
+    """(block, name of the leaf, experts of the block, 0 where it does not route)."""
+    block, _, name = path.removeprefix("layers.").partition(".")
+    sections = {BLOCKS[section]: routing for section, routing in config.unions().items()}
+    return (
+        block,
+        name,
+        sections[block].n_experts if block in sections and name in AXES[block] else 0,
+    )
+
+
+def _block(layers: Weights, block: str) -> Weights:
+    if not isinstance(layers.get(block), dict):
+        raise UserError(
+            f"layers.{block} is missing: give the parameters of a whole model, as nested dicts"
+        )
+    return layers[block]
+
+
+def _sizes(c: ModelConfig) -> dict[str, Any]:
+    """The dense sizes by axis; "…" is the layer axis."""
+    return {
+        "…": (c.n_layers,),
+        "D": c.d_model,
+        "F": c.d_hidden,
+        "H": c.n_heads,
+        "G": c.kv_heads,
+        "Dh": c.head_dim,
+    }
+
+
+def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
+    """The leaves the block has in a model of this configuration."""
+    absent = set() if c.bias else {name for name in AXES[block] if name.startswith("b")}
+    absent -= {"b_q", "b_k", "b_v"} if c.qkv_bias else set()
+    absent |= set() if c.activation in GATED else {"w_gate", "b_gate"}
+    absent |= set() if c.qk_norm else {"q_scale", "k_scale"}
+    return tuple(name for name in AXES[block] if name not in absent)
+
+
+def router_shapes(config: ModelConfig, routing: RoutingConfig) -> dict[str, tuple[int, ...]]:
+    """The leaves of a block's router and their shapes, layers in front."""
+    sizes = _sizes(config) | {"N": routing.n_experts}
+    return {
+        name: (*sizes["…"], *(sizes[a] for a in AXES["router"][name].split()))
+        for name in _router_names(routing)
+    }
+
+
+def _router_names(r: RoutingConfig) -> tuple[str, ...]:
+    """The leaves the router of a block has."""
+    patch, sequence = r.unit != "sequence", r.unit != "patch"
+    there = dict(kernel=patch, bias=patch and r.router_bias, sequence_kernel=sequence)
+    there |= dict(sequence_bias=sequence and r.router_bias, load_bias=r.bias_rate > 0)
+    return tuple(name for name, is_there in there.items() if is_there)
+
+
+def _layout(block: str, name: str, experts: bool) -> list[str]:
+    axes = AXES[block][name].split()
+    return (
+        ["N", *(a.lower() if a in CUT else a for a in axes)]
+        if experts and set(axes) & set(CUT)
+        else axes
+    )
+
+
+def _read(
+    block: str,
+    weights: Weights,
+    experts: bool = False,
+    sizes: dict[str, Any] | None = None,
+    names: tuple[str, ...] | None = None,
+    where: str = "",
+) -> dict[str, Any]:
+    """Sizes by axis, "…" for the leading ones; refuses leaves that are missing, unknown or do not fit.
+
+    Given `sizes` and `names` the leaves must be exactly these; without, they need only fit each other.
+    """
+    where = where or (f"layers.{block}" if names else block)
+    allowed = names or tuple(AXES[block])
+    for name in names or REQUIRED[block]:
+        if name not in weights:
+            raise UserError(f"{where}.{name} is missing; the block has {', '.join(allowed)}")
+    sizes = dict(sizes or {})
+    for name, a in weights.items():
+        if name not in allowed:
+            raise UserError(
+                f"{where}.{name} is not a weight of this block, which has {', '.join(allowed)}"
+            )
+        axes, shape = _layout(block, name, experts), np.shape(a)
+        lead = len(shape) - len(axes)
+        for axis, size in zip(("…", *axes), (shape[: max(lead, 0)], *shape[max(lead, 0) :])):
+            if lead < 0 or sizes.setdefault(axis, size) != size:
+                wanted = [f"{x}={sizes[x]}" if x in sizes else x for x in ("…", *axes)]
+                raise UserError(
+                    f"{where}.{name} has shape {shape}, which does not fit [{', '.join(wanted)}]"
+                )
+    return sizes
+
+
+def _check_even(block: str, sizes: dict[str, Any], n: int, key: str) -> None:
+    cut = {a: sizes[a] for a in CUT if any(a in axes.split() for axes in AXES[block].values())}
+    for a, size in cut.items():
+        if n < 1 or size % n:
+            fits = f"the numbers of experts that work are {divisors(math.gcd(*cut.values()))}"
+            if a == "G":
+                fits += " (each expert owns its key/value heads: copies of a shared one would part in training)"
+            raise ConfigError(key, n, f"must divide {CUT[a]}={size}; {fits}")
+
+
+def _split(
+    block: str, dense: Weights, n: int, sizes: dict[str, Any], key: str = "n_experts"
+) -> Weights:
+    _check_even(block, sizes, n, key)
+    return {name: _cut(a, AXES[block][name].split(), n) for name, a in dense.items()}
+
+
+def _merge(block: str, experts: Weights) -> Weights:
+    return {name: _join(a, AXES[block][name].split()) for name, a in experts.items()}
+
+
+def _cut(a: Any, axes: list[str], n: int) -> Any:
+    """[…,x,F,y] to […,N,x,f,y]."""
+    if not (at := [i for i, axis in enumerate(axes) if axis in CUT]):
+        return a
+    lead = a.ndim - len(axes)
+    cut = lead + at[0]
+    parts = a.reshape(*a.shape[:cut], n, a.shape[cut] // n, *a.shape[cut + 1 :])
+    return a.__array_namespace__().moveaxis(parts, cut, lead)
+
+
+def _join(a: Any, axes: list[str]) -> Any:
+    """[…,N,x,f,y] to […,x,F,y]."""
+    if not (at := [i for i, axis in enumerate(axes) if axis in CUT]):
+        return a
+    lead = a.ndim - len(axes) - 1
+    cut = lead + at[0]
+    parts = a.__array_namespace__().moveaxis(a, lead, cut)
+    return parts.reshape(
+        *parts.shape[:cut], parts.shape[cut] * parts.shape[cut + 1], *parts.shape[cut + 2 :]
+    )
