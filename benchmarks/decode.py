@@ -39,7 +39,7 @@ def decoder(attention: str, mlp: str, context: int) -> Decoder:
     prompt = jnp.ones((BATCH, 16), jnp.int32)
     _, cache = jax.jit(lambda p: model(p).prefill(prompt, jnp.full((BATCH,), 16), context))(params)
     jitted = functools.partial(jax.jit, donate_argnums=2)(
-        lambda p, layers, cache, token: model(p).step(token, cache, layers)
+        lambda p, layers, cache, token: model(p).decode_step(token, cache, layers)
     )
     step = jitted.lower(params, layers, cache, jnp.ones((BATCH,), jnp.int32)).compile()
     held = {"cache": cache}

@@ -108,7 +108,7 @@ def choose(scores: np.ndarray, valid: np.ndarray, k: int) -> np.ndarray:
     return chosen
 
 
-def first_come(chosen: np.ndarray, window: int, cap: int) -> np.ndarray:
+def keep_by_position(chosen: np.ndarray, window: int, cap: int) -> np.ndarray:
     kept = np.zeros_like(chosen)
     for e in range(chosen.shape[1]):
         taken = 0
@@ -121,7 +121,7 @@ def first_come(chosen: np.ndarray, window: int, cap: int) -> np.ndarray:
     return kept
 
 
-def best_first(chosen: np.ndarray, scores: np.ndarray, cap: int) -> np.ndarray:
+def keep_by_score(chosen: np.ndarray, scores: np.ndarray, cap: int) -> np.ndarray:
     kept = np.zeros_like(chosen)
     for e in range(chosen.shape[1]):
         asking = [i for i in range(chosen.shape[0]) if chosen[i, e]]
@@ -140,11 +140,11 @@ def select(
     k, n = (1, 1) if whole else (r.k, r.n_experts)
     if r.priority == "position":
         cap = capacity(r.capacity_factor, r.capacity_window, k, n)
-        return chosen, first_come(chosen, r.capacity_window, cap)
+        return chosen, keep_by_position(chosen, r.capacity_window, cap)
     if not valid.any():
         return chosen, chosen
     cap = capacity(r.capacity_factor, int(valid.sum()), k, n)
-    return chosen, best_first(chosen, scores[0] * own if r.unit == "hierarchical" else own, cap)
+    return chosen, keep_by_score(chosen, scores[0] * own if r.unit == "hierarchical" else own, cap)
 
 
 def softmax(logits) -> np.ndarray:

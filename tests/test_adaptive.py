@@ -289,7 +289,7 @@ def test_decoding_gives_the_full_pass(kind):
     full, prefill, step = (
         jitted(Transformer.__call__),
         jitted(Transformer.prefill, context=24),
-        jitted(Transformer.step),
+        jitted(Transformer.decode_step),
     )
     rows, lengths, each = np.asarray(states(3, 24)[1]), np.array([8, 5, 1], np.int32), np.arange(3)
     wanted = np.asarray(full(rows)[0])

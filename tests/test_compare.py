@@ -407,7 +407,7 @@ def test_a_child_that_fails_is_an_error_and_one_that_stops_a_stop():
         assert children.run(["json.tool", "--help"], "fine") == 0
         with pytest.raises(
             cli.UserError,
-            match="odd: ended with exit code 1 .above.; mend that and run the same command again",
+            match="odd: ended with exit code 1 .above.; fix that and run the same command again",
         ):
             children.run(["uoe_jax.no_such_module"], "odd")
         children.stopped = True

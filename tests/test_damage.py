@@ -358,7 +358,7 @@ def test_it_never_starts_from_the_beginning_by_itself(good, tmp_path):
     with CheckpointStore(tmp_path / "run", read_only=True) as store:
         with pytest.raises(
             RunError,
-            match=r"no checkpoint can be read as it was saved \(step 2: .*\); mend that, or move",
+            match=r"no checkpoint can be read as it was saved \(step 2: .*\); fix that, or move",
         ):
             store.restore_newest(abstract(rich_state(0)), said.append)
     for _ in range(

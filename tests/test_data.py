@@ -520,7 +520,7 @@ def test_batches_that_share_rows_out_by_length_hold_the_same_rows_in_any_process
         def n_tokens(self, i):
             return lengths[i]
 
-        def drawn(self, i, seeds, other):
+        def augmented(self, i, seeds, other):
             return {"row": np.int32(i), "tokens": np.int32(lengths[i])}
 
         def trimmed(self, batch):

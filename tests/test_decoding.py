@@ -49,7 +49,7 @@ def build(config: ModelConfig, scale: float = 0.3):
     return (
         jitted(Transformer.__call__),
         jitted(Transformer.prefill, context=config.context_length),
-        jitted(Transformer.step),
+        jitted(Transformer.decode_step),
     )
 
 

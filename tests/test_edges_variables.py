@@ -223,7 +223,7 @@ def test_a_port_that_is_taken_is_refused():
     with pytest.raises(
         UserError, match="give host:port"
     ):  # gRPC waits for ever for an address of IPv6 without brackets
-        coordination.told(
+        coordination.cluster_from_env(
             {"UOE_COORDINATOR": "::1:80", "UOE_PROCESSES": "1", "UOE_PROCESS_ID": "0"}
         )
 

@@ -281,7 +281,7 @@ def test_every_expert_together_is_the_union():
         for place in ("attention", "mlp"):
             block = getattr(jax.tree.map(lambda a: a[0], model.layers), place)
             y = (
-                block.of_every_expert(x, tokens_like(x)).sum(axis=0)
+                block.all_expert_outputs(x, tokens_like(x)).sum(axis=0)
                 + block.bias_out[...][None, None]
             )
             assert reference.error(y, block(x)[0]) < 1e-5

@@ -23,7 +23,7 @@ from helpers import TINY, environment, metric_lines, write_source
 from uoe_jax import cli, config
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.infer.sample import sample
-from uoe_jax.moe.routing import first_come
+from uoe_jax.moe.routing import keep_by_position
 from uoe_jax.train.main import train
 from uoe_jax.train.step import build
 
@@ -511,7 +511,7 @@ def cuts_evenly(
 
 def test_a_window_longer_than_the_row_takes_no_memory():
     chosen = jax.ShapeDtypeStruct((2, 8, 4), bool)
-    assert str(HUGE) not in str(jax.make_jaxpr(lambda a: first_come(a, HUGE, 1))(chosen))
+    assert str(HUGE) not in str(jax.make_jaxpr(lambda a: keep_by_position(a, HUGE, 1))(chosen))
 
 
 @pytest.fixture

@@ -26,9 +26,9 @@ def source(tmp_path_factory):
 
 
 def test_a_process_is_told_its_place_or_is_alone():
-    assert coordination.told({}) is None
-    assert coordination.told(PLACE) == ("node1:8476", 2, 1)
-    assert coordination.told({"SLURM_STEP_NUM_TASKS": "1", "PATH": "/bin"}) is None
+    assert coordination.cluster_from_env({}) is None
+    assert coordination.cluster_from_env(PLACE) == ("node1:8476", 2, 1)
+    assert coordination.cluster_from_env({"SLURM_STEP_NUM_TASKS": "1", "PATH": "/bin"}) is None
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_process_is_told_its_place_or_is_alone():
 )
 def test_a_place_that_cannot_be_is_refused(environ, sentence):
     with pytest.raises(UserError, match=sentence):
-        coordination.told(environ)
+        coordination.cluster_from_env(environ)
 
 
 # --- agreeing ---------------------------------------------------------------------------------------------------
@@ -101,7 +101,9 @@ def test_what_goes_wrong_in_one_process_ends_all(source, tmp_path):
 
 def test_a_workdir_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     """As another machine would see it: what process 0 says it wrote is not there."""
-    monkeypatch.setattr(coordination, "by_first", lambda do: [*do()[:1], "written elsewhere"])
+    monkeypatch.setattr(
+        coordination, "on_process_zero", lambda do: [*do()[:1], "written elsewhere"]
+    )
     monkeypatch.setattr(workdir, "SHOWS_UP_S", 0)
     with pytest.raises(
         UserError,

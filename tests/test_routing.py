@@ -84,7 +84,7 @@ def test_capacity_by_hand(factor, window, k, n, slots):
 )
 def test_the_buffer_holds_the_fullest_row_and_no_more(factor, m, window, k):
     r = RoutingConfig(n_experts=4, k=k, capacity_factor=factor, capacity_window=window)
-    kept = reference.first_come(
+    kept = reference.keep_by_position(
         np.ones((m, 1), bool), window, reference.capacity(factor, window, k, 4)
     )
     assert r.slots(m) == kept.sum()
@@ -121,8 +121,8 @@ def test_choose_experts(seed, k, ties):
 )
 def test_first_come(seed, density, shape):
     chosen = np.random.default_rng(seed).random((B, M, N)) < density
-    got = routing.first_come(jnp.asarray(chosen), *shape)
-    np.testing.assert_array_equal(got, [reference.first_come(c, *shape) for c in chosen])
+    got = routing.keep_by_position(jnp.asarray(chosen), *shape)
+    np.testing.assert_array_equal(got, [reference.keep_by_position(c, *shape) for c in chosen])
 
 
 @few(max_examples=40)
@@ -141,10 +141,12 @@ def test_best_first(monkeypatch, seed, density, slots, ties):
         else rng.random((B, M, N), np.float32)
     )
     cap = rng.integers(0, slots + 1, B)
-    wanted = [reference.best_first(*row) for row in zip(chosen, scores, cap)]
+    wanted = [reference.keep_by_score(*row) for row in zip(chosen, scores, cap)]
     for many in (1, M + 1):  # by counting, by sorting
         monkeypatch.setattr(routing, "MANY", many)
-        got = routing.best_first(jnp.asarray(chosen), jnp.asarray(scores), jnp.asarray(cap), slots)
+        got = routing.keep_by_score(
+            jnp.asarray(chosen), jnp.asarray(scores), jnp.asarray(cap), slots
+        )
         np.testing.assert_array_equal(got, wanted)
 
 
@@ -166,7 +168,7 @@ def test_counting_finds_what_sorting_finds_among_many():
 def test_all_want_one_expert():
     chosen = np.zeros((1, M, N), bool)
     chosen[:, :, 2] = True
-    got = np.asarray(routing.first_come(jnp.asarray(chosen), 5, 2))
+    got = np.asarray(routing.keep_by_position(jnp.asarray(chosen), 5, 2))
     assert np.flatnonzero(got[0, :, 2]).tolist() == [0, 1, 5, 6, 10, 11] and got.sum() == 6
     logits, valid = jnp.where(jnp.asarray(chosen), 9.0, 0.0), jnp.ones((1, M), bool)
     for r, kept in (
@@ -177,7 +179,7 @@ def test_all_want_one_expert():
         assert float(stats.chosen_N[2]) == M and float(stats.kept_N[2]) == kept
     scores = np.linspace(0, 1, M, dtype=np.float32)[None, :, None] * np.ones((1, 1, N), np.float32)
     got = np.asarray(
-        routing.best_first(jnp.asarray(chosen), jnp.asarray(scores), jnp.asarray([3]), 5)
+        routing.keep_by_score(jnp.asarray(chosen), jnp.asarray(scores), jnp.asarray([3]), 5)
     )
     assert np.flatnonzero(got[0, :, 2]).tolist() == [10, 11, 12] and got.sum() == 3
 

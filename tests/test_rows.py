@@ -170,7 +170,7 @@ def test_examples_that_the_model_cannot_take_are_named(c, examples, said):
     with pytest.raises(UserError, match=said):
         rows[0]
     with pytest.raises(UserError, match=said):
-        rows.drawn(0, (1, 2), 0)
+        rows.augmented(0, (1, 2), 0)
 
 
 def test_pixels_that_are_not_the_context_are_named():

@@ -192,7 +192,7 @@ def test_a_place_that_cannot_be_used_is_refused(tmp_path):
     for name, why in {
         "there": "exists already; remove it, or give another directory",
         "link": "exists already; remove it, or give another directory",
-        "file/where": "cannot be written (Not a directory); mend that, or give another directory",
+        "file/where": "cannot be written (Not a directory); fix that, or give another directory",
     }.items():
         with pytest.raises(UserError) as caught:
             export_stablehlo(config, params_of(config), epath.Path(tmp_path / name))

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         watchdog.part()
         return exit_code
-    except coordination.Told as error:
+    except coordination.RemoteProcessError as error:
         exit_code, why = error.exit_code, str(error)
     except UserError as error:
         watchdog.leave_lost(error)
@@ -513,7 +513,7 @@ def _write_once(out: Any, content: Any, shown: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"--out={shown}: cannot be written ({reason}); mend that, or give another file"
+            f"--out={shown}: cannot be written ({reason}); fix that, or give another file"
         ) from error
 
 

@@ -293,7 +293,7 @@ def enter_workdir(path: str, config: Config) -> epath.Path:
         workdir = open_workdir(path, config)
         return [os.fspath(workdir), read_text(workdir / CONFIG)]
 
-    name, written = coordination.by_first(opened)
+    name, written = coordination.on_process_zero(opened)
     workdir = locate(name)
 
     def seen() -> None:
@@ -306,7 +306,7 @@ def enter_workdir(path: str, config: Config) -> epath.Path:
                 )
             time.sleep(0.1)
 
-    coordination.together(seen)
+    coordination.on_all(seen)
     return workdir
 
 
@@ -339,7 +339,7 @@ def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = 
                 return write_json(path, {"data": record})
             except OSError as error:
                 raise UserError(
-                    f"{path}: cannot be written ({error.strerror or error}); mend that and run again"
+                    f"{path}: cannot be written ({error.strerror or error}); fix that and run again"
                 ) from error
     old = found.get("data")
     for name in ("sha256", "tokenizer"):

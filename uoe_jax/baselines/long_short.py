@@ -15,7 +15,7 @@ from flax import nnx
 
 from uoe_jax.baselines.encoder import EncoderAttention, products, shares
 from uoe_jax.config.schema import ModelConfig
-from uoe_jax.layers.common import lengthened, linear, ones, scaled_normal, weight, zeros
+from uoe_jax.layers.common import linear, ones, pad_sequence, scaled_normal, weight, zeros
 
 
 class LongShort(EncoderAttention):
@@ -50,9 +50,9 @@ class LongShort(EncoderAttention):
         )
         near_k, near_v = (self._normed(a, self.near_scale, self.near_bias, q.dtype) for a in (k, v))
         more = -length % self.window
-        q_BSwhk = lengthened(q, more).reshape(b, -1, self.window, h, dh)
+        q_BSwhk = pad_sequence(q, more).reshape(b, -1, self.window, h, dh)
         near_k, near_v, there = (
-            around(lengthened(a, more), self.window) for a in (near_k, near_v, valid_BL)
+            around(pad_sequence(a, more), self.window) for a in (near_k, near_v, valid_BL)
         )
         near = products("bswhk,bsthk->bshwt", q_BSwhk, near_k)
         near = jnp.where(there[:, :, None, None], near, -1e30)

@@ -43,7 +43,7 @@ class Mixture(UoME):
             else None
         )
 
-    def _beside(self, x: jax.Array) -> jax.Array | None:
+    def _shared_experts(self, x: jax.Array) -> jax.Array | None:
         return None if self.shared is None else self.shared.partial(x)
 
 

@@ -78,12 +78,16 @@ class MLA(Heads):
     def _forward(
         self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
     ) -> tuple[jax.Array, None, jax.Array, jax.Array]:
-        alike_BLD, own_BLD = region.enter(x_BLD.astype(self.dtype))
+        alike_BLD, own_BLD = region.gather_inputs(x_BLD.astype(self.dtype))
         latent_BLR, rotary_BLr = self._latent(alike_BLD, tokens.rotary)
         q_BLhk = self._queries(
-            own_BLD if self.w_down is None else region.each(self._narrow(alike_BLD)), tokens.rotary
+            own_BLD if self.w_down is None else region.as_varying(self._narrow(alike_BLD)),
+            tokens.rotary,
         )
-        own_BLR, own_rotary_BL1r = region.each(latent_BLR), region.each(rotary_BLr)[:, :, None]
+        own_BLR, own_rotary_BL1r = (
+            region.as_varying(latent_BLR),
+            region.as_varying(rotary_BLr)[:, :, None],
+        )
         k_BLhk, v_BLhk = (
             checkpoint_name(self._heads(own_BLR, w), "qkv") for w in (self.w_k, self.w_v)
         )
@@ -91,12 +95,17 @@ class MLA(Heads):
         keys_BH = (
             None
             if tokens.keys_B is None
-            else group_keys(tokens.keys_B, k_BLhk.shape[2], region.part)
+            else group_keys(tokens.keys_B, k_BLhk.shape[2], region.shard_index)
         )
         k = jnp.concatenate([k_BLhk, shared_BLhr], axis=-1)
         o = attend(q_BLhk, k, v_BLhk, tokens.segments_BL, self.causal, self.drop_rate, keys_BH)
-        y_BLD = region.leave(self._out(o))
-        return add_bias(y_BLD, region.for_own_tokens(self.bias_out)), None, latent_BLR, rotary_BLr
+        y_BLD = region.reduce_outputs(self._out(o))
+        return (
+            add_bias(y_BLD, region.weight_for_local_tokens(self.bias_out)),
+            None,
+            latent_BLR,
+            rotary_BLr,
+        )
 
     def _latent(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:
         """(normalised latent [...,R], rotated shared key [...,d_rope])."""
@@ -127,7 +136,7 @@ class MLA(Heads):
         room = ((0, 0), (0, context - x_BLD.shape[1]), (0, 0))
         return y_BLD, MLACache(jnp.pad(latent_BLR, room), jnp.pad(rotary_BLr, room))
 
-    def step(
+    def decode_step(
         self, x_BD: jax.Array, cache: MLACache, t_B: jax.Array, rotary: Any
     ) -> tuple[jax.Array, MLACache]:
         """Token `t_B` of each sequence; rotary tables are [B,d_rope/2]."""

@@ -62,7 +62,9 @@ class MoH(Attention):
     ) -> tuple[jax.Array, RoutingStats]:
         weights_BLH, logits, chosen = self.weights(x_BLD)
         h = o.shape[2]
-        own_BLh = jax.lax.dynamic_slice_in_dim(region.each(weights_BLH), h * region.part, h, axis=2)
+        own_BLh = jax.lax.dynamic_slice_in_dim(
+            region.as_varying(weights_BLH), h * region.shard_index, h, axis=2
+        )
         valid_BL = valid_tokens(segments_BL, x_BLD)
         chosen = chosen & valid_BL[..., None]
         return o * own_BLh[..., None].astype(o.dtype), statistics(logits, chosen, chosen, valid_BL)

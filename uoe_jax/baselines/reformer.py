@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from uoe_jax.baselines.encoder import EncoderAttention, exactly, products
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.layers.attention import placed
-from uoe_jax.layers.common import add_bias, lengthened, linear, weight
+from uoe_jax.layers.common import add_bias, linear, pad_sequence, weight
 
 ITSELF = -1e5  # the score of a token with itself: less than any other, more than none
 
@@ -57,7 +57,7 @@ class Reformer(EncoderAttention):
     ) -> jax.Array:
         b, length, h, dh = q.shape  # k: the same as q, as it is hashed
         more = -length % self.chunk
-        q, hashed, v, valid_BT = (lengthened(a, more) for a in (q, k, v, valid_BL))
+        q, hashed, v, valid_BT = (pad_sequence(a, more) for a in (q, k, v, valid_BL))
         q_BhTk, hashed_BhTk, v_BhTk = (a.transpose(0, 2, 1, 3) for a in (q, hashed, v))
         order_BhRT, place_BhRT = self._sorted(hashed_BhTk, valid_BT)
         n_hashes, t = order_BhRT.shape[2:]

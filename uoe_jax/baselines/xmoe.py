@@ -23,8 +23,8 @@ def until(scores: jax.Array, valid: jax.Array, threshold: float) -> jax.Array:
     An expert is chosen where the better ones alone do not reach the threshold.
     """
     ordered = jnp.argsort(-jax.lax.stop_gradient(scores), axis=-1, stable=True)
-    best_first = jnp.take_along_axis(jax.lax.stop_gradient(scores), ordered, axis=-1)
-    wanted = jnp.cumsum(best_first, axis=-1) - best_first < threshold
+    keep_by_score = jnp.take_along_axis(jax.lax.stop_gradient(scores), ordered, axis=-1)
+    wanted = jnp.cumsum(keep_by_score, axis=-1) - keep_by_score < threshold
     rank = jnp.argsort(ordered, axis=-1)
     return jnp.take_along_axis(wanted, rank, axis=-1) & valid[..., None]
 

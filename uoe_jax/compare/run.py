@@ -334,7 +334,7 @@ class Children:
             raise Refused
         if code != EXIT_DONE and code not in accepted:
             raise RunError(
-                f"{what}: ended with exit code {code} (above); mend that and run the same command again"
+                f"{what}: ended with exit code {code} (above); fix that and run the same command again"
             )
         return code
 

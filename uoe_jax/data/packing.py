@@ -121,7 +121,7 @@ class PackedRows:
         """All rows are alike: full."""
         return self.length
 
-    def drawn(self, i: int, seeds: Sequence[int], other: int) -> Row:
+    def augmented(self, i: int, seeds: Sequence[int], other: int) -> Row:
         """Row i; nothing of text is left to chance."""
         return self[i]
 

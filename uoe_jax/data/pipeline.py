@@ -47,7 +47,7 @@ class Rows(Protocol):
     def __getitem__(self, i: int) -> Row:
         """Row i as evaluation sees it: a dict of arrays, in every row of the same shapes."""
 
-    def drawn(self, i: int, seeds: Sequence[int], other: int) -> Row:
+    def augmented(self, i: int, seeds: Sequence[int], other: int) -> Row:
         """Row i as training sees it, a pure function of all three: of the draws of `seeds`, and of another row it may be mixed with."""
 
     def n_tokens(self, i: int) -> int:
@@ -238,7 +238,7 @@ class TrainBatches:
 
     def _drawn(self, entry: int) -> Row:
         """A row by its place in the endless order; the one after it is the one it may be mixed with."""
-        return self._rows.drawn(
+        return self._rows.augmented(
             int(self._order[entry]), (self._seed, entry), int(self._order[entry + 1])
         )
 

@@ -53,7 +53,7 @@ class LabelledRows:
             return self._image_row(image, example.label, example.label, 1.0)
         return self._token_row(example)
 
-    def drawn(self, i: int, seeds: Sequence[int], other: int) -> Row:
+    def augmented(self, i: int, seeds: Sequence[int], other: int) -> Row:
         """Row i as training sees it: images by the draws of `seeds`, perhaps mixed with example `other`."""
         if self._model.stem != "image":
             return self[i]

@@ -4,7 +4,7 @@ Each is told, by its launcher and by nothing else, through three variables: UOE_
 same for all), UOE_PROCESSES (how many) and UOE_PROCESS_ID (0, 1, …). None of them: one process.
 
 What only one process can see (a file, a disk, a clock, a signal) is decided in process 0 and told to the others
-(`by_first`), or compared (`same`). Both go through JAX's coordination service and not through a device, so they work
+(`on_process_zero`), or compared (`assert_same`). Both go through JAX's coordination service and not through a device, so they work
 before the first device is touched and name who is missing. Every process must make these calls in the same order.
 """
 
@@ -36,7 +36,7 @@ _calls = itertools.count()
 _waiting = False
 
 
-def told(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
+def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
     """(coordinator, processes, this one's id) from the environment; None for a single process. Imports no jax.
 
     Raises:
@@ -80,7 +80,7 @@ def join(stops_itself: bool) -> None:
     Raises:
       UserError: process 0 has no such address or port. LostPeer: its name has no address here.
     """
-    place = told()
+    place = cluster_from_env()
     if place is None:
         return
     import jax
@@ -152,14 +152,14 @@ def are_several() -> bool:
     return client() is not None
 
 
-def is_first() -> bool:
+def is_process_zero() -> bool:
     """Whether this is the process that writes logs and files."""
     import jax
 
     return jax.process_index() == 0
 
 
-def by_first(do: Callable[[], T]) -> T:
+def on_process_zero(do: Callable[[], T]) -> T:
     """What `do` gives in process 0, in every process; what it raises is raised in every process.
 
     The result must be JSON (lists, not tuples).
@@ -169,11 +169,13 @@ def by_first(do: Callable[[], T]) -> T:
         return do()
     name = f"uoe/first/{next(_calls)}"
     return (
-        _telling(service, name, 0, do, tells_value=True) if is_first() else _heard(service, name, 0)
+        _telling(service, name, 0, do, tells_value=True)
+        if is_process_zero()
+        else _heard(service, name, 0)
     )
 
 
-def together(do: Callable[[], T]) -> T:
+def on_all(do: Callable[[], T]) -> T:
     """What `do` gives in this process, once it is known to have worked in all; what it raises in one is raised in all."""
     service = client()
     if service is None:
@@ -187,7 +189,7 @@ def together(do: Callable[[], T]) -> T:
     return value
 
 
-def same(values: Mapping[str, Any], remedy: str) -> None:
+def assert_same(values: Mapping[str, Any], remedy: str) -> None:
     """Refuses to go on where a process has other values (JSON) than process 0.
 
     Raises:
@@ -214,7 +216,7 @@ def same(values: Mapping[str, Any], remedy: str) -> None:
 def same_command(config: Config, **options: Any) -> None:
     """Refuses to go on where processes were given different configurations or options."""
     given = {f"config.{name}": value for name, value, _ in leaves(config)}
-    same(
+    assert_same(
         given | {f"--{name}": value for name, value in options.items()},
         "start every process with the same command",
     )
@@ -245,7 +247,7 @@ def _heard(service: Any, name: str, i: int) -> Any:
     finally:
         _waiting = False
     if "error" in said:
-        raise Told(said["error"], said["exit_code"])
+        raise RemoteProcessError(said["error"], said["exit_code"])
     return said["value"]
 
 
@@ -261,7 +263,7 @@ def preempted(number: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(number)
 
 
-class Told(UserError):
+class RemoteProcessError(UserError):
     """What went wrong in another process, which has told the person."""
 
     def __init__(self, text: str, exit_code: int) -> None:

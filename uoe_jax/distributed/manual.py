@@ -1,7 +1,7 @@
 """The manual region of a block: what one device does of it, and the collectives around that.
 
 `run` cuts a block's work by `jax.shard_map` over all mesh axes: rows over the batch axes, experts (or heads, hidden units,
-vocabulary) over `expert`. Inside, weights are gathered over `fsdp`, activations `enter`, and what the parts found `leave`s
+vocabulary) over `expert`. Inside, weights are gathered over `fsdp`, inputs are gathered, and partial outputs are reduced
 by the one reduction over `expert`. Nothing is left to the compiler's partitioner, which would gather activations over the
 data axes. On one device there is no region, and the same code runs on everything.
 """
@@ -21,57 +21,57 @@ from uoe_jax.distributed.mesh import BATCH_AXES, EVERYWHERE, ROWS
 
 
 class Region(NamedTuple):
-    """Where the code of a block runs: one part of `parts` over `expert` in a manual region, or (parts=0) outside of any.
+    """Where the code of a block runs: one shard of `num_shards` over `expert` in a manual region, or (num_shards=0) outside of any.
 
     sequence_parallel: activations come and go cut along L over `expert`.
     """
 
-    parts: int = 0
+    num_shards: int = 0
     sequence_parallel: bool = False
 
     @property
-    def part(self) -> jax.Array | int:
+    def shard_index(self) -> jax.Array | int:
         """Which part this is."""
-        return jax.lax.axis_index("expert") if self.parts else 0
+        return jax.lax.axis_index("expert") if self.num_shards else 0
 
-    def enter(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def gather_inputs(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """All tokens of the rows: (for what every part computes alike, for what each computes for itself).
 
         Both have the same values. They differ in their gradients: those of the second are added over the parts, once.
         """
-        if not self.parts:
+        if not self.num_shards:
             return x_BLD, x_BLD
         if self.sequence_parallel:
             return _gather_tokens(x_BLD)
-        return x_BLD, self.each(x_BLD)
+        return x_BLD, self.as_varying(x_BLD)
 
-    def each(self, a: jax.Array) -> jax.Array:
+    def as_varying(self, a: jax.Array) -> jax.Array:
         """What all parts have alike, for what each computes for itself: its gradient is added over the parts, once and
         as small as it is here."""
-        return jax.lax.pcast(a, "expert", to="varying") if self.parts else a
+        return jax.lax.pcast(a, "expert", to="varying") if self.num_shards else a
 
-    def leave(self, y_BLD: jax.Array) -> jax.Array:
+    def reduce_outputs(self, y_BLD: jax.Array) -> jax.Array:
         """The sum over the parts: the one reduction of a block."""
-        if not self.parts:
+        if not self.num_shards:
             return y_BLD
         if self.sequence_parallel:
             return jax.lax.psum_scatter(y_BLD, "expert", scatter_dimension=1, tiled=True)
         return jax.lax.psum(y_BLD, "expert")
 
-    def own_tokens(self, a_BL: jax.Array) -> jax.Array:
+    def local_tokens(self, a_BL: jax.Array) -> jax.Array:
         """Of values [B,L,…] known for all tokens, those whose activations this part has between blocks."""
         if not self.sequence_parallel:
             return a_BL
-        l, rest = divmod(a_BL.shape[1], self.parts)
-        assert not rest, (a_BL.shape, self.parts)
-        return jax.lax.dynamic_slice_in_dim(a_BL, self.part * l, l, axis=1)
+        l, rest = divmod(a_BL.shape[1], self.num_shards)
+        assert not rest, (a_BL.shape, self.num_shards)
+        return jax.lax.dynamic_slice_in_dim(a_BL, self.shard_index * l, l, axis=1)
 
-    def for_own_tokens(self, w: nnx.Variable | None) -> jax.Array | None:
+    def weight_for_local_tokens(self, w: nnx.Variable | None) -> jax.Array | None:
         """A weight that all parts have, if there is one, for use after they left: its gradient is then added over the
         parts as it is here, and not broadcast over tokens."""
         if w is None:
             return None
-        return self.each(w[...]) if self.sequence_parallel else w[...]
+        return self.as_varying(w[...]) if self.sequence_parallel else w[...]
 
 
 WHOLE = Region()
@@ -86,7 +86,7 @@ def run(
     dtype: Any,
     enters: bool = True,
     cut_last: bool = False,
-    on_own_tokens: bool = False,
+    on_local_tokens: bool = False,
 ) -> tuple[jax.Array, Any]:
     """`f(weights, x, tokens, region)` on every device's share, or on everything where there is one device.
 
@@ -97,7 +97,7 @@ def run(
       tokens: a tree of arrays with rows in front.
       dtype: of the computation, in which weights cross `fsdp` unless they are `exact`.
       cut_last: the result [B,L,X] has all tokens and is cut over `expert` along X.
-      on_own_tokens: the weights are not cut over `expert` and are used on a part's own tokens.
+      on_local_tokens: the weights are not cut over `expert` and are used on a part's own tokens.
 
     Returns:
       (what `f` returned for all rows, its sums over all rows).
@@ -108,7 +108,7 @@ def run(
     region = Region(mesh.shape["expert"], mesh_lib.is_sequence_parallel(mesh))
     leaves, tree = jax.tree.flatten(weights, is_leaf=lambda w: isinstance(w, nnx.Variable))
     specs = [mesh_lib.weight_spec(mesh, w.logical_axes, w.shape) for w in leaves]
-    over = ("expert",) if on_own_tokens and region.sequence_parallel else ()
+    over = ("expert",) if on_local_tokens and region.sequence_parallel else ()
 
     def share(parts: list[jax.Array], x: jax.Array, tokens: Any) -> tuple[jax.Array, Any]:
         whole = [
@@ -157,7 +157,7 @@ _gather_weight.defvjp(
 
 @jax.custom_vjp
 def _gather_tokens(x_BlD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`Region.enter` from tokens that are cut over `expert`: one all-gather for both, and back one reduce-scatter."""
+    """`Region.gather_inputs` from tokens that are cut over `expert`: one all-gather for both, and back one reduce-scatter."""
     shared_BLD = jax.lax.all_gather(x_BlD, "expert", axis=1, tiled=True, to="invarying")
     return shared_BLD, jax.lax.pcast(shared_BLD, "expert", to="varying")
 

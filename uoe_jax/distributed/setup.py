@@ -39,7 +39,7 @@ def start(config: Config, stops_itself: bool = False) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         name = f"jax_{cores}_cores"
-        folder = coordination.together(lambda: _made(runtime_env.default_cache_dir() / name))
+        folder = coordination.on_all(lambda: _made(runtime_env.default_cache_dir() / name))
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

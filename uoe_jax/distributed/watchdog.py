@@ -247,7 +247,7 @@ _watch: Watch | None = None
 def start(guard: GuardConfig) -> None:
     """Begins to watch, where there are several processes; once they have met."""
     global _watch
-    client, place = coordination.client(), coordination.told()
+    client, place = coordination.client(), coordination.cluster_from_env()
     if client is not None and place is not None:
         coordinator, count, me = place
         _watch = Watch(client, me, count, coordinator, guard)
@@ -285,7 +285,7 @@ def part() -> None:
     global _watch
     if _watch is not None:
         at("waiting for the others to end", slow=True)
-        coordination.together(lambda: None)
+        coordination.on_all(lambda: None)
         _watch.stop()
         _watch = None
 

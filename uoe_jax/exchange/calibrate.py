@@ -44,7 +44,7 @@ def seen(
     model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array
 ) -> dict[str, Moments]:
     """What the routers of a batch would have to tell apart, by block."""
-    x_BLD, tokens = model.entered(tokens_BL, segments_BL, positions_BL)
+    x_BLD, tokens = model.embed_inputs(tokens_BL, segments_BL, positions_BL)
     graphdef, stacked = nnx.split(model.layers)
 
     def layer(x_BLD: jax.Array, weights: nnx.State) -> tuple[jax.Array, dict[str, Moments]]:
@@ -52,7 +52,7 @@ def seen(
         for place, norm in (("attention", block.attention_norm), ("mlp", block.mlp_norm)):
             part, h_BLD = getattr(block, place), norm(x_BLD)
             if isinstance(part, Union):
-                y_NBLD = part.of_every_expert(h_BLD, tokens)
+                y_NBLD = part.all_expert_outputs(h_BLD, tokens)
                 found[place] = _sums(part, h_BLD, y_NBLD, segments_BL)
                 y_BLD = add_bias(y_NBLD.sum(axis=0), part.bias_out)
             else:

@@ -35,7 +35,7 @@ def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"{option}={path}: cannot be written ({reason}); mend that, or give another directory"
+            f"{option}={path}: cannot be written ({reason}); fix that, or give another directory"
         ) from error
     finally:
         if temporary.exists():

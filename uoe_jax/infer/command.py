@@ -142,7 +142,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _write(out: str | None, completions: list[Any]) -> None:
-    if not coordination.is_first():
+    if not coordination.is_process_zero():
         return
     # JSON is UTF-8; where the screen is not, other characters are escaped.
     escaped = not out and not takes_utf8(sys.stdout)
@@ -158,7 +158,7 @@ def _write(out: str | None, completions: list[Any]) -> None:
 
 
 def _show(text: str) -> None:
-    if coordination.is_first():
+    if coordination.is_process_zero():
         print(text, end="", flush=True)
 
 
@@ -173,7 +173,7 @@ def _one(sampler: Any, options: argparse.Namespace) -> None:
         _show(prompt)
         completion = sampler.complete([prompt], options.stop, show=lambda _, text: _show(text))[0]
     _show("\n")
-    if coordination.is_first():
+    if coordination.is_process_zero():
         why = {
             "document": "end of document",
             "stop": "stop string",
@@ -237,7 +237,7 @@ def fitting(sampler: Any, text: str) -> str:
 def _report(sampler: Any, step: int) -> None:
     from uoe_jax.costs.memory import cache_bytes
 
-    if not coordination.is_first():
+    if not coordination.is_process_zero():
         return
     m = sampler.config.model
     dense = cache_bytes(m, rows=1, dense=True)

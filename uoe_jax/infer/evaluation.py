@@ -27,8 +27,8 @@ def run_eval(options: argparse.Namespace, config: Config) -> None:
     config, data = agreed_data(
         config, options.workdir, step=options.step, split=options.split, experts=options.experts
     )
-    coordination.by_first(lambda: check_record(options.workdir, data.record, store=False))
-    per_word = coordination.by_first(lambda: targets_per_word(config, data, options.split))
+    coordination.on_process_zero(lambda: check_record(options.workdir, data.record, store=False))
+    per_word = coordination.on_process_zero(lambda: targets_per_word(config, data, options.split))
     with restored(config, options.workdir, options.step) as run:
         for c in [config] if options.experts is None else choices(config, options.experts):
             program = run.program if c == config else build(c, run.program.mesh)
@@ -39,7 +39,7 @@ def run_eval(options: argparse.Namespace, config: Config) -> None:
                 line["forward_flops_per_token"] = forward_flops_per_token(c.model)
             if per_word is not None:
                 found |= perplexities(found["eval/loss"], per_word)
-            if coordination.is_first():
+            if coordination.is_process_zero():
                 print(json.dumps({**line, **found}), flush=True)
 
 

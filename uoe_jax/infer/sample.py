@@ -87,7 +87,7 @@ class Sampler:
         def step(
             p: Params, layers: Layers, cache: Cache, token_B: jax.Array
         ) -> tuple[jax.Array, Cache]:
-            return model(p).step(token_B, cache, layers)
+            return model(p).decode_step(token_B, cache, layers)
 
         @jax.jit
         def draw(logits_BV, seed, rows_B, next_B, settings):

@@ -59,7 +59,7 @@ class Pieces(nnx.Module):
         def share(
             words: _Words, ids_BL: jax.Array, _: None, region: Region
         ) -> tuple[jax.Array, None]:
-            own_BL, found = region.own_tokens(ids_BL), []
+            own_BL, found = region.local_tokens(ids_BL), []
             # In float32, and rounded then, for the sums of the gradient (`ends.lookup`).
             for start, (table_vd, projection_Dd) in zip(
                 starts, words.pieces(jnp.float32, self.cutoffs), strict=True
@@ -75,7 +75,7 @@ class Pieces(nnx.Module):
                 )
             return sum(found[1:], found[0]), None
 
-        return run(share, _words(self), ids_BL, dtype=dtype, enters=False, on_own_tokens=True)[0]
+        return run(share, _words(self), ids_BL, dtype=dtype, enters=False, on_local_tokens=True)[0]
 
 
 Vocabulary = nnx.Param | Pieces  # one table [V,D], or pieces of different widths
@@ -119,7 +119,7 @@ class AdaptiveHead(nnx.Module):
                 )
             return jnp.concatenate(out, axis=-1), None
 
-        return run(share, self._weights(embedding), x, dtype=x.dtype, on_own_tokens=True)[0]
+        return run(share, self._weights(embedding), x, dtype=x.dtype, on_local_tokens=True)[0]
 
     def nll(self, x_BLD: jax.Array, targets_BL: jax.Array, embedding: Vocabulary) -> jax.Array:
         """-log p of the targets, float32 [B,L], and with it gradients, without the scores of all tokens at once."""
@@ -127,7 +127,7 @@ class AdaptiveHead(nnx.Module):
         def share(
             weights: Any, x: jax.Array, targets_BL: jax.Array, region: Region
         ) -> tuple[jax.Array, None]:
-            target_n = region.own_tokens(targets_BL).reshape(-1)
+            target_n = region.local_tokens(targets_BL).reshape(-1)
             nll_n = _nll(
                 self._pieces(weights, None), self.cutoffs, x.reshape(-1, x.shape[-1]), target_n
             )
@@ -145,7 +145,7 @@ class AdaptiveHead(nnx.Module):
                 x_BLD,
                 targets_BL,
                 dtype=x_BLD.dtype,
-                on_own_tokens=True,
+                on_local_tokens=True,
             )[0]
 
     def _weights(self, embedding: Vocabulary) -> tuple[_Words, nnx.Param]:
@@ -162,7 +162,7 @@ _Piece = tuple[jax.Array, jax.Array | None]  # (table [v,d], projection [D,d] wh
 
 
 class _Words(NamedTuple):
-    """The weights of a `Vocabulary` as `region.run` takes them: one table for all pieces, or one for each."""
+    """The weights of a `Vocabulary` as `manual.run` takes them: one table for all pieces, or one for each."""
 
     tables: tuple[nnx.Param, ...]
     projections: tuple[nnx.Param, ...]

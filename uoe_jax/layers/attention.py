@@ -15,9 +15,9 @@ from uoe_jax.layers.common import (
     Tokens,
     add_bias,
     along_last,
-    empty_apart,
     fold,
     linear,
+    mask_empty_segments,
     ones,
     rms_norm,
     rotate,
@@ -55,7 +55,7 @@ def attend(
     g, dv = v.shape[2:]
     if fits_cudnn(q, v, drop_rate if keys_BG is not None else 0.0):
         return fused(q, k, v, segments, causal, lengths, "cudnn")
-    segments = empty_apart(segments, lengths, s)
+    segments = mask_empty_segments(segments, lengths, s)
     # The heads of all rows in front, and the h/g queries of a key head beside each other.
     q_XRSk = q.reshape(b, s, g, h // g, dh).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g, s, dh)
     # In 16 bits a factor that is no power of two rounds every query once more: there it is put on the scores, in float32. (On
@@ -229,12 +229,14 @@ class Attention(Heads):
     def _forward(
         self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
     ) -> tuple[jax.Array, RoutingStats | None, jax.Array, jax.Array]:
-        shared_BLD, x_BLD = region.enter(x_BLD.astype(self.dtype))
+        shared_BLD, x_BLD = region.gather_inputs(x_BLD.astype(self.dtype))
         q, k, v = self._project(x_BLD, tokens.rotary)
         o = self._mix(q, k, v, x_BLD, tokens, region)
         o, stats = self._weighed(o, shared_BLD, tokens.segments_BL, region)
         return (
-            add_bias(region.leave(self._out(o)), region.for_own_tokens(self.bias_out)),
+            add_bias(
+                region.reduce_outputs(self._out(o)), region.weight_for_local_tokens(self.bias_out)
+            ),
             stats,
             k,
             v,
@@ -257,7 +259,9 @@ class Attention(Heads):
     ) -> jax.Array:
         """The heads' values [B,L,H,Dh] from queries [B,L,H,Dh], keys and values [B,L,G,Dh], and what they were made of."""
         keys_BG = (
-            None if tokens.keys_B is None else group_keys(tokens.keys_B, k.shape[2], region.part)
+            None
+            if tokens.keys_B is None
+            else group_keys(tokens.keys_B, k.shape[2], region.shard_index)
         )
         return attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
 
@@ -280,7 +284,7 @@ class Attention(Heads):
         y_BLD, _, k, v = self._forward(x_BLD, tokens)
         return y_BLD, DenseCache(cache_of(k, context), cache_of(v, context))
 
-    def step(
+    def decode_step(
         self, x_BD: jax.Array, cache: DenseCache, t_B: jax.Array, rotary: Any
     ) -> tuple[jax.Array, DenseCache]:
         """Token `t_B` of each sequence; rotary tables are [B,Dh/2]."""

@@ -142,7 +142,7 @@ class Part(Protocol):
     def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, Any]:
         """(y_BLD of the whole prompt, a cache of its own kind with room for `context` tokens)."""
 
-    def step(
+    def decode_step(
         self, x_BD: jax.Array, cache: Any, t_B: jax.Array, rotary: Any
     ) -> tuple[jax.Array, Any]:
         """(y_BD of token `t_B` of each sequence, the cache with it)."""
@@ -174,10 +174,12 @@ class Tokens(NamedTuple):
             return self
         segments_BL = jnp.ones((b, l), jnp.int32) if self.segments_BL is None else self.segments_BL
         by_token = self._replace(segments_BL=segments_BL, keys_B=None)
-        return jax.tree.map(lambda a: lengthened(a, to - l), by_token)._replace(keys_B=self.keys_B)
+        return jax.tree.map(lambda a: pad_sequence(a, to - l), by_token)._replace(
+            keys_B=self.keys_B
+        )
 
 
-def lengthened(a_BL: jax.Array, more: int) -> jax.Array:
+def pad_sequence(a_BL: jax.Array, more: int) -> jax.Array:
     """[B,L,…] with `more` zeros behind every row."""
     return jnp.pad(a_BL, ((0, 0), (0, more), *((0, 0),) * (a_BL.ndim - 2))) if more else a_BL
 
@@ -187,7 +189,7 @@ def valid_tokens(segments_BL: jax.Array | None, like: jax.Array) -> jax.Array:
     return jnp.ones(like.shape[:2], bool) if segments_BL is None else segments_BL > 0
 
 
-def empty_apart(
+def mask_empty_segments(
     segments_BS: jax.Array | None, lengths_B: jax.Array | None, s: int
 ) -> jax.Array | None:
     """Segments of rows of s places in which those from each row's length on, empty ones, are a segment of their own."""

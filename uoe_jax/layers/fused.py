@@ -1,6 +1,6 @@
 """Attention by cuDNN, on NVIDIA GPUs in 16 bits: `jax.nn.dot_product_attention`, and its packed form for rows of documents.
 
-Told by a mask which tokens share a document, cuDNN computes every score and reads a number for each; told where documents
+RemoteProcessError by a mask which tokens share a document, cuDNN computes every score and reads a number for each; told where documents
 begin and end, it computes those within a document alone (docs/performance.md has both measured). That form is not in JAX's
 public interface yet: where it is missing, and for rows of more documents than it is compiled for, the mask is used. Rows of
 one document each, as of long texts, need neither.
@@ -19,7 +19,7 @@ import jax.extend
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.layers.common import empty_apart
+from uoe_jax.layers.common import mask_empty_segments
 
 MOST = 16  # documents of a row that the packed form is compiled for
 Kernel = Literal["cudnn", "xla"]
@@ -79,7 +79,9 @@ def fused(
             implementation=kernel,
         )
     else:
-        o = _of_documents(q, k, v, empty_apart(segments, lengths, q.shape[1]), causal, kernel)
+        o = _of_documents(
+            q, k, v, mask_empty_segments(segments, lengths, q.shape[1]), causal, kernel
+        )
     return checkpoint_name(o, "heads")
 
 

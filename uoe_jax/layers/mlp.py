@@ -63,8 +63,8 @@ class MLP(nnx.Module):
         return run(share, weights, x_BLD, dtype=self.dtype)
 
     def _forward(self, x_BLD: jax.Array, region: Region = WHOLE) -> jax.Array:
-        y = region.leave(self.partial(region.enter(x_BLD.astype(self.dtype))[1]))
-        return add_bias(y, region.for_own_tokens(self.bias_out))
+        y = region.reduce_outputs(self.partial(region.gather_inputs(x_BLD.astype(self.dtype))[1]))
+        return add_bias(y, region.weight_for_local_tokens(self.bias_out))
 
     def partial(self, x: jax.Array) -> jax.Array:
         """What the hidden units held here give for tokens [...,D], without the output bias."""
@@ -83,7 +83,7 @@ class MLP(nnx.Module):
         """The whole prompt; a dense MLP needs no cache."""
         return self._forward(x_BLD), ()
 
-    def step(
+    def decode_step(
         self, x_BD: jax.Array, cache: tuple, t_B: jax.Array, rotary: Any
     ) -> tuple[jax.Array, tuple]:
         """One token of each sequence."""

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
-from uoe_jax.layers.common import along_last, lengthened, scaled_normal, valid_mean, weight, zeros
+from uoe_jax.layers.common import along_last, pad_sequence, scaled_normal, valid_mean, weight, zeros
 from uoe_jax.moe import routing as routing_lib
 from uoe_jax.moe.dispatch import Selection
 from uoe_jax.moe.routing import UNION, Decision, RoutingStats, Rule
@@ -121,7 +121,7 @@ class Router(nnx.Module):
             weight_BN=jnp.where(kept_BN, weight_BN, 0),
         )
 
-    def step(self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array) -> RouterCache:
+    def decode_step(self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array) -> RouterCache:
         """Routes token `t_B` of each sequence: the first token of a patch chooses, the others follow it."""
         r = self.routing
         first_B1 = (t_B % r.patch_size == 0)[:, None]
@@ -152,5 +152,5 @@ def _logits(summary: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> ja
 
 def patches(x_BLD: jax.Array, p: int) -> jax.Array:
     """[B,L,…] cut in patches [B,M,P,…], the last one filled up with zeros."""
-    x_BLD = lengthened(x_BLD, -x_BLD.shape[1] % p)
+    x_BLD = pad_sequence(x_BLD, -x_BLD.shape[1] % p)
     return x_BLD.reshape(x_BLD.shape[0], -1, p, *x_BLD.shape[2:])

@@ -144,12 +144,12 @@ class SMHA(Union):
         )
         return y_BLD, SMHACache(cache_of(k, places), cache_of(v, places), router)
 
-    def step(
+    def decode_step(
         self, x_BD: jax.Array, cache: SMHACache, t_B: jax.Array, rotary: Any
     ) -> tuple[jax.Array, SMHACache]:
         """Token `t_B` of each sequence; rotary tables are [B,Dh/2]."""
         x_BD = x_BD.astype(self.dtype)
-        router = self.router.step(x_BD, cache.router, t_B)
+        router = self.router.decode_step(x_BD, cache.router, t_B)
         q, k, v = self._enter(x_BD[None, :, None])
         tables = None if rotary is None else tuple(t[None, :, None] for t in rotary)
         q, k = self._placed(q, k, tables)

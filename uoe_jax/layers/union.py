@@ -109,7 +109,7 @@ class Union(nnx.Module):
         """From projections at the slots to ([N,B,S,D] weighted outputs, what a prefill keeps)."""
         raise NotImplementedError
 
-    def _beside(self, x: jax.Array) -> jax.Array | None:
+    def _shared_experts(self, x: jax.Array) -> jax.Array | None:
         """What is added for every token [...,D] whatever it chose (the shared experts of some mixtures); None: nothing."""
         return None
 
@@ -146,17 +146,19 @@ class Union(nnx.Module):
         p, length = self.routing.patch_size, tokens.positions_BL.shape[1]
         tokens = tokens.padded(length + -length % p)
         # Every part decides the same for all experts; from there on each works for its own.
-        shared_BMPD, x_BMPD = (patches(x, p) for x in region.enter(x_BLD.astype(self.dtype)))
+        shared_BMPD, x_BMPD = (
+            patches(x, p) for x in region.gather_inputs(x_BLD.astype(self.dtype))
+        )
         b, m, _, d = x_BMPD.shape
         segments_BMP = None if tokens.segments_BL is None else patches(tokens.segments_BL, p)
         valid_BMP = jnp.ones((b, m, p), bool) if segments_BMP is None else segments_BMP > 0
         with jax.named_scope("route"):
             decision, stats = self.router(shared_BMPD, valid_BMP, tokens.folded(0).keys_B)
-            if region.parts:
-                n = self.routing.n_experts // region.parts
+            if region.num_shards:
+                n = self.routing.n_experts // region.num_shards
                 decision = decision._replace(
-                    weights_BMN=region.each(decision.weights_BMN)
-                ).of_experts(n * region.part, n)
+                    weights_BMN=region.as_varying(decision.weights_BMN)
+                ).of_experts(n * region.shard_index, n)
             selection = decision.pack()
         n, r, c = selection.slots_NRC.shape
 
@@ -174,7 +176,7 @@ class Union(nnx.Module):
             rotary=_both(at_slots, tokens.rotary),
             keys_NB=None
             if keys_B is None
-            else _expert_keys(keys_B, selection.sequence_NR, n * region.part),
+            else _expert_keys(keys_B, selection.sequence_NR, n * region.shard_index),
         )
         how = backend_for(
             self.routing.dispatch, x_BMPD.dtype, p, bool(self.routing.sequence_capacity_factor)
@@ -193,11 +195,13 @@ class Union(nnx.Module):
         with jax.named_scope("combine"):
             y_BMF = combine_slots(y_NBSD.reshape(n, r, c, p * d), selection, how)
         with jax.named_scope("union"):
-            y_BLD = _sum(y_BMF.reshape(b, m * p, d), self._beside(x_BMPD.reshape(b, m * p, d)))
-            y_BLD = region.leave(y_BLD[:, :length])
-        bias_D = region.for_own_tokens(self.bias_out)
+            y_BLD = _sum(
+                y_BMF.reshape(b, m * p, d), self._shared_experts(x_BMPD.reshape(b, m * p, d))
+            )
+            y_BLD = region.reduce_outputs(y_BLD[:, :length])
+        bias_D = region.weight_for_local_tokens(self.bias_out)
         if bias_D is not None:
-            valid_BL1 = region.own_tokens(valid_BMP.reshape(b, m * p, 1)[:, :length])
+            valid_BL1 = region.local_tokens(valid_BMP.reshape(b, m * p, 1)[:, :length])
             y_BLD = add_bias(y_BLD, jnp.where(valid_BL1, bias_D[None, None], 0))
         return y_BLD, stats, selection, kept
 
@@ -218,7 +222,7 @@ class Union(nnx.Module):
         )
         return y_BLD, weights_XN.reshape(place_BMN.shape)
 
-    def of_every_expert(self, x_BLD: jax.Array, tokens: Tokens) -> jax.Array:
+    def all_expert_outputs(self, x_BLD: jax.Array, tokens: Tokens) -> jax.Array:
         """What each expert gives for every token at weight 1, [N,B,L,D]: the terms of the union with K = N and nothing dropped."""
         n, (b, l) = self.routing.n_experts, x_BLD.shape[:2]
 
@@ -236,7 +240,7 @@ class Union(nnx.Module):
 
     def _union(self, y_NB1D: jax.Array, x_BD: jax.Array) -> jax.Array:
         """Sums the experts' outputs for one token of each sequence, [B,D]."""
-        y_BD = _sum(y_NB1D.sum(axis=0)[:, 0], self._beside(x_BD))
+        y_BD = _sum(y_NB1D.sum(axis=0)[:, 0], self._shared_experts(x_BD))
         return add_bias(y_BD, self.bias_out)
 
 

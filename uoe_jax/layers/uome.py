@@ -103,11 +103,11 @@ class UoME(Union):
             selection, valid_tokens(tokens.segments_BL, x_BLD).sum(axis=1)
         )
 
-    def step(
+    def decode_step(
         self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array, rotary: Any
     ) -> tuple[jax.Array, RouterCache]:
         """Token `t_B` of each sequence."""
         x_BD = x_BD.astype(self.dtype)
-        cache = self.router.step(x_BD, cache, t_B)
+        cache = self.router.decode_step(x_BD, cache, t_B)
         y_NB1D = self._leave(self._enter(x_BD[None, :, None]), cache.weight_BN.T[..., None])
         return self._union(y_NB1D, x_BD), cache

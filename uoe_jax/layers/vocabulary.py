@@ -31,14 +31,14 @@ def lookup(table: nnx.Param, ids_BL: jax.Array, dtype: Any) -> jax.Array:
         table_vD = table[...].astype(jnp.float32)
         v = table_vD.shape[0]
         if v == whole:
-            return table_vD[region.own_tokens(ids_BL)].astype(dtype), None
-        own_BL = ids_BL - v * region.part
+            return table_vD[region.local_tokens(ids_BL)].astype(dtype), None
+        own_BL = ids_BL - v * region.shard_index
         here_BL = (own_BL >= 0) & (own_BL < v)
         found_BLD = table_vD[jnp.where(here_BL, own_BL, 0)].astype(dtype)
-        return region.leave(jnp.where(here_BL[..., None], found_BLD, 0)), None
+        return region.reduce_outputs(jnp.where(here_BL[..., None], found_BLD, 0)), None
 
     cut = mesh_lib.is_cut(table.logical_axes[0], whole)
-    return run(share, table, ids_BL, dtype=dtype, enters=False, on_own_tokens=not cut)[0]
+    return run(share, table, ids_BL, dtype=dtype, enters=False, on_local_tokens=not cut)[0]
 
 
 def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: jax.Array) -> jax.Array:
@@ -47,13 +47,13 @@ def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: jax.Array) -> jax.Arra
     cut = mesh_lib.is_cut("vocab", head.shape[axis])
 
     def share(head: nnx.Param, x_BLD: jax.Array, _: None, region: Region) -> tuple[jax.Array, None]:
-        x_BLD = region.enter(x_BLD)[1] if cut else x_BLD
+        x_BLD = region.gather_inputs(x_BLD)[1] if cut else x_BLD
         kernel_DV = head[...].T if tied else head[...]
         return jnp.matmul(
             x_BLD, kernel_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32
         ), None
 
-    return run(share, head, x_BLD, dtype=x_BLD.dtype, cut_last=cut, on_own_tokens=not cut)[0]
+    return run(share, head, x_BLD, dtype=x_BLD.dtype, cut_last=cut, on_local_tokens=not cut)[0]
 
 
 def vocabulary_nll(
@@ -70,16 +70,16 @@ def vocabulary_nll(
         head: nnx.Param, x_BLD: jax.Array, targets_BL: jax.Array, region: Region
     ) -> tuple[jax.Array, None]:
         kernel_vD = head[...] if tied else head[...].T
-        x_BLD = region.enter(x_BLD)[1] if cut else x_BLD
-        target_n = (targets_BL if cut else region.own_tokens(targets_BL)).reshape(-1)
+        x_BLD = region.gather_inputs(x_BLD)[1] if cut else x_BLD
+        target_n = (targets_BL if cut else region.local_tokens(targets_BL)).reshape(-1)
         n, x_nD = target_n.shape[0], x_BLD.reshape(-1, x_BLD.shape[-1])
         if not cut:
             return words_nll(x_nD, kernel_vD, target_n, 0, n).reshape(x_BLD.shape[:2]), None
-        own_n = region.each(target_n) - kernel_vD.shape[0] * region.part
+        own_n = region.as_varying(target_n) - kernel_vD.shape[0] * region.shard_index
         log_sum_n, hit_n = words_sums(x_nD, kernel_vD, own_n, 0, n)
         top_n = jax.lax.pmax(jax.lax.stop_gradient(log_sum_n), "expert")
         total_n, hit_n = jax.lax.psum((jnp.exp(log_sum_n - top_n), hit_n), "expert")
         nll_BL = (jnp.log(total_n) + top_n - hit_n).reshape(x_BLD.shape[:2])
-        return region.own_tokens(nll_BL), None
+        return region.local_tokens(nll_BL), None
 
-    return run(share, head, x_BLD, targets_BL, dtype=x_BLD.dtype, on_own_tokens=not cut)[0]
+    return run(share, head, x_BLD, targets_BL, dtype=x_BLD.dtype, on_local_tokens=not cut)[0]

@@ -80,14 +80,14 @@ class Classifier(Stack):
         Returns:
           (logits float32 [B,n_classes], routing statistics by block, stacked over layers).
         """
-        x_BLD, tokens = self.entered(inputs, segments, keys_B)
+        x_BLD, tokens = self.embed_inputs(inputs, segments, keys_B)
         x_BLD, stats = self.run(x_BLD, tokens)
         pooled_BD = self._pool(self.norm(x_BLD), tokens.segments_BL)
         return self._score(
             pooled_BD.reshape(-1, self.config.classifier.n_inputs, pooled_BD.shape[-1])
         ), stats
 
-    def entered(
+    def embed_inputs(
         self, inputs: jax.Array, segments: jax.Array | None = None, keys_B: jax.Array | None = None
     ) -> tuple[jax.Array, Tokens]:
         """What enters the first layer, [B,L,D], a row for every input of every example, and what the blocks must know of it;

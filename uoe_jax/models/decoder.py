@@ -130,12 +130,14 @@ class Block(nnx.Module):
         y_BLD, mlp = self.mlp.prefill(self.mlp_norm(x_BLD), tokens, context)
         return x_BLD + y_BLD, (attention, mlp)
 
-    def step(
+    def decode_step(
         self, x_BD: jax.Array, caches: tuple[Any, Any], t_B: jax.Array, rotary: Any
     ) -> tuple[jax.Array, Any]:
-        y_BD, attention = self.attention.step(self.attention_norm(x_BD), caches[0], t_B, rotary)
+        y_BD, attention = self.attention.decode_step(
+            self.attention_norm(x_BD), caches[0], t_B, rotary
+        )
         x_BD = x_BD + y_BD
-        y_BD, mlp = self.mlp.step(self.mlp_norm(x_BD), caches[1], t_B, rotary)
+        y_BD, mlp = self.mlp.decode_step(self.mlp_norm(x_BD), caches[1], t_B, rotary)
         return x_BD + y_BD, (attention, mlp)
 
 
@@ -175,7 +177,7 @@ class Stack(nnx.Module):
         return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, (stacked, layers))
 
     def routes(self, x_BLD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
-        """For every routed block its experts' weights of each patch, [layers,B,M,N] (`Union.routed`); from what `entered` gives.
+        """For every routed block its experts' weights of each patch, [layers,B,M,N] (`Union.routed`); from what `embed_inputs` gives.
 
         On a mesh of several devices within `mesh.by_partitioner()`.
         """
@@ -246,7 +248,7 @@ class Transformer(Stack):
         Returns:
           (logits float32 [B,L,V], routing statistics by block, stacked over layers).
         """
-        x_BLD, stats = self.run(*self.entered(tokens_BL, segments_BL, positions_BL, keys_B))
+        x_BLD, stats = self.run(*self.embed_inputs(tokens_BL, segments_BL, positions_BL, keys_B))
         return self._logits(x_BLD), stats
 
     def nll(
@@ -261,13 +263,13 @@ class Transformer(Stack):
 
         The scores of all tokens are never held.
         """
-        x_BLD, stats = self.run(*self.entered(tokens_BL, segments_BL, positions_BL, keys_B))
+        x_BLD, stats = self.run(*self.embed_inputs(tokens_BL, segments_BL, positions_BL, keys_B))
         if isinstance(self.head, AdaptiveHead):
             return self.head.nll(self.norm(x_BLD), targets_BL, self.embedding), stats
         head, tied = self._words()
         return vocabulary_nll(head, tied, self.norm(x_BLD), targets_BL), stats
 
-    def entered(
+    def embed_inputs(
         self,
         tokens_BL: jax.Array,
         segments_BL: jax.Array | None = None,
@@ -296,7 +298,7 @@ class Transformer(Stack):
         b, l = tokens_BL.shape
         positions_BL = jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
         segments_BL = (positions_BL < length_B[:, None]).astype(jnp.int32)
-        x_BLD, tokens = self.entered(tokens_BL, segments_BL, positions_BL)
+        x_BLD, tokens = self.embed_inputs(tokens_BL, segments_BL, positions_BL)
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x_BLD, weights):
@@ -309,7 +311,7 @@ class Transformer(Stack):
         last_BD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
         return self._logits(last_BD), Cache(attention, mlp, length_B.astype(jnp.int32))
 
-    def step(
+    def decode_step(
         self, tokens_B: jax.Array, cache: Cache, layers: Layers | None = None
     ) -> tuple[jax.Array, Cache]:
         """Appends one token to each sequence; returns (logits float32 [B,V] of the one after it, cache).
@@ -324,7 +326,7 @@ class Transformer(Stack):
             for weights, *own in zip(
                 layers or self.each_layer(), cache.attention, cache.mlp, strict=True
             ):
-                x_BD, own = nnx.merge(graphdef, weights).step(
+                x_BD, own = nnx.merge(graphdef, weights).decode_step(
                     x_BD, tuple(own), cache.next_B, rotary
                 )
                 caches.append(own)

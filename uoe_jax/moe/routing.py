@@ -66,7 +66,7 @@ def rebalanced(load_bias_N: jax.Array, chosen_N: jax.Array, rate: float) -> jax.
     return load_bias_N + rate * jnp.sign(chosen_N.mean(axis=-1, keepdims=True) - chosen_N)
 
 
-def first_come(chosen_BMN: jax.Array, window: int, capacity: int) -> jax.Array:
+def keep_by_position(chosen_BMN: jax.Array, window: int, capacity: int) -> jax.Array:
     """Data selection by position: bool [B,M,N], the first `capacity` choices of an expert in every window of patches."""
     b, m, n = chosen_BMN.shape
     window = min(window, m)  # or a long one would be filled up
@@ -81,7 +81,7 @@ def first_come(chosen_BMN: jax.Array, window: int, capacity: int) -> jax.Array:
 MANY = 1024  # patches from which the best are found by counting, faster than sorting everywhere but on GPUs (docs/performance.md)
 
 
-def best_first(
+def keep_by_score(
     chosen_BMN: jax.Array, scores_BMN: jax.Array, capacity_B: jax.Array, slots: int
 ) -> jax.Array:
     """Data selection by score: bool [B,M,N], the `capacity_B` (at most `slots`) best-scored choices of each expert; of equal
@@ -285,12 +285,14 @@ def decide(
         offered_BMN = chosen_BMN & (rows[1] < rows[0].shape[1])[:, None]
     c = routing.slots(m)
     if routing.priority == "position":
-        kept_BMN = first_come(offered_BMN, routing.capacity_window, routing.window_capacity())
+        kept_BMN = keep_by_position(offered_BMN, routing.capacity_window, routing.window_capacity())
     else:
         # Capacity follows the sequence's own number of valid patches; the table keeps that exact.
         table = np.array([routing.window_capacity(i) if i else 0 for i in range(m + 1)], np.int32)
         scores_BMN = jnp.broadcast_to(scores_BMN, offered_BMN.shape)
-        kept_BMN = best_first(offered_BMN, scores_BMN, jnp.asarray(table)[valid_BM.sum(axis=1)], c)
+        kept_BMN = keep_by_score(
+            offered_BMN, scores_BMN, jnp.asarray(table)[valid_BM.sum(axis=1)], c
+        )
     stats = statistics(own, chosen_BMN, kept_BMN, valid_BM, rule)
     if (
         routing.unit == "hierarchical"

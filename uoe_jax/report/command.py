@@ -66,7 +66,7 @@ def at_end(
 
         sample = of_rows(config, data.validation, data.tokenizer)
         found, out = routes(program, params, sample, config), os.fspath(workdir / REPORT)
-        if coordination.is_first():
+        if coordination.is_process_zero():
             run = logged(os.fspath(workdir), config, workdir.name)
             write_asked(out, page([run], [Looked(sample, found, step)]))
         return out

@@ -166,9 +166,9 @@ def routes(
             inputs = batch["inputs"]
             if config.model.stem == "image":
                 inputs = as_floats(inputs, config.model.image.bound)
-            entered = model.entered(inputs, batch["segments"])
+            entered = model.embed_inputs(inputs, batch["segments"])
         else:
-            entered = model.entered(batch["tokens"], batch["segments"], batch["positions"])
+            entered = model.embed_inputs(batch["tokens"], batch["segments"], batch["positions"])
         return jax.tree.map(everywhere, model.routes(*entered))
 
     with by_partitioner():

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from uoe_jax.distributed.coordination import by_first, is_first, together
+from uoe_jax.distributed.coordination import is_process_zero, on_all, on_process_zero
 from uoe_jax.errors import BadNumbers, ConfigError, RunError, UserError
 from uoe_jax.train import saved, verify
 from uoe_jax.train.fingerprint import fingerprints
@@ -78,7 +78,7 @@ class CheckpointStore:
         self._deleter = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._deletions: list[concurrent.futures.Future[None]] = []
         self._closed = False
-        together(self._open_directory)
+        on_all(self._open_directory)
         self._orbax = open_writer(self.directory, read_only, write_bytes)
         self._losses: dict[int, float | None] = {}  # of the committed steps
         self._list()
@@ -86,7 +86,7 @@ class CheckpointStore:
 
     def _list(self) -> None:
         """Looks at the disk; the same in every process, as no two look at one moment."""
-        found = by_first(
+        found = on_process_zero(
             lambda: {str(step): loss for step, loss in saved.listed(self.directory).items()}
         )
         self._losses = {int(step): loss for step, loss in found.items()}
@@ -157,7 +157,7 @@ class CheckpointStore:
                 f"{not_finite[0]}{more} not finite at step {step}, so no checkpoint of it was written; lower "
                 f"config.optimizer.learning_rate and use a new --workdir ({self._resumes_from()})"
             )
-        by_first(lambda: self._check_space(step, nbytes))
+        on_process_zero(lambda: self._check_space(step, nbytes))
         self._orbax.reload()  # finds nothing: its list does not know what was deleted or set aside
         loss = saved.ranking_loss(metrics)
         self._in_flight = (step, loss, nbytes)
@@ -194,7 +194,7 @@ class CheckpointStore:
             raise self._save_failed(error) from error
         step, loss, _ = self._in_flight
         self._in_flight = None
-        if is_first():
+        if is_process_zero():
             verify.check(self.directory / str(step), self._aside, self.latest_step())
         self._losses[step] = loss
         self._prune()
@@ -231,11 +231,11 @@ class CheckpointStore:
                 saved.write_loss(path, found)
             except OSError as error:
                 raise RunError(
-                    f"{path}: the validation loss cannot be written here ({first_line(error)}); mend that and "
+                    f"{path}: the validation loss cannot be written here ({first_line(error)}); fix that and "
                     "run the same command again"
                 ) from error
 
-        by_first(write)
+        on_process_zero(write)
         self._losses[step] = found
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -286,7 +286,7 @@ class CheckpointStore:
             try:
                 state, metadata = saved.restore(self._path(step), abstract_state, partial)
             except CheckpointDamaged as error:
-                if self._read_only and not by_first((self.directory / str(step)).exists):
+                if self._read_only and not on_process_zero((self.directory / str(step)).exists):
                     self._list()  # a run beside this deleted it, and has newer ones
                     return self.restore_newest(abstract_state, say, partial)
                 damaged[step] = error.reason
@@ -296,7 +296,7 @@ class CheckpointStore:
                 reason,
             ) in damaged.items():  # not before: what fails for all of them lies elsewhere
                 done = "passed over" if self._read_only else f"moved to {self.set_aside(bad)}"
-                if is_first():
+                if is_process_zero():
                     say(
                         f"{self.directory / str(bad)}: this checkpoint is damaged ({reason}); {done}, going on with an older one"
                     )
@@ -305,9 +305,9 @@ class CheckpointStore:
             step, reason = max(damaged.items())
             raise RunError(
                 f"{self.directory}: no checkpoint can be read as it was saved (step {step}: {reason}); "
-                "mend that, or move this directory away to start from the beginning"
+                "fix that, or move this directory away to start from the beginning"
             )
-        if aside := by_first(lambda: saved.names_aside(self._aside)):
+        if aside := on_process_zero(lambda: saved.names_aside(self._aside)):
             raise RunError(
                 f"{self._aside}: holds the damaged checkpoints of this run ({', '.join(aside)}) and no good one "
                 "is left; move this directory away to start from the beginning"
@@ -318,12 +318,12 @@ class CheckpointStore:
         """Deletes the checkpoints of later steps."""
         for later in [s for s in self.steps() if s > step]:
             del self._losses[later]
-            if is_first():
+            if is_process_zero():
                 self._delete(later)
 
     def set_aside(self, step: int) -> str:
         """Moves a checkpoint that nobody is to go on from out of the list; returns where it is now."""
-        where = by_first(
+        where = on_process_zero(
             lambda: os.fspath(saved.move_aside(self.directory / str(step), self._aside))
         )
         del self._losses[step]
@@ -376,7 +376,7 @@ class CheckpointStore:
         }
         for step in set(self._losses) - keep:
             del self._losses[step]
-            if is_first():
+            if is_process_zero():
                 self._delete(step)
 
     def _delete(self, step: int) -> None:
@@ -437,7 +437,7 @@ class CheckpointStore:
             return self._no_space(step, nbytes)
         return RunError(
             f"{self.directory}: the checkpoint of step {step} could not be written "
-            f"({first_line(error)}); mend that and run the same command again ({self._resumes_from()})"
+            f"({first_line(error)}); fix that and run the same command again ({self._resumes_from()})"
         )
 
 

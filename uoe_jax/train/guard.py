@@ -65,9 +65,9 @@ def judge(
         variance=(1 - weight) * (guard.variance + weight * away**2),
     )
     counted = guard._replace(skipped=guard.skipped + 1, in_a_row=guard.in_a_row + 1)
-    return bad, unless(bad, moved, counted)
+    return bad, select_state(bad, moved, counted)
 
 
-def unless(bad: jax.Array, new: Any, old: Any) -> Any:
+def select_state(bad: jax.Array, new: Any, old: Any) -> Any:
     """`new`, or `old` where the step is bad."""
     return jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old)

@@ -15,7 +15,7 @@ from uoe_jax.costs.flops import PEAK_FLOPS, train_flops
 from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed import watchdog
-from uoe_jax.distributed.coordination import by_first
+from uoe_jax.distributed.coordination import on_process_zero
 from uoe_jax.distributed.setup import cost_of_determinism, describe_devices, host_peak_bytes
 from uoe_jax.errors import EXIT_DONE, EXIT_STOPPED, BadNumbers, RunError
 from uoe_jax.train.checkpoint import CheckpointStore
@@ -184,7 +184,7 @@ class Run:
     def is_tested(self) -> bool:
         """Whether this run has measured the test split."""
         workdir = self.store.directory.parent
-        return by_first(lambda: any("test/loss" in line for line in read_metrics(workdir)))
+        return on_process_zero(lambda: any("test/loss" in line for line in read_metrics(workdir)))
 
     def said(self, found: dict[str, Any], prefix: str) -> str:
         """An evaluation in words."""

@@ -16,7 +16,7 @@ from uoe_jax.data.tokenizers.load import Tokenizer
 from uoe_jax.data.tokenizers.workdir import keep_tokenizer, read_tokenizer
 from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.distributed import mesh as mesh_lib
-from uoe_jax.distributed.coordination import by_first, is_first
+from uoe_jax.distributed.coordination import is_process_zero, on_process_zero
 from uoe_jax.errors import EXIT_DONE, RunError
 from uoe_jax.runtime_env import tell
 from uoe_jax.train.checkpoint import CheckpointStore
@@ -60,7 +60,7 @@ def train(
         watchdog.at("preparing the data", slow=True)
         config, data = agreed_data(config, workdir_name)
         mesh = mesh_lib.make_mesh(config.mesh)
-        if config.train.init_from and not by_first(
+        if config.train.init_from and not on_process_zero(
             lambda: bool(listed(locate(workdir_name) / "checkpoints"))
         ):
             check_init_from(config, data.record.get("tokenizer"), say_early)
@@ -68,8 +68,8 @@ def train(
             program = build(config, mesh)
         workdir = enter_workdir(workdir_name, config)  # from here on something is left behind
         held.callback(release, workdir)
-        by_first(lambda: check_record(workdir, data.record))
-        by_first(lambda: keep_tokenizer(workdir, data.tokenizer))
+        on_process_zero(lambda: check_record(workdir, data.record))
+        on_process_zero(lambda: keep_tokenizer(workdir, data.tokenizer))
         keep = config.checkpoint
         with (
             jax.set_mesh(mesh),
@@ -77,7 +77,7 @@ def train(
         ):
             watchdog.at("restoring", slow=True)
             state, start, owed = first_state(program, store, config, say_early)
-            progress = Progress(config.train.steps, start) if is_first() else Silent()
+            progress = Progress(config.train.steps, start) if is_process_zero() else Silent()
             run = Run(
                 config,
                 data,
@@ -108,7 +108,7 @@ def train(
             if report is not None and config.train.report and exit_code == EXIT_DONE:
                 watchdog.at("reporting", slow=True)
                 place = report(config, program, run.state.params, data, workdir, run.step)
-            if is_first():
+            if is_process_zero():
                 tell(run.farewell(workdir_name, exit_code, text, place))
     return exit_code
 
@@ -117,9 +117,9 @@ def agreed_data(config: Config, workdir: str | None, **options: Any) -> tuple[Co
     """`load_data`, in every process the same, as are the options; what goes wrong in one is the error of all."""
     coordination.same_command(config, **options)
     mesh_lib.make_mesh(config.mesh)  # refused, where it is to be, before the data take long
-    config, data = coordination.together(lambda: load_data(config, workdir))
+    config, data = coordination.on_all(lambda: load_data(config, workdir))
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
-    coordination.same(found, "give every machine the same data and the same interpreter")
+    coordination.assert_same(found, "give every machine the same data and the same interpreter")
     if "bits_per_byte" in data.record:
         say_early(
             f"uoe: bits_per_byte is {data.record['bits_per_byte']}, so they cannot be told with this tokenizer"
@@ -129,12 +129,14 @@ def agreed_data(config: Config, workdir: str | None, **options: Any) -> tuple[Co
 
 def say_early(text: str) -> None:
     """Shows a line before there is a progress bar."""
-    if is_first():
+    if is_process_zero():
         print(text, file=sys.stderr, flush=True)
 
 
 def open_writer(workdir: epath.Path, start: int, owed: bool = False) -> MetricsWriter | Silent:
     """The writer of metrics in process 0; its errors are those of all. owed: the evaluation of `start` is done again."""
     made: list[MetricsWriter] = []
-    by_first(lambda: made.append(MetricsWriter(workdir, resume_step=start or None, owed=owed)))
+    on_process_zero(
+        lambda: made.append(MetricsWriter(workdir, resume_step=start or None, owed=owed))
+    )
     return made[0] if made else Silent()

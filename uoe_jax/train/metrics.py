@@ -105,7 +105,7 @@ class MetricsWriter:
         except OSError as error:
             raise RunError(
                 f"{self.path}: a line could not be written ({error.strerror or error}); "
-                "mend that and run the same command again"
+                "fix that and run the same command again"
             ) from error
 
 
@@ -210,7 +210,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise UserError(f"{path}: there are no metrics here; check --workdir") from error
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror or error}); mend that, or check --workdir"
+            f"{path}: cannot be read ({error.strerror or error}); fix that, or check --workdir"
         ) from error
     return [{key: _restore(value) for key, value in record.items()} for _, record in _records(data)]
 

@@ -23,7 +23,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from uoe_jax.distributed.coordination import Told, by_first, together
+from uoe_jax.distributed.coordination import RemoteProcessError, on_all, on_process_zero
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.train.fingerprint import fingerprints, leaf_name
 from uoe_jax.workdir import checkpoint_path, is_remote, locate, write_json
@@ -120,7 +120,7 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
       UserError: written by a newer format.
       CheckpointDamaged: they are not there, or not as they were written.
     """
-    found = by_first(lambda: metadata_or_fault(path))
+    found = on_process_zero(lambda: metadata_or_fault(path))
     if isinstance(found, str):
         raise CheckpointDamaged(path, found)
     if found["format_version"] > FORMAT_VERSION:
@@ -286,7 +286,7 @@ def checkpoints_of(path: str | os.PathLike[str]) -> list[str]:
         )
         return [os.fspath(root)] if is_one else []
 
-    places = by_first(found)
+    places = on_process_zero(found)
     if not places:
         remedy = (
             "there is no checkpoint; give the workdir of a run, or one of its checkpoints/<step>"
@@ -436,10 +436,10 @@ def _in_each(path: epath.Path, do: Callable[[], T]) -> T:
         if reasons:
             raise _Damage(reasons[0])
 
-    together(attempt)
+    on_all(attempt)
     try:
-        together(tell)
-    except (_Damage, Told) as error:
+        on_all(tell)
+    except (_Damage, RemoteProcessError) as error:
         raise CheckpointDamaged(path, str(error)) from error
     return values[0]
 
@@ -454,7 +454,7 @@ def raise_if_passing(path: epath.Path, error: Exception) -> None:
         or any(sign in str(error) for sign in _PASSING)
     ):
         raise RunError(
-            f"{path}: cannot be read now ({first_line(error)}); mend that and run the same command "
+            f"{path}: cannot be read now ({first_line(error)}); fix that and run the same command "
             "again"
         ) from error
 

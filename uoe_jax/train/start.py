@@ -11,7 +11,7 @@ from etils import epath
 from uoe_jax.config.schema import Config, ModelConfig, leaves
 from uoe_jax.data.tokenizers.load import ByteTokenizer
 from uoe_jax.data.tokenizers.workdir import read_tokenizer
-from uoe_jax.distributed.coordination import by_first
+from uoe_jax.distributed.coordination import on_process_zero
 from uoe_jax.errors import ConfigError
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.saved import CheckpointDamaged, checkpoints_of, load_params, read_metadata
@@ -69,7 +69,7 @@ def check_init_from(config: Config, tokenizer: str | None, say: Callable[[str], 
             metadata = read_metadata(place)
         except CheckpointDamaged:
             continue  # as `load_params` does
-        theirs = by_first(lambda: _tokenizer_of(place, metadata))
+        theirs = on_process_zero(lambda: _tokenizer_of(place, metadata))
         if theirs != tokenizer:
             said = f"its tokenizer is {theirs or 'unknown'}, this run's is {tokenizer}"
             if theirs is not None and not config.train.init_from_any:

@@ -97,11 +97,16 @@ def make_optimizer(
         mask=lambda _: decayed,
     )
     return optax.chain(
-        clip, adam if c.moment_dtype == "float32" else held_in(jnp.dtype(c.moment_dtype), adam)
+        clip,
+        adam
+        if c.moment_dtype == "float32"
+        else cast_optimizer_state(jnp.dtype(c.moment_dtype), adam),
     )
 
 
-def held_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def cast_optimizer_state(
+    dtype: jnp.dtype, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
     """An optimizer whose float state is held in `dtype` between steps and computed with in float32."""
 
     def cast(state: optax.OptState, to: Any) -> optax.OptState:
@@ -207,7 +212,7 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
             updates, opt = optimizer.update(grads, state.opt, state.params)
             used_rate = jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32)
         params = rebalance(config.model, optax.apply_updates(state.params, updates), sums.routing)
-        params, opt = guard_lib.unless(bad, (params, opt), (state.params, state.opt))
+        params, opt = guard_lib.select_state(bad, (params, opt), (state.params, state.opt))
         told = {"sums": sums, "grad_norm": grad_norm, "learning_rate": used_rate, "guard": guard}
         return TrainState(state.step + 1, params, opt, guard), told
 

@@ -68,7 +68,7 @@ def check(path: epath.Path, aside: epath.Path, latest: int | None) -> None:
     if latest is None and moved:
         remedy = f"move {aside} away and {remedy}, which then starts from the beginning"
     raise RunError(
-        f"{path}: this checkpoint was written and is not whole ({reason}){moved}; mend that and {remedy}"
+        f"{path}: this checkpoint was written and is not whole ({reason}){moved}; fix that and {remedy}"
     )
 
 
