@@ -89,3 +89,10 @@ def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
     if 0 < abs(value) < FLOAT32_TINY:
         raise ConfigError(name, value, f"is 0 in float32; give at least {FLOAT32_TINY}")
     return float(value)
+
+
+def divisors(n: int) -> str:
+    """The divisors of n, for error sentences."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    found = sorted({*low, *(n // d for d in low)})
+    return ", ".join(map(str, found[:12])) + (", …" if len(found) > 12 else "")

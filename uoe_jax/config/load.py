@@ -2,19 +2,121 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib.util
 import json
 import os
 import traceback
+import typing
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from etils import epath
 
-from uoe_jax import config as config_lib
+from uoe_jax.config.fields import checked, leaves, parsed, printable
 from uoe_jax.config.schema import Config
-from uoe_jax.config.validate import check_training
-from uoe_jax.errors import UserError
+from uoe_jax.config.validate import check_cutoffs, check_model, check_run, check_training
+from uoe_jax.errors import ConfigError, UserError
+
+
+def base() -> Any:
+    """An `ml_collections.ConfigDict` with every key at its default; what a config file starts from."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(to_dict(Config()))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+DECLARED = {name: (default, meta) for name, default, meta in leaves(Config())}  # every key
+ALL_KEYS = tuple(DECLARED)
+
+
+def unknown_key(name: str) -> UserError:
+    """The error for a key that no section has, naming the nearest one that exists."""
+    near = difflib.get_close_matches(name, ALL_KEYS, n=1, cutoff=0.0)
+    last = name.rsplit(".", 1)[-1]
+    same = sorted(
+        (k for k in ALL_KEYS if k.rsplit(".", 1)[-1] == last), key=lambda k: k.count(".")
+    )  # train.seed before data.listops.seed
+    return UserError(
+        f"config.{printable(name)}: unknown key; the nearest known key is config.{(same or near)[0]}"
+    )
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value of `--config.NAME=TEXT` in the type NAME was declared with; raises ConfigError or for an unknown key."""
+    if name not in DECLARED:
+        raise unknown_key(name)
+    return parsed(f"config.{name}", type(DECLARED[name][0]), text)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds and validates a Config from nested mappings; keys left out keep their default.
+
+    Raises:
+      UserError: an unknown key (with the nearest known one).
+      ConfigError: a value of the wrong type, out of range, or inconsistent with another.
+    """
+    config = _section(Config, values, "")
+    check_model(config.model)
+    check_run(config)
+    return config
+
+
+def _section(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"config.{prefix[:-1]}", values, "this is a section; set the keys inside it"
+        )
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    out = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise unknown_key(f"{prefix}{name}")
+        if dataclasses.is_dataclass(hints[name]):
+            out[name] = _section(hints[name], value, f"{prefix}{name}.")
+        else:
+            out[name] = checked(f"config.{prefix}{name}", hints[name], value, fields[name].metadata)
+    return cls(**out)
+
+
+def with_vocabulary(config: Config, size: int) -> Config:
+    """The configuration with the vocabulary size of the data filled in; ConfigError where the model's is too small."""
+    given = config.model.vocab_size
+    if given and given < size:
+        raise ConfigError(
+            "config.model.vocab_size",
+            given,
+            f"the data have {size} tokens; give at least that, or 0",
+        )
+    check_cutoffs(config.model, given or size)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=given or size)
+    )
+
+
+def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
+    """Keys whose change would change a run: (key, old value, new value) for those not declared `free`, and for `more`.
+
+    train.steps is free, unless it is among `more`, where the schedule's length does not follow it.
+    """
+    extendable = (
+        old.optimizer.decay_steps == new.optimizer.decay_steps > 0 and "train.steps" not in more
+    )  # it then only says when to stop
+    before = {name: value for name, value, _ in leaves(old)}
+    return [
+        (name, before[name], value)
+        for name, value, meta in leaves(new)
+        if before[name] != value
+        and (not meta["free"] or name in more)
+        and not (name == "train.steps" and extendable)
+    ]
 
 
 def find_config(name: str) -> tuple[Path | epath.Path, str]:
@@ -34,7 +136,7 @@ def find_config(name: str) -> tuple[Path | epath.Path, str]:
         {str(p.relative_to(d).with_suffix("")) for d in places for p in d.glob("**/[!_]*.py")}
     )
     raise UserError(
-        f"--config={config_lib.printable(name)}: no such file; give a path, or a shipped config by name ({', '.join(names)})"
+        f"--config={printable(name)}: no such file; give a path, or a shipped config by name ({', '.join(names)})"
     )
 
 
@@ -86,13 +188,13 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 
 def validated(values: Mapping[str, Any]) -> Config:
     """The configuration of nested dicts, fit for `uoe train`; raises UserError as `load_config`."""
-    config = config_lib.from_dict(values)
+    config = from_dict(values)
     from uoe_jax.data.registry import known_vocabulary
 
     size, tokenizer = known_vocabulary(config)
     prompt = config.generate.prompt
     check_training(config, 1 + len(tokenizer.encode(prompt) if tokenizer else prompt.split()))
-    config_lib.with_vocabulary(config, size)
+    with_vocabulary(config, size)
     return config
 
 
@@ -104,5 +206,5 @@ def load_config(name: str, overrides: dict[str, str]) -> Config:
     """
     values = evaluate(name)
     for key, text in overrides.items():
-        put(values, key, config_lib.parse_value(key, text))
+        put(values, key, parse_value(key, text))
     return validated(values)

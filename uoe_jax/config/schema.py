@@ -8,10 +8,7 @@ a run is resumed. Checks that need several keys are in `checks`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import typing
-from typing import Any, Mapping, Sequence
 
 from uoe_jax.config.baselines import (
     ATTENTIONS,
@@ -28,10 +25,8 @@ from uoe_jax.config.baselines import (
     ReformerConfig,
 )
 from uoe_jax.config.data import AugmentConfig, DataConfig
-from uoe_jax.config.fields import checked, key, leaves, parsed, printable
+from uoe_jax.config.fields import key
 from uoe_jax.config.routing import RoutingConfig
-from uoe_jax.config.validate import check_cutoffs, check_model, check_run
-from uoe_jax.errors import ConfigError, UserError
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")  # with a second projection into the hidden layer
 
@@ -449,102 +444,3 @@ class Config:
     @property
     def eval_batch_size(self) -> int:
         return self.eval.batch_size or self.train.batch_size
-
-
-def base() -> Any:
-    """An `ml_collections.ConfigDict` with every key at its default; what a config file starts from."""
-    from ml_collections import ConfigDict
-
-    return ConfigDict(to_dict(Config()))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dicts, ready for JSON."""
-    return dataclasses.asdict(config)
-
-
-DECLARED = {name: (default, meta) for name, default, meta in leaves(Config())}  # every key
-ALL_KEYS = tuple(DECLARED)
-
-
-def unknown_key(name: str) -> UserError:
-    """The error for a key that no section has, naming the nearest one that exists."""
-    near = difflib.get_close_matches(name, ALL_KEYS, n=1, cutoff=0.0)
-    last = name.rsplit(".", 1)[-1]
-    same = sorted(
-        (k for k in ALL_KEYS if k.rsplit(".", 1)[-1] == last), key=lambda k: k.count(".")
-    )  # train.seed before data.listops.seed
-    return UserError(
-        f"config.{printable(name)}: unknown key; the nearest known key is config.{(same or near)[0]}"
-    )
-
-
-def parse_value(name: str, text: str) -> Any:
-    """The value of `--config.NAME=TEXT` in the type NAME was declared with; raises ConfigError or for an unknown key."""
-    if name not in DECLARED:
-        raise unknown_key(name)
-    return parsed(f"config.{name}", type(DECLARED[name][0]), text)
-
-
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """Builds and validates a Config from nested mappings; keys left out keep their default.
-
-    Raises:
-      UserError: an unknown key (with the nearest known one).
-      ConfigError: a value of the wrong type, out of range, or inconsistent with another.
-    """
-    config = _section(Config, values, "")
-    check_model(config.model)
-    check_run(config)
-    return config
-
-
-def _section(cls: type, values: Any, prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(
-            f"config.{prefix[:-1]}", values, "this is a section; set the keys inside it"
-        )
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    out = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise unknown_key(f"{prefix}{name}")
-        if dataclasses.is_dataclass(hints[name]):
-            out[name] = _section(hints[name], value, f"{prefix}{name}.")
-        else:
-            out[name] = checked(f"config.{prefix}{name}", hints[name], value, fields[name].metadata)
-    return cls(**out)
-
-
-def with_vocabulary(config: Config, size: int) -> Config:
-    """The configuration with the vocabulary size of the data filled in; ConfigError where the model's is too small."""
-    given = config.model.vocab_size
-    if given and given < size:
-        raise ConfigError(
-            "config.model.vocab_size",
-            given,
-            f"the data have {size} tokens; give at least that, or 0",
-        )
-    check_cutoffs(config.model, given or size)
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, vocab_size=given or size)
-    )
-
-
-def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
-    """Keys whose change would change a run: (key, old value, new value) for those not declared `free`, and for `more`.
-
-    train.steps is free, unless it is among `more`, where the schedule's length does not follow it.
-    """
-    extendable = (
-        old.optimizer.decay_steps == new.optimizer.decay_steps > 0 and "train.steps" not in more
-    )  # it then only says when to stop
-    before = {name: value for name, value, _ in leaves(old)}
-    return [
-        (name, before[name], value)
-        for name, value, meta in leaves(new)
-        if before[name] != value
-        and (not meta["free"] or name in more)
-        and not (name == "train.steps" and extendable)
-    ]

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Mapping
+from typing import Mapping
 
 from uoe_jax.config.data import FACTS, FROM_FILE, TEXT
-from uoe_jax.config.fields import leaves
+from uoe_jax.config.fields import divisors, leaves
+from uoe_jax.config.routing import RoutingConfig
+from uoe_jax.config.schema import Config, ModelConfig
 from uoe_jax.config.validate_baselines import check_peers, peer_sizes, peer_uses
 from uoe_jax.errors import ConfigError
-
-if TYPE_CHECKING:
-    from uoe_jax.config.schema import Config, ModelConfig, RoutingConfig
-
-
-def divisors(n: int) -> str:
-    """The divisors of n, for error sentences."""
-    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    found = sorted({*low, *(n // d for d in low)})
-    return ", ".join(map(str, found[:12])) + (", …" if len(found) > 12 else "")
 
 
 def check_model(m: ModelConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Iterator
+from typing import Iterator
 
 from uoe_jax.config.baselines import (
     ATTENTIONS,
@@ -12,10 +12,8 @@ from uoe_jax.config.baselines import (
     SECTIONS,
     UNIONS,
 )
+from uoe_jax.config.schema import ModelConfig
 from uoe_jax.errors import ConfigError
-
-if TYPE_CHECKING:
-    from uoe_jax.config.schema import ModelConfig
 
 # Why a block is not admitted in a causal model.
 NOT_CAUSAL = {
