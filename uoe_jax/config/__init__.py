@@ -1,17 +1,8 @@
-"""The configuration: sections of keys (`schema`), their checks (`validate`) and how they are read (`load`)."""
+"""The configuration: sections of keys (`schema`), checks (`validate`) and reading (`load`)."""
 
 from uoe_jax.config.fields import leaves, printable
-from uoe_jax.config.load import (
-    ALL_KEYS,
-    DECLARED,
-    base,
-    changed_keys,
-    from_dict,
-    parse_value,
-    to_dict,
-    unknown_key,
-    with_vocabulary,
-)
+from uoe_jax.config.hints import ALL_KEYS, DECLARED, unknown_key
+from uoe_jax.config.load import base, changed_keys, from_dict, parse_value, to_dict, with_vocabulary
 from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.config.schema import (
     ClassifierConfig,
