@@ -194,7 +194,7 @@ def train_tokenizer(options: argparse.Namespace, overrides: dict[str, str]) -> N
     _write_once(out, json.loads(tokenizer.to_json()), options.out)
     size = f"{tokenizer.vocab_size} tokens"
     if tokenizer.vocab_size < int(given):
-        size += f" (fewer than --vocab={given}: no pair is left that occurs twice)"
+        size += f" (fewer than --vocab={given}: no pair left occurs twice)"
     rate = f"{n_bytes / n_tokens:.3f} bytes each on" if n_tokens else "and no text in"
     next_keys = overrides | {"data.tokenizer": "bpe", "data.tokenizer_file": options.out}
     command = ["uoe", "train", f"--config={options.config}"]

@@ -77,11 +77,11 @@ def check_cutoffs(m: ModelConfig, vocab_size: int) -> None:
         raise bad("give whole numbers with commas between them, such as '20000,40000,200000'")
     cutoffs = m.cutoff_list
     if m.task != "language":
-        raise bad("a classifier predicts no tokens; use '', or task='language'")
+        raise bad("a classifier has no vocabulary to predict; use '', or task='language'")
     if cutoffs[0] < 1 or any(a >= b for a, b in zip(cutoffs, cutoffs[1:])):
-        raise bad("the numbers must ascend, and the first must be at least 1")
+        raise bad("each must be larger than the one before it, and the first at least 1")
     if vocab_size and cutoffs[-1] >= vocab_size:
-        raise bad(f"give numbers below the vocabulary size of {vocab_size}")
+        raise bad(f"the vocabulary has {vocab_size} entries; give numbers below that")
     if m.d_model % m.cutoff_div ** len(cutoffs):
         power = f"cutoff_div to the power of {len(cutoffs)}, the number of cutoffs,"
         remedy = f"{power} must divide d_model={m.d_model}: {divisors(m.d_model)}"
@@ -96,7 +96,9 @@ def _check_task(m: ModelConfig) -> None:
             raise _bad_model(m, "stem", remedy)
         return
     if m.causal and m.classifier.pooling == "cls":
-        remedy = "the token in front sees no other one if causal; use 'mean', or causal=False"
+        remedy = (
+            "if causal, the token in front sees none of the others; use 'mean', or causal=False"
+        )
         raise _bad_model(m, "classifier.pooling", remedy)
     if m.stem != "image":
         return
@@ -127,7 +129,7 @@ def _check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
         remedy = f"must divide {heads}, as every expert owns its heads: {divisors(m.kv_heads)}"
         raise bad("n_experts", remedy)
     if r.sequence_capacity_factor and r.unit == "patch":
-        why = "limits sequences per expert, but each patch chooses"
+        why = "bounds whole sequences, but each patch chooses"
         raise bad("sequence_capacity_factor", f"{why}; use 0, or unit='sequence' or 'hierarchical'")
     if r.sequence_capacity_factor and r.dispatch == "onehot":
         raise bad("dispatch", "cannot limit sequences (sequence_capacity_factor); use 'auto'")
@@ -301,7 +303,7 @@ def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
     local = rows // shards * m.rows_per_example
     for name, r in m.routed().items():
         if r.sequence_capacity_factor and local % r.sequence_group:
-            remedy = f"must divide the {local} rows of a device's microbatch: {divisors(local)}"
+            remedy = f"must divide the {local} rows of one device's microbatch: {divisors(local)}"
             raise _bad_model(m, f"{name}.sequence_group", remedy)
 
 
