@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import traceback
@@ -173,6 +174,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{where}{message}; see {self.prog} --help")
 
 
+@functools.cache
 def _parser() -> argparse.ArgumentParser:
     about = "Pretrain transformers whose blocks are unions of experts."
     parser = _Parser(prog="uoe", description=about, allow_abbrev=False)

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import traceback
-import typing
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -53,27 +52,28 @@ def from_dict(values: Mapping[str, Any]) -> Config:
       UserError: an unknown key.
       ConfigError: a value of the wrong type, out of range, or inconsistent with another.
     """
-    config = _section(Config, values, "")
+    config = _section(Config(), values, "")
     check_model(config.model)
     check_run(config)
     return config
 
 
-def _section(cls: type, values: Any, prefix: str) -> Any:
+def _section(default: Any, values: Any, prefix: str) -> Any:
+    """`default` with the values of a mapping; prefix: its dotted name, with a dot behind."""
     if not isinstance(values, Mapping):
         remedy = "this is a section; set the keys inside it"
         raise ConfigError(f"config.{prefix[:-1]}", values, remedy)
-    kinds = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(default)}
     out = {}
     for name, value in values.items():
         if name not in fields:
             raise unknown_key(f"{prefix}{name}")
-        if dataclasses.is_dataclass(kinds[name]):
-            out[name] = _section(kinds[name], value, f"{prefix}{name}.")
+        old, dotted = getattr(default, name), f"{prefix}{name}"
+        if dataclasses.is_dataclass(old):
+            out[name] = _section(old, value, f"{dotted}.")
         else:
-            out[name] = checked(f"config.{prefix}{name}", kinds[name], value, fields[name].metadata)
-    return cls(**out)
+            out[name] = checked(f"config.{dotted}", type(old), value, fields[name].metadata)
+    return dataclasses.replace(default, **out)
 
 
 def with_vocabulary(config: Config, size: int) -> Config:
