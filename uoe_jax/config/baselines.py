@@ -36,18 +36,14 @@ class MoEConfig:
     n_shared: int = key(0, "shared experts, which take every token (deepseek_moe)", low=0)
     d_expert: int = key(0, "hidden width of an expert; 0: d_hidden / (k + n_shared)", low=0)
     capacity_factor: float = key(
-        1.25, "slots per expert relative to a balanced load", above=0, high=1e6
+        1.25, "expert capacity relative to an even load", above=0, high=1e6
     )
     capacity_window: int = key(64, "tokens per capacity window", low=1)
     score: str = key("softmax", "router scores of deepseek_moe", choices=("softmax", "sigmoid"))
-    scale: float = key(
-        1.0, "sum of the combine weights of a token with score='sigmoid'", above=0, high=1e3
-    )
-    threshold: float = key(
-        0.9, "total probability at which a token stops choosing experts (xmoe)", above=0, high=1
-    )
+    scale: float = key(1.0, "sum of combine weights (score='sigmoid')", above=0, high=1e3)
+    threshold: float = key(0.9, "total probability of a token's experts (xmoe)", above=0, high=1)
     logit_scale: float = key(
-        1.0, "standard deviation of the normalised router logits (skywork_moe)", above=0, high=1e3
+        1.0, "standard deviation of the router logits (skywork_moe)", above=0, high=1e3
     )
     balance_weight: float = key(0.01, "weight of the Switch load-balancing loss", low=0, high=1e3)
     # Skywork's adaptive weight is the moving average of min(rate * dropped share, most), per layer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from uoe_jax.config.fields import key
+from uoe_jax.config.fields import free_key, key
 
 TEXT = ["stdlib", "text", "wikitext103", "tfds_text"]  # sources of a language model
 
@@ -76,25 +76,21 @@ class DataConfig:
     """Source of the examples, and the tokenizer of text."""
 
     source: str = key("stdlib", "source of documents or labelled examples", choices=SOURCES)
-    path: str = key(
-        "", "directory or glob of files, or data directory of TFDS; empty: the default", free=True
+    path: str = free_key(
+        "", "directory or glob of files, or data directory of TFDS; empty: the default"
     )
     name: str = key("", "dataset of source='tfds_text', such as 'lm1b' or 'c4/en:3.1.0'")
     tokenizer: str = key(
         "bytes", "byte, BPE or word tokenizer, or any tokenizer.json (library)", choices=TOKENIZERS
     )
-    tokenizer_file: str = key(
-        "", "tokenizer.json of tokenizer='bpe' or 'library', as `uoe tokenizer` writes", free=True
+    tokenizer_file: str = free_key(
+        "", "tokenizer.json of tokenizer='bpe' or 'library', as `uoe tokenizer` writes"
     )
     separator: str = key("", "end-of-document token ('bpe', 'library'); empty: the tokenizer's own")
     start: str = key("", "beginning-of-document token; empty: the tokenizer's own")
-    min_count: int = key(
-        3, "minimum count of a word in the training split, with tokenizer='words'", low=1
-    )
+    min_count: int = key(3, "minimum count of a word in the training split ('words')", low=1)
     buckets: int = key(1, "number of padded lengths of labelled text, evenly spaced", low=1)
-    sort_window: int = key(
-        1, "training batches whose rows are sorted by length together, with buckets", low=1
-    )
+    sort_window: int = key(1, "with buckets: training batches sorted by length together", low=1)
     held_out: int = key(
         1, "percent of documents for validation, and for test, with source='text'", low=1, high=40
     )
@@ -106,16 +102,10 @@ class DataConfig:
 class AugmentConfig:
     """Augmentation of training images, drawn anew for every row of every step."""
 
-    crop_padding: int = key(
-        0, "black pixels added on every side before a random crop", low=0, high=512
-    )
-    crop_area: float = key(
-        1.0, "smallest relative area of a random resized crop; 1: no crop", above=0, high=1
-    )
+    crop_padding: int = key(0, "pixels of padding before a random crop", low=0, high=512)
+    crop_area: float = key(1.0, "smallest area of random resized crops; 1: off", above=0, high=1)
     flip: bool = key(False, "mirror half of the images, left to right")
     rand_layers: int = key(0, "RandAugment: operations per image", low=0, high=16)
     rand_magnitude: int = key(9, "RandAugment: strength of the operations", low=0, high=30)
     mixup: float = key(0.0, "alpha of mixup; 0: off", low=0, high=100)
-    cutmix: float = key(
-        0.0, "alpha of CutMix, which alternates with mixup; 0: off", low=0, high=100
-    )
+    cutmix: float = key(0.0, "alpha of CutMix, in turn with mixup; 0: off", low=0, high=100)

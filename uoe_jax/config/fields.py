@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from uoe_jax.errors import ConfigError
@@ -34,6 +35,9 @@ def key(
         default=default, doc=doc, low=low, high=high, above=above, choices=choices, free=free
     )
     return dataclasses.field(default=default, metadata=meta)
+
+
+free_key = functools.partial(key, free=True)
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
@@ -95,9 +99,18 @@ def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
     return float(value)
 
 
-def invalid(where: str, section: Any, name: str, remedy: str) -> ConfigError:
-    """The error for a dotted key of a section; where: the section's own name, such as "config"."""
-    return ConfigError(f"{where}.{name}", operator.attrgetter(name)(section), remedy)
+def refuse_first(where: str, section: Any, problems: Iterable[tuple[str, str]]) -> None:
+    """Raises ConfigError for the first of (dotted key of the section, remedy), if there is any.
+
+    where: the name of the section, such as "config.model".
+    """
+    for name, remedy in problems:
+        raise ConfigError(f"{where}.{name}", operator.attrgetter(name)(section), remedy)
+
+
+def must_divide(name: str, n: int) -> str:
+    """The remedy for a value that should divide n."""
+    return f"must divide {name}={n}: {divisors(n)}"
 
 
 def divisors(n: int) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
-from uoe_jax.config.fields import key
+from uoe_jax.config.fields import free_key, key
 
 UNITS = ("patch", "sequence", "hierarchical")
 PRIORITIES = ("position", "score")
@@ -21,12 +21,10 @@ class RoutingConfig:
 
     n_experts: int = key(8, "N, experts: equal partitions of the block", low=1)
     k: int = key(4, "K, experts that each patch chooses (top-k)", low=1)
-    capacity_factor: float = key(
-        1.0, "slots per expert relative to a balanced load", above=0, high=1e6
-    )
+    capacity_factor: float = key(1.0, "expert capacity relative to an even load", above=0, high=1e6)
     capacity_window: int = key(64, "patches per capacity window, with priority='position'", low=1)
     sequence_capacity_factor: float = key(
-        0.0, "training: sequences per expert relative to a balanced load; 0: any", low=0, high=1e6
+        0.0, "training: sequences per expert relative to an even load; 0: any", low=0, high=1e6
     )
     sequence_group: int = key(8, "consecutive rows over which that limit is counted", low=1)
     patch_size: int = key(1, "P, consecutive tokens that are routed together", low=1)
@@ -42,13 +40,13 @@ class RoutingConfig:
     )
     router_bias: bool = key(False, "add a bias to the router logits")
     router_noise: float = key(
-        0.0, "standard deviation of the noise on the router logits, in training", low=0, high=1e3
+        0.0, "standard deviation of router noise in training", low=0, high=1e3
     )
     balance_weight: float = key(0.01, "weight of the Switch load-balancing loss", low=0, high=1e3)
     bias_rate: float = key(0.0, "step of the loss-free load-balancing bias; 0: off", low=0, high=1)
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
-    dispatch: str = key(
-        "auto", "slot transfer: gather, scatter-add, one-hot matmul", choices=DISPATCHES, free=True
+    dispatch: str = free_key(
+        "auto", "how slots are moved: gather, scatter-add, one-hot matmul", choices=DISPATCHES
     )
 
     def window_capacity(self, window: int | None = None) -> int:

@@ -24,7 +24,7 @@ from uoe_jax.config.baselines import (
     ReformerConfig,
 )
 from uoe_jax.config.data import AugmentConfig, DataConfig
-from uoe_jax.config.fields import key
+from uoe_jax.config.fields import free_key, key
 from uoe_jax.config.routing import RoutingConfig
 
 TASKS = ("language", "classify")
@@ -72,9 +72,7 @@ class ModelConfig:
     """Architecture (D d_model, F d_hidden, H n_heads, L context_length, V vocab_size)."""
 
     task: str = key("language", "predict the next token, or classify the input", choices=TASKS)
-    stem: str = key(
-        "tokens", "input of the model: token ids, or images", choices=("tokens", "image")
-    )
+    stem: str = key("tokens", "input: token ids, or images", choices=("tokens", "image"))
     vocab_size: int = key(0, "V, vocabulary size; 0: that of the tokenizer", low=0)
     d_model: int = key(192, "D, width of the residual stream", low=1)
     n_layers: int = key(4, "layers, each with an attention and an MLP block", low=1)
@@ -103,8 +101,8 @@ class ModelConfig:
     attention_dropout: float = key(0.0, "dropout rate of attention weights", low=0, high=0.99)
     dtype: str = key("float32", "compute dtype; parameters are float32", choices=DTYPES)
     # Under fsdp, "none" also keeps the gathered weights for the backward pass.
-    remat: str = key(
-        "slots", "remat: none, slots, dots (save matmuls), block (full)", choices=REMAT, free=True
+    remat: str = free_key(
+        "slots", "remat: none, slots, dots (save matmuls), block (full)", choices=REMAT
     )
     smha: RoutingConfig = RoutingConfig()
     uome: RoutingConfig = RoutingConfig()
@@ -252,35 +250,35 @@ class TrainConfig:
     batch_size: int = key(16, "global rows per step", low=1)
     accumulation: int = key(1, "gradient accumulation: microbatches per step", low=1)
     seed: int = key(0, "seed of initialisation and data order", low=0)
-    log_every: int = key(10, "steps between logged metrics", low=1, free=True)
-    stop_after: int = key(0, "step at which to stop early; 0: train.steps", low=0, free=True)
-    report: bool = key(True, "write report.html into the workdir at the end", free=True)
+    log_every: int = free_key(10, "steps between logged metrics", low=1)
+    stop_after: int = free_key(0, "step at which to stop early; 0: train.steps", low=0)
+    report: bool = free_key(True, "write report.html into the workdir at the end")
     label_smoothing: float = key(0.0, "label smoothing of a classifier", low=0, high=0.99)
     init_from: str = key("", "workdir or checkpoint whose matching parameters to start from")
-    init_from_any: bool = key(False, "allow init_from a run with another tokenizer", free=True)
-    deterministic: bool = key(False, "bit-identical runs on GPUs too, which is slower", free=True)
+    init_from_any: bool = free_key(False, "allow init_from a run with another tokenizer")
+    deterministic: bool = free_key(False, "bit-identical runs on GPUs too, which is slower")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Evaluation during training."""
 
-    every: int = key(200, "steps between evaluations; 0: only at the end", low=0, free=True)
-    batches: int = key(
-        0, "batches per evaluation; 0: the whole split, as always at the end", low=0, free=True
+    every: int = free_key(200, "steps between evaluations; 0: only at the end", low=0)
+    batches: int = free_key(
+        0, "batches per evaluation; 0: the whole split, as always at the end", low=0
     )
-    test: bool = key(False, "at the end, evaluate the best checkpoint on the test split", free=True)
-    batch_size: int = key(0, "global rows per batch; 0: train.batch_size", low=0, free=True)
+    test: bool = free_key(False, "at the end, evaluate the best checkpoint on the test split")
+    batch_size: int = free_key(0, "global rows per batch; 0: train.batch_size", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """How often checkpoints are saved, and how many are kept."""
 
-    every: int = key(200, "steps between checkpoints; 0: only at the end", low=0, free=True)
-    keep_latest: int = key(2, "latest checkpoints to keep", low=1, free=True)
-    keep_best: int = key(
-        1, "best checkpoints to keep, by validation loss or error rate", low=0, free=True
+    every: int = free_key(200, "steps between checkpoints; 0: only at the end", low=0)
+    keep_latest: int = free_key(2, "latest checkpoints to keep", low=1)
+    keep_best: int = free_key(
+        1, "best checkpoints to keep, by validation loss or error rate", low=0
     )
 
 
@@ -292,20 +290,20 @@ class GuardConfig:
     spike_sigmas: float = key(
         0.0, "skip steps so many sigmas above the running mean; 0: off", low=0, high=1e6
     )
-    max_bad_steps: int = key(
-        5, "skipped steps in a row before the run stops or rolls back", low=1, free=True
+    max_bad_steps: int = free_key(
+        5, "skipped steps in a row before the run stops or rolls back", low=1
     )
-    rollbacks: int = key(
-        0, "times to roll back and skip the data that led there", low=0, high=1000, free=True
+    rollbacks: int = free_key(
+        0, "times to roll back and skip the data that led there", low=0, high=1000
     )
-    peer_timeout_s: float = key(
-        10.0, "seconds until all processes stop once one is lost", low=1, high=1e5, free=True
+    peer_timeout_s: float = free_key(
+        10.0, "seconds until all processes stop after one is lost", low=1, high=1e5
     )
-    hang_timeout_s: float = key(
-        300.0, "seconds without progress until processes stop; 0: off", low=0, high=1e6, free=True
+    hang_timeout_s: float = free_key(
+        300.0, "seconds without progress until processes stop; 0: off", low=0, high=1e6
     )
-    compile_timeout_s: float = key(
-        1800.0, "the same while compiling, reading or writing", low=0, high=1e6, free=True
+    compile_timeout_s: float = free_key(
+        1800.0, "the same while compiling, reading or writing", low=0, high=1e6
     )
 
 
@@ -313,11 +311,11 @@ class GuardConfig:
 class MeshConfig:
     """Sizes of the mesh axes; at most one is -1 and takes the remaining devices."""
 
-    replica: int = key(1, "data parallelism across slow networks", low=-1, free=True)
-    data: int = key(-1, "data parallelism", low=-1, free=True)
-    fsdp: int = key(1, "data parallelism with sharded weights (FSDP)", low=-1, free=True)
-    expert: int = key(1, "expert and tensor parallelism", low=-1, free=True)
-    sequence_parallel: bool = key(False, "shard activations along L between blocks", free=True)
+    replica: int = free_key(1, "data parallelism across slow networks", low=-1)
+    data: int = free_key(-1, "data parallelism", low=-1)
+    fsdp: int = free_key(1, "data parallelism with sharded weights (FSDP)", low=-1)
+    expert: int = free_key(1, "expert and tensor parallelism", low=-1)
+    sequence_parallel: bool = free_key(False, "shard activations along L between blocks")
 
     @property
     def shape(self) -> dict[str, int]:
@@ -329,16 +327,14 @@ class MeshConfig:
 class GenerateConfig:
     """Sampling in `uoe generate` and at the end of training."""
 
-    prompt: str = key("def ", "start of the text", free=True)
-    max_tokens: int = key(
-        160, "maximum number of new tokens, as the context allows", low=1, free=True
+    prompt: str = free_key("def ", "start of the text")
+    max_tokens: int = free_key(160, "maximum number of new tokens, as the context allows", low=1)
+    temperature: float = free_key(0.7, "sampling temperature; 0: greedy", low=0, high=1e3)
+    top_k: int = free_key(0, "sample among the k likeliest tokens; 0: all", low=0)
+    top_p: float = free_key(
+        0.95, "nucleus sampling: total probability of the candidates", above=0, high=1
     )
-    temperature: float = key(0.7, "sampling temperature; 0: greedy", low=0, high=1e3, free=True)
-    top_k: int = key(0, "sample among the k likeliest tokens; 0: all", low=0, free=True)
-    top_p: float = key(
-        0.95, "nucleus sampling: total probability of the candidates", above=0, high=1, free=True
-    )
-    seed: int = key(0, "seed of the sampling", low=0, free=True)
+    seed: int = free_key(0, "seed of the sampling", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

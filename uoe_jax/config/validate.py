@@ -1,20 +1,21 @@
-"""Checks across keys; each raises ConfigError with the value, the numbers and the remedy."""
+"""Checks across keys; each raises ConfigError with the value, the numbers and the remedy.
+
+The generators yield (key, remedy) for every check that fails; the first one is raised.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Protocol
 
 from uoe_jax.config.data import FACTS, FROM_FILE, TEXT
-from uoe_jax.config.fields import divisors, invalid, leaves
+from uoe_jax.config.fields import divisors, leaves, must_divide, refuse_first
 from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.config.schema import Config, ModelConfig
-from uoe_jax.config.validate_baselines import baseline_sizes, baseline_uses, check_baselines
+from uoe_jax.config.validate_baselines import baseline_sizes, baseline_uses, wrong_baselines
 from uoe_jax.errors import ConfigError
 
-_bad = functools.partial(invalid, "config")
-_bad_model = functools.partial(invalid, "config.model")
+Problems = Iterator[tuple[str, str]]
 
 
 class Tokenizer(Protocol):
@@ -28,117 +29,116 @@ class Tokenizer(Protocol):
 
 def check_model(m: ModelConfig) -> None:
     """Checks the model's keys against each other."""
+    refuse_first("config.model", m, _wrong_model(m))
+
+
+def _wrong_model(m: ModelConfig) -> Problems:
     if m.d_model % m.n_heads:
-        remedy = f"must divide d_model={m.d_model}: {divisors(m.d_model)}"
-        raise _bad_model(m, "n_heads", remedy)
+        yield "n_heads", must_divide("d_model", m.d_model)
     if m.n_heads % m.kv_heads:
-        remedy = f"must divide n_heads={m.n_heads}: {divisors(m.n_heads)}"
-        raise _bad_model(m, "n_kv_heads", remedy)
+        yield "n_kv_heads", must_divide("n_heads", m.n_heads)
     if m.position == "rope" and m.head_dim % 2:
         odd = f"splits d_model={m.d_model} into heads of odd width {m.head_dim}"
-        remedy = f"{odd}, and RoPE needs an even one; give fewer heads, or position='learned'"
-        raise _bad_model(m, "n_heads", remedy)
+        yield "n_heads", f"{odd}; RoPE needs even, so give fewer heads, or position='learned'"
     if m.qkv_bias and m.bias:
-        raise _bad_model(m, "qkv_bias", "is part of model.bias; set only one of them")
+        yield "qkv_bias", "is part of model.bias; set only one of them"
     if m.qkv_bias and m.attention not in ("dense", "smha"):
-        raise _bad_model(m, "qkv_bias", "is for model.attention='dense' or 'smha'")
-    _check_rope_scaling(m)
-    _check_task(m)
-    check_cutoffs(m, m.vocab_size)
+        yield "qkv_bias", "is for model.attention='dense' or 'smha'"
+    yield from _wrong_rope_scaling(m)
+    yield from _wrong_task(m)
+    yield from _wrong_cutoffs(m, m.vocab_size)
     for name, r in m.unions().items():
-        _check_routing(name, r, m)
-    check_baselines(m)
+        for key, remedy in _wrong_routing(name, r, m):
+            yield f"{name}.{key}", remedy
+    yield from wrong_baselines(m)
 
 
-def _check_rope_scaling(m: ModelConfig) -> None:
+def _wrong_rope_scaling(m: ModelConfig) -> Problems:
     if not m.rope_scaling:
         return
     if m.position != "rope":
-        remedy = f"is for rotary positions, and config.model.position={m.position!r}; use ''"
-        raise _bad_model(m, "rope_scaling", remedy)
+        position = f"config.model.position={m.position!r}"
+        yield "rope_scaling", f"is for rotary positions, and {position}; use ''"
     try:
         factor, low, high, length = m.rope_stretch or (0.0, 0.0, 0.0, 0.0)
     except ValueError:
         factor = low = high = length = 0.0
     if not (1 <= factor < 1e6 and 0 < low < high < 1e6 and 1 <= length < 1e12):
         numbers = "factor (at least 1), low, high (above low) and length in tokens"
-        raise _bad_model(m, "rope_scaling", f"give {numbers}, such as '8,1,4,8192'")
+        yield "rope_scaling", f"give {numbers}, such as '8,1,4,8192'"
 
 
 def check_cutoffs(m: ModelConfig, vocab_size: int) -> None:
     """Checks the adaptive softmax; vocab_size: of the model, 0 if not known yet."""
+    refuse_first("config.model", m, _wrong_cutoffs(m, vocab_size))
+
+
+def _wrong_cutoffs(m: ModelConfig, vocab_size: int) -> Problems:
     if not m.cutoffs:
         if m.cutoff_div != 1:
-            raise _bad_model(m, "cutoff_div", "is for model.cutoffs; give those, or use 1")
+            yield "cutoff_div", "is for model.cutoffs; give those, or use 1"
         return
-    bad = functools.partial(_bad_model, m, "cutoffs")
     parts = [part.strip() for part in m.cutoffs.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) <= 10 for part in parts):
-        raise bad("give whole numbers with commas between them, such as '20000,40000,200000'")
+        yield "cutoffs", "give whole numbers with commas between them, such as '20000,40000'"
     cutoffs = m.cutoff_list
     if m.task != "language":
-        raise bad("a classifier has no vocabulary to predict; use '', or task='language'")
+        yield "cutoffs", "a classifier has no vocabulary to predict; use '', or task='language'"
     if cutoffs[0] < 1 or any(a >= b for a, b in zip(cutoffs, cutoffs[1:])):
-        raise bad("each must be larger than the one before it, and the first at least 1")
+        yield "cutoffs", "each must be larger than the one before it, and the first at least 1"
     if vocab_size and cutoffs[-1] >= vocab_size:
-        raise bad(f"the vocabulary has {vocab_size} entries; give numbers below that")
+        yield "cutoffs", f"the vocabulary has {vocab_size} entries; give numbers below that"
     if m.d_model % m.cutoff_div ** len(cutoffs):
         power = f"cutoff_div to the power of {len(cutoffs)}, the number of cutoffs,"
-        remedy = f"{power} must divide d_model={m.d_model}: {divisors(m.d_model)}"
-        raise _bad_model(m, "cutoff_div", remedy)
+        yield "cutoff_div", f"{power} {must_divide('d_model', m.d_model)}"
 
 
-def _check_task(m: ModelConfig) -> None:
+def _wrong_task(m: ModelConfig) -> Problems:
     """Checks the task against the input and the classifier's head."""
     if m.task == "language":
         if m.stem != "tokens":
-            remedy = "a language model reads tokens; use 'tokens', or task='classify'"
-            raise _bad_model(m, "stem", remedy)
+            yield "stem", "a language model reads tokens; use 'tokens', or task='classify'"
         return
     if m.causal and m.classifier.pooling == "cls":
-        remedy = (
-            "if causal, the token in front sees none of the others; use 'mean', or causal=False"
-        )
-        raise _bad_model(m, "classifier.pooling", remedy)
+        why = "in a causal model the token in front sees none of the others"
+        yield "classifier.pooling", f"{why}; use 'mean', or causal=False"
     if m.stem != "image":
         return
     image = m.image
     for name, side in (("height", image.height), ("width", image.width)):
         if side % image.patch:
-            remedy = f"must divide the {name} of {side} pixels: {divisors(side)}"
-            raise _bad_model(m, "image.patch", remedy)
+            yield "image.patch", f"must divide the {name} of {side} pixels: {divisors(side)}"
     if m.context_length != image.n_tokens:
         patches = f"an image of {image.height} x {image.width} in patches of {image.patch}"
-        raise _bad_model(m, "context_length", f"{patches} has {image.n_tokens} tokens; give that")
+        yield "context_length", f"{patches} has {image.n_tokens} tokens; give that"
 
 
-def _check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
+def _wrong_routing(name: str, r: RoutingConfig, m: ModelConfig) -> Problems:
     """Checks the routing of one union of experts. name: "smha" or "uome"."""
-    bad = functools.partial(invalid, f"config.model.{name}", r)
     if r.k > r.n_experts:
-        raise bad("k", f"a patch cannot choose more than n_experts={r.n_experts} experts")
+        yield "k", f"a patch cannot choose more than n_experts={r.n_experts} experts"
     if r.gate == "normalized" and r.k == 1:
         constant = "with k=1 the normalized weight is always 1 and the router would not learn"
-        raise bad("gate", f"{constant}; choose sigmoid or k >= 2")
+        yield "gate", f"{constant}; choose sigmoid or k >= 2"
     if m.task == "language" and m.context_length % r.patch_size:
-        raise bad("patch_size", f"must divide context_length={m.context_length}")
+        yield "patch_size", f"must divide context_length={m.context_length}"
     if name == "uome" and m.d_hidden % r.n_experts:
-        raise bad("n_experts", f"must divide d_hidden={m.d_hidden}: {divisors(m.d_hidden)}")
+        yield "n_experts", must_divide("d_hidden", m.d_hidden)
     if name == "smha" and m.kv_heads % r.n_experts:  # kv_heads divides n_heads
         heads = f"n_heads={m.n_heads}" if m.kv_heads == m.n_heads else f"n_kv_heads={m.kv_heads}"
-        remedy = f"must divide {heads}, as every expert owns its heads: {divisors(m.kv_heads)}"
-        raise bad("n_experts", remedy)
+        owns = "as every expert owns its heads"
+        yield "n_experts", f"must divide {heads}, {owns}: {divisors(m.kv_heads)}"
     if r.sequence_capacity_factor and r.unit == "patch":
         why = "bounds whole sequences, but each patch chooses"
-        raise bad("sequence_capacity_factor", f"{why}; use 0, or unit='sequence' or 'hierarchical'")
+        yield "sequence_capacity_factor", f"{why}; use 0, or unit='sequence' or 'hierarchical'"
     if r.sequence_capacity_factor and r.dispatch == "onehot":
-        raise bad("dispatch", "cannot limit sequences (sequence_capacity_factor); use 'auto'")
+        yield "dispatch", "cannot bound sequences (sequence_capacity_factor); use 'auto'"
     if m.causal and r.unit != "patch":
-        why = "a causal model routes a patch before the rest of the sequence is known"
-        raise bad("unit", f"{why}; use unit='patch'")
+        why = "in a causal model the sequence is not known yet when its first patch is routed"
+        yield "unit", f"{why}; use unit='patch'"
     if m.causal and r.priority != "position":
         why = "slots by score depend on later patches, which a causal model must not see"
-        raise bad("priority", f"{why}; use priority='position'")
+        yield "priority", f"{why}; use priority='position'"
 
 
 # --- data and training ---
@@ -154,46 +154,51 @@ def check_training(c: Config, vocab_size: int, tokenizer: Tokenizer | None) -> N
     Raises:
       ConfigError: data and model do not fit, a key has no effect, or the prompt is too long.
     """
-    m = c.model
-    check_source(c)
-    _check_unused(c)
+    refuse_first("config", c, _wrong_training(c, tokenizer))
+    check_vocabulary(c.model, vocab_size)
+
+
+def _wrong_training(c: Config, tokenizer: Tokenizer | None) -> Problems:
+    m, prompt = c.model, c.generate.prompt
+    yield from _wrong_source(c)
+    yield from _unused(c)
     if c.eval.test and not c.checkpoint.keep_best:
-        remedy = "eval.test measures the best checkpoint; give 1 or more"
-        raise _bad(c, "checkpoint.keep_best", remedy)
+        yield "checkpoint.keep_best", "eval.test measures the best checkpoint; give 1 or more"
     if m.task == "classify":
-        _check_labelled(c)
-    elif not m.causal:
-        remedy = "a language model would see the tokens that it predicts; use True"
-        raise _bad(c, "model.causal", remedy)
-    elif c.data.source == "tfds_text" and not c.data.name:
-        raise _bad(c, "data.name", "source='tfds_text' needs a dataset's name, such as 'lm1b'")
-    else:
-        prompt = c.generate.prompt
-        n = 1 + len(tokenizer.encode(prompt) if tokenizer else prompt.split())
-        if n >= m.context_length:
-            room = f"its {n} tokens leave no room in config.model.context_length={m.context_length}"
-            raise _bad(c, "generate.prompt", f"{room}; shorten it, or give a longer context")
-    check_vocabulary(m, vocab_size)
+        yield from _wrong_labelled(c)
+        return
+    if not m.causal:
+        yield "model.causal", "a language model would see the tokens that it predicts; use True"
+    if c.data.source == "tfds_text" and not c.data.name:
+        yield "data.name", "source='tfds_text' needs a dataset's name, such as 'lm1b'"
+    n = 1 + len(tokenizer.encode(prompt) if tokenizer else prompt.split())
+    if n >= m.context_length:
+        room = f"its {n} tokens leave no room in config.model.context_length={m.context_length}"
+        yield "generate.prompt", f"{room}; shorten it, or give a longer context"
 
 
 def check_vocabulary(m: ModelConfig, size: int) -> None:
     """Checks the model against a vocabulary of `size` entries."""
     if m.vocab_size and m.vocab_size < size:
-        raise _bad_model(m, "vocab_size", f"the data have {size} tokens; give at least that, or 0")
+        remedy = f"the data have {size} tokens; give at least that, or 0"
+        raise ConfigError("config.model.vocab_size", m.vocab_size, remedy)
     check_cutoffs(m, m.vocab_size or size)
 
 
 def check_source(c: Config) -> None:
     """Checks that the source suits the task."""
+    refuse_first("config", c, _wrong_source(c))
+
+
+def _wrong_source(c: Config) -> Problems:
     classify = c.model.task == "classify"
     if classify != (c.data.source in FACTS):
         fitting = ", ".join(FACTS if classify else TEXT)
-        remedy = f"with config.model.task={c.model.task!r} it must be one of {fitting}"
-        raise _bad(c, "data.source", remedy)
+        yield "data.source", f"with config.model.task={c.model.task!r} it must be one of {fitting}"
 
 
-def _check_unused(c: Config) -> None:
-    """Refuses keys that were set and would have no effect."""
+def _unused(c: Config) -> Problems:
+    """Keys that were set and would have no effect."""
     m, d, classify = c.model, c.data, c.model.task == "classify"
     text = d.source in TEXT or FACTS[d.source].text
     no_files = f"data.source={d.source!r} has no files; leave it out"
@@ -220,37 +225,37 @@ def _check_unused(c: Config) -> None:
         ("model.vocab_size", m.stem == "tokens", "is for tokens (model.stem='tokens')"),
         *baseline_uses(m),
     ]
-    unused = [(place, remedy) for place, used, remedy in uses if not used]
+    idle = [(place, remedy) for place, used, remedy in uses if not used]
     for name, value, meta in leaves(c):
-        for place, remedy in unused if value != meta["default"] else ():
+        for place, remedy in idle if value != meta["default"] else ():
             if name == place or place.endswith(".") and name.startswith(place):
-                raise ConfigError(f"config.{name}", value, remedy)
+                yield name, remedy
 
 
-def _check_labelled(c: Config) -> None:
+def _wrong_labelled(c: Config) -> Problems:
     """Checks a classifier against its labelled source."""
     m, d, facts = c.model, c.data, FACTS[c.data.source]
     has = f"data.source={d.source!r} has"
     for name, wanted in (("n_classes", facts.n_classes), ("n_inputs", facts.n_inputs)):
         if getattr(m.classifier, name) != wanted:
-            raise _bad_model(m, f"classifier.{name}", f"{has} {wanted}; give that")
+            yield f"model.classifier.{name}", f"{has} {wanted}; give that"
     if facts.image is None:
         if m.stem == "image":
-            raise _bad_model(m, "stem", f"{has} no images; use 'tokens'")
+            yield "model.stem", f"{has} no images; use 'tokens'"
         if d.source == "listops" and d.listops.max_length > m.context_length + 1:
             limit = f"fewer than data.listops.max_length={d.listops.max_length} tokens"
-            raise _bad_model(m, "context_length", f"expressions of {limit} must fit; give that")
+            yield "model.context_length", f"expressions of {limit} must fit; give that"
         return
     side = d.pathfinder.size if d.source == "pathfinder" else 0
     height, width, channels = (known or side for known in facts.image)
     if m.stem == "tokens":
         if height and m.context_length != height * width:
             tokens = f"an image of {height} x {width} pixels has {height * width} tokens"
-            raise _bad_model(m, "context_length", f"{tokens}; give that")
+            yield "model.context_length", f"{tokens}; give that"
         return
-    for name, wanted in {"height": height, "width": width, "channels": channels}.items():
+    for name, wanted in (("height", height), ("width", width), ("channels", channels)):
         if wanted and getattr(m.image, name) != wanted:
-            raise _bad_model(m, f"image.{name}", f"{has} {wanted}; give that")
+            yield f"model.image.{name}", f"{has} {wanted}; give that"
 
 
 # --- batch and mesh ---
@@ -258,21 +263,22 @@ def _check_labelled(c: Config) -> None:
 
 def check_run(c: Config) -> None:
     """Checks across sections."""
-    rows = c.train.batch_size
-    if rows % c.train.accumulation:
-        remedy = f"must divide train.batch_size={rows}: {divisors(rows)}"
-        raise _bad(c, "train.accumulation", remedy)
+    refuse_first("config", c, _wrong_run(c))
+    check_sizes(c, {axis: max(size, 1) for axis, size in c.mesh.shape.items()})
+
+
+def _wrong_run(c: Config) -> Problems:
+    if c.train.batch_size % c.train.accumulation:
+        yield "train.accumulation", must_divide("train.batch_size", c.train.batch_size)
     if c.optimizer.moment_dtype == "bfloat16" and c.optimizer.b2 > 0.95:
         why = f"bfloat16 cannot represent the second moment's updates at b2={c.optimizer.b2}"
-        raise _bad(c, "optimizer.moment_dtype", f"{why}; use float32, or b2 <= 0.95")
+        yield "optimizer.moment_dtype", f"{why}; use float32, or b2 <= 0.95"
     for axis, size in c.mesh.shape.items():
         if size == 0:
-            remedy = "give a positive size, or -1 for the remaining devices"
-            raise _bad(c, f"mesh.{axis}", remedy)
+            yield f"mesh.{axis}", "give a positive size, or -1 for the remaining devices"
     free = [axis for axis, size in c.mesh.shape.items() if size == -1]
     if len(free) > 1:
-        raise _bad(c, f"mesh.{free[1]}", f"only one axis may be -1, and mesh.{free[0]} already is")
-    check_sizes(c, {axis: max(size, 1) for axis, size in c.mesh.shape.items()})
+        yield f"mesh.{free[1]}", f"only one axis may be -1, and mesh.{free[0]} already is"
 
 
 def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
@@ -287,41 +293,41 @@ def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
     batches = {"train.batch_size / train.accumulation": rows, "eval.batch_size": c.eval_batch_size}
     for name, n in batches.items():
         if n % shards:
-            product = f"replica*data*fsdp={shards}, the shards of a batch,"
-            remedy = f"{product} must divide {name}={n}: {divisors(n)}"
+            remedy = f"replica*data*fsdp={shards}, the shards of a batch, {must_divide(name, n)}"
             raise ConfigError(f"config.mesh.{largest}", mesh[largest], remedy)
     if c.mesh.sequence_parallel and c.data.buckets > 1:
         remedy = "with mesh.sequence_parallel all rows have one length; use 1"
-        raise _bad(c, "data.buckets", remedy)
+        raise ConfigError("config.data.buckets", c.data.buckets, remedy)
     if c.mesh.sequence_parallel and m.block_length != m.context_length:
         why = "cannot shard the tokens of a row and the classifier's own token evenly"
-        raise _bad(c, "mesh.sequence_parallel", f"{why}; use classifier.pooling='mean'")
+        remedy = f"{why}; use classifier.pooling='mean'"
+        raise ConfigError("config.mesh.sequence_parallel", True, remedy)
     for name, size, axis in _sharded_sizes(c):
         if size % mesh[axis]:
-            remedy = f"must divide {name}={size}: {divisors(size)}"
-            raise ConfigError(f"config.mesh.{axis}", mesh[axis], remedy)
+            raise ConfigError(f"config.mesh.{axis}", mesh[axis], must_divide(name, size))
     local = rows // shards * m.rows_per_example
     for name, r in m.routed().items():
         if r.sequence_capacity_factor and local % r.sequence_group:
-            remedy = f"must divide the {local} rows of one device's microbatch: {divisors(local)}"
-            raise _bad_model(m, f"{name}.sequence_group", remedy)
+            device = f"the {local} rows of one device's microbatch"
+            remedy = f"must divide {device}: {divisors(local)}"
+            raise ConfigError(f"config.model.{name}.sequence_group", r.sequence_group, remedy)
 
 
-def _sharded_sizes(c: Config) -> list[tuple[str, int, str]]:
+def _sharded_sizes(c: Config) -> Iterator[tuple[str, int, str]]:
     """(name, size, mesh axis) of every size that an axis must divide."""
     m = c.model
-    sizes = [(f"model.{name}.n_experts", r.n_experts, "expert") for name, r in m.unions().items()]
-    sizes += [(name, size, "expert") for name, size in baseline_sizes(m)]
+    for name, r in m.unions().items():
+        yield f"model.{name}.n_experts", r.n_experts, "expert"
+    for name, size in baseline_sizes(m):
+        yield name, size, "expert"
     if m.attention == "dense":
         heads = "model.n_kv_heads" if m.n_kv_heads else "model.n_heads"
-        sizes.append((heads, m.kv_heads, "expert"))
+        yield heads, m.kv_heads, "expert"
     if m.mlp == "dense":
-        sizes.append(("model.d_hidden", m.d_hidden, "expert"))
-    sizes.append(("model.d_model", m.d_model, "fsdp"))
+        yield "model.d_hidden", m.d_hidden, "expert"
+    yield "model.d_model", m.d_model, "fsdp"
     if m.cutoff_div > 1:  # what divides the narrowest cluster divides all
         n = len(m.cutoff_list)
-        narrowest = m.d_model // m.cutoff_div**n
-        sizes.append((f"model.d_model / model.cutoff_div**{n}", narrowest, "fsdp"))
+        yield f"model.d_model / model.cutoff_div**{n}", m.d_model // m.cutoff_div**n, "fsdp"
     if c.mesh.sequence_parallel:
-        sizes.append(("model.context_length", m.context_length, "expert"))
-    return sizes
+        yield "model.context_length", m.context_length, "expert"

@@ -1,8 +1,7 @@
-"""Checks of the baselines' keys; each raises ConfigError with the numbers and the remedy."""
+"""Checks of the baselines' keys: what `validate` refuses, with the numbers and the remedy."""
 
 from __future__ import annotations
 
-import functools
 from typing import Iterator
 
 from uoe_jax.config.baselines import (
@@ -13,7 +12,6 @@ from uoe_jax.config.baselines import (
     SECTIONS,
     UNIONS,
 )
-from uoe_jax.config.fields import invalid
 from uoe_jax.config.schema import ModelConfig
 
 # Why a block cannot be causal.
@@ -36,58 +34,54 @@ OF_ONE_MIXTURE = {
     "xmoe": ("threshold",),
     "skywork_moe": ("logit_scale", "adaptive_rate", "adaptive_decay", "adaptive_most"),
 }
-_bad = functools.partial(invalid, "config.model")
 
 
-def check_baselines(m: ModelConfig) -> None:
-    """Checks those blocks of a model that are baselines."""
+def wrong_baselines(m: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(key, remedy) of every check that fails of those blocks of a model that are baselines."""
     for place, block in (("attention", m.attention), ("mlp", m.mlp)):
         if m.causal and block in NOT_CAUSAL:
             why = f"{NOT_CAUSAL[block]}, so it cannot be causal"
-            raise _bad(m, place, f"{why}; choose another, or causal=False")
+            yield place, f"{why}; choose another, or causal=False"
     if m.mlp in MLPS:
-        _check_mixture(m)
+        yield from _wrong_mixture(m)
     if m.attention in ATTENTIONS:
-        _check_attention(m)
+        yield from _wrong_attention(m)
 
 
-def _check_mixture(m: ModelConfig) -> None:
-    c, always_one = m.moe, m.mlp == "skywork_moe"
-    always_one |= m.mlp == "deepseek_moe" and c.score == "sigmoid"
+def _wrong_mixture(m: ModelConfig) -> Iterator[tuple[str, str]]:
+    c = m.moe
+    rescaled = m.mlp == "skywork_moe" or m.mlp == "deepseek_moe" and c.score == "sigmoid"
     if c.k > c.n_experts:
-        remedy = f"a token cannot choose more than n_experts={c.n_experts} experts"
-        raise _bad(m, "moe.k", remedy)
-    if c.k == 1 < c.n_experts and always_one:
-        raise _bad(m, "moe.k", f"(mlp={m.mlp!r}) {NEVER_LEARNS}")
+        yield "moe.k", f"a token cannot choose more than n_experts={c.n_experts} experts"
+    if c.k == 1 < c.n_experts and rescaled:
+        yield "moe.k", f"(mlp={m.mlp!r}) {NEVER_LEARNS}"
     if not c.d_expert and m.d_hidden % (c.k + c.n_shared):
         parts = f"k={c.k} + n_shared={c.n_shared} do not divide d_hidden={m.d_hidden}"
-        raise _bad(m, "moe.d_expert", f"{parts}; give a width")
+        yield "moe.d_expert", f"{parts}; give a width"
 
 
-def _check_attention(m: ModelConfig) -> None:
-    name = f"attention={m.attention!r}"
+def _wrong_attention(m: ModelConfig) -> Iterator[tuple[str, str]]:
+    name, kernel = f"attention={m.attention!r}", m.nystromformer.kernel
     if m.attention_dropout and m.attention not in ("mla", "moh", "mosa"):
         remedy = f"{name} has no attention weights to drop; use 0, or model.dropout"
-        raise _bad(m, "attention_dropout", remedy)
+        yield "attention_dropout", remedy
     if m.attention in ("mosa", "mla", "reformer") and m.kv_heads != m.n_heads:
         remedy = f"every head of {name} has its own keys; give n_heads={m.n_heads}, or 0"
-        raise _bad(m, "n_kv_heads", remedy)
+        yield "n_kv_heads", remedy
     if m.attention in ("mla", "reformer") and m.qk_norm:
-        raise _bad(m, "qk_norm", f"{name} has its own norms; use False")
+        yield "qk_norm", f"{name} has its own norms; use False"
     if m.attention == "mla" and m.position == "rope" and m.rotary_dim % 2:
-        remedy = f"RoPE needs an even width, and it is {m.rotary_dim}"
-        raise _bad(m, "mla.d_rope", remedy)
+        yield "mla.d_rope", f"RoPE needs an even width, and it is {m.rotary_dim}"
     routed = m.n_heads - m.moh.n_shared
     if m.attention == "moh" and m.moh.k > routed:
         heads = f"n_heads={m.n_heads} - n_shared={m.moh.n_shared}"
-        raise _bad(m, "moh.k", f"{heads} leave {max(routed, 0)} heads to choose from")
+        yield "moh.k", f"{heads} leave {max(routed, 0)} heads to choose from"
     if m.attention == "moh" and m.moh.k == 1 < routed:
-        raise _bad(m, "moh.k", NEVER_LEARNS)
-    kernel = m.nystromformer.kernel
+        yield "moh.k", NEVER_LEARNS
     if m.attention == "nystromformer" and kernel and kernel % 2 == 0:
-        raise _bad(m, "nystromformer.kernel", "give an odd number, or 0")
+        yield "nystromformer.kernel", "give an odd number, or 0"
     if m.attention == "long_short" and m.long_short.window % 2:
-        raise _bad(m, "long_short.window", "half of it is seen on either side; give an even number")
+        yield "long_short.window", "half of it is seen on either side; give an even number"
 
 
 def baseline_sizes(m: ModelConfig) -> Iterator[tuple[str, int]]:
