@@ -29,8 +29,8 @@ def get_config(variant: str = ""):
 
     # Attention: 4 experts of 2 heads, top-3, capacity for all tokens, no load balancing. A head
     # does not see the tokens that it did not take, so a balanced load hides a quarter of the row
-    # from it. After 600 steps (one seed): 2.255 bits per byte with capacity_factor=1 and a balancing bias,
-    # 2.178 without either; dense 2.138.
+    # from it. After 600 steps (one seed): 2.255 bits per byte with capacity_factor=1 and a
+    # balancing bias, 2.178 without either; dense 2.138.
     c.model.smha.n_experts = 4
     c.model.smha.k = 3
     c.model.smha.capacity_factor = 1.34

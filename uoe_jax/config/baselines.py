@@ -10,18 +10,19 @@ import dataclasses
 from uoe_jax.config.fields import key
 from uoe_jax.config.routing import RoutingConfig
 
-CAUSAL_ATTENTIONS = ("mla", "moh")
-ENCODER_ATTENTIONS = (  # never causal
-    "mosa",
-    "linformer",
-    "nystromformer",
-    "performer",
-    "reformer",
-    "long_short",
-)
-ATTENTIONS = (*CAUSAL_ATTENTIONS, *ENCODER_ATTENTIONS)
+EFFICIENT = ("linformer", "nystromformer", "performer", "reformer", "long_short")
+ATTENTIONS = ("mla", "moh", "mosa", *EFFICIENT)
 MLPS = ("token_choice", "expert_choice", "deepseek_moe", "xmoe", "skywork_moe")
-ENCODER_MLPS = ("expert_choice",)
+# Why a block cannot be causal; the others can.
+NOT_CAUSAL = {
+    "mosa": "which tokens a head takes depends on later ones",
+    "linformer": "every key is a mean over the whole row",
+    "nystromformer": "landmarks are means over the whole row",
+    "performer": "this implementation sums the keys of all tokens at once",
+    "reformer": "tokens are sorted by hash over the whole row",
+    "long_short": "its dynamic projections are means over the whole row",
+    "expert_choice": "which tokens an expert takes depends on later ones",
+}
 UNIONS = ("smha", "uome")
 # Block -> its section of `model`.
 SECTIONS = {name: name for name in (*UNIONS, *ATTENTIONS)} | dict.fromkeys(MLPS, "moe")
@@ -84,9 +85,6 @@ class MLAConfig:
     q_rank: int = key(96, "width of the query latent; 0: queries without a latent", low=0)
     kv_rank: int = key(96, "width of the key/value latent, which the KV cache holds", low=1)
     d_rope: int = key(0, "additional rotary width of a head; 0: half of its width", low=0)
-
-    def rotary_width(self, head_dim: int) -> int:
-        return self.d_rope or head_dim // 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

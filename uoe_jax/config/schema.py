@@ -173,7 +173,8 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """Rotary width of a head."""
-        return self.mla.rotary_width(self.head_dim) if self.attention == "mla" else self.head_dim
+        width = self.head_dim
+        return (self.mla.d_rope or width // 2) if self.attention == "mla" else width
 
     @property
     def d_expert(self) -> int:

@@ -4,27 +4,9 @@ from __future__ import annotations
 
 from typing import Iterator
 
-from uoe_jax.config.baselines import (
-    ATTENTIONS,
-    ENCODER_ATTENTIONS,
-    ENCODER_MLPS,
-    MLPS,
-    SECTIONS,
-    UNIONS,
-)
+from uoe_jax.config.baselines import ATTENTIONS, MLPS, NOT_CAUSAL, SECTIONS, UNIONS
 from uoe_jax.config.schema import ModelConfig
 
-# Why a block cannot be causal.
-NOT_CAUSAL = {
-    "mosa": "which tokens a head takes depends on later ones",
-    "linformer": "every key is a mean over the whole row",
-    "nystromformer": "landmarks are means over the whole row",
-    "performer": "this implementation sums the keys of all tokens at once",
-    "reformer": "tokens are sorted by hash over the whole row",
-    "long_short": "its dynamic projections are means over the whole row",
-    "expert_choice": "which tokens an expert takes depends on later ones",
-}
-assert set(NOT_CAUSAL) == {*ENCODER_ATTENTIONS, *ENCODER_MLPS}
 NEVER_LEARNS = (
     "a single rescaled weight is always the same, so the router never learns; give at least 2"
 )
