@@ -16,7 +16,7 @@ else:  # hidden from type checkers, which would accept any name
     _PLACES = {"RoutingConfig": "config.routing", "SMHA": "layers.smha", "UoME": "layers.uome"}
 
     def __getattr__(name: str) -> Any:
-        """Imports a block on first use: the command line checks its input before jax is imported."""
+        """Imports a block on first use, as the command line checks its input before jax."""
         if name not in _PLACES:
             raise AttributeError(f"module 'uoe_jax' has no attribute {name!r}")
         return getattr(importlib.import_module(f"uoe_jax.{_PLACES[name]}"), name)

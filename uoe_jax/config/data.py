@@ -65,7 +65,7 @@ class PathfinderConfig:
 
     size: int = key(32, "side of an image in pixels", low=16, high=512)
     length: int = key(6, "dashes of each of the two long paths", low=2, high=30)
-    distractors: int = key(6, "maximum number of short paths, as many as fit", low=0, high=100)
+    distractors: int = key(6, "maximum number of short distractor paths", low=0, high=100)
     n_train: int = key(160_000, "training examples", low=1)
     n_eval: int = key(20_000, "validation examples, and as many test examples", low=1)
     seed: int = key(0, "seed of the generator", low=0)
@@ -84,7 +84,7 @@ class DataConfig:
         "bytes", "byte, BPE or word tokenizer, or any tokenizer.json (library)", choices=TOKENIZERS
     )
     tokenizer_file: str = free_key(
-        "", "tokenizer.json of tokenizer='bpe' or 'library', as `uoe tokenizer` writes"
+        "", "file of tokenizer='bpe' or 'library', as `uoe tokenizer` writes it"
     )
     separator: str = key("", "end-of-document token ('bpe', 'library'); empty: the tokenizer's own")
     start: str = key("", "beginning-of-document token; empty: the tokenizer's own")

@@ -105,9 +105,9 @@ def as_text(found: list[Section]) -> str:
     for section in found:
         lines += ["", *textwrap.wrap(f"[{section.name}] {section.doc}", WIDTH)]
         for key in section.keys:
-            lines.append(f"{'*' if key.changed else ' '} {key.name} = {_shown(key.value)}")
-            about = f"{key.doc} {_range(key)}; default {_shown(key.meta['default'])}"
-            about += "; may change on resume." if key.meta["free"] else "."
+            free = "  (may change on resume)" if key.meta["free"] else ""
+            lines.append(f"{'*' if key.changed else ' '} {key.name} = {_shown(key.value)}{free}")
+            about = f"{key.doc} {_range(key)}; default {_shown(key.meta['default'])}."
             lines += textwrap.wrap(about, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:]) or "no key is changed from its default"
 

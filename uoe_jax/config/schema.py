@@ -102,7 +102,7 @@ class ModelConfig:
     dtype: str = key("float32", "compute dtype; parameters are float32", choices=DTYPES)
     # Under fsdp, "none" also keeps the gathered weights for the backward pass.
     remat: str = free_key(
-        "slots", "remat: none, slots, dots (save matmuls), block (full)", choices=REMAT
+        "slots", "remat policy: nothing, slots, all but matmuls, or whole blocks", choices=REMAT
     )
     smha: RoutingConfig = RoutingConfig()
     uome: RoutingConfig = RoutingConfig()
@@ -287,15 +287,15 @@ class CheckpointConfig:
 class GuardConfig:
     """Reaction to bad numbers, and to processes that are lost or hang."""
 
-    # Of the loss and the gradient norm. A loss that stays high is a spike at every step.
+    # Above the running mean. A loss that rises for good is a spike at every step.
     spike_sigmas: float = key(
-        0.0, "skip steps so many sigmas above the running mean; 0: off", low=0, high=1e6
+        0.0, "skip steps whose loss or gradient is so many sigmas high; 0: off", low=0, high=1e6
     )
     max_bad_steps: int = free_key(
         5, "skipped steps in a row before the run stops or rolls back", low=1
     )
     rollbacks: int = free_key(
-        0, "times to roll back and skip the data that led there", low=0, high=1000
+        0, "times that a run rolls back instead of stopping", low=0, high=1000
     )
     peer_timeout_s: float = free_key(
         10.0, "seconds until all processes stop after one is lost", low=1, high=1e5
