@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -291,6 +292,21 @@ def test_capacity_is_exact():
     assert r.window_capacity(10) == 7
     with pytest.raises(UserError):
         config.check_model(ModelConfig(smha=RoutingConfig(n_experts=3)))
+
+
+def test_the_configuration_imports_nothing_above_it_and_in_no_circle():
+    room = ROOT / "uoe_jax" / "config"
+    imports = {}
+    for file in room.glob("[!_]*.py"):
+        nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+        own = {n.module for n in nodes if (n.module or "").startswith("uoe_jax")}
+        imports[f"uoe_jax.config.{file.stem}"] = own - {"uoe_jax.errors"}
+    while imports:
+        ready = [name for name, needed in imports.items() if not needed & imports.keys()]
+        assert ready, f"a circle, or an import from another room: {imports}"
+        for name in ready:
+            outside = [m for m in imports.pop(name) if not m.startswith("uoe_jax.config.")]
+            assert not outside, (name, outside)
 
 
 # --- uoe config ---

@@ -167,9 +167,9 @@ def report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def train_tokenizer(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.data.pipeline import default_cache_dir
     from uoe_jax.data.registry import text_source
     from uoe_jax.data.tokenizers.load import BPETokenizer
+    from uoe_jax.runtime_env import default_cache_dir
     from uoe_jax.workdir import is_remote, locate
 
     given, out = options.vocab, locate(options.out, "--out")
