@@ -1,11 +1,12 @@
-"""CIFAR-10 by an encoder of unions of experts on squares of 4 x 4 pixels.
+"""CIFAR-10 by an encoder of unions of experts on patches of 4 x 4 pixels.
 
 Command:   uoe train --config=cifar10 --config.data.path=DATA_DIR --workdir=runs/cifar10
-           DATA_DIR is where TensorFlow Datasets prepared cifar10 (uoe says how where it is not there).
-           uoe train --config=cifar10:tiny … five steps of a toy on a laptop; cifar10:100 is CIFAR-100.
+           DATA_DIR: where TensorFlow Datasets prepared cifar10 (uoe says how).
+           uoe train --config=cifar10:tiny … five steps of a small model; cifar10:100 is CIFAR-100.
 Hardware:  meant for one GPU.
 Time:      not measured.
-Expected:  not measured. The paper's image code and sizes were not released; these are a small ViT's.
+Expected:  not measured. The paper's image code and sizes were not released; these are a small
+           ViT's.
 """
 
 from uoe_jax import config as uoe

@@ -1,11 +1,12 @@
-"""Handwritten digits of 8 x 8 pixels (scikit-learn's), by an encoder of unions of experts; nothing is downloaded.
+"""Handwritten digits of 8 x 8 pixels (scikit-learn's), by an encoder of unions of experts.
 
 Command:   uoe train --config=digits --workdir=runs/digits
 Hardware:  2 CPU cores.
-Time:      55, 63 and 90 s in all, the last beside other work (2026-11-25, Python 3.11.7, jax 0.10.2).
-Expected:  98.51, 98.88 and 98.88 % of the 269 test images with train.seed 0, 1 and 2, with the checkpoint that is best on
-           validation. To compare: the dense model of the same sizes (`--config=digits:dense`) 98.88, 99.63 and 98.88 %
-           with the same seeds.
+Time:      55, 63 and 90 s in all, the last beside other work (2026-11-25, Python 3.11.7, jax
+           0.10.2).
+Expected:  98.51, 98.88 and 98.88 % of the 269 test images with train.seed 0, 1 and 2, with the
+           checkpoint that is best on validation. To compare: the dense model of the same sizes
+           (`--config=digits:dense`) 98.88, 99.63 and 98.88 % with the same seeds.
 """
 
 from uoe_jax import config as uoe

@@ -1,14 +1,15 @@
 """ImageNet-1k by an encoder of unions of experts in the shape of ViT-S/16.
 
 Command:   uoe train --config=imagenet --config.data.path=DATA_DIR --workdir=runs/imagenet
-           DATA_DIR is where TensorFlow Datasets prepared imagenet2012 (uoe says how where it is not there).
-           uoe train --config=imagenet:tiny … five steps of a toy on a laptop.
+           DATA_DIR: where TensorFlow Datasets prepared imagenet2012 (uoe says how).
+           uoe train --config=imagenet:tiny … five steps of a small model.
 Hardware:  meant for one node of 8 GPUs, or a slice of 16 TPU chips.
 Time:      not measured.
-Expected:  not measured. The paper's image code and sizes were not released; the recipe is that of plain ViT-S/16 (Beyer et al.
-           2022), which reaches 76.5 % in 90 epochs with dense blocks.
+Expected:  not measured. The paper's image code and sizes were not released; the recipe is that of
+           plain ViT-S/16 (Beyer et al. 2022), which reaches 76.5 % in 90 epochs with dense blocks.
 
-The official validation split is the test split here; one in a hundred training images is held out to choose the checkpoint.
+The official validation split is the test split here; one in a hundred training images is held out
+to choose the checkpoint.
 """
 
 from uoe_jax import config as uoe

@@ -1,12 +1,12 @@
-"""One Billion Word by words, with the sizes of the paper's released code: 18 layers, D 1024, every head an expert.
+"""One Billion Word, word by word, as in the paper's released code: 18 layers, D 1024.
 
 Command:   uoe train --config=lm1b --config.data.path=DATA_DIR --workdir=runs/lm1b
-           DATA_DIR is where TensorFlow Datasets prepared lm1b (uoe says how where it is not there).
-           uoe train --config=lm1b:tiny … five steps of a toy on a laptop.
+           DATA_DIR: where TensorFlow Datasets prepared lm1b (uoe says how).
+           uoe train --config=lm1b:tiny … five steps of a small model.
 Hardware:  meant for one node of 8 GPUs.
 Time:      not measured.
-Expected:  not measured. The authors' harness carries a memory of 32 tokens from segment to segment, which is left out here,
-           so perplexities will not be those of the paper.
+Expected:  not measured. The authors' harness carries a memory of 32 tokens from segment to segment,
+           which is left out here, so perplexities will not be those of the paper.
 """
 
 from uoe_jax import config as uoe

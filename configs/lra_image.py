@@ -1,7 +1,7 @@
 """Long Range Arena, Image: CIFAR-10 in grey, one pixel after the other.
 
 Command:   uoe train --config=lra_image --config.data.path=DATA_DIR --workdir=runs/lra_image
-           DATA_DIR is where TensorFlow Datasets prepared cifar10 (uoe says how where it is not there).
+           DATA_DIR: where TensorFlow Datasets prepared cifar10 (uoe says how).
 Hardware:  meant for one GPU; any will do.
 Time:      not measured.
 Expected:  not measured. Sizes and schedule are those of the released code.

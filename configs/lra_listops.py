@@ -1,13 +1,15 @@
-"""Long Range Arena, ListOps: the value of a nested expression of MIN, MAX, MED and SM, generated; no files are needed.
+"""Long Range Arena, ListOps: the value of a nested expression, generated without any files.
 
 Command:   uoe train --config=lra_listops --workdir=runs/lra_listops
-           uoe train --config=lra_listops:short --workdir=runs/listops   expressions of at most 128 tokens, for a laptop
+           uoe train --config=lra_listops:short --workdir=runs/listops
+           `:short` has expressions of at most 128 tokens, for a laptop.
 Hardware:  meant for one GPU; `:short` for 2 CPU cores.
-Time:      not measured; `:short` 9.0, 9.5 and 11.3 minutes in all, beside other work on the same two cores
-           (2026-11-25, Python 3.11.7, jax 0.10.2).
-Expected:  not measured; `:short` 50.25, 49.90 and 50.05 % of the test split with train.seed 0, 1 and 2. To compare: 32.65 % is the
-           best that the root's operator and its number of arguments tell (`python -m benchmarks.listops_baseline
-           --min-length=10 --max-length=129`), 15.5 % the commonest value; the dense model of the same sizes
+Time:      not measured; `:short` 9.0, 9.5 and 11.3 minutes in all, beside other work on the same
+           two cores (2026-11-25, Python 3.11.7, jax 0.10.2).
+Expected:  not measured; `:short` 50.25, 49.90 and 50.05 % of the test split with train.seed 0, 1
+           and 2. To compare: 32.65 % is the best that the root's operator and its number of
+           arguments tell (`python -m benchmarks.listops_baseline --min-length=10
+           --max-length=129`), 15.5 % the commonest value; the dense model of the same sizes
            (`:short-dense`) 52.30, 51.25 and 54.05 % with the same seeds.
 """
 

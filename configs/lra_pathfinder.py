@@ -1,8 +1,8 @@
-"""Long Range Arena, Pathfinder: are two dots joined by a dashed path, one pixel after the other.
+"""Long Range Arena, Pathfinder: whether a dashed path joins two dots, pixel by pixel.
 
 Command:   uoe train --config=lra_pathfinder --config.data.path=DIR --workdir=runs/lra_pathfinder
-           DIR is the lra_release directory of the benchmark's archive (pathfinder32/curv_contour_length_14 in it); without
-           data.path, images in the manner of the benchmark are generated.
+           DIR is the lra_release directory of the benchmark's archive (with
+           pathfinder32/curv_contour_length_14). Without data.path, such images are generated.
 Hardware:  meant for one GPU; any will do.
 Time:      not measured.
 Expected:  not measured. Sizes and schedule are those of the released code.

@@ -1,4 +1,4 @@
-"""Long Range Arena, Retrieval: do two papers of the ACL Anthology Network cite each other, read byte by byte.
+"""Long Range Arena, Retrieval: whether two papers of the ACL Anthology Network cite each other.
 
 Command:   uoe train --config=lra_retrieval --config.data.path=DIR --workdir=runs/lra_retrieval
            DIR is the lra_release directory of the benchmark's archive.

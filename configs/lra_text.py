@@ -1,11 +1,11 @@
 """Long Range Arena, Text: is a film review good or bad, read byte by byte.
 
 Command:   uoe train --config=lra_text --config.data.path=DATA_DIR --workdir=runs/lra_text
-           DATA_DIR is where TensorFlow Datasets prepared imdb_reviews (uoe says how where it is not there).
+           DATA_DIR: where TensorFlow Datasets prepared imdb_reviews (uoe says how).
 Hardware:  meant for one GPU; any will do.
 Time:      not measured.
-Expected:  not measured. Sizes and schedule are those of the released code; a tenth of the training reviews is held out
-           to choose the checkpoint, which that code did on the test reviews.
+Expected:  not measured. Sizes and schedule are those of the released code; a tenth of the training
+           reviews is held out to choose the checkpoint, which that code did on the test reviews.
 """
 
 from uoe_jax import config as uoe

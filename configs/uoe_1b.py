@@ -1,14 +1,17 @@
-"""A language model of 1.27 billion parameters for one node of 8 GPUs, its blocks unions of experts. Planned, not trained.
+"""A language model of 1.27 billion parameters for one node of 8 GPUs. Planned, not trained.
 
-Command:   uoe tokenizer train --config=uoe_1b --config.data.path=DATA_DIR --vocab=32768 --out=bpe.json
-           uoe train --config=uoe_1b --config.data.path=DATA_DIR --config.data.tokenizer_file=bpe.json --workdir=DIR
-           DATA_DIR is where TensorFlow Datasets prepared c4/en (uoe says how where it is not there). configs/uoe_1b.py
+Command:   uoe tokenizer train --config=uoe_1b --config.data.path=DIR --vocab=32768 --out=bpe.json
+           uoe train --config=uoe_1b --workdir=runs/1b --config.data.path=DIR
+           with --config.data.tokenizer_file=bpe.json
+           DIR: where TensorFlow Datasets prepared c4/en (uoe says how).
            Small: uoe train --config=uoe_1b:tiny …
 Hardware:  one node of 8 GPUs of 80 GB.
-Time:      planned only: 0.65 to 0.95 s a step of 0.52 million tokens, thus 7 to 10 hours for the 38,000 steps, with
-           attention that holds no scores. (uoe plan --config=uoe_1b --mesh=fsdp=8 --hardware=h100, 2026-11-25, Python
-           3.11.7, jax 0.10.2; the plan itself took 9 s on 2 CPU cores. Nothing was measured on an accelerator.)
-Expected:  planned only: 39.9 GB of the 80 GB of an H100, 35 to 51 % of its peak. No loss is known: it was never trained.
+Time:      planned only: 0.65 to 0.95 s a step of 0.52 million tokens, thus 7 to 10 hours for the
+           38,000 steps, with attention that holds no scores. (uoe plan --config=uoe_1b
+           --mesh=fsdp=8 --hardware=h100, 2026-11-25, Python 3.11.7, jax 0.10.2; the plan itself
+           took 9 s on 2 CPU cores. Nothing was measured on an accelerator.)
+Expected:  planned only: 39.9 GB of the 80 GB of an H100, 35 to 51 % of its peak. No loss is known:
+           it was never trained.
 """
 
 from uoe_jax import config as uoe
@@ -37,9 +40,7 @@ def get_config(variant: str = ""):
         routing.capacity_factor = 1.25
     c.train.steps = 38_000  # of 0.52 million tokens: 20 billion
     c.train.batch_size = 256
-    c.train.accumulation = (
-        2  # with 1, a plan for 80 GB says 75 GB, which leaves too little for everything else
-    )
+    c.train.accumulation = 2  # with 1, the plan is 75 of 80 GB, which leaves too little
     c.optimizer.learning_rate = 3e-4
     c.optimizer.warmup_steps = 1000
     c.eval.every = c.checkpoint.every = 1000

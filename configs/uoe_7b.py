@@ -1,15 +1,18 @@
-"""A language model of 7.25 billion parameters in the shape of Mistral 7B, its blocks unions of experts. Planned, not trained.
+"""A language model of 7.25 billion parameters in the shape of Mistral 7B. Planned, not trained.
 
 Command:   uoe plan --config=configs/uoe_7b.py --mesh=data=8,fsdp=64 --hardware=h100
            uoe train --config=configs/uoe_7b.py --workdir=DIR --config.mesh.data=8
 Hardware:  512 GPUs or TPU chips.
-Time:      planned only: 0.42 to 1.07 s a step of 4.2 million tokens, thus 3 to 7 hours for the 24,000 steps, with
-           attention that holds no scores. (uoe plan --config=uoe_7b --mesh=data=8,fsdp=64 --hardware=h100, 2026-11-25,
-           Python 3.11.7, jax 0.10.2; the plan itself took 10 s on 2 CPU cores. Nothing was measured on an accelerator.)
-Expected:  planned only: 24.0 GB of the 80 GB of an H100, 23 to 59 % of its peak. No loss is known: it was never trained.
+Time:      planned only: 0.42 to 1.07 s a step of 4.2 million tokens, thus 3 to 7 hours for the
+           24,000 steps, with attention that holds no scores. (uoe plan --config=uoe_7b
+           --mesh=data=8,fsdp=64 --hardware=h100, 2026-11-25, Python 3.11.7, jax 0.10.2; the plan
+           itself took 10 s on 2 CPU cores. Nothing was measured on an accelerator.)
+Expected:  planned only: 24.0 GB of the 80 GB of an H100, 23 to 59 % of its peak. No loss is known:
+           it was never trained.
 
-The text is C4 as TensorFlow Datasets prepares it (--config.data.path=DATA_DIR), in pieces of words that are trained first:
-uoe tokenizer train --config=uoe_7b --vocab=32768 --out=bpe.json, and then --config.data.tokenizer_file=bpe.json.
+The text is C4 as TensorFlow Datasets prepares it (--config.data.path=DATA_DIR), with a BPE
+tokenizer that is trained first: uoe tokenizer train --config=uoe_7b --vocab=32768 --out=bpe.json,
+and then --config.data.tokenizer_file=bpe.json.
 """
 
 from uoe_jax import config as uoe

@@ -1,15 +1,15 @@
-"""WikiText-103 by words, with the sizes of the paper's released code: 16 layers, D 400, every head an expert.
+"""WikiText-103, word by word, as in the paper's released code: 16 layers, D 400.
 
 Command:   uoe train --config=wikitext103 --config.data.path=DIR --workdir=runs/wikitext103
            DIR holds wikitext-103-raw-v1.zip, or what it unpacks to.
-           uoe train --config=wikitext103:tiny … five steps of a toy on a laptop.
+           uoe train --config=wikitext103:tiny … five steps of a small model.
 Hardware:  meant for one GPU of 40 GB or more.
 Time:      not measured.
-Expected:  not measured. The authors' harness carries a memory of 150 tokens from segment to segment, which is left out here,
-           so perplexities will not be those of the paper.
+Expected:  not measured. The authors' harness carries a memory of 150 tokens from segment to
+           segment, which is left out here, so perplexities will not be those of the paper.
 
-Words seen at least three times in the training split are the vocabulary, as in the archive's tokenised twin; perplexity is per
-word, and `<eos>` at every line end counts as one.
+Words seen at least three times in the training split are the vocabulary, as in the archive's
+tokenised twin; perplexity is per word, and `<eos>` at every line end counts as one.
 """
 
 from uoe_jax import config as uoe

@@ -1,20 +1,17 @@
 """How these pages are built: `python -m sphinx -W --keep-going -b html docs build/docs`.
 
-The Markdown is written to be read in the repository as well. Two things are made at build time: the tables of keys in
-configs.md, from the declarations of the keys, and links to source files, which lead to the source as the API reference shows it.
+The Markdown is written to be read in the repository as well. Links to source files are made at build
+time: they lead to the source as the API reference shows it.
 """
 
 from __future__ import annotations
 
 import ast
-import collections
-import dataclasses
 import inspect
 import pathlib
-import re
 import sys
 import textwrap
-from typing import Any, Iterator
+from typing import Any
 
 from docutils import nodes
 from flax import nnx
@@ -26,8 +23,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from uoe_jax import __version__  # noqa: E402
-from uoe_jax.compare.table import TableConfig  # noqa: E402
-from uoe_jax.config import Config  # noqa: E402
 
 project = "uoe_jax"
 release = version = __version__
@@ -46,84 +41,6 @@ napoleon_use_param = False  # several arguments may share a line
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True, "special-members": "__call__"}
-
-
-def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, dataclass instance) of a configuration and of every section in it."""
-    yield prefix, config
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _sections(value, f"{prefix}.{field.name}".lstrip("."))
-
-
-def _escaped(text: str) -> str:
-    """Plain text, but for code between backticks, in a cell of a Markdown table."""
-    return re.sub(r"([\\*_\[\]<>|])", r"\\\1", text)
-
-
-def _range(meta: Any, kind: type) -> str:
-    """The values a key may have, in words."""
-    if meta["choices"]:
-        return ", ".join(f"`{choice}`" for choice in meta["choices"])
-    if kind in (bool, str):
-        return {bool: "true or false", str: "text"}[kind]
-    low = (
-        f"≥ {meta['low']:g}"
-        if meta["low"] is not None
-        else f"> {meta['above']:g}"
-        if meta["above"] is not None
-        else ""
-    )
-    high = f"≤ {meta['high']:g}" if meta["high"] is not None and meta["high"] < 2**31 - 1 else ""
-    return ("whole number " if kind is int else "number ") + ", ".join(filter(None, (low, high)))
-
-
-def _table(section: Any) -> list[str]:
-    lines = ["| key | default | values | resume | meaning |", "|---|---|---|---|---|"]
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if not dataclasses.is_dataclass(value):
-            meta = field.metadata
-            shown = str(value).lower() if isinstance(value, bool) else value
-            default = f"`{shown}`" if shown != "" else "empty"
-            kept = "free" if meta["free"] else ""
-            lines.append(
-                f"| `{field.name}` | {default} | {_range(meta, type(value))} | {kept} | {_escaped(meta['doc'])} |"
-            )
-    return lines if len(lines) > 2 else []
-
-
-def key_tables() -> str:
-    """A heading, the docstring and a table for every section of the configuration; sections of one class stand together."""
-    by_class: dict[type, list[tuple[str, Any]]] = collections.defaultdict(list)
-    for name, section in _sections(Config()):
-        by_class[type(section)].append((name, section))
-    lines = []
-    for cls, found in by_class.items():
-        table = _table(found[0][1])
-        if table:
-            names = ", ".join(f"`{name}`" for name, _ in found)
-            about = _escaped(" ".join((cls.__doc__ or "").split()))
-            lines += [
-                f"### {names}",
-                "",
-                *([about, ""] if not about.startswith(cls.__name__) else []),
-                *table,
-                "",
-            ]
-    return "\n".join(lines)
-
-
-def _fill_in(app: Any, docname: str, source: list[str]) -> None:
-    """Tables of keys take the place of their comments."""
-    if docname == "configs":
-        for mark, text in (
-            ("<!-- all keys -->", key_tables()),
-            ("<!-- keys of a table -->", "\n".join(_table(TableConfig()))),
-        ):
-            assert source[0].count(mark) == 1, mark
-            source[0] = source[0].replace(mark, text)
 
 
 def _link_source(app: Any, doctree: nodes.document) -> None:
@@ -178,7 +95,6 @@ def _signature(
 
 
 def setup(app: Any) -> None:
-    app.connect("source-read", _fill_in)
     app.connect("doctree-read", _link_source, priority=400)  # before downloads are collected
     app.connect("autodoc-skip-member", _skip_aliases)
     app.connect("autodoc-process-signature", _signature)

@@ -431,9 +431,9 @@ REFUSED = [
     (dict(cutoffs="10,10"), "cutoffs='10,10': .*larger than the one before"),
     (dict(cutoffs="20,10"), "cutoffs='20,10': .*larger than the one before"),
     (dict(cutoffs="0,10"), "cutoffs='0,10': .*the first at least 1"),
-    (dict(cutoffs="10,32", vocab_size=32), "cutoffs='10,32': the vocabulary has 32 words"),
-    (dict(cutoffs="10", task="classify"), "cutoffs='10': a classifier has no words"),
-    (dict(cutoff_div=2), "cutoff_div=2: narrows the pieces of model.cutoffs; give those, or 1"),
+    (dict(cutoffs="10,32", vocab_size=32), "cutoffs='10,32': the vocabulary has 32 entries"),
+    (dict(cutoffs="10", task="classify"), "cutoffs='10': a classifier has no vocabulary"),
+    (dict(cutoff_div=2), "cutoff_div=2: is for model.cutoffs; give those, or use 1"),
     (dict(cutoffs="4,8,16", cutoff_div=4), "cutoff_div=4: cutoff_div to the power of 3, .*d_model=32: 1, 2, 4"),
     (dict(cutoffs="4,8", cutoff_div=2**31 - 1), "cutoff_div=2147483647"),
 ]  # fmt: skip
@@ -457,7 +457,7 @@ def test_a_vocabulary_that_is_known_later_is_checked_then():
         lambda c, n: Transformer(dataclasses.replace(c, vocab_size=n), rngs=nnx.Rngs(0)),
     ):
         with pytest.raises(
-            ConfigError, match="config.model.cutoffs='10, 40': the vocabulary has 40 words"
+            ConfigError, match="config.model.cutoffs='10, 40': the vocabulary has 40 entries"
         ):
             refuse(c, 40)
 

@@ -175,7 +175,7 @@ def test_two_inputs_are_compared_in_their_order():
         ),
         (
             dict(stem="image", image=dict(height=8, width=8, patch=4)),
-            "context_length=12: an image of 8 x 8 in squares of 4 has 4 tokens",
+            "context_length=12: an image of 8 x 8 in patches of 4 has 4 tokens",
         ),
         (dict(task="language", stem="image"), "stem='image': a language model reads tokens"),
         (dict(classifier=dict(n_inputs=3)), "n_inputs=3: give at most 2"),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 import time
 
 import pytest
-from helpers import TINY, environment, uoe, write_source
+from helpers import ROOT, TINY, environment, uoe, write_source
 
 from uoe_jax import cli, config
 from uoe_jax.config import Config, ModelConfig, RoutingConfig
+from uoe_jax.config.hints import ALIASES
 from uoe_jax.errors import UserError
 
 
@@ -58,27 +60,79 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("key,value,remedy", BAD)
-def test_values_out_of_range(capsys, key, value, remedy):
-    err = sentence(capsys, *train(f"--config.{key}={value}"))
-    assert f"config.{key}" in err and value.lstrip("-") in err and remedy in err, err
+def test_values_out_of_range(capsys):
+    for key, value, remedy in BAD:
+        err = sentence(capsys, *train(f"--config.{key}={value}"))
+        assert f"config.{key}" in err and value.lstrip("-") in err and remedy in err, err
 
 
-@pytest.mark.parametrize(
-    "given,nearest",
-    [
-        ("train.stepz", "train.steps"),
-        ("steps", "train.steps"),
-        ("model.uome.experts", "model.uome.n_experts"),
-    ],
-)
-def test_unknown_keys_name_the_nearest(capsys, given, nearest):
-    err = sentence(capsys, *train(f"--config.{given}=3"))
-    assert f"config.{given}" in err and f"config.{nearest}" in err
+# (what was given, the key that it means): typos, and names from other trainers
+UNKNOWN = [
+    ("train.stepz", "train.steps"),
+    ("train.seeds", "train.seed"),
+    ("steps", "train.steps"),
+    ("model.steps", "train.steps"),
+    ("model.d_modle", "model.d_model"),
+    ("data.seed", "data.listops.seed"),
+    ("model.uome.experts", "model.uome.n_experts"),
+    ("model.mlp.n_experts", "model.uome.n_experts"),
+    ("model.attention.num_experts", "model.smha.n_experts"),
+    ("model.moe.num_experts", "model.moe.n_experts"),
+    ("n_experts", "model.uome.n_experts"),
+    ("model.top_k", "model.uome.k"),
+    ("model.smha.top_k", "model.smha.k"),
+    ("top_k", "generate.top_k"),
+    ("model.capacity", "model.uome.capacity_factor"),
+    ("train.lr", "optimizer.learning_rate"),
+    ("lr", "optimizer.learning_rate"),
+    ("LR", "optimizer.learning_rate"),
+    ("optimizer.wd", "optimizer.weight_decay"),
+    ("optimizer.beta1", "optimizer.b1"),
+    ("optimizer.grad_clip", "optimizer.clip_norm"),
+    ("bs", "train.batch_size"),
+    ("train.batch", "train.batch_size"),
+    ("train.grad_accum", "train.accumulation"),
+    ("optimizer.gradient_accumulation_steps", "train.accumulation"),
+    ("train.max_steps", "train.steps"),
+    ("data.seq_len", "model.context_length"),
+    ("max_seq_len", "model.context_length"),
+    ("model.block_size", "model.context_length"),
+    ("model.num_layers", "model.n_layers"),
+    ("model.hidden_size", "model.d_model"),
+    ("model.intermediate_size", "model.d_hidden"),
+    ("model.num_attention_heads", "model.n_heads"),
+    ("model.precision", "model.dtype"),
+    ("mesh.tp", "mesh.expert"),
+    ("checkpoint.save_every", "checkpoint.every"),
+    ("data.dataset", "data.source"),
+]
+
+
+def test_unknown_keys_name_the_one_that_is_meant(capsys):
+    for given, meant in UNKNOWN:
+        err = sentence(capsys, *train(f"--config.{given}=3"))
+        assert f"config.{given}: unknown key; the nearest known key is config.{meant}\n" in err, err
+
+
+def test_aliases_are_of_keys_that_exist_and_are_none_themselves():
+    names = [alias for aliases in ALIASES.values() for alias in aliases.split()]
+    assert len(names) == len(set(names))
+    for key, aliases in ALIASES.items():
+        assert key in config.ALL_KEYS or key.replace("*", "uome") in config.ALL_KEYS
+        for alias in aliases.split():
+            assert f"{key.rpartition('.')[0]}.{alias}" not in config.ALL_KEYS, alias
+
+
+def test_the_optimizer_is_not_a_choice(capsys):
+    for name in ("optimizer.name", "optimizer.type", "train.optimizer", "optimizer"):
+        err = sentence(capsys, *train(f"--config.{name}=muon"))
+        assert f"config.{name}: " in err and "optimizer.*: AdamW only" in err
+        assert "learning_rate, warmup_steps" in err
 
 
 def test_a_section_is_not_a_key(capsys):
-    assert "config.train" in sentence(capsys, *train("--config.train=3"))
+    err = sentence(capsys, *train("--config.train=3"))
+    assert "config.train: this is a section" in err and "config.train.steps" in err
 
 
 def test_gate_normalized_needs_two_experts(capsys):
@@ -86,23 +140,20 @@ def test_gate_normalized_needs_two_experts(capsys):
     assert "would not learn" in err
 
 
-@pytest.mark.parametrize(
-    "text,complaint",
-    [
+def test_bad_config_files(capsys, tmp_path):
+    path = tmp_path / "c.py"
+    for text, complaint in (
         (None, "no such file"),
         ("def get_config(:", "SyntaxError"),
         ("x = 1", "get_config"),
         ("def get_config(): return 3", "to_dict"),
         ("import nowhere_to_be_found", "nowhere_to_be_found"),
         ("def get_config():\n    raise KeyError('boom')", "line 2"),
-    ],
-)
-def test_bad_config_files(capsys, tmp_path, text, complaint):
-    path = tmp_path / "c.py"
-    if text is not None:
-        path.write_text(text)
-    err = sentence(capsys, "train", f"--config={path}", "--workdir=/nonexistent/never")
-    assert str(path) in err and complaint in err
+    ):
+        if text is not None:
+            path.write_text(text)
+        err = sentence(capsys, "train", f"--config={path}", "--workdir=/nonexistent/never")
+        assert str(path) in err and complaint in err
 
 
 def test_typo_inside_a_config_file(capsys, tmp_path):
@@ -125,17 +176,15 @@ def test_command_line_mistakes(capsys):
         sentence(capsys, *args)
 
 
-def test_errors_come_fast_and_without_jax():
-    """A wrong key is refused within a second of start-up, jax unimported."""
+def test_errors_and_config_come_fast_and_without_jax():
+    """A wrong key is refused, and keys are listed, within a second of start-up, jax unimported."""
     code = "import sys; from uoe_jax.cli import main; c = main(sys.argv[1:]); sys.exit(99 if 'jax' in sys.modules else c)"
-    start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, *train("--config.model.uome.k=99")],
-        env=environment(),
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert time.monotonic() - start < 5  # a second of work; the margin is for a busy machine
+    for args, expected in ((train("--config.model.uome.k=99"), 2), (("config", "train"), 0)):
+        start = time.monotonic()
+        command = [sys.executable, "-c", code, *args]
+        done = subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL, timeout=60)
+        assert done.returncode == expected
+        assert time.monotonic() - start < 5  # a second of work; the margin is for a busy machine
 
 
 @pytest.fixture
@@ -244,3 +293,72 @@ def test_capacity_is_exact():
     assert r.window_capacity(10) == 7
     with pytest.raises(UserError):
         config.check_model(ModelConfig(smha=RoutingConfig(n_experts=3)))
+
+
+def test_the_configuration_imports_nothing_above_it_and_in_no_circle():
+    room = ROOT / "uoe_jax" / "config"
+    imports = {}
+    for file in room.glob("[!_]*.py"):
+        nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+        own = {n.module for n in nodes if (n.module or "").startswith("uoe_jax")}
+        imports[f"uoe_jax.config.{file.stem}"] = own - {"uoe_jax.errors"}
+    while imports:
+        ready = [name for name, needed in imports.items() if not needed & imports.keys()]
+        assert ready, f"a circle, or an import from another room: {imports}"
+        for name in ready:
+            outside = [m for m in imports.pop(name) if not m.startswith("uoe_jax.config.")]
+            assert not outside, (name, outside)
+
+
+# --- uoe config ---
+
+
+def listed(capsys, *args):
+    """What `uoe config ARGS` prints."""
+    assert cli.main(["config", *args]) == 0
+    return capsys.readouterr().out
+
+
+def test_config_lists_every_key_with_value_default_range_and_meaning(capsys):
+    lines = listed(capsys).splitlines()
+    assert max(map(len, lines)) <= 100
+    names = [
+        line[2:].split(" = ")[0] for line in lines if line[:2] in ("  ", "* ") and line[2] != " "
+    ]
+    assert sorted(names) == sorted(config.ALL_KEYS)
+    at = lines.index("  optimizer.schedule = cosine")
+    assert lines[at + 1].endswith("One of cosine, linear; default cosine.")
+    assert [line for line in lines if line.startswith("[optimizer] AdamW")]
+
+
+def test_config_shows_what_a_config_and_overrides_change(capsys):
+    text = listed(capsys, f"--config={TINY}", "--changed", "--config.train.steps", "7", "train.")
+    assert "* train.steps = 7\n" in text and "default 1000" in text and "train.seed" not in text
+    assert "default" in listed(capsys, "--changed")  # nothing is changed, and it says so
+    assert "model.d_modle" in sentence(capsys, "config", "--config.model.d_modle=3")
+    assert "must divide" in sentence(capsys, "config", "--config.model.n_heads=7")
+
+
+def test_config_selects_by_part_or_glob(capsys):
+    for pattern, names in (
+        ("optimizer.b", ["optimizer.b1", "optimizer.b2"]),
+        (
+            "model.*.n_experts",
+            ["model.smha.n_experts", "model.uome.n_experts", "model.moe.n_experts"],
+        ),
+        ("train.ste?s", ["train.steps"]),
+    ):
+        found = [json.loads(line) for line in listed(capsys, "--json", pattern).splitlines()]
+        assert [key["key"] for key in found] == names
+    assert found[0] | {"doc": ""} == {
+        "key": "train.steps", "type": "int", "value": 1000, "default": 1000, "low": 1, "above": None,
+        "high": 2**31 - 1, "choices": [], "free": False, "doc": "",
+    }  # fmt: skip
+    assert "optimizer.learning_rate" in sentence(capsys, "config", "lr")
+    assert "model.n_layers" in sentence(capsys, "config", "nlayers")
+
+
+def test_the_page_of_all_keys_is_up_to_date(capsys):
+    """`uoe config --markdown > docs/keys.md` writes it anew."""
+    assert listed(capsys, "--markdown") == (ROOT / "docs" / "keys.md").read_text()
+    assert "alone" in sentence(capsys, "config", "--markdown", "train")

@@ -36,13 +36,16 @@ def test_the_header_is_documentation(path):
     )
 
 
+def vocab_size(model) -> int:
+    """A vocabulary size that the model allows; 0 for images."""
+    largest = max(model.cutoff_list, default=0)
+    return 0 if model.stem == "image" else max(257, largest + 1000)
+
+
 def loaded(path, overrides):
-    """The config with as many tokens as its data have, or more."""
+    """The config with a vocabulary as large as that of its data, or larger."""
     config = cli.load_config(str(path), overrides)
-    words = max(config.model.cutoff_list, default=0) + 1000
-    return with_vocabulary(
-        config, 0 if config.model.stem == "image" else config.model.vocab_size or max(257, words)
-    )
+    return with_vocabulary(config, config.model.vocab_size or vocab_size(config.model))
 
 
 def lowers(config, n_devices: int) -> None:
@@ -60,7 +63,7 @@ def lowers(config, n_devices: int) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_the_train_step_lowers_for_every_platform(path):
-    """On the mesh the file asks for, twice as many devices as it must have where one axis takes what is left."""
+    """On the mesh of the file; an axis of -1 has two devices."""
     config = loaded(path, {})
     sizes = [getattr(config.mesh, axis) for axis in mesh_lib.AXES]
     lowers(config, math.prod(2 if size == -1 else size for size in sizes))
@@ -96,7 +99,4 @@ def architectures() -> list[tuple[str, str]]:
 def test_every_compared_architecture_lowers(table, name):
     """At the size of its table, on a mesh of two devices."""
     row = next(row for row in load_table(f"compare/{table}", {}).rows if row.name == name)
-    words = max(row.config.model.cutoff_list, default=0) + 1000
-    lowers(
-        with_vocabulary(row.config, 0 if row.config.model.stem == "image" else max(257, words)), 2
-    )
+    lowers(with_vocabulary(row.config, vocab_size(row.config.model)), 2)

@@ -15,6 +15,7 @@ import pytest
 from helpers import TINY, environment, metric_lines, write_source
 
 from uoe_jax import cli, runtime_env
+from uoe_jax.config import Config
 from uoe_jax.data.prepared import manual_dir
 from uoe_jax.errors import UserError
 from uoe_jax.infer import command
@@ -190,7 +191,7 @@ def test_a_chat_without_an_input_is_refused(monkeypatch):
     options = cli._parser().parse_args(["generate", "--workdir=x", "--chat"])
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UserError, match="--chat: standard input is closed"):
-        command.run_generate(options, cli.Config())
+        command.run_generate(options, Config())
     with (
         open(os.devnull, "w") as unreadable,
         pytest.raises(UserError, match="--chat: standard input cannot be read"),

@@ -7,7 +7,7 @@ import re
 import pytest
 from helpers import ROOT
 
-from uoe_jax import cli
+from uoe_jax import cli, config
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -15,8 +15,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def test_the_config_example(tmp_path):
     (tmp_path / "mine.py").write_text(BLOCKS[0])
-    config = cli.load_config(str(tmp_path / "mine.py"), {"train.steps": "100"})
-    assert (config.model.uome.n_experts, config.train.steps) == (16, 100)
+    found = cli.load_config(str(tmp_path / "mine.py"), {"train.steps": "100"})
+    assert (found.model.uome.n_experts, found.train.steps) == (16, 100)
 
 
 def test_the_blocks_alone():
@@ -47,6 +47,6 @@ def test_links_lead_somewhere(path):
 
 def test_every_key_named_exists():
     for name in re.findall(r"`--config\.([a-z_.]+)=", README):
-        cli.config_lib.parse_value(name, "1")
+        config.parse_value(name, "1")
     for command in re.findall(r"uoe (train|eval|generate)", README):
         assert command in cli._parser().format_help()

@@ -1,23 +1,242 @@
-"""`uoe <command>`: reads the command line and the configuration before jax is imported, and turns errors to exit codes."""
+"""The `uoe` command: parses the command line, runs a command, and turns errors into exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import functools
 import os
 import sys
 import traceback
-from typing import Any, NoReturn, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-from uoe_jax import config as config_lib
-from uoe_jax import runtime_env
-from uoe_jax.config.baselines import ATTENTIONS, MLPS
-from uoe_jax.config.load import load_config
-from uoe_jax.config.schema import Config
+from uoe_jax import commands, runtime_env
+from uoe_jax.commands import load_config
+from uoe_jax.config.fields import leaves, printable
+from uoe_jax.config.schema import GenerateConfig
 from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
 from uoe_jax.exchange.command import DTYPES, FORMATS
+
+__all__ = ["console", "load_config", "main"]
+
+SPLITS = ("train", "validation", "test")
+
+TEXT_KEYS: list[tuple[str, str, dict[str, Any]]] = [
+    (f"[--{name} {type(value).__name__.upper()}]", meta["doc"], {})
+    for name, value, meta in leaves(GenerateConfig())
+]
+STEP = ("[--step STEP]", "latest, best, or the step of a checkpoint", {"default": "latest"})
+ANY_KEY = "Any key can be overridden: --config.train.steps=100"
+ROWS = "Any key can be overridden: --config.base.train.steps=100, --config.rows=uoe,full_attention"
+
+
+class _Command(NamedTuple):
+    """A command: what runs it, one line of help, its common options, its own options, an epilog.
+
+    common: of "workdir", "config" (and overrides) and "[config]", where --config may be left out.
+    options: (usage, help, more arguments of `add_argument`); those in brackets may be left out.
+    """
+
+    run: Callable[[argparse.Namespace, dict[str, str]], int | None]
+    about: str
+    common: str
+    options: Sequence[tuple[str, str, dict[str, Any]]] = ()
+    epilog: str = ANY_KEY
+
+
+COMMANDS = {
+    "train": _Command(
+        commands.train, "train; resumes if the workdir holds a checkpoint", "workdir config"
+    ),
+    "config": _Command(
+        commands.show_config,
+        "list the keys of a configuration: value, default, range and meaning",
+        "[config]",
+        [
+            ("PATTERN", "part of a key, or a glob of one", {"nargs": "?"}),
+            ("[--changed]", "only keys that differ from their defaults", {}),
+            ("[--json]", "one JSON object per key", {}),
+            ("[--markdown]", "the reference of all keys, as a Markdown page", {}),
+        ],
+    ),
+    "plan": _Command(
+        commands.plan,
+        "predict memory, FLOPs, traffic and time on accelerators; nothing is run",
+        "config",
+        [
+            ("[--mesh AXIS=SIZE,…]", "in place of config.mesh, such as data=8,fsdp=8", {}),
+            ("[--devices N]", "number of devices, where an axis is -1", {}),
+            ("[--hardware NAME]", "h100, h200, b200, v5p, v6e, or cpu", {"default": "h100"}),
+            ("[--json]", "one JSON line", {}),
+        ],
+    ),
+    "compare": _Command(
+        commands.compare,
+        "train the architectures of one comparison and write its table",
+        "workdir config",
+        epilog=ROWS,
+    ),
+    "eval": _Command(
+        commands.evaluate,
+        "evaluate a run: one JSON line of metrics, every row counted once",
+        "workdir",
+        [
+            ("[--split SPLIT]", ", ".join(SPLITS), {"default": "validation", "choices": SPLITS}),
+            STEP,
+            ("[--experts K]", "K in place of the run's: 2, smha=3,uome=4, or 1..4", {}),
+        ],
+    ),
+    "generate": _Command(
+        commands.generate,
+        "generate text with a trained language model",
+        "workdir",
+        [
+            STEP,
+            ("[--prompts FILE]", 'prompts, one per line, or .jsonl of {"prompt": …}', {}),
+            ("[--out FILE]", "with --prompts: where to write the JSON lines", {}),
+            ("[--batch N]", "with --prompts: batch size", {"default": "8"}),
+            ("[--chat]", "continue lines from the terminal; an empty line ends", {}),
+            (
+                "[--stop TEXT]",
+                "end before this text; repeatable",
+                {"action": "append", "default": []},
+            ),
+            ("[--no-stream]", "print the text only when it is complete", {}),
+            ("[--experts K]", "K in place of the run's: 2, or smha=3,uome=4", {}),
+            *TEXT_KEYS,
+        ],
+    ),
+    "import": _Command(
+        commands.import_model,
+        "decompose a dense Hugging Face model into experts, as a workdir to train from",
+        "workdir [config]",
+        [
+            ("--from DIR", "config.json, safetensors, perhaps tokenizer.json", {"dest": "source"}),
+            ("--experts N", "experts per block", {}),
+            ("--k K", "experts that a patch chooses; N gives the dense model", {}),
+            ("[--capacity FACTOR]", "capacity_factor of both blocks", {}),
+        ],
+    ),
+    "export": _Command(
+        commands.export,
+        "write the weights of a run for other programs, read them back and compare",
+        "workdir",
+        [
+            ("--format FORMAT", ", ".join(FORMATS), {"choices": FORMATS}),
+            ("--out DIR", "the directory to write", {}),
+            (
+                "[--routed]",
+                "with --format=hf: the routed model with its code, not the dense one",
+                {},
+            ),
+            STEP,
+            ("[--dtype DTYPE]", ", ".join(DTYPES), {"default": "float32", "choices": DTYPES}),
+            ("[--lossy]", "allow weights that overflow or underflow in --dtype", {}),
+        ],
+    ),
+    "report": _Command(
+        commands.report,
+        "write an HTML report: curves, expert load, and the routing of a sample",
+        "",
+        [
+            ("--workdir DIR", "a run; repeatable", {"dest": "workdirs", "action": "append"}),
+            (
+                "[--out FILE]",
+                "file to write; for one run by default report.html in its workdir",
+                {},
+            ),
+            STEP,
+            ("[--text TEXT]", "show the routing of this text", {}),
+        ],
+    ),
+    "tokenizer": _Command(
+        commands.train_tokenizer,
+        "`uoe tokenizer train`: a BPE tokenizer of the training split of the config's data",
+        "config",
+        [
+            ("ACTION", "train", {"choices": ("train",)}),
+            ("--vocab N", "vocabulary size, with the 256 bytes and a separator", {}),
+            ("--out FILE", "the tokenizer.json to write", {}),
+        ],
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # raises if the help cannot be written
+        super().exit(status, message)
+
+    def error(self, message: str) -> NoReturn:
+        where = "" if self.prog == "uoe" else f"{self.prog}: "  # main begins with "uoe: "
+        raise UserError(f"{where}{message}; see {self.prog} --help")
+
+
+@functools.cache
+def _parser() -> argparse.ArgumentParser:
+    about = "Pretrain transformers whose blocks are unions of experts."
+    parser = _Parser(prog="uoe", description=about, allow_abbrev=False)
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        about, takes_config = command.about, "config" in command.common
+        sub = subparsers.add_parser(name, help=about, description=about, allow_abbrev=False)
+        sub.set_defaults(run=command.run, takes_config=takes_config, workdir=None)
+        common = command.common.split()
+        if "workdir" in common:
+            _add(sub, "--workdir DIR", "directory of the run")
+        if takes_config:
+            file, required = "a config file, or a shipped one by name", "config" in common
+            sub.add_argument("--config", required=required, metavar="FILE[:VARIANT]", help=file)
+            sub.epilog = command.epilog
+        for usage, text, more in command.options:
+            _add(sub, usage, text, **more)
+        _add(sub, "[--debug]", "print tracebacks")
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, usage: str, text: str, **more: Any) -> None:
+    """Adds an option as its usage shows it: "--out DIR", "[--step STEP]", "[--flag]", or "NAME"."""
+    name, _, metavar = usage.strip("[]").partition(" ")
+    if not name.startswith("--"):
+        parser.add_argument(name.lower(), metavar=name, help=text, **more)
+    elif metavar:
+        required = not usage.startswith("[")
+        parser.add_argument(name, required=required, metavar=metavar, help=text, **more)
+    else:
+        parser.add_argument(name, action="store_true", help=text, **more)
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--config.key value` as one, so that no positional argument takes it."""
+    out: list[str] = []
+    for text in argv:
+        last = out[-1] if out else ""
+        if last.startswith("--config.") and "=" not in last and not text.startswith("--"):
+            out[-1] = f"{last}={text}"
+        else:
+            out.append(text)
+    return out
+
+
+def _overrides(rest: list[str], options: argparse.Namespace) -> dict[str, str]:
+    """{a.b: value} of `--config.a.b=value` or `--config.a.b value`; UserError for anything else."""
+    found: dict[str, str] = {}
+    rest = list(rest)
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        shown = printable(name)
+        if not name.startswith("--config.") or not options.takes_config:
+            raise UserError(f"{shown}: unknown argument; see uoe --help")
+        if not equals and not rest:
+            raise UserError(f"{shown}: give it a value, as in --config.train.steps=100")
+        text = text if equals else rest.pop(0)
+        key = name.removeprefix("--config.")
+        if found.setdefault(key, text) != text:
+            remedy = f"was given before as {found[key]!r}; give one value"
+            raise ConfigError(f"config.{printable(key)}", text, remedy)
+    return found
 
 
 def console() -> NoReturn:
@@ -26,19 +245,12 @@ def console() -> NoReturn:
     sys.exit(main())
 
 
-class _Parser(argparse.ArgumentParser):
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        sys.stdout.flush()  # the help may not have been taken
-        super().exit(status, message)
-
-    def error(self, message: str) -> NoReturn:
-        where = "" if self.prog == "uoe" else f"{self.prog}: "  # every sentence begins with it
-        raise UserError(f"{where}{message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0 done, 2 bad input, 75 stopped and saved, 76 bad numbers, 77 lost peer, 1 else."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command and returns its exit code (`uoe_jax.errors`).
+
+    0 done, 2 bad input, 75 stopped early and saved, 76 bad numbers, 77 lost process, 1 else.
+    """
+    argv = _joined(sys.argv[1:] if argv is None else argv)
     options, why = None, ""
     try:
         options, rest = _parser().parse_known_args(argv)
@@ -57,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"uoe: {error}")
         exit_code, why = error.exit_code, str(error)
     except KeyboardInterrupt:
-        _complain("uoe: interrupted at once; the same command goes on from the last checkpoint")
+        _complain("uoe: interrupted at once; the same command resumes from the last checkpoint")
         exit_code, why = EXIT_FAILED, "interrupted"
     except Exception as error:
         workdir = None if options is None or options.debug else options.workdir
@@ -68,13 +280,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(sentence: str) -> None:
-    """Says it where somebody reads; the process must end with its code where nobody does."""
+    """Prints to stderr; the process must end with its exit code even if stderr is closed."""
     with contextlib.suppress(OSError):
         print(sentence, file=sys.stderr, flush=True)
 
 
 def _unexpected(error: Exception, workdir: str | None) -> tuple[int, str]:
-    """An error nobody foresaw: one line on the screen, the traceback in the workdir, or on the screen where that fails."""
+    """Reports an unexpected error in a line; its traceback goes to the workdir, else to stderr."""
     text = "".join(traceback.format_exception(error))
     place = "above"
     try:
@@ -82,457 +294,14 @@ def _unexpected(error: Exception, workdir: str | None) -> tuple[int, str]:
 
         if workdir is None or not locate(workdir).is_dir():
             raise OSError
-        me = os.environ.get(coordination.PROCESS_ID, "0")
-        file = locate(workdir) / (
-            f"error_{int(me)}.txt" if me.isdecimal() and int(me) else "error.txt"
-        )
+        process = os.environ.get(coordination.PROCESS_ID, "0")
+        number = int(process) if process.isdecimal() else 0
+        file = locate(workdir) / (f"error_{number}.txt" if number else "error.txt")
         file.write_bytes(text.encode("utf-8", "backslashreplace"))
         place = f"in {file}"
-    except (
-        Exception
-    ):  # gs:// fails in a dozen ways, and this one error is to be told whatever happens
+    except Exception:  # writing to gs:// can fail in many ways
         print(text, file=sys.stderr)
-    sentence = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]} (traceback {place})"
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    sentence = f"{type(error).__name__}: {first_line} (traceback {place})"
     _complain(f"uoe: {sentence}")
     return EXIT_FAILED, sentence
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="uoe",
-        description="Pretrain transformers whose blocks are unions of experts.",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def command(
-        name: str, run: Any, text: str, *, workdir: bool = True, config: bool = False
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(run=run, takes_config=config, workdir=None)
-        if workdir:
-            sub.add_argument("--workdir", required=True, metavar="DIR", help="directory of the run")
-        if config:
-            sub.add_argument(
-                "--config",
-                required=True,
-                metavar="FILE[:VARIANT]",
-                help="a config file, or a shipped one by name",
-            )
-            sub.epilog = "Any key can be overridden: --config.train.steps=100"
-        sub.add_argument("--debug", action="store_true", help="print tracebacks")
-        return sub
-
-    command(
-        "train",
-        _train,
-        "train; resumes by itself where the workdir holds a checkpoint",
-        config=True,
-    )
-
-    what = "memory, operations, bytes moved and time on accelerators; nothing is run"
-    plan = command("plan", _plan, what, workdir=False, config=True)
-    plan.add_argument(
-        "--mesh",
-        metavar="AXIS=SIZE,…",
-        help="instead of config.mesh, such as data=8,fsdp=8; axes left out are 1",
-    )
-    plan.add_argument("--devices", metavar="N", help="how many, where an axis is -1")
-    plan.add_argument(
-        "--hardware", default="h100", metavar="NAME", help="h100, h200, b200, v5p, v6e, or cpu"
-    )
-    plan.add_argument("--json", action="store_true", help="one JSON line")
-
-    compare = command(
-        "compare",
-        _compare,
-        "trains the architectures of one table and writes the table",
-        config=True,
-    )
-    compare.epilog = (
-        "Any key can be overridden: --config.base.train.steps=100, --config.rows=uoe,full_attention"
-    )
-
-    evaluate = command("eval", _eval, "one JSON line of measures; every row counted once")
-    evaluate.add_argument("--split", default="validation", choices=("train", "validation", "test"))
-    evaluate.add_argument(
-        "--step", default="latest", help="latest, best, or the step of a checkpoint"
-    )
-    evaluate.add_argument(
-        "--experts",
-        metavar="K",
-        help="another number than the run's: 2, smha=3,uome=4, or 1..4 for a line each",
-    )
-
-    generate = command("generate", _generate, "text from a trained language model")
-    generate.add_argument(
-        "--step", default="latest", help="latest, best, or the step of a checkpoint"
-    )
-    generate.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help='many prompts, one a line, or .jsonl of {"prompt": …}; JSON lines come out',
-    )
-    generate.add_argument("--out", metavar="FILE", help="with --prompts: where to write them")
-    generate.add_argument(
-        "--batch", default="8", metavar="N", help="with --prompts: how many at a time"
-    )
-    generate.add_argument(
-        "--chat",
-        action="store_true",
-        help="lines from the terminal, each continued with all before it; an empty one ends",
-    )
-    generate.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="the text ends before it; may be given several times",
-    )
-    generate.add_argument("--no-stream", action="store_true", help="show the text when it is whole")
-    generate.add_argument(
-        "--experts", metavar="K", help="another number than the run's: 2, or smha=3,uome=4"
-    )
-    for name, value, meta in config_lib.leaves(config_lib.GenerateConfig()):
-        generate.add_argument(f"--{name}", metavar=type(value).__name__.upper(), help=meta["doc"])
-
-    what = "a dense model of Hugging Face's layout, cut in experts, as a workdir to train from"
-    into = command("import", _import, what)
-    into.add_argument(
-        "--from",
-        dest="source",
-        required=True,
-        metavar="DIR",
-        help="with config.json, safetensors, and tokenizer.json for text",
-    )
-    into.add_argument(
-        "--experts", required=True, metavar="N", help="experts that attention and MLP are cut in"
-    )
-    into.add_argument(
-        "--k",
-        required=True,
-        metavar="K",
-        help="of these, how many a patch chooses; N: the dense model",
-    )
-    into.add_argument(
-        "--capacity",
-        metavar="FACTOR",
-        help="capacity_factor of both blocks; left out: 1.25, or the config's",
-    )
-    into.add_argument(
-        "--config",
-        metavar="FILE[:VARIANT]",
-        help="whose data, optimizer and routing to take; the model is that of DIR",
-    )
-    into.set_defaults(takes_config=True)
-    into.epilog = (
-        "Any key can be overridden: --config.model.smha.n_experts=2, --config.model.attention=dense"
-    )
-
-    export = command(
-        "export",
-        _export,
-        "the weights of a run, for other programs; written whole, read back and compared",
-    )
-    export.add_argument(
-        "--format",
-        required=True,
-        choices=FORMATS,
-        help="weights by name; a model for transformers; a program for jax alone",
-    )
-    export.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
-    export.add_argument(
-        "--routed",
-        action="store_true",
-        help="with --format=hf: the routed model and its code, not the dense one of all experts",
-    )
-    export.add_argument(
-        "--step", default="latest", help="latest, best, or the step of a checkpoint"
-    )
-    export.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
-    export.add_argument(
-        "--lossy",
-        action="store_true",
-        help="go on where a weight overflows or underflows in --dtype",
-    )
-
-    report = command(
-        "report",
-        _report,
-        "one HTML file to look at: curves, load of experts, and the routing of a sample",
-        workdir=False,
-    )
-    report.add_argument(
-        "--workdir",
-        dest="workdirs",
-        required=True,
-        action="append",
-        metavar="DIR",
-        help="directory of the run; several times, to compare runs",
-    )
-    report.add_argument(
-        "--out",
-        metavar="FILE",
-        help="the file to write; left out, with one run: report.html in its workdir",
-    )
-    report.add_argument(
-        "--step",
-        default="latest",
-        help="whose routing is shown: latest, best, or the step of a checkpoint",
-    )
-    report.add_argument(
-        "--text",
-        metavar="TEXT",
-        help="a passage to show the routing of, instead of rows of the validation split",
-    )
-
-    what = (
-        "`uoe tokenizer train`: pieces of words (BPE) from the training split of the config's data"
-    )
-    tokenizer = command("tokenizer", _tokenizer_train, what, workdir=False, config=True)
-    tokenizer.add_argument("action", choices=("train",), help="what to do")
-    tokenizer.add_argument(
-        "--vocab",
-        required=True,
-        metavar="N",
-        help="tokens, such as 4096; the 256 bytes and a separator among them",
-    )
-    tokenizer.add_argument(
-        "--out", required=True, metavar="FILE", help="the tokenizer.json to write"
-    )
-    return parser
-
-
-def _overrides(rest: list[str], options: argparse.Namespace) -> dict[str, str]:
-    """`--config.a.b=value` or `--config.a.b value` as {a.b: value}; anything else left over is an error."""
-    found: dict[str, str] = {}
-    rest = list(rest)
-    while rest:
-        name, equals, text = rest.pop(0).partition("=")
-        if not name.startswith("--config.") or not options.takes_config:
-            raise UserError(f"{config_lib.printable(name)}: unknown argument; see uoe --help")
-        if not equals:
-            if not rest:
-                raise UserError(
-                    f"{config_lib.printable(name)}: give it a value, as in --config.train.steps=100"
-                )
-            text = rest.pop(0)
-        key = name.removeprefix("--config.")
-        if found.setdefault(key, text) != text:
-            raise ConfigError(
-                f"config.{config_lib.printable(key)}",
-                text,
-                f"was given before as {found[key]!r}; give one value",
-            )
-    return found
-
-
-def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from uoe_jax.data.tokenizers.workdir import check_tokenizer
-    from uoe_jax.workdir import checkpoint_path
-
-    config = load_config(options.config, overrides)
-    _check_workdir(options.workdir)
-    if config.train.init_from:
-        checkpoint_path(config.train.init_from, "config.train.init_from")
-    check_tokenizer(config, options.workdir)
-    _start(config, stops_itself=True)
-    from uoe_jax.infer.sample import sample
-    from uoe_jax.report.command import at_end
-    from uoe_jax.train.main import train
-
-    return train(config, options.workdir, sample, at_end)
-
-
-def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    import dataclasses
-
-    from uoe_jax.plan import hardware, make, report
-
-    config = load_config(options.config, overrides)
-    for key, block, peers in (
-        ("attention", config.model.attention, ATTENTIONS),
-        ("mlp", config.model.mlp, MLPS),
-    ):
-        if block in peers:
-            remedy = "memory and time are predicted for unions of experts and dense blocks alone; give one of these"
-            raise ConfigError(f"config.model.{key}", block, remedy)
-    hardware.find(options.hardware)
-    devices = options.devices
-    if devices is not None and not (devices.isdecimal() and int(devices)):
-        raise UserError(f"--devices={devices}: give a whole number from 1 on")
-    mesh = make.read_mesh(options.mesh, None if devices is None else int(devices), config.mesh)
-    from uoe_jax.data.registry import known_vocabulary
-
-    config = config_lib.with_vocabulary(
-        dataclasses.replace(config, mesh=mesh), known_vocabulary(config)[0]
-    )
-    if config.model.stem == "tokens" and not config.model.vocab_size:
-        raise ConfigError(
-            "config.model.vocab_size",
-            0,
-            "words are counted when training starts; give their number for a plan",
-        )
-    found = make.make(config, options.hardware)
-    print(json.dumps(report.as_json(found)) if options.json else report.text(found, options.config))
-    return EXIT_DONE
-
-
-def _compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from uoe_jax.compare.table import load_table
-
-    table = load_table(options.config, overrides)
-    _check_workdir(options.workdir)
-    from uoe_jax.compare.run import compare
-
-    return compare(table, options.workdir)
-
-
-def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.infer.experts import choices
-
-    config = _stored_config(options)
-    if options.experts is not None:
-        choices(config, options.experts)
-    _start(config)
-    from uoe_jax.infer.evaluation import run_eval
-
-    run_eval(options, config)
-
-
-def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.infer.command import run_generate
-
-    run_generate(options, _stored_config(options))
-
-
-def _import(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.exchange.command import run_import
-
-    run_import(options, overrides)
-
-
-def _export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.exchange.command import run_export
-
-    run_export(options, _stored_config(options))
-
-
-def _report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.workdir import read_config
-
-    if options.out is None and len(options.workdirs) > 1:
-        raise UserError(
-            f"--workdir: {len(options.workdirs)} runs are compared; say with --out=FILE where the report is to go"
-        )
-    configs = [read_config(workdir) for workdir in options.workdirs]
-    _start(configs[0])
-    from uoe_jax.report.command import run_report
-
-    print(run_report(options, configs))
-
-
-def _tokenizer_train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    import shlex
-
-    from uoe_jax.config.data import TEXT
-    from uoe_jax.data.pipeline import default_cache_dir
-    from uoe_jax.data.registry import text_source
-    from uoe_jax.data.tokenizers.load import BPETokenizer
-    from uoe_jax.workdir import is_remote, locate
-
-    vocab, out = options.vocab, locate(options.out, "--out")
-    if not (
-        vocab.isascii() and vocab.isdecimal() and len(vocab) < 8 and 257 <= int(vocab) <= 1_000_000
-    ):
-        raise UserError(
-            f"--vocab={config_lib.printable(vocab)}: give a whole number from 257 (bytes alone) to 1000000"
-        )
-    if not is_remote(out) and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError(
-            f"--out={options.out}: is no place for a file; give a file name in a directory that exists"
-        )
-    # With words, nothing is asked of the vocabulary's size, nor of the file that is yet to be made.
-    data = load_config(
-        options.config, {**overrides, "data.tokenizer": "words", "data.tokenizer_file": ""}
-    ).data
-    if data.source not in TEXT:
-        raise ConfigError(
-            "config.data.source",
-            data.source,
-            f"holds no running text; give one of {', '.join(TEXT)}",
-        )
-    source = text_source(data, default_cache_dir())
-    tokenizer = BPETokenizer.train(source.documents("train"), int(vocab))
-    sizes = [
-        (len(document), len(tokenizer.encode(document)))
-        for document in source.documents("validation")
-    ]
-    n_bytes, n_tokens = (sum(column) for column in zip(*sizes)) if sizes else (0, 0)
-    rate = (
-        f"{n_bytes / n_tokens:.3f} bytes each on the validation split"
-        if n_tokens
-        else "and no text in the validation split"
-    )
-    _write_once(out, json.loads(tokenizer.to_json()), options.out)
-    fewer = (
-        ""
-        if tokenizer.vocab_size == int(vocab)
-        else f" (no more: there is no pair left that occurs twice, and --vocab={vocab})"
-    )
-    kept = {
-        key: text
-        for key, text in overrides.items()
-        if key not in ("data.tokenizer", "data.tokenizer_file")
-    }
-    kept |= {"data.tokenizer": "bpe", "data.tokenizer_file": options.out}
-    command = [
-        "uoe",
-        "train",
-        f"--config={options.config}",
-        *(f"--config.{key}={text}" for key, text in kept.items()),
-    ]
-    print(
-        f"{options.out}: {tokenizer.vocab_size} tokens{fewer}, {rate}; next: {shlex.join(command)} --workdir=DIR"
-    )
-    return EXIT_DONE
-
-
-def _write_once(out: Any, content: Any, shown: str) -> None:
-    """Writes a JSON file whole, or leaves it where it is the same already; UserError where it holds anything else."""
-    from uoe_jax.workdir import os_errors, write_json
-
-    try:
-        with os_errors(out):
-            if not out.exists():
-                write_json(out, content)
-            elif out.read_bytes() != (json.dumps(content, indent=2) + "\n").encode():
-                raise UserError(
-                    f"--out={shown}: holds something else already; remove it, or give another file"
-                )
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"--out={shown}: cannot be written ({reason}); fix that, or give another file"
-        ) from error
-
-
-def _stored_config(options: argparse.Namespace) -> Config:
-    from uoe_jax.workdir import read_config
-
-    return read_config(options.workdir)
-
-
-def _check_workdir(path: str) -> None:
-    """Refuses a hopeless workdir before jax is imported."""
-    from uoe_jax.workdir import checkpoint_path, is_remote
-
-    found = checkpoint_path(path)
-    if not is_remote(path) and found.exists() and not found.is_dir():
-        raise UserError(f"--workdir={path}: is a file; give a directory")
-
-
-def _start(config: Config, stops_itself: bool = False) -> None:
-    from uoe_jax.distributed import setup
-
-    setup.start(config, stops_itself)

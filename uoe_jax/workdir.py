@@ -24,7 +24,9 @@ from typing import Any
 from etils import epath
 from etils.epath import gpath
 
-from uoe_jax.config.schema import Config, changed_keys, from_dict, printable, to_dict
+from uoe_jax.config.fields import printable
+from uoe_jax.config.load import changed_keys, from_dict, to_dict
+from uoe_jax.config.schema import Config
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
 from uoe_jax.runtime_env import expanded

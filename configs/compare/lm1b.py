@@ -1,6 +1,7 @@
-"""One Billion Word by words, at the sizes of the paper's released code.
+"""One Billion Word, word by word, at the sizes of the paper's released code.
 
-Mixtures have their presets' experts (of DeepSeek's that code has four of F/4 and one shared one, and a token chooses one).
+Mixtures have their presets' experts (of DeepSeek's that code has four of F/4 and one shared one,
+and a token chooses one).
 
 Command:   uoe compare --config=compare/lm1b --workdir=runs/lm1b
            --config.base.data.path=DATA_DIR says where TensorFlow Datasets keeps its data

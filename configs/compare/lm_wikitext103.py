@@ -1,6 +1,7 @@
-"""WikiText-103 by words, at the sizes of the paper's released code.
+"""WikiText-103, word by word, at the sizes of the paper's released code.
 
-Mixtures have their presets' experts (of DeepSeek's that code has four of F/4 and one shared one, and a token chooses one).
+Mixtures have their presets' experts (of DeepSeek's that code has four of F/4 and one shared one,
+and a token chooses one).
 
 Command:   uoe compare --config=compare/lm_wikitext103 --workdir=runs/lm_wikitext103
            --config.base.data.path=DIR says where the archive is (see configs/wikitext103.py)

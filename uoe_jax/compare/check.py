@@ -11,7 +11,7 @@ import json
 import sys
 
 from uoe_jax import runtime_env
-from uoe_jax.config.schema import from_dict
+from uoe_jax.config.load import from_dict
 from uoe_jax.errors import EXIT_DONE, UserError
 
 

@@ -22,7 +22,8 @@ import numpy as np
 from uoe_jax import runtime_env
 from uoe_jax.compare.run import DAMAGED, diverged, is_finished
 from uoe_jax.compare.table import numbers
-from uoe_jax.config.schema import Config, from_dict, to_dict, with_vocabulary
+from uoe_jax.config.load import from_dict, to_dict, with_vocabulary
+from uoe_jax.config.schema import Config
 from uoe_jax.costs.flops import forward_flops_per_token, train_flops
 from uoe_jax.costs.memory import active_parameters, kept_bytes, parameters
 from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load

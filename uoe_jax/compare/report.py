@@ -14,7 +14,8 @@ from etils import epath
 from uoe_jax.compare.measure import MOST_BATCHES
 from uoe_jax.compare.run import DAMAGED, best_rates, diverged, searched_losses
 from uoe_jax.compare.table import SMALLEST_MISS, Table
-from uoe_jax.config.schema import Config, from_dict
+from uoe_jax.config.load import from_dict
+from uoe_jax.config.schema import Config
 from uoe_jax.errors import ConfigError
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import read_config, read_json, write_text

@@ -25,7 +25,8 @@ from typing import Any, Iterator, NamedTuple, Sequence
 from etils import epath
 
 from uoe_jax.compare.table import Row, Table
-from uoe_jax.config.schema import Config, changed_keys, from_dict, to_dict
+from uoe_jax.config.load import changed_keys, from_dict, to_dict
+from uoe_jax.config.schema import Config
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import (
     EXIT_BAD_INPUT,

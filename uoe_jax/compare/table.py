@@ -20,8 +20,10 @@ from uoe_jax import config as config_lib
 from uoe_jax.compare import presets
 from uoe_jax.config.baselines import SECTIONS
 from uoe_jax.config.fields import checked, key, leaves, parsed
-from uoe_jax.config.load import evaluate, put, validated
+from uoe_jax.config.load import evaluate, put
 from uoe_jax.config.schema import Config
+from uoe_jax.config.validate import check_training
+from uoe_jax.data.registry import known_vocabulary
 from uoe_jax.errors import ConfigError, UserError
 
 MOST_TOKENS = 1 << 20
@@ -324,7 +326,9 @@ def _operations(config: Config) -> float:
 
 def _validated(name: str, values: Mapping[str, Any]) -> Config:
     try:
-        return validated(values)
+        config = config_lib.from_dict(values)
+        check_training(config, *known_vocabulary(config))
+        return config
     except ConfigError as error:
         remedy = str(error).removeprefix(f"{error.key}={error.value!r}: ")
         raise ConfigError(error.key, error.value, f"(in the row {name!r}) {remedy}") from error

@@ -1,22 +1,26 @@
-"""The sections of the configuration that say what is learned from: sources, tokens, and what is done to images."""
+"""Sections of the configuration for data: sources, tokenizers and image augmentation."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import NamedTuple
 
-from uoe_jax.config.fields import key
+from uoe_jax.config.fields import free_key, key
 
-TEXT = ["stdlib", "text", "wikitext103", "tfds_text"]  # for a language model
+TEXT = ["stdlib", "text", "wikitext103", "tfds_text"]  # sources of a language model
 
-FROM_FILE = ("bpe", "library")  # tokenizers that data.tokenizer_file holds
+FROM_FILE = ("bpe", "library")  # tokenizers that are read from data.tokenizer_file
+TOKENIZERS = ("bytes", "bpe", "words", "library")
 
 
 class Facts(NamedTuple):
-    """What a labelled source gives: classes, inputs of an example, and (height, width, channels) of images; 0: any.
+    """What is known of a labelled source before it is read.
 
-    resize: images are of every size, and made to fit. text: a tokenizer makes tokens of the inputs. n_ids: where neither image
-    nor text, how many token ids there are.
+    n_classes, n_inputs: classes, and inputs per example.
+    image: (height, width, channels) of its images; 0 means any.
+    resize: its images have all sizes and are resized.
+    text: its inputs are text, for a tokenizer.
+    n_ids: number of token ids where the inputs are neither images nor text.
     """
 
     n_classes: int
@@ -27,7 +31,7 @@ class Facts(NamedTuple):
     n_ids: int = 256
 
 
-FACTS = {  # for a classifier
+FACTS = {  # sources of a classifier
     "listops": Facts(10),
     "imdb": Facts(2, text=True),
     "aan": Facts(2, n_inputs=2, text=True),
@@ -38,118 +42,70 @@ FACTS = {  # for a classifier
     "imagenet2012": Facts(1000, image=(0, 0, 3), resize=True),
 }
 
-SOURCES = [*TEXT, *FACTS]  # `data.sources.add_source` adds to all three
+SOURCES = [*TEXT, *FACTS]  # `data.registry.add_source` adds to all three
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ListopsConfig:
-    """Generated ListOps expressions (data.source='listops'); the defaults are those of Long Range Arena."""
+    """Generated ListOps expressions (data.source='listops'), with Long Range Arena's defaults."""
 
-    min_length: int = key(
-        500,
-        "expressions have more tokens than this, the closing bracket of an operator being one",
-        low=1,
-    )
+    # Tokens of an expression count the closing bracket of every operator.
+    min_length: int = key(500, "expressions have more tokens than this", low=1)
     max_length: int = key(2000, "expressions have fewer tokens than this", low=1)
-    max_depth: int = key(10, "levels, the last one of digits alone", low=1, high=100)
-    max_args: int = key(10, "arguments of an operator", low=2, high=100)
+    max_depth: int = key(10, "levels of nesting; the last has digits only", low=1, high=100)
+    max_args: int = key(10, "maximum number of arguments per operator", low=2, high=100)
     n_train: int = key(96_000, "training examples", low=1)
-    n_eval: int = key(2_000, "examples of the validation split, and of the test split", low=1)
-    seed: int = key(0, "which examples", low=0)
+    n_eval: int = key(2_000, "validation examples, and as many test examples", low=1)
+    seed: int = key(0, "seed of the generator", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PathfinderConfig:
     """Generated Pathfinder images (data.source='pathfinder' without data.path)."""
 
-    size: int = key(32, "pixels of a side", low=16, high=512)
-    length: int = key(6, "dashes of the two long paths", low=2, high=30)
-    distractors: int = key(
-        6, "short paths beside them, at most: as many as find room", low=0, high=100
-    )
+    size: int = key(32, "side of an image in pixels", low=16, high=512)
+    length: int = key(6, "dashes of each of the two long paths", low=2, high=30)
+    distractors: int = key(6, "maximum number of short distractor paths", low=0, high=100)
     n_train: int = key(160_000, "training examples", low=1)
-    n_eval: int = key(20_000, "examples of the validation split, and of the test split", low=1)
-    seed: int = key(0, "which examples", low=0)
+    n_eval: int = key(20_000, "validation examples, and as many test examples", low=1)
+    seed: int = key(0, "seed of the generator", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where examples come from, and how text becomes tokens."""
+    """Source of the examples, and the tokenizer of text."""
 
-    source: str = key("stdlib", "where documents, or labelled examples, come from", choices=SOURCES)
-    path: str = key(
-        "",
-        "directory or glob of the source, or where TensorFlow Datasets keeps its data; empty: the source's own place",
-        free=True,
+    source: str = key("stdlib", "source of documents or labelled examples", choices=SOURCES)
+    path: str = free_key(
+        "", "directory or glob of files, or data directory of TFDS; empty: the default"
     )
-    name: str = key(
-        "", "the dataset's name with source='tfds_text', such as 'lm1b' or 'c4/en:3.1.0'"
-    )
+    name: str = key("", "dataset of source='tfds_text', such as 'lm1b' or 'c4/en:3.1.0'")
     tokenizer: str = key(
-        "bytes",
-        "tokens are bytes, exact pieces of words (BPE), words, or what any tokenizer.json makes",
-        choices=("bytes", "bpe", "words", "library"),
+        "bytes", "byte, BPE or word tokenizer, or any tokenizer.json (library)", choices=TOKENIZERS
     )
-    tokenizer_file: str = key(
-        "",
-        "of tokenizer='bpe' and 'library': what `uoe tokenizer train` or a tokenizers library wrote",
-        free=True,
+    tokenizer_file: str = free_key(
+        "", "file of tokenizer='bpe' or 'library', as `uoe tokenizer` writes it"
     )
-    separator: str = key(
-        "",
-        "of tokenizer='bpe' and 'library': the token that ends a document, by its text; empty: as the files of the tokenizer say",
-    )
-    start: str = key(
-        "", "the token that begins a document; empty: as the files of the tokenizer say"
-    )
-    min_count: int = key(
-        3,
-        "of tokenizer='words': how often a word must occur in the training split to be one",
-        low=1,
-    )
-    buckets: int = key(
-        1,
-        "lengths a batch of labelled text is padded to: this many, evenly up to model.context_length",
-        low=1,
-    )
-    sort_window: int = key(
-        1,
-        "with buckets: consecutive training batches that share their rows out by length, so that most need little padding",
-        low=1,
-    )
+    separator: str = key("", "end-of-document token ('bpe', 'library'); empty: the tokenizer's own")
+    start: str = key("", "beginning-of-document token; empty: the tokenizer's own")
+    min_count: int = key(3, "minimum count of a word in the training split ('words')", low=1)
+    buckets: int = key(1, "number of padded lengths of labelled text, evenly spaced", low=1)
+    sort_window: int = key(1, "with buckets: training batches sorted by length together", low=1)
     held_out: int = key(
-        1,
-        "of source='text': percent of the documents for validation, and as many for test",
-        low=1,
-        high=40,
+        1, "percent of documents for validation, and for test, with source='text'", low=1, high=40
     )
-    listops: ListopsConfig = dataclasses.field(default_factory=ListopsConfig)
-    pathfinder: PathfinderConfig = dataclasses.field(default_factory=PathfinderConfig)
+    listops: ListopsConfig = ListopsConfig()
+    pathfinder: PathfinderConfig = PathfinderConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What training does to images, by a draw of its own for every row of every step; evaluation never does."""
+    """Augmentation of training images, drawn anew for every row of every step."""
 
-    crop_padding: int = key(
-        0,
-        "black pixels added on every side before a random crop of the image's size",
-        low=0,
-        high=512,
-    )
-    crop_area: float = key(
-        1.0,
-        "smallest share of the image that a random crop keeps, which is then resized; 1: none",
-        above=0,
-        high=1,
-    )
-    flip: bool = key(False, "mirror every second image, left to right")
-    rand_layers: int = key(0, "RandAugment: operations on each image", low=0, high=16)
-    rand_magnitude: int = key(9, "RandAugment: strength of the operations, of 30", low=0, high=30)
-    mixup: float = key(0.0, "alpha of mixup; 0: none", low=0, high=100)
-    cutmix: float = key(
-        0.0,
-        "alpha of CutMix, which takes turns with mixup where both are on; 0: none",
-        low=0,
-        high=100,
-    )
+    crop_padding: int = key(0, "pixels of padding before a random crop", low=0, high=512)
+    crop_area: float = key(1.0, "smallest area of random resized crops; 1: off", above=0, high=1)
+    flip: bool = key(False, "mirror half of the images, left to right")
+    rand_layers: int = key(0, "RandAugment: operations per image", low=0, high=16)
+    rand_magnitude: int = key(9, "RandAugment: strength of the operations", low=0, high=30)
+    mixup: float = key(0.0, "alpha of mixup; 0: off", low=0, high=100)
+    cutmix: float = key(0.0, "alpha of CutMix, in turn with mixup; 0: off", low=0, high=100)

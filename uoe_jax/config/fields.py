@@ -1,16 +1,18 @@
-"""One declaration per key of the configuration: type, default, range and a line of documentation; no jax."""
+"""Declaration of configuration keys: type, default, range and one sentence of documentation."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from uoe_jax.errors import ConfigError
 
-INT32_MAX = 2**31 - 1
-FLOAT32_TINY = 1.2e-38  # below it, accelerators take a float32 for 0
+INT32_MAX = 2**31 - 1  # devices count in int32
+FLOAT32_TINY = 1.2e-38  # accelerators flush smaller float32 numbers to 0
 
 
 def key(
@@ -23,17 +25,23 @@ def key(
     choices: Sequence[str] = (),
     free: bool = False,
 ) -> Any:
-    """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`; `free` may change on resume."""
+    """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`.
+
+    free: the key may change when a run is resumed.
+    """
     if type(default) is int and high is None:
-        high = INT32_MAX  # devices count in int32
+        high = INT32_MAX
     meta = dict(
         default=default, doc=doc, low=low, high=high, above=above, choices=choices, free=free
     )
     return dataclasses.field(default=default, metadata=meta)
 
 
+free_key = functools.partial(key, free=True)
+
+
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Yields (dotted key, value, declaration) of every key of a dataclass instance or class default."""
+    """Yields (dotted key, value, declaration) of every key of a section and its subsections."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -43,14 +51,14 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[st
 
 
 def printable(text: str) -> str:
-    """The text in one line: control characters and broken UTF-8 escaped."""
+    """The text on one line: control characters and broken UTF-8 are escaped."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def parsed(name: str, kind: type, text: str) -> Any:
-    """The value of a key from what a person typed; ConfigError where it is none of its type.
+    """Converts the text of an override to the type of its key; ConfigError if it does not parse.
 
-    Numbers are written as in Python, in ASCII: underscores and spaces around them are allowed.
+    Numbers are written as in Python, in ASCII; underscores and surrounding spaces are allowed.
     """
     try:
         if kind is bool:
@@ -64,13 +72,13 @@ def parsed(name: str, kind: type, text: str) -> Any:
 
 
 def check_declared(prefix: str, config: Any) -> None:
-    """Checks every value of a dataclass of keys against its declaration; ConfigError for the first that it does not allow."""
+    """Checks every value of a section against its declaration; raises ConfigError."""
     for name, value, meta in leaves(config):
         checked(f"{prefix}.{name}", type(meta["default"]), value, meta)
 
 
 def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
-    """The value of a key, if its declaration allows it; ConfigError otherwise."""
+    """The value, if the declaration of its key allows it; ConfigError otherwise."""
     given = type(value)
     if given is not kind and not (kind is float and given is int):
         raise ConfigError(name, value, f"give a value of type {kind.__name__}")
@@ -89,3 +97,24 @@ def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
     if 0 < abs(value) < FLOAT32_TINY:
         raise ConfigError(name, value, f"is 0 in float32; give at least {FLOAT32_TINY}")
     return float(value)
+
+
+def refuse_first(where: str, section: Any, problems: Iterable[tuple[str, str]]) -> None:
+    """Raises ConfigError for the first of (dotted key of the section, remedy), if there is any.
+
+    where: the name of the section, such as "config.model".
+    """
+    for name, remedy in problems:
+        raise ConfigError(f"{where}.{name}", operator.attrgetter(name)(section), remedy)
+
+
+def must_divide(name: str, n: int) -> str:
+    """The remedy for a value that should divide n."""
+    return f"must divide {name}={n}: {divisors(n)}"
+
+
+def divisors(n: int) -> str:
+    """The divisors of n, for error messages."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    found = sorted({*low, *(n // d for d in low)})
+    return ", ".join(map(str, found[:12])) + (", …" if len(found) > 12 else "")

@@ -1,76 +1,152 @@
-"""Config files: Python programs that make a configuration, or the `config.json` of a run; no jax."""
+"""Reads a configuration: from a config file, from the `config.json` of a run, or from dicts."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
 import traceback
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from etils import epath
 
-from uoe_jax import config as config_lib
+from uoe_jax.config.fields import checked, leaves, parsed, printable
+from uoe_jax.config.hints import DECLARED, unknown_key
 from uoe_jax.config.schema import Config
-from uoe_jax.config.validate import check_training
-from uoe_jax.errors import UserError
+from uoe_jax.config.validate import check_model, check_run, check_vocabulary
+from uoe_jax.errors import ConfigError, UserError
+
+GET_CONFIG = "it must define get_config() that returns uoe_jax.config.base() with your changes"
+
+
+def base() -> Any:
+    """An `ml_collections.ConfigDict` of all keys at their defaults, for a config file to change."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(to_dict(Config()))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value of `--config.NAME=TEXT` in the type of its key.
+
+    Raises:
+      UserError: no such key.
+      ConfigError: the text is no value of that type.
+    """
+    if name not in DECLARED:
+        raise unknown_key(name)
+    return parsed(f"config.{name}", type(DECLARED[name][0]), text)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds and validates a Config from nested mappings; missing keys keep their defaults.
+
+    Raises:
+      UserError: an unknown key.
+      ConfigError: a value of the wrong type, out of range, or inconsistent with another.
+    """
+    config = _section(Config(), values, "")
+    check_model(config.model)
+    check_run(config)
+    return config
+
+
+def _section(default: Any, values: Any, prefix: str) -> Any:
+    """`default` with the values of a mapping; prefix: its dotted name, with a dot behind."""
+    if not isinstance(values, Mapping):
+        remedy = "this is a section; set the keys inside it"
+        raise ConfigError(f"config.{prefix[:-1]}", values, remedy)
+    fields = {f.name: f for f in dataclasses.fields(default)}
+    out = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise unknown_key(f"{prefix}{name}")
+        old, dotted = getattr(default, name), f"{prefix}{name}"
+        if dataclasses.is_dataclass(old):
+            out[name] = _section(old, value, f"{dotted}.")
+        else:
+            out[name] = checked(f"config.{dotted}", type(old), value, fields[name].metadata)
+    return dataclasses.replace(default, **out)
+
+
+def with_vocabulary(config: Config, size: int) -> Config:
+    """Fills in the vocabulary size of the data; ConfigError if that of the model is too small."""
+    check_vocabulary(config.model, size)
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or size)
+    return dataclasses.replace(config, model=model)
+
+
+def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of every changed key that would change the run.
+
+    These are the keys not declared `free`, and those in `more`. train.steps counts as free where
+    optimizer.decay_steps fixes the learning-rate schedule, unless it is in `more`.
+    """
+    fixed_schedule = old.optimizer.decay_steps == new.optimizer.decay_steps > 0
+    free = {"train.steps"} if fixed_schedule else set()
+    free |= {name for name, (_, meta) in DECLARED.items() if meta["free"]}
+    before = {name: value for name, value, _ in leaves(old)}
+    return [
+        (name, before[name], value)
+        for name, value, _ in leaves(new)
+        if before[name] != value and (name in more or name not in free)
+    ]
+
+
+# --- config files ---
 
 
 def find_config(name: str) -> tuple[Path | epath.Path, str]:
-    """(file, variant) of `--config`: a path, or the name of a shipped config, with an optional `:variant`."""
+    """(file, variant) of `--config`: a path or the name of a shipped config, and `:variant`."""
     if "://" in name or os.path.isfile(os.path.expanduser(name)):  # a path may hold a colon
         return epath.Path(os.path.expanduser(name)), ""
     stem, _, variant = name.partition(":")
-    here = Path(__file__).parents[1]
-    places = (here / "configs", here.parent / "configs")
-    shipped = [d / f"{stem}.py" for d in places]
-    for path in [Path(os.path.expanduser(stem)), *(shipped if not stem.endswith(".py") else [])]:
-        if os.path.isfile(
-            path
-        ):  # unlike pathlib's, these two raise nothing for a name that cannot be
+    package = Path(__file__).parents[1]
+    folders = (package / "configs", package.parent / "configs")
+    shipped = [] if stem.endswith(".py") else [folder / f"{stem}.py" for folder in folders]
+    for path in [Path(os.path.expanduser(stem)), *shipped]:
+        if os.path.isfile(path):  # unlike Path.is_file, it raises for no name
             return path, variant
-    names = sorted(
-        {str(p.relative_to(d).with_suffix("")) for d in places for p in d.glob("**/[!_]*.py")}
-    )
-    raise UserError(
-        f"--config={config_lib.printable(name)}: no such file; give a path, or a shipped config by name ({', '.join(names)})"
-    )
+    files = ((folder, file) for folder in folders for file in folder.glob("**/[!_]*.py"))
+    names = sorted({str(file.relative_to(folder).with_suffix("")) for folder, file in files})
+    given = f"--config={printable(name)}: no such file"
+    raise UserError(f"{given}; give a path, or a shipped config by name ({', '.join(names)})")
 
 
-def evaluate(
-    name: str,
-    wanted: str = "it must define get_config() that returns uoe_jax.config.base() with your changes",
-) -> dict[str, Any]:
-    """What a config file's `get_config` returns, as nested dicts; a .json file holds them.
+def evaluate(name: str, remedy: str = GET_CONFIG) -> dict[str, Any]:
+    """The nested dicts that a config file's `get_config` returns, or that a .json file holds.
 
     Raises:
-      UserError: the file cannot be read or run; wanted: the remedy.
+      UserError: the file cannot be read or run; it ends with `remedy`.
     """
     path, variant = find_config(name)
     try:
         data = path.read_bytes()
         if path.suffix.lower() == ".json":
             return dict(json.loads(data.decode("utf-8-sig")))
-        # Of bytes, Python heeds the byte-order mark and a declared encoding.
+        # Compiled from bytes, so that a byte-order mark and a declared encoding count.
         source = compile(data, str(path), "exec")
         spec = importlib.util.spec_from_loader("uoe_config", None)
-        assert spec is not None  # of a name without a loader there always is one
+        assert spec is not None
         module = importlib.util.module_from_spec(spec)
-        exec(
-            source, module.__dict__
-        )  # a config file is a program by design: run only those you trust
+        exec(source, module.__dict__)  # a config file is a program: run only those you trust
         given = module.get_config(variant) if variant else module.get_config()
         return given.to_dict()
     except UserError:
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        line = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [frame.lineno for frame in frames if frame.filename == str(path)]
         at = f" line {line[-1]}" if line else ""
-        raise UserError(f"--config={name}:{at} cannot be used ({text}); {wanted}") from error
+        raise UserError(f"--config={name}:{at} cannot be used ({text}); {remedy}") from error
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -78,31 +154,19 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for part in parents:
         values = values.setdefault(part, {})
-        values = (
-            values if isinstance(values, dict) else {}
-        )  # the config file put a value there: from_dict refuses it
+        if not isinstance(values, dict):  # a value in place of a section: from_dict refuses it
+            return
     values[last] = value
 
 
-def validated(values: Mapping[str, Any]) -> Config:
-    """The configuration of nested dicts, fit for `uoe train`; raises UserError as `load_config`."""
-    config = config_lib.from_dict(values)
-    from uoe_jax.data.registry import known_vocabulary
-
-    size, tokenizer = known_vocabulary(config)
-    prompt = config.generate.prompt
-    check_training(config, 1 + len(tokenizer.encode(prompt) if tokenizer else prompt.split()))
-    config_lib.with_vocabulary(config, size)
-    return config
-
-
-def load_config(name: str, overrides: dict[str, str]) -> Config:
-    """Runs a config file's `get_config`, applies the overrides, validates; what comes out is fit for `uoe train`.
+def resolve(name: str | None, overrides: Mapping[str, str]) -> Config:
+    """The configuration of `--config` (None: the defaults) with overrides.
 
     Raises:
-      UserError: the file cannot be read or run; an unknown key; a value that cannot be used.
+      UserError: the file cannot be read or run, or a key is unknown.
+      ConfigError: a value that cannot be used.
     """
-    values = evaluate(name)
+    values = to_dict(Config()) if name is None else evaluate(name)
     for key, text in overrides.items():
-        put(values, key, config_lib.parse_value(key, text))
-    return validated(values)
+        put(values, key, parse_value(key, text))
+    return from_dict(values)

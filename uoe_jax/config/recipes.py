@@ -1,14 +1,14 @@
-"""What config files share: the settings of the paper's released code, and the small variant of every experiment."""
+"""Shared parts of config files: settings of the paper's released code, and the `tiny` variants."""
 
 from __future__ import annotations
 
 from typing import Any
 
-LENGTHS = "64,128,256,512,1024,2048,4096"  # of the paper's figures of time and memory
+LENGTHS = "64,128,256,512,1024,2048,4096"  # in the paper's figures of time and memory
 
 
 def long_range_arena(c: Any) -> None:
-    """Sizes, routing and optimizer that the released code has for every task of Long Range Arena; routed by score."""
+    """Sizes, routing and optimizer of the released code for all tasks of Long Range Arena."""
     m = c.model
     m.task, m.causal = "classify", False
     m.n_layers, m.d_model, m.n_heads, m.d_hidden = 2, 64, 2, 128
@@ -19,11 +19,11 @@ def long_range_arena(c: Any) -> None:
         routing.capacity_factor = 1.25
     c.optimizer.update(learning_rate=1e-4, schedule="linear", final_fraction=0.0, b2=0.999)
     c.train.log_every = 50
-    c.eval.test = True  # validation chooses the checkpoint, test is read once
+    c.eval.test = True  # of the checkpoint that is best on validation
 
 
 def language_by_words(c: Any) -> None:
-    """What the released code has for both corpora of language modelling; experts of the attention are the heads."""
+    """Tokenizer, routing and optimizer of the released code for both language-modelling corpora."""
     m = c.model
     c.data.tokenizer, c.data.min_count = "words", 3
     m.activation, m.bias, m.norm, m.dtype = "relu", True, "layernorm", "bfloat16"
@@ -37,12 +37,12 @@ def language_by_words(c: Any) -> None:
 
 
 def finished(c: Any, variant: str = "", *others: str) -> Any:
-    """The last line of a config file: the `ConfigDict`, or its small variant (`tiny`).
+    """Ends a config file: returns the `ConfigDict`, or makes it `tiny`.
 
-    others: the variants that the file has made of it by itself.
+    others: names of the variants that the file has applied itself.
 
     Raises:
-      ValueError: there is no such variant.
+      ValueError: an unknown variant.
     """
     if variant == "tiny":
         return tiny(c)
@@ -53,10 +53,10 @@ def finished(c: Any, variant: str = "", *others: str) -> Any:
 
 
 def compared(made: Any, variant: str, short_rows: tuple[str, ...]) -> Any:
-    """The last line of a table's config file: the table, or its form of one seed and some of the rows (`short`, `tiny`).
+    """Ends the config file of a comparison: `short` and `tiny` keep one seed and some rows.
 
     Raises:
-      ValueError: there is no such variant.
+      ValueError: an unknown variant.
     """
     if variant not in ("", "short", "tiny"):
         raise ValueError(f"there is no variant {variant!r}; give 'short', 'tiny' or none")
@@ -76,9 +76,10 @@ def compared(made: Any, variant: str, short_rows: tuple[str, ...]) -> Any:
 
 
 def tiny(c: Any) -> Any:
-    """Makes a `ConfigDict` small enough to train five steps on a laptop in seconds: same task, source, blocks and routing.
+    """Makes a `ConfigDict` small enough to train five steps on a laptop in seconds.
 
-    What the data settle (classes, sizes of images, lengths where an image settles them) stays.
+    Task, source, blocks and routing stay, and so does what the data determine: classes, image
+    sizes, and the context length of images.
     """
     m = c.model
     m.n_layers, m.n_heads, m.n_kv_heads, m.dtype = 2, 4, 0, "float32"

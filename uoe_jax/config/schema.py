@@ -1,17 +1,13 @@
-"""The configuration: frozen dataclasses, one declaration per key, validated before jax is imported.
+"""The sections of the configuration: frozen dataclasses with one declaration per key.
 
-A key is declared once, with its type, default, range and a line of documentation (`key`). From that come the
-`ConfigDict` a config file edits (`base`), the checks, the error sentences and the list of keys that may change when
-a run is resumed. Checks that need several keys are in `checks`.
+From a declaration (`key`) come the `ConfigDict` that a config file edits, the checks, the error
+messages, `uoe config` and the list of keys that may change when a run is resumed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import typing
-from typing import Any, Mapping, Sequence
 
 from uoe_jax.config.baselines import (
     ATTENTIONS,
@@ -28,45 +24,42 @@ from uoe_jax.config.baselines import (
     ReformerConfig,
 )
 from uoe_jax.config.data import AugmentConfig, DataConfig
-from uoe_jax.config.fields import checked, key, leaves, parsed, printable
+from uoe_jax.config.fields import free_key, key
 from uoe_jax.config.routing import RoutingConfig
-from uoe_jax.config.validate import check_cutoffs, check_model, check_run
-from uoe_jax.errors import ConfigError, UserError
 
-GATED_ACTIVATIONS = ("swiglu", "geglu")  # with a second projection into the hidden layer
+TASKS = ("language", "classify")
+GATED_ACTIVATIONS = ("swiglu", "geglu")  # with two projections into the hidden layer
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", *GATED_ACTIVATIONS)
+DTYPES = ("float32", "bfloat16", "float16")
+REMAT = ("none", "slots", "dots", "block")
+MESH_AXES = ("replica", "data", "fsdp", "expert")  # outermost first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """What follows the blocks of a classifier (model.task='classify')."""
+    """Head of a classifier (model.task='classify')."""
 
-    n_classes: int = key(2, "classes", low=2)
+    n_classes: int = key(2, "number of classes", low=2)
     pooling: str = key(
-        "mean",
-        "the mean of the valid tokens, or a learned token in front of them",
-        choices=("mean", "cls"),
+        "mean", "mean of the valid tokens, or a learned token in front", choices=("mean", "cls")
     )
-    n_inputs: int = key(
-        1, "inputs of an example; two are encoded by the same blocks and compared", low=1, high=2
-    )
-    d_head: int = key(
-        0, "hidden width between the pooled state and the classes; 0: one linear layer", low=0
-    )
+    n_inputs: int = key(1, "inputs per example; two are encoded alike and compared", low=1, high=2)
+    d_head: int = key(0, "hidden width of the head; 0: one linear layer", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """Images as tokens (model.stem='image'): squares of patch x patch pixels, row by row; patch=1 makes pixels tokens."""
+    """Images as tokens (model.stem='image'), one token per patch x patch pixels, row by row."""
 
-    height: int = key(32, "pixels", low=1)
-    width: int = key(32, "pixels", low=1)
-    channels: int = key(3, "values of a pixel", low=1)
-    patch: int = key(4, "side of the square that becomes one token, in pixels", low=1)
-    bound: float = key(2.0, "pixels are scaled to lie between -bound and bound", above=0, high=1e3)
+    height: int = key(32, "image height in pixels", low=1)
+    width: int = key(32, "image width in pixels", low=1)
+    channels: int = key(3, "channels per pixel", low=1)
+    patch: int = key(4, "side of a patch in pixels; 1: every pixel is a token", low=1)
+    bound: float = key(2.0, "pixels are scaled to -bound..bound", above=0, high=1e3)
 
     @property
     def values(self) -> int:
-        """Values of a token's pixels."""
+        """Numbers per token: patch * patch * channels."""
         return self.patch**2 * self.channels
 
     @property
@@ -76,92 +69,66 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Architecture: D d_model, F d_hidden, H n_heads, L context_length, V vocab_size."""
+    """Architecture (D d_model, F d_hidden, H n_heads, L context_length, V vocab_size)."""
 
-    task: str = key(
-        "language",
-        "predict the next token, or classify the input",
-        choices=("language", "classify"),
-    )
-    stem: str = key("tokens", "what comes in: token ids, or images", choices=("tokens", "image"))
-    vocab_size: int = key(0, "V; 0 takes the tokenizer's", low=0)
+    task: str = key("language", "predict the next token, or classify the input", choices=TASKS)
+    stem: str = key("tokens", "input: token ids, or images", choices=("tokens", "image"))
+    vocab_size: int = key(0, "V, vocabulary size; 0: that of the tokenizer", low=0)
     d_model: int = key(192, "D, width of the residual stream", low=1)
-    n_layers: int = key(4, "number of blocks (attention + MLP)", low=1)
+    n_layers: int = key(4, "layers, each with an attention and an MLP block", low=1)
     n_heads: int = key(8, "H, attention heads", low=1)
-    n_kv_heads: int = key(0, "key/value heads; 0 means n_heads", low=0)
+    n_kv_heads: int = key(0, "key/value heads (GQA); 0: n_heads", low=0)
     d_hidden: int = key(768, "F, hidden width of the whole MLP", low=1)
     context_length: int = key(256, "L, tokens per row", low=1)
-    causal: bool = key(
-        True, "a token sees itself and those before it only, as a language model must"
-    )
+    causal: bool = key(True, "causal attention mask, as a language model needs it")
     attention: str = key("smha", "attention block", choices=("smha", "dense", *ATTENTIONS))
     mlp: str = key("uome", "MLP block", choices=("uome", "dense", *MLPS))
-    activation: str = key(
-        "gelu", "MLP activation", choices=("gelu", "gelu_tanh", "relu", *GATED_ACTIVATIONS)
-    )
-    norm: str = key("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
-    norm_eps: float = key(1e-6, "added to the variance in the norm", above=0, high=1)
-    qk_norm: bool = key(False, "RMSNorm of every query and key, with one scale for all heads")
-    position: str = key("rope", "position information", choices=("rope", "learned", "none"))
+    activation: str = key("gelu", "activation of the MLP", choices=ACTIVATIONS)
+    norm: str = key("rmsnorm", "norm before each block", choices=("rmsnorm", "layernorm"))
+    norm_eps: float = key(1e-6, "epsilon added to the variance in a norm", above=0, high=1)
+    qk_norm: bool = key(False, "RMSNorm of queries and keys, with one scale for all heads")
+    position: str = key("rope", "position encoding", choices=("rope", "learned", "none"))
     rope_theta: float = key(10000.0, "base of the rotary frequencies", low=1, high=1e12)
     rope_scaling: str = key(
-        "",
-        "rotary frequencies stretched as in Llama 3.1: 'factor,low,high,length' such as '8,1,4,8192', for contexts longer than length",
+        "", "Llama 3.1 scaling of RoPE as 'factor,low,high,length', such as '8,1,4,8192'"
     )
-    bias: bool = key(False, "biases in projections")
-    qkv_bias: bool = key(False, "biases of queries, keys and values alone, as in Qwen2")
-    tie_embeddings: bool = key(True, "the output head is the embedding")
-    cutoffs: str = key(
-        "",
-        "adaptive softmax: where the vocabulary, most frequent first, is cut, such as '20000,40000,200000'; empty: one piece",
+    bias: bool = key(False, "biases in all projections")
+    qkv_bias: bool = key(False, "biases of queries, keys and values only, as in Qwen2")
+    tie_embeddings: bool = key(True, "share the weights of embedding and output head")
+    cutoffs: str = key("", "cutoffs of the adaptive softmax, such as '20000,40000'; empty: none")
+    cutoff_div: int = key(1, "factor by which each further adaptive cluster is narrower", low=1)
+    dropout: float = key(0.0, "dropout rate of every block's output", low=0, high=0.99)
+    attention_dropout: float = key(0.0, "dropout rate of attention weights", low=0, high=0.99)
+    dtype: str = key("float32", "compute dtype; parameters are float32", choices=DTYPES)
+    # Under fsdp, "none" also keeps the gathered weights for the backward pass.
+    remat: str = free_key(
+        "slots", "remat policy: nothing, slots, all but matmuls, or whole blocks", choices=REMAT
     )
-    cutoff_div: int = key(
-        1,
-        "each further piece of an adaptive softmax is narrower than D by this factor once more",
-        low=1,
-    )
-    dropout: float = key(0.0, "share of every block's output dropped in training", low=0, high=0.99)
-    attention_dropout: float = key(
-        0.0, "share of the attention weights dropped in training", low=0, high=0.99
-    )
-    dtype: str = key(
-        "float32",
-        "compute dtype; parameters are float32",
-        choices=("float32", "bfloat16", "float16"),
-    )
-    remat: str = key(
-        "slots",
-        "what the backward pass recomputes: nothing (of fsdp, whole weights are kept); gathered slots and scores; all but matrix products; whole blocks",
-        choices=("none", "slots", "dots", "block"),
-        free=True,
-    )
-    smha: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
-    uome: RoutingConfig = dataclasses.field(default_factory=RoutingConfig)
-    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
-    mla: MLAConfig = dataclasses.field(default_factory=MLAConfig)
-    mosa: MoSAConfig = dataclasses.field(default_factory=MoSAConfig)
-    moh: MoHConfig = dataclasses.field(default_factory=MoHConfig)
-    linformer: LinformerConfig = dataclasses.field(default_factory=LinformerConfig)
-    nystromformer: NystromformerConfig = dataclasses.field(default_factory=NystromformerConfig)
-    performer: PerformerConfig = dataclasses.field(default_factory=PerformerConfig)
-    reformer: ReformerConfig = dataclasses.field(default_factory=ReformerConfig)
-    long_short: LongShortConfig = dataclasses.field(default_factory=LongShortConfig)
-    classifier: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
-    image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
+    smha: RoutingConfig = RoutingConfig()
+    uome: RoutingConfig = RoutingConfig()
+    moe: MoEConfig = MoEConfig()
+    mla: MLAConfig = MLAConfig()
+    mosa: MoSAConfig = MoSAConfig()
+    moh: MoHConfig = MoHConfig()
+    linformer: LinformerConfig = LinformerConfig()
+    nystromformer: NystromformerConfig = NystromformerConfig()
+    performer: PerformerConfig = PerformerConfig()
+    reformer: ReformerConfig = ReformerConfig()
+    long_short: LongShortConfig = LongShortConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    image: ImageConfig = ImageConfig()
 
     @property
     def cutoff_list(self) -> tuple[int, ...]:
-        """Where the vocabulary is cut; empty: one piece."""
+        """Vocabulary ids at which the adaptive softmax is cut; empty for a plain softmax."""
         return tuple(int(n) for n in self.cutoffs.split(",")) if self.cutoffs else ()
 
     @property
     def vocabulary_pieces(self) -> tuple[tuple[int, int], ...]:
-        """(words, width of their vectors) of every piece of the vocabulary."""
-        edges = (0, *self.cutoff_list, self.vocab_size)
-        return tuple(
-            (end - start, self.d_model // self.cutoff_div**i)
-            for i, (start, end) in enumerate(zip(edges, edges[1:]))
-        )
+        """(vocabulary entries, embedding width) of every cluster of the adaptive softmax."""
+        edges, div = (0, *self.cutoff_list, self.vocab_size), self.cutoff_div
+        sizes = (end - start for start, end in zip(edges, edges[1:]))
+        return tuple((size, self.d_model // div**i) for i, size in enumerate(sizes))
 
     @property
     def rope_stretch(self) -> tuple[float, float, float, float] | None:
@@ -181,12 +148,11 @@ class ModelConfig:
 
     @property
     def rows_per_example(self) -> int:
-        """Rows that the blocks work on for one example."""
         return self.classifier.n_inputs if self.task == "classify" else 1
 
     @property
     def d_pooled(self) -> int:
-        """What a classifier's head sees: the pooled state, or what two of them are compared by."""
+        """Input width of the classifier head: one pooled state, or the comparison of two."""
         return self.d_model * (1 if self.classifier.n_inputs == 1 else 4)
 
     @property
@@ -196,41 +162,38 @@ class ModelConfig:
 
     @property
     def block_length(self) -> int:
-        """Tokens of a row as the blocks see them: the context, and the classifier's own token where it has one."""
+        """Tokens per row inside the blocks: the context, and the classifier's own token if any."""
         return self.context_length + (self.task == "classify" and self.classifier.pooling == "cls")
 
     @property
     def out_scale(self) -> float:
-        """Scale of the blocks' output projections: small, and smaller with depth, so that at first the embedding is heard."""
+        """Initial scale of the blocks' output projections; small, so that embeddings dominate."""
         return 0.3 * (2 * self.n_layers) ** -0.5
 
     @property
     def rotary_dim(self) -> int:
-        """Width of a head's rotary part."""
-        return self.mla.rotary_width(self.head_dim) if self.attention == "mla" else self.head_dim
+        """Rotary width of a head."""
+        width = self.head_dim
+        return (self.mla.d_rope or width // 2) if self.attention == "mla" else width
 
     @property
     def d_expert(self) -> int:
-        """Hidden width of an expert of the compared mixtures (model.moe)."""
+        """Hidden width of one expert of a mixture of experts (model.moe)."""
         return self.moe.d_expert or self.d_hidden // (self.moe.k + self.moe.n_shared)
 
     @property
     def routed_hidden(self) -> int:
         """Hidden units of all routed experts of the MLP block."""
-        return (
-            self.moe.n_experts * self.d_expert
-            if self.mlp in MLPS
-            else (self.d_hidden if self.mlp == "uome" else 0)
-        )
+        if self.mlp in MLPS:
+            return self.moe.n_experts * self.d_expert
+        return self.d_hidden if self.mlp == "uome" else 0
 
     @property
     def whole_hidden(self) -> int:
-        """Hidden units that every token goes through: those of a dense MLP, or of shared experts."""
-        return (
-            self.moe.n_shared * self.d_expert
-            if self.mlp in MLPS
-            else (self.d_hidden if self.mlp == "dense" else 0)
-        )
+        """Hidden units that take every token: of a dense MLP, or of shared experts."""
+        if self.mlp in MLPS:
+            return self.moe.n_shared * self.d_expert
+        return self.d_hidden if self.mlp == "dense" else 0
 
     @property
     def all_hidden(self) -> int:
@@ -238,7 +201,7 @@ class ModelConfig:
         return self.routed_hidden + self.whole_hidden
 
     def routed(self) -> dict[str, RoutingConfig]:
-        """The routing of the blocks that route, by the block's name."""
+        """The routing of every block that routes, by the name of the block."""
         found = ((name, self._routing(name)) for name in (self.attention, self.mlp))
         return {name: routing for name, routing in found if routing is not None}
 
@@ -250,157 +213,110 @@ class ModelConfig:
         return self.moe.routing(name) if name in MLPS else None
 
     def place_of(self, name: str) -> str:
-        """Where in a layer the block of this name is: its attention or its MLP."""
+        """Where a block of this name stands in a layer: "attention" or "mlp"."""
         return "attention" if name == self.attention else "mlp"
 
     def unions(self) -> dict[str, RoutingConfig]:
-        """Of these, the unions of experts, which are a dense block cut in partitions."""
+        """Those of `routed` that are unions of experts."""
         return {name: r for name, r in self.routed().items() if name in UNIONS}
 
     @property
     def patch_multiple(self) -> int:
-        """Documents are padded to a multiple of this, so that no patch holds two documents."""
+        """Documents are padded to a multiple of this, so that no patch spans two documents."""
         return math.lcm(*(r.patch_size for r in self.routed().values()), 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warmup and decay."""
+    """AdamW with linear warmup and decay of the learning rate."""
 
     learning_rate: float = key(1e-3, "peak learning rate", above=0, high=1e3)
     warmup_steps: int = key(100, "steps of linear warmup", low=0)
-    schedule: str = key(
-        "cosine", "how the learning rate falls after the warmup", choices=("cosine", "linear")
-    )
-    decay_steps: int = key(0, "step at which the decay ends; 0 means train.steps", low=0)
-    final_fraction: float = key(
-        0.1, "learning rate at the end, relative to the peak", low=0, high=1
-    )
-    weight_decay: float = key(0.1, "on matrices only", low=0, high=1e3)
-    b1: float = key(0.9, "Adam's first moment", low=0, high=0.999999)
-    b2: float = key(0.95, "Adam's second moment", low=0, high=0.999999)
+    schedule: str = key("cosine", "decay after the warmup", choices=("cosine", "linear"))
+    decay_steps: int = key(0, "step at which the decay ends; 0: train.steps", low=0)
+    final_fraction: float = key(0.1, "final learning rate relative to the peak", low=0, high=1)
+    weight_decay: float = key(0.1, "decoupled weight decay of matrices", low=0, high=1e3)
+    b1: float = key(0.9, "decay rate of Adam's first moment", low=0, high=0.999999)
+    b2: float = key(0.95, "decay rate of Adam's second moment", low=0, high=0.999999)
     eps: float = key(1e-8, "Adam's epsilon", above=0, high=1)
-    clip_norm: float = key(1.0, "global gradient norm; 0 means no clipping", low=0, high=1e9)
-    moment_dtype: str = key(
-        "float32", "in which Adam's moments are held between steps", choices=("float32", "bfloat16")
-    )
+    clip_norm: float = key(1.0, "clip the global gradient norm to this; 0: off", low=0, high=1e9)
+    moment_dtype: str = key("float32", "storage dtype of Adam's moments", choices=DTYPES[:2])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """Length, batch, seed and start of a training run."""
+
     steps: int = key(1000, "optimizer steps of the whole run", low=1)
     batch_size: int = key(16, "global rows per step", low=1)
-    accumulation: int = key(1, "microbatches a step is cut into", low=1)
-    seed: int = key(0, "initialisation and data order", low=0)
-    log_every: int = key(10, "steps between lines of metrics", low=1, free=True)
-    stop_after: int = key(
-        0, "end this sitting after so many steps of the run; 0 means train.steps", low=0, free=True
-    )
-    report: bool = key(True, "at the end, write report.html into the workdir", free=True)
-    label_smoothing: float = key(
-        0.0,
-        "share of a class's target that goes to all classes alike (classifiers)",
-        low=0,
-        high=0.99,
-    )
-    init_from: str = key(
-        "",
-        "workdir of a run, or one of its checkpoints, whose parameters to start from where they fit",
-    )
-    init_from_any: bool = key(
-        False, "start from init_from also where that run has another tokenizer", free=True
-    )
-    deterministic: bool = key(
-        False,
-        "every deterministic switch of the backend: on GPUs slower, and the same bits in every run",
-        free=True,
-    )
+    accumulation: int = key(1, "gradient accumulation: microbatches per step", low=1)
+    seed: int = key(0, "seed of initialisation and data order", low=0)
+    log_every: int = free_key(10, "steps between logged metrics", low=1)
+    stop_after: int = free_key(0, "step at which to stop early; 0: train.steps", low=0)
+    report: bool = free_key(True, "write report.html into the workdir at the end")
+    label_smoothing: float = key(0.0, "label smoothing of a classifier", low=0, high=0.99)
+    init_from: str = key("", "workdir or checkpoint whose matching parameters to start from")
+    init_from_any: bool = free_key(False, "allow init_from a run with another tokenizer")
+    deterministic: bool = free_key(False, "bit-identical runs on GPUs too, which is slower")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every: int = key(200, "steps between evaluations; 0 means only at the end", low=0, free=True)
-    batches: int = key(
-        0,
-        "batches per evaluation; 0 means the whole split, as the last one always does",
-        low=0,
-        free=True,
+    """Evaluation during training."""
+
+    every: int = free_key(200, "steps between evaluations; 0: only at the end", low=0)
+    batches: int = free_key(
+        0, "batches per evaluation; 0: the whole split, as always at the end", low=0
     )
-    test: bool = key(
-        False,
-        "at the end, measure the test split, once, with the checkpoint that is best on validation",
-        free=True,
-    )
-    batch_size: int = key(0, "global rows per batch; 0 means train.batch_size", low=0, free=True)
+    test: bool = free_key(False, "at the end, evaluate the best checkpoint on the test split")
+    batch_size: int = free_key(0, "global rows per batch; 0: train.batch_size", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = key(200, "steps between checkpoints; 0 means only at the end", low=0, free=True)
-    keep_latest: int = key(2, "newest checkpoints kept", low=1, free=True)
-    keep_best: int = key(
-        1,
-        "checkpoints kept for the lowest validation loss, or of a classifier the fewest errors",
-        low=0,
-        free=True,
+    """How often checkpoints are saved, and how many are kept."""
+
+    every: int = free_key(200, "steps between checkpoints; 0: only at the end", low=0)
+    keep_latest: int = free_key(2, "latest checkpoints to keep", low=1)
+    keep_best: int = free_key(
+        1, "best checkpoints to keep, by validation loss or error rate", low=0
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What a run does about bad numbers, and about processes that are lost or do not go on."""
+    """Reaction to bad numbers, and to processes that are lost or hang."""
 
+    # Above the running mean. A loss that rises for good is a spike at every step.
     spike_sigmas: float = key(
-        0.0,
-        "skip a step whose loss or gradient norm is so many standard deviations above its running mean; 0: none. "
-        "A level that rises for good is a spike at every step",
-        low=0,
-        high=1e6,
+        0.0, "skip steps whose loss or gradient is so many sigmas high; 0: off", low=0, high=1e6
     )
-    max_bad_steps: int = key(
-        5,
-        "skipped steps in a row after which the run stops with exit code 76, or rolls back",
-        low=1,
-        free=True,
+    max_bad_steps: int = free_key(
+        5, "skipped steps in a row before the run stops or rolls back", low=1
     )
-    rollbacks: int = key(
-        0,
-        "times a run goes back to its newest checkpoint instead, leaving out the data that led there",
-        low=0,
-        high=1000,
-        free=True,
+    rollbacks: int = free_key(
+        0, "times that a run rolls back instead of stopping", low=0, high=1000
     )
-    peer_timeout_s: float = key(
-        10.0, "seconds within which all processes stop once one is lost", low=1, high=1e5, free=True
+    peer_timeout_s: float = free_key(
+        10.0, "seconds until all processes stop after one is lost", low=1, high=1e5
     )
-    hang_timeout_s: float = key(
-        300.0,
-        "seconds without a step or a batch of evaluation after which all processes stop; 0: never",
-        low=0,
-        high=1e6,
-        free=True,
+    hang_timeout_s: float = free_key(
+        300.0, "seconds without progress until processes stop; 0: off", low=0, high=1e6
     )
-    compile_timeout_s: float = key(
-        1800.0,
-        "the same where something is compiled, read or written first",
-        low=0,
-        high=1e6,
-        free=True,
+    compile_timeout_s: float = free_key(
+        1800.0, "the same while compiling, reading or writing", low=0, high=1e6
     )
-
-
-MESH_AXES = ("replica", "data", "fsdp", "expert")  # outermost first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1 and takes what is left."""
+    """Sizes of the mesh axes; at most one is -1 and takes the remaining devices."""
 
-    replica: int = key(1, "copies over the slow network", low=-1, free=True)
-    data: int = key(-1, "data parallelism", low=-1, free=True)
-    fsdp: int = key(1, "rows and weights sharded together", low=-1, free=True)
-    expert: int = key(1, "experts (tensor-parallel partitions)", low=-1, free=True)
-    sequence_parallel: bool = key(False, "activations sharded along L between blocks", free=True)
+    replica: int = free_key(1, "data parallelism across slow networks", low=-1)
+    data: int = free_key(-1, "data parallelism", low=-1)
+    fsdp: int = free_key(1, "data parallelism with sharded weights (FSDP)", low=-1)
+    expert: int = free_key(1, "expert and tensor parallelism", low=-1)
+    sequence_parallel: bool = free_key(False, "shard activations along L between blocks")
 
     @property
     def shape(self) -> dict[str, int]:
@@ -410,37 +326,32 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """How `uoe generate` and the sample at the end of training draw tokens."""
+    """Sampling in `uoe generate` and at the end of training."""
 
-    prompt: str = key("def ", "what the text starts with", free=True)
-    max_tokens: int = key(
-        160,
-        "tokens to generate at most; the context length bounds prompt and text together",
-        low=1,
-        free=True,
+    prompt: str = free_key("def ", "start of the text")
+    max_tokens: int = free_key(160, "maximum number of new tokens, as the context allows", low=1)
+    temperature: float = free_key(0.7, "sampling temperature; 0: greedy", low=0, high=1e3)
+    top_k: int = free_key(0, "sample among the k likeliest tokens; 0: all", low=0)
+    top_p: float = free_key(
+        0.95, "nucleus sampling: total probability of the candidates", above=0, high=1
     )
-    temperature: float = key(0.7, "0 is greedy", low=0, high=1e3, free=True)
-    top_k: int = key(0, "keep the k likeliest tokens; 0 keeps all", low=0, free=True)
-    top_p: float = key(
-        0.95, "keep the likeliest tokens up to this probability", above=0, high=1, free=True
-    )
-    seed: int = key(0, "of the draws", low=0, free=True)
+    seed: int = free_key(0, "seed of the sampling", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One experiment."""
 
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
-    generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
+    generate: GenerateConfig = GenerateConfig()
 
     @property
     def decay_steps(self) -> int:
@@ -449,102 +360,3 @@ class Config:
     @property
     def eval_batch_size(self) -> int:
         return self.eval.batch_size or self.train.batch_size
-
-
-def base() -> Any:
-    """An `ml_collections.ConfigDict` with every key at its default; what a config file starts from."""
-    from ml_collections import ConfigDict
-
-    return ConfigDict(to_dict(Config()))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dicts, ready for JSON."""
-    return dataclasses.asdict(config)
-
-
-DECLARED = {name: (default, meta) for name, default, meta in leaves(Config())}  # every key
-ALL_KEYS = tuple(DECLARED)
-
-
-def unknown_key(name: str) -> UserError:
-    """The error for a key that no section has, naming the nearest one that exists."""
-    near = difflib.get_close_matches(name, ALL_KEYS, n=1, cutoff=0.0)
-    last = name.rsplit(".", 1)[-1]
-    same = sorted(
-        (k for k in ALL_KEYS if k.rsplit(".", 1)[-1] == last), key=lambda k: k.count(".")
-    )  # train.seed before data.listops.seed
-    return UserError(
-        f"config.{printable(name)}: unknown key; the nearest known key is config.{(same or near)[0]}"
-    )
-
-
-def parse_value(name: str, text: str) -> Any:
-    """The value of `--config.NAME=TEXT` in the type NAME was declared with; raises ConfigError or for an unknown key."""
-    if name not in DECLARED:
-        raise unknown_key(name)
-    return parsed(f"config.{name}", type(DECLARED[name][0]), text)
-
-
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """Builds and validates a Config from nested mappings; keys left out keep their default.
-
-    Raises:
-      UserError: an unknown key (with the nearest known one).
-      ConfigError: a value of the wrong type, out of range, or inconsistent with another.
-    """
-    config = _section(Config, values, "")
-    check_model(config.model)
-    check_run(config)
-    return config
-
-
-def _section(cls: type, values: Any, prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(
-            f"config.{prefix[:-1]}", values, "this is a section; set the keys inside it"
-        )
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    out = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise unknown_key(f"{prefix}{name}")
-        if dataclasses.is_dataclass(hints[name]):
-            out[name] = _section(hints[name], value, f"{prefix}{name}.")
-        else:
-            out[name] = checked(f"config.{prefix}{name}", hints[name], value, fields[name].metadata)
-    return cls(**out)
-
-
-def with_vocabulary(config: Config, size: int) -> Config:
-    """The configuration with the vocabulary size of the data filled in; ConfigError where the model's is too small."""
-    given = config.model.vocab_size
-    if given and given < size:
-        raise ConfigError(
-            "config.model.vocab_size",
-            given,
-            f"the data have {size} tokens; give at least that, or 0",
-        )
-    check_cutoffs(config.model, given or size)
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, vocab_size=given or size)
-    )
-
-
-def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
-    """Keys whose change would change a run: (key, old value, new value) for those not declared `free`, and for `more`.
-
-    train.steps is free, unless it is among `more`, where the schedule's length does not follow it.
-    """
-    extendable = (
-        old.optimizer.decay_steps == new.optimizer.decay_steps > 0 and "train.steps" not in more
-    )  # it then only says when to stop
-    before = {name: value for name, value, _ in leaves(old)}
-    return [
-        (name, before[name], value)
-        for name, value, meta in leaves(new)
-        if before[name] != value
-        and (not meta["free"] or name in more)
-        and not (name == "train.steps" and extendable)
-    ]

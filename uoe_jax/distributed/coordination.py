@@ -21,7 +21,8 @@ import time
 from typing import Any, Callable, Mapping, TypeVar
 
 from uoe_jax import errors, runtime_env
-from uoe_jax.config.schema import Config, leaves
+from uoe_jax.config.fields import leaves
+from uoe_jax.config.schema import Config
 from uoe_jax.errors import UserError
 
 T = TypeVar("T")

@@ -15,7 +15,8 @@ import numpy as np
 from etils import epath
 
 from uoe_jax.config.baselines import UNIONS
-from uoe_jax.config.schema import Config, ModelConfig, to_dict
+from uoe_jax.config.load import to_dict
+from uoe_jax.config.schema import Config, ModelConfig
 from uoe_jax.data.tokenizers.ends import SEPARATORS, template
 from uoe_jax.data.tokenizers.hf import LibraryTokenizer
 from uoe_jax.data.tokenizers.load import BYTE_OF, BPETokenizer, ByteTokenizer, Tokenizer

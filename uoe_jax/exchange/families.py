@@ -14,7 +14,8 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple
 
 import numpy as np
 
-from uoe_jax.config.schema import ModelConfig, to_dict
+from uoe_jax.config.load import to_dict
+from uoe_jax.config.schema import ModelConfig
 from uoe_jax.errors import UserError
 from uoe_jax.exchange.config_keys import DEFAULTS, GENERATION, IGNORED, Keys
 

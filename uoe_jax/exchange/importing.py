@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uoe_jax.config.schema import Config, ModelConfig, to_dict
+from uoe_jax.config.load import to_dict
+from uoe_jax.config.schema import Config, ModelConfig
 from uoe_jax.config.validate import check_source
 from uoe_jax.data.pipeline import DataBundle, TrainBatches, default_cache_dir, load
 from uoe_jax.data.tokenizers.workdir import keep_tokenizer

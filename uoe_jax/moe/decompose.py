@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from uoe_jax.config.fields import divisors
 from uoe_jax.config.schema import ModelConfig, RoutingConfig
-from uoe_jax.config.validate import divisors
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.layers.common import GATED
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from uoe_jax.config.fields import divisors
 from uoe_jax.config.routing import RoutingConfig
-from uoe_jax.config.validate import divisors
 from uoe_jax.moe.dispatch import Selection, pack
 
 

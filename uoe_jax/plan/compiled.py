@@ -15,7 +15,8 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from uoe_jax.config.schema import Config, from_dict, to_dict
+from uoe_jax.config.load import from_dict, to_dict
+from uoe_jax.config.schema import Config
 from uoe_jax.errors import EXIT_BAD_INPUT, UserError
 from uoe_jax.plan.hlo import Array, Collective, collectives
 

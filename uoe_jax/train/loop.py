@@ -10,7 +10,8 @@ from typing import Any, Callable, Iterator, NamedTuple
 import jax
 import numpy as np
 
-from uoe_jax.config.schema import Config, to_dict
+from uoe_jax.config.load import to_dict
+from uoe_jax.config.schema import Config
 from uoe_jax.costs.flops import PEAK_FLOPS, train_flops
 from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches
 from uoe_jax.distributed import mesh as mesh_lib

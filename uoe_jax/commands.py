@@ -1,0 +1,242 @@
+"""The commands of `uoe`: each checks its input before it imports jax.
+
+A command takes the parsed options and the overrides {key: text}, and returns an exit code or None.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from uoe_jax import config as config_lib
+from uoe_jax.config import listing
+from uoe_jax.config.baselines import ATTENTIONS, MLPS
+from uoe_jax.config.data import TEXT
+from uoe_jax.config.load import resolve
+from uoe_jax.config.schema import Config
+from uoe_jax.config.validate import check_training
+from uoe_jax.errors import ConfigError, UserError
+
+KEYS_PAGE = """\
+# All keys
+
+Every key of a configuration, with its default, the values it may have and its meaning. A key is set
+in a config file, or by an override such as `--config.train.steps=100`
+([configurations](configs.md)). Keys marked *free* may change when a run is resumed.
+
+The same on the command line, with the values of a configuration:
+
+```sh
+uoe config --config=quickstart --changed
+uoe config optimizer
+uoe config '*.n_experts' --json
+```
+
+This page is the output of `uoe config --markdown`.
+
+"""
+TABLE_KEYS = (
+    "## Keys of a comparison\n\nA config file of [`uoe compare`](compare.md) has these keys.\n\n"
+)
+
+
+def load_config(name: str, overrides: Mapping[str, str]) -> Config:
+    """The configuration of `--config` with overrides, checked for `uoe train`.
+
+    Raises:
+      UserError: the file cannot be read or run, an unknown key, or a value that cannot be used.
+    """
+    config = resolve(name, overrides)
+    from uoe_jax.data.registry import known_vocabulary
+
+    check_training(config, *known_vocabulary(config))
+    return config
+
+
+def train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from uoe_jax.data.tokenizers.workdir import check_tokenizer
+    from uoe_jax.workdir import checkpoint_path
+
+    config = load_config(options.config, overrides)
+    _check_workdir(options.workdir)
+    if config.train.init_from:
+        checkpoint_path(config.train.init_from, "config.train.init_from")
+    check_tokenizer(config, options.workdir)
+    _start(config, stops_itself=True)
+    from uoe_jax.infer.sample import sample
+    from uoe_jax.report.command import at_end
+    from uoe_jax.train.main import train
+
+    return train(config, options.workdir, sample, at_end)
+
+
+def show_config(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if options.markdown:
+        if options.config or options.pattern or options.changed or options.json or overrides:
+            raise UserError("--markdown: prints the reference of all keys; give it alone")
+        from uoe_jax.compare.table import TableConfig
+
+        page = KEYS_PAGE + listing.as_markdown(Config()) + "\n" + TABLE_KEYS
+        print(page + listing.as_markdown(TableConfig()).rstrip())
+        return
+    config = resolve(options.config, overrides)
+    found = listing.selected(config, options.pattern, options.changed)
+    print(listing.as_json(found) if options.json else listing.as_text(found))
+
+
+def plan(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.data.registry import known_vocabulary
+    from uoe_jax.plan import hardware, make, report
+
+    config = load_config(options.config, overrides)
+    for key, blocks in (("attention", ATTENTIONS), ("mlp", MLPS)):
+        if getattr(config.model, key) in blocks:
+            remedy = "a plan is made for unions of experts and dense blocks only; give one of these"
+            raise ConfigError(f"config.model.{key}", getattr(config.model, key), remedy)
+    hardware.find(options.hardware)
+    devices = options.devices
+    if devices is not None and not (devices.isdecimal() and int(devices)):
+        raise UserError(f"--devices={devices}: give a whole number from 1 on")
+    mesh = make.read_mesh(options.mesh, None if devices is None else int(devices), config.mesh)
+    config = dataclasses.replace(config, mesh=mesh)
+    config = config_lib.with_vocabulary(config, known_vocabulary(config)[0])
+    if config.model.stem == "tokens" and not config.model.vocab_size:
+        remedy = "words are counted when training starts; give their number for a plan"
+        raise ConfigError("config.model.vocab_size", 0, remedy)
+    found = make.make(config, options.hardware)
+    print(json.dumps(report.as_json(found)) if options.json else report.text(found, options.config))
+
+
+def compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from uoe_jax.compare.table import load_table
+
+    table = load_table(options.config, overrides)
+    _check_workdir(options.workdir)
+    from uoe_jax.compare.run import compare
+
+    return compare(table, options.workdir)
+
+
+def evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.infer.experts import choices
+
+    config = _stored_config(options)
+    if options.experts is not None:
+        choices(config, options.experts)
+    _start(config)
+    from uoe_jax.infer.evaluation import run_eval
+
+    run_eval(options, config)
+
+
+def generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.infer.command import run_generate
+
+    run_generate(options, _stored_config(options))
+
+
+def import_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.exchange.command import run_import
+
+    run_import(options, overrides)
+
+
+def export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.exchange.command import run_export
+
+    run_export(options, _stored_config(options))
+
+
+def report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.workdir import read_config
+
+    runs = options.workdirs
+    if options.out is None and len(runs) > 1:
+        raise UserError(
+            f"--workdir: {len(runs)} runs are compared; give the report's file by --out"
+        )
+    configs = [read_config(workdir) for workdir in runs]
+    _start(configs[0])
+    from uoe_jax.report.command import run_report
+
+    print(run_report(options, configs))
+
+
+def train_tokenizer(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from uoe_jax.data.registry import text_source
+    from uoe_jax.data.tokenizers.load import BPETokenizer
+    from uoe_jax.runtime_env import default_cache_dir
+    from uoe_jax.workdir import is_remote, locate
+
+    given, out = options.vocab, locate(options.out, "--out")
+    number = given.isascii() and given.isdecimal() and len(given) < 8
+    if not (number and 257 <= int(given) <= 1_000_000):
+        shown = config_lib.printable(given)
+        raise UserError(f"--vocab={shown}: give a whole number from 257 (bytes alone) to 1000000")
+    if not is_remote(out) and (out.is_dir() or not out.parent.is_dir()):
+        remedy = "is no place for a file; give a file name in a directory that exists"
+        raise UserError(f"--out={options.out}: {remedy}")
+    # Loaded with tokenizer='words', which needs neither a vocabulary size nor a tokenizer file.
+    words = {"data.tokenizer": "words", "data.tokenizer_file": ""}
+    data = load_config(options.config, overrides | words).data
+    if data.source not in TEXT:
+        remedy = f"is not a source of text; give one of {', '.join(TEXT)}"
+        raise ConfigError("config.data.source", data.source, remedy)
+    source = text_source(data, default_cache_dir())
+    tokenizer = BPETokenizer.train(source.documents("train"), int(given))
+    n_bytes = n_tokens = 0
+    for document in source.documents("validation"):
+        n_bytes, n_tokens = n_bytes + len(document), n_tokens + len(tokenizer.encode(document))
+    _write_once(out, json.loads(tokenizer.to_json()), options.out)
+    size = f"{tokenizer.vocab_size} tokens"
+    if tokenizer.vocab_size < int(given):
+        size += f" (fewer than --vocab={given}: no pair left occurs twice)"
+    rate = f"{n_bytes / n_tokens:.3f} bytes each on" if n_tokens else "and no text in"
+    next_keys = overrides | {"data.tokenizer": "bpe", "data.tokenizer_file": options.out}
+    command = ["uoe", "train", f"--config={options.config}"]
+    command += [f"--config.{key}={text}" for key, text in next_keys.items()]
+    print(
+        f"{options.out}: {size}, {rate} the validation split; "
+        f"next: {shlex.join(command)} --workdir=DIR"
+    )
+
+
+def _write_once(out: Any, content: Any, shown: str) -> None:
+    """Writes a JSON file, or leaves it if it is the same; UserError if it holds anything else."""
+    from uoe_jax.workdir import os_errors, write_json
+
+    try:
+        with os_errors(out):
+            if not out.exists():
+                write_json(out, content)
+            elif out.read_bytes() != (json.dumps(content, indent=2) + "\n").encode():
+                remedy = "holds something else already; remove it, or give another file"
+                raise UserError(f"--out={shown}: {remedy}")
+    except OSError as error:
+        why = f"cannot be written ({error.strerror or error})"
+        raise UserError(f"--out={shown}: {why}; fix that, or give another file") from error
+
+
+def _stored_config(options: argparse.Namespace) -> Config:
+    from uoe_jax.workdir import read_config
+
+    return read_config(options.workdir)
+
+
+def _check_workdir(path: str) -> None:
+    """Refuses an impossible workdir before jax is imported."""
+    from uoe_jax.workdir import checkpoint_path, is_remote
+
+    found = checkpoint_path(path)
+    if not is_remote(path) and found.exists() and not found.is_dir():
+        raise UserError(f"--workdir={path}: is a file; give a directory")
+
+
+def _start(config: Config, stops_itself: bool = False) -> None:
+    from uoe_jax.distributed import setup
+
+    setup.start(config, stops_itself)
