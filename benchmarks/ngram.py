@@ -17,7 +17,7 @@ import numpy as np
 from uoe_jax.data import pipeline
 from uoe_jax.data.sources import stdlib
 from uoe_jax.data.store import TokenStore, open_or_build
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 
 ALPHA = 1.0  # added to every bigram count
 

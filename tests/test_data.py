@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from uoe_jax.config import Config, from_dict
 from uoe_jax.data import pipeline
 from uoe_jax.data.packing import PackedRows
-from uoe_jax.data.pipeline import Prefetcher, TrainBatches, eval_batches
+from uoe_jax.data.pipeline import TrainBatches, eval_batches
+from uoe_jax.data.prefetch import Prefetcher
 from uoe_jax.data.sources import stdlib
 from uoe_jax.data.store import DamagedStore, TokenStore, open_or_build
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.errors import RunError, UserError
 
 BYTES = ByteTokenizer()
@@ -98,9 +99,7 @@ def memory_store(documents: list[bytes]) -> TokenStore:
 
 
 def packed(documents: list[bytes], length: int, multiple: int) -> PackedRows:
-    return PackedRows(
-        memory_store(documents), length, multiple, BYTES.separator, BYTES.bytes_per_token
-    )
+    return PackedRows(memory_store(documents), length, multiple, BYTES)
 
 
 def assert_rows_equal(a: dict, b: dict) -> None:
@@ -537,7 +536,7 @@ def test_batches_that_share_rows_out_by_length_hold_the_same_rows_in_any_process
         assert all(a[1] <= b[0] for a, b in zip(sorted(spans), sorted(spans)[1:]))
         orders.append(tuple(np.argsort([low for low, _ in spans])))
     assert len(set(orders)) > 1
-    again = TrainBatches(Ragged(), 8, seed=1, held=[2, 5], window=4)
+    again = TrainBatches(Ragged(), 8, seed=1, local_rows=[2, 5], window=4)
     for step in (13, 2, 14, 3):
         assert (
             again[step]["row"].tolist()
@@ -558,7 +557,7 @@ def test_processes_share_one_global_batch(n_processes):
         assert_rows_equal(
             {key: np.concatenate([g[key] for g in got]) for key in got[0]}, whole[step]
         )
-    with pytest.raises(ValueError, match="held"):
+    with pytest.raises(ValueError, match="local_rows"):
         TrainBatches(ROWS, 8, 1, range(4, 9))
 
 
@@ -567,7 +566,7 @@ def test_processes_share_one_global_batch(n_processes):
 def test_evaluation_counts_every_row_once(batch_size, n_processes):
     cut = batch_size // 2
     slices = [None] if n_processes == 1 or not cut else [range(cut), range(cut, batch_size)]
-    per_process = [list(eval_batches(ROWS, batch_size, held=s)) for s in slices]
+    per_process = [list(eval_batches(ROWS, batch_size, local_rows=s)) for s in slices]
     assert {len(batches) for batches in per_process} == {-(-len(ROWS) // batch_size)}
     steps = zip(*per_process, strict=True)
     got = [

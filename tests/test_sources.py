@@ -23,7 +23,7 @@ import pytest
 from uoe_jax.data import prepared
 from uoe_jax.data.sources import aan, text, wikitext
 from uoe_jax.data.store import open_or_build
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.errors import ConfigError, RunError, UserError
 
 REPO = Path(__file__).resolve().parent.parent

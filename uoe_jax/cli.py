@@ -435,10 +435,10 @@ def _report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _tokenizer_train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     import shlex
 
-    from uoe_jax.config.data import TEXT
+    from uoe_jax.config.data import sources_of
     from uoe_jax.data.pipeline import default_cache_dir
     from uoe_jax.data.registry import text_source
-    from uoe_jax.data.tokenizers.load import BPETokenizer
+    from uoe_jax.data.tokenizers.hf import HFTokenizer
     from uoe_jax.workdir import is_remote, locate
 
     vocab, out = options.vocab, locate(options.out, "--out")
@@ -456,14 +456,14 @@ def _tokenizer_train(options: argparse.Namespace, overrides: dict[str, str]) -> 
     data = load_config(
         options.config, {**overrides, "data.tokenizer": "words", "data.tokenizer_file": ""}
     ).data
-    if data.source not in TEXT:
+    if data.source not in sources_of("language"):
         raise ConfigError(
             "config.data.source",
             data.source,
-            f"holds no running text; give one of {', '.join(TEXT)}",
+            f"holds no running text; give one of {', '.join(sources_of('language'))}",
         )
     source = text_source(data, default_cache_dir())
-    tokenizer = BPETokenizer.train(source.documents("train"), int(vocab))
+    tokenizer = HFTokenizer.train(source.documents("train"), int(vocab))
     sizes = [
         (len(document), len(tokenizer.encode(document)))
         for document in source.documents("validation")

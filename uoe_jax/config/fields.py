@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from uoe_jax.errors import ConfigError
@@ -20,7 +20,7 @@ def key(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
-    choices: Sequence[str] = (),
+    choices: Collection[str] = (),
     free: bool = False,
 ) -> Any:
     """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`; `free` may change on resume."""

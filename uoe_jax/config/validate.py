@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Mapping
 
-from uoe_jax.config.data import FACTS, FROM_FILE, TEXT
+from uoe_jax.config.data import FROM_FILE, SOURCES, sources_of
 from uoe_jax.config.fields import leaves
 from uoe_jax.config.validate_baselines import check_peers, peer_sizes, peer_uses
 from uoe_jax.errors import ConfigError
@@ -213,16 +213,17 @@ def check_training(c: Config, prompt_tokens: int) -> None:
 
 def check_source(c: Config) -> None:
     """Checks that the data are for what the model is for."""
-    classify = c.model.task == "classify"
-    if classify != (c.data.source in FACTS):
-        remedy = f"with config.model.task={c.model.task!r} it must be one of {', '.join(FACTS if classify else TEXT)}"
+    fitting = sources_of(c.model.task)
+    if c.data.source not in fitting:
+        remedy = f"with config.model.task={c.model.task!r} it must be one of {', '.join(fitting)}"
         raise ConfigError("config.data.source", c.data.source, remedy)
 
 
 def check_idle(c: Config) -> None:
     """Refuses keys that were set and would change nothing."""
     m, d, classify = c.model, c.data, c.model.task == "classify"
-    text = d.source in TEXT or FACTS[d.source].text
+    facts = SOURCES[d.source].facts
+    text = facts is None or facts.text
     uses = (
         ("augment.", m.stem == "image", "is for images (model.stem='image')"),
         (
@@ -270,7 +271,8 @@ def check_idle(c: Config) -> None:
 
 def check_labelled(c: Config) -> None:
     """Checks a classifier against the examples it is to learn from."""
-    m, d, facts = c.model, c.data, FACTS[c.data.source]
+    m, d, facts = c.model, c.data, SOURCES[c.data.source].facts
+    assert facts is not None  # `check_source`
     for name, given, wanted in (
         ("n_classes", m.classifier.n_classes, facts.n_classes), ("n_inputs", m.classifier.n_inputs, facts.n_inputs)
     ):  # fmt: skip

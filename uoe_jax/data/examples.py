@@ -1,19 +1,37 @@
-"""Labelled examples by index, and the rows of a batch that are made of them."""
+"""What sources provide: documents for a language model, labelled examples for a classifier."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+SPLITS = ("train", "validation", "test")
+
 Input = bytes | np.ndarray
+
+
+class TextSource(Protocol):
+    """Where documents come from.
+
+    Attributes:
+      key: names this content under these rules; caches derived from it are keyed by it.
+    """
+
+    @property
+    def key(self) -> str: ...
+    def documents(self, split: str) -> Iterable[bytes]: ...
+    def record(self) -> dict[str, Any]:
+        """JSON-able, for the run's record."""
 
 
 class Example(NamedTuple):
     """One labelled example.
 
     Attributes:
-      inputs: one, or two to be compared: text (bytes), token ids (int [T]), or an image (uint8 [height,width,channels]).
+      inputs: one, or two to compare: text (bytes), token ids (int [T]), or an image
+        (uint8 [height,width,channels]).
       label: the class, from 0.
     """
 
@@ -41,4 +59,5 @@ class ExampleSource(Protocol):
     @property
     def vocab_size(self) -> int: ...
     def examples(self, split: str) -> Examples: ...
-    def record(self) -> dict[str, Any]: ...
+    def record(self) -> dict[str, Any]:
+        """JSON-able, for the run's record."""

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from uoe_jax.config.schema import Config, ModelConfig, leaves
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.data.tokenizers.workdir import read_tokenizer
 from uoe_jax.distributed.coordination import on_process_zero
 from uoe_jax.errors import ConfigError
