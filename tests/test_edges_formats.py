@@ -222,7 +222,7 @@ def mixed(tmp_path):
 
 def said_of(place) -> str:
     return (
-        f"uoe: data.path={place}: 2 of 5 files passed over (d.jsonl.zst, e.parquet); "
+        f"uoe: data.path={place}: 2 of 5 files skipped (d.jsonl.zst, e.parquet); "
         ".txt, .jsonl and .ndjson are read, also gzipped; name others by a glob\n"
     )
 
@@ -286,8 +286,7 @@ def test_files_that_are_passed_over_are_named_by_process_0_alone(
         (mixed / "more" / f"{i}.md").write_bytes(b"")
     text.open_text(str(mixed), tmp_path / "cache")
     assert (
-        "11 of 14 files passed over (d.jsonl.zst, e.parquet, more/0.md, …); "
-        in capsys.readouterr().err
+        "11 of 14 files skipped (d.jsonl.zst, e.parquet, more/0.md, …); " in capsys.readouterr().err
     )
     with pytest.raises(
         UserError,
@@ -390,7 +389,9 @@ def test_byte_order_marks_are_no_part_of_sources_of_python(tmp_path):
     for member in wikitext.MEMBERS.values():
         (tmp_path / "wiki" / member).write_bytes(BOM + b"\n = A = \n\nText.\n\n = B = \n\nText.\n")
     with pytest.raises(UserError, match="changed, with a byte-order mark.*download"):
-        wikitext.open_wikitext103(str(tmp_path / "wiki"), tmp_path / "cache")
+        list(
+            wikitext.open_wikitext103(str(tmp_path / "wiki"), tmp_path / "cache").documents("test")
+        )
 
 
 # ---- locales ----

@@ -1,6 +1,6 @@
-"""What a file of text is: its first bytes say it, and its name where they leave it open.
+"""The format of a file of text: by its first bytes, and by its name where they leave it open.
 
-Text is UTF-8, as it is or gzipped. Anything else that the first bytes tell is refused by its name.
+Text is UTF-8, as it is or gzipped. Other formats are recognised to refuse them by name.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def look(file: Path) -> Format:
     """How the documents of a file of text are read.
 
     Raises:
-      ConfigError: it is in a format that is not read here, or holds JSON without the texts' key.
+      ConfigError: it is in another format, or is JSON lines without the key "text".
       UserError: it cannot be read or decompressed.
     """
     name = file.name.lower()
@@ -89,7 +89,7 @@ def look(file: Path) -> Format:
 
 
 def other_format(head: bytes) -> str | None:
-    """That a file's first bytes are of another format, and what to do; None for UTF-8."""
+    """The format of a file's first bytes, and what to do; None for UTF-8."""
     found = next((name for mark, name in _OTHERS if re.match(mark, head, re.DOTALL)), None)
     halves = head[: len(head) & ~1]
     zeros = sorted((halves[0::2].count(0), halves[1::2].count(0)))
@@ -103,11 +103,11 @@ def other_format(head: bytes) -> str | None:
 
 
 def keys_of(found: Mapping[str, Any]) -> str:
-    """The keys of a JSON object, short, for an error."""
+    """The keys of a JSON object, abridged, for an error."""
+    if not found:
+        return "no key"
     names = [repr(key if len(key) < 40 else key[:36] + "…") for key in list(found)[:8]]
-    return ("the keys " + ", ".join(names) if names else "no key") + (
-        ", …" if len(found) > 8 else ""
-    )
+    return f"the keys {', '.join(names)}" + (", …" if len(found) > 8 else "")
 
 
 def json_of(text: str | bytes) -> Any:
@@ -119,7 +119,7 @@ def json_of(text: str | bytes) -> Any:
 
 
 def _are_json_lines(reader: Reader, file: Path) -> bool:
-    """Whether the lines are JSON objects with a text; ConfigError for objects without one."""
+    """Whether the lines are JSON objects with a text. Raises ConfigError for ones without."""
     line = _next_line(reader)
     first = json_of(line)
     if line.lstrip().startswith(b"["):
@@ -132,9 +132,9 @@ def _are_json_lines(reader: Reader, file: Path) -> bool:
         return not line or line.lstrip().startswith(b"{")
     if isinstance(json_of(line), dict):
         remedy = (
-            f'its lines are JSON objects with {keys_of(first)} and no string "text": put '
-            'the text of every line under "text" (also to train on the lines as they stand), or take '
-            "the file out of data.path."
+            f'its lines are JSON objects with {keys_of(first)} and no string "text": put the text '
+            'of every line under "text" (also to train on the lines as they stand), or take the '
+            "file out of data.path."
         )
         raise ConfigError("data.path", str(file), remedy)
     return False
@@ -149,7 +149,7 @@ def _next_line(reader: Reader) -> bytes:
 
 
 def _refuse_array(line: bytes, file: Path) -> None:
-    """Refuses an array of objects with texts in one line; JSON spread over lines is text."""
+    """Refuses an array of objects with texts on one line; JSON spread over lines is text."""
     try:
         first, _ = json.JSONDecoder().raw_decode(line.decode().lstrip()[1:].lstrip())
     except (ValueError, RecursionError):
@@ -159,8 +159,5 @@ def _refuse_array(line: bytes, file: Path) -> None:
 
 
 def refuse_array(where: str) -> NoReturn:
-    remedy = (
-        "is one JSON array: write its objects one a line (jq -c '.[]' does), or take the file out "
-        "of data.path."
-    )
-    raise ConfigError("data.path", where, remedy)
+    remedy = "write its objects one a line (jq -c '.[]' does), or take the file out of data.path."
+    raise ConfigError("data.path", where, f"is one JSON array: {remedy}")

@@ -1,8 +1,8 @@
-"""Pathfinder: are the two dots at the ends of one dashed path? Images by index, read from LRA's archive or drawn.
+"""Pathfinder: are two dots the ends of one dashed path? Images by index, from LRA or drawn.
 
-The task is that of Linsley et al. 2018 (generator: drewlinsley/pathfinder, snakes2.py) as the Long Range Arena released
-it (google-research/long-range-arena, lra_benchmarks/data/pathfinder.py). Images are uint8 [size, size, 1], label 1 is
-"one path".
+The task is that of Linsley et al. 2018 (generator: drewlinsley/pathfinder, snakes2.py) as the Long
+Range Arena released it (google-research/long-range-arena, lra_benchmarks/data/pathfinder.py).
+Images are uint8 [size, size, 1]; label 1 means one path.
 """
 
 from __future__ import annotations
@@ -10,50 +10,52 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from uoe_jax.config.data import PathfinderConfig
-from uoe_jax.data.examples import Example, Examples, ExampleSource
-from uoe_jax.data.prepared import ARENA, SPLITS
+from uoe_jax.data.examples import SPLITS, Example, Examples, ExampleSource
+from uoe_jax.data.prepared import ARENA
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.runtime_env import expanded
 
-VERSION = 1  # of the drawing: raise it when a (seed, split, index) comes to mean another image
+VERSION = 1  # of the drawing: raise it when a (seed, split, index) means another image
 
-# ---- the released archive -----------------------------------------------------------------------------------------
+# ---- the released archive -----------------------------------------------------------------------
 
 TASK = "curv_contour_length_14"  # LRA's "hard", which is its Pathfinder task
 INSIDE = tuple(folder + TASK for folder in ("", *(folder + "pathfinder32/" for folder in ARENA)))
 REMEDY = (
     "download the Long Range Arena release (lra_release.gz, a tar archive, from the links in "
-    "github.com/google-research/long-range-arena), unpack it, and give the directory in which lra_release lies, or "
-    f"its {TASK} with metadata/ and imgs/."
+    "github.com/google-research/long-range-arena), unpack it, and give the directory in which "
+    f"lra_release lies, or its {TASK} with metadata/ and imgs/."
 )
 
 
 def open_pathfinder(path: str, c: PathfinderConfig) -> ExampleSource:
-    """The archive under `path`; generated images where it is empty. Raises UserError, see the two sources."""
+    """The archive under `path`; generated images where it is empty. Raises UserError."""
     return PathfinderFiles(path) if path else PathfinderGenerated(c)
 
 
 class PathfinderFiles:
-    """The images of LRA's archive, an `ExampleSource`. At the start only their sizes are read.
+    """The images of LRA's archive, an `ExampleSource`. At the start only file sizes are read.
 
-    As LRA does, examples are numbered in the order of the metadata, the first 80 % are for training, 10 % each for
-    validation and test, and then images of 0 bytes are left out (lra_benchmarks/image/input_pipeline.py). LRA's own
-    order is that in which TensorFlow Datasets shuffled them; ours is metadata/0.npy, 1.npy, … and lines as they stand.
-    Labels are drawn independently for each image, so neither order matters.
+    As in LRA, examples are numbered in the order of the metadata; the first 80 % are for training,
+    10 % each for validation and test, and then images of 0 bytes are dropped
+    (lra_benchmarks/image/input_pipeline.py). LRA's order is a shuffle of TensorFlow Datasets; ours
+    is metadata/0.npy, 1.npy, … line by line. Labels are drawn independently for each image, so
+    neither order matters.
     """
 
     n_classes = 2
     vocab_size = 0
 
     def __init__(self, path: str) -> None:
-        """Raises UserError where there is no archive, where its metadata cannot be read, or an image is missing."""
+        """Raises UserError without an archive, with unreadable metadata, or a missing image."""
         self.root = _find(Path(expanded(path, "config.data.path")), path)
         content = hashlib.sha256()
         names, labels = _read_metadata(self.root, content)
@@ -74,62 +76,59 @@ class PathfinderFiles:
         self._sha256 = content.hexdigest()
 
     def examples(self, split: str) -> Examples:
-        """One of the splits train, validation, test."""
         return _Files(self.root, split, *self._splits[split], self.size)
 
     def record(self) -> dict[str, Any]:
-        """JSON-able; sha256 is over the metadata and the sizes of the images' files, not over the images."""
+        """sha256 is over the metadata and the sizes of the image files, not over the images."""
+        labels = {split: labels for split, (_, labels) in self._splits.items()}
         return {
             "directory": str(self.root.resolve()),
             "sha256": self._sha256,
             "size": self.size,
-            "n_examples": {split: len(labels) for split, (_, labels) in self._splits.items()},
+            "n_examples": {split: len(of_split) for split, of_split in labels.items()},
             "n_empty": self._n_empty,
-            "n_positive": {split: int(labels.sum()) for split, (_, labels) in self._splits.items()},
+            "n_positive": {split: int(of_split.sum()) for split, of_split in labels.items()},
         }
 
     def _size(self, name: str, i: int) -> int:
+        file = self.root / name
         try:
-            return (self.root / name).stat().st_size
+            return file.stat().st_size
         except OSError as error:
-            sentence = f"{self.root / name}: image {i} of the metadata cannot be read ({error.strerror}): {REMEDY}"
-            raise UserError(sentence) from error
+            what = f"image {i} of the metadata cannot be read ({error.strerror})"
+            raise UserError(f"{file}: {what}: {REMEDY}") from error
 
 
+@dataclasses.dataclass(frozen=True)
 class _Files:
-    """One split of the archive by index. Raises UserError for an image that is damaged or of another size."""
+    """One split by index. Raises UserError for an image that is damaged or of another size."""
 
-    def __init__(
-        self, root: Path, split: str, names: list[str], labels: np.ndarray, size: int
-    ) -> None:
-        self._root = root
-        self._split = split
-        self._names = names
-        self._labels = labels
-        self._size = size
+    root: Path
+    split: str
+    names: list[str]
+    labels: np.ndarray
+    size: int
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
-        file = self._root / self._names[i]
-        what = f"example {i} of {self._split} in {self._root}"
+        file = self.root / self.names[i]
+        what = f"example {i} of {self.split} in {self.root}"
         image_YX1 = read_png(file, what)
-        if image_YX1.shape != (self._size, self._size, 1):
+        if image_YX1.shape != (self.size, self.size, 1):
             height, width, _ = image_YX1.shape
             raise UserError(
-                f"{file}: {what} has {height} x {width} pixels where the first has {self._size} x {self._size}: "
-                "unpack the archive again."
+                f"{file}: {what} has {height} x {width} pixels where the first has {self.size} x "
+                f"{self.size}: unpack the archive again."
             )
-        return Example((image_YX1,), int(self._labels[i]))
+        return Example((image_YX1,), int(self.labels[i]))
 
 
 def read_png(file: Path, what: str) -> np.ndarray:
-    """uint8 [height, width, 1] in grey. Raises UserError, with `what` it is, where the file is no undamaged PNG."""
-    from io import BytesIO
-
+    """uint8 [height, width, 1] in grey. Raises UserError, with `what` it is, for a damaged PNG."""
     from PIL import Image
 
     try:
@@ -138,28 +137,23 @@ def read_png(file: Path, what: str) -> np.ndarray:
             image.verify()  # all checksums, which decoding does not look at
         with Image.open(BytesIO(data), formats=["PNG"]) as image:
             return np.array(image.convert("L"))[:, :, None]
-    except (
-        Exception
-    ) as error:  # Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error and more
-        raise UserError(
-            f"{file}: {what} is not a readable PNG image ({error}): unpack the archive again."
-        ) from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
+        bad = f"{what} is not a readable PNG image ({error})"
+        raise UserError(f"{file}: {bad}: unpack the archive again.") from error
 
 
 def _find(root: Path, path: str) -> Path:
     for inside in ("", *INSIDE):
         if (root / inside / "metadata").is_dir():
             return root / inside
-    is_what = (
-        "holds no Pathfinder images" if root.is_dir() else "is not a directory on this machine"
-    )
-    raise ConfigError("data.path", path, f"{is_what}: {REMEDY}")
+    found = "holds no Pathfinder images" if root.is_dir() else "is not a directory on this machine"
+    raise ConfigError("data.path", path, f"{found}: {REMEDY}")
 
 
 def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
-    """Names relative to `root`, and labels int8 [n]; the bytes read go into the hash `content`.
+    """Names relative to `root` and labels int8 [n]; the bytes read go into the hash `content`.
 
-    In spite of the suffix these are texts; a line is "imgs/0 sample_0.png 0 1 …": folder, file, number, label.
+    The .npy files are texts; a line is "imgs/0 sample_0.png 0 1 …": folder, file, number, label.
     """
     files = [file for file in (root / "metadata").iterdir() if re.fullmatch(r"\d+\.npy", file.name)]
     if not files:
@@ -170,55 +164,53 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
             data = file.read_bytes()
             lines = data.decode("ascii").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{file}: is not the text that Long Range Arena released ({error}): {REMEDY}"
-            ) from error
+            what = f"is not the text that Long Range Arena released ({error})"
+            raise UserError(f"{file}: {what}: {REMEDY}") from error
         content.update(data)
         for number, line in enumerate(lines, 1):
-            words = line.split()
-            if len(words) < 4 or words[3] not in ("0", "1"):
+            columns = line.split()
+            if len(columns) < 4 or columns[3] not in ("0", "1"):
                 raise UserError(
-                    f"{file}: line {number} is {line[:80]!r} where a folder, a file, a number and a label 0 or 1 are "
-                    "expected: unpack the archive again."
+                    f"{file}: line {number} is {line[:80]!r} where a folder, a file, a number and "
+                    "a label 0 or 1 are expected: unpack the archive again."
                 )
-            names.append(f"{words[0]}/{words[1]}")
-            labels.append(int(words[3]))
+            names.append(f"{columns[0]}/{columns[1]}")
+            labels.append(int(columns[3]))
     return names, np.array(labels, np.int8)
 
 
-# ---- drawn ----------------------------------------------------------------------------------------------------------
+# ---- drawn --------------------------------------------------------------------------------------
 
-# Lengths are in units: a dash and the gap behind it are 4 units, an eighth of the image, or as much as lets a path of
-# `length` dashes be 1.5 sides of the image long, but never less than 3 pixels, as in LRA's images of 32 x 32.
+# Lengths are in units. A dash and the gap behind it are 4 units: an eighth of the image, or as much
+# as lets a path of `length` dashes be 1.5 sides of the image long, but never less than 3 pixels, as
+# in LRA's images of 32 x 32.
 STEP = 4.0
 DASH = 2.0
 WIDTH = 1.0
 DOT_RADIUS = 1.6
 MARGIN = 2.5  # from the middle of a line to the border
-APART = 3.0  # between the middles of lines of different paths, and of dashes that do not follow each other
+APART = 3.0  # between the middles of lines of different paths, and of non-consecutive dashes
 APART_DOT = 4.0  # between the end of a long path and the lines of others
-NEAR = 9.0  # how far the two long paths' beginnings may be apart
-MATCH = (
-    1 / 72
-)  # how far the two distances may differ between which the label chooses, for length 1; by length squared
+NEAR = 9.0  # how far apart the two long paths may begin
+# How far the two distances may differ between which the label chooses, per squared length.
+MATCH = 1 / 72
 TURN = 0.8  # radians a path turns at most from dash to dash
 CELLS = 2  # of the map of taken places, to a unit
 GREY = 190  # of dashes; dots are 255, the ground 0
-WALKERS = 96  # candidates for a path that grow side by side
+WALKERS = 96  # candidates for a path, grown side by side
 TRIALS = 4  # images drawn at the start, to see that there is room
 TRIAL_TRIES = 200  # pairs of long paths that each of these may take
-TRIES = (
-    20 * TRIAL_TRIES
-)  # that any other may take: where all trials succeed, none fails for want of luck
+TRIES = 20 * TRIAL_TRIES  # that any other may take: where all trials succeed, none should fail
 
 
 class PathfinderGenerated:
     """Pathfinder images drawn from (seed, split, index), an `ExampleSource`.
 
-    Two long paths of `length` dashes begin near each other; a dot marks the beginning of one of them, and another the
-    end of the same (label 1) or of the other (label 0). A picture is drawn without regard to its label, and kept only
-    where both ends are about as far from the marked beginning: neither brightness nor the dots' distance tells it.
-    Short paths of a third of the dashes are added where there is room, `distractors` of them at most.
+    Two long paths of `length` dashes begin near each other. One dot marks the beginning of one of
+    them, another the end of the same (label 1) or of the other (label 0). A picture is drawn
+    without regard to its label and kept only where both ends are about as far from the marked
+    beginning: neither brightness nor the dots' distance tells the label. Up to `distractors` short
+    paths of a third of the dashes are added where there is room.
     """
 
     n_classes = 2
@@ -232,24 +224,19 @@ class PathfinderGenerated:
         self._distractors = sum(len(scene.short) for scene in scenes) / TRIALS
 
     def examples(self, split: str) -> Examples:
-        """One of the splits train, validation, test."""
         return _Generated(self._c, split)
 
     def record(self) -> dict[str, Any]:
-        """JSON-able: all that the images depend on, and how many distractors found room in a few trials, on average."""
-        return {
-            "version": VERSION,
-            **dataclasses.asdict(self._c),
-            "distractors_drawn": self._distractors,
-        }
+        """distractors_drawn: how many found room in a few trials, on average."""
+        facts = {"version": VERSION, **dataclasses.asdict(self._c)}
+        return facts | {"distractors_drawn": self._distractors}
 
 
 class _Generated:
-    """One split by index; labels take turns, so that any even number of examples is balanced."""
+    """One split by index; labels alternate, so that any even number of examples is balanced."""
 
     def __init__(self, c: PathfinderConfig, split: str) -> None:
-        self._c = c
-        self._number = SPLITS.index(split)
+        self._c, self._number = c, SPLITS.index(split)
 
     def __len__(self) -> int:
         return self._c.n_train if self._number == 0 else self._c.n_eval
@@ -268,7 +255,7 @@ class _Scene:
 
     Attributes:
       side: of the image.
-      long: float [2, 2·length, 2], the long paths; the first is the one whose beginning has a dot.
+      long: float [2, 2·length, 2], the long paths; a dot marks the beginning of the first.
       short: float [2·dashes, 2] each, the distractors.
     """
 
@@ -303,29 +290,26 @@ def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _S
             taken.add(found[0])
             found = found[taken.free(_points(found)).all(1)]
         return _Scene(side, long, short)
-    remedy = f"two paths of so many dashes find no room in {c.size} x {c.size} pixels: give fewer, or a larger size."
-    raise ConfigError("data.pathfinder.length", c.length, remedy)
+    what = f"two paths of so many dashes find no room in {c.size} x {c.size} pixels"
+    raise ConfigError("data.pathfinder.length", c.length, f"{what}: give fewer, or a larger size.")
 
 
 def _matching(
     rng: np.random.Generator, first: np.ndarray, seconds: np.ndarray
 ) -> np.ndarray | None:
-    """Two paths, float [2, 2·length, 2], with which the dots' distance does not tell the label; None if there are none.
+    """Two paths, float [2, 2·length, 2], whose dots' distance does not tell the label, or None.
 
-    `seconds`, float [n, 2·length, 2], are what to choose from.
+    seconds: float [n, 2·length, 2], the candidates for the second path.
     """
-    # Longer paths curl: their ends' distances are spread over more than those of short ones, and nearness tells less.
+    # Longer paths curl: the distances of their ends spread more, and nearness tells less.
     match = max(0.25, MATCH * (first.shape[0] // 2) ** 2)
-    clear_n = (
-        np.minimum(_nearest(first[[0, -1]], seconds), _nearest(seconds[:, [0, -1]], first))
-        > APART_DOT
-    )
+    to_second, to_first = _nearest(first[[0, -1]], seconds), _nearest(seconds[:, [0, -1]], first)
+    clear_n = np.minimum(to_second, to_first) > APART_DOT
     pairs = np.stack([np.broadcast_to(first, seconds.shape), seconds], 1)
     for order in ([0, 1], [1, 0]) if rng.random() < 0.5 else ([1, 0], [0, 1]):
         ends_n2 = np.linalg.norm(pairs[:, order, -1] - pairs[:, order[0], :1], axis=-1)
-        good_n = (
-            clear_n & (ends_n2.min(1) > APART_DOT) & (abs(ends_n2[:, 0] - ends_n2[:, 1]) < match)
-        )
+        alike_n = abs(ends_n2[:, 0] - ends_n2[:, 1]) < match
+        good_n = clear_n & (ends_n2.min(1) > APART_DOT) & alike_n
         if good_n.any():
             return pairs[np.argmax(good_n), order]
     return None
@@ -338,7 +322,7 @@ def _points(paths: np.ndarray) -> np.ndarray:
 
 
 def _nearest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float [n]: the least distance between points of a and of b, float [n or absent, points, 2] each."""
+    """float [n]: the least distance between points of a and b, float [n or absent, points, 2]."""
     x, y = np.moveaxis(a[..., :, None, :] - b[..., None, :, :], -1, 0)
     return np.sqrt((x * x + y * y).min((-1, -2)))
 
@@ -348,15 +332,9 @@ class _Taken:
 
     def __init__(self, side: float) -> None:
         n = int(np.ceil(side * CELLS))
-        self._map = np.zeros((n, n))
         edge = int(MARGIN * CELLS)
-        for border in (
-            self._map[:edge],
-            self._map[:, :edge],
-            self._map[n - edge :],
-            self._map[:, n - edge :],
-        ):
-            border[:] = 1
+        self._map = np.ones((n, n))
+        self._map[edge : n - edge, edge : n - edge] = 0
 
     def add(self, path: np.ndarray, distance: float = APART) -> None:
         """Takes all within `distance` of the dashes, float [… 2·n, 2]."""
@@ -366,19 +344,18 @@ class _Taken:
     def free(self, points: np.ndarray) -> np.ndarray:
         """bool […]: which of the points […, 2] are inside and not taken."""
         cells = np.floor(points * CELLS).astype(np.int64)
-        x, y = np.moveaxis(
-            np.clip(cells, 0, len(self._map) - 1), -1, 0
-        )  # what is outside falls on the border: taken
+        # What is outside falls on the border, which is taken.
+        x, y = np.moveaxis(np.clip(cells, 0, len(self._map) - 1), -1, 0)
         return self._map[y, x] < 0.5
 
 
 def _grow(
     rng: np.random.Generator, starts_W2: np.ndarray, dashes: int, taken: _Taken
 ) -> np.ndarray | None:
-    """Paths that start at `starts_W2`, float [W, 2·dashes, 2], clear of what is taken and of themselves; None if none.
+    """Paths from `starts_W2`, float [W, 2·dashes, 2], clear of what is taken and of themselves.
 
-    All W grow at once, dash by dash, and whichever has no room is replaced by a copy of one that has, so that twisted
-    paths in a narrow place are found as well as straight ones in the open.
+    All W grow at once, dash by dash. One without room is replaced by a copy of one that has room,
+    so that twisted paths in a narrow place are found as well as straight ones. None: none is left.
     """
     walkers = len(starts_W2)
     dots = np.array([0, DASH / 2, DASH])[:, None]  # points that stand for a dash
@@ -416,16 +393,14 @@ def _render(scene: _Scene, label: int, size: int) -> np.ndarray:
 def _stroke(
     image: np.ndarray, begin_N2: np.ndarray, end_N2: np.ndarray, radius: float, bright: float
 ) -> None:
-    """Draws lines with round ends into `image`, each in a window of its own about its middle; all in pixels."""
+    """Draws lines with round ends into `image`, each in a window about its middle; in pixels."""
     size = len(image)
     along_N2 = end_N2 - begin_N2
     half = int(np.ceil(np.abs(along_N2).max() / 2 + radius + 1))
     window = np.arange(-half, half + 1)
     middle_N2 = np.floor((begin_N2 + end_N2) / 2).astype(np.int64)
-    x, y = (
-        middle_N2[:, 0, None, None] + window,
-        middle_N2[:, 1, None, None] + window[:, None],
-    )  # [N, 1, w], [N, w, 1]
+    x = middle_N2[:, 0, None, None] + window  # [N, 1, w]
+    y = middle_N2[:, 1, None, None] + window[:, None]  # [N, w, 1]
     dx, dy = x + 0.5 - begin_N2[:, 0, None, None], y + 0.5 - begin_N2[:, 1, None, None]
     ax, ay = along_N2[:, 0, None, None], along_N2[:, 1, None, None]
     t = np.clip((dx * ax + dy * ay) / np.maximum(ax**2 + ay**2, 1e-9), 0, 1)

@@ -69,7 +69,8 @@ class WordTokenizer(Tokenizer):
         unknown = counts.pop(UNKNOWN, 0)
         kept = {word: n for word, n in counts.items() if n >= min_count}
         if not kept:
-            remedy = "no word occurs that often in the training split; give a smaller number, or another data.path"
+            none = "no word occurs that often in the training split"
+            remedy = f"{none}; give a smaller number, or another data.path"
             raise ConfigError("config.data.min_count", min_count, remedy)
         unknown += counts.total() - sum(kept.values())
         kept |= {NEWLINE: newlines, SEPARATOR: n_documents, UNKNOWN: unknown}

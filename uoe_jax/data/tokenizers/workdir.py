@@ -52,5 +52,6 @@ def check_tokenizer(config: Config, workdir: str) -> None:
         return
     given = load_tokenizer(data.tokenizer, name, data.separator, data.start)
     if kept is not None and given is not None and given.fingerprint != kept.fingerprint:
-        remedy = f"is not the tokenizer of the run in {workdir}; give that one, or none, or start in another --workdir"
-        raise ConfigError("config.data.tokenizer_file", name, remedy)
+        remedy = "give that one, or none, or start in another --workdir"
+        what = f"is not the tokenizer of the run in {workdir}"
+        raise ConfigError("config.data.tokenizer_file", name, f"{what}; {remedy}")
