@@ -19,7 +19,7 @@ import numpy as np
 
 from uoe_jax.config.data import ListopsConfig
 from uoe_jax.data.examples import Examples
-from uoe_jax.data.sources.listops import CLOSE, OPERATOR, OPERATORS, ListOps
+from uoe_jax.data.sources.listops import CLOSE, OPERATOR, OPERATORS, open_listops
 
 MOST_ARGS = 100  # the highest data.listops.max_args
 
@@ -45,7 +45,7 @@ def observe(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
 
 def measure(c: ListopsConfig) -> dict[str, Any]:
     """Accuracies on the test split: of the predictor, by root operator, and of always saying the commonest value."""
-    source = ListOps(c)
+    source = open_listops(c)
     roots, values = observe(source.examples("train"))
     counts = np.zeros((len(OPERATORS) * (MOST_ARGS + 1), source.n_classes), np.int64)
     np.add.at(counts, (roots, values), 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -58,6 +59,40 @@ class ExampleSource(Protocol):
     def n_classes(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
-    def examples(self, split: str) -> Examples: ...
+    @property
+    def examples(self) -> Callable[[str], Examples]: ...
     def record(self) -> dict[str, Any]:
         """JSON-able, for the run's record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Indexed:
+    """`Examples` that are computed from their index."""
+
+    n: int
+    read: Callable[[int], Example]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Example:
+        if not 0 <= i < self.n:
+            raise IndexError(f"example {i} of {self.n}")
+        return self.read(i)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSource:
+    """The `ExampleSource` of all built-in sources.
+
+    Attributes:
+      facts: the record.
+    """
+
+    n_classes: int
+    examples: Callable[[str], Examples]
+    facts: dict[str, Any]
+    vocab_size: int = 0
+
+    def record(self) -> dict[str, Any]:
+        return self.facts

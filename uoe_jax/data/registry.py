@@ -54,10 +54,10 @@ def text_source(c: DataConfig, cache_dir: Path, quiet: bool = False) -> TextSour
 def labelled_source(c: DataConfig, cache_dir: Path) -> ExampleSource:
     """The examples of a classifier. Raises UserError."""
     built_in: dict[str, Callable[[], ExampleSource]] = {
-        "listops": lambda: listops.ListOps(c.listops),
+        "listops": lambda: listops.open_listops(c.listops),
         "aan": lambda: aan.open_aan(c.path, cache_dir),
         "pathfinder": lambda: pathfinder.open_pathfinder(c.path, c.pathfinder),
-        "digits": digits.Digits,
+        "digits": digits.open_digits,
     }
     if opened := SOURCES[c.source].open:
         return opened(c)

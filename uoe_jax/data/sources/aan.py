@@ -7,17 +7,15 @@ marks and backslashes kept.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from uoe_jax.data.examples import Example
+from uoe_jax.data.examples import Example, Indexed, LabelledSource
 from uoe_jax.data.prepared import (
     ARENA,
     RawFiles,
-    Records,
     dataset_directory,
     lines,
     manual_dir,
@@ -36,50 +34,12 @@ BELOW = ("", *(folder + "tsv_data" for folder in ARENA))
 UNPACK = "unpack it again from Long Range Arena's lra_release.gz."
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """One split of pairs of texts, by index, in the order of the file."""
-
-    records: Records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> Example:
-        record = self.records[i]
-        return Example((record["text1"], record["text2"]), int(record["label"]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Aan:
-    """The prepared pairs, an `ExampleSource`.
-
-    Attributes:
-      directory: for `open_records`.
-      origin: the directory of the three files.
-      sha256: over the hashes of the three files.
-      n_examples: per split (the release has 147,086, 18,090 and 17,437).
-    """
-
-    directory: Path
-    origin: Path
-    sha256: str
-    n_examples: dict[str, int]
-    n_classes: int = 2
-    vocab_size: int = 0
-
-    def examples(self, split: str) -> Pairs:
-        """Inputs (text1, text2) as bytes, label 0 or 1. Raises UserError for damaged files."""
-        return Pairs(open_records(self.directory, split, self.n_examples[split]))
-
-    def record(self) -> dict[str, Any]:
-        return {"directory": str(self.origin), "sha256": self.sha256, "n_examples": self.n_examples}
-
-
-def open_aan(path: str, cache_dir: Path) -> Aan:
+def open_aan(path: str, cache_dir: Path) -> LabelledSource:
     """Prepares the pairs once, from the directory `path` or the release unpacked below it.
 
-    An empty path is the directory in which tfds expects manual downloads.
+    Inputs are (text1, text2) as bytes, in the order of the files; labels are 0 or 1. The release
+    has 147,086, 18,090 and 17,437 pairs. An empty path is the directory in which tfds expects
+    manual downloads.
 
     Raises:
       ConfigError: a file is missing, or a line is no pair (with file and line).
@@ -93,7 +53,18 @@ def open_aan(path: str, cache_dir: Path) -> Aan:
     fields = {"label": int, "text1": bytes, "text2": bytes}
     splits = {s: functools.partial(_records, file, hashes[s], raw) for s, file in files.items()}
     directory = dataset_directory(cache_dir, key, "lra_aan", VERSION, fields, splits)
-    return Aan(directory, origin.resolve(), sha256, record_counts(directory))
+    sizes = record_counts(directory)
+
+    def examples(split: str) -> Indexed:
+        records = open_records(directory, split, sizes[split])
+        return Indexed(len(records), lambda i: _pair(records[i]))
+
+    facts = {"directory": str(origin.resolve()), "sha256": sha256, "n_examples": sizes}
+    return LabelledSource(2, examples, facts)
+
+
+def _pair(record: Mapping[str, Any]) -> Example:
+    return Example((record["text1"], record["text2"]), int(record["label"]))
 
 
 def _locate(path: str) -> Path:

@@ -2,64 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from typing import Any
 
 import numpy as np
 
-from uoe_jax.data.examples import SPLITS, Example
+from uoe_jax.data.examples import SPLITS, Example, Indexed, LabelledSource
 
 N_CLASSES = 10
 CUTS = (0.70, 0.85, 1.0)  # where train, validation and test end in every class
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class DigitExamples:
-    """Images uint8 [n,8,8,1] and their labels int [n], by index."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> Example:
-        if not 0 <= i < len(self):
-            raise IndexError(f"digit {i} of {len(self)}")
-        return Example((self.images[i],), int(self.labels[i]))
-
-
-class Digits:
-    """An `ExampleSource`: 8x8 grey pixels, 10 classes, split about 70/15/15 within each class.
+def open_digits() -> LabelledSource:
+    """Images uint8 [8,8,1] in 10 classes, split about 70/15/15 within each class.
 
     The split of an image follows from a hash of its index in the package's file; inside a split the
     images keep the file's order.
     """
+    from sklearn.datasets import load_digits  # a second
 
-    n_classes = N_CLASSES
-    vocab_size = 0
-    shape = (8, 8, 1)
+    loaded = load_digits()
+    ink = loaded.images.astype(np.int64)  # 0 … 16
+    images, labels = (ink * 255 // 16).astype(np.uint8)[..., None], loaded.target.astype(np.int64)
+    indices = split_indices(labels)
 
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits  # a second
+    def examples(split: str) -> Indexed:
+        at = indices[split]
+        return Indexed(len(at), lambda i: Example((images[at[i]],), int(labels[at[i]])))
 
-        loaded = load_digits()
-        ink = loaded.images.astype(np.int64)  # 0 … 16
-        images, labels = (
-            (ink * 255 // 16).astype(np.uint8)[..., None],
-            loaded.target.astype(np.int64),
-        )
-        self._sha256 = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-        indices = split_indices(labels)
-        self._splits = {s: DigitExamples(images[i], labels[i]) for s, i in indices.items()}
-
-    def examples(self, split: str) -> DigitExamples:
-        return self._splits[split]
-
-    def record(self) -> dict[str, Any]:
-        sizes = {split: len(self._splits[split]) for split in SPLITS}
-        return {"sha256": self._sha256, "n_examples": sizes}
+    sha256 = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    sizes = {split: len(indices[split]) for split in SPLITS}
+    return LabelledSource(N_CLASSES, examples, {"sha256": sha256, "n_examples": sizes})
 
 
 def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from uoe_jax.config.data import ListopsConfig
-from uoe_jax.data.examples import SPLITS, Example
+from uoe_jax.data.examples import SPLITS, Example, Indexed, LabelledSource
 from uoe_jax.errors import ConfigError
 
 VERSION = 1  # of the rules below: raise it when a (seed, split, index) means another example
@@ -30,7 +30,7 @@ SYMBOLS = ("<pad>", *"0123456789", *OPERATORS, "]")  # by id
 DIGIT, OPERATOR, CLOSE = SYMBOLS.index("0"), SYMBOLS.index(OPERATORS[0]), SYMBOLS.index("]")
 
 OPERATOR_SHARE = 0.25  # VALUE_P of LRA
-CHECKSUMS = {"train": (0, 1), "validation": (2,), "test": (3,)}  # crc32 of the ids, modulo 4
+CHECKSUMS = ((0, 1), (2,), (3,))  # of each split: crc32 of the ids, modulo 4
 # Allowed max_length: trees grow exponentially with depth, and each is drawn up to this length.
 LONGEST = 1 << 15
 # Allowed share of trees within the limits: if rarer, an example takes a tenth of a second.
@@ -55,62 +55,50 @@ class _Level(NamedTuple):
     size: np.ndarray
 
 
-class ListOps:
-    """The generated examples, an `ExampleSource`."""
+def open_listops(c: ListopsConfig) -> LabelledSource:
+    """Inputs uint8 ids [T] of `SYMBOLS`, labels 0 … 9; by default about 1 ms an example.
 
-    n_classes = 10
-    vocab_size = len(SYMBOLS)
+    Raises:
+      ConfigError: the grammar never, or too rarely, keeps the limits of length.
+    """
+    low, high = c.min_length, c.max_length
+    if high > LONGEST:
+        raise ConfigError("data.listops.max_length", high, f"give at most {LONGEST}.")
+    if high - low < 2:
+        remedy = (
+            f"lengths lie strictly between min_length={low} and max_length={high}, as in Long "
+            f"Range Arena, and nothing does: give at least {low + 2}."
+        )
+        raise ConfigError("data.listops.max_length", high, remedy)
+    share = share_within_limits(c)
+    if share < RAREST:
+        often = f"one in {1 / share:,.0f}" if share > 1e-7 else "none"
+        remedy = (
+            f"of the expressions with max_depth={c.max_depth} and max_args={c.max_args}, {often} "
+            f"has more than {low} and fewer than {high} tokens, and at least one in "
+            f"{1 / RAREST:,.0f} should: widen data.listops.min_length … max_length, or change "
+            "max_depth or max_args."
+        )
+        raise ConfigError("data.listops.min_length", low, remedy)
 
-    def __init__(self, c: ListopsConfig) -> None:
-        """Raises ConfigError where the grammar never, or too rarely, keeps the limits of length."""
-        self._c = c
-        low, high = c.min_length, c.max_length
-        if high > LONGEST:
-            raise ConfigError("data.listops.max_length", high, f"give at most {LONGEST}.")
-        if high - low < 2:
-            remedy = (
-                f"lengths lie strictly between min_length={low} and max_length={high}, as in Long "
-                f"Range Arena, and nothing does: give at least {low + 2}."
-            )
-            raise ConfigError("data.listops.max_length", high, remedy)
-        share = share_within_limits(c)
-        if share < RAREST:
-            often = f"one in {1 / share:,.0f}" if share > 1e-7 else "none"
-            remedy = (
-                f"of the expressions with max_depth={c.max_depth} and max_args={c.max_args}, "
-                f"{often} has more than {low} and fewer than {high} tokens, and at least one in "
-                f"{1 / RAREST:,.0f} should: widen data.listops.min_length … max_length, or change "
-                "max_depth or max_args."
-            )
-            raise ConfigError("data.listops.min_length", low, remedy)
+    def examples(split: str) -> Indexed:
+        number = SPLITS.index(split)
+        return Indexed(c.n_eval if number else c.n_train, lambda i: _example(c, number, i))
 
-    def examples(self, split: str) -> ListOpsExamples:
-        return ListOpsExamples(self._c, split)
-
-    def record(self) -> dict[str, Any]:
-        return {"version": VERSION, **dataclasses.asdict(self._c)}
+    facts = {"version": VERSION, **dataclasses.asdict(c)}
+    return LabelledSource(10, examples, facts, vocab_size=len(SYMBOLS))
 
 
-class ListOpsExamples:
-    """One split by index: uint8 ids [T] of `SYMBOLS` and the value; about 1 ms each by default."""
-
-    def __init__(self, c: ListopsConfig, split: str) -> None:
-        self._c, self._number, self._checksums = c, SPLITS.index(split), CHECKSUMS[split]
-
-    def __len__(self) -> int:
-        return self._c.n_train if self._number == 0 else self._c.n_eval
-
-    def __getitem__(self, i: int) -> Example:
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
-        rng = np.random.default_rng([self._c.seed, self._number, i])
-        while (n_args := _draw_tree(rng, self._c)) is None:
-            pass  # ends: `share_within_limits` is not tiny
-        levels = _lay_out(n_args)
-        # Only digits and operators are redrawn, so all splits have one distribution of shapes.
-        while zlib.crc32((ids_T := _fill(rng, levels)).data) % 4 not in self._checksums:
-            pass
-        return Example((ids_T,), _evaluate(ids_T, levels))
+def _example(c: ListopsConfig, number: int, i: int) -> Example:
+    """number: of the split."""
+    rng = np.random.default_rng([c.seed, number, i])
+    while (n_args := _draw_tree(rng, c)) is None:
+        pass  # ends: `share_within_limits` is not tiny
+    levels = _lay_out(n_args)
+    # Only digits and operators are redrawn, so all splits have one distribution of shapes.
+    while zlib.crc32((ids_T := _fill(rng, levels)).data) % 4 not in CHECKSUMS[number]:
+        pass
+    return Example((ids_T,), _evaluate(ids_T, levels))
 
 
 def to_text(ids: ArrayLike) -> str:

@@ -8,6 +8,7 @@ Images are uint8 [size, size, 1]; label 1 means one path.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 from io import BytesIO
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from uoe_jax.config.data import PathfinderConfig
-from uoe_jax.data.examples import SPLITS, Example, Examples, ExampleSource
+from uoe_jax.data.examples import SPLITS, Example, Indexed, LabelledSource
 from uoe_jax.data.prepared import ARENA
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
@@ -36,95 +37,67 @@ REMEDY = (
 )
 
 
-def open_pathfinder(path: str, c: PathfinderConfig) -> ExampleSource:
+def open_pathfinder(path: str, c: PathfinderConfig) -> LabelledSource:
     """The archive under `path`; generated images where it is empty. Raises UserError."""
-    return PathfinderFiles(path) if path else PathfinderGenerated(c)
+    return read_pathfinder(path) if path else draw_pathfinder(c)
 
 
-class PathfinderFiles:
-    """The images of LRA's archive, an `ExampleSource`. At the start only file sizes are read.
+def read_pathfinder(path: str) -> LabelledSource:
+    """The images of LRA's archive. At the start only file sizes are read.
 
     As in LRA, examples are numbered in the order of the metadata; the first 80 % are for training,
     10 % each for validation and test, and then images of 0 bytes are dropped
     (lra_benchmarks/image/input_pipeline.py). LRA's order is a shuffle of TensorFlow Datasets; ours
     is metadata/0.npy, 1.npy, … line by line. Labels are drawn independently for each image, so
-    neither order matters.
+    neither order matters. The record's sha256 is over the metadata and the sizes of the image
+    files, not over the images.
+
+    Raises:
+      UserError: there is no archive, its metadata cannot be read, or an image is missing; later,
+        an image is damaged or of another size.
     """
+    root = _find(Path(expanded(path, "config.data.path")), path)
+    content = hashlib.sha256()
+    names, labels = _read_metadata(root, content)
+    sizes = np.array([_size(root / name, i) for i, name in enumerate(ticking(names))])
+    content.update(sizes.astype("<i8").tobytes())
+    ends = [0, len(names) * 8 // 10, len(names) * 9 // 10, len(names)]
+    kept, n_empty = {}, {}
+    for split, begin, end in zip(SPLITS, ends[:-1], ends[1:]):
+        kept[split] = begin + np.flatnonzero(sizes[begin:end])
+        n_empty[split] = end - begin - len(kept[split])
+        if not len(kept[split]):
+            remedy = f"its {len(names)} images leave the {split} split empty: {REMEDY}"
+            raise ConfigError("data.path", path, remedy)
+    size = len(read_png(root / names[kept["train"][0]], f"example 0 of train in {root}"))
 
-    n_classes = 2
-    vocab_size = 0
-
-    def __init__(self, path: str) -> None:
-        """Raises UserError without an archive, with unreadable metadata, or a missing image."""
-        self.root = _find(Path(expanded(path, "config.data.path")), path)
-        content = hashlib.sha256()
-        names, labels = _read_metadata(self.root, content)
-        sizes = np.array([self._size(name, i) for i, name in enumerate(ticking(names))])
-        content.update(sizes.astype("<i8").tobytes())
-        ends = [0, len(names) * 8 // 10, len(names) * 9 // 10, len(names)]
-        self._splits: dict[str, tuple[list[str], np.ndarray]] = {}
-        self._n_empty = {}
-        for split, begin, end in zip(SPLITS, ends[:-1], ends[1:]):
-            kept = begin + np.flatnonzero(sizes[begin:end])
-            if not len(kept):
-                remedy = f"its {len(names)} images leave the {split} split empty: {REMEDY}"
-                raise ConfigError("data.path", path, remedy)
-            self._splits[split] = ([names[i] for i in kept], labels[kept])
-            self._n_empty[split] = end - begin - len(kept)
-        first = self._splits["train"][0][0]
-        self.size = len(read_png(self.root / first, f"example 0 of train in {self.root}"))
-        self._sha256 = content.hexdigest()
-
-    def examples(self, split: str) -> Examples:
-        return _Files(self.root, split, *self._splits[split], self.size)
-
-    def record(self) -> dict[str, Any]:
-        """sha256 is over the metadata and the sizes of the image files, not over the images."""
-        labels = {split: labels for split, (_, labels) in self._splits.items()}
-        return {
-            "directory": str(self.root.resolve()),
-            "sha256": self._sha256,
-            "size": self.size,
-            "n_examples": {split: len(of_split) for split, of_split in labels.items()},
-            "n_empty": self._n_empty,
-            "n_positive": {split: int(of_split.sum()) for split, of_split in labels.items()},
-        }
-
-    def _size(self, name: str, i: int) -> int:
-        file = self.root / name
-        try:
-            return file.stat().st_size
-        except OSError as error:
-            what = f"image {i} of the metadata cannot be read ({error.strerror})"
-            raise UserError(f"{file}: {what}: {REMEDY}") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _Files:
-    """One split by index. Raises UserError for an image that is damaged or of another size."""
-
-    root: Path
-    split: str
-    names: list[str]
-    labels: np.ndarray
-    size: int
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, i: int) -> Example:
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
-        file = self.root / self.names[i]
-        what = f"example {i} of {self.split} in {self.root}"
+    def read(split: str, i: int) -> Example:
+        at, what = kept[split][i], f"example {i} of {split} in {root}"
+        file = root / names[at]
         image_YX1 = read_png(file, what)
-        if image_YX1.shape != (self.size, self.size, 1):
+        if image_YX1.shape != (size, size, 1):
             height, width, _ = image_YX1.shape
-            raise UserError(
-                f"{file}: {what} has {height} x {width} pixels where the first has {self.size} x "
-                f"{self.size}: unpack the archive again."
-            )
-        return Example((image_YX1,), int(self.labels[i]))
+            found = f"{height} x {width} pixels where the first has {size} x {size}"
+            raise UserError(f"{file}: {what} has {found}: unpack the archive again.")
+        return Example((image_YX1,), int(labels[at]))
+
+    facts = {
+        "directory": str(root.resolve()),
+        "sha256": content.hexdigest(),
+        "size": size,
+        "n_examples": {split: len(at) for split, at in kept.items()},
+        "n_empty": n_empty,
+        "n_positive": {split: int(labels[at].sum()) for split, at in kept.items()},
+    }
+    return LabelledSource(2, lambda s: Indexed(len(kept[s]), functools.partial(read, s)), facts)
+
+
+def _size(file: Path, i: int) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        what = f"image {i} of the metadata cannot be read ({error.strerror})"
+        raise UserError(f"{file}: {what}: {REMEDY}") from error
 
 
 def read_png(file: Path, what: str) -> np.ndarray:
@@ -203,50 +176,32 @@ TRIAL_TRIES = 200  # pairs of long paths that each of these may take
 TRIES = 20 * TRIAL_TRIES  # that any other may take: where all trials succeed, none should fail
 
 
-class PathfinderGenerated:
-    """Pathfinder images drawn from (seed, split, index), an `ExampleSource`.
+def draw_pathfinder(c: PathfinderConfig) -> LabelledSource:
+    """Pathfinder images drawn from (seed, split, index).
 
     Two long paths of `length` dashes begin near each other. One dot marks the beginning of one of
     them, another the end of the same (label 1) or of the other (label 0). A picture is drawn
     without regard to its label and kept only where both ends are about as far from the marked
     beginning: neither brightness nor the dots' distance tells the label. Up to `distractors` short
-    paths of a third of the dashes are added where there is room.
+    paths of a third of the dashes are added where there is room. Labels alternate, so that any
+    even number of examples is balanced.
+
+    Raises:
+      ConfigError: paths of this length find no room in images of this size.
     """
+    rngs = [np.random.default_rng([c.seed, len(SPLITS), i]) for i in range(TRIALS)]
+    found = [len(_draw_scene(c, rng, TRIAL_TRIES).short) for rng in rngs]
 
-    n_classes = 2
-    vocab_size = 0
+    def read(number: int, i: int) -> Example:
+        scene = _draw_scene(c, np.random.default_rng([c.seed, number, i]), TRIES)
+        return Example((_render(scene, i % 2, c.size),), i % 2)
 
-    def __init__(self, c: PathfinderConfig) -> None:
-        """Raises ConfigError where paths of this length find no room in images of this size."""
-        self._c = c
-        rngs = [np.random.default_rng([c.seed, len(SPLITS), i]) for i in range(TRIALS)]
-        scenes = [_draw_scene(c, rng, TRIAL_TRIES) for rng in rngs]
-        self._distractors = sum(len(scene.short) for scene in scenes) / TRIALS
+    def examples(split: str) -> Indexed:
+        number = SPLITS.index(split)
+        return Indexed(c.n_eval if number else c.n_train, functools.partial(read, number))
 
-    def examples(self, split: str) -> Examples:
-        return _Generated(self._c, split)
-
-    def record(self) -> dict[str, Any]:
-        """distractors_drawn: how many found room in a few trials, on average."""
-        facts = {"version": VERSION, **dataclasses.asdict(self._c)}
-        return facts | {"distractors_drawn": self._distractors}
-
-
-class _Generated:
-    """One split by index; labels alternate, so that any even number of examples is balanced."""
-
-    def __init__(self, c: PathfinderConfig, split: str) -> None:
-        self._c, self._number = c, SPLITS.index(split)
-
-    def __len__(self) -> int:
-        return self._c.n_train if self._number == 0 else self._c.n_eval
-
-    def __getitem__(self, i: int) -> Example:
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
-        label = i % 2
-        scene = _draw_scene(self._c, np.random.default_rng([self._c.seed, self._number, i]), TRIES)
-        return Example((_render(scene, label, self._c.size),), label)
+    drawn = {"distractors_drawn": sum(found) / TRIALS}  # that found room, on average
+    return LabelledSource(2, examples, {"version": VERSION, **dataclasses.asdict(c), **drawn})
 
 
 @dataclasses.dataclass(frozen=True)

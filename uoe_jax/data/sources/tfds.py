@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import shlex
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.data.examples import SPLITS, Example, Input
+from uoe_jax.data.examples import SPLITS, Example, Indexed, LabelledSource
 from uoe_jax.data.prepared import Records, one_line
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
@@ -69,7 +70,7 @@ LABELLED = {
 }
 
 
-def open_named(source: str, path: str) -> NamedExamples:
+def open_named(source: str, path: str) -> LabelledSource:
     """The labelled dataset of data.source, a key of `LABELLED`.
 
     path: where TensorFlow Datasets keeps its data; empty: its default.
@@ -78,7 +79,35 @@ def open_named(source: str, path: str) -> NamedExamples:
       UserError: it is not there as array_record, lacks a split or a feature, or is damaged.
     """
     spec = LABELLED[source]
-    return NamedExamples(spec, NamedDataset("data.source", source, spec.name, path, spec.manual))
+    dataset = NamedDataset("data.source", source, spec.name, path, spec.manual)
+    name = dataset.full_name
+    for feature in (spec.feature, "label"):
+        if feature not in dataset.features:
+            has = ", ".join(sorted(dataset.features))
+            raise dataset.damaged(f"{name} has no feature {feature!r}, only {has}")
+    train, test = dataset.records("train"), dataset.records(spec.test)
+    n = len(train)
+    n_held = max(1, n // spec.one_in)
+    if n_held >= n:
+        few = f"one training example of {name} leaves none to hold out as validation"
+        raise dataset.damaged(few)
+    held = np.arange(n - n_held, n) if spec.last else np.sort(hash_order(spec.name, n, n_held))
+    kept = np.setdiff1d(np.arange(n), held, assume_unique=True)
+    splits = {"train": (train, kept), "validation": (train, held), "test": (test, None)}
+
+    def examples(split: str) -> Indexed:
+        records, at = splits[split]
+        if at is None:
+            return Indexed(len(records), lambda i: _example(records, i, spec))
+        return Indexed(len(at), lambda i: _example(records, int(at[i]), spec))
+
+    facts = {
+        "dataset": name,
+        "directory": dataset.directory,
+        "from": {"train": "train", "validation": "held out of train", "test": spec.test},
+        "n_examples": {split: len(examples(split)) for split in SPLITS},
+    }
+    return LabelledSource(spec.n_classes, examples, facts)
 
 
 def open_tfds_text(name: str, path: str) -> NamedText:
@@ -210,78 +239,29 @@ class NamedDataset:
         return self.damaged(f"the prepared dataset cannot be read ({one_line(error)})")
 
 
-class NamedExamples:
-    """A labelled dataset, an `ExampleSource`."""
-
-    vocab_size = 0
-
-    def __init__(self, spec: Labelled, dataset: NamedDataset) -> None:
-        """Raises UserError as `open_named` does."""
-        self.n_classes, self.shape, self._dataset = spec.n_classes, spec.shape, dataset
-        name = dataset.full_name
-        for feature in (spec.feature, "label"):
-            if feature not in dataset.features:
-                has = ", ".join(sorted(dataset.features))
-                raise dataset.damaged(f"{name} has no feature {feature!r}, only {has}")
-        train, test = dataset.records("train"), dataset.records(spec.test)
-        n = len(train)
-        n_held = max(1, n // spec.one_in)
-        if n_held >= n:
-            few = f"one training example of {name} leaves none to hold out as validation"
-            raise dataset.damaged(few)
-        held = np.arange(n - n_held, n) if spec.last else np.sort(hash_order(spec.name, n, n_held))
-        kept = np.setdiff1d(np.arange(n), held, assume_unique=True)
-        self._splits = {
-            "train": PickedExamples(train, kept, spec),
-            "validation": PickedExamples(train, held, spec),
-            "test": PickedExamples(test, np.arange(len(test)), spec),
-        }
-        self._from = {"train": "train", "validation": "held out of train", "test": spec.test}
-
-    def examples(self, split: str) -> PickedExamples:
-        return self._splits[split]
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "dataset": self._dataset.full_name,
-            "directory": self._dataset.directory,
-            "from": self._from,
-            "n_examples": {split: len(self._splits[split]) for split in SPLITS},
-        }
+def _example(records: Records, i: int, spec: Labelled) -> Example:
+    """Raises UserError for a record that is damaged or not what the dataset promises."""
+    record = records[i]
+    read = functools.partial(_image, shape=spec.shape) if spec.shape else _text
+    data = read(records, i, record[spec.feature], spec.feature)
+    label = np.asarray(record["label"])
+    is_label = not label.ndim and label.dtype.kind in "iu"
+    if not (is_label and 0 <= label < spec.n_classes):
+        wanted = f"where 0 to {spec.n_classes - 1} is expected"
+        raise records.wrong(i, f"has the label {label.tolist()!r} {wanted}")
+    return Example((data,), int(label))
 
 
-class PickedExamples:
-    """Some records of a split, by index."""
-
-    def __init__(self, records: Records, indices: np.ndarray, spec: Labelled) -> None:
-        self._records, self._indices, self._spec = records, indices, spec
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, i: int) -> Example:
-        """Raises UserError for a record that is damaged or not what the dataset promises."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
-        at, spec = int(self._indices[i]), self._spec
-        record = self._records[at]
-        read = self._image if spec.shape else _text
-        data: Input = read(self._records, at, record[spec.feature], spec.feature)
-        label = np.asarray(record["label"])
-        is_label = not label.ndim and label.dtype.kind in "iu"
-        if not (is_label and 0 <= label < spec.n_classes):
-            wanted = f"where 0 to {spec.n_classes - 1} is expected"
-            raise self._records.wrong(at, f"has the label {label.tolist()!r} {wanted}")
-        return Example((data,), int(label))
-
-    def _image(self, records: Records, i: int, value: Any, feature: str) -> np.ndarray:
-        image, shape = np.asarray(value), self._spec.shape
-        fits = all(want in (0, got) for want, got in zip(shape, image.shape))
-        if image.ndim != len(shape) or not fits or image.dtype != np.uint8 or not image.size:
-            wanted = f"uint8 [{','.join(str(size or 'any') for size in shape)}]"
-            found = f"{image.dtype} {list(image.shape)}"
-            raise records.wrong(i, f"has {found} where {wanted} is expected in {feature!r}")
-        return image
+def _image(
+    records: Records, i: int, value: Any, feature: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    image = np.asarray(value)
+    fits = all(want in (0, got) for want, got in zip(shape, image.shape))
+    if image.ndim != len(shape) or not fits or image.dtype != np.uint8 or not image.size:
+        wanted = f"uint8 [{','.join(str(size or 'any') for size in shape)}]"
+        found = f"{image.dtype} {list(image.shape)}"
+        raise records.wrong(i, f"has {found} where {wanted} is expected in {feature!r}")
+    return image
 
 
 def _text(records: Records, i: int, value: Any, feature: str) -> bytes:
