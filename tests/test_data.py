@@ -128,13 +128,13 @@ def split_by_hand(name: str) -> str:
 
 def test_every_file_survives_byte_for_byte_in_exactly_one_split(sources, cache, bundle):
     root, files = sources
-    prepared = stdlib.prepare(str(root), cache)
+    prepared = stdlib.open_stdlib(str(root), cache)
     read = {split: list(prepared.documents(split)) for split in stdlib.SPLITS}
     assert sorted(d for docs in read.values() for d in docs) == sorted(files.values())
     for split in stdlib.SPLITS:
         mine = [name for name in sorted(files, key=path_hash) if split_by_hand(name) == split]
         assert read[split] == [files[name] for name in mine]
-        assert prepared.n_bytes[split] == sum(len(files[name]) for name in mine)
+        assert prepared.facts["n_bytes"][split] == sum(len(files[name]) for name in mine)
         # The same through the token store, which is what training sees.
         tokens = open_or_build(pytest.fail, BYTES, cache, prepared.key, split)
         assert [BYTES.decode_bytes(tokens[d]) for d in range(len(tokens))] == read[split]
@@ -165,10 +165,10 @@ def test_content_is_the_key(tmp_path):
     write_sources(tmp_path / "a")
     write_sources(tmp_path / "b")
     cache = tmp_path / "cache"
-    a, b = (stdlib.prepare(str(tmp_path / name), cache) for name in "ab")
-    assert (a.key, a.directory, a.record()["sha256"]) == (b.key, b.directory, b.record()["sha256"])
+    a, b = (stdlib.open_stdlib(str(tmp_path / name), cache) for name in "ab")
+    assert (a.key, a.facts["sha256"]) == (b.key, b.facts["sha256"])
     (tmp_path / "b/pkg0/mod0.py").write_bytes(b"edited")
-    edited = stdlib.prepare(str(tmp_path / "b"), cache)
+    edited = stdlib.open_stdlib(str(tmp_path / "b"), cache)
     assert edited.key != a.key and b"edited" in list(edited.documents("train"))
 
 
@@ -182,7 +182,7 @@ def test_unusable_source_directory_is_named(tmp_path, make):
     if make == "one file":
         (path / "a.py").write_bytes(b"a")
     with pytest.raises(UserError, match="^data.path='.*here'.*director"):
-        stdlib.prepare(str(path), tmp_path / "cache")
+        stdlib.open_stdlib(str(path), tmp_path / "cache")
 
 
 def test_file_that_changes_under_the_builder_is_refused(tmp_path, monkeypatch):
@@ -191,18 +191,19 @@ def test_file_that_changes_under_the_builder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(stdlib, "scan", lambda *_: stale)
     (tmp_path / "src/pkg1/mod1.py").write_bytes(b"edited in between")
     with pytest.raises(UserError, match="pkg1/mod1.py: changed while it was being read"):
-        stdlib.prepare(str(tmp_path / "src"), tmp_path / "cache")
+        stdlib.open_stdlib(str(tmp_path / "src"), tmp_path / "cache")
     assert list((tmp_path / "cache/sources").iterdir()) == []
 
 
 def test_damaged_prepared_dataset_is_reported_with_the_remedy(tmp_path):
     write_sources(tmp_path / "src")
-    prepared = stdlib.prepare(str(tmp_path / "src"), tmp_path / "cache")
-    record = next(prepared.directory.glob("*train*"))
+    prepared = stdlib.open_stdlib(str(tmp_path / "src"), tmp_path / "cache")
+    home = tmp_path / "cache/sources" / prepared.key
+    record = next(home.rglob("*train*"))
     record.write_bytes(record.read_bytes()[:-100000])
     with pytest.raises(UserError, match="delete it and run again") as error:
         [*prepared.documents("train")]
-    assert str(prepared.directory.parent.parent) in str(error.value)
+    assert str(home) in str(error.value)
 
 
 def test_two_processes_may_prepare_at_once(tmp_path):
@@ -699,7 +700,7 @@ def test_the_true_standard_library(tmp_path):
         0.02 < n_bytes[split] / sum(n_bytes.values()) < 0.12 for split in ("validation", "test")
     )
     tokens = open_or_build(
-        pytest.fail, BYTES, tmp_path, stdlib.prepare("", tmp_path).key, "validation"
+        pytest.fail, BYTES, tmp_path, stdlib.open_stdlib("", tmp_path).key, "validation"
     )
     documents = [BYTES.decode_bytes(tokens[d]) for d in range(len(tokens))]
     assert Path(sysconfig.get_path("stdlib"), "os.py").read_bytes() in documents

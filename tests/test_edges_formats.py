@@ -191,8 +191,10 @@ def test_documents_keys_and_records_are_those_they_were(tmp_path):
     for name, data in plain.items():
         (tmp_path / name).write_bytes(data)
     before = text.open_text(str(tmp_path), tmp_path / "cache")
-    assert before.sha256 == "4363db992b6f1cb02beefdd24b0e59cfe384a65bdeb98b8e8d3f836fefad2def"
-    assert before.key == "text-1.0.0-" + before.sha256[:24]
+    assert (
+        before.facts["sha256"] == "4363db992b6f1cb02beefdd24b0e59cfe384a65bdeb98b8e8d3f836fefad2def"
+    )
+    assert before.key == "text-1.0.0-" + before.facts["sha256"][:24]
     (tmp_path / "a.txt").write_bytes(BOM + b"one\n")
     assert b"one\n" in documents(tmp_path, tmp_path / "cache")
     # Its bytes gave another document once: the key of then must not be found.
@@ -381,9 +383,10 @@ def test_byte_order_marks_are_no_part_of_sources_of_python(tmp_path):
         for i in range(60):
             (tmp_path / folder / f"{i}.{'PY' if i % 2 else 'py'}").write_bytes(mark + b"x = 1\n")
     plain, marked = (
-        stdlib.prepare(str(tmp_path / folder), tmp_path / "cache") for folder in ("plain", "marked")
+        stdlib.open_stdlib(str(tmp_path / folder), tmp_path / "cache")
+        for folder in ("plain", "marked")
     )
-    assert plain.key != marked.key and sum(plain.n_files.values()) == 60
+    assert plain.key != marked.key and sum(plain.facts["n_files"].values()) == 60
     assert set(marked.documents("train")) == set(plain.documents("train")) == {b"x = 1\n"}
     (tmp_path / "wiki").mkdir()
     for member in wikitext.MEMBERS.values():

@@ -254,7 +254,7 @@ def test_text_comes_back_byte_for_byte_each_document_in_one_split(tmp_path):
     assert (record["n_files"], record["n_empty_files"], record["sha256"]) == (
         len(TEXTS),
         1,
-        source.sha256,
+        source.facts["sha256"],
     )
 
 
@@ -559,7 +559,10 @@ def test_wikitext_is_kept_byte_for_byte_article_by_article(tmp_path):
         assert {split: list(source.documents(split)) for split in SPLITS} == ARTICLES
         record = json.loads(json.dumps(source.record()))
         assert record["n_bytes"] == {split: len(b"".join(ARTICLES[split])) for split in SPLITS}
-    assert sources[0].sha256 == hashlib.sha256((tmp_path / "packed" / ZIP).read_bytes()).hexdigest()
+    assert (
+        sources[0].facts["sha256"]
+        == hashlib.sha256((tmp_path / "packed" / ZIP).read_bytes()).hexdigest()
+    )
     assert not (tmp_path / "cache/sources").exists()  # read where it is, not copied
 
 

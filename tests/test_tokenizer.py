@@ -596,7 +596,7 @@ def test_tokenizer_train_writes_a_file_that_works_and_says_what_comes_next(
     from uoe_jax.data.sources import stdlib
 
     documents = list(
-        stdlib.prepare(str(source), pipeline.default_cache_dir()).documents("validation")
+        stdlib.open_stdlib(str(source), pipeline.default_cache_dir()).documents("validation")
     )
     rate = sum(map(len, documents)) / sum(len(tokenizer.encode(d)) for d in documents)
     assert rate > 1.5 and f"290 tokens, {rate:.3f} bytes each" in said

@@ -101,7 +101,8 @@ def fitted(image: np.ndarray, height: int, width: int, *, resize: bool = False) 
         raise ValueError(f"an image of {h}x{w} pixels where {height}x{width} are expected")
     scale = MARGIN * min(h / height, w / width)  # pixels of the image per pixel of the result
     crop_h, crop_w = scale * height, scale * width
-    return _resized(image, (h - crop_h) / 2, (w - crop_w) / 2, crop_h, crop_w, height, width)
+    box = ((h - crop_h) / 2, (w - crop_w) / 2, crop_h, crop_w)
+    return _resized(image, box, height, width)
 
 
 def mixing(c: AugmentConfig, rng: np.random.Generator, height: int, width: int) -> Mix | None:
@@ -196,24 +197,19 @@ def _resized_crop(
         crop_h, crop_w = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
         if 0 < crop_h <= h and 0 < crop_w <= w:
             top, left = int(rng.integers(h - crop_h + 1)), int(rng.integers(w - crop_w + 1))
-            return _resized(image, top, left, crop_h, crop_w, height, width)
+            return _resized(image, (top, left, crop_h, crop_w), height, width)
     crop_h, crop_w = min(h, max(1, round(w / low))), min(w, max(1, round(h * high)))
-    return _resized(image, (h - crop_h) // 2, (w - crop_w) // 2, crop_h, crop_w, height, width)
+    box = ((h - crop_h) // 2, (w - crop_w) // 2, crop_h, crop_w)
+    return _resized(image, box, height, width)
 
 
-def _resized(
-    image: np.ndarray,
-    top: float,
-    left: float,
-    crop_h: float,
-    crop_w: float,
-    height: int,
-    width: int,
-) -> np.ndarray:
+def _resized(image: np.ndarray, box: tuple[float, ...], height: int, width: int) -> np.ndarray:
+    """box: top, left, height, width."""
     from PIL.Image import Resampling
 
-    box = (left, top, left + crop_w, top + crop_h)
-    resized = _to_pillow(image).resize((width, height), Resampling.BILINEAR, box)
+    top, left, h, w = box
+    corners = (left, top, left + w, top + h)
+    resized = _to_pillow(image).resize((width, height), Resampling.BILINEAR, corners)
     return _to_array(resized, image.shape[-1])
 
 
@@ -294,10 +290,6 @@ RAND_OPS: dict[str, _Op] = {
     "sharpness": _enhanced("Sharpness"),
     "shear_x": lambda image, m, sign: _moved(image, 1, 0.3 * m * sign, 0, 0, 1, 0),
     "shear_y": lambda image, m, sign: _moved(image, 1, 0, 0, 0.3 * m * sign, 1, 0),
-    "translate_x": lambda image, m, s: _moved(
-        image, 1, 0, TRANSLATED * m * s * image.width, 0, 1, 0
-    ),
-    "translate_y": lambda image, m, s: _moved(
-        image, 1, 0, 0, 0, 1, TRANSLATED * m * s * image.height
-    ),
+    "translate_x": lambda im, m, sign: _moved(im, 1, 0, TRANSLATED * m * sign * im.width, 0, 1, 0),
+    "translate_y": lambda im, m, sign: _moved(im, 1, 0, 0, 0, 1, TRANSLATED * m * sign * im.height),
 }

@@ -22,9 +22,22 @@ class TextSource(Protocol):
 
     @property
     def key(self) -> str: ...
-    def documents(self, split: str) -> Iterable[bytes]: ...
+    @property
+    def documents(self) -> Callable[[str], Iterable[bytes]]: ...
     def record(self) -> dict[str, Any]:
         """JSON-able, for the run's record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """A built-in `TextSource`; `documents` takes a split, `facts` are the record."""
+
+    key: str
+    documents: Callable[[str], Iterable[bytes]]
+    facts: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        return self.facts
 
 
 class Example(NamedTuple):
@@ -83,11 +96,7 @@ class Indexed:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSource:
-    """The `ExampleSource` of all built-in sources.
-
-    Attributes:
-      facts: the record.
-    """
+    """A built-in `ExampleSource`; `examples` takes a split, `facts` are the record."""
 
     n_classes: int
     examples: Callable[[str], Examples]

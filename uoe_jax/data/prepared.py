@@ -111,9 +111,6 @@ def dataset_directory(
 ) -> Path:
     """The directory of the dataset `key`, for `open_records`; written first where it is absent.
 
-    Any number of processes may call this at once: each writes beside the final directory and
-    renames; the first one wins. A killed process leaves nothing under the final name.
-
     Args:
       key: names the content; equal keys mean equal records.
       name, version: what tfds calls it; the version is three numbers.
@@ -121,30 +118,48 @@ def dataset_directory(
       splits: called once each, only where the dataset must be written; no split may be empty.
 
     Raises:
-      RunError: the cache cannot be written.
+      RunError: see `new_directory`.
     """
     home = Path(cache_dir) / "sources" / key
-    if home.is_dir():
-        return home / name / version
+    if not home.is_dir():
+        # RuntimeErrors are array_record's, such as of a full disk.
+        with new_directory(home, "prepare the dataset", (OSError, RuntimeError)) as new:
+            directory = new / name / version
+            directory.mkdir(parents=True)
+            for split, n_records in _write(directory, name, version, fields, splits).items():
+                open_records(directory, split, n_records)
+    return home / name / version
+
+
+@contextlib.contextmanager
+def new_directory(
+    home: Path, what: str, errors: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[Path]:
+    """A directory to fill, which becomes `home` at the end, unless another process was first.
+
+    Any number of processes may do this at once, with equal results. `home` is complete or absent,
+    also after a kill.
+
+    Raises:
+      RunError: one of `errors`: the cache cannot be written; `what` says what for.
+    """
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
         try:
-            directory = work / name / version
-            directory.mkdir(parents=True)
-            for split, n_records in _write(directory, name, version, fields, splits).items():
-                open_records(directory, split, n_records)
+            new = work / "new"
+            new.mkdir()
+            yield new
             try:
-                os.rename(work, home)
+                os.rename(new, home)
             except OSError:
-                if not home.is_dir():  # else another process was first with the same result
+                if not home.is_dir():
                     raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError is array_record's, as for a full disk
+    except errors as error:
         remedy = "free space there or set UOE_CACHE elsewhere."
-        raise RunError(f"{home}: cannot prepare the dataset ({error}): {remedy}") from error
-    return home / name / version
+        raise RunError(f"{home}: cannot {what} ({error}): {remedy}") from error
 
 
 def record_counts(directory: Path) -> dict[str, int]:

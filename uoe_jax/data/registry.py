@@ -42,7 +42,7 @@ def text_source(c: DataConfig, cache_dir: Path, quiet: bool = False) -> TextSour
     quiet: does not print which files are skipped.
     """
     built_in: dict[str, Callable[[], TextSource]] = {
-        "stdlib": lambda: stdlib.prepare(c.path, cache_dir),
+        "stdlib": lambda: stdlib.open_stdlib(c.path, cache_dir),
         "text": lambda: text.open_text(c.path, cache_dir, c.held_out, quiet),
         "wikitext103": lambda: wikitext.open_wikitext103(c.path, cache_dir),
         "tfds_text": lambda: tfds.open_tfds_text(c.name, c.path),

@@ -7,8 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
-import tempfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterable
@@ -16,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from uoe_jax.data.prepared import new_directory
 from uoe_jax.data.tokenizers.base import Tokenizer, as_bytes
 from uoe_jax.distributed.watchdog import ticking
-from uoe_jax.errors import RunError
 
 log = logging.getLogger(__name__)
 
@@ -163,15 +161,12 @@ def open_or_build(
 ) -> TokenStore:
     """The store of one split from the cache, or built into it.
 
-    Any number of processes may call this at once: each builds beside the final directory and
-    renames; the first one wins.
-
     Args:
       documents: called only where the store must be built.
       key: names the source's content; with the tokenizer's fingerprint it names the store.
 
     Raises:
-      RunError: the cache cannot be written, or what was written does not read back.
+      RunError: see `new_directory`; also where what was written does not read back.
     """
     kind = "-sized" if tokenizer.bytes_per_token is None else ""  # with bytes.npy
     home = Path(cache_dir) / "tokens" / f"{key}-{tokenizer.fingerprint}{kind}-{split}"
@@ -180,34 +175,16 @@ def open_or_build(
             return TokenStore.open(home)
         except DamagedStore as error:
             log.warning("%s: damaged (%s); it is built again", home, error)
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+    with new_directory(home, "write the tokenised data") as new:
+        TokenStore.write(documents(), tokenizer, new)
         try:
-            new = work / "new"
-            new.mkdir()
-            TokenStore.write(documents(), tokenizer, new)
             store = TokenStore.open(new)  # before the rename: the mapping then outlives the name
-            _install(new, home, aside=work / "old")
-            return store
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except (OSError, DamagedStore) as error:
-        remedy = "free space there or set UOE_CACHE elsewhere."
-        raise RunError(f"{home}: cannot write the tokenised data ({error}): {remedy}") from error
-
-
-def _install(new: Path, home: Path, aside: Path) -> None:
-    """Renames `new` to `home` unless a good store is there; moves a damaged one to `aside`."""
-    if home.is_dir():
+        except DamagedStore as error:
+            raise OSError(str(error)) from error
         try:
-            TokenStore.open(home)
-            return
+            if home.is_dir():
+                TokenStore.open(home)
         except DamagedStore:
             with contextlib.suppress(FileNotFoundError):  # another process moved it first
-                os.rename(home, aside)
-    try:
-        os.rename(new, home)
-    except OSError:
-        if not home.is_dir():  # else another process was first with the same store
-            raise
+                os.rename(home, new.parent / "old")
+    return store

@@ -14,18 +14,17 @@ import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from uoe_jax.data.examples import SPLITS
+from uoe_jax.data.examples import SPLITS, Documents
 from uoe_jax.data.prepared import changed, dataset_directory, open_records, readable
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError
 from uoe_jax.runtime_env import expanded
 
 VERSION = "1.0.0"  # of the rules below: raise it when choice, split or order of files change
-EXCLUDED_DIRS = frozenset(
-    "test tests idle_test idlelib turtledemo site-packages dist-packages _bundled __pycache__".split()
-)
+_EXCLUDED = "test tests idle_test idlelib turtledemo site-packages dist-packages _bundled"
+EXCLUDED_DIRS = frozenset([*_EXCLUDED.split(), "__pycache__"])
 # Written when an interpreter is built or packaged: without them, equal releases have equal sources.
 MACHINE_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize")
 
@@ -57,44 +56,15 @@ class SourceFile:
         return "train" if percent < 90 else "validation" if percent < 95 else "test"
 
 
-@dataclasses.dataclass(frozen=True)
-class PreparedSource:
-    """A prepared dataset, a `TextSource`.
-
-    Attributes:
-      key: names this content under these rules; caches derived from it are keyed by it.
-      directory: for `open_records`.
-      origin: the directory that was read.
-      python_version: of the running interpreter where its own library was read, else None.
-      sha256: over the relative paths and bytes of all files.
-      n_files, n_bytes: per split.
-    """
-
-    key: str
-    directory: Path
-    origin: Path
-    python_version: str | None
-    sha256: str
-    n_files: dict[str, int]
-    n_bytes: dict[str, int]
-
-    def documents(self, split: str) -> Iterator[bytes]:
-        """The split's files (imports tfds). Raises UserError where they are damaged."""
-        records = open_records(self.directory, split, self.n_files[split])
-        return (record["text"] for record in records)
-
-    def record(self) -> dict[str, Any]:
-        kept = ("python_version", "sha256", "n_files", "n_bytes")
-        return {"directory": str(self.origin), **{name: getattr(self, name) for name in kept}}
-
-
-def prepare(path: str, cache_dir: Path) -> PreparedSource:
+def open_stdlib(path: str, cache_dir: Path) -> Documents:
     """Prepares the .py files under `path` (empty: this interpreter's standard library) once.
 
-    The result is keyed by content: an edited source is prepared anew.
+    The result is keyed by content: an edited source is prepared anew. The record has the version of
+    the interpreter where its own library was read.
 
     Raises:
-      UserError: `path` is no readable directory, or has too few .py files for three splits.
+      UserError: `path` is no readable directory, has too few .py files for three splits, or, as
+        documents are read, the prepared files are damaged.
     """
     root = Path(expanded(path, "config.data.path")) if path else Path(sysconfig.get_path("stdlib"))
     files = scan(root, path)
@@ -115,15 +85,20 @@ def prepare(path: str, cache_dir: Path) -> PreparedSource:
     key = f"stdlib-{VERSION}-{sha256[:24]}"
     fields = {"path": bytes, "text": bytes}
     splits = {s: functools.partial(_records, root, found) for s, found in by_split.items()}
-    return PreparedSource(
-        key=key,
-        directory=dataset_directory(cache_dir, key, "python_sources", VERSION, fields, splits),
-        origin=root.resolve(),
-        python_version=None if path else platform.python_version(),
-        sha256=sha256,
-        n_files={split: len(found) for split, found in by_split.items()},
-        n_bytes={split: sum(file.size for file in found) for split, found in by_split.items()},
-    )
+    directory = dataset_directory(cache_dir, key, "python_sources", VERSION, fields, splits)
+
+    def documents(split: str) -> Iterator[bytes]:
+        records = open_records(directory, split, len(by_split[split]))
+        return (record["text"] for record in records)
+
+    facts = {
+        "directory": str(root.resolve()),
+        "python_version": None if path else platform.python_version(),
+        "sha256": sha256,
+        "n_files": {split: len(found) for split, found in by_split.items()},
+        "n_bytes": {split: sum(file.size for file in found) for split, found in by_split.items()},
+    }
+    return Documents(key, documents, facts)
 
 
 def scan(root: Path, path: str = "") -> list[SourceFile]:

@@ -63,18 +63,14 @@ class TextFiles:
       path: data.path as it was written.
       held_out: percent of the documents for validation, and as many for test, about.
       files: those that are not empty, in reading order.
-      n_bytes, n_empty: the bytes of `files` on disk, and how many more files are empty.
-      n_passed_over: the files of a directory that are skipped because of their names.
+      facts: the record.
     """
 
     key: str
     path: str
     held_out: int
     files: tuple[TextFile, ...]
-    sha256: str
-    n_bytes: int
-    n_empty: int
-    n_passed_over: int
+    facts: dict[str, Any]
     raw: RawFiles
 
     def documents(self, split: str) -> Iterator[bytes]:
@@ -105,14 +101,7 @@ class TextFiles:
             raise ConfigError("data.path", self.path, remedy)
 
     def record(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "sha256": self.sha256,
-            "n_files": len(self.files),
-            "n_bytes": self.n_bytes,
-            "n_empty_files": self.n_empty,
-            "n_passed_over": self.n_passed_over,
-        }
+        return self.facts
 
 
 def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False) -> TextFiles:
@@ -143,17 +132,16 @@ def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False
     named = (TextFile(*of_file) for of_file in zip(full, hashes, formats, strict=True))
     files = sorted(named, key=lambda file: file.content)
     sha256 = hashlib.sha256(json.dumps([file.content for file in files]).encode()).hexdigest()
-    return TextFiles(
-        key=f"text-{VERSION}-{sha256[:24]}" + (f"-{held_out}" if held_out != 1 else ""),
-        path=path,
-        held_out=held_out,
-        files=tuple(files),
-        sha256=sha256,
-        n_bytes=sum(sizes.values()),
-        n_empty=len(found) - len(full),
-        n_passed_over=len(skipped),
-        raw=raw,
-    )
+    facts = {
+        "path": path,
+        "sha256": sha256,
+        "n_files": len(files),
+        "n_bytes": sum(sizes.values()),
+        "n_empty_files": len(found) - len(full),
+        "n_passed_over": len(skipped),
+    }
+    key = f"text-{VERSION}-{sha256[:24]}" + (f"-{held_out}" if held_out != 1 else "")
+    return TextFiles(key, path, held_out, tuple(files), facts, raw)
 
 
 def split_of(document: bytes, held_out: int = 1) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.data.examples import SPLITS, Example, Indexed, LabelledSource
+from uoe_jax.data.examples import SPLITS, Documents, Example, Indexed, LabelledSource
 from uoe_jax.data.prepared import Records, one_line
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
@@ -53,19 +53,16 @@ class Labelled:
     manual: str = ""
 
 
-_ILSVRC = "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org"
+_ILSVRC = (
+    "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org into its "
+    "downloads/manual"
+)
 LABELLED = {
     "imdb": Labelled("imdb_reviews/plain_text", 2, "text"),
     "cifar10": Labelled("cifar10", 10, "image", (32, 32, 3), last=True),
     "cifar100": Labelled("cifar100", 100, "image", (32, 32, 3), last=True),  # fine labels
     "imagenet2012": Labelled(
-        "imagenet2012",
-        1000,
-        "image",
-        (0, 0, 3),
-        test="validation",
-        one_in=100,
-        manual=f"{_ILSVRC} into its downloads/manual",
+        "imagenet2012", 1000, "image", (0, 0, 3), "validation", 100, manual=_ILSVRC
     ),
 }
 
@@ -110,15 +107,69 @@ def open_named(source: str, path: str) -> LabelledSource:
     return LabelledSource(spec.n_classes, examples, facts)
 
 
-def open_tfds_text(name: str, path: str) -> NamedText:
+def open_tfds_text(name: str, path: str) -> Documents:
     """The documents of a text dataset by its name, such as 'lm1b' or 'c4/en:3.1.0'.
 
-    They are the feature 'text', or else the only feature of text. Path and errors: `open_named`.
+    They are the feature 'text', or else the only feature of text, in the order of the dataset. The
+    test is the split 'test', or else 'validation' (as results on datasets without a test split are
+    reported). The validation is 'validation' where that is not the test. A missing one is held out
+    of 'train': 1 % of it, at most 100,000 documents. The key is a hash of the dataset's name,
+    version, sizes and of these rules, not of the content. Path and errors: `open_named`.
     """
     if not name:
         remedy = "data.source='tfds_text' needs the name of a dataset, such as 'lm1b'."
         raise ConfigError("data.name", name, remedy)
-    return NamedText(NamedDataset("data.name", name, name, path))
+    dataset = NamedDataset("data.name", name, name, path)
+    feature, names = _text_feature(dataset), {"train": "train"}
+    if dataset.has("test"):
+        names["test"] = "test"
+    if dataset.has("validation"):
+        names["validation" if "test" in names else "test"] = "validation"
+    records = {split: dataset.records(name) for split, name in names.items()}
+    missing = [split for split in ("validation", "test") if split not in names]
+    n = len(records["train"])
+    each = min(100_000, max(1, n // 100))
+    if n <= each * len(missing):
+        few = f"{n} documents in 'train' of {dataset.full_name} are too few to hold some out"
+        raise dataset.damaged(few)
+    # By the name without the version: a new release holds out the same indices.
+    order = hash_order(dataset.full_name.rsplit("/", 1)[0], n, each * len(missing))
+    held = {s: np.sort(order[j * each : (j + 1) * each]) for j, s in enumerate(missing)}
+
+    def documents(split: str) -> Iterator[bytes]:
+        of_split = records["train" if split in held else split]
+        excluded = np.sort(order) if split == "train" else np.zeros(0, np.int64)
+        chunks = _chunks(held[split]) if split in held else _all_but(excluded, len(of_split))
+        for at in chunks:
+            for i, record in ticking(zip(at.tolist(), of_split.many(at))):
+                yield _text(of_split, i, record[feature], feature)
+
+    origin = {split: names.get(split, "held out of train") for split in SPLITS}
+    sizes = {split: (len(r), dataset.n_bytes(names[split])) for split, r in records.items()}
+    content = json.dumps([VERSION, dataset.full_name, feature, sizes, origin], sort_keys=True)
+    n_examples = {s: len(held[s] if s in held else records[s]) for s in SPLITS}
+    n_examples["train"] -= len(order)
+    facts = {
+        "dataset": dataset.full_name,
+        "directory": dataset.directory,
+        "feature": feature,
+        "from": origin,
+        "n_examples": n_examples,
+    }
+    key = f"tfds-{hashlib.sha256(content.encode()).hexdigest()[:24]}"
+    return Documents(key, documents, facts)
+
+
+def _chunks(indices: np.ndarray) -> Iterator[np.ndarray]:
+    yield from (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))
+
+
+def _all_but(excluded: np.ndarray, n: int) -> Iterator[np.ndarray]:
+    """The indices 0 … n-1 without the ascending `excluded`, a chunk at a time."""
+    for start in range(0, n, CHUNK):
+        lo, hi = np.searchsorted(excluded, [start, start + CHUNK])
+        chunk = np.arange(start, min(n, start + CHUNK))
+        yield np.setdiff1d(chunk, excluded[lo:hi], assume_unique=True)
 
 
 def hash_order(salt: str, n: int, k: int) -> np.ndarray:
@@ -271,75 +322,6 @@ def _text(records: Records, i: int, value: Any, feature: str) -> bytes:
         found = f"has {type(value).__name__} where text is expected in {feature!r}"
         raise records.wrong(i, found)
     return value
-
-
-class NamedText:
-    """A dataset of text, a `TextSource`.
-
-    The test is the split 'test', or else 'validation' (as results on datasets without a test split
-    are reported). The validation is 'validation' where that is not the test. A missing one is held
-    out of 'train': 1 % of it, at most 100,000 documents.
-
-    Attributes:
-      key: of the dataset's name, version, sizes and of these rules; the content is not hashed.
-    """
-
-    def __init__(self, dataset: NamedDataset) -> None:
-        """Raises UserError as `open_tfds_text` does."""
-        self._dataset, self._feature = dataset, _text_feature(dataset)
-        names = {"train": "train"}
-        if dataset.has("test"):
-            names["test"] = "test"
-        if dataset.has("validation"):
-            names["validation" if "test" in names else "test"] = "validation"
-        self._records = {split: dataset.records(name) for split, name in names.items()}
-        missing = [split for split in ("validation", "test") if split not in names]
-        n = len(self._records["train"])
-        each = min(100_000, max(1, n // 100))
-        if n <= each * len(missing):
-            few = f"{n} documents in 'train' of {dataset.full_name} are too few to hold some out"
-            raise dataset.damaged(few)
-        # By the name without the version: a new release holds out the same indices.
-        order = hash_order(dataset.full_name.rsplit("/", 1)[0], n, each * len(missing))
-        self._held = {s: np.sort(order[j * each : (j + 1) * each]) for j, s in enumerate(missing)}
-        self._all_held = np.sort(order)
-        self._from = {split: names.get(split, "held out of train") for split in SPLITS}
-        sizes = {s: (len(r), dataset.n_bytes(names[s])) for s, r in self._records.items()}
-        facts = [VERSION, dataset.full_name, self._feature, sizes, self._from]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        self.key = f"tfds-{digest[:24]}"
-
-    def documents(self, split: str) -> Iterator[bytes]:
-        """In the order of the prepared dataset. Raises UserError at a damaged record."""
-        records = self._records["train" if split in self._held else split]
-        for indices in self._indices(split):
-            for i, record in ticking(zip(indices.tolist(), records.many(indices))):
-                yield _text(records, i, record[self._feature], self._feature)
-
-    def _indices(self, split: str) -> Iterator[np.ndarray]:
-        """Ascending, a chunk at a time."""
-        if split in self._held:
-            held = self._held[split]
-            yield from (held[start : start + CHUNK] for start in range(0, len(held), CHUNK))
-            return
-        n = len(self._records[split])
-        excluded = self._all_held if split == "train" else np.zeros(0, np.int64)
-        for start in range(0, n, CHUNK):
-            lo, hi = np.searchsorted(excluded, [start, start + CHUNK])
-            chunk = np.arange(start, min(n, start + CHUNK))
-            yield np.setdiff1d(chunk, excluded[lo:hi], assume_unique=True)
-
-    def record(self) -> dict[str, Any]:
-        sizes = {split: len(records) for split, records in self._records.items()}
-        sizes |= {split: len(held) for split, held in self._held.items()}
-        sizes["train"] -= len(self._all_held)
-        return {
-            "dataset": self._dataset.full_name,
-            "directory": self._dataset.directory,
-            "feature": self._feature,
-            "from": self._from,
-            "n_examples": {split: sizes[split] for split in SPLITS},
-        }
 
 
 def _text_feature(dataset: NamedDataset) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import dataclasses
 import io
 import itertools
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+from uoe_jax.data.examples import Documents
 from uoe_jax.data.prepared import RawFiles, changed, digest_of, lines, manual_dir, readable
 from uoe_jax.errors import ConfigError
 
@@ -22,77 +21,20 @@ FOLDER = "wikitext-103-raw"
 MEMBERS = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "wiki.test.raw"}
 
 
-@dataclasses.dataclass(frozen=True)
-class WikiText:
-    """The articles in the order of the files; those of a split put together are its file.
-
-    Attributes:
-      key: names this content under these rules; caches derived from it are keyed by it.
-      origin: the archive, or the directory of the unpacked files.
-      sha256: of the archive, or over `hashes`.
-      hashes: of the unpacked files, per split; empty for the archive.
-      n_bytes: per split.
-    """
-
-    key: str
-    origin: Path
-    sha256: str
-    hashes: dict[str, str]
-    n_bytes: dict[str, int]
-    raw: RawFiles
-
-    def documents(self, split: str) -> Iterator[bytes]:
-        """The split's articles (the paper counts 28,475, 60 and 60).
-
-        Raises:
-          ConfigError: there is no article, or a byte-order mark.
-          UserError: a file cannot be read, or changed since it was hashed.
-        """
-        n_articles = 0
-        text = self._unpacked(split) if self.hashes else self._packed(split)
-        for n_articles, article in enumerate(articles(text), 1):
-            if n_articles == 1 and article.startswith(codecs.BOM_UTF8):
-                raise _broken(self.origin, "changed, with a byte-order mark at the head of a file")
-            yield article
-        if not n_articles:
-            raise _broken(self.origin, "without a line ' = Title = ' in one of its files")
-
-    def _packed(self, split: str) -> Iterator[bytes]:
-        name = f"{FOLDER}/{MEMBERS[split]}"
-        with readable(self.origin), open(self.origin, "rb") as file:
-            if digest_of(file) != self.sha256:
-                raise changed(self.origin)
-            file.seek(0)
-            try:
-                with zipfile.ZipFile(file) as archive, archive.open(name) as text:
-                    assert isinstance(text, zipfile.ZipExtFile)  # opened for reading
-                    reader = io.BufferedReader(text, 1 << 20)  # zipfile's own readline is slow
-                    yield from (line for _, line in lines(reader, self.origin / name))
-            # RuntimeError: encrypted.
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-                raise _broken(self.origin, f"damaged in {name} ({error})") from error
-
-    def _unpacked(self, split: str) -> Iterator[bytes]:
-        file = self.origin / MEMBERS[split]
-        with self.raw.open(file, self.hashes[split]) as reader:
-            yield from (line for _, line in lines(reader, file))
-
-    def record(self) -> dict[str, Any]:
-        return {"directory": str(self.origin), "sha256": self.sha256, "n_bytes": self.n_bytes}
-
-
-def open_wikitext103(path: str, cache_dir: Path) -> WikiText:
+def open_wikitext103(path: str, cache_dir: Path) -> Documents:
     """The articles of the archive in the directory `path`, or of its unpacked files there.
 
-    An empty path is the directory in which tfds expects manual downloads.
+    They are in the order of the files, and those of a split put together are its file (the paper
+    counts 28,475, 60 and 60). An empty path is the directory in which tfds expects manual
+    downloads.
 
     Raises:
-      ConfigError: nothing is there, or something is missing in it.
-      UserError: it cannot be read.
+      ConfigError: nothing is there, something is missing in it, or a split has no article.
+      UserError: a file cannot be read, or changes later.
     """
     origin, raw = _locate(path), RawFiles(cache_dir)
-    hashes: dict[str, str] = {}
-    if origin.is_file():
+    is_archive = origin.is_file()
+    if is_archive:
         (sha256,) = raw.sha256([origin])
         with readable(origin):
             try:
@@ -109,11 +51,49 @@ def open_wikitext103(path: str, cache_dir: Path) -> WikiText:
             raise _broken(origin, f"without {name}")
         if not sizes[name]:
             raise _broken(origin, f"without text in {Path(name).name}")
-    if not origin.is_file():
+    if not is_archive:
         hashes, sha256 = raw.hashes(files)
+
+    def documents(split: str) -> Iterator[bytes]:
+        if is_archive:
+            return _checked(origin, _from_archive(origin, sha256, names[split]))
+        return _checked(origin, _from_file(files[split], hashes[split], raw))
+
     n_bytes = {split: sizes[name] for split, name in names.items()}
-    key = f"wikitext103-{VERSION}-{sha256[:24]}"
-    return WikiText(key, origin.resolve(), sha256, hashes, n_bytes, raw)
+    facts = {"directory": str(origin.resolve()), "sha256": sha256, "n_bytes": n_bytes}
+    return Documents(f"wikitext103-{VERSION}-{sha256[:24]}", documents, facts)
+
+
+def _from_archive(archive: Path, sha256: str, name: str) -> Iterator[bytes]:
+    """The lines of a member."""
+    with readable(archive), open(archive, "rb") as file:
+        if digest_of(file) != sha256:
+            raise changed(archive)
+        file.seek(0)
+        try:
+            with zipfile.ZipFile(file) as opened, opened.open(name) as text:
+                assert isinstance(text, zipfile.ZipExtFile)  # opened for reading
+                reader = io.BufferedReader(text, 1 << 20)  # zipfile's own readline is slow
+                yield from (line for _, line in lines(reader, archive / name))
+        # RuntimeError: encrypted.
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise _broken(archive, f"damaged in {name} ({error})") from error
+
+
+def _from_file(file: Path, sha256: str, raw: RawFiles) -> Iterator[bytes]:
+    with raw.open(file, sha256) as reader:
+        yield from (line for _, line in lines(reader, file))
+
+
+def _checked(origin: Path, text: Iterable[bytes]) -> Iterator[bytes]:
+    """The articles of a file's lines."""
+    n_articles = 0
+    for n_articles, article in enumerate(articles(text), 1):
+        if n_articles == 1 and article.startswith(codecs.BOM_UTF8):
+            raise _broken(origin, "changed, with a byte-order mark at the head of a file")
+        yield article
+    if not n_articles:
+        raise _broken(origin, "without a line ' = Title = ' in one of its files")
 
 
 def articles(text: Iterable[bytes]) -> Iterator[bytes]:
