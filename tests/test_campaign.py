@@ -4,7 +4,8 @@ import pytest
 from campaign import campaign
 
 
-@pytest.mark.parametrize("processes, kills", [(1, 3), pytest.param(2, 6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, kills", [(1, 3), (2, 4)])
 def test_killed_again_and_again(processes, kills, tmp_path):
     same, came = campaign(processes, kills, seed=0, folder=tmp_path)
     assert same, came

@@ -182,6 +182,7 @@ def test_workdirs_that_cannot_be_used(capsys, tmp_path, source, monkeypatch):
     assert "no run there" in sentence(capsys, "generate", f"--workdir={tmp_path / 'nowhere'}")
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_is_one_sentence(tmp_path, source):
     """A file size limit stands in for a full disk: it needs no rights. The run stops with code 1 and says what to do."""
     import resource

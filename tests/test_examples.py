@@ -29,6 +29,7 @@ def test_the_blocks_learn_in_a_model_of_ones_own(capsys):
     assert len((EXAMPLES / "blocks.py").read_text().splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_a_dataset_of_ones_own(tmp_path, capsys, forgotten):
     file, workdir = EXAMPLES / "own_dataset.py", tmp_path / "run"
     tiny = [

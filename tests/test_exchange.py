@@ -97,7 +97,11 @@ def hf(tmp_path_factory):
     return place, params
 
 
-@pytest.mark.parametrize("model", [LLAMA, QWEN2, GPT2], ids=["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize(
+    "model",
+    [LLAMA, pytest.param(QWEN2, marks=pytest.mark.slow), GPT2],
+    ids=["llama", "qwen2", "gpt2"],
+)
 def test_out_in_and_out_again(model, tmp_path):
     run_of(config_of(**model), tmp_path / "run")
     assert exported(tmp_path / "run", tmp_path / "hf") == 0

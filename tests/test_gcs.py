@@ -81,6 +81,7 @@ def at_upload(gcs: GcsServer, which: Callable[[str], bool], do: Callable[[], Non
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_and_goes_on(gcs, source, tmp_path, monkeypatch):
     """Stopped by SIGTERM before its first checkpoint; then the same command ends as an undisturbed local run does."""
     monkeypatch.chdir(tmp_path)

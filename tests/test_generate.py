@@ -307,6 +307,7 @@ def test_slots_follow_the_number_of_experts():
         choices(half, "smha=2")
 
 
+@pytest.mark.slow
 def test_the_curve_over_experts(run, capsys):
     """More experts cost more; K as trained gives what plain evaluation gives; perplexities are those of the loss."""
     assert cli.main(["eval", f"--workdir={run}", "--split=validation"]) == 0

@@ -89,7 +89,7 @@ def assert_same(one, other):
 on_one_device = functools.cache(lambda: run(ONE, 20))
 EVERY = [sized(1, *shape, sequence_parallel=sp) for shape in SHAPES for sp in (False, True)]
 EVERY += [sized(2, 1, 2, 2), sized(2, 2, 1, 2, True), sized(8)]
-QUICK_ONES = (sized(2, 1, 2, 2), sized(1, 2, 2, 2, True), sized(1, 1, 1, 8))
+QUICK_ONES = (sized(2, 1, 2, 2), sized(1, 2, 2, 2, True))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -212,9 +213,7 @@ def test_float16_sums_millions_of_targets(monkeypatch):
     assert reference.norm_error(gradient("float16"), gradient("float32")) < 0.05
 
 
-@pytest.mark.parametrize(
-    "blocks", [("dense", "dense"), ("smha", "uome"), ("long_short", "dense")], ids="+".join
-)
+@pytest.mark.parametrize("blocks", [("smha", "uome"), ("long_short", "dense")], ids="+".join)
 def test_gradients_of_biases_are_summed_in_float32(blocks):
     """Over 16,384 tokens: added up in bfloat16 they stood still, and were wrong by up to 0.4 of their norm."""
     tokens = np.random.default_rng(0).integers(0, 64, (128, 128))
@@ -253,6 +252,7 @@ def test_gradients_of_biases_are_summed_in_float32(blocks):
         assert reference.norm_error(found[name], wanted[name]) < 0.02, name
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 ON_MESH = {
     "mla, deepseek_moe as V3": {**CAUSAL["mla, deepseek_moe as V3"], "n_heads": 8, "d_model": 32},
     "moh, skywork_moe": dict(
@@ -262,7 +262,7 @@ ON_MESH = {
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ON_MESH)
+@pytest.mark.parametrize("name", ["mla, deepseek_moe as V3", slow("moh, skywork_moe")])
 def test_every_mesh_gives_the_same_run(name, sequence_parallel):
     changes = dict(model=ON_MESH[name])
     assert_same(run(ONE, 3, **changes), run(sized(1, 2, 2, 2, sequence_parallel), 3, **changes))
@@ -272,9 +272,7 @@ def test_every_mesh_gives_the_same_run(name, sequence_parallel):
 @pytest.mark.parametrize(
     "name",
     [
-        name
-        if name in ("nystromformer", "reformer")
-        else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "reformer" else pytest.param(name, marks=pytest.mark.slow)
         for name in EFFICIENT
     ],
 )

@@ -184,10 +184,8 @@ TRAINED = {
 }
 
 
-SLOW = pytest.param("bounded sequences", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", ["everything random", SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
 def test_training_draws_the_same_on_every_mesh(name):
     """Two steps on one device, on eight, and in two microbatches; what is drawn and bound is so in training only."""
 

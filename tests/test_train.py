@@ -140,7 +140,12 @@ def test_a_finished_run_says_so(finished, source):
 
 
 @pytest.mark.parametrize(
-    "sig,expected", [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGKILL, -9)]
+    "sig,expected",
+    [
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGINT, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_and_resumed_is_bit_for_bit_the_same(finished, source, tmp_path, sig, expected):
     args = (
@@ -161,6 +166,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(finished, source, tmp_path,
     assert_same_run(finished[0], tmp_path / "run", 20)
 
 
+@pytest.mark.slow
 def test_two_sittings_and_accumulation(source, tmp_path):
     """stop_after ends a sitting; 4 microbatches a step; N then M steps are N + M steps bit for bit."""
     args = (
