@@ -717,3 +717,16 @@ def test_a_document_starts_with_the_token_that_models_of_its_kind_start_with(tmp
         == HFTokenizer(content).separator
         == HFTokenizer(content).start
     )
+
+
+def test_a_file_is_opened_once_until_it_or_one_beside_it_changes(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(BPE.to_json())
+    first = load_tokenizer("bpe", str(file))
+    assert load_tokenizer("bpe", str(file)) is first
+    assert load_tokenizer("library", str(file)).fingerprint.startswith("library-")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    again = load_tokenizer("bpe", str(file))
+    assert again is not first and again.fingerprint == first.fingerprint
+    file.write_text(HFTokenizer.train([b"other text"] * 3, 260).to_json())
+    assert load_tokenizer("bpe", str(file)).vocab_size != first.vocab_size

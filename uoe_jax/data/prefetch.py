@@ -5,15 +5,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-
-
-class _Failed(NamedTuple):
-    """Takes the place of the item whose fetch raised."""
-
-    error: BaseException
 
 
 class Prefetcher(Generic[T]):
@@ -32,12 +26,11 @@ class Prefetcher(Generic[T]):
         if depth < 1:
             raise ValueError(f"depth {depth} is below 1")
         self._fetch, self._next, self._stop, self._depth = fetch, start, stop, depth
-        self._ready: deque[T | _Failed] = deque()
+        self._ready: deque[tuple[Any, BaseException | None]] = deque()  # (item, what was raised)
         self._closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(
-            target=self._work, args=(start,), name="uoe-prefetch", daemon=True
-        )
+        name = "uoe-prefetch"
+        self._thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
         self._thread.start()
 
     def get(self, step: int) -> T:
@@ -51,9 +44,9 @@ class Prefetcher(Generic[T]):
             self._changed.wait_for(lambda: self._ready or self._closed)
             if self._closed:
                 raise RuntimeError("the prefetcher is closed")
-            item = self._ready[0]
-            if isinstance(item, _Failed):
-                raise item.error  # and stays at the head
+            item, error = self._ready[0]
+            if error is not None:
+                raise error  # and stays at the head
             self._ready.popleft()
             self._next += 1
             self._changed.notify_all()
@@ -81,16 +74,16 @@ class Prefetcher(Generic[T]):
                 self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
                 if self._closed:
                     return
-            item: T | _Failed
+            item, error = None, None
             try:
                 item = self._fetch(step)
-            except BaseException as error:  # the consumer raises it, SystemExit included
-                item = _Failed(error)
+            except BaseException as raised:  # the consumer raises it, SystemExit included
+                error = raised
             with self._changed:
                 if self._closed:
                     return
-                self._ready.append(item)
+                self._ready.append((item, error))
                 self._changed.notify_all()
-            if isinstance(item, _Failed):
+            if error is not None:
                 return
             del item  # no second reference while waiting

@@ -280,14 +280,11 @@ class RawFiles:
             raise changed(file)
 
     def _remembered(self) -> dict[str, Any]:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # damaged: files are hashed again
             memo = json.loads(self._memo.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            log.warning("%s: damaged (%s); files are hashed again", self._memo, error)
-            return {}
-        return memo if isinstance(memo, dict) else {}
+            if isinstance(memo, dict):
+                return memo
+        return {}
 
     def _remember(self, new: Mapping[str, list[Any] | None]) -> None:
         # What another process writes between reading and writing is hashed once more.

@@ -48,8 +48,7 @@ class LabelledRows:
     def __getitem__(self, i: int) -> Row:
         example = self._read(i)
         if self._model.stem == "image":
-            image = self._image(augment.fitted, i, example)
-            return self._image_row(image, example.label, example.label, 1.0)
+            return _row(self._image(augment.fitted, i, example), self._ones(), example.label)
         return self._token_row(example)
 
     def augmented(self, i: int, seeds: Sequence[int], other: int) -> Row:
@@ -58,13 +57,14 @@ class LabelledRows:
             return self[i]
         c, rng = self._augment, np.random.default_rng(seeds)
         augmented = functools.partial(augment.augmented, c=c, rng=rng)
-        first, share = self._read(i), 1.0
-        image, second = self._image(augmented, i, first), first
+        example = self._read(i)
+        image = self._image(augmented, i, example)
         mix = augment.mixing(c, rng, *self._size)
-        if mix is not None:
-            second, share = self._read(other), mix.share
-            image = augment.mixed(image, self._image(augmented, other, second), mix)
-        return self._image_row(image, first.label, second.label, share)
+        if mix is None:
+            return _row(image, self._ones(), example.label)
+        second = self._read(other)
+        image = augment.mixed(image, self._image(augmented, other, second), mix)
+        return _row(image, self._ones(), example.label, second.label, mix.share)
 
     def n_tokens(self, i: int) -> int:
         """The valid tokens of row i; of a pair, of the longer input."""
@@ -118,9 +118,8 @@ class LabelledRows:
             raise UserError(f"config.data.path: {what}") from error
         return image
 
-    def _image_row(self, image: np.ndarray, label: int, other: int, share: float) -> Row:
-        ones = np.ones(self._model.context_length, np.int32)
-        return {"inputs": image, "segments": ones, **_target(label, other, share)}
+    def _ones(self) -> np.ndarray:
+        return np.ones(self._model.context_length, np.int32)
 
     def _token_row(self, example: Example) -> Row:
         length = self._model.context_length
@@ -136,8 +135,7 @@ class LabelledRows:
             segments_L[: len(ids_T)] = 1
         if len(inputs_IL) == 1:
             inputs_IL, segments_IL = inputs_IL[0], segments_IL[0]
-        target = _target(example.label, example.label, 1.0)
-        return {"inputs": inputs_IL, "segments": segments_IL, **target}
+        return _row(inputs_IL, segments_IL, example.label)
 
     def _ids(self, given: Input) -> np.ndarray:
         if isinstance(given, bytes):
@@ -146,5 +144,9 @@ class LabelledRows:
         return given if given.ndim == 1 else augment.grey_tokens(given)
 
 
-def _target(label: int, other: int, share: float) -> Row:
-    return {"label": np.int32(label), "other": np.int32(other), "share": np.float32(share)}
+def _row(
+    inputs: np.ndarray, segments: np.ndarray, label: int, other: int | None = None, share: float = 1
+) -> Row:
+    other = label if other is None else other
+    target: Row = {"label": np.int32(label), "other": np.int32(other), "share": np.float32(share)}
+    return {"inputs": inputs, "segments": segments, **target}

@@ -56,8 +56,8 @@ def open_wikitext103(path: str, cache_dir: Path) -> Documents:
 
     def documents(split: str) -> Iterator[bytes]:
         if is_archive:
-            return _checked(origin, _from_archive(origin, sha256, names[split]))
-        return _checked(origin, _from_file(files[split], hashes[split], raw))
+            return _articles(origin, _from_archive(origin, sha256, names[split]))
+        return _articles(origin, _from_file(files[split], hashes[split], raw))
 
     n_bytes = {split: sizes[name] for split, name in names.items()}
     facts = {"directory": str(origin.resolve()), "sha256": sha256, "n_bytes": n_bytes}
@@ -85,28 +85,17 @@ def _from_file(file: Path, sha256: str, raw: RawFiles) -> Iterator[bytes]:
         yield from (line for _, line in lines(reader, file))
 
 
-def _checked(origin: Path, text: Iterable[bytes]) -> Iterator[bytes]:
-    """The articles of a file's lines."""
-    n_articles = 0
-    for n_articles, article in enumerate(articles(text), 1):
-        if n_articles == 1 and article.startswith(codecs.BOM_UTF8):
-            raise _broken(origin, "changed, with a byte-order mark at the head of a file")
-        yield article
-    if not n_articles:
-        raise _broken(origin, "without a line ' = Title = ' in one of its files")
-
-
-def articles(text: Iterable[bytes]) -> Iterator[bytes]:
+def _articles(origin: Path, text: Iterable[bytes]) -> Iterator[bytes]:
     """Cuts lines into articles at each title but the first; what precedes that belongs to it.
 
     A title is a line ` = Title = ` (sections have `= =`) between two blank lines: the training text
     has hundreds of lines of that form, from tables and formulas, in the middle of a paragraph.
-    Without a title there is no article.
     """
     article: list[bytes] = []
-    titled = False
-    blank_before = True
+    titled, blank_before = False, True
     for line, after in itertools.pairwise(itertools.chain(text, [b""])):
+        if not article and not titled and line.startswith(codecs.BOM_UTF8):
+            raise _broken(origin, "changed, with a byte-order mark at the head of a file")
         bare = line.strip()
         is_title = bare.startswith(b"= ") and bare.endswith(b" =") and len(bare) > 4
         if is_title and bare[2:4] != b"= " and blank_before and not after.strip():
@@ -116,8 +105,9 @@ def articles(text: Iterable[bytes]) -> Iterator[bytes]:
             titled = True
         article.append(line)
         blank_before = not bare
-    if titled:
-        yield b"".join(article)
+    if not titled:
+        raise _broken(origin, "without a line ' = Title = ' in one of its files")
+    yield b"".join(article)
 
 
 def _locate(path: str) -> Path:

@@ -83,7 +83,14 @@ def find_ends(
       UserError: a given token is not in the vocabulary, or the post-processor prepends several.
       UnknownEnds: nothing says what ends a document.
     """
-    return _Search(content, files).ends(separator, start)
+    search = _Search(content, files)
+    for key, name in (("separator", separator), ("start", start)):
+        if name and name not in search.tokens:
+            remedy = f"which data.{key} names; give the text of a token it has"
+            raise UserError(f"has no token {name!r}, {remedy}")
+    stated = search.stated("eos") or next(iter(search.appended), None)
+    last = separator or stated or find_ends_by_name(content).separator
+    return Ends(last, start or search.start(last, stated is not None), tuple(search.notes))
 
 
 class _Search:
@@ -95,21 +102,13 @@ class _Search:
         self.by_id |= {token["id"]: token["content"] for token in added}
         self.tokens = set(self.by_id.values())
         self.prepended, self.appended = template(content.get("post_processor"))
+        self.model_type = self.files["config.json"].get("model_type")
+        self.settings = self.files["tokenizer_config.json"]
         self.notes: list[str] = []
-
-    def ends(self, separator: str, start: str) -> Ends:
-        for key, name in (("separator", separator), ("start", start)):
-            if name and name not in self.tokens:
-                remedy = f"which data.{key} names; give the text of a token it has"
-                raise UserError(f"has no token {name!r}, {remedy}")
-        stated = self.stated("eos") or next(iter(self.appended), None)
-        last = separator or stated or find_ends_by_name(self.content).separator
-        return Ends(last, start or self.start(last, stated is not None), tuple(self.notes))
 
     def start(self, separator: str, end_is_stated: bool) -> str:
         """end_is_stated: some file names the end; then the start is not guessed by name either."""
-        tokenizer, model_type = self.files["tokenizer_config.json"], self.model_type
-        adds, by_class = tokenizer.get("add_bos_token"), self._class_adds_bos()
+        adds, by_class = self.settings.get("add_bos_token"), self._class_adds_bos()
         if adds is True or (by_class and adds is not False):
             order = ("tokenizer_config.json", *FILES)
             return self.stated("bos", order) or (self.prepended or [separator])[0]
@@ -121,23 +120,18 @@ class _Search:
             raise UserError(f"{puts}, {remedy}")
         if self.prepended:
             return self.prepended[0]
-        if tokenizer:
+        if self.settings:
             return separator  # transformers prepends nothing
         found = self.stated("bos")
-        if found or end_is_stated or model_type:
+        if found or end_is_stated or self.model_type:
             return found or separator
         names = special(self.content)
         return next((name for name in STARTS if name in names), separator)
 
-    @property
-    def model_type(self) -> Any:
-        return self.files["config.json"].get("model_type")
-
     def _class_adds_bos(self) -> bool:
         """Whether the tokenizer's class prepends the start by itself."""
-        tokenizer = self.files["tokenizer_config.json"]
-        name = tokenizer.get("tokenizer_class")
-        if tokenizer and name is None:  # then the class follows from the model's
+        name = self.settings.get("tokenizer_class")
+        if self.settings and name is None:  # then the class follows from the model's
             return self.model_type in ("llama", "mistral")
         return str(name).removesuffix("Fast") in _ADD_BOS_CLASSES
 
@@ -164,8 +158,8 @@ class _Search:
         looks_special = token is not None and re.fullmatch(r"[<\[](?!0x).+[>\]]", token)
         if token in self.added or looks_special:
             return token
-        has = f"{file} has {key}={value!r}"
-        self.notes.append(f"{has}, which is no special token of tokenizer.json; it is not used")
+        unused = "which is no special token of tokenizer.json; it is not used"
+        self.notes.append(f"{file} has {key}={value!r}, {unused}")
         return None
 
 

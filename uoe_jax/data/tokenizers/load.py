@@ -21,7 +21,7 @@ from uoe_jax.runtime_env import expanded
 from uoe_jax.workdir import read_json, write_text
 
 _KEY = "config.data.tokenizer_file"
-_TRAIN = "make one with uoe tokenizer train --config=… --vocab=4096 --out=tokenizer.json"
+_OTHER = "or make one with uoe tokenizer train --config=… --vocab=4096 --out=tokenizer.json"
 
 
 def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -> Tokenizer | None:
@@ -35,8 +35,8 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
     """
     if kind in FROM_FILE:
         if not file:
-            remedy = f"tokenizers 'bpe' and 'library' take a file; give one, or {_TRAIN}"
-            raise ConfigError(_KEY, file, remedy)
+            remedy = "tokenizers 'bpe' and 'library' take a file; give one"
+            raise ConfigError(_KEY, file, f"{remedy}, {_OTHER}")
         path = epath.Path(expanded(file, _KEY))
         versions = tuple(_version(path.parent / name) for name in (path.name, *FILES))
         # A file on this machine is read again only where it has changed. Others have no inode.
@@ -65,7 +65,7 @@ def _opened(
         text = file.read_bytes().decode("utf-8-sig")
     except Exception as error:  # the clients of gs:// raise exceptions of a dozen kinds
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        remedy = f"cannot be read ({reason}); give another file, or {_TRAIN}"
+        remedy = f"cannot be read ({reason}); give another file, {_OTHER}"
         raise ConfigError(_KEY, shown, remedy) from error
     try:
         content = json_object(text)
@@ -78,7 +78,7 @@ def _opened(
         )
         return HFTokenizer(content, kind, ends)
     except UserError as error:
-        raise ConfigError(_KEY, shown, f"{error}; give another file, or {_TRAIN}") from error
+        raise ConfigError(_KEY, shown, f"{error}; give another file, {_OTHER}") from error
 
 
 def files_beside(directory: Any) -> dict[str, dict[str, Any]]:
