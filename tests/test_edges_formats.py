@@ -1,4 +1,4 @@
-"""Files of people: formats by content or name, byte-order marks, locales, files passed over."""
+"""Users' files: formats by content or name, byte-order marks, locales, skipped files."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def documents(path, cache) -> list[bytes]:
         ("a.md", b"\n" * 5000 + LINES),
     ],
 )
-def test_json_lines_are_told_by_name_in_any_case_or_by_content(name, data, tmp_path):
+def test_json_lines_are_recognised_by_name_in_any_case_or_by_content(name, data, tmp_path):
     (tmp_path / name).write_bytes(data)
     assert documents(tmp_path / name, tmp_path / "cache") == DOCUMENTS
 
@@ -205,12 +205,12 @@ def test_documents_keys_and_records_are_those_they_were(tmp_path):
     assert text.open_text(str(tmp_path), tmp_path / "cache").key == before.key
 
 
-# ---- files that are passed over ----
+# ---- skipped files ----
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A directory as people upload it: three files are read, two are not, one is hidden."""
+    """A directory as users upload it: three files are read, two are not, one is hidden."""
     place = tmp_path / "up"
     place.mkdir()
     for i, name in enumerate(("a.jsonl", "b.JSONL", "c.jsonl.GZ")):
@@ -229,7 +229,7 @@ def said_of(place) -> str:
     )
 
 
-def test_files_that_are_passed_over_are_named_once_by_every_command(mixed, tmp_path, capsys):
+def test_skipped_files_are_named_once_by_every_command(mixed, tmp_path, capsys):
     from uoe_jax.infer.evaluation import targets_per_word
 
     config = small(source="text", path=str(mixed), held_out=10)
@@ -273,7 +273,7 @@ def small(**data):
     return from_dict({"model": model, "data": data})
 
 
-def test_files_that_are_passed_over_are_named_by_process_0_alone(
+def test_skipped_files_are_named_by_process_0_alone(
     mixed, tmp_path, capsys, monkeypatch
 ):
     for me, said in (("", said_of(mixed)), ("0", said_of(mixed)), ("1", "")):
@@ -311,7 +311,7 @@ def test_files_that_are_passed_over_are_named_by_process_0_alone(
         ("p.txt", b'[1, 2]\n3\n"a"\n{ x\n', {1: "[1, 2]", 2: "3", 3: '"a"', 4: "{ x"}),
     ],
 )
-def test_prompts_are_told_by_name_in_any_case_or_by_content(name, data, prompts, tmp_path):
+def test_prompts_are_recognised_by_name_in_any_case_or_by_content(name, data, prompts, tmp_path):
     (tmp_path / name).write_bytes(data)
     assert read_prompts(str(tmp_path / name)) == prompts
 
@@ -400,8 +400,8 @@ def test_byte_order_marks_are_no_part_of_sources_of_python(tmp_path):
 # ---- locales ----
 
 
-def test_text_is_read_and_written_in_an_encoding_that_is_said():
-    """Else a locale such as en_US.ISO-8859-1 makes other text of people's files, silently."""
+def test_text_is_read_and_written_in_a_stated_encoding():
+    """Else a locale such as en_US.ISO-8859-1 silently makes other text of users' files."""
     for file in sorted((ROOT / "uoe_jax").rglob("*.py")):
         calls = (
             node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Call)

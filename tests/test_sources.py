@@ -398,7 +398,7 @@ def test_text_that_cannot_be_used_is_answered_with_its_place(tmp_path):
         text.open_text("", tmp_path)
 
 
-def test_a_directory_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_read_is_not_skipped(tmp_path, monkeypatch):
     write(tmp_path, {"a.txt": b"a", "closed/b.txt": b"b"})
     real = os.scandir
 

@@ -45,6 +45,8 @@ class HFTokenizer(Tokenizer):
       ends: the tokens that end and begin a document.
     """
 
+    _bytes: list[bytes] | None = None  # of each token, by id, of kind "bpe"
+
     def __init__(
         self, content: Mapping[str, Any], kind: str = "bpe", ends: EndsOf | None = None
     ) -> None:
@@ -75,7 +77,6 @@ class HFTokenizer(Tokenizer):
         elif self.content["model"].get("dropout"):
             raise UserError("gives a text other tokens every time (model.dropout); put null there")
         else:
-            self._bytes = None
             known = self._library.get_vocab(with_added_tokens=True)
             self.vocab_size = max(known.values()) + 1
             self._unknown = _unknown_id(self.content["model"], known)
@@ -84,8 +85,6 @@ class HFTokenizer(Tokenizer):
         if not self._ends_are(find_ends_by_name):
             digest += f"-{self.separator}-{self.start}"
         self.fingerprint = f"{kind}-{self.vocab_size}-{digest}"
-
-    _bytes: list[bytes] | None  # by id, where exact
 
     @classmethod
     def train(cls, documents: Iterable[bytes], vocab_size: int) -> HFTokenizer:
