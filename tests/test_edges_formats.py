@@ -273,9 +273,7 @@ def small(**data):
     return from_dict({"model": model, "data": data})
 
 
-def test_skipped_files_are_named_by_process_0_alone(
-    mixed, tmp_path, capsys, monkeypatch
-):
+def test_skipped_files_are_named_by_process_0_alone(mixed, tmp_path, capsys, monkeypatch):
     for me, said in (("", said_of(mixed)), ("0", said_of(mixed)), ("1", "")):
         monkeypatch.setenv("UOE_PROCESS_ID", me)
         text.open_text(str(mixed), tmp_path / "cache")

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+from PIL.Image import Resampling, Transform
 
 from uoe_jax.config.data import AugmentConfig
 
 if TYPE_CHECKING:
     import jax
-    from PIL.Image import Image
 
 MARGIN = 0.875  # of the short side that evaluation keeps where it resizes: 224 of 256
 ASPECTS = (3 / 4, 4 / 3)  # of random crops, width by height
@@ -205,21 +206,17 @@ def _resized_crop(
 
 def _resized(image: np.ndarray, box: tuple[float, ...], height: int, width: int) -> np.ndarray:
     """box: top, left, height, width."""
-    from PIL.Image import Resampling
-
     top, left, h, w = box
     corners = (left, top, left + w, top + h)
     resized = _to_pillow(image).resize((width, height), Resampling.BILINEAR, corners)
     return _to_array(resized, image.shape[-1])
 
 
-def _to_pillow(image: np.ndarray) -> Image:
-    from PIL import Image
-
+def _to_pillow(image: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
-def _to_array(image: Image, channels: int) -> np.ndarray:
+def _to_array(image: Image.Image, channels: int) -> np.ndarray:
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
@@ -237,59 +234,40 @@ def _rand_augmented(
     return _to_array(pillow, channels)
 
 
-_Op = Callable[["Image", float, int], "Image"]  # of an image, strength from 0 to 1, and its sign
-
-
-def _fill(image: Image) -> int | tuple[int, ...]:
+def _fill(image: Image.Image) -> int | tuple[int, ...]:
     return EMPTY if image.mode == "L" else (EMPTY,) * 3
 
 
-def _moved(image: Image, *coefficients: float) -> Image:
+def _moved(image: Image.Image, *coefficients: float) -> Image.Image:
     """The pixel at (x, y) is the nearest one to (a x + b y + c, d x + e y + f)."""
-    from PIL.Image import Resampling, Transform
-
     size, how = image.size, Transform.AFFINE
     return image.transform(size, how, coefficients, Resampling.NEAREST, fillcolor=_fill(image))
 
 
-def _rotated(image: Image, m: float, sign: int) -> Image:
-    return image.rotate(30 * m * sign, fillcolor=_fill(image))
+_Op = Callable[[Image.Image, float, int], Image.Image]
 
 
-def _enhanced(name: str) -> _Op:
-    def enhance(image: Image, m: float, sign: int) -> Image:
-        from PIL import ImageEnhance
-
-        return getattr(ImageEnhance, name)(image).enhance(1 + 0.9 * m * sign)
-
-    return enhance
+def _enhanced(kind: Callable[[Image.Image], Any]) -> _Op:
+    return lambda im, m, sign: kind(im).enhance(1 + 0.9 * m * sign)
 
 
-def _by_values(name: str, *arguments: Callable[[float], Any]) -> _Op:
-    def apply(image: Image, m: float, sign: int) -> Image:
-        from PIL import ImageOps
-
-        return getattr(ImageOps, name)(image, *(argument(m) for argument in arguments))
-
-    return apply
-
-
-# The operations of the RandAugment paper (arXiv:1909.13719). Their order is part of the draw.
-# Ranges as in torchvision, except that strength 0 changes nothing: the threshold 256 solarises no
-# pixel. Strength 30 shears by 0.3, rotates by 30 degrees, keeps four bits.
+# The operations of the RandAugment paper (arXiv:1909.13719): of an image, a strength from 0 to 1
+# and its sign. Their order is part of the draw. Ranges as in torchvision, except that strength 0
+# changes nothing: the threshold 256 solarises no pixel. Strength 30 shears by 0.3, rotates by 30
+# degrees, keeps four bits.
 RAND_OPS: dict[str, _Op] = {
-    "identity": lambda image, m, sign: image,
-    "autocontrast": _by_values("autocontrast"),
-    "equalize": _by_values("equalize"),
-    "rotate": _rotated,
-    "solarize": _by_values("solarize", lambda m: round(256 * (1 - m))),
-    "color": _enhanced("Color"),
-    "posterize": _by_values("posterize", lambda m: 8 - round(4 * m)),
-    "contrast": _enhanced("Contrast"),
-    "brightness": _enhanced("Brightness"),
-    "sharpness": _enhanced("Sharpness"),
-    "shear_x": lambda image, m, sign: _moved(image, 1, 0.3 * m * sign, 0, 0, 1, 0),
-    "shear_y": lambda image, m, sign: _moved(image, 1, 0, 0, 0.3 * m * sign, 1, 0),
+    "identity": lambda im, m, sign: im,
+    "autocontrast": lambda im, m, sign: ImageOps.autocontrast(im),
+    "equalize": lambda im, m, sign: ImageOps.equalize(im),
+    "rotate": lambda im, m, sign: im.rotate(30 * m * sign, fillcolor=_fill(im)),
+    "solarize": lambda im, m, sign: ImageOps.solarize(im, round(256 * (1 - m))),
+    "color": _enhanced(ImageEnhance.Color),
+    "posterize": lambda im, m, sign: ImageOps.posterize(im, 8 - round(4 * m)),
+    "contrast": _enhanced(ImageEnhance.Contrast),
+    "brightness": _enhanced(ImageEnhance.Brightness),
+    "sharpness": _enhanced(ImageEnhance.Sharpness),
+    "shear_x": lambda im, m, sign: _moved(im, 1, 0.3 * m * sign, 0, 0, 1, 0),
+    "shear_y": lambda im, m, sign: _moved(im, 1, 0, 0, 0.3 * m * sign, 1, 0),
     "translate_x": lambda im, m, sign: _moved(im, 1, 0, TRANSLATED * m * sign * im.width, 0, 1, 0),
     "translate_y": lambda im, m, sign: _moved(im, 1, 0, 0, 0, 1, TRANSLATED * m * sign * im.height),
 }

@@ -217,20 +217,14 @@ def _head(pattern: str) -> tuple[str, str]:
 def _walk(root: str) -> Iterator[str]:
     """The files below, also behind links, but hidden ones. Raises UserError where unreadable."""
     seen = {os.path.realpath(root)}
-
-    def is_new(folder: str) -> bool:
-        real = os.path.realpath(folder)
-        if real in seen:
-            return False
-        seen.add(real)
-        return True
-
-    def refused(error: OSError) -> None:
-        refuse(str(error.filename), error)
-
+    refused = lambda error: refuse(str(error.filename), error)  # noqa: E731
     for folder, folders, leaves in os.walk(root, onerror=refused, followlinks=True):
-        visible = (name for name in sorted(folders) if not name.startswith("."))
-        folders[:] = [name for name in visible if is_new(os.path.join(folder, name))]
+        found: dict[str, str] = {}
+        for name in sorted(folders):
+            if not name.startswith("."):
+                found.setdefault(os.path.realpath(os.path.join(folder, name)), name)
+        folders[:] = [name for real, name in found.items() if real not in seen]
+        seen |= found.keys()
         for leaf in ticking(leaves):
             if not leaf.startswith("."):
                 yield os.path.join(folder, leaf)
