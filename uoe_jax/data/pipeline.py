@@ -189,11 +189,6 @@ class TrainBatches:
         # grain orders indices only: it would measure each row that it fetched.
         self._order = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat(None)
 
-    def row_indices(self, step: int) -> list[int]:
-        """The rows of the split that this process reads at this step."""
-        entries = self._entries(step)
-        return [int(self._order[entries[r]]) for r in self._local_rows]
-
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
             raise IndexError(f"step {step}")

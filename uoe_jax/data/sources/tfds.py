@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -90,12 +90,11 @@ def open_named(source: str, path: str) -> LabelledSource:
         raise dataset.damaged(few)
     held = np.arange(n - n_held, n) if spec.last else np.sort(hash_order(spec.name, n, n_held))
     kept = np.setdiff1d(np.arange(n), held, assume_unique=True)
-    splits = {"train": (train, kept), "validation": (train, held), "test": (test, None)}
+    every = np.arange(len(test))
+    splits = {"train": (train, kept), "validation": (train, held), "test": (test, every)}
 
     def examples(split: str) -> Indexed:
         records, at = splits[split]
-        if at is None:
-            return Indexed(len(records), lambda i: _example(records, i, spec))
         return Indexed(len(at), lambda i: _example(records, int(at[i]), spec))
 
     facts = {
@@ -138,8 +137,11 @@ def open_tfds_text(name: str, path: str) -> Documents:
 
     def documents(split: str) -> Iterator[bytes]:
         of_split = records["train" if split in held else split]
-        excluded = np.sort(order) if split == "train" else np.zeros(0, np.int64)
-        chunks = _chunks(held[split]) if split in held else _all_but(excluded, len(of_split))
+        chunks: Iterable[np.ndarray]
+        if split in held:
+            chunks = np.split(held[split], range(CHUNK, len(held[split]), CHUNK))
+        else:
+            chunks = _all_but(np.sort(order) if split == "train" else order[:0], len(of_split))
         for at in chunks:
             for i, record in ticking(zip(at.tolist(), of_split.many(at))):
                 yield _text(of_split, i, record[feature], feature)
@@ -158,10 +160,6 @@ def open_tfds_text(name: str, path: str) -> Documents:
     }
     key = f"tfds-{hashlib.sha256(content.encode()).hexdigest()[:24]}"
     return Documents(key, documents, facts)
-
-
-def _chunks(indices: np.ndarray) -> Iterator[np.ndarray]:
-    yield from (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))
 
 
 def _all_but(excluded: np.ndarray, n: int) -> Iterator[np.ndarray]:
