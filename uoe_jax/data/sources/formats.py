@@ -81,10 +81,12 @@ def look(file: Path) -> Format:
         bom = head.startswith(BOM)
         reader.seek(len(BOM) if bom else 0)
         start = head.removeprefix(BOM).lstrip()[:1]
+        bare = name.removesuffix(".gz")
+        if start == b"[" and bare.endswith(".json"):
+            _refuse_array(file)
         # Lines are only read where they may be JSON: a file may be one line of any length.
-        by_content = not start or start in b"{["
-        by_name = name.removesuffix(".gz").endswith(JSON_LINES)
-        json_lines = by_name or by_content and _are_json_lines(reader, file)
+        may_be_json = not start or start in b"{["
+        json_lines = bare.endswith(JSON_LINES) or may_be_json and _are_json_lines(reader, file)
     return Format(packed, json_lines, bom)
 
 
@@ -122,8 +124,8 @@ def _are_json_lines(reader: Reader, file: Path) -> bool:
     """Whether the lines are JSON objects with a text. Raises ConfigError for ones without."""
     line = _next_line(reader)
     first = json_of(line)
-    if line.lstrip().startswith(b"["):
-        _refuse_array(line, file)
+    if line.lstrip().startswith(b"[") and _begins_with_text(line):
+        _refuse_array(file)
     if not isinstance(first, dict):
         return False
     line = _next_line(reader)
@@ -148,16 +150,15 @@ def _next_line(reader: Reader) -> bytes:
     return b""
 
 
-def _refuse_array(line: bytes, file: Path) -> None:
-    """Refuses an array of objects with texts on one line; JSON spread over lines is text."""
+def _begins_with_text(line: bytes) -> bool:
+    """Whether an array on one line begins with an object with a text; over several, it is text."""
     try:
         first, _ = json.JSONDecoder().raw_decode(line.decode().lstrip()[1:].lstrip())
     except (ValueError, RecursionError):
-        return
-    if isinstance(first, dict) and isinstance(first.get("text"), str):
-        refuse_array(str(file))
+        return False
+    return isinstance(first, dict) and isinstance(first.get("text"), str)
 
 
-def refuse_array(where: str) -> NoReturn:
+def _refuse_array(file: Path) -> NoReturn:
     remedy = "write its objects one a line (jq -c '.[]' does), or take the file out of data.path."
-    raise ConfigError("data.path", where, f"is one JSON array: {remedy}")
+    raise ConfigError("data.path", str(file), f"is one JSON array: {remedy}")

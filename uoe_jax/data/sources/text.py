@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from uoe_jax.data.prepared import RawFiles, Reader, lines, refuse
-from uoe_jax.data.sources.formats import BOM, Format, keys_of, look, refuse_array
+from uoe_jax.data.sources.formats import BOM, Format, keys_of, look
 from uoe_jax.distributed import coordination
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError
@@ -276,14 +276,10 @@ def _cut(data: bytes) -> int:
 
 
 def _from_json_lines(reader: Reader, file: Path) -> Iterator[bytes]:
-    may_be_array = file.name.lower().removesuffix(".gz").endswith(".json")
     for number, line in lines(reader, file):
         if line.isspace():
             continue
         where = f"{file}, line {number}"
-        if may_be_array and line.lstrip().startswith(b"["):
-            refuse_array(str(file))
-        may_be_array = False
         try:
             found = json.loads(line.decode())
         except UnicodeDecodeError as error:
