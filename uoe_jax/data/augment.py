@@ -60,11 +60,7 @@ def augmented(
       image: uint8 [any height, any width, 1 or 3].
       resize: see `fitted`.
 
-    Returns:
-      uint8 [height,width,channels].
-
-    Raises:
-      ValueError: the image cannot be used.
+    Returns uint8 [height,width,channels]. Raises ValueError for an image that cannot be used.
     """
     _check(image)
     if c.crop_area < 1:
@@ -88,11 +84,8 @@ def fitted(image: np.ndarray, height: int, width: int, *, resize: bool = False) 
       resize: of another size, the centre is cut out, 7/8 of the tighter pair of sides, and resized
         (as for ImageNet); else it is refused.
 
-    Returns:
-      uint8 [height,width,channels]: the same pixels where the size is right.
-
-    Raises:
-      ValueError: another size without `resize`, or no image.
+    Returns uint8 [height,width,channels], the same pixels where the size is right. Raises
+    ValueError for another size without `resize`, and for what is no image.
     """
     _check(image)
     h, w, _ = image.shape
@@ -184,11 +177,10 @@ def _padded_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> n
 def _resized_crop(
     image: np.ndarray, area: float, rng: np.random.Generator, height: int, width: int
 ) -> np.ndarray:
-    """Inception's crop.
+    """Inception's crop: up to ten times draws a share of the area and the logarithm of an aspect.
 
-    Up to ten times draws a share of the area and the logarithm of an aspect; the first that fits
-    draws its top and left edge. Where none fits, the largest centre crop of an allowed aspect is
-    taken.
+    The first that fits draws its top and left edge. If none fits, the largest centre crop of an
+    allowed aspect is taken.
     """
     h, w, _ = image.shape
     low, high = ASPECTS

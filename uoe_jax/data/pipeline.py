@@ -84,11 +84,8 @@ class DataBundle:
 def load(config: Config, cache_dir: Path, tokenizer: Tokenizer | None = None) -> DataBundle:
     """Prepares, tokenises and packs all splits, or finds them in the cache.
 
-    Args:
-      tokenizer: the one stored with the run; None: the one of the configuration.
-
-    Raises:
-      UserError: the source cannot be read, a split has no rows, or the data do not fit the model.
+    tokenizer: the one stored with the run; None: the one of the configuration. Raises UserError
+    where the source cannot be read, a split has no rows, or the data do not fit the model.
     """
     check_source(config)
     is_text = SOURCES[config.data.source].facts is None

@@ -1,12 +1,9 @@
 """What sources on disk share: datasets that are prepared once, and raw files that are hashed once.
 
-A prepared dataset has TensorFlow Datasets' format (array_record). Its name is the hash of what it
-was made from, so it is complete and right, or absent. Writing and reading it take no TensorFlow;
-tfds itself (0.4 s to import) is imported only where there is something to write or read.
-
-tfds's `SequentialWriter` writes: a `GeneratorBasedBuilder` would first collect a whole split, up to
-1 GB in memory and beyond that through TensorFlow. The order is ours, so no release of tfds can
-change what a seed means.
+A prepared dataset has TensorFlow Datasets' format (array_record), and the hash of its content in
+its name: it is complete and right, or absent. No TensorFlow is needed, and tfds (0.4 s to import)
+only to write or read. `SequentialWriter` writes, in our order: a `GeneratorBasedBuilder` would
+first collect a whole split, beyond 1 GB through TensorFlow.
 """
 
 from __future__ import annotations
@@ -117,8 +114,7 @@ def dataset_directory(
       fields: of every record, in this order: `bytes` or `int`.
       splits: called once each, only where the dataset must be written; no split may be empty.
 
-    Raises:
-      RunError: see `new_directory`.
+    Raises RunError as `new_directory`.
     """
     home = Path(cache_dir) / "sources" / key
     if not home.is_dir():
@@ -138,10 +134,7 @@ def new_directory(
     """A directory to fill, which becomes `home` at the end, unless another process was first.
 
     Any number of processes may do this at once, with equal results. `home` is complete or absent,
-    also after a kill.
-
-    Raises:
-      RunError: one of `errors`: the cache cannot be written; `what` says what for.
+    also after a kill. Raises RunError, which says `what` for, where one of `errors` came up.
     """
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -231,11 +224,7 @@ class RawFiles:
         self._memo = Path(cache_dir) / "hashes.json"
 
     def sha256(self, files: Sequence[Path]) -> list[str]:
-        """The hash of each file, in hexadecimal.
-
-        Raises:
-          UserError: a file cannot be read, or changes meanwhile.
-        """
+        """Of each file, in hexadecimal. Raises UserError for one that is unreadable or changes."""
         memo = self._remembered()
         new: dict[str, list[Any]] = {}
         hashes = []
@@ -265,8 +254,7 @@ class RawFiles:
     def open(self, file: Path, sha256: str) -> Iterator[BinaryIO]:
         """The file, to be read once from its beginning on.
 
-        Raises:
-          UserError: it cannot be read or decompressed or, at the end, is not what was hashed.
+        Raises UserError where it is unreadable and, at the end, where it is not what was hashed.
         """
         digest = hashlib.sha256()
         with readable(file):

@@ -165,8 +165,7 @@ def open_or_build(
       documents: called only where the store must be built.
       key: names the source's content; with the tokenizer's fingerprint it names the store.
 
-    Raises:
-      RunError: see `new_directory`; also where what was written does not read back.
+    Raises RunError as `new_directory`, and where what was written does not read back.
     """
     kind = "-sized" if tokenizer.bytes_per_token is None else ""  # with bytes.npy
     home = Path(cache_dir) / "tokens" / f"{key}-{tokenizer.fingerprint}{kind}-{split}"

@@ -38,12 +38,8 @@ def open_aan(path: str, cache_dir: Path) -> LabelledSource:
     """Prepares the pairs once, from the directory `path` or the release unpacked below it.
 
     Inputs are (text1, text2) as bytes, in the order of the files; labels are 0 or 1. The release
-    has 147,086, 18,090 and 17,437 pairs. An empty path is the directory in which tfds expects
-    manual downloads.
-
-    Raises:
-      ConfigError: a file is missing, or a line is no pair (with file and line).
-      UserError: a file cannot be read.
+    has 147,086, 18,090 and 17,437 pairs. Raises UserError where a file is missing or unreadable, or
+    a line is no pair (with file and line).
     """
     origin = _locate(path)
     files = {split: origin / name for split, name in FILES.items()}

@@ -62,9 +62,7 @@ class Format(NamedTuple):
 def look(file: Path) -> Format:
     """How the documents of a file of text are read.
 
-    Raises:
-      ConfigError: it is in another format, or is JSON lines without the key "text".
-      UserError: it cannot be read or decompressed.
+    Raises UserError where it is unreadable, of another format, or JSON without the key "text".
     """
     name = file.name.lower()
     with readable(file), open(file, "rb") as opened, contextlib.ExitStack() as stack:

@@ -58,8 +58,7 @@ class _Level(NamedTuple):
 def open_listops(c: ListopsConfig) -> LabelledSource:
     """Inputs uint8 ids [T] of `SYMBOLS`, labels 0 … 9; by default about 1 ms an example.
 
-    Raises:
-      ConfigError: the grammar never, or too rarely, keeps the limits of length.
+    Raises ConfigError where the grammar never, or too rarely, keeps the limits of length.
     """
     low, high = c.min_length, c.max_length
     if high > LONGEST:
@@ -113,9 +112,9 @@ def to_text(ids: ArrayLike) -> str:
 def share_within_limits(c: ListopsConfig) -> float:
     """The probability that an expression that is no mere digit keeps the limits, to about 1e-8.
 
-    The generating function of the length, f(z) = sum of P(n tokens) z^n, goes from depth to depth
-    in closed form. Its coefficients are read off a circle of n points by FFT; the radius r < 1
-    weighs what wraps around the circle by r^n = 1e-8.
+    The generating function of the length, f(z) = sum of P(n tokens) z^n, has a closed form from
+    depth to depth. Its coefficients come by FFT of n points on a circle of radius r < 1, which
+    weighs what wraps around by r^n = 1e-8.
     """
     if c.max_depth < 2:
         return 0.0  # LRA's root is at depth 1, and at max_depth there are only digits

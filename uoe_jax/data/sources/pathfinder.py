@@ -46,16 +46,13 @@ def open_pathfinder(path: str, c: PathfinderConfig) -> LabelledSource:
 def read_pathfinder(path: str) -> LabelledSource:
     """The images of LRA's archive. At the start only file sizes are read.
 
-    As in LRA, examples are numbered in the order of the metadata; the first 80 % are for training,
-    10 % each for validation and test, and then images of 0 bytes are dropped
-    (lra_benchmarks/image/input_pipeline.py). LRA's order is a shuffle of TensorFlow Datasets; ours
-    is metadata/0.npy, 1.npy, … line by line. Labels are drawn independently for each image, so
-    neither order matters. The record's sha256 is over the metadata and the sizes of the image
-    files, not over the images.
+    As in LRA, the first 80 % are for training, 10 % each for validation and test, and then images
+    of 0 bytes are dropped (lra_benchmarks/image/input_pipeline.py). LRA's order is a shuffle of
+    TensorFlow Datasets; ours is metadata/0.npy, 1.npy, … line by line. Labels are independent, so
+    order does not matter. The record's sha256 is over metadata and file sizes only.
 
-    Raises:
-      UserError: there is no archive, its metadata cannot be read, or an image is missing; later,
-        an image is damaged or of another size.
+    Raises UserError without an archive, for unreadable metadata or a missing image; later, for an
+    image that is damaged or of another size.
     """
     root = _find(Path(expanded(path, "config.data.path")), path)
     content = hashlib.sha256()
@@ -179,14 +176,10 @@ def draw_pathfinder(c: PathfinderConfig) -> LabelledSource:
     """Pathfinder images drawn from (seed, split, index).
 
     Two long paths of `length` dashes begin near each other. One dot marks the beginning of one of
-    them, another the end of the same (label 1) or of the other (label 0). A picture is drawn
-    without regard to its label and kept only where both ends are about as far from the marked
-    beginning: neither brightness nor the dots' distance tells the label. Up to `distractors` short
-    paths of a third of the dashes are added where there is room. Labels alternate, so that any
-    even number of examples is balanced.
-
-    Raises:
-      ConfigError: paths of this length find no room in images of this size.
+    them, another the end of the same (label 1) or of the other (label 0). Both ends are about as
+    far from the marked beginning: neither brightness nor the dots' distance tells the label. Up to
+    `distractors` short paths of a third of the dashes are added where there is room. Labels
+    alternate. Raises ConfigError where such paths find no room in images of this size.
     """
     rngs = [np.random.default_rng([c.seed, len(SPLITS), i]) for i in range(TRIALS)]
     found = [len(_draw_scene(c, rng, TRIAL_TRIES).short) for rng in rngs]

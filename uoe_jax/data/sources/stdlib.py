@@ -59,12 +59,8 @@ class SourceFile:
 def open_stdlib(path: str, cache_dir: Path) -> Documents:
     """Prepares the .py files under `path` (empty: this interpreter's standard library) once.
 
-    The result is keyed by content: an edited source is prepared anew. The record has the version of
-    the interpreter where its own library was read.
-
-    Raises:
-      UserError: `path` is no readable directory, has too few .py files for three splits, or, as
-        documents are read, the prepared files are damaged.
+    The result is keyed by content: an edited source is prepared anew. Raises UserError where `path`
+    is no readable directory or has too few .py files for three splits.
     """
     root = Path(expanded(path, "config.data.path")) if path else Path(sysconfig.get_path("stdlib"))
     files = scan(root, path)

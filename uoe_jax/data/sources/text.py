@@ -48,15 +48,12 @@ class TextFile:
 class TextFiles:
     """The documents of some files, a `TextSource`.
 
-    A line of a JSON-lines file is a document: its field "text", of any length; empty lines and
-    texts are skipped. Any other file is text: one document, or several of at most 64 KiB, cut at
-    the ends of lines (inside a longer line, between two characters), which put together are the
-    file. A byte-order mark at the head of a file is no part of it. `formats.look` says which file
-    is gzipped and which is JSON lines.
+    A line of JSON lines is a document: its field "text", of any length; empty ones are skipped. Any
+    other file is text: one document, or several of at most 64 KiB, cut at the ends of lines (inside
+    a longer line, between two characters). A byte-order mark at the head of a file is dropped.
 
     The hash of a document's bytes decides its split: equal documents are in one split, and added
-    files move no document. Files are read in the order of their hashes, so neither names nor places
-    matter.
+    files move no document. Files are read in the order of their hashes: names do not matter.
 
     Attributes:
       key: names the documents and their order; caches derived from them are keyed by it.
@@ -76,10 +73,8 @@ class TextFiles:
     def documents(self, split: str) -> Iterator[bytes]:
         """The split's documents, one by one.
 
-        Raises:
-          ConfigError: bytes are not UTF-8 or a line is no document (with file and place), or, at
-            the end, the split is empty.
-          UserError: a file cannot be read or changes meanwhile.
+        Raises UserError where bytes are not UTF-8 or a line is no document (with file and place),
+        where a file cannot be read or changes, and at the end where the split is empty.
         """
         n_documents = n_yielded = 0
         for file in self.files:
@@ -108,11 +103,8 @@ def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False
     """The text of a directory (.txt, .jsonl and .ndjson, also .gz, at any depth) or of a glob.
 
     In a glob, `**` is any depth, and .json is JSON lines too. Hidden files and directories are
-    skipped; so are other files of a directory, which process 0 prints unless `quiet`.
-
-    Raises:
-      ConfigError: there is no such file, all are empty, or one is in another format.
-      UserError: a file cannot be read.
+    skipped; so are other files of a directory, which process 0 prints unless `quiet`. Raises
+    UserError where there is no file, all are empty, or one is unreadable or of another format.
     """
     skipped: list[str] = []
     found = find(path, skipped)

@@ -70,10 +70,8 @@ LABELLED = {
 def open_named(source: str, path: str) -> LabelledSource:
     """The labelled dataset of data.source, a key of `LABELLED`.
 
-    path: where TensorFlow Datasets keeps its data; empty: its default.
-
-    Raises:
-      UserError: it is not there as array_record, lacks a split or a feature, or is damaged.
+    path: where TensorFlow Datasets keeps its data; empty: its default. Raises UserError where the
+    dataset is not there as array_record, lacks a split or a feature, or is damaged.
     """
     spec = LABELLED[source]
     dataset = NamedDataset("data.source", source, spec.name, path, spec.manual)

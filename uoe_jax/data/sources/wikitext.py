@@ -24,13 +24,9 @@ MEMBERS = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "w
 def open_wikitext103(path: str, cache_dir: Path) -> Documents:
     """The articles of the archive in the directory `path`, or of its unpacked files there.
 
-    They are in the order of the files, and those of a split put together are its file (the paper
-    counts 28,475, 60 and 60). An empty path is the directory in which tfds expects manual
-    downloads.
-
-    Raises:
-      ConfigError: nothing is there, something is missing in it, or a split has no article.
-      UserError: a file cannot be read, or changes later.
+    Those of a split put together are its file (the paper counts 28,475, 60 and 60). Raises
+    UserError where something is missing or unreadable; while documents are read also where the file
+    changed, is damaged or has no article.
     """
     origin, raw = _locate(path), RawFiles(cache_dir)
     is_archive = origin.is_file()

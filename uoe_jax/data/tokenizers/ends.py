@@ -56,8 +56,7 @@ def special(content: Mapping[str, Any]) -> dict[str, int]:
 def find_ends_by_name(content: Mapping[str, Any]) -> Ends:
     """The first known separator and start among the special tokens, else the only special token.
 
-    Raises:
-      UnknownEnds: there is neither.
+    Raises UnknownEnds where there is neither.
     """
     names = list(special(content))
     known = [name for name in SEPARATORS if name in names] or names[: len(names) == 1]
@@ -79,9 +78,8 @@ def find_ends(
       files: {name: object} of those of `FILES` that the model has.
       separator, start: data.separator and data.start, which come first; "": not set.
 
-    Raises:
-      UserError: a given token is not in the vocabulary, or the post-processor prepends several.
-      UnknownEnds: nothing says what ends a document.
+    Raises UserError for a given token that is not in the vocabulary and a post-processor that
+    prepends several; UnknownEnds where nothing says what ends a document.
     """
     search = _Search(content, files)
     for key, name in (("separator", separator), ("start", start)):

@@ -52,10 +52,8 @@ class HFTokenizer(Tokenizer):
     ) -> None:
         """content: the object in a tokenizer.json, or in what `to_json` wrote.
 
-        ends: finds the ends; by default the ones that `to_json` wrote, else by name.
-
-        Raises:
-          UserError: it is no tokenizer.json, is not exact (kind "bpe"), or its ends are unknown.
+        ends: finds the ends; by default those that `to_json` wrote, else by name. Raises UserError
+        where it is no tokenizer.json, is not exact (kind "bpe"), or its ends are unknown.
         """
         if "file" in content and "kind" in content:
             separator, start = content.get("separator"), content.get("start")
@@ -149,9 +147,8 @@ class HFTokenizer(Tokenizer):
     def encode_with_bytes(self, document: str | bytes) -> tuple[np.ndarray, np.ndarray]:
         """For kind "library"; see `Tokenizer`.
 
-        White space that no token covers counts for the next token. Other characters that no token
-        covers, and those of an unknown token, count for none: the sum is then below the document's
-        size, and bits per byte are unknown.
+        White space that no token covers counts for the next one. Other uncovered characters, and
+        those of an unknown token, count for none: the sum is then below the document's size.
         """
         text, code_C = _as_text(document)
         found = self._library.encode_batch([text], add_special_tokens=False)[0]

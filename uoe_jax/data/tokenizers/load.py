@@ -27,11 +27,8 @@ _OTHER = "or make one with uoe tokenizer train --config=… --vocab=4096 --out=t
 def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -> Tokenizer | None:
     """The tokenizer of `data.tokenizer`; None for words, which are counted in the data.
 
-    Args:
-      kind, file, separator, start: data.tokenizer, .tokenizer_file, .separator and .start.
-
-    Raises:
-      ConfigError: the file is missing or cannot be used, or a key is set that this kind ignores.
+    The arguments are data.tokenizer, .tokenizer_file, .separator and .start. Raises ConfigError
+    where the file is missing or unusable, or a key is set that this kind ignores.
     """
     if kind in FROM_FILE:
         if not file:
@@ -93,9 +90,7 @@ def tokenizer_of(
 ) -> Tokenizer:
     """The tokenizer of the `data` section.
 
-    Args:
-      documents: the training split, in which words are counted.
-      cached: where that vocabulary is kept for the next run.
+    documents: the training split, to count words. cached: where that vocabulary is kept.
     """
     found = load_tokenizer(c.tokenizer, c.tokenizer_file, c.separator, c.start)
     if found is not None:
