@@ -200,30 +200,28 @@ def _resized(image: np.ndarray, box: tuple[float, ...], height: int, width: int)
     """box: top, left, height, width."""
     top, left, h, w = box
     corners = (left, top, left + w, top + h)
-    resized = _to_pillow(image).resize((width, height), Resampling.BILINEAR, corners)
-    return _to_array(resized, image.shape[-1])
+    return _to_array(_to_pillow(image).resize((width, height), Resampling.BILINEAR, corners))
 
 
 def _to_pillow(image: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
-def _to_array(image: Image.Image, channels: int) -> np.ndarray:
-    return np.asarray(image).reshape(image.height, image.width, channels)
+def _to_array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def _rand_augmented(
     image: np.ndarray, layers: int, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
     """RandAugment: each layer draws an operation, then the sign of its strength, used or not."""
-    channels = image.shape[-1]
-    names = [name for name in RAND_OPS if channels == 3 or name != "color"]
+    names = [name for name in RAND_OPS if image.shape[-1] == 3 or name != "color"]
     pillow = _to_pillow(image)
     for _ in range(layers):
         name = names[int(rng.integers(len(names)))]
         sign = 1 - 2 * int(rng.integers(2))
         pillow = RAND_OPS[name](pillow, magnitude / 30, sign)
-    return _to_array(pillow, channels)
+    return _to_array(pillow)
 
 
 def _fill(image: Image.Image) -> int | tuple[int, ...]:

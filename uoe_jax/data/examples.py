@@ -18,6 +18,7 @@ class TextSource(Protocol):
 
     Attributes:
       key: names this content under these rules; caches derived from it are keyed by it.
+      documents: takes a split.
     """
 
     @property
@@ -66,6 +67,7 @@ class ExampleSource(Protocol):
     Attributes:
       n_classes: labels are below it.
       vocab_size: 0 for text and images; else the inputs are token ids below it.
+      examples: takes a split.
     """
 
     @property

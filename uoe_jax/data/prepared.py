@@ -256,14 +256,12 @@ class RawFiles:
 
         Raises UserError where it is unreadable and, at the end, where it is not what was hashed.
         """
-        digest = hashlib.sha256()
-        with readable(file):
-            with open(file, "rb", buffering=0) as raw:
-                reader = io.BufferedReader(_Hashed(raw, digest), 1 << 20)
-                yield reader
-                while reader.read(1 << 20):
-                    pass
-        if digest.hexdigest() != sha256:
+        with readable(file), _HashedFile(file) as raw:
+            reader = io.BufferedReader(raw, 1 << 20)
+            yield reader
+            while reader.read(1 << 20):
+                pass
+        if raw.digest.hexdigest() != sha256:
             self._remember({os.path.abspath(file): None})
             raise changed(file)
 
@@ -285,18 +283,16 @@ class RawFiles:
             log.warning(what, self._memo, error)
 
 
-class _Hashed(io.RawIOBase):
-    """A raw file that updates a digest with all that is read from it."""
+class _HashedFile(io.FileIO):
+    """digest: of all that was read into buffers, as by an io.BufferedReader."""
 
-    def __init__(self, raw: io.RawIOBase, digest: Any) -> None:
-        self._raw, self._digest = raw, digest
-
-    def readable(self) -> bool:
-        return True
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        self.digest = hashlib.sha256()
 
     def readinto(self, buffer: Any) -> int:
-        n = self._raw.readinto(buffer) or 0
-        self._digest.update(memoryview(buffer)[:n])
+        n = super().readinto(buffer) or 0
+        self.digest.update(memoryview(buffer)[:n])
         tick()
         return n
 
