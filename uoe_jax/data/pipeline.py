@@ -7,6 +7,7 @@ of the global batch, so the number of processes or devices changes neither a row
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,16 +113,16 @@ def _text_splits(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -
         tokenizer = tokenizer_of(data, lambda: source.documents("train"), cached)
     rows, n_documents, unknown = {}, {}, {}
     for split in SPLITS:
-        read = lambda: source.documents(split)  # noqa: E731
+        read = functools.partial(source.documents, split)
         store = open_or_build(read, tokenizer, cache_dir, source.key, split)
         rows[split] = PackedRows(store, model.context_length, model.patch_multiple, tokenizer)
         n_documents[split] = len(store)
         if store.bytes_unknown:
             unknown[split] = store.bytes_unknown
     facts = {
+        "n_documents": n_documents,
         **_record(source),
         "tokenizer": tokenizer.fingerprint,
-        "n_documents": n_documents,
         "n_targets": {split: rows[split].n_targets for split in SPLITS},
     }
     if unknown:
