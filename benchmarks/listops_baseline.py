@@ -1,10 +1,10 @@
-"""What the root of a ListOps expression gives away: the bar a trained model must clear before it can be said to nest.
+"""What the root of a ListOps expression gives away: the bar a model must clear to show nesting.
 
-    python -m benchmarks.listops_baseline [--max-length=128 --min-length=10 …]    prints one JSON line; 2 minutes by
-    default, 1 ms an expression; the options are the keys of data.listops
+    python -m benchmarks.listops_baseline [--max-length=128 --min-length=10 …]
 
-The best predictor that sees only the root's operator and its number of arguments: for each pair the most frequent value
-among the training examples, measured on the test split.
+Prints one JSON line; 2 minutes by default, 1 ms an expression; the options are the keys of
+data.listops. The predictor sees only the root's operator and its number of arguments: for each pair
+it gives the most frequent value among the training examples, measured on the test split.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from uoe_jax.config.data import ListopsConfig
 from uoe_jax.data.examples import Examples
-from uoe_jax.data.sources.listops import CLOSE, OPERATOR, OPERATORS, ListOps
+from uoe_jax.data.sources.listops import CLOSE, OPERATOR, OPERATORS, open_listops
 
 MOST_ARGS = 100  # the highest data.listops.max_args
 
@@ -44,8 +44,8 @@ def observe(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure(c: ListopsConfig) -> dict[str, Any]:
-    """Accuracies on the test split: of the predictor, by root operator, and of always saying the commonest value."""
-    source = ListOps(c)
+    """Accuracies on the test split: the predictor's, by root operator, the commonest value's."""
+    source = open_listops(c)
     roots, values = observe(source.examples("train"))
     counts = np.zeros((len(OPERATORS) * (MOST_ARGS + 1), source.n_classes), np.int64)
     np.add.at(counts, (roots, values), 1)
@@ -54,14 +54,11 @@ def measure(c: ListopsConfig) -> dict[str, Any]:
     roots, values = observe(source.examples("test"))
     hits = guess[roots] == values
     operator = roots // (MOST_ARGS + 1)
+    of_each = {name[1:]: hits[operator == o] for o, name in enumerate(OPERATORS)}
     return {
         "accuracy": float(hits.mean()),
         "majority": float((values == commonest).mean()),
-        "by_operator": {
-            name[1:]: float(hits[operator == o].mean())
-            for o, name in enumerate(OPERATORS)
-            if (operator == o).any()
-        },
+        "by_operator": {name: float(found.mean()) for name, found in of_each.items() if len(found)},
     }
 
 

@@ -1,8 +1,9 @@
-"""How many times faster the loader makes batches than the model takes them: `python -m benchmarks.loader [--config=quickstart]`.
+"""How many times faster the loader makes batches than the model takes them.
 
-Interleaves, in one process, batches made by one thread and steps of the compiled train step on one batch; any override of
-`uoe train` may follow.
-Half a minute for the quickstart on 2 cores, most of it compilation.
+    python -m benchmarks.loader [--config=quickstart] [--config.KEY=VALUE …]
+
+Interleaves, in one process, batches made by one thread and steps of the compiled train step on one
+batch. Half a minute for the quickstart on 2 cores, most of it compilation.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def main() -> None:
         state = program.init(jax.random.key(0))
         batches = TrainBatches(data.train, config.train.batch_size, config.train.seed)
         batch = mesh_lib.put_batch(mesh, batches[0])
-        state, told = program.train_step(state, batch)
-        tokens = int(told["sums"].tokens)  # waits for the step, too
+        state, found = program.train_step(state, batch)
+        tokens = int(found["sums"].tokens)  # waits for the step, too
         for round_ in range(options.rounds):
             start = time.perf_counter()
             for i in range(options.batches):
@@ -51,18 +52,13 @@ def main() -> None:
             made.append((time.perf_counter() - start) / options.batches)
             start = time.perf_counter()
             for _ in range(options.steps):
-                state, told = program.train_step(state, batch)
+                state, found = program.train_step(state, batch)
             jax.block_until_ready(state)
             trained.append((time.perf_counter() - start) / options.steps)
     rows = [{"what": "model", "tokens_per_s": tokens / statistics.median(trained)}]
-    found = timing.against(trained, made)
-    rows += [
-        {
-            "what": "loader",
-            "tokens_per_s": tokens / statistics.median(made),
-            **{k: v for k, v in found.items() if k != "seconds"},
-        }
-    ]
+    ratios = {k: v for k, v in timing.against(trained, made).items() if k != "seconds"}
+    rate = tokens / statistics.median(made)
+    rows.append({"what": "loader", "tokens_per_s": rate, **ratios})
     timing.finish("loader", options.out, rows, config=options.config)
 
 

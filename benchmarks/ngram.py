@@ -1,9 +1,9 @@
-"""What counting gets: bits per byte of byte n-gram models on the validation split, the bar a trained model must clear.
+"""Bits per byte of byte n-gram models on the validation split: the bar a trained model must clear.
 
     python -m benchmarks.ngram [--path=DIR]        a few seconds on one core; prints one JSON line
 
-Documents are independent and scored as in packing: every byte and the closing separator is a target, the opening
-separator is context, and the sum over all targets is divided by the bytes alone.
+Documents are independent and scored as in packing: each byte and the closing separator is a target,
+the opening separator is context, and the sum over all targets is divided by the bytes alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from uoe_jax.data import pipeline
 from uoe_jax.data.sources import stdlib
 from uoe_jax.data.store import TokenStore, open_or_build
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 
 ALPHA = 1.0  # added to every bigram count
 
@@ -26,26 +26,22 @@ def ngrams(store: TokenStore, separator: int) -> tuple[np.ndarray, np.ndarray, n
     """int64 [n_targets] each: the token two before, the one before, and the target itself."""
     n_targets = int(store.offsets[-1]) + len(store)
     targets = np.full(n_targets, separator, np.int64)
-    ends = store.offsets[1:] + np.arange(
-        len(store)
-    )  # where each document's closing separator stands
+    ends = store.offsets[1:] + np.arange(len(store))  # the closing separator of each document
     is_token = np.ones(n_targets, bool)
     is_token[ends] = False
     targets[is_token] = store.tokens_T
-    before = np.concatenate(
-        [[separator], targets[:-1]]
-    )  # the previous document ends in what opens this one
+    # The separator that closes a document opens the next one.
+    before = np.concatenate([[separator], targets[:-1]])
     two_before = np.concatenate([[separator], before[:-1]])
-    two_before[np.concatenate([[0], ends[:-1] + 1])] = (
-        separator  # context does not reach into the previous document
-    )
+    # Context does not reach into the previous document.
+    two_before[np.concatenate([[0], ends[:-1] + 1])] = separator
     return two_before, before, targets
 
 
 def fit_and_score(
     train: TokenStore, held_out: TokenStore, v: int, separator: int
 ) -> dict[str, float]:
-    """Bits per byte on `held_out` of a bigram and two interpolated trigrams fitted on `train` alone."""
+    """Bits per byte on `held_out` of a bigram and two interpolated trigrams fitted on `train`."""
     a, b, c = ngrams(train, separator)
     c1 = np.bincount(c, minlength=v)  # [V]
     c2 = np.bincount(b * v + c, minlength=v * v)  # [V·V]: (b, c)
@@ -56,8 +52,8 @@ def fit_and_score(
     t2 = (c2.reshape(v, v) > 0).sum(1)  # different tokens seen after b
     t3 = (c3.reshape(v * v, v) > 0).sum(1)
 
-    # Deleted interpolation (Brants 2000): each seen trigram votes, with its count, for the order that predicts it
-    # best once it is taken out of the counts.
+    # Deleted interpolation (Brants 2000): each seen trigram votes, with its count, for the order
+    # that predicts it best once it is taken out of the counts.
     seen = np.flatnonzero(c3)
     ab, bc = seen // v, seen % (v * v)
     without = [
@@ -89,14 +85,13 @@ def fit_and_score(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--path", default="", help="directory of .py files; the standard library's by default"
-    )
+    help_text = "directory of .py files; the standard library's by default"
+    parser.add_argument("--path", default="", help=help_text)
     path = parser.parse_args().path
     began = time.perf_counter()
     cache_dir = pipeline.default_cache_dir()
     tokenizer = ByteTokenizer()
-    source = stdlib.prepare(path, cache_dir)
+    source = stdlib.open_stdlib(path, cache_dir)
     stores = {
         split: open_or_build(
             lambda split=split: source.documents(split), tokenizer, cache_dir, source.key, split
@@ -108,9 +103,9 @@ def main() -> None:
     )
     rounded = {f"bits_per_byte/{k}" if "gram" in k else k: round(s, 4) for k, s in scores.items()}
     facts = {
-        "python": source.python_version,
-        "sha256": source.sha256[:12],
-        "validation_bytes": source.n_bytes["validation"],
+        "python": source.facts["python_version"],
+        "sha256": source.facts["sha256"][:12],
+        "validation_bytes": source.facts["n_bytes"]["validation"],
         "seconds": round(time.perf_counter() - began, 2),
     }
     print(json.dumps({"benchmark": "ngram", **rounded, **facts}))

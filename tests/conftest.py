@@ -4,6 +4,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from unittest import mock
 
 from helpers import QUICK_CODE, ROOT
 
@@ -31,13 +32,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 @pytest.fixture
 def forgotten():
-    """The sources as they were, after a test that adds one."""
-    from uoe_jax.config.data import FACTS, SOURCES, TEXT
-    from uoe_jax.data import registry as sources
+    """The built-in sources again, after a test that adds one."""
+    from uoe_jax.config.data import SOURCES
 
-    before = list(SOURCES), list(TEXT), dict(FACTS), dict(sources._own)
-    yield
-    SOURCES[:], TEXT[:] = before[:2]
-    for kept, old in ((FACTS, before[2]), (sources._own, before[3])):
-        kept.clear()
-        kept.update(old)
+    with mock.patch.dict(SOURCES):
+        yield

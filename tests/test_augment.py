@@ -222,7 +222,7 @@ def test_operations_are_those_of_the_paper():
     "name, channels",
     [(name, n) for name in PAPER_OPS.split() for n in (1, 3) if (name, n) != ("color", 1)],
 )
-def test_strength_nought_changes_nothing_and_full_strength_something(name, channels):
+def test_strength_zero_changes_nothing_and_full_strength_something(name, channels):
     image = (
         noise(16, 20, channels) // 2 + 20
     )  # autocontrast and equalize have something to do at any strength
@@ -366,7 +366,7 @@ def test_grey_is_that_of_long_range_arena():
     )
 
 
-def test_pixels_become_floats_around_nought():
+def test_pixels_become_floats_around_zero():
     x = as_floats(np.uint8([[[0], [255], [51]]]), 2.0)
     assert x.dtype == np.float32 and x.shape == (1, 3, 1)
     np.testing.assert_allclose(x.reshape(-1), [-2, 2, -1.2], rtol=1e-6)

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from uoe_jax.config import Config, from_dict
 from uoe_jax.data import pipeline
 from uoe_jax.data.packing import PackedRows
-from uoe_jax.data.pipeline import Prefetcher, TrainBatches, eval_batches
+from uoe_jax.data.pipeline import TrainBatches, eval_batches
+from uoe_jax.data.prefetch import Prefetcher
 from uoe_jax.data.sources import stdlib
 from uoe_jax.data.store import DamagedStore, TokenStore, open_or_build
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.errors import RunError, UserError
 
 BYTES = ByteTokenizer()
@@ -91,6 +92,12 @@ def bundle(sources, cache) -> pipeline.DataBundle:
     return pipeline.load(text_config(sources[0], 32, 4), cache)
 
 
+def row_indices(batches: TrainBatches, step: int) -> list[int]:
+    """The rows of the split that a process reads at a step."""
+    entries = batches._entries(step)
+    return [int(batches._order[entries[r]]) for r in batches._local_rows]
+
+
 def memory_store(documents: list[bytes]) -> TokenStore:
     ids = [BYTES.encode(d) for d in documents]
     offsets = np.cumsum([0] + [len(d) for d in ids]).astype(np.int64)
@@ -98,9 +105,7 @@ def memory_store(documents: list[bytes]) -> TokenStore:
 
 
 def packed(documents: list[bytes], length: int, multiple: int) -> PackedRows:
-    return PackedRows(
-        memory_store(documents), length, multiple, BYTES.separator, BYTES.bytes_per_token
-    )
+    return PackedRows(memory_store(documents), length, multiple, BYTES)
 
 
 def assert_rows_equal(a: dict, b: dict) -> None:
@@ -129,16 +134,13 @@ def split_by_hand(name: str) -> str:
 
 def test_every_file_survives_byte_for_byte_in_exactly_one_split(sources, cache, bundle):
     root, files = sources
-    prepared = stdlib.prepare(str(root), cache)
-    read = {
-        split: [prepared.documents(split)[i] for i in range(prepared.n_files[split])]
-        for split in stdlib.SPLITS
-    }
+    prepared = stdlib.open_stdlib(str(root), cache)
+    read = {split: list(prepared.documents(split)) for split in stdlib.SPLITS}
     assert sorted(d for docs in read.values() for d in docs) == sorted(files.values())
     for split in stdlib.SPLITS:
         mine = [name for name in sorted(files, key=path_hash) if split_by_hand(name) == split]
         assert read[split] == [files[name] for name in mine]
-        assert prepared.n_bytes[split] == sum(len(files[name]) for name in mine)
+        assert prepared.facts["n_bytes"][split] == sum(len(files[name]) for name in mine)
         # The same through the token store, which is what training sees.
         tokens = open_or_build(pytest.fail, BYTES, cache, prepared.key, split)
         assert [BYTES.decode_bytes(tokens[d]) for d in range(len(tokens))] == read[split]
@@ -169,13 +171,11 @@ def test_content_is_the_key(tmp_path):
     write_sources(tmp_path / "a")
     write_sources(tmp_path / "b")
     cache = tmp_path / "cache"
-    a, b = (stdlib.prepare(str(tmp_path / name), cache) for name in "ab")
-    assert (a.key, a.directory, a.record()["sha256"]) == (b.key, b.directory, b.record()["sha256"])
+    a, b = (stdlib.open_stdlib(str(tmp_path / name), cache) for name in "ab")
+    assert (a.key, a.facts["sha256"]) == (b.key, b.facts["sha256"])
     (tmp_path / "b/pkg0/mod0.py").write_bytes(b"edited")
-    edited = stdlib.prepare(str(tmp_path / "b"), cache)
-    assert edited.key != a.key and b"edited" in [
-        edited.documents("train")[i] for i in range(edited.n_files["train"])
-    ]
+    edited = stdlib.open_stdlib(str(tmp_path / "b"), cache)
+    assert edited.key != a.key and b"edited" in list(edited.documents("train"))
 
 
 @pytest.mark.parametrize("make", ["nothing", "file", "empty", "one file"])
@@ -188,7 +188,7 @@ def test_unusable_source_directory_is_named(tmp_path, make):
     if make == "one file":
         (path / "a.py").write_bytes(b"a")
     with pytest.raises(UserError, match="^data.path='.*here'.*director"):
-        stdlib.prepare(str(path), tmp_path / "cache")
+        stdlib.open_stdlib(str(path), tmp_path / "cache")
 
 
 def test_file_that_changes_under_the_builder_is_refused(tmp_path, monkeypatch):
@@ -197,18 +197,19 @@ def test_file_that_changes_under_the_builder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(stdlib, "scan", lambda *_: stale)
     (tmp_path / "src/pkg1/mod1.py").write_bytes(b"edited in between")
     with pytest.raises(UserError, match="pkg1/mod1.py: changed while it was being read"):
-        stdlib.prepare(str(tmp_path / "src"), tmp_path / "cache")
+        stdlib.open_stdlib(str(tmp_path / "src"), tmp_path / "cache")
     assert list((tmp_path / "cache/sources").iterdir()) == []
 
 
 def test_damaged_prepared_dataset_is_reported_with_the_remedy(tmp_path):
     write_sources(tmp_path / "src")
-    prepared = stdlib.prepare(str(tmp_path / "src"), tmp_path / "cache")
-    record = next(prepared.directory.glob("*train*"))
+    prepared = stdlib.open_stdlib(str(tmp_path / "src"), tmp_path / "cache")
+    home = tmp_path / "cache/sources" / prepared.key
+    record = next(home.rglob("*train*"))
     record.write_bytes(record.read_bytes()[:-100000])
     with pytest.raises(UserError, match="delete it and run again") as error:
         [*prepared.documents("train")]
-    assert str(prepared.directory.parent.parent) in str(error.value)
+    assert str(home) in str(error.value)
 
 
 def test_two_processes_may_prepare_at_once(tmp_path):
@@ -471,7 +472,7 @@ ROWS = packed([bytes([65 + i % 26]) * (i % 37) for i in range(100)], 16, 4)  # 1
 
 def test_data_order_does_not_move():
     """A resumed run must see the data of the run it resumes. If grain changes its order, pin it or write our own."""
-    assert TrainBatches(packed([b"x" * 7] * 100, 8, 4), 8, seed=0).row_indices(0) == [
+    assert row_indices(TrainBatches(packed([b"x" * 7] * 100, 8, 4), 8, seed=0), 0) == [
         96,
         77,
         31,
@@ -489,7 +490,7 @@ def test_train_batches_are_pure_in_seed_and_step():
     for step in sorted(late):
         assert_rows_equal(forward[step], late[step])
     assert forward[0]["tokens"].shape == (8, 16) and forward[0]["n_bytes"].shape == (8,)
-    assert TrainBatches(ROWS, 8, seed=4).row_indices(0) != forward.row_indices(0)
+    assert row_indices(TrainBatches(ROWS, 8, seed=4), 0) != row_indices(forward, 0)
     order = grain.MapDataset.source(ROWS).seed(3).shuffle().repeat(None)
     for r in range(8):
         assert_rows_equal(order[7 * 8 + r], {key: value[r] for key, value in late[7].items()})
@@ -498,12 +499,12 @@ def test_train_batches_are_pure_in_seed_and_step():
 def test_every_epoch_has_every_row_once_in_a_new_order():
     n = len(ROWS)
     batches = TrainBatches(ROWS, n, seed=0)
-    epochs = [batches.row_indices(step) for step in range(3)]
+    epochs = [row_indices(batches, step) for step in range(3)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and epochs[0] != list(range(n))
     # An epoch need not be a whole number of batches: the next one begins inside a batch.
     odd = TrainBatches(ROWS, 7, seed=0)
-    flat = [i for step in range(3 * n // 7) for i in odd.row_indices(step)]
+    flat = [i for step in range(3 * n // 7) for i in row_indices(odd, step)]
     assert flat == [i for epoch in epochs for i in epoch][: len(flat)]
 
 
@@ -530,19 +531,19 @@ def test_batches_that_share_rows_out_by_length_hold_the_same_rows_in_any_process
     orders = []
     for group in range(4):  # two epochs
         steps = range(4 * group, 4 * group + 4)
-        assert sorted(i for s in steps for i in plain.row_indices(s)) == sorted(
-            i for s in steps for i in shared.row_indices(s)
+        assert sorted(i for s in steps for i in row_indices(plain, s)) == sorted(
+            i for s in steps for i in row_indices(shared, s)
         )
         spans = [(shared[s]["tokens"].min(), shared[s]["tokens"].max()) for s in steps]
         assert all(a[1] <= b[0] for a, b in zip(sorted(spans), sorted(spans)[1:]))
         orders.append(tuple(np.argsort([low for low, _ in spans])))
     assert len(set(orders)) > 1
-    again = TrainBatches(Ragged(), 8, seed=1, held=[2, 5], window=4)
+    again = TrainBatches(Ragged(), 8, seed=1, local_rows=[2, 5], window=4)
     for step in (13, 2, 14, 3):
         assert (
             again[step]["row"].tolist()
             == shared[step]["row"][[2, 5]].tolist()
-            == again.row_indices(step)
+            == row_indices(again, step)
         )
 
 
@@ -558,7 +559,7 @@ def test_processes_share_one_global_batch(n_processes):
         assert_rows_equal(
             {key: np.concatenate([g[key] for g in got]) for key in got[0]}, whole[step]
         )
-    with pytest.raises(ValueError, match="held"):
+    with pytest.raises(ValueError, match="local_rows"):
         TrainBatches(ROWS, 8, 1, range(4, 9))
 
 
@@ -567,7 +568,7 @@ def test_processes_share_one_global_batch(n_processes):
 def test_evaluation_counts_every_row_once(batch_size, n_processes):
     cut = batch_size // 2
     slices = [None] if n_processes == 1 or not cut else [range(cut), range(cut, batch_size)]
-    per_process = [list(eval_batches(ROWS, batch_size, held=s)) for s in slices]
+    per_process = [list(eval_batches(ROWS, batch_size, local_rows=s)) for s in slices]
     assert {len(batches) for batches in per_process} == {-(-len(ROWS) // batch_size)}
     steps = zip(*per_process, strict=True)
     got = [
@@ -705,7 +706,7 @@ def test_the_true_standard_library(tmp_path):
         0.02 < n_bytes[split] / sum(n_bytes.values()) < 0.12 for split in ("validation", "test")
     )
     tokens = open_or_build(
-        pytest.fail, BYTES, tmp_path, stdlib.prepare("", tmp_path).key, "validation"
+        pytest.fail, BYTES, tmp_path, stdlib.open_stdlib("", tmp_path).key, "validation"
     )
     documents = [BYTES.decode_bytes(tokens[d]) for d in range(len(tokens))]
     assert Path(sysconfig.get_path("stdlib"), "os.py").read_bytes() in documents

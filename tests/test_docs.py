@@ -26,7 +26,7 @@ from uoe_jax import cli
 from uoe_jax import config as config_lib
 from uoe_jax.compare.table import TableConfig, load_table
 from uoe_jax.config.fields import leaves
-from uoe_jax.data.tokenizers.load import BPETokenizer
+from uoe_jax.data.tokenizers.hf import HFTokenizer
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [ROOT / "README.md", *PAGES]
@@ -378,7 +378,7 @@ def small_model(folder: pathlib.Path) -> None:
     ]
     assert cli.main(made_small(run, folder)) == 0
     assert cli.main(["export", "--workdir=DIR_run", "--format=hf", "--out=DIR"]) == 0
-    tokenizer = BPETokenizer.train([b"def f(x):\n    return x\n"] * 20, 280)
+    tokenizer = HFTokenizer.train([b"def f(x):\n    return x\n"] * 20, 280)
     (folder / "DIR" / "tokenizer.json").write_text(tokenizer.to_json())
     write_source(folder / "notes")
     for file in (folder / "notes").iterdir():

@@ -1,4 +1,4 @@
-"""Files of people: formats by content or name, byte-order marks, locales, files passed over."""
+"""Users' files: formats by content or name, byte-order marks, locales, skipped files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from uoe_jax.config import from_dict, to_dict
 from uoe_jax.config.load import evaluate
 from uoe_jax.data.pipeline import default_cache_dir, load
 from uoe_jax.data.sources import stdlib, text, wikitext
-from uoe_jax.data.tokenizers.load import BPETokenizer, ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
+from uoe_jax.data.tokenizers.hf import HFTokenizer
+from uoe_jax.data.tokenizers.load import load_tokenizer
 from uoe_jax.errors import UserError
 from uoe_jax.infer.command import read_prompts
 from uoe_jax.workdir import read_config, read_json
@@ -72,7 +74,7 @@ def documents(path, cache) -> list[bytes]:
         ("a.md", b"\n" * 5000 + LINES),
     ],
 )
-def test_json_lines_are_told_by_name_in_any_case_or_by_content(name, data, tmp_path):
+def test_json_lines_are_recognised_by_name_in_any_case_or_by_content(name, data, tmp_path):
     (tmp_path / name).write_bytes(data)
     assert documents(tmp_path / name, tmp_path / "cache") == DOCUMENTS
 
@@ -189,8 +191,10 @@ def test_documents_keys_and_records_are_those_they_were(tmp_path):
     for name, data in plain.items():
         (tmp_path / name).write_bytes(data)
     before = text.open_text(str(tmp_path), tmp_path / "cache")
-    assert before.sha256 == "4363db992b6f1cb02beefdd24b0e59cfe384a65bdeb98b8e8d3f836fefad2def"
-    assert before.key == "text-1.0.0-" + before.sha256[:24]
+    assert (
+        before.facts["sha256"] == "4363db992b6f1cb02beefdd24b0e59cfe384a65bdeb98b8e8d3f836fefad2def"
+    )
+    assert before.key == "text-1.0.0-" + before.facts["sha256"][:24]
     (tmp_path / "a.txt").write_bytes(BOM + b"one\n")
     assert b"one\n" in documents(tmp_path, tmp_path / "cache")
     # Its bytes gave another document once: the key of then must not be found.
@@ -201,12 +205,12 @@ def test_documents_keys_and_records_are_those_they_were(tmp_path):
     assert text.open_text(str(tmp_path), tmp_path / "cache").key == before.key
 
 
-# ---- files that are passed over ----
+# ---- skipped files ----
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A directory as people upload it: three files are read, two are not, one is hidden."""
+    """A directory as users upload it: three files are read, two are not, one is hidden."""
     place = tmp_path / "up"
     place.mkdir()
     for i, name in enumerate(("a.jsonl", "b.JSONL", "c.jsonl.GZ")):
@@ -220,12 +224,12 @@ def mixed(tmp_path):
 
 def said_of(place) -> str:
     return (
-        f"uoe: data.path={place}: 2 of 5 files passed over (d.jsonl.zst, e.parquet); "
+        f"uoe: data.path={place}: 2 of 5 files skipped (d.jsonl.zst, e.parquet); "
         ".txt, .jsonl and .ndjson are read, also gzipped; name others by a glob\n"
     )
 
 
-def test_files_that_are_passed_over_are_named_once_by_every_command(mixed, tmp_path, capsys):
+def test_skipped_files_are_named_once_by_every_command(mixed, tmp_path, capsys):
     from uoe_jax.infer.evaluation import targets_per_word
 
     config = small(source="text", path=str(mixed), held_out=10)
@@ -269,9 +273,7 @@ def small(**data):
     return from_dict({"model": model, "data": data})
 
 
-def test_files_that_are_passed_over_are_named_by_process_0_alone(
-    mixed, tmp_path, capsys, monkeypatch
-):
+def test_skipped_files_are_named_by_process_0_alone(mixed, tmp_path, capsys, monkeypatch):
     for me, said in (("", said_of(mixed)), ("0", said_of(mixed)), ("1", "")):
         monkeypatch.setenv("UOE_PROCESS_ID", me)
         text.open_text(str(mixed), tmp_path / "cache")
@@ -284,8 +286,7 @@ def test_files_that_are_passed_over_are_named_by_process_0_alone(
         (mixed / "more" / f"{i}.md").write_bytes(b"")
     text.open_text(str(mixed), tmp_path / "cache")
     assert (
-        "11 of 14 files passed over (d.jsonl.zst, e.parquet, more/0.md, …); "
-        in capsys.readouterr().err
+        "11 of 14 files skipped (d.jsonl.zst, e.parquet, more/0.md, …); " in capsys.readouterr().err
     )
     with pytest.raises(
         UserError,
@@ -308,7 +309,7 @@ def test_files_that_are_passed_over_are_named_by_process_0_alone(
         ("p.txt", b'[1, 2]\n3\n"a"\n{ x\n', {1: "[1, 2]", 2: "3", 3: '"a"', 4: "{ x"}),
     ],
 )
-def test_prompts_are_told_by_name_in_any_case_or_by_content(name, data, prompts, tmp_path):
+def test_prompts_are_recognised_by_name_in_any_case_or_by_content(name, data, prompts, tmp_path):
     (tmp_path / name).write_bytes(data)
     assert read_prompts(str(tmp_path / name)) == prompts
 
@@ -369,9 +370,9 @@ def test_byte_order_marks_are_no_part_of_configurations_and_tokenizers(tmp_path)
     (tmp_path / "config.json").write_bytes(BOM + json.dumps(to_dict(small())).encode())
     assert read_config(str(tmp_path)) == small()
     assert read_json(tmp_path / "c.json", "") == values
-    trained = BPETokenizer.train([b"ab ab ab"], 258)
+    trained = HFTokenizer.train([b"ab ab ab"], 258)
     (tmp_path / "t.json").write_bytes(BOM + trained.to_json().encode())
-    assert BPETokenizer.load(str(tmp_path / "t.json")).fingerprint == trained.fingerprint
+    assert load_tokenizer("bpe", str(tmp_path / "t.json")).fingerprint == trained.fingerprint
 
 
 def test_byte_order_marks_are_no_part_of_sources_of_python(tmp_path):
@@ -380,22 +381,25 @@ def test_byte_order_marks_are_no_part_of_sources_of_python(tmp_path):
         for i in range(60):
             (tmp_path / folder / f"{i}.{'PY' if i % 2 else 'py'}").write_bytes(mark + b"x = 1\n")
     plain, marked = (
-        stdlib.prepare(str(tmp_path / folder), tmp_path / "cache") for folder in ("plain", "marked")
+        stdlib.open_stdlib(str(tmp_path / folder), tmp_path / "cache")
+        for folder in ("plain", "marked")
     )
-    assert plain.key != marked.key and sum(plain.n_files.values()) == 60
+    assert plain.key != marked.key and sum(plain.facts["n_files"].values()) == 60
     assert set(marked.documents("train")) == set(plain.documents("train")) == {b"x = 1\n"}
     (tmp_path / "wiki").mkdir()
     for member in wikitext.MEMBERS.values():
         (tmp_path / "wiki" / member).write_bytes(BOM + b"\n = A = \n\nText.\n\n = B = \n\nText.\n")
     with pytest.raises(UserError, match="changed, with a byte-order mark.*download"):
-        wikitext.open_wikitext103(str(tmp_path / "wiki"), tmp_path / "cache")
+        list(
+            wikitext.open_wikitext103(str(tmp_path / "wiki"), tmp_path / "cache").documents("test")
+        )
 
 
 # ---- locales ----
 
 
-def test_text_is_read_and_written_in_an_encoding_that_is_said():
-    """Else a locale such as en_US.ISO-8859-1 makes other text of people's files, silently."""
+def test_text_is_read_and_written_in_a_stated_encoding():
+    """Else a locale such as en_US.ISO-8859-1 silently makes other text of users' files."""
     for file in sorted((ROOT / "uoe_jax").rglob("*.py")):
         calls = (
             node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Call)

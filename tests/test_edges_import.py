@@ -13,7 +13,7 @@ from test_exchange import CUT, LLAMA, config_of, exported, imported, run_of
 
 from uoe_jax import cli
 from uoe_jax.config import from_dict, to_dict
-from uoe_jax.data.tokenizers.load import BPETokenizer
+from uoe_jax.data.tokenizers.hf import HFTokenizer
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.exchange.plan_import import plan
 from uoe_jax.exchange.tensors import Tensor, Tensors, write
@@ -309,7 +309,7 @@ def test_two_files_that_scale_pixels_differently(tmp_path):
 
 
 def test_two_files_that_differ_about_the_space_in_front(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(BPETokenizer.train([b"abc abc"] * 9, 270).to_json())
+    (tmp_path / "tokenizer.json").write_text(HFTokenizer.train([b"abc abc"] * 9, 270).to_json())
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": false}')
     planned(tmp_path, PUBLISHED["llama 2"])
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
@@ -320,7 +320,7 @@ def test_two_files_that_differ_about_the_space_in_front(tmp_path):
 
 
 def test_two_vocabularies_that_give_a_token_two_ids(tmp_path):
-    bpe = BPETokenizer.train([b"abc abc"] * 9, 270)
+    bpe = HFTokenizer.train([b"abc abc"] * 9, 270)
     (tmp_path / "tokenizer.json").write_text(bpe.to_json())
     vocabulary = json.loads(bpe.to_json())["model"]["vocab"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
@@ -393,9 +393,7 @@ def test_a_run_with_another_tokenizer_is_not_gone_on_from(tmp_path):
         )
         assert len(said) == 2 and "its tokenizer is bytes-257-1" in said[0]
         said.clear()
-    bpe = BPETokenizer.train(
-        [b"abc abc"] * 9, 270
-    )  # as an imported model has it: no record of data
+    bpe = HFTokenizer.train([b"abc abc"] * 9, 270)  # as an imported model has it: no record of data
     with CheckpointStore(tmp_path / "imported") as store:
         store.save(
             0,

@@ -312,7 +312,7 @@ def test_a_cache_below_a_name_that_is_a_pattern(source, tmp_path):
     """The readers of prepared datasets know reads like name[0:10] and name@2."""
     (tmp_path / "c[0:1]@2*{DATASET}").mkdir()
     for _ in range(2):  # written, and read again
-        found = stdlib.prepare(str(source), tmp_path / "c[0:1]@2*{DATASET}")
+        found = stdlib.open_stdlib(str(source), tmp_path / "c[0:1]@2*{DATASET}")
         assert (
             sum(len(list(found.documents(split))) for split in ("train", "validation", "test"))
             == 200

@@ -12,8 +12,8 @@ from uoe_jax.data import pipeline
 from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.store import TokenStore
 from uoe_jax.data.tokenizers.ends import UnknownEnds, find_ends
-from uoe_jax.data.tokenizers.hf import LibraryTokenizer
-from uoe_jax.data.tokenizers.load import BPETokenizer, load_tokenizer, stored
+from uoe_jax.data.tokenizers.hf import HFTokenizer
+from uoe_jax.data.tokenizers.load import load_tokenizer, stored
 from uoe_jax.errors import ConfigError, UserError
 
 TEXT = "the cat sat on the mat,  and the other cat sat there too.\nThe end of the cats "
@@ -62,10 +62,10 @@ KINDS = kinds()
 
 
 def rows_of(content: dict, documents: list[str], place) -> PackedRows:
-    tokenizer = LibraryTokenizer(content)
+    tokenizer = HFTokenizer(content, "library")
     TokenStore.write(documents, tokenizer, place)
     store = TokenStore.open(place)
-    return PackedRows(store, 16, 1, tokenizer.separator, tokenizer.bytes_per_token, tokenizer.start)
+    return PackedRows(store, 16, 1, tokenizer)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -79,7 +79,7 @@ def test_the_bytes_of_tokens_are_those_of_the_documents(name, tmp_path):
 def test_characters_of_several_bytes_and_bytes_that_are_no_text(tmp_path):
     from test_tokenizer import sentencepiece_like
 
-    tokenizer = LibraryTokenizer(sentencepiece_like())
+    tokenizer = HFTokenizer(sentencepiece_like(), "library")
     for document in ("thé cät 🐍 at".encode(), b"the \xff\xfe cat", "日本 the".encode()[1:], b""):
         ids, sizes = tokenizer.encode_with_bytes(document)
         assert int(sizes.sum()) == len(document) and len(sizes) == len(ids) + 1
@@ -116,7 +116,7 @@ def test_characters_that_are_dropped_count_for_nothing(tmp_path):
             [pre_tokenizers.Split(",", "removed"), pre_tokenizers.Whitespace()]
         ),
     )
-    ids, sizes = LibraryTokenizer(content).encode_with_bytes("the mat,and")
+    ids, sizes = HFTokenizer(content, "library").encode_with_bytes("the mat,and")
     assert int(sizes.sum()) == len("the mat,and") - 1
 
 
@@ -202,7 +202,7 @@ def test_ends_that_nothing_says_are_asked_for_by_key():
 
 @pytest.mark.parametrize("kind", ["bpe", "library"])
 def test_ends_stay_with_a_tokenizer_that_is_kept(kind, tmp_path):
-    content = json.loads(BPETokenizer.train([b"abc abc"] * 9, 270).to_json())
+    content = json.loads(HFTokenizer.train([b"abc abc"] * 9, 270).to_json())
     n = max(content["model"]["vocab"].values()) + 1
     content["added_tokens"] += special("</s>", "<s>", first=n) + [
         dict(special("<e>", first=n + 2)[0], special=False)
@@ -232,7 +232,7 @@ def test_ends_stay_with_a_tokenizer_that_is_kept(kind, tmp_path):
 
 
 def test_a_start_that_is_named_is_kept_where_several_are_in_front(tmp_path):
-    content = json.loads(BPETokenizer.train([b"abc abc"] * 9, 270).to_json())
+    content = json.loads(HFTokenizer.train([b"abc abc"] * 9, 270).to_json())
     n = max(content["model"]["vocab"].values()) + 1
     content["added_tokens"] += special("<s>", "<x>", first=n)
     content["post_processor"] = template("<s>", "<x>") | {"pair": [], "special_tokens": {
@@ -245,10 +245,10 @@ def test_a_start_that_is_named_is_kept_where_several_are_in_front(tmp_path):
 
 
 def test_a_tokenizer_that_draws_its_tokens_is_refused():
-    content = json.loads(BPETokenizer.train([b"abc abc"] * 9, 270).to_json())
+    content = json.loads(HFTokenizer.train([b"abc abc"] * 9, 270).to_json())
     content["model"]["dropout"] = 0.5
     with pytest.raises(UserError, match="other tokens every time .model.dropout."):
-        LibraryTokenizer(content)
+        HFTokenizer(content, "library")
 
 
 def test_an_exported_tokenizer_puts_the_start_in_front(tmp_path, capsys):
@@ -262,7 +262,7 @@ def test_an_exported_tokenizer_puts_the_start_in_front(tmp_path, capsys):
         256,
         *"Onçe".encode(),
     ]
-    bpe = BPETokenizer.train([b"def f(x):\n    return x\n"] * 20, 280)
+    bpe = HFTokenizer.train([b"def f(x):\n    return x\n"] * 20, 280)
     source = tmp_path / "run" / "source"
     source.mkdir()
     for place in (source, tmp_path / "run"):

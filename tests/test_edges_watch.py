@@ -10,7 +10,7 @@ from helpers import TINY, finish, uoe_together
 from uoe_jax.config import GuardConfig
 from uoe_jax.data import prepared, store
 from uoe_jax.data.tokenizers import words as vocabulary
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.distributed import watchdog
 from uoe_jax.distributed.watchdog import Place, Watch
 

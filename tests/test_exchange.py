@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from uoe_jax import cli
 from uoe_jax.config import Config, from_dict, to_dict
-from uoe_jax.data.tokenizers.load import BPETokenizer
+from uoe_jax.data.tokenizers.hf import HFTokenizer
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.exchange import tensors
@@ -92,7 +92,7 @@ def hf(tmp_path_factory):
     place = tmp_path_factory.mktemp("hf")
     params = run_of(config_of(**LLAMA), place / "run")
     assert exported(place / "run", place / "hf") == 0
-    tokenizer = BPETokenizer.train([b"def f(x):\n    return x\n"] * 20, 280)
+    tokenizer = HFTokenizer.train([b"def f(x):\n    return x\n"] * 20, 280)
     (place / "hf" / "tokenizer.json").write_text(tokenizer.to_json())
     return place, params
 

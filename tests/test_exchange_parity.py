@@ -23,7 +23,8 @@ from helpers import ROOT, environment, write_source
 from test_exchange import CUT, config_of, run_of
 
 from uoe_jax import cli
-from uoe_jax.data.tokenizers.load import BPETokenizer, ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
+from uoe_jax.data.tokenizers.hf import HFTokenizer
 from uoe_jax.infer.sample import Sampler
 from uoe_jax.train.restore import restored
 from uoe_jax.workdir import read_config
@@ -315,7 +316,7 @@ def test_the_documented_example_gives_the_text_of_uoe_generate(start, majors, tm
     commands = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("    uoe ")]
     program = re.search("```python\n(.*?)```", page, re.DOTALL)[1]
     write_source(tmp_path / "src")
-    bpe = BPETokenizer.train([p.read_bytes() for p in (tmp_path / "src").iterdir()], 280)
+    bpe = HFTokenizer.train([p.read_bytes() for p in (tmp_path / "src").iterdir()], 280)
     MODELS["small"] = (
         "Llama",
         "ForCausalLM",

@@ -15,7 +15,7 @@ from test_exchange import run_of
 
 from uoe_jax import cli
 from uoe_jax.config import Config, from_dict
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.errors import UserError
 from uoe_jax.infer import command
 from uoe_jax.infer.experts import all_experts, choices

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import listops_baseline
 from uoe_jax.config.data import ListopsConfig
-from uoe_jax.data.sources.listops import SYMBOLS, ListOps, share_within_limits, to_text
+from uoe_jax.data.sources.listops import SYMBOLS, open_listops, share_within_limits, to_text
 from uoe_jax.errors import ConfigError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def evaluate(text: str) -> tuple[int, int, int]:
 
 
 def draw(n: int, split: str = "train", **keys: int) -> list[tuple[np.ndarray, int]]:
-    examples = ListOps(ListopsConfig(**keys)).examples(split)
+    examples = open_listops(ListopsConfig(**keys)).examples(split)
     return [(example.inputs[0], example.label) for example in (examples[i] for i in range(n))]
 
 
@@ -153,8 +153,8 @@ def test_an_example_is_a_function_of_seed_split_and_index_alone():
     keys = {**SHORT, "seed": 7}
     here = [(to_text(ids_T), label) for ids_T, label in draw(20, "test", **keys)]
     code = (
-        "from uoe_jax.config.data import ListopsConfig; from uoe_jax.data.sources.listops import ListOps, to_text\n"
-        f"e = ListOps(ListopsConfig(**{keys})).examples('test')\n"
+        "from uoe_jax.config.data import ListopsConfig; from uoe_jax.data.sources.listops import open_listops, to_text\n"
+        f"e = open_listops(ListopsConfig(**{keys})).examples('test')\n"
         "print([(to_text(e[i].inputs[0]), e[i].label) for i in reversed(range(20))][::-1])"
     )
     for hash_seed in ("1", "2"):
@@ -191,7 +191,7 @@ def test_no_expression_is_in_two_splits():
 
 
 def test_splits_have_their_sizes_and_their_names():
-    source = ListOps(ListopsConfig(n_train=3, n_eval=2))
+    source = open_listops(ListopsConfig(n_train=3, n_eval=2))
     assert [len(source.examples(split)) for split in ("train", "validation", "test")] == [3, 2, 2]
     for i in (-1, 2):
         with pytest.raises(IndexError):
@@ -239,7 +239,7 @@ def test_text_of_padded_and_of_wrong_ids():
 def test_lengths_the_grammar_does_not_reach_are_refused_at_once(keys, named):
     began = time.perf_counter()
     with pytest.raises(ConfigError, match=named):
-        ListOps(ListopsConfig(**keys))
+        open_listops(ListopsConfig(**keys))
     assert time.perf_counter() - began < 1
 
 

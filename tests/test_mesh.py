@@ -18,7 +18,7 @@ from test_model import MODEL, batch
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import MeshConfig, ModelConfig, from_dict
 from uoe_jax.config.baselines import ATTENTIONS, MLPS, SECTIONS
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import ConfigError
 from uoe_jax.infer.sample import Sampler

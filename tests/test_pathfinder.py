@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from uoe_jax.config.data import PathfinderConfig
 from uoe_jax.data.sources import pathfinder
-from uoe_jax.data.sources.pathfinder import PathfinderFiles, PathfinderGenerated, open_pathfinder
+from uoe_jax.data.sources.pathfinder import draw_pathfinder, open_pathfinder, read_pathfinder
 from uoe_jax.errors import ConfigError, UserError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def archive(tmp_path) -> tuple[Path, list[tuple[np.ndarray, int]]]:
 
 def test_archive_is_read_in_the_order_of_its_metadata_and_cut_in_tenths(archive):
     task, examples = archive
-    source = PathfinderFiles(str(task))
+    source = read_pathfinder(str(task))
     assert (source.n_classes, source.vocab_size) == (2, 0)
     bounds = {
         "train": (0, 16),
@@ -83,14 +83,14 @@ def test_archive_is_read_in_the_order_of_its_metadata_and_cut_in_tenths(archive)
 def test_archive_is_found_from_each_directory_above_it(archive, levels):
     path = [archive[0], *archive[0].parents][levels]
     source = open_pathfinder(str(path), PathfinderConfig())
-    assert isinstance(source, PathfinderFiles) and source.root == archive[0]
+    assert source.record()["directory"] == str(archive[0].resolve())
 
 
 def test_empty_images_are_left_out_and_counted(archive):
     task, examples = archive
     for name in ("0/sample_1", "2/sample_0", "10/sample_4"):
         (task / f"imgs/{name}.png").write_bytes(b"")
-    source = PathfinderFiles(str(task))
+    source = read_pathfinder(str(task))
     # The splits are cut first, as LRA does: an empty file moves no other image to another split.
     assert source.record()["n_examples"] == {"train": 14, "validation": 2, "test": 1}
     assert source.record()["n_empty"] == {"train": 2, "validation": 0, "test": 1}
@@ -110,7 +110,7 @@ def test_record_names_the_content(tmp_path):
             words = lines[0].split(" ")
             words[3] = "01"[words[3] == "0"]
             metadata.write_text("".join([" ".join(words), *lines[1:]]))
-        sources.append(PathfinderFiles(str(tmp_path / name)).record()["sha256"])
+        sources.append(read_pathfinder(str(tmp_path / name)).record()["sha256"])
     assert sources[0] == sources[1] != sources[2]
 
 
@@ -124,7 +124,7 @@ def test_missing_archive_says_what_to_download_and_where_to_put_it(tmp_path, wha
     with pytest.raises(
         ConfigError, match=r"^data.path='.*here': .*lra_release\.gz.*give the directory"
     ) as error:
-        PathfinderFiles(str(path))
+        read_pathfinder(str(path))
     assert "\n" not in str(error.value)
 
 
@@ -138,7 +138,7 @@ def test_damaged_image_is_named_with_its_index(archive, damage):
     else:
         data[len(data) // 2] ^= 4
         file.write_bytes({"cut": data[:-20], "flip": data, "text": b"not an image"}[damage])
-    train = PathfinderFiles(str(task)).examples("train")
+    train = read_pathfinder(str(task)).examples("train")
     assert train[6].inputs[0].shape == train[8].inputs[0].shape == (32, 32, 1)
     with pytest.raises(
         UserError, match=r"imgs/1/sample_2.png: example 7 of train .*not a readable PNG.*unpack"
@@ -152,7 +152,7 @@ def test_image_of_another_size_is_named(archive):
     with pytest.raises(
         UserError, match="sample_4.png: example 1 of test .* 31 x 32 pixels where .* 32 x 32"
     ):
-        PathfinderFiles(str(task)).examples("test")[1]
+        read_pathfinder(str(task)).examples("test")[1]
 
 
 def test_missing_image_is_named(archive):
@@ -161,7 +161,7 @@ def test_missing_image_is_named(archive):
     with pytest.raises(
         UserError, match="imgs/2/sample_3.png: image 13 of the metadata cannot be read"
     ):
-        PathfinderFiles(str(task))
+        read_pathfinder(str(task))
 
 
 @pytest.mark.parametrize(
@@ -182,17 +182,17 @@ def test_wrong_metadata_is_named_with_its_line(archive, text, named):
     task, _ = archive
     (task / "metadata/1.npy").write_bytes(text)
     with pytest.raises(UserError, match=named):
-        PathfinderFiles(str(task))
+        read_pathfinder(str(task))
 
 
 def test_too_small_an_archive_is_refused(tmp_path):
     write_archive(tmp_path, folders=(0,), each=1)
     with pytest.raises(ConfigError, match="1 images leave the train split empty"):
-        PathfinderFiles(str(tmp_path))
+        read_pathfinder(str(tmp_path))
     for file in (tmp_path / "metadata").iterdir():
         file.rename(file.with_name("all.npy"))
     with pytest.raises(UserError, match="holds no 0.npy"):
-        PathfinderFiles(str(tmp_path))
+        read_pathfinder(str(tmp_path))
 
 
 # ---- drawn ---------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_too_small_an_archive_is_refused(tmp_path):
 
 def draw(n: int, split: str = "train", **keys: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, size, size] and labels [n]."""
-    examples = PathfinderGenerated(PathfinderConfig(**keys)).examples(split)
+    examples = draw_pathfinder(PathfinderConfig(**keys)).examples(split)
     drawn = [examples[i] for i in range(n)]
     return np.stack([example.inputs[0][:, :, 0] for example in drawn]), np.array(
         [example.label for example in drawn]
@@ -273,8 +273,8 @@ def test_images_hold_two_long_paths_and_distractors(default):
 def test_an_image_is_a_function_of_seed_split_and_index_alone():
     images, _ = draw(6, "test", seed=5)
     code = (
-        "from uoe_jax.config.data import PathfinderConfig; from uoe_jax.data.sources.pathfinder import PathfinderGenerated\n"
-        "e = PathfinderGenerated(PathfinderConfig(seed=5, n_train=3, n_eval=6)).examples('test')\n"
+        "from uoe_jax.config.data import PathfinderConfig; from uoe_jax.data.sources.pathfinder import draw_pathfinder\n"
+        "e = draw_pathfinder(PathfinderConfig(seed=5, n_train=3, n_eval=6)).examples('test')\n"
         "print([e[i].inputs[0].tobytes().hex() for i in reversed(range(6))][::-1])"
     )
     for hash_seed in ("1", "2"):
@@ -289,10 +289,7 @@ def test_an_image_is_a_function_of_seed_split_and_index_alone():
 
 def test_splits_have_their_sizes_and_their_names():
     source = open_pathfinder("", PathfinderConfig(n_train=3, n_eval=2))
-    assert isinstance(source, PathfinderGenerated) and (source.n_classes, source.vocab_size) == (
-        2,
-        0,
-    )
+    assert (source.n_classes, source.vocab_size) == (2, 0)
     assert [len(source.examples(split)) for split in SPLITS] == [3, 2, 2]
     for i in (-1, 2):
         with pytest.raises(IndexError):
@@ -309,4 +306,4 @@ def test_splits_have_their_sizes_and_their_names():
 
 def test_paths_that_find_no_room_are_refused():
     with pytest.raises(ConfigError, match="data.pathfinder.length=30: .*no room in 16 x 16"):
-        PathfinderGenerated(PathfinderConfig(size=16, length=30))
+        draw_pathfinder(PathfinderConfig(size=16, length=30))

@@ -23,7 +23,7 @@ from helpers import (
 
 from uoe_jax import cli
 from uoe_jax.config import from_dict, to_dict
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.report import command
 from uoe_jax.report.sample import Sample, of_text, pieces, routes

@@ -10,7 +10,7 @@ from uoe_jax.config import Config, from_dict
 from uoe_jax.data.examples import Example
 from uoe_jax.data.pipeline import TrainBatches, eval_batches
 from uoe_jax.data.rows import LabelledRows
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import UserError
 from uoe_jax.train.evaluate import evaluate
@@ -85,7 +85,7 @@ def test_processes_hold_the_rows_of_one_global_batch(rows, n_processes):
                 wanted[name], np.concatenate([part[step][name] for part in parts])
             ), (step, name)
     whole_eval = list(eval_batches(rows, 4))
-    part_eval = [list(eval_batches(rows, 4, held=own)) for own in held]
+    part_eval = [list(eval_batches(rows, 4, local_rows=own)) for own in held]
     for i, wanted in enumerate(whole_eval):
         for name in wanted:
             assert np.array_equal(

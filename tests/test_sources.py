@@ -23,7 +23,7 @@ import pytest
 from uoe_jax.data import prepared
 from uoe_jax.data.sources import aan, text, wikitext
 from uoe_jax.data.store import open_or_build
-from uoe_jax.data.tokenizers.load import ByteTokenizer
+from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.errors import ConfigError, RunError, UserError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -71,12 +71,10 @@ def test_records_are_read_by_index_in_the_order_they_were_written(
     monkeypatch.setattr(prepared, "BATCH_BYTES", batch_bytes)
     directory = prepare_numbered(tmp_path)
     assert prepared.record_counts(directory) == {"train": 300, "test": 1}
-    records = prepared.Records(directory, "train", 300)
+    records = prepared.open_records(directory, "train", 300)
     for i in (299, 0, 7, 256):
         assert records[i] == {"name": f"{i}".encode(), "number": i, "text": bytes([i % 256]) * i}
-    assert [len(document) for document in prepared.Documents(directory, "train", 300)] == list(
-        range(300)
-    )
+    assert [len(record["text"]) for record in records] == list(range(300))
     for outside in (-1, 300):
         with pytest.raises(IndexError):
             records[outside]
@@ -84,7 +82,7 @@ def test_records_are_read_by_index_in_the_order_they_were_written(
 
 
 def test_records_may_be_read_by_many_threads(tmp_path):
-    records = prepared.Records(prepare_numbered(tmp_path), "train", 300)
+    records = prepared.open_records(prepare_numbered(tmp_path), "train", 300)
     indices = [int(i) for i in np.random.default_rng(0).integers(0, 300, 2000)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert [record["number"] for record in pool.map(records.__getitem__, indices)] == indices
@@ -139,7 +137,7 @@ def test_a_killed_build_leaves_no_half_dataset(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
     assert not (tmp_path / "sources/key").exists()
-    assert len(prepared.Records(prepare_numbered(tmp_path), "train", 300)) == 300
+    assert len(prepared.open_records(prepare_numbered(tmp_path), "train", 300)) == 300
 
 
 def test_a_damaged_dataset_is_named_with_record_and_remedy(tmp_path):
@@ -152,10 +150,10 @@ def test_a_damaged_dataset_is_named_with_record_and_remedy(tmp_path):
     whole = file.read_bytes()
     at = whole.index(texts[150]) + 1000
     file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    records = prepared.Documents(directory, "train", 300)
-    assert records[149] == texts[149]
+    records = prepared.open_records(directory, "train", 300)
+    assert records[149]["text"] == texts[149]
     with pytest.raises(
-        UserError, match="sources/key: .*record 150 of its train split.*delete it and run again"
+        UserError, match="sources/key: .*example 150 of the split .train..*delete it and run again"
     ):
         records[150]
     file.write_bytes(whole[:-LIMIT])
@@ -163,12 +161,12 @@ def test_a_damaged_dataset_is_named_with_record_and_remedy(tmp_path):
         UserError,
         match="sources/key: the prepared dataset cannot be read .*delete it and run again",
     ):
-        prepared.Records(directory, "train", 300)[0]
+        prepared.open_records(directory, "train", 300)[0]
     file.write_bytes(whole)
     with pytest.raises(
         UserError, match="300 records in its train split where 301 were prepared.*delete it"
     ):
-        prepared.Records(directory, "train", 301)
+        prepared.open_records(directory, "train", 301)
     (directory / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match="sources/key: .*delete it and run again"):
         prepared.record_counts(directory)
@@ -256,7 +254,7 @@ def test_text_comes_back_byte_for_byte_each_document_in_one_split(tmp_path):
     assert (record["n_files"], record["n_empty_files"], record["sha256"]) == (
         len(TEXTS),
         1,
-        source.sha256,
+        source.facts["sha256"],
     )
 
 
@@ -368,7 +366,7 @@ def test_text_that_cannot_be_used_is_answered_with_its_place(tmp_path):
     )
     refused("x.jsonl", b'\n{"txt": "a"}', "x.jsonl, line 2'.*a JSON object with its text")
     refused("x.jsonl", b'["text"]', "x.jsonl, line 1'.*a JSON object with its text")
-    refused("x.jsonl", b'{"text": "a"}\n{"text": "b', "x.jsonl, line 2'.*is no JSON.*mend it")
+    refused("x.jsonl", b'{"text": "a"}\n{"text": "b', "x.jsonl, line 2'.*is no JSON.*fix it")
     refused("x.jsonl", b"[" * 100_000, "x.jsonl, line 1'.*is no JSON")
     refused("x.jsonl", b'{"text": "\xff"}', "x.jsonl, line 1, byte 10 of the line.*is not UTF-8")
     refused(
@@ -379,16 +377,13 @@ def test_text_that_cannot_be_used_is_answered_with_its_place(tmp_path):
     write(tmp_path / "gz", {"whole.txt.gz": b"x" * 999, "cut/x.txt.gz": b""})
     (tmp_path / "gz/cut/x.txt.gz").write_bytes((tmp_path / "gz/whole.txt.gz").read_bytes()[:-9])
     refused(
-        "",
-        None,
-        "cut/x.txt.gz: cannot be read .*ended.*mend or remove it",
-        str(tmp_path / "gz/cut"),
+        "", None, "cut/x.txt.gz: cannot be read .*ended.*fix or remove it", str(tmp_path / "gz/cut")
     )
     (tmp_path / "gz/cut/x.txt.gz").write_bytes(b"not packed")
     refused(
         "",
         None,
-        "cut/x.txt.gz: cannot be read .*[Nn]ot a gzip.*mend or remove it",
+        "cut/x.txt.gz: cannot be read .*[Nn]ot a gzip.*fix or remove it",
         str(tmp_path / "gz/cut"),
     )
     (tmp_path / "links").mkdir()
@@ -396,14 +391,14 @@ def test_text_that_cannot_be_used_is_answered_with_its_place(tmp_path):
     refused(
         "",
         None,
-        "links/gone.txt: cannot be read .No such file.*mend or remove it",
+        "links/gone.txt: cannot be read .No such file.*fix or remove it",
         str(tmp_path / "links"),
     )
     with pytest.raises(ConfigError, match="data.path='': set it to a directory"):
         text.open_text("", tmp_path)
 
 
-def test_a_directory_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_read_is_not_skipped(tmp_path, monkeypatch):
     write(tmp_path, {"a.txt": b"a", "closed/b.txt": b"b"})
     real = os.scandir
 
@@ -563,10 +558,12 @@ def test_wikitext_is_kept_byte_for_byte_article_by_article(tmp_path):
     for source in sources:
         assert {split: list(source.documents(split)) for split in SPLITS} == ARTICLES
         record = json.loads(json.dumps(source.record()))
-        assert record["n_articles"] == {split: len(ARTICLES[split]) for split in SPLITS}
         assert record["n_bytes"] == {split: len(b"".join(ARTICLES[split])) for split in SPLITS}
-    assert sources[0].sha256 == hashlib.sha256((tmp_path / "packed" / ZIP).read_bytes()).hexdigest()
-    assert len(list((tmp_path / "cache/sources").iterdir())) == 2
+    assert (
+        sources[0].facts["sha256"]
+        == hashlib.sha256((tmp_path / "packed" / ZIP).read_bytes()).hexdigest()
+    )
+    assert not (tmp_path / "cache/sources").exists()  # read where it is, not copied
 
 
 def test_wikitext_is_looked_for_where_tfds_keeps_downloads(tmp_path, monkeypatch):
@@ -576,16 +573,16 @@ def test_wikitext_is_looked_for_where_tfds_keeps_downloads(tmp_path, monkeypatch
     ):
         wikitext.open_wikitext103("", tmp_path / "cache")
     write_zip(tmp_path / "downloads/manual")
-    assert len(wikitext.open_wikitext103("", tmp_path / "cache").documents("test")) == 1
+    (document,) = wikitext.open_wikitext103("", tmp_path / "cache").documents("test")
+    assert document == ARTICLES["test"][0]
 
 
 def test_wikitext_that_cannot_be_used_is_answered_with_what_to_download(tmp_path):
     def refused(place: Path, match: str) -> None:
         with pytest.raises(ConfigError, match=match) as error:
-            wikitext.open_wikitext103(str(place), tmp_path / "cache")
+            read(wikitext.open_wikitext103(str(place), tmp_path / "cache"))
         for part in ("data.path=", ZIP, "191,984,949 bytes", "download"):
             assert part in str(error.value)
-        assert not list(tmp_path.glob("cache/sources/*"))
 
     refused(
         tmp_path / "nothing",
@@ -620,21 +617,20 @@ def test_an_archive_that_is_replaced_meanwhile_is_noticed(tmp_path, monkeypatch)
     place = write_zip(tmp_path / "in")
     monkeypatch.setattr(prepared.RawFiles, "sha256", lambda *_: ["0" * 64])
     with pytest.raises(UserError, match=f"{ZIP}: changed while it was being read: run again"):
-        wikitext.open_wikitext103(str(place), tmp_path / "cache")
-    assert list((tmp_path / "cache/sources").iterdir()) == []
+        list(wikitext.open_wikitext103(str(place), tmp_path / "cache").documents("train"))
 
 
-def test_two_processes_may_prepare_one_archive_at_once(tmp_path):
-    write_zip(tmp_path / "in")
+def test_two_processes_may_prepare_one_dataset_at_once(tmp_path):
+    write(tmp_path / "in", TSV)
     code = (
-        "from uoe_jax.data import wikitext\n"
-        "source = wikitext.open_wikitext103(sys.argv[1], Path(sys.argv[2]))\n"
-        "print(source.record(), *source.documents('train'))"
+        "from uoe_jax.data.sources import aan\n"
+        "source = aan.open_aan(sys.argv[1], Path(sys.argv[2]))\n"
+        "print(source.record(), source.examples('train')[49])"
     )
     racers = [python(code, tmp_path / "in", tmp_path / "cache") for _ in range(2)]
     results = [racer.communicate(timeout=60) for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0], results
-    assert results[0][0] == results[1][0] and repr(ARTICLES["train"][-1]) in results[0][0]
+    assert results[0][0] == results[1][0] and repr(PAIRS["train"][-1][1]) in results[0][0]
     assert len(list((tmp_path / "cache/sources").iterdir())) == 1
 
 
@@ -708,7 +704,8 @@ def test_a_line_that_is_no_pair_is_named(tmp_path, line, match):
     name = "new_aan_pairs.eval.tsv"
     write(tmp_path, TSV | {name: TSV[name] + line + b"\n" + TSV[name]})
     with pytest.raises(
-        ConfigError, match=f"data.path='.*{name}, line 3': {match}.*unpack the file again"
+        ConfigError,
+        match=f"data.path='.*{name}, line 3': {match}.*fix the line, or unpack it again",
     ):
         aan.open_aan(str(tmp_path), tmp_path / "cache")
     assert list((tmp_path / "cache/sources").iterdir()) == []
@@ -743,7 +740,7 @@ def test_what_is_prepared_opens_without_heavy_imports(tmp_path):
     write(tmp_path / "aan", TSV)
     write(tmp_path / "text", {"a.txt": b"a"})
     code = (
-        "from uoe_jax.data import aan, text, wikitext\n"
+        "from uoe_jax.data.sources import aan, text, wikitext\n"
         "cache = Path(sys.argv[1]) / 'cache'\n"
         "for opened, name in ((wikitext.open_wikitext103, 'wiki'), (aan.open_aan, 'aan'), (text.open_text, 'text')):\n"
         "    opened(str(Path(sys.argv[1]) / name), cache).record()\n"

@@ -21,13 +21,10 @@ from uoe_jax import cli
 from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.store import TokenStore
 from uoe_jax.data.tokenizers import words as vocabulary
-from uoe_jax.data.tokenizers.load import (
-    BPETokenizer,
-    ByteTokenizer,
-    WordTokenizer,
-    load_tokenizer,
-    stored,
-)
+from uoe_jax.data.tokenizers.base import ByteTokenizer
+from uoe_jax.data.tokenizers.hf import HFTokenizer
+from uoe_jax.data.tokenizers.load import load_tokenizer, stored
+from uoe_jax.data.tokenizers.words import WordTokenizer
 from uoe_jax.errors import ConfigError, UserError
 
 PROSE = [
@@ -36,7 +33,7 @@ PROSE = [
     b"latin-1: Zo\xeb, and the rest of the cat sat.",
     b"",
 ]
-BPE = BPETokenizer.train(PROSE, 300)
+BPE = HFTokenizer.train(PROSE, 300)
 AWKWARD = {
     "empty": b"",
     "emoji": "👩‍👩‍👧‍👦 🐍e\u0301é".encode(),
@@ -106,7 +103,7 @@ MERGES = [
 ]
 
 
-BY_HAND = BPETokenizer(by_hand(MERGES))
+BY_HAND = HFTokenizer(by_hand(MERGES))
 
 
 def merged_by_hand(data: bytes) -> list[bytes]:
@@ -169,7 +166,7 @@ def test_bpe_merges_as_defined(data):
 
 def test_bpe_finds_the_commonest_pairs_first():
     # "xy" 6 times, then " xy" 5 times, then " xyz" and " q" 3 times each; then nothing occurs twice.
-    tokenizer = BPETokenizer.train([b"xyz xyz xyz xyz xy xy", b"q q q q"], 1000)
+    tokenizer = HFTokenizer.train([b"xyz xyz xyz xyz xy xy", b"q q q q"], 1000)
     assert tokenizer.vocab_size == 257 + 4
     new = [tokenizer.decode_bytes([i]) for i in range(257, 261)]
     assert new[:2] == [b"xy", b" xy"] and set(new[2:]) == {b" xyz", b" q"}
@@ -189,7 +186,7 @@ def test_bpe_trained_elsewhere_keeps_its_ids_and_never_finds_special_tokens_in_t
     content = by_hand(MERGES)
     n = 256 + len(MERGES)
     content["added_tokens"] += [added(n + 1, "<pad>"), added(n + 2, "    ", special=False)]
-    tokenizer = BPETokenizer(content)
+    tokenizer = HFTokenizer(content)
     assert (tokenizer.vocab_size, tokenizer.separator) == (n + 3, n)
     assert tokenizer.encode(b"abc    x").tolist() == [257, n + 2, ord("x")]
     assert tokenizer.bytes_per_token[n:].tolist() == [0, 0, 4]
@@ -208,7 +205,7 @@ def test_bpe_trained_elsewhere_keeps_its_ids_and_never_finds_special_tokens_in_t
 )
 def test_the_separator_is_found_by_name_or_is_the_only_special_token(names, found):
     ids = {name: 256 + i for i, name in enumerate(names)}
-    tokenizer = BPETokenizer(by_hand([], added_tokens=[added(i, name) for name, i in ids.items()]))
+    tokenizer = HFTokenizer(by_hand([], added_tokens=[added(i, name) for name, i in ids.items()]))
     assert tokenizer.separator == ids[found]
 
 
@@ -289,7 +286,7 @@ def test_what_is_not_exact_byte_level_bpe_is_refused_with_the_reason(tmp_path, n
 
 @pytest.mark.parametrize("behavior", ["Isolated", "MergedWithPrevious", "Contiguous"])
 def test_other_cuts_into_words_are_exact_too(behavior):
-    tokenizer = BPETokenizer(
+    tokenizer = HFTokenizer(
         in_sequence(split(behavior), {"type": "Digits", "individual_digits": True})
     )
     for data in [*PROSE, *(AWKWARD[name] for name in AWKWARD if "long" not in name)]:
@@ -302,7 +299,7 @@ def test_tokens_that_do_not_stand_for_the_text_are_noticed():
     )  # a special token that is also what merges make: it would stand for no bytes
     content["added_tokens"].append(added(256, "ab"))
     with pytest.raises(UserError, match="document of 4 bytes stand for 2"):
-        BPETokenizer(content).encode(b"xaby")
+        HFTokenizer(content).encode(b"xaby")
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1]", "null", '"text"', "\xff", "[" * 100_000])
@@ -502,7 +499,7 @@ def test_the_tokenizers_library_reads_a_stored_bpe():
 
 
 @pytest.mark.parametrize(
-    "make", [ByteTokenizer, lambda: BPETokenizer(by_hand(MERGES)), words_example]
+    "make", [ByteTokenizer, lambda: HFTokenizer(by_hand(MERGES)), words_example]
 )
 def test_a_cut_stored_tokenizer_is_refused(make):
     text = make().to_json()
@@ -527,11 +524,11 @@ def test_fingerprints_are_of_the_content():
     content = by_hand(MERGES)
     same = [content, dict(reversed(content.items())), content | {"truncation": {"max_length": 4, "strategy": "LongestFirst",
             "stride": 0, "direction": "Right"}}]  # fmt: skip
-    assert len({BPETokenizer(c).fingerprint for c in same}) == 1
-    assert len(BPETokenizer(same[2]).encode(b"x" * 9)) == 9
+    assert len({HFTokenizer(c).fingerprint for c in same}) == 1
+    assert len(HFTokenizer(same[2]).encode(b"x" * 9)) == 9
     renamed = by_hand(MERGES, added_tokens=[added(262, "</s>")])
     other = [by_hand(MERGES[::-1][2:]), renamed, changed("pre_tokenizer", use_regex=True)]
-    assert len({BPETokenizer(c).fingerprint for c in [content, *other]}) == 4
+    assert len({HFTokenizer(c).fingerprint for c in [content, *other]}) == 4
     texts = ([b"a a b"], [b"a b b"], [b"a a c"], [b" a a b \n"])
     assert len({WordTokenizer.train(t, 1).fingerprint for t in texts}) == 4
 
@@ -539,9 +536,7 @@ def test_fingerprints_are_of_the_content():
 def test_packed_rows_count_every_byte_of_the_documents():
     ids = [BPE.encode(d) for d in PROSE]
     offsets = np.cumsum([0, *map(len, ids)]).astype(np.int64)
-    rows = PackedRows(
-        TokenStore(np.concatenate(ids), offsets), 32, 4, BPE.separator, BPE.bytes_per_token
-    )
+    rows = PackedRows(TokenStore(np.concatenate(ids), offsets), 32, 4, BPE)
     assert sum(int(rows[i]["n_bytes"]) for i in range(len(rows))) == sum(map(len, PROSE))
 
 
@@ -567,7 +562,7 @@ def train_command(source: Path, out: Path, vocab: str = "290", *more: str) -> li
 
 def test_fresh_processes_make_the_same_vocabularies(tmp_path, source):
     program = (
-        "import sys; from uoe_jax import cli; from uoe_jax.data.tokenizers.load import *; code = cli.main(sys.argv[1:]);"
+        "import sys; from uoe_jax import cli; from uoe_jax.data.tokenizers.hf import HFTokenizer; from uoe_jax.data.tokenizers.words import WordTokenizer; code = cli.main(sys.argv[1:]);"
         "docs = [b'e d c b a e d c b a %d' % (i % 7) for i in range(50)];"
         "print(WordTokenizer.train(docs, 2).fingerprint); sys.exit(code)"
     )
@@ -601,7 +596,7 @@ def test_tokenizer_train_writes_a_file_that_works_and_says_what_comes_next(
     from uoe_jax.data.sources import stdlib
 
     documents = list(
-        stdlib.prepare(str(source), pipeline.default_cache_dir()).documents("validation")
+        stdlib.open_stdlib(str(source), pipeline.default_cache_dir()).documents("validation")
     )
     rate = sum(map(len, documents)) / sum(len(tokenizer.encode(d)) for d in documents)
     assert rate > 1.5 and f"290 tokens, {rate:.3f} bytes each" in said
@@ -711,14 +706,27 @@ def test_any_tokenizer_of_the_library(tmp_path):
 
 
 def test_a_document_starts_with_the_token_that_models_of_its_kind_start_with(tmp_path):
-    content = json.loads(BPETokenizer.train([b"abc abc"] * 9, 270).to_json())
+    content = json.loads(HFTokenizer.train([b"abc abc"] * 9, 270).to_json())
     n = max(content["model"]["vocab"].values()) + 1
     extra = {**content["added_tokens"][0], "content": "<|begin_of_text|>", "id": n}
-    both = BPETokenizer(content | {"added_tokens": [*content["added_tokens"], extra]})
+    both = HFTokenizer(content | {"added_tokens": [*content["added_tokens"], extra]})
     assert (
         both.start
         == n
         != both.separator
-        == BPETokenizer(content).separator
-        == BPETokenizer(content).start
+        == HFTokenizer(content).separator
+        == HFTokenizer(content).start
     )
+
+
+def test_a_file_is_opened_once_until_it_or_one_beside_it_changes(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(BPE.to_json())
+    first = load_tokenizer("bpe", str(file))
+    assert load_tokenizer("bpe", str(file)) is first
+    assert load_tokenizer("library", str(file)).fingerprint.startswith("library-")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    again = load_tokenizer("bpe", str(file))
+    assert again is not first and again.fingerprint == first.fingerprint
+    file.write_text(HFTokenizer.train([b"other text"] * 3, 260).to_json())
+    assert load_tokenizer("bpe", str(file)).vocab_size != first.vocab_size

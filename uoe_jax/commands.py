@@ -15,7 +15,7 @@ from typing import Any
 from uoe_jax import config as config_lib
 from uoe_jax.config import listing
 from uoe_jax.config.baselines import ATTENTIONS, MLPS
-from uoe_jax.config.data import TEXT
+from uoe_jax.config.data import sources_of
 from uoe_jax.config.load import resolve
 from uoe_jax.config.schema import Config
 from uoe_jax.config.validate import check_training
@@ -168,7 +168,7 @@ def report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def train_tokenizer(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from uoe_jax.data.registry import text_source
-    from uoe_jax.data.tokenizers.load import BPETokenizer
+    from uoe_jax.data.tokenizers.hf import HFTokenizer
     from uoe_jax.runtime_env import default_cache_dir
     from uoe_jax.workdir import is_remote, locate
 
@@ -183,11 +183,11 @@ def train_tokenizer(options: argparse.Namespace, overrides: dict[str, str]) -> N
     # Loaded with tokenizer='words', which needs neither a vocabulary size nor a tokenizer file.
     words = {"data.tokenizer": "words", "data.tokenizer_file": ""}
     data = load_config(options.config, overrides | words).data
-    if data.source not in TEXT:
-        remedy = f"is not a source of text; give one of {', '.join(TEXT)}"
+    if data.source not in (known := sources_of("language")):
+        remedy = f"is not a source of text; give one of {', '.join(known)}"
         raise ConfigError("config.data.source", data.source, remedy)
     source = text_source(data, default_cache_dir())
-    tokenizer = BPETokenizer.train(source.documents("train"), int(given))
+    tokenizer = HFTokenizer.train(source.documents("train"), int(given))
     n_bytes = n_tokens = 0
     for document in source.documents("validation"):
         n_bytes, n_tokens = n_bytes + len(document), n_tokens + len(tokenizer.encode(document))

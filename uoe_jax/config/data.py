@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from uoe_jax.config.fields import free_key, key
 
-TEXT = ["stdlib", "text", "wikitext103", "tfds_text"]  # sources of a language model
-
-FROM_FILE = ("bpe", "library")  # tokenizers that are read from data.tokenizer_file
+FROM_FILE = ("bpe", "library")  # tokenizers that data.tokenizer_file holds
 TOKENIZERS = ("bytes", "bpe", "words", "library")
 
 
@@ -31,18 +30,34 @@ class Facts(NamedTuple):
     n_ids: int = 256
 
 
-FACTS = {  # sources of a classifier
-    "listops": Facts(10),
-    "imdb": Facts(2, text=True),
-    "aan": Facts(2, n_inputs=2, text=True),
-    "pathfinder": Facts(2, image=(0, 0, 1)),
-    "digits": Facts(10, image=(8, 8, 1)),
-    "cifar10": Facts(10, image=(32, 32, 3)),
-    "cifar100": Facts(100, image=(32, 32, 3)),
-    "imagenet2012": Facts(1000, image=(0, 0, 3), resize=True),
+class Source(NamedTuple):
+    """A value of data.source.
+
+    Attributes:
+      facts: of labelled examples, for a classifier; None: documents, for a language model.
+      open: of a source that a user added: takes the `data` section; None: it is built in.
+    """
+
+    facts: Facts | None = None
+    open: Callable[[DataConfig], Any] | None = None
+
+
+SOURCES = {  # `data.registry.add_source` adds to these
+    **{name: Source() for name in ("stdlib", "text", "wikitext103", "tfds_text")},
+    "listops": Source(Facts(10)),
+    "imdb": Source(Facts(2, text=True)),
+    "aan": Source(Facts(2, n_inputs=2, text=True)),
+    "pathfinder": Source(Facts(2, image=(0, 0, 1))),
+    "digits": Source(Facts(10, image=(8, 8, 1))),
+    "cifar10": Source(Facts(10, image=(32, 32, 3))),
+    "cifar100": Source(Facts(100, image=(32, 32, 3))),
+    "imagenet2012": Source(Facts(1000, image=(0, 0, 3), resize=True)),
 }
 
-SOURCES = [*TEXT, *FACTS]  # `data.registry.add_source` adds to all three
+
+def sources_of(task: str) -> list[str]:
+    """The values of data.source for model.task: of documents ("language") or labelled examples."""
+    return [name for name, s in SOURCES.items() if (s.facts is None) == (task == "language")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

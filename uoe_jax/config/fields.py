@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Collection, Iterator, Mapping
 from typing import Any
 
 from uoe_jax.errors import ConfigError
@@ -22,7 +22,7 @@ def key(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
-    choices: Sequence[str] = (),
+    choices: Collection[str] = (),
     free: bool = False,
 ) -> Any:
     """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sized
 from typing import Protocol
 
-from uoe_jax.config.data import FACTS, FROM_FILE, TEXT
+from uoe_jax.config.data import FROM_FILE, SOURCES, sources_of
 from uoe_jax.config.fields import divisors, leaves, must_divide, refuse_first
 from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.config.schema import Config, ModelConfig
@@ -191,16 +191,17 @@ def check_source(c: Config) -> None:
 
 
 def _wrong_source(c: Config) -> Problems:
-    classify = c.model.task == "classify"
-    if classify != (c.data.source in FACTS):
-        fitting = ", ".join(FACTS if classify else TEXT)
-        yield "data.source", f"with config.model.task={c.model.task!r} it must be one of {fitting}"
+    fitting = sources_of(c.model.task)
+    if c.data.source not in fitting:
+        remedy = f"with config.model.task={c.model.task!r} it must be one of {', '.join(fitting)}"
+        yield "data.source", remedy
 
 
 def _unused(c: Config) -> Problems:
     """Keys that were set and would have no effect."""
     m, d, classify = c.model, c.data, c.model.task == "classify"
-    text = d.source in TEXT or FACTS[d.source].text
+    facts = SOURCES[d.source].facts
+    text = facts is None or facts.text
     no_files = f"data.source={d.source!r} has no files; leave it out"
     no_text = f"is for text, and data.source={d.source!r} has none"
     files = "is for data.tokenizer='bpe' or 'library'"
@@ -234,7 +235,8 @@ def _unused(c: Config) -> Problems:
 
 def _wrong_labelled(c: Config) -> Problems:
     """Checks a classifier against its labelled source."""
-    m, d, facts = c.model, c.data, FACTS[c.data.source]
+    m, d, facts = c.model, c.data, SOURCES[c.data.source].facts
+    assert facts is not None  # `_wrong_source`
     has = f"data.source={d.source!r} has"
     for name, wanted in (("n_classes", facts.n_classes), ("n_inputs", facts.n_inputs)):
         if getattr(m.classifier, name) != wanted:

@@ -1,30 +1,29 @@
-"""What is done to images: uint8 in and out, each a pure function of the image and of draws from the given generator.
+"""Image augmentation: uint8 in and out, pure functions of the image and of a generator's draws.
 
-The draws are part of batch = f(seed, step). A function draws in the order in which its docstring names its steps, and
-a step that the configuration turns off draws nothing. Pillow does the resampling.
+The draws are part of batch = f(seed, step). A function draws in the order of the steps in its
+docstring; a step that the configuration turns off draws nothing. Pillow resamples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+from PIL.Image import Resampling, Transform
 
 from uoe_jax.config.data import AugmentConfig
 
 if TYPE_CHECKING:
     import jax
-    from PIL.Image import Image
 
-MARGIN = 0.875  # the share of the short side that evaluation keeps of an image of another size: 224 of 256
+MARGIN = 0.875  # of the short side that evaluation keeps where it resizes: 224 of 256
 ASPECTS = (3 / 4, 4 / 3)  # of random crops, width by height
 CROP_TRIALS = 10
-EMPTY = 128  # the grey that RandAugment's shears, shifts and turns leave behind, as its authors' code has it
-TRANSLATED = (
-    150 / 331
-)  # share of a side that the strongest shift moves, as searched on images of 331 pixels
+EMPTY = 128  # the grey that RandAugment's geometric operations fill in, as in its authors' code
+TRANSLATED = 150 / 331  # of a side, the strongest shift; searched on images of 331 pixels
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
 
 Pixels = TypeVar("Pixels", np.ndarray, "jax.Array")
@@ -34,8 +33,9 @@ class Mix(NamedTuple):
     """How two images and their labels are mixed.
 
     Attributes:
-      share: weight of the first label, from 0 to 1; that of the second is 1 - share.
-      box: top, bottom, left, right in pixels of what the second image covers (CutMix); None: every pixel is a mean (mixup).
+      share: weight of the first label, from 0 to 1; the second has 1 - share.
+      box: top, bottom, left, right in pixels of what the second image covers (CutMix);
+        None: each pixel is a weighted mean (mixup).
     """
 
     share: float
@@ -51,10 +51,10 @@ def augmented(
     *,
     resize: bool = False,
 ) -> np.ndarray:
-    """One draw of training's crops, flips and RandAugment; mixing comes after, as it takes two images.
+    """One draw of crops, flips and RandAugment for training; `mixing` comes after.
 
-    In this order: the random resized crop (crop_area below 1, else `fitted` without a draw), the padded crop, the
-    flip, RandAugment.
+    In this order: the random resized crop (for crop_area below 1, else `fitted`, which draws
+    nothing), the padded crop, the flip, RandAugment.
 
     Args:
       image: uint8 [any height, any width, 1 or 3].
@@ -81,11 +81,11 @@ def fitted(image: np.ndarray, height: int, width: int, *, resize: bool = False) 
 
     Args:
       image: uint8 [any height, any width, 1 or 3].
-      resize: of another size, the middle is cut out, such that the nearer pair of sides keeps 7/8, and resized (as for
-        ImageNet); else it is refused.
+      resize: of another size, the centre is cut out, 7/8 of the tighter pair of sides, and resized
+        (as for ImageNet); else it is refused.
 
-    Returns uint8 [height,width,channels]: the same pixels where the size is right.
-    Raises ValueError for another size without `resize`, and for what is no image.
+    Returns uint8 [height,width,channels], the same pixels where the size is right. Raises
+    ValueError for another size without `resize`, and for what is no image.
     """
     _check(image)
     h, w, _ = image.shape
@@ -93,24 +93,18 @@ def fitted(image: np.ndarray, height: int, width: int, *, resize: bool = False) 
         return image
     if not resize:
         raise ValueError(f"an image of {h}x{w} pixels where {height}x{width} are expected")
-    scale = MARGIN * min(h / height, w / width)  # pixels of the image for one of the result
-    return _resized(
-        image,
-        (h - scale * height) / 2,
-        (w - scale * width) / 2,
-        scale * height,
-        scale * width,
-        height,
-        width,
-    )
+    scale = MARGIN * min(h / height, w / width)  # pixels of the image per pixel of the result
+    crop_h, crop_w = scale * height, scale * width
+    box = ((h - crop_h) / 2, (w - crop_w) / 2, crop_h, crop_w)
+    return _resized(image, box, height, width)
 
 
 def mixing(c: AugmentConfig, rng: np.random.Generator, height: int, width: int) -> Mix | None:
     """Draws how a pair of images is mixed; None where neither mixup nor CutMix is on.
 
-    In this order: which of them where both are on (each half of the time), the weight from Beta(alpha, alpha), and for
-    CutMix the row and the column of the box's centre. The share is the kept area itself, as the image's edge may cut
-    the box.
+    In this order: which of them, where both are on (half of the time each), the weight from
+    Beta(alpha, alpha), and for CutMix the row and the column of the box's centre. The image's edge
+    may cut the box; the share is the area that is kept.
     """
     if not c.mixup and not c.cutmix:
         return None
@@ -126,7 +120,7 @@ def mixing(c: AugmentConfig, rng: np.random.Generator, height: int, width: int) 
 
 
 def mixed(a: np.ndarray, b: np.ndarray, mix: Mix) -> np.ndarray:
-    """uint8 [height,width,channels] of two such images. Raises ValueError where their shapes differ."""
+    """uint8 [height,width,channels] of two such images. Raises ValueError for unequal shapes."""
     if a.shape != b.shape:
         raise ValueError(f"images of shapes {a.shape} and {b.shape} cannot be mixed")
     if mix.box is None:
@@ -139,11 +133,11 @@ def mixed(a: np.ndarray, b: np.ndarray, mix: Mix) -> np.ndarray:
 
 
 def grey_tokens(image: np.ndarray) -> np.ndarray:
-    """The image as a sequence of pixels, row by row: int32 [height*width], from 0 to 255.
+    """The image as a sequence of grey pixels, row by row: int32 [height*width], from 0 to 255.
 
-    Colours become grey as in Long Range Arena, whose tf.image.rgb_to_grayscale works in float32 and casts back by
-    cutting 255.5 times the value (for 237 of the 16.7 million colours, the order of the float32 sum decides between two
-    neighbouring greys); one channel stays as it is.
+    Colours become grey as in Long Range Arena, whose tf.image.rgb_to_grayscale works in float32 and
+    truncates 255.5 times the value. For 237 of the 16.7 million colours, the order of the float32
+    sum decides between two neighbouring greys.
     """
     _check(image)
     if image.shape[-1] == 1:
@@ -154,24 +148,19 @@ def grey_tokens(image: np.ndarray) -> np.ndarray:
 
 
 def as_floats(image: Pixels, bound: float) -> Pixels:
-    """float32 of the same shape, from -bound to bound: what the model takes for uint8 pixels; of numpy as of jax."""
+    """uint8 pixels as the model takes them: float32 of the same shape, from -bound to bound."""
     return (image.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.5 / bound)
 
 
 def _check(image: np.ndarray) -> None:
-    if (
-        image.dtype != np.uint8
-        or image.ndim != 3
-        or image.shape[-1] not in (1, 3)
-        or not image.size
-    ):
-        raise ValueError(
-            f"{image.dtype} {list(image.shape)} is no image: uint8 [height,width,1 or 3] is expected"
-        )
+    is_uint8 = image.dtype == np.uint8 and image.size
+    if not is_uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
+        found = f"{image.dtype} {list(image.shape)}"
+        raise ValueError(f"{found} is no image: uint8 [height,width,1 or 3] is expected")
 
 
 def _span(size: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
-    """Where `share` of a side begins and ends around a drawn centre, inside the side."""
+    """Start and end of `share` of a side around a drawn centre, cut off at the side's ends."""
     length = int(size * share)
     start = int(rng.integers(size)) - length // 2
     return max(start, 0), min(start + length, size)
@@ -188,8 +177,11 @@ def _padded_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> n
 def _resized_crop(
     image: np.ndarray, area: float, rng: np.random.Generator, height: int, width: int
 ) -> np.ndarray:
-    """Inception's crop. Up to ten times draws its share of the area and the logarithm of its aspect; the first that fits
-    draws its top and its left edge, and where none fits the largest middle of an allowed aspect is taken."""
+    """Inception's crop: up to ten times draws a share of the area and the logarithm of an aspect.
+
+    The first that fits draws its top and left edge. If none fits, the largest centre crop of an
+    allowed aspect is taken.
+    """
     h, w, _ = image.shape
     low, high = ASPECTS
     for _ in range(CROP_TRIALS):
@@ -198,106 +190,74 @@ def _resized_crop(
         crop_h, crop_w = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
         if 0 < crop_h <= h and 0 < crop_w <= w:
             top, left = int(rng.integers(h - crop_h + 1)), int(rng.integers(w - crop_w + 1))
-            return _resized(image, top, left, crop_h, crop_w, height, width)
+            return _resized(image, (top, left, crop_h, crop_w), height, width)
     crop_h, crop_w = min(h, max(1, round(w / low))), min(w, max(1, round(h * high)))
-    return _resized(image, (h - crop_h) // 2, (w - crop_w) // 2, crop_h, crop_w, height, width)
+    box = ((h - crop_h) // 2, (w - crop_w) // 2, crop_h, crop_w)
+    return _resized(image, box, height, width)
 
 
-def _resized(
-    image: np.ndarray,
-    top: float,
-    left: float,
-    crop_h: float,
-    crop_w: float,
-    height: int,
-    width: int,
-) -> np.ndarray:
-    from PIL.Image import Resampling
-
-    box = (left, top, left + crop_w, top + crop_h)
-    return _to_array(
-        _to_pillow(image).resize((width, height), Resampling.BILINEAR, box), image.shape[-1]
-    )
+def _resized(image: np.ndarray, box: tuple[float, ...], height: int, width: int) -> np.ndarray:
+    """box: top, left, height, width."""
+    top, left, h, w = box
+    corners = (left, top, left + w, top + h)
+    return _to_array(_to_pillow(image).resize((width, height), Resampling.BILINEAR, corners))
 
 
-def _to_pillow(image: np.ndarray) -> Image:
-    from PIL import Image
-
+def _to_pillow(image: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
-def _to_array(image: Image, channels: int) -> np.ndarray:
-    return np.asarray(image).reshape(image.height, image.width, channels)
+def _to_array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def _rand_augmented(
     image: np.ndarray, layers: int, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """RandAugment: every layer draws one of the operations, then the sign of its strength (used or not)."""
-    channels = image.shape[-1]
-    names = [name for name in RAND_OPS if channels == 3 or name != "color"]
+    """RandAugment: each layer draws an operation, then the sign of its strength, used or not."""
+    names = [name for name in RAND_OPS if image.shape[-1] == 3 or name != "color"]
     pillow = _to_pillow(image)
     for _ in range(layers):
         name = names[int(rng.integers(len(names)))]
         sign = 1 - 2 * int(rng.integers(2))
         pillow = RAND_OPS[name](pillow, magnitude / 30, sign)
-    return _to_array(pillow, channels)
+    return _to_array(pillow)
 
 
-def _moved(image: Image, *coefficients: float) -> Image:
-    """The pixel at (x, y) is taken from (a x + b y + c, d x + e y + f), the nearest one."""
-    from PIL.Image import Resampling, Transform
-
-    fill = EMPTY if image.mode == "L" else (EMPTY,) * 3
-    return image.transform(
-        image.size, Transform.AFFINE, coefficients, Resampling.NEAREST, fillcolor=fill
-    )
+def _fill(image: Image.Image) -> int | tuple[int, ...]:
+    return EMPTY if image.mode == "L" else (EMPTY,) * 3
 
 
-def _rotated(image: Image, m: float, sign: int) -> Image:
-    return image.rotate(30 * m * sign, fillcolor=EMPTY if image.mode == "L" else (EMPTY,) * 3)
+def _moved(image: Image.Image, *coefficients: float) -> Image.Image:
+    """The pixel at (x, y) is the nearest one to (a x + b y + c, d x + e y + f)."""
+    size, how = image.size, Transform.AFFINE
+    return image.transform(size, how, coefficients, Resampling.NEAREST, fillcolor=_fill(image))
 
 
-def _enhanced(name: str) -> Callable[[Image, float, int], Image]:
-    def enhance(image: Image, m: float, sign: int) -> Image:
-        from PIL import ImageEnhance
-
-        return getattr(ImageEnhance, name)(image).enhance(1 + 0.9 * m * sign)
-
-    return enhance
+_Op = Callable[[Image.Image, float, int], Image.Image]
 
 
-def _by_values(
-    name: str, argument: Callable[[float], int] | None = None
-) -> Callable[[Image, float, int], Image]:
-    def apply(image: Image, m: float, sign: int) -> Image:
-        from PIL import ImageOps
-
-        return getattr(ImageOps, name)(image, *(() if argument is None else (argument(m),)))
-
-    return apply
+def _enhanced(kind: Callable[[Image.Image], Any]) -> _Op:
+    return lambda im, m, sign: kind(im).enhance(1 + 0.9 * m * sign)
 
 
-# The operations of the RandAugment paper (arXiv 1909.13719), as functions of an image, of the strength from 0 to 1 and
-# of its sign. The order is part of the draw. Ranges as in torchvision, but that strength 0 changes nothing at all: at
-# the threshold 256 no pixel is solarised. Strength 30 shears by 0.3, turns by 30 degrees, keeps four bits.
-RAND_OPS: dict[str, Callable[[Image, float, int], Image]] = {
-    "identity": lambda image, m, sign: image,
-    "autocontrast": _by_values("autocontrast"),
-    "equalize": _by_values("equalize"),
-    "rotate": _rotated,
-    "solarize": _by_values("solarize", lambda m: round(256 * (1 - m))),
-    "color": _enhanced("Color"),
-    "posterize": _by_values("posterize", lambda m: 8 - round(4 * m)),
-    "contrast": _enhanced("Contrast"),
-    "brightness": _enhanced("Brightness"),
-    "sharpness": _enhanced("Sharpness"),
-    "shear_x": lambda image, m, sign: _moved(image, 1, 0.3 * m * sign, 0, 0, 1, 0),
-    "shear_y": lambda image, m, sign: _moved(image, 1, 0, 0, 0.3 * m * sign, 1, 0),
-    "translate_x": lambda image, m, sign: _moved(
-        image, 1, 0, TRANSLATED * m * sign * image.width, 0, 1, 0
-    ),
-    "translate_y": lambda image, m, sign: _moved(
-        image, 1, 0, 0, 0, 1, TRANSLATED * m * sign * image.height
-    ),
+# The operations of the RandAugment paper (arXiv:1909.13719): of an image, a strength from 0 to 1
+# and its sign. Their order is part of the draw. Ranges as in torchvision, except that strength 0
+# changes nothing: the threshold 256 solarises no pixel. Strength 30 shears by 0.3, rotates by 30
+# degrees, keeps four bits.
+RAND_OPS: dict[str, _Op] = {
+    "identity": lambda im, m, sign: im,
+    "autocontrast": lambda im, m, sign: ImageOps.autocontrast(im),
+    "equalize": lambda im, m, sign: ImageOps.equalize(im),
+    "rotate": lambda im, m, sign: im.rotate(30 * m * sign, fillcolor=_fill(im)),
+    "solarize": lambda im, m, sign: ImageOps.solarize(im, round(256 * (1 - m))),
+    "color": _enhanced(ImageEnhance.Color),
+    "posterize": lambda im, m, sign: ImageOps.posterize(im, 8 - round(4 * m)),
+    "contrast": _enhanced(ImageEnhance.Contrast),
+    "brightness": _enhanced(ImageEnhance.Brightness),
+    "sharpness": _enhanced(ImageEnhance.Sharpness),
+    "shear_x": lambda im, m, sign: _moved(im, 1, 0.3 * m * sign, 0, 0, 1, 0),
+    "shear_y": lambda im, m, sign: _moved(im, 1, 0, 0, 0.3 * m * sign, 1, 0),
+    "translate_x": lambda im, m, sign: _moved(im, 1, 0, TRANSLATED * m * sign * im.width, 0, 1, 0),
+    "translate_y": lambda im, m, sign: _moved(im, 1, 0, 0, 0, 1, TRANSLATED * m * sign * im.height),
 }

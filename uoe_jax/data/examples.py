@@ -1,19 +1,52 @@
-"""Labelled examples by index, and the rows of a batch that are made of them."""
+"""What sources provide: documents for a language model, labelled examples for a classifier."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+SPLITS = ("train", "validation", "test")
+
 Input = bytes | np.ndarray
+
+
+class TextSource(Protocol):
+    """Where documents come from.
+
+    Attributes:
+      key: names this content under these rules; caches derived from it are keyed by it.
+      documents: takes a split.
+    """
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def documents(self) -> Callable[[str], Iterable[bytes]]: ...
+    def record(self) -> dict[str, Any]:
+        """JSON-able, for the run's record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """A built-in `TextSource`; `documents` takes a split, `facts` are the record."""
+
+    key: str
+    documents: Callable[[str], Iterable[bytes]]
+    facts: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        return self.facts
 
 
 class Example(NamedTuple):
     """One labelled example.
 
     Attributes:
-      inputs: one, or two to be compared: text (bytes), token ids (int [T]), or an image (uint8 [height,width,channels]).
+      inputs: one, or two to compare: text (bytes), token ids (int [T]), or an image
+        (uint8 [height,width,channels]).
       label: the class, from 0.
     """
 
@@ -34,11 +67,43 @@ class ExampleSource(Protocol):
     Attributes:
       n_classes: labels are below it.
       vocab_size: 0 for text and images; else the inputs are token ids below it.
+      examples: takes a split.
     """
 
     @property
     def n_classes(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
-    def examples(self, split: str) -> Examples: ...
-    def record(self) -> dict[str, Any]: ...
+    @property
+    def examples(self) -> Callable[[str], Examples]: ...
+    def record(self) -> dict[str, Any]:
+        """JSON-able, for the run's record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Indexed:
+    """`Examples` that are computed from their index."""
+
+    n: int
+    read: Callable[[int], Example]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Example:
+        if not 0 <= i < self.n:
+            raise IndexError(f"example {i} of {self.n}")
+        return self.read(i)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSource:
+    """A built-in `ExampleSource`; `examples` takes a split, `facts` are the record."""
+
+    n_classes: int
+    examples: Callable[[str], Examples]
+    facts: dict[str, Any]
+    vocab_size: int = 0
+
+    def record(self) -> dict[str, Any]:
+        return self.facts

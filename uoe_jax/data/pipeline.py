@@ -1,73 +1,68 @@
-"""Batches as pure functions of (seed, step): there is no iterator state, so resuming needs the step alone.
+"""Batches as pure functions of (seed, step): without iterator state, resuming needs the step alone.
 
-Row r of step s is entry s * B + r of one endless shuffled order. A process that holds some rows of the global batch
-reads just those, so neither the number of processes nor of devices changes any row or its place.
+Row r of step s is entry s * B + r of one endless shuffled order. A process reads only its own rows
+of the global batch, so the number of processes or devices changes neither a row nor its place.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
-from uoe_jax.config.data import FACTS, TEXT
+from uoe_jax.config.data import SOURCES
 from uoe_jax.config.schema import Config
 from uoe_jax.config.validate import check_source
-from uoe_jax.data.examples import Examples, ExampleSource
+from uoe_jax.data.examples import SPLITS, Examples, ExampleSource, TextSource
 from uoe_jax.data.packing import Batch, PackedRows, Row
-from uoe_jax.data.prepared import SPLITS
-from uoe_jax.data.registry import (
-    TextSource,
-    known_vocabulary,
-    labelled_source,
-    text_source,
-    tokenizer_of,
-)
+from uoe_jax.data.registry import known_vocabulary, labelled_source, text_source
 from uoe_jax.data.rows import LabelledRows
 from uoe_jax.data.store import open_or_build
-from uoe_jax.data.tokenizers.load import Tokenizer
+from uoe_jax.data.tokenizers.base import Tokenizer
+from uoe_jax.data.tokenizers.load import tokenizer_of
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError
 from uoe_jax.runtime_env import default_cache_dir as default_cache_dir
 
-T = TypeVar("T")
-
 
 class Rows(Protocol):
-    """One split as rows of a batch, by index; PackedRows or LabelledRows."""
+    """One split as rows of a batch, by index: PackedRows or LabelledRows."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Row:
-        """Row i as evaluation sees it: a dict of arrays, in every row of the same shapes."""
+        """Row i for evaluation: a dict of arrays, of the same shapes in every row."""
 
     def augmented(self, i: int, seeds: Sequence[int], other: int) -> Row:
-        """Row i as training sees it, a pure function of all three: of the draws of `seeds`, and of another row it may be mixed with."""
+        """Row i for training, a pure function of all three; `other` is a row to mix it with."""
 
     def n_tokens(self, i: int) -> int:
-        """Tokens of row i, padding left out where there is much of it."""
+        """Tokens of row i, without padding where rows differ in length."""
 
     def padding_row(self) -> Row:
-        """A row that counts for nothing."""
+        """A row of padding: it adds nothing to any sum."""
 
     def trimmed(self, batch: Batch) -> Batch:
-        """The batch without needless padding; where `needs_all_rows`, of a global batch."""
+        """The batch without needless padding; a global batch where `needs_all_rows`."""
 
     @property
-    def needs_all_rows(self) -> bool: ...
+    def needs_all_rows(self) -> bool:
+        """Whether the shape of a batch depends on the rows of other processes."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DataBundle:
-    """The three splits, what the model must fit, and the facts for the run's record (JSON-able).
+    """The three splits and what the model must fit.
 
-    tokenizer: of text; None where the inputs are token ids or images. vocab_size: of the token ids; 0 for images.
+    Attributes:
+      tokenizer: of text; None where the inputs are token ids or images.
+      vocab_size: of the token ids; 0 for images.
+      record: JSON-able facts for the run's record.
     """
 
     train: Rows
@@ -78,10 +73,10 @@ class DataBundle:
     record: dict[str, Any]
 
     def described(self) -> str:
-        """How much there is, for the person."""
+        """The sizes in words, for the user."""
         sizes = [f"{len(getattr(self, split)):,}" for split in SPLITS]
         n_files, n_bytes = self.record.get("n_files"), self.record.get("n_bytes")
-        read = ""  # of some sources it is known for every split
+        read = ""  # some sources count by split
         if isinstance(n_files, int) and isinstance(n_bytes, int):
             read = f" from {n_files:,} files of {n_bytes / 1e6:,.3f} MB"
         return f"{' / '.join(sizes)} rows of {' / '.join(SPLITS)}{read}"
@@ -90,59 +85,64 @@ class DataBundle:
 def load(config: Config, cache_dir: Path, tokenizer: Tokenizer | None = None) -> DataBundle:
     """Prepares, tokenises and packs all splits, or finds them in the cache.
 
-    tokenizer: the one that was stored with the run; None: the one that data.tokenizer asks for.
-
-    Raises UserError for a source that cannot be read, a split without rows, and data that the model does not fit.
+    tokenizer: the one stored with the run; None: the one of the configuration. Raises UserError
+    where the source cannot be read, a split has no rows, or the data do not fit the model.
     """
     check_source(config)
-    if config.data.source in TEXT:
-        return _load_text(config, cache_dir, tokenizer)
-    return _load_labelled(config, cache_dir, tokenizer)
+    is_text = SOURCES[config.data.source].facts is None
+    make = _text_splits if is_text else _labelled_splits
+    rows, tokenizer, vocab_size, facts = make(config, cache_dir, tokenizer)
+    for split in SPLITS:
+        if not len(rows[split]):
+            remedy = f"its {split} split holds nothing to learn from: choose another data.path."
+            raise ConfigError("data.source", config.data.source, remedy)
+    n_rows = {split: len(rows[split]) for split in SPLITS}
+    record = {"source": config.data.source, **facts, "n_rows": n_rows}
+    return DataBundle(**rows, tokenizer=tokenizer, vocab_size=vocab_size, record=record)
 
 
-def _load_text(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> DataBundle:
+_Splits = tuple[Mapping[str, Rows], Tokenizer | None, int, dict[str, Any]]
+
+
+def _text_splits(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> _Splits:
+    """(rows by split, tokenizer, vocabulary size, facts)."""
     data, model = config.data, config.model
     source = text_source(data, cache_dir)
     if tokenizer is None:
-        tokenizer = tokenizer_of(
-            data,
-            lambda: source.documents("train"),
-            cache_dir / "words" / f"{source.key}-{data.min_count}.json",
-        )
-    rows, unknown = {}, {}
+        cached = cache_dir / "words" / f"{source.key}-{data.min_count}.json"
+        tokenizer = tokenizer_of(data, lambda: source.documents("train"), cached)
+    rows, n_documents, unknown = {}, {}, {}
     for split in SPLITS:
-        store = open_or_build(
-            lambda: source.documents(split), tokenizer, cache_dir, source.key, split
-        )
-        rows[split] = PackedRows(
-            store,
-            model.context_length,
-            model.patch_multiple,
-            tokenizer.separator,
-            tokenizer.bytes_per_token,
-            tokenizer.start,
-        )
+        read = functools.partial(source.documents, split)
+        store = open_or_build(read, tokenizer, cache_dir, source.key, split)
+        rows[split] = PackedRows(store, model.context_length, model.patch_multiple, tokenizer)
+        n_documents[split] = len(store)
         if store.bytes_unknown:
             unknown[split] = store.bytes_unknown
-    n_targets = {split: rows[split].n_targets for split in SPLITS}
-    facts = {**described(source), "tokenizer": tokenizer.fingerprint, "n_targets": n_targets}
+    facts = {
+        "n_documents": n_documents,
+        **_record(source),
+        "tokenizer": tokenizer.fingerprint,
+        "n_targets": {split: rows[split].n_targets for split in SPLITS},
+    }
     if unknown:
         split, why = next(iter(unknown.items()))
         facts["bits_per_byte"] = f"not reported for {', '.join(unknown)}: {why} ({split})"
-    return _bundle(config, rows, tokenizer, tokenizer.vocab_size, facts)
+    return rows, tokenizer, tokenizer.vocab_size, facts
 
 
-def _load_labelled(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> DataBundle:
+def _labelled_splits(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -> _Splits:
     source = labelled_source(config.data, cache_dir)
-    if FACTS[config.data.source].text and tokenizer is None:
+    facts = SOURCES[config.data.source].facts
+    if tokenizer is None and facts is not None and facts.text:
         tokenizer = tokenizer_of(config.data, lambda: _texts(source.examples("train")))
     rows = {
         split: LabelledRows(source.examples(split), source.n_classes, split, config, tokenizer)
         for split in SPLITS
     }
-    facts = {**described(source), "tokenizer": tokenizer.fingerprint if tokenizer else None}
+    fingerprint = tokenizer.fingerprint if tokenizer else None
     ids = tokenizer.vocab_size if tokenizer else source.vocab_size or known_vocabulary(config)[0]
-    return _bundle(config, rows, tokenizer, ids, facts)
+    return rows, tokenizer, ids, {**_record(source), "tokenizer": fingerprint}
 
 
 def _texts(examples: Examples) -> Iterator[bytes]:
@@ -153,38 +153,20 @@ def _texts(examples: Examples) -> Iterator[bytes]:
             yield text
 
 
-def described(source: TextSource | ExampleSource) -> dict[str, Any]:
-    """The record of a source; where nobody hashes its content, with a hash of what else is known, its place left out."""
+def _record(source: TextSource | ExampleSource) -> dict[str, Any]:
+    """The source's record; without a hash of the content, it gets one of the other facts."""
     record = source.record()
-    known = json.dumps(
-        {name: value for name, value in record.items() if name != "directory"}, sort_keys=True
-    )
-    return {"sha256": hashlib.sha256(known.encode()).hexdigest(), **record}
-
-
-def _bundle(
-    config: Config,
-    rows: Mapping[str, Rows],
-    tokenizer: Tokenizer | None,
-    vocab_size: int,
-    facts: dict[str, Any],
-) -> DataBundle:
-    for split in SPLITS:
-        if not len(rows[split]):
-            remedy = f"its {split} split holds nothing to learn from: choose another data.path."
-            raise ConfigError("data.source", config.data.source, remedy)
-    record = {
-        "source": config.data.source,
-        **facts,
-        "n_rows": {split: len(rows[split]) for split in SPLITS},
-    }
-    return DataBundle(**rows, tokenizer=tokenizer, vocab_size=vocab_size, record=record)
+    known = {name: value for name, value in record.items() if name != "directory"}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return {"sha256": digest, **record}
 
 
 class TrainBatches:
-    """`batches[step]`: dict of arrays [B, …], or of the rows `held` of them; a new order every epoch.
+    """`batches[step]`: dict of arrays [B, …], or of `local_rows` of them; reshuffled every epoch.
 
-    window: so many consecutive batches share their rows out by length, and come in an order drawn for them; 1: as they are.
+    Args:
+      local_rows: this process's rows of the global batch; all by default.
+      window: as many consecutive batches are filled by length and come in a drawn order; 1: none.
     """
 
     def __init__(
@@ -192,175 +174,77 @@ class TrainBatches:
         rows: Rows,
         batch_size: int,
         seed: int,
-        held: Iterable[int] | None = None,
+        local_rows: Iterable[int] | None = None,
         window: int = 1,
     ) -> None:
-        import grain  # imports jax, a second or two: only who trains pays for it
+        import grain  # imports jax, a second or two, which only training pays for
 
         if not 0 <= seed < 2**32:
             raise ConfigError("train.seed", seed, "must be from 0 to 4294967295.")
-        self._rows = rows
-        self._batch_size = batch_size
-        self._seed = seed
-        self._held = _checked_rows(held, batch_size)
-        self._window, self._shared = window, (-1, np.zeros((0, 0), np.int64))
-        # grain orders the indices and we fetch the rows: the order is the same, and grain need not measure each row.
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._local_rows = _checked_rows(local_rows, batch_size)
+        self._window, self._group = window, (-1, np.zeros((0, 0), np.int64))
+        # grain orders indices only: it would measure each row that it fetched.
         self._order = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat(None)
-
-    def row_indices(self, step: int) -> list[int]:
-        """Which rows this process takes at this step."""
-        entries = self._entries(step)
-        return [int(self._order[entries[r]]) for r in self._held]
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
             raise IndexError(f"step {step}")
         entries = self._entries(step)
-        return _batch(
-            self._rows, lambda r: self._drawn(int(entries[r])), self._batch_size, self._held
-        )
+        row = lambda r: self._row(int(entries[r]))  # noqa: E731
+        return _batch(self._rows, row, self._batch_size, self._local_rows)
 
     def _entries(self, step: int) -> Sequence[int]:
-        """The places in the endless order of the rows of a batch."""
+        """The entries of the endless order that make a batch."""
         b, w = self._batch_size, self._window
         if w == 1:
             return range(step * b, (step + 1) * b)
         group, turn = divmod(step, w)
-        if self._shared[0] != group:
-            places = np.arange(group * w * b, (group + 1) * w * b)
-            lengths = [self._rows.n_tokens(int(self._order[int(i)])) for i in places]
-            by_length = places[np.argsort(lengths, kind="stable")].reshape(w, b)
-            self._shared = (
-                group,
-                by_length[np.random.default_rng((self._seed, group)).permutation(w)],
-            )
-        return self._shared[1][turn]
+        if self._group[0] != group:
+            entries = np.arange(group * w * b, (group + 1) * w * b)
+            lengths = [self._rows.n_tokens(int(self._order[int(i)])) for i in entries]
+            by_length = entries[np.argsort(lengths, kind="stable")].reshape(w, b)
+            drawn = np.random.default_rng((self._seed, group)).permutation(w)
+            self._group = (group, by_length[drawn])
+        return self._group[1][turn]
 
-    def _drawn(self, entry: int) -> Row:
-        """A row by its place in the endless order; the one after it is the one it may be mixed with."""
-        return self._rows.augmented(
-            int(self._order[entry]), (self._seed, entry), int(self._order[entry + 1])
-        )
+    def _row(self, entry: int) -> Row:
+        """The row of an entry; the next entry names the row it may be mixed with."""
+        row, other = int(self._order[entry]), int(self._order[entry + 1])
+        return self._rows.augmented(row, (self._seed, entry), other)
 
 
 def eval_batches(
-    rows: Rows, batch_size: int, limit: int = 0, held: Iterable[int] | None = None
+    rows: Rows, batch_size: int, limit: int = 0, local_rows: Iterable[int] | None = None
 ) -> Iterator[Batch]:
-    """Every row exactly once, in order; the last batch is filled up with padding rows, which count for nothing.
+    """Every row once, in order; padding rows, which count for nothing, fill the last batch.
 
     Args:
-      limit: at most this many batches; 0 is all of them.
-      held: this process's rows of each global batch; every process yields as many batches.
+      limit: at most this many batches; 0: all.
+      local_rows: this process's rows of each global batch; all processes yield as many batches.
     """
-    held = _checked_rows(held, batch_size)
+    local = _checked_rows(local_rows, batch_size)
     n_batches = -(-len(rows) // batch_size)
     for b in range(min(n_batches, limit) if limit else n_batches):
         base = b * batch_size
         row = lambda r: rows[base + r] if base + r < len(rows) else rows.padding_row()  # noqa: E731
-        yield _batch(rows, row, batch_size, held)
+        yield _batch(rows, row, batch_size, local)
 
 
-def _batch(rows: Rows, row: Callable[[int], Row], batch_size: int, held: list[int]) -> Batch:
-    """The rows `held` of a global batch, of the shape that all of its rows ask for."""
+def _batch(rows: Rows, row: Callable[[int], Row], batch_size: int, local: list[int]) -> Batch:
+    """The rows `local` of a global batch, of the shape that all of its rows need."""
     if not rows.needs_all_rows:
-        return _stack([row(r) for r in held])
+        return _stack([row(r) for r in local])
     whole = rows.trimmed(_stack([row(r) for r in range(batch_size)]))
-    return {name: a[held] for name, a in whole.items()}
+    return {name: a[local] for name, a in whole.items()}
 
 
-def _checked_rows(held: Iterable[int] | None, batch_size: int) -> list[int]:
-    rows = list(range(batch_size)) if held is None else [int(r) for r in held]
+def _checked_rows(local_rows: Iterable[int] | None, batch_size: int) -> list[int]:
+    rows = list(range(batch_size)) if local_rows is None else [int(r) for r in local_rows]
     if not rows or any(not 0 <= r < batch_size for r in rows):
-        raise ValueError(f"held={rows} are no rows of a batch of {batch_size}")
+        raise ValueError(f"local_rows={rows} are no rows of a batch of {batch_size}")
     return rows
 
 
 def _stack(rows: list[Row]) -> Batch:
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-class _Failed(NamedTuple):
-    """What a fetch raised, in the place of what it did not give."""
-
-    error: BaseException
-
-
-class Prefetcher(Generic[T]):
-    """Computes fetch(start), fetch(start + 1), … stop - 1 in a daemon thread, at most `depth` of them ahead.
-
-    The steps are taken in order with `get(step)`. An error in `fetch` is raised by the `get` of that step. Use it as a
-    context manager, or call `close`, so that no thread is left behind holding batches on the device.
-    """
-
-    def __init__(self, fetch: Callable[[int], T], start: int, stop: int, depth: int = 2) -> None:
-        if depth < 1:
-            raise ValueError(f"depth {depth} is below 1")
-        self._fetch = fetch
-        self._next = start
-        self._stop = stop
-        self._depth = depth
-        self._ready: deque[T | _Failed] = deque()
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(
-            target=self._work, args=(start,), name="uoe-prefetch", daemon=True
-        )
-        self._thread.start()
-
-    def get(self, step: int) -> T:
-        """Waits for fetch(step). Raises what fetch raised; IndexError past `stop`; ValueError out of order."""
-        with self._changed:
-            if step >= self._stop:
-                raise IndexError(f"step {step} is not before stop={self._stop}")
-            if step != self._next:
-                raise ValueError(
-                    f"steps are taken in order: step {step} asked for, {self._next} is next"
-                )
-            self._changed.wait_for(lambda: self._ready or self._closed)
-            if self._closed:
-                raise RuntimeError("the prefetcher is closed")
-            item = self._ready[0]
-            if isinstance(item, _Failed):
-                raise item.error  # stays at the head: whoever asks again is told again
-            self._ready.popleft()
-            self._next += 1
-            self._changed.notify_all()
-        return item
-
-    def close(self, timeout: float = 10.0) -> None:
-        """Stops the thread and drops what it held; waits at most `timeout` seconds for a fetch under way."""
-        with self._changed:
-            self._closed = True
-            self._ready.clear()
-            self._changed.notify_all()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout)
-
-    def __enter__(self) -> Prefetcher[T]:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _work(self, start: int) -> None:
-        for step in range(start, self._stop):
-            with self._changed:
-                # Wait before the fetch, not after: at most `depth` batches are alive besides the consumer's own.
-                self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
-                if self._closed:
-                    return
-            item: T | _Failed
-            try:
-                item = self._fetch(step)
-            except (
-                BaseException
-            ) as error:  # everything is the consumer's to know, SystemExit included
-                item = _Failed(error)
-            with self._changed:
-                if self._closed:
-                    return
-                self._ready.append(item)
-                self._changed.notify_all()
-            if isinstance(item, _Failed):
-                return
-            del item  # the queue owns it now: no second reference while waiting

@@ -1,11 +1,9 @@
 """What sources on disk share: datasets that are prepared once, and raw files that are hashed once.
 
-A prepared dataset is one in TensorFlow Datasets' format (array_record), named by the hash of what it was made from, so
-that it is complete and right, or absent. No TensorFlow is needed, neither to write nor to read, and tfds itself (0.4 s to
-import) is only imported where there is something to write or to read.
-
-tfds's `SequentialWriter` writes, not a `GeneratorBasedBuilder`: the latter collects a split before it writes it, in memory
-up to 1 GB and beyond that through TensorFlow. Its order is ours, so no release of tfds can change what a seed means.
+A prepared dataset has TensorFlow Datasets' format (array_record), and the hash of its content in
+its name: it is complete and right, or absent. No TensorFlow is needed, and tfds (0.4 s to import)
+only to write or read. `SequentialWriter` writes, in our order: a `GeneratorBasedBuilder` would
+first collect a whole split, beyond 1 GB through TensorFlow.
 """
 
 from __future__ import annotations
@@ -29,163 +27,156 @@ import numpy as np
 from uoe_jax.distributed.watchdog import tick, ticking
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.runtime_env import expanded
+from uoe_jax.workdir import write_json
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
-ARENA = tuple(
-    "lra_release/" * n for n in range(3)
-)  # where unpacking Long Range Arena's archive leaves what is in it
-BATCH_BYTES = 8 << 20  # between two of tfds's notes of how far it is, which cost milliseconds
+# Where unpacking Long Range Arena's archive leaves its content.
+ARENA = tuple("lra_release/" * n for n in range(3))
+BATCH_BYTES = 8 << 20  # between two progress notes of tfds, which cost milliseconds
 LINE_BYTES = 256 << 20
 HASHED_BYTES = 1 << 20  # at a time
-SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system: what is younger may change and keep its time
+SETTLED_NS = 2_000_000_000  # a file system's coarsest clock: a younger file may change unnoticed
 
 Record = Mapping[str, Any]
+Splits = Mapping[str, Callable[[], Iterable[Record]]]
 
 
-# ---- datasets -----------------------------------------------------------------------------------------------------
+# ---- datasets -----------------------------------------------------------------------------------
 
 
 class Records:
-    """Random access to the records of one split: dicts of the fields that were prepared, text as bytes."""
+    """Random access to one split of a dataset in tfds's format: dicts of its features."""
 
-    def __init__(self, directory: Path, split: str, n_records: int) -> None:
-        """Opens a split of `n_records` (imports tfds). Raises UserError where its files are damaged, as reading does."""
-        import tensorflow_datasets as tfds
-
-        self._directory = directory
-        self._split = split
-        try:
-            self._records = tfds.builder_from_directory(str(directory)).as_data_source(split=split)
-            found = len(self._records)
-        except Exception as error:  # tfds, etils and array_record each raise their own
-            raise damaged(directory, error) from error
-        if found != n_records:
-            raise damaged(
-                directory, f"{found} records in its {split} split where {n_records} were prepared"
-            )
+    def __init__(self, source: Any, split: str, damaged: Callable[[str], UserError]) -> None:
+        """source: a data source of tfds. damaged: makes an error of what is wrong."""
+        self._source, self._split, self._damaged = source, split, damaged
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._source)
 
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(
-                f"record {index} of {len(self)}"
-            )  # array_record's is a ValueError: no end of iteration
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Raises UserError where the record is damaged."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
         try:
-            return self._records[index]
-        except Exception as error:
-            raise damaged(
-                self._directory, f"record {index} of its {self._split} split: {error!r}"
-            ) from error
+            return self._source[i]
+        except Exception as error:  # array_record and the decoders each raise their own
+            raise self.wrong(i, f"cannot be read ({one_line(error)})") from error
 
-
-class Documents(Records):
-    """The bytes of the field "text" of each record."""
-
-    def __getitem__(self, index: int) -> bytes:
-        return super().__getitem__(index)["text"]
-
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         return ticking(map(self.__getitem__, range(len(self))))
 
+    def many(self, indices: np.ndarray) -> list[dict[str, Any]]:
+        try:
+            return self._source.__getitems__(indices.tolist())
+        except Exception:
+            return [self[int(i)] for i in indices]  # names the damaged one
 
-def damaged(directory: Path, what: object) -> UserError:
-    """That the dataset at `directory`, two levels below its name in the cache, is not what was written."""
-    what = what if isinstance(what, str) else repr(what)
-    return UserError(
-        f"{directory.parent.parent}: the prepared dataset cannot be read ({what}): delete it and run again."
-    )
+    def wrong(self, i: int, what: str) -> UserError:
+        return self._damaged(f"example {i} of the split {self._split!r} {what}")
+
+
+def open_records(directory: Path, split: str, n_records: int) -> Records:
+    """A split of `dataset_directory` (imports tfds). Raises UserError where it is damaged."""
+    import tensorflow_datasets as tfds
+
+    try:
+        source = tfds.builder_from_directory(str(directory)).as_data_source(split=split)
+        n_found = len(source)
+    except Exception as error:  # tfds, etils and array_record each raise their own
+        raise _damaged(directory, one_line(error)) from error
+    if n_found != n_records:
+        found = f"{n_found} records in its {split} split where {n_records} were prepared"
+        raise _damaged(directory, found)
+    return Records(source, split, lambda what: _damaged(directory, what))
+
+
+def _damaged(directory: Path, what: str) -> UserError:
+    remedy = f"the prepared dataset cannot be read ({what}): delete it and run again."
+    return UserError(f"{directory.parent.parent}: {remedy}")
+
+
+def one_line(error: Exception) -> str:
+    """The kind of an error and the beginning of its message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
 
 
 def dataset_directory(
-    cache_dir: Path,
-    key: str,
-    name: str,
-    version: str,
-    fields: Mapping[str, type],
-    splits: Mapping[str, Callable[[], Iterable[Record]]],
+    cache_dir: Path, key: str, name: str, version: str, fields: Mapping[str, type], splits: Splits
 ) -> Path:
-    """Where the dataset `key` lies, for `Records`; it is written first where it is not there.
+    """The directory of the dataset `key`, for `open_records`; written first where it is absent.
 
     Args:
       key: names the content; equal keys mean equal records.
       name, version: what tfds calls it; the version is three numbers.
       fields: of every record, in this order: `bytes` or `int`.
-      splits: called, each at most once, only where the dataset must be written; every split needs a record.
+      splits: called once each, only where the dataset must be written; no split may be empty.
 
-    Any number of processes may do this at once: each writes beside the final directory and renames; the first one wins,
-    and a process that is killed leaves nothing under the final name. Raises RunError where the cache cannot be written.
+    Raises RunError as `new_directory`.
     """
     home = Path(cache_dir) / "sources" / key
     if not home.is_dir():
-        _build(home, name, version, fields, splits)
+        # RuntimeErrors are array_record's, such as of a full disk.
+        with new_directory(home, "prepare the dataset", (OSError, RuntimeError)) as new:
+            directory = new / name / version
+            directory.mkdir(parents=True)
+            for split, n_records in _write(directory, name, version, fields, splits).items():
+                open_records(directory, split, n_records)
     return home / name / version
 
 
-def record_counts(directory: Path) -> dict[str, int]:
-    """How many records each split has, without importing tfds. Raises UserError where that note is damaged."""
-    try:
-        splits = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))["splits"]
-        return {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(directory, error) from error
+@contextlib.contextmanager
+def new_directory(
+    home: Path, what: str, errors: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[Path]:
+    """A directory to fill, which becomes `home` at the end, unless another process was first.
 
-
-def _build(
-    home: Path,
-    name: str,
-    version: str,
-    fields: Mapping[str, type],
-    splits: Mapping[str, Callable[[], Iterable[Record]]],
-) -> None:
+    Any number of processes may do this at once, with equal results. `home` is complete or absent,
+    also after a kill. Raises RunError, which says `what` for, where one of `errors` came up.
+    """
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
         try:
-            directory = work / name / version
-            directory.mkdir(parents=True)
-            counts = _write(directory, name, version, fields, splits)
-            for split, n_records in counts.items():
-                Records(directory, split, n_records)
+            new = work / "new"
+            new.mkdir()
+            yield new
             try:
-                os.rename(work, home)
+                os.rename(new, home)
             except OSError:
-                if (
-                    not home.is_dir()
-                ):  # else another process was first, and its result is the same as ours
+                if not home.is_dir():
                     raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # array_record's errors are RuntimeErrors, a full disk among them
-        raise RunError(
-            f"{home}: cannot prepare the dataset ({error}): free space there or set UOE_CACHE elsewhere."
-        ) from error
+    except errors as error:
+        remedy = "free space there or set UOE_CACHE elsewhere."
+        raise RunError(f"{home}: cannot {what} ({error}): {remedy}") from error
+
+
+def record_counts(directory: Path) -> dict[str, int]:
+    """{split: number of records}, without importing tfds. Raises UserError where it is damaged."""
+    try:
+        splits = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))["splits"]
+        return {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(directory, one_line(error)) from error
 
 
 def _write(
-    directory: Path,
-    name: str,
-    version: str,
-    fields: Mapping[str, type],
-    splits: Mapping[str, Callable[[], Iterable[Record]]],
+    directory: Path, name: str, version: str, fields: Mapping[str, type], splits: Splits
 ) -> dict[str, int]:
-    """Writes the splits one after another, record by record; returns how many records each has."""
+    """Writes the splits record by record; returns how many records each has."""
     import tensorflow_datasets as tfds
 
     features = {bytes: tfds.features.Text, int: lambda: tfds.features.Scalar(np.int64)}
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name, tfds.core.Version(version), str(directory), __name__
+    )
     info = tfds.core.DatasetInfo(
-        builder=tfds.core.dataset_info.DatasetIdentity(
-            name, tfds.core.Version(version), str(directory), __name__
-        ),
-        features=tfds.features.FeaturesDict(
-            {field: features[kind]() for field, kind in fields.items()}
-        ),
+        builder=identity,
+        features=tfds.features.FeaturesDict({f: features[kind]() for f, kind in fields.items()}),
         disable_shuffling=True,
     )
     writer = tfds.core.SequentialWriter(
@@ -200,7 +191,7 @@ def _write(
                 counts[split] += len(batch)
         writer.close_all()
     except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
+        with contextlib.suppress(Exception):  # the first error is the one to report
             writer.close_all()
         raise
     return counts
@@ -219,20 +210,21 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-# ---- raw files ----------------------------------------------------------------------------------------------------
+# ---- raw files ----------------------------------------------------------------------------------
 
 
 class RawFiles:
-    """Reads files by their SHA-256, and notices those that change.
+    """Reads files by their SHA-256 and notices those that change.
 
-    A hash is remembered in `cache_dir` by path, size and times, as reading 100 GB at every start would take minutes.
+    `cache_dir` keeps each hash with the file's path, size and times: reading 100 GB at every start
+    would take minutes.
     """
 
     def __init__(self, cache_dir: Path) -> None:
         self._memo = Path(cache_dir) / "hashes.json"
 
     def sha256(self, files: Sequence[Path]) -> list[str]:
-        """Of each file's bytes, in hexadecimal. Raises UserError for one that cannot be read or changes meanwhile."""
+        """Of each file, in hexadecimal. Raises UserError for one that is unreadable or changes."""
         memo = self._remembered()
         new: dict[str, list[Any]] = {}
         hashes = []
@@ -253,64 +245,54 @@ class RawFiles:
                 self._remember(new)
         return hashes
 
+    def hashes(self, files: Mapping[str, Path]) -> tuple[dict[str, str], str]:
+        """({name: hash of the file}, the hash over these); raises as `sha256`."""
+        found = dict(zip(files, self.sha256(list(files.values())), strict=True))
+        return found, hashlib.sha256("".join(found.values()).encode()).hexdigest()
+
     @contextlib.contextmanager
     def open(self, file: Path, sha256: str) -> Iterator[BinaryIO]:
         """The file, to be read once from its beginning on.
 
-        Raises UserError where it cannot be read or decompressed and, at the end, where it is not what was hashed.
+        Raises UserError where it is unreadable and, at the end, where it is not what was hashed.
         """
-        digest = hashlib.sha256()
-        with readable(file):
-            with open(file, "rb", buffering=0) as raw:
-                reader = io.BufferedReader(_Hashed(raw, digest), 1 << 20)
-                yield reader
-                while reader.read(1 << 20):
-                    pass
-        if digest.hexdigest() != sha256:
+        with readable(file), _HashedFile(file) as raw:
+            reader = io.BufferedReader(raw, 1 << 20)
+            yield reader
+            while reader.read(1 << 20):
+                pass
+        if raw.digest.hexdigest() != sha256:
             self._remember({os.path.abspath(file): None})
             raise changed(file)
 
     def _remembered(self) -> dict[str, Any]:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # damaged: files are hashed again
             memo = json.loads(self._memo.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            log.warning("%s: damaged (%s); files are hashed again", self._memo, error)
-            return {}
-        return memo if isinstance(memo, dict) else {}
+            if isinstance(memo, dict):
+                return memo
+        return {}
 
     def _remember(self, new: Mapping[str, list[Any] | None]) -> None:
-        from uoe_jax.workdir import write_json
-
-        # What another process writes between the two lines is hashed once more by whoever needs it.
+        # What another process writes between reading and writing is hashed once more.
         memo = {**self._remembered(), **new}
         try:
             self._memo.parent.mkdir(parents=True, exist_ok=True)
-            write_json(
-                self._memo, {file: known for file, known in memo.items() if known is not None}
-            )
+            write_json(self._memo, {file: v for file, v in memo.items() if v is not None})
         except OSError as error:
-            log.warning(
-                "%s: cannot be written (%s); files are hashed again at the next start",
-                self._memo,
-                error,
-            )
+            what = "%s: cannot be written (%s); files are hashed again at the next start"
+            log.warning(what, self._memo, error)
 
 
-class _Hashed(io.RawIOBase):
-    """A raw file that updates a digest with all that is read from it."""
+class _HashedFile(io.FileIO):
+    """digest: of all that was read into buffers, as by an io.BufferedReader."""
 
-    def __init__(self, raw: io.RawIOBase, digest: Any) -> None:
-        self._raw = raw
-        self._digest = digest
-
-    def readable(self) -> bool:
-        return True
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        self.digest = hashlib.sha256()
 
     def readinto(self, buffer: Any) -> int:
-        n = self._raw.readinto(buffer) or 0
-        self._digest.update(memoryview(buffer)[:n])
+        n = super().readinto(buffer) or 0
+        self.digest.update(memoryview(buffer)[:n])
         tick()
         return n
 
@@ -327,9 +309,8 @@ def readable(file: Path) -> Iterator[None]:
 def refuse(file: Path | str, error: Exception) -> NoReturn:
     """Raises the UserError that `file` cannot be read."""
     reason = getattr(error, "strerror", None) or error
-    raise UserError(
-        f"{file}: cannot be read ({reason}): mend or remove it, or set data.path to other data."
-    ) from error
+    remedy = "fix or remove it, or set data.path to other data."
+    raise UserError(f"{file}: cannot be read ({reason}): {remedy}") from error
 
 
 def changed(file: Path) -> UserError:
@@ -337,30 +318,29 @@ def changed(file: Path) -> UserError:
 
 
 class Reader(Protocol):
-    """What bytes are read from: a file, also one that is decompressed as it is read."""
+    """What bytes are read from: a file, also one that is decompressed meanwhile."""
 
     def read(self, size: int, /) -> bytes: ...
     def readline(self, size: int, /) -> bytes: ...
 
 
 def lines(reader: Reader, file: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line with its end) of what is read from `file`. Raises UserError for a line above LINE_BYTES."""
+    """(number from 1, line with its end) of `file`. Raises UserError for one above LINE_BYTES."""
     number = 0
     while line := reader.readline(LINE_BYTES + 1):
         number += 1
         tick()
         if len(line) > LINE_BYTES:
-            raise UserError(
-                f"{file}, line {number}: is longer than {LINE_BYTES:,} bytes: cut it into several."
-            )
+            remedy = f"is longer than {LINE_BYTES:,} bytes: cut it into several."
+            raise UserError(f"{file}, line {number}: {remedy}")
         yield number, line
 
 
 def manual_dir(path: str) -> Path:
-    """data.path; where that is empty, the place where tfds wants what a person has downloaded by hand."""
-    data_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    """data.path; where it is empty, the directory in which tfds expects manual downloads."""
     if path:
         return Path(expanded(path, "config.data.path"))
+    data_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(expanded(data_dir, "TFDS_DATA_DIR"), "downloads", "manual")
 
 
@@ -377,7 +357,7 @@ def _sha256(file: Path) -> str:
 
 
 def digest_of(reader: BinaryIO) -> str:
-    """The SHA-256 of what is left to read, in hexadecimal."""
+    """The SHA-256 of the rest of a reader, in hexadecimal."""
     digest = hashlib.sha256()
     while block := reader.read(HASHED_BYTES):
         digest.update(block)

@@ -8,7 +8,7 @@ import sys
 from typing import Mapping
 
 from uoe_jax.config.schema import Config
-from uoe_jax.data.tokenizers.load import Tokenizer
+from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
 

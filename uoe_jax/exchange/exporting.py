@@ -17,9 +17,9 @@ from etils import epath
 from uoe_jax.config.baselines import UNIONS
 from uoe_jax.config.load import to_dict
 from uoe_jax.config.schema import Config, ModelConfig
+from uoe_jax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from uoe_jax.data.tokenizers.ends import SEPARATORS, template
-from uoe_jax.data.tokenizers.hf import LibraryTokenizer
-from uoe_jax.data.tokenizers.load import BYTE_OF, BPETokenizer, ByteTokenizer, Tokenizer
+from uoe_jax.data.tokenizers.hf import BYTE_OF, HFTokenizer
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.exchange.config_keys import GENERATION_FILE, PROCESSOR_FILE, image_bound
 from uoe_jax.exchange.families import (
@@ -297,8 +297,8 @@ def _with_start(content: Values, start: str, i: int) -> Values:
 
 def tokenizer_file(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """A tokenizer.json of the tokenizers library that makes the same tokens; None for words."""
-    if isinstance(tokenizer, (BPETokenizer, LibraryTokenizer)):
-        return tokenizer.file.content
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.content
     if not isinstance(tokenizer, ByteTokenizer):
         return None
     special = dict(

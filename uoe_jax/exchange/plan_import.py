@@ -11,8 +11,8 @@ from uoe_jax import config as config_lib
 from uoe_jax.config.load import evaluate, put
 from uoe_jax.config.schema import Config
 from uoe_jax.data.tokenizers.ends import find_ends
-from uoe_jax.data.tokenizers.hf import LibraryTokenizer
-from uoe_jax.data.tokenizers.load import BPETokenizer, files_beside, steps_of
+from uoe_jax.data.tokenizers.hf import HFTokenizer, steps_of
+from uoe_jax.data.tokenizers.load import files_beside
 from uoe_jax.errors import UserError
 from uoe_jax.exchange.config_keys import generation_notes, image_bound
 from uoe_jax.exchange.families import MISTRAL_WINDOW, Family, family_of, model_of
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     family: Family
     theirs: dict[str, Any]
     config: Config
-    tokenizer: BPETokenizer | LibraryTokenizer | None
+    tokenizer: HFTokenizer | None
     notes: tuple[str, ...] = ()
 
 
@@ -99,12 +99,9 @@ def plan(
     if bound is not None:
         values["model"]["image"]["bound"] = bound
     if tokenizer is not None:
-        notes += tokenizer.file.ends.notes
+        notes += tokenizer.ends.notes
         file = str(target / TOKENIZER)
-        values["data"] |= {
-            "tokenizer": "bpe" if isinstance(tokenizer, BPETokenizer) else "library",
-            "tokenizer_file": file,
-        }
+        values["data"] |= {"tokenizer": tokenizer.kind, "tokenizer_file": file}
     for name in ("smha", "uome"):
         put(
             values,
@@ -158,7 +155,7 @@ def _checked(
 
 def read_tokenizer(
     place: epath.Path, data: Mapping[str, Any], overrides: Mapping[str, str]
-) -> BPETokenizer | LibraryTokenizer | None:
+) -> HFTokenizer | None:
     """The tokenizer of a directory; None where it has none.
 
     data, overrides: may name the ends of documents (data.separator, data.start).
@@ -183,10 +180,10 @@ def read_tokenizer(
     named = {key: overrides.get(f"data.{key}", data.get(key, "")) for key in ("separator", "start")}
     ends = functools.partial(find_ends, files=files, **named)
     try:
-        return BPETokenizer(content, ends)
+        return HFTokenizer(content, "bpe", ends)
     except UserError:  # not exact, as SentencePiece's kind and those with a normalizer are not
         try:
-            return LibraryTokenizer(content, ends)
+            return HFTokenizer(content, "library", ends)
         except UserError as error:
             remedy = "" if ";" in str(error) else "; download the model again"
             raise UserError(f"{TOKENIZER} {error}{remedy}") from error

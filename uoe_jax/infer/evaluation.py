@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from uoe_jax.config.data import TEXT
+from uoe_jax.config.data import SOURCES
 from uoe_jax.config.schema import Config
 from uoe_jax.costs.flops import forward_flops_per_token
 from uoe_jax.data.pipeline import DataBundle, default_cache_dir
@@ -45,7 +45,7 @@ def run_eval(options: argparse.Namespace, config: Config) -> None:
 
 def targets_per_word(config: Config, data: DataBundle, split: str) -> float | None:
     """Targets of a split for every word of its documents, words being what spaces part; None where nothing is text."""
-    if config.data.source not in TEXT:
+    if SOURCES[config.data.source].facts is not None:
         return None
     documents = text_source(config.data, default_cache_dir(), quiet=True).documents(split)
     words = sum(len(document.split()) for document in ticking(documents))

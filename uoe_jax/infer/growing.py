@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from uoe_jax.data.tokenizers.load import Tokenizer
+from uoe_jax.data.tokenizers.base import Tokenizer
 
 
 class GrowingText:

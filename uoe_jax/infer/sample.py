@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.config.schema import Config
-from uoe_jax.data.tokenizers.load import Tokenizer
+from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.distributed.mesh import everywhere
 from uoe_jax.errors import UserError
 from uoe_jax.infer.growing import GrowingText

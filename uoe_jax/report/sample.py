@@ -9,12 +9,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from uoe_jax.config.data import FACTS
+from uoe_jax.config.data import SOURCES
 from uoe_jax.config.schema import Config, ModelConfig
 from uoe_jax.data.augment import as_floats
 from uoe_jax.data.pipeline import Rows
 from uoe_jax.data.sources import listops
-from uoe_jax.data.tokenizers.load import Tokenizer
+from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.distributed.mesh import by_partitioner, everywhere
 from uoe_jax.errors import UserError
 from uoe_jax.models.classifier import Classifier
@@ -74,8 +74,10 @@ def of_rows(config: Config, rows: Rows, tokenizer: Tokenizer | None) -> Sample:
             0,
             [f"row {i} of the validation split" for i in range(len(found))],
         )
+    facts = SOURCES[config.data.source].facts
     pictured = m.stem == "image" or (
-        FACTS[config.data.source].image is not None
+        facts is not None
+        and facts.image is not None
         and math.isqrt(m.context_length) ** 2 == m.context_length
     )
     examples = [rows[i] for i in range(min(PICTURES if pictured else TEXTS, len(rows)))]

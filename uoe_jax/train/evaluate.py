@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from uoe_jax.config.schema import Config
-from uoe_jax.data.pipeline import Prefetcher, Rows, eval_batches
+from uoe_jax.data.pipeline import Rows, eval_batches
+from uoe_jax.data.prefetch import Prefetcher
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed import watchdog
 from uoe_jax.train.measures import measures

@@ -13,7 +13,8 @@ import numpy as np
 from uoe_jax.config.load import to_dict
 from uoe_jax.config.schema import Config
 from uoe_jax.costs.flops import PEAK_FLOPS, train_flops
-from uoe_jax.data.pipeline import DataBundle, Prefetcher, TrainBatches
+from uoe_jax.data.pipeline import DataBundle, TrainBatches
+from uoe_jax.data.prefetch import Prefetcher
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed import watchdog
 from uoe_jax.distributed.coordination import on_process_zero

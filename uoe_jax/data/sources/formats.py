@@ -1,6 +1,6 @@
-"""What a file of text is: its first bytes say it, and its name where they leave it open.
+"""The format of a file of text: by its first bytes, and by its name where they leave it open.
 
-Text is UTF-8, as it is or gzipped. Anything else that the first bytes tell is refused by its name.
+Text is UTF-8, as it is or gzipped. Other formats are recognised to refuse them by name.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ class Format(NamedTuple):
 def look(file: Path) -> Format:
     """How the documents of a file of text are read.
 
-    Raises:
-      ConfigError: it is in a format that is not read here, or holds JSON without the texts' key.
-      UserError: it cannot be read or decompressed.
+    Raises UserError where it is unreadable, of another format, or JSON without the key "text".
     """
     name = file.name.lower()
     with readable(file), open(file, "rb") as opened, contextlib.ExitStack() as stack:
@@ -81,15 +79,17 @@ def look(file: Path) -> Format:
         bom = head.startswith(BOM)
         reader.seek(len(BOM) if bom else 0)
         start = head.removeprefix(BOM).lstrip()[:1]
+        bare = name.removesuffix(".gz")
+        if start == b"[" and bare.endswith(".json"):
+            _refuse_array(file)
         # Lines are only read where they may be JSON: a file may be one line of any length.
-        by_content = not start or start in b"{["
-        by_name = name.removesuffix(".gz").endswith(JSON_LINES)
-        json_lines = by_name or by_content and _are_json_lines(reader, file)
+        may_be_json = not start or start in b"{["
+        json_lines = bare.endswith(JSON_LINES) or may_be_json and _are_json_lines(reader, file)
     return Format(packed, json_lines, bom)
 
 
 def other_format(head: bytes) -> str | None:
-    """That a file's first bytes are of another format, and what to do; None for UTF-8."""
+    """The format of a file's first bytes, and what to do; None for UTF-8."""
     found = next((name for mark, name in _OTHERS if re.match(mark, head, re.DOTALL)), None)
     halves = head[: len(head) & ~1]
     zeros = sorted((halves[0::2].count(0), halves[1::2].count(0)))
@@ -103,11 +103,11 @@ def other_format(head: bytes) -> str | None:
 
 
 def keys_of(found: Mapping[str, Any]) -> str:
-    """The keys of a JSON object, short, for an error."""
+    """The keys of a JSON object, abridged, for an error."""
+    if not found:
+        return "no key"
     names = [repr(key if len(key) < 40 else key[:36] + "…") for key in list(found)[:8]]
-    return ("the keys " + ", ".join(names) if names else "no key") + (
-        ", …" if len(found) > 8 else ""
-    )
+    return f"the keys {', '.join(names)}" + (", …" if len(found) > 8 else "")
 
 
 def json_of(text: str | bytes) -> Any:
@@ -119,11 +119,11 @@ def json_of(text: str | bytes) -> Any:
 
 
 def _are_json_lines(reader: Reader, file: Path) -> bool:
-    """Whether the lines are JSON objects with a text; ConfigError for objects without one."""
+    """Whether the lines are JSON objects with a text. Raises ConfigError for ones without."""
     line = _next_line(reader)
     first = json_of(line)
-    if line.lstrip().startswith(b"["):
-        _refuse_array(line, file)
+    if line.lstrip().startswith(b"[") and _begins_with_text(line):
+        _refuse_array(file)
     if not isinstance(first, dict):
         return False
     line = _next_line(reader)
@@ -132,9 +132,9 @@ def _are_json_lines(reader: Reader, file: Path) -> bool:
         return not line or line.lstrip().startswith(b"{")
     if isinstance(json_of(line), dict):
         remedy = (
-            f'its lines are JSON objects with {keys_of(first)} and no string "text": put '
-            'the text of every line under "text" (also to train on the lines as they stand), or take '
-            "the file out of data.path."
+            f'its lines are JSON objects with {keys_of(first)} and no string "text": put the text '
+            'of every line under "text" (also to train on the lines as they stand), or take the '
+            "file out of data.path."
         )
         raise ConfigError("data.path", str(file), remedy)
     return False
@@ -148,19 +148,15 @@ def _next_line(reader: Reader) -> bytes:
     return b""
 
 
-def _refuse_array(line: bytes, file: Path) -> None:
-    """Refuses an array of objects with texts in one line; JSON spread over lines is text."""
+def _begins_with_text(line: bytes) -> bool:
+    """Whether an array on one line begins with an object with a text; over several, it is text."""
     try:
         first, _ = json.JSONDecoder().raw_decode(line.decode().lstrip()[1:].lstrip())
     except (ValueError, RecursionError):
-        return
-    if isinstance(first, dict) and isinstance(first.get("text"), str):
-        refuse_array(str(file))
+        return False
+    return isinstance(first, dict) and isinstance(first.get("text"), str)
 
 
-def refuse_array(where: str) -> NoReturn:
-    remedy = (
-        "is one JSON array: write its objects one a line (jq -c '.[]' does), or take the file out "
-        "of data.path."
-    )
-    raise ConfigError("data.path", where, remedy)
+def _refuse_array(file: Path) -> NoReturn:
+    remedy = "write its objects one a line (jq -c '.[]' does), or take the file out of data.path."
+    raise ConfigError("data.path", str(file), f"is one JSON array: {remedy}")

@@ -1,165 +1,128 @@
-"""Pathfinder: are the two dots at the ends of one dashed path? Images by index, read from LRA's archive or drawn.
+"""Pathfinder: are two dots the ends of one dashed path? Images by index, from LRA or drawn.
 
-The task is that of Linsley et al. 2018 (generator: drewlinsley/pathfinder, snakes2.py) as the Long Range Arena released
-it (google-research/long-range-arena, lra_benchmarks/data/pathfinder.py). Images are uint8 [size, size, 1], label 1 is
-"one path".
+The task is that of Linsley et al. 2018 (generator: drewlinsley/pathfinder, snakes2.py) as the Long
+Range Arena released it (google-research/long-range-arena, lra_benchmarks/data/pathfinder.py).
+Images are uint8 [size, size, 1]; label 1 means one path.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from uoe_jax.config.data import PathfinderConfig
-from uoe_jax.data.examples import Example, Examples, ExampleSource
-from uoe_jax.data.prepared import ARENA, SPLITS
+from uoe_jax.data.examples import SPLITS, Example, Indexed, LabelledSource
+from uoe_jax.data.prepared import ARENA
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.runtime_env import expanded
 
-VERSION = 1  # of the drawing: raise it when a (seed, split, index) comes to mean another image
+VERSION = 1  # of the drawing: raise it when a (seed, split, index) means another image
 
-# ---- the released archive -----------------------------------------------------------------------------------------
+# ---- the released archive -----------------------------------------------------------------------
 
 TASK = "curv_contour_length_14"  # LRA's "hard", which is its Pathfinder task
 INSIDE = tuple(folder + TASK for folder in ("", *(folder + "pathfinder32/" for folder in ARENA)))
 REMEDY = (
     "download the Long Range Arena release (lra_release.gz, a tar archive, from the links in "
-    "github.com/google-research/long-range-arena), unpack it, and give the directory in which lra_release lies, or "
-    f"its {TASK} with metadata/ and imgs/."
+    "github.com/google-research/long-range-arena), unpack it, and give the directory in which "
+    f"lra_release lies, or its {TASK} with metadata/ and imgs/."
 )
 
 
-def open_pathfinder(path: str, c: PathfinderConfig) -> ExampleSource:
-    """The archive under `path`; generated images where it is empty. Raises UserError, see the two sources."""
-    return PathfinderFiles(path) if path else PathfinderGenerated(c)
+def open_pathfinder(path: str, c: PathfinderConfig) -> LabelledSource:
+    """The archive under `path`; generated images where it is empty. Raises UserError."""
+    return read_pathfinder(path) if path else draw_pathfinder(c)
 
 
-class PathfinderFiles:
-    """The images of LRA's archive, an `ExampleSource`. At the start only their sizes are read.
+def read_pathfinder(path: str) -> LabelledSource:
+    """The images of LRA's archive. At the start only file sizes are read.
 
-    As LRA does, examples are numbered in the order of the metadata, the first 80 % are for training, 10 % each for
-    validation and test, and then images of 0 bytes are left out (lra_benchmarks/image/input_pipeline.py). LRA's own
-    order is that in which TensorFlow Datasets shuffled them; ours is metadata/0.npy, 1.npy, … and lines as they stand.
-    Labels are drawn independently for each image, so neither order matters.
+    As in LRA, the first 80 % are for training, 10 % each for validation and test, and then images
+    of 0 bytes are dropped (lra_benchmarks/image/input_pipeline.py). LRA's order is a shuffle of
+    TensorFlow Datasets; ours is metadata/0.npy, 1.npy, … line by line. Labels are independent, so
+    order does not matter. The record's sha256 is over metadata and file sizes only.
+
+    Raises UserError without an archive, for unreadable metadata or a missing image; later, for an
+    image that is damaged or of another size.
     """
+    root = _find(Path(expanded(path, "config.data.path")), path)
+    content = hashlib.sha256()
+    names, labels = _read_metadata(root, content)
+    sizes = np.array([_size(root / name, i) for i, name in enumerate(ticking(names))])
+    content.update(sizes.astype("<i8").tobytes())
+    ends = [0, len(names) * 8 // 10, len(names) * 9 // 10, len(names)]
+    kept, n_empty = {}, {}
+    for split, begin, end in zip(SPLITS, ends[:-1], ends[1:]):
+        kept[split] = begin + np.flatnonzero(sizes[begin:end])
+        n_empty[split] = end - begin - len(kept[split])
+        if not len(kept[split]):
+            remedy = f"its {len(names)} images leave the {split} split empty: {REMEDY}"
+            raise ConfigError("data.path", path, remedy)
+    size = len(read_png(root / names[kept["train"][0]], f"example 0 of train in {root}"))
 
-    n_classes = 2
-    vocab_size = 0
-
-    def __init__(self, path: str) -> None:
-        """Raises UserError where there is no archive, where its metadata cannot be read, or an image is missing."""
-        self.root = _find(Path(expanded(path, "config.data.path")), path)
-        content = hashlib.sha256()
-        names, labels = _read_metadata(self.root, content)
-        sizes = np.array([self._size(name, i) for i, name in enumerate(ticking(names))])
-        content.update(sizes.astype("<i8").tobytes())
-        ends = [0, len(names) * 8 // 10, len(names) * 9 // 10, len(names)]
-        self._splits: dict[str, tuple[list[str], np.ndarray]] = {}
-        self._n_empty = {}
-        for split, begin, end in zip(SPLITS, ends[:-1], ends[1:]):
-            kept = begin + np.flatnonzero(sizes[begin:end])
-            if not len(kept):
-                remedy = f"its {len(names)} images leave the {split} split empty: {REMEDY}"
-                raise ConfigError("data.path", path, remedy)
-            self._splits[split] = ([names[i] for i in kept], labels[kept])
-            self._n_empty[split] = end - begin - len(kept)
-        first = self._splits["train"][0][0]
-        self.size = len(read_png(self.root / first, f"example 0 of train in {self.root}"))
-        self._sha256 = content.hexdigest()
-
-    def examples(self, split: str) -> Examples:
-        """One of the splits train, validation, test."""
-        return _Files(self.root, split, *self._splits[split], self.size)
-
-    def record(self) -> dict[str, Any]:
-        """JSON-able; sha256 is over the metadata and the sizes of the images' files, not over the images."""
-        return {
-            "directory": str(self.root.resolve()),
-            "sha256": self._sha256,
-            "size": self.size,
-            "n_examples": {split: len(labels) for split, (_, labels) in self._splits.items()},
-            "n_empty": self._n_empty,
-            "n_positive": {split: int(labels.sum()) for split, (_, labels) in self._splits.items()},
-        }
-
-    def _size(self, name: str, i: int) -> int:
-        try:
-            return (self.root / name).stat().st_size
-        except OSError as error:
-            sentence = f"{self.root / name}: image {i} of the metadata cannot be read ({error.strerror}): {REMEDY}"
-            raise UserError(sentence) from error
-
-
-class _Files:
-    """One split of the archive by index. Raises UserError for an image that is damaged or of another size."""
-
-    def __init__(
-        self, root: Path, split: str, names: list[str], labels: np.ndarray, size: int
-    ) -> None:
-        self._root = root
-        self._split = split
-        self._names = names
-        self._labels = labels
-        self._size = size
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, i: int) -> Example:
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
-        file = self._root / self._names[i]
-        what = f"example {i} of {self._split} in {self._root}"
+    def read(split: str, i: int) -> Example:
+        at, what = kept[split][i], f"example {i} of {split} in {root}"
+        file = root / names[at]
         image_YX1 = read_png(file, what)
-        if image_YX1.shape != (self._size, self._size, 1):
+        if image_YX1.shape != (size, size, 1):
             height, width, _ = image_YX1.shape
-            raise UserError(
-                f"{file}: {what} has {height} x {width} pixels where the first has {self._size} x {self._size}: "
-                "unpack the archive again."
-            )
-        return Example((image_YX1,), int(self._labels[i]))
+            found = f"{height} x {width} pixels where the first has {size} x {size}"
+            raise UserError(f"{file}: {what} has {found}: unpack the archive again.")
+        return Example((image_YX1,), int(labels[at]))
+
+    facts = {
+        "directory": str(root.resolve()),
+        "sha256": content.hexdigest(),
+        "size": size,
+        "n_examples": {split: len(at) for split, at in kept.items()},
+        "n_empty": n_empty,
+        "n_positive": {split: int(labels[at].sum()) for split, at in kept.items()},
+    }
+    return LabelledSource(2, lambda s: Indexed(len(kept[s]), functools.partial(read, s)), facts)
+
+
+def _size(file: Path, i: int) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        what = f"image {i} of the metadata cannot be read ({error.strerror})"
+        raise UserError(f"{file}: {what}: {REMEDY}") from error
 
 
 def read_png(file: Path, what: str) -> np.ndarray:
-    """uint8 [height, width, 1] in grey. Raises UserError, with `what` it is, where the file is no undamaged PNG."""
-    from io import BytesIO
-
-    from PIL import Image
-
+    """uint8 [height, width, 1] in grey. Raises UserError, with `what` it is, for a damaged PNG."""
     try:
         data = file.read_bytes()
         with Image.open(BytesIO(data), formats=["PNG"]) as image:
             image.verify()  # all checksums, which decoding does not look at
         with Image.open(BytesIO(data), formats=["PNG"]) as image:
             return np.array(image.convert("L"))[:, :, None]
-    except (
-        Exception
-    ) as error:  # Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error and more
-        raise UserError(
-            f"{file}: {what} is not a readable PNG image ({error}): unpack the archive again."
-        ) from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
+        bad = f"{what} is not a readable PNG image ({error})"
+        raise UserError(f"{file}: {bad}: unpack the archive again.") from error
 
 
 def _find(root: Path, path: str) -> Path:
     for inside in ("", *INSIDE):
         if (root / inside / "metadata").is_dir():
             return root / inside
-    is_what = (
-        "holds no Pathfinder images" if root.is_dir() else "is not a directory on this machine"
-    )
-    raise ConfigError("data.path", path, f"{is_what}: {REMEDY}")
+    found = "holds no Pathfinder images" if root.is_dir() else "is not a directory on this machine"
+    raise ConfigError("data.path", path, f"{found}: {REMEDY}")
 
 
 def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
-    """Names relative to `root`, and labels int8 [n]; the bytes read go into the hash `content`.
+    """Names relative to `root` and labels int8 [n]; the bytes read go into the hash `content`.
 
-    In spite of the suffix these are texts; a line is "imgs/0 sample_0.png 0 1 …": folder, file, number, label.
+    The .npy files are texts; a line is "imgs/0 sample_0.png 0 1 …": folder, file, number, label.
     """
     files = [file for file in (root / "metadata").iterdir() if re.fullmatch(r"\d+\.npy", file.name)]
     if not files:
@@ -170,96 +133,67 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
             data = file.read_bytes()
             lines = data.decode("ascii").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{file}: is not the text that Long Range Arena released ({error}): {REMEDY}"
-            ) from error
+            what = f"is not the text that Long Range Arena released ({error})"
+            raise UserError(f"{file}: {what}: {REMEDY}") from error
         content.update(data)
         for number, line in enumerate(lines, 1):
-            words = line.split()
-            if len(words) < 4 or words[3] not in ("0", "1"):
+            columns = line.split()
+            if len(columns) < 4 or columns[3] not in ("0", "1"):
                 raise UserError(
-                    f"{file}: line {number} is {line[:80]!r} where a folder, a file, a number and a label 0 or 1 are "
-                    "expected: unpack the archive again."
+                    f"{file}: line {number} is {line[:80]!r} where a folder, a file, a number and "
+                    "a label 0 or 1 are expected: unpack the archive again."
                 )
-            names.append(f"{words[0]}/{words[1]}")
-            labels.append(int(words[3]))
+            names.append(f"{columns[0]}/{columns[1]}")
+            labels.append(int(columns[3]))
     return names, np.array(labels, np.int8)
 
 
-# ---- drawn ----------------------------------------------------------------------------------------------------------
+# ---- drawn --------------------------------------------------------------------------------------
 
-# Lengths are in units: a dash and the gap behind it are 4 units, an eighth of the image, or as much as lets a path of
-# `length` dashes be 1.5 sides of the image long, but never less than 3 pixels, as in LRA's images of 32 x 32.
+# Lengths are in units. A dash and the gap behind it are 4 units: an eighth of the image, or as much
+# as lets a path of `length` dashes be 1.5 sides of the image long, but never less than 3 pixels, as
+# in LRA's images of 32 x 32.
 STEP = 4.0
 DASH = 2.0
 WIDTH = 1.0
 DOT_RADIUS = 1.6
 MARGIN = 2.5  # from the middle of a line to the border
-APART = 3.0  # between the middles of lines of different paths, and of dashes that do not follow each other
+APART = 3.0  # between the middles of lines of different paths, and of non-consecutive dashes
 APART_DOT = 4.0  # between the end of a long path and the lines of others
-NEAR = 9.0  # how far the two long paths' beginnings may be apart
-MATCH = (
-    1 / 72
-)  # how far the two distances may differ between which the label chooses, for length 1; by length squared
+NEAR = 9.0  # how far apart the two long paths may begin
+# How far the two distances may differ between which the label chooses, per squared length.
+MATCH = 1 / 72
 TURN = 0.8  # radians a path turns at most from dash to dash
 CELLS = 2  # of the map of taken places, to a unit
 GREY = 190  # of dashes; dots are 255, the ground 0
-WALKERS = 96  # candidates for a path that grow side by side
+WALKERS = 96  # candidates for a path, grown side by side
 TRIALS = 4  # images drawn at the start, to see that there is room
 TRIAL_TRIES = 200  # pairs of long paths that each of these may take
-TRIES = (
-    20 * TRIAL_TRIES
-)  # that any other may take: where all trials succeed, none fails for want of luck
+TRIES = 20 * TRIAL_TRIES  # that any other may take: where all trials succeed, none should fail
 
 
-class PathfinderGenerated:
-    """Pathfinder images drawn from (seed, split, index), an `ExampleSource`.
+def draw_pathfinder(c: PathfinderConfig) -> LabelledSource:
+    """Pathfinder images drawn from (seed, split, index).
 
-    Two long paths of `length` dashes begin near each other; a dot marks the beginning of one of them, and another the
-    end of the same (label 1) or of the other (label 0). A picture is drawn without regard to its label, and kept only
-    where both ends are about as far from the marked beginning: neither brightness nor the dots' distance tells it.
-    Short paths of a third of the dashes are added where there is room, `distractors` of them at most.
+    Two long paths of `length` dashes begin near each other. One dot marks the beginning of one of
+    them, another the end of the same (label 1) or of the other (label 0). Both ends are about as
+    far from the marked beginning: neither brightness nor the dots' distance tells the label. Up to
+    `distractors` short paths of a third of the dashes are added where there is room. Labels
+    alternate. Raises ConfigError where such paths find no room in images of this size.
     """
+    rngs = [np.random.default_rng([c.seed, len(SPLITS), i]) for i in range(TRIALS)]
+    found = [len(_draw_scene(c, rng, TRIAL_TRIES).short) for rng in rngs]
 
-    n_classes = 2
-    vocab_size = 0
+    def read(number: int, i: int) -> Example:
+        scene = _draw_scene(c, np.random.default_rng([c.seed, number, i]), TRIES)
+        return Example((_render(scene, i % 2, c.size),), i % 2)
 
-    def __init__(self, c: PathfinderConfig) -> None:
-        """Raises ConfigError where paths of this length find no room in images of this size."""
-        self._c = c
-        rngs = [np.random.default_rng([c.seed, len(SPLITS), i]) for i in range(TRIALS)]
-        scenes = [_draw_scene(c, rng, TRIAL_TRIES) for rng in rngs]
-        self._distractors = sum(len(scene.short) for scene in scenes) / TRIALS
+    def examples(split: str) -> Indexed:
+        number = SPLITS.index(split)
+        return Indexed(c.n_eval if number else c.n_train, functools.partial(read, number))
 
-    def examples(self, split: str) -> Examples:
-        """One of the splits train, validation, test."""
-        return _Generated(self._c, split)
-
-    def record(self) -> dict[str, Any]:
-        """JSON-able: all that the images depend on, and how many distractors found room in a few trials, on average."""
-        return {
-            "version": VERSION,
-            **dataclasses.asdict(self._c),
-            "distractors_drawn": self._distractors,
-        }
-
-
-class _Generated:
-    """One split by index; labels take turns, so that any even number of examples is balanced."""
-
-    def __init__(self, c: PathfinderConfig, split: str) -> None:
-        self._c = c
-        self._number = SPLITS.index(split)
-
-    def __len__(self) -> int:
-        return self._c.n_train if self._number == 0 else self._c.n_eval
-
-    def __getitem__(self, i: int) -> Example:
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
-        label = i % 2
-        scene = _draw_scene(self._c, np.random.default_rng([self._c.seed, self._number, i]), TRIES)
-        return Example((_render(scene, label, self._c.size),), label)
+    drawn = {"distractors_drawn": sum(found) / TRIALS}  # that found room, on average
+    return LabelledSource(2, examples, {"version": VERSION, **dataclasses.asdict(c), **drawn})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +202,7 @@ class _Scene:
 
     Attributes:
       side: of the image.
-      long: float [2, 2·length, 2], the long paths; the first is the one whose beginning has a dot.
+      long: float [2, 2·length, 2], the long paths; a dot marks the beginning of the first.
       short: float [2·dashes, 2] each, the distractors.
     """
 
@@ -303,29 +237,26 @@ def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _S
             taken.add(found[0])
             found = found[taken.free(_points(found)).all(1)]
         return _Scene(side, long, short)
-    remedy = f"two paths of so many dashes find no room in {c.size} x {c.size} pixels: give fewer, or a larger size."
-    raise ConfigError("data.pathfinder.length", c.length, remedy)
+    what = f"two paths of so many dashes find no room in {c.size} x {c.size} pixels"
+    raise ConfigError("data.pathfinder.length", c.length, f"{what}: give fewer, or a larger size.")
 
 
 def _matching(
     rng: np.random.Generator, first: np.ndarray, seconds: np.ndarray
 ) -> np.ndarray | None:
-    """Two paths, float [2, 2·length, 2], with which the dots' distance does not tell the label; None if there are none.
+    """Two paths, float [2, 2·length, 2], whose dots' distance does not tell the label, or None.
 
-    `seconds`, float [n, 2·length, 2], are what to choose from.
+    seconds: float [n, 2·length, 2], the candidates for the second path.
     """
-    # Longer paths curl: their ends' distances are spread over more than those of short ones, and nearness tells less.
+    # Longer paths curl: the distances of their ends spread more, and nearness tells less.
     match = max(0.25, MATCH * (first.shape[0] // 2) ** 2)
-    clear_n = (
-        np.minimum(_nearest(first[[0, -1]], seconds), _nearest(seconds[:, [0, -1]], first))
-        > APART_DOT
-    )
+    to_second, to_first = _nearest(first[[0, -1]], seconds), _nearest(seconds[:, [0, -1]], first)
+    clear_n = np.minimum(to_second, to_first) > APART_DOT
     pairs = np.stack([np.broadcast_to(first, seconds.shape), seconds], 1)
     for order in ([0, 1], [1, 0]) if rng.random() < 0.5 else ([1, 0], [0, 1]):
         ends_n2 = np.linalg.norm(pairs[:, order, -1] - pairs[:, order[0], :1], axis=-1)
-        good_n = (
-            clear_n & (ends_n2.min(1) > APART_DOT) & (abs(ends_n2[:, 0] - ends_n2[:, 1]) < match)
-        )
+        alike_n = abs(ends_n2[:, 0] - ends_n2[:, 1]) < match
+        good_n = clear_n & (ends_n2.min(1) > APART_DOT) & alike_n
         if good_n.any():
             return pairs[np.argmax(good_n), order]
     return None
@@ -338,7 +269,7 @@ def _points(paths: np.ndarray) -> np.ndarray:
 
 
 def _nearest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float [n]: the least distance between points of a and of b, float [n or absent, points, 2] each."""
+    """float [n]: the least distance between points of a and b, float [n or absent, points, 2]."""
     x, y = np.moveaxis(a[..., :, None, :] - b[..., None, :, :], -1, 0)
     return np.sqrt((x * x + y * y).min((-1, -2)))
 
@@ -348,15 +279,9 @@ class _Taken:
 
     def __init__(self, side: float) -> None:
         n = int(np.ceil(side * CELLS))
-        self._map = np.zeros((n, n))
         edge = int(MARGIN * CELLS)
-        for border in (
-            self._map[:edge],
-            self._map[:, :edge],
-            self._map[n - edge :],
-            self._map[:, n - edge :],
-        ):
-            border[:] = 1
+        self._map = np.ones((n, n))
+        self._map[edge : n - edge, edge : n - edge] = 0
 
     def add(self, path: np.ndarray, distance: float = APART) -> None:
         """Takes all within `distance` of the dashes, float [… 2·n, 2]."""
@@ -366,19 +291,18 @@ class _Taken:
     def free(self, points: np.ndarray) -> np.ndarray:
         """bool […]: which of the points […, 2] are inside and not taken."""
         cells = np.floor(points * CELLS).astype(np.int64)
-        x, y = np.moveaxis(
-            np.clip(cells, 0, len(self._map) - 1), -1, 0
-        )  # what is outside falls on the border: taken
+        # What is outside falls on the border, which is taken.
+        x, y = np.moveaxis(np.clip(cells, 0, len(self._map) - 1), -1, 0)
         return self._map[y, x] < 0.5
 
 
 def _grow(
     rng: np.random.Generator, starts_W2: np.ndarray, dashes: int, taken: _Taken
 ) -> np.ndarray | None:
-    """Paths that start at `starts_W2`, float [W, 2·dashes, 2], clear of what is taken and of themselves; None if none.
+    """Paths from `starts_W2`, float [W, 2·dashes, 2], clear of what is taken and of themselves.
 
-    All W grow at once, dash by dash, and whichever has no room is replaced by a copy of one that has, so that twisted
-    paths in a narrow place are found as well as straight ones in the open.
+    All W grow at once, dash by dash. One without room is replaced by a copy of one that has room,
+    so that twisted paths in a narrow place are found as well as straight ones. None: none is left.
     """
     walkers = len(starts_W2)
     dots = np.array([0, DASH / 2, DASH])[:, None]  # points that stand for a dash
@@ -416,16 +340,14 @@ def _render(scene: _Scene, label: int, size: int) -> np.ndarray:
 def _stroke(
     image: np.ndarray, begin_N2: np.ndarray, end_N2: np.ndarray, radius: float, bright: float
 ) -> None:
-    """Draws lines with round ends into `image`, each in a window of its own about its middle; all in pixels."""
+    """Draws lines with round ends into `image`, each in a window about its middle; in pixels."""
     size = len(image)
     along_N2 = end_N2 - begin_N2
     half = int(np.ceil(np.abs(along_N2).max() / 2 + radius + 1))
     window = np.arange(-half, half + 1)
     middle_N2 = np.floor((begin_N2 + end_N2) / 2).astype(np.int64)
-    x, y = (
-        middle_N2[:, 0, None, None] + window,
-        middle_N2[:, 1, None, None] + window[:, None],
-    )  # [N, 1, w], [N, w, 1]
+    x = middle_N2[:, 0, None, None] + window  # [N, 1, w]
+    y = middle_N2[:, 1, None, None] + window[:, None]  # [N, w, 1]
     dx, dy = x + 0.5 - begin_N2[:, 0, None, None], y + 0.5 - begin_N2[:, 1, None, None]
     ax, ay = along_N2[:, 0, None, None], along_N2[:, 1, None, None]
     t = np.clip((dx * ax + dy * ay) / np.maximum(ax**2 + ay**2, 1e-9), 0, 1)

@@ -1,6 +1,6 @@
-"""The Python standard library's sources as a TensorFlow Datasets dataset: real text that is always there.
+"""The Python standard library's sources as a TensorFlow Datasets dataset: always there.
 
-The content hash of the directory (some 50 ms for 11 MB) says whether the dataset is there already.
+The hash of the directory's content (some 50 ms for 11 MB) says whether the dataset exists already.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from uoe_jax.data.prepared import SPLITS, Documents, changed, dataset_directory, readable
+from uoe_jax.data.examples import SPLITS, Documents
+from uoe_jax.data.prepared import changed, dataset_directory, open_records, readable
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError
 from uoe_jax.runtime_env import expanded
 
-VERSION = "1.0.0"  # of the rules below: raise it when the choice, split or order of files changes, or caches go stale
-EXCLUDED_DIRS = frozenset({
-    "test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__", "_bundled",
-})  # fmt: skip
-# Written when an interpreter is built or packaged: without them, equal releases have equal sources on all machines.
+VERSION = "1.0.0"  # of the rules below: raise it when choice, split or order of files change
+_EXCLUDED = "test tests idle_test idlelib turtledemo site-packages dist-packages _bundled"
+EXCLUDED_DIRS = frozenset([*_EXCLUDED.split(), "__pycache__"])
+# Written when an interpreter is built or packaged: without them, equal releases have equal sources.
 MACHINE_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize")
 
 
@@ -35,7 +35,7 @@ def _left_out(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file under the source directory: relative POSIX path, size and SHA-256 of its bytes.
+    """One file: path below the directory (POSIX), size and SHA-256 of its bytes.
 
     bom: whether it begins with a byte-order mark, which is no part of its document.
     """
@@ -51,80 +51,54 @@ class SourceFile:
 
     @property
     def split(self) -> str:
-        """About 90/5/5 by the path alone, so that an edited or added file moves no other file to another split."""
+        """About 90/5/5 by the path alone: an edit or a new file moves no other file."""
         percent = int.from_bytes(self.path_hash[:8], "big") % 100
         return "train" if percent < 90 else "validation" if percent < 95 else "test"
 
 
-@dataclasses.dataclass(frozen=True)
-class PreparedSource:
-    """A prepared dataset on disk, and what the run's record says of it.
-
-    Attributes:
-      key: names this content under these rules; caches derived from it are keyed by it.
-      directory: the tfds directory, for `tfds.builder_from_directory`.
-      origin: where the files were read.
-      python_version: of the running interpreter where its own library was read, else None.
-      sha256: over the relative paths and bytes of all files.
-      n_files, n_bytes: per split.
-    """
-
-    key: str
-    directory: Path
-    origin: Path
-    python_version: str | None
-    sha256: str
-    n_files: dict[str, int]
-    n_bytes: dict[str, int]
-
-    def documents(self, split: str) -> Documents:
-        """The split's files (imports tfds). Raises UserError where the prepared files are damaged."""
-        return Documents(self.directory, split, self.n_files[split])
-
-    def record(self) -> dict[str, Any]:
-        """JSON-able, for the run's record."""
-        kept = ("python_version", "sha256", "n_files", "n_bytes")
-        return {"directory": str(self.origin), **{name: getattr(self, name) for name in kept}}
-
-
-def prepare(path: str, cache_dir: Path) -> PreparedSource:
+def open_stdlib(path: str, cache_dir: Path) -> Documents:
     """Prepares the .py files under `path` (empty: this interpreter's standard library) once.
 
-    The result is keyed by content, so an edited source is prepared anew and an unchanged one costs only its hash.
-    Raises UserError where `path` is no readable directory, or holds too few .py files to give every split one.
+    The result is keyed by content: an edited source is prepared anew. Raises UserError where `path`
+    is no readable directory or has too few .py files for three splits.
     """
     root = Path(expanded(path, "config.data.path")) if path else Path(sysconfig.get_path("stdlib"))
     files = scan(root, path)
     content = hashlib.sha256()
     for file in files:
-        mark = b"\0bom" if file.bom else b""  # once read as text: the key must tell
+        mark = b"\0bom" if file.bom else b""
         content.update(os.fsencode(file.relative) + b"\0" + file.sha256.encode() + mark + b"\n")
     sha256 = content.hexdigest()
-    n_files = {split: sum(file.split == split for file in files) for split in SPLITS}
-    if empty := [split for split, n in n_files.items() if n == 0]:
-        remedy = f"its {len(files)} .py files leave the {empty[0]} split empty (files go to train/validation/test by " \
-                 "a hash of their path, about 90/5/5): name a directory with more files."  # fmt: skip
-        raise ConfigError("data.path", path or str(root), remedy)
-
+    by_split = {split: [file for file in files if file.split == split] for split in SPLITS}
+    for split, found in by_split.items():
+        if not found:
+            remedy = (
+                f"its {len(files)} .py files leave the {split} split empty (files go to "
+                "train/validation/test by a hash of their path, about 90/5/5): name a directory "
+                "with more files."
+            )
+            raise ConfigError("data.path", path or str(root), remedy)
     key = f"stdlib-{VERSION}-{sha256[:24]}"
-    splits = {split: functools.partial(_records, root, files, split) for split in SPLITS}
-    return PreparedSource(
-        key=key,
-        directory=dataset_directory(
-            cache_dir, key, "python_sources", VERSION, {"path": bytes, "text": bytes}, splits
-        ),
-        origin=root.resolve(),
-        python_version=None if path else platform.python_version(),
-        sha256=sha256,
-        n_files=n_files,
-        n_bytes={
-            split: sum(file.size for file in files if file.split == split) for split in SPLITS
-        },
-    )
+    fields = {"path": bytes, "text": bytes}
+    splits = {s: functools.partial(_records, root, found) for s, found in by_split.items()}
+    directory = dataset_directory(cache_dir, key, "python_sources", VERSION, fields, splits)
+
+    def documents(split: str) -> Iterator[bytes]:
+        records = open_records(directory, split, len(by_split[split]))
+        return (record["text"] for record in records)
+
+    facts = {
+        "directory": str(root.resolve()),
+        "python_version": None if path else platform.python_version(),
+        "sha256": sha256,
+        "n_files": {split: len(found) for split, found in by_split.items()},
+        "n_bytes": {split: sum(file.size for file in found) for split, found in by_split.items()},
+    }
+    return Documents(key, documents, facts)
 
 
 def scan(root: Path, path: str = "") -> list[SourceFile]:
-    """The .py files under `root` in ascending path order; `path` is what the person wrote, for the error."""
+    """The .py files under `root` in path order; `path` is data.path as written, for the error."""
     shown = path or str(root)
     default = "" if path else " This Python ships without its library's sources;"
     remedy = default + " set data.path to a directory of .py files."
@@ -132,9 +106,8 @@ def scan(root: Path, path: str = "") -> list[SourceFile]:
         raise ConfigError("data.path", shown, f"is not a directory on this machine.{remedy}")
 
     def refuse(error: OSError) -> NoReturn:
-        raise ConfigError(
-            "data.path", shown, f"cannot read {error.filename}: {error.strerror}.{remedy}"
-        ) from error
+        what = f"cannot read {error.filename}: {error.strerror}."
+        raise ConfigError("data.path", shown, what + remedy) from error
 
     files = []
     for folder, names, leaves in os.walk(root, onerror=refuse):
@@ -154,11 +127,9 @@ def scan(root: Path, path: str = "") -> list[SourceFile]:
     return sorted(files, key=lambda file: os.fsencode(file.relative))
 
 
-def _records(root: Path, files: list[SourceFile], split: str) -> Iterator[dict[str, bytes]]:
-    # By the hash of the path: neighbours in a row are then unrelated, and any prefix of a split is a sample.
-    for file in sorted(
-        (file for file in files if file.split == split), key=lambda file: file.path_hash
-    ):
+def _records(root: Path, files: list[SourceFile]) -> Iterator[dict[str, bytes]]:
+    # In the order of the path's hash neighbours are unrelated, and a prefix of a split is a sample.
+    for file in sorted(files, key=lambda file: file.path_hash):
         with readable(root / file.relative):
             data = (root / file.relative).read_bytes()
         if hashlib.sha256(data).hexdigest() != file.sha256:

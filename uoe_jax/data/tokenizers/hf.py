@@ -1,220 +1,320 @@
-"""Files of the Hugging Face tokenizers library, and any tokenizer among them: SentencePiece's kind, WordPiece, and so on."""
+"""Tokenizers in the file format of Hugging Face's `tokenizers` library (tokenizer.json)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from uoe_jax.data.tokenizers.ends import Ends, by_name, find_ends
-from uoe_jax.data.tokenizers.words import known_ids
+from uoe_jax.data.tokenizers.base import Tokenizer, as_bytes, known_ids
+from uoe_jax.data.tokenizers.ends import SEPARATORS, Ends, find_ends, find_ends_by_name, special
 from uoe_jax.errors import UserError
 
 EndsOf = Callable[[Mapping[str, Any]], Ends]  # of the object in a tokenizer.json
+# Pre-tokenizers that keep every character.
+_LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")
+# The characters that stand for bytes in byte-level vocabularies, as in GPT-2's encoder.py: bytes
+# that are printable in Latin-1 stand for themselves, the others are counted up from U+0100.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+BYTE_OF = {chr(b): b for b in _PRINTABLE}
+BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
 _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
-_MOST = np.iinfo(np.uint16).max  # bytes that one token can be counted for
+_MAX_TOKEN_BYTES = np.iinfo(np.uint16).max  # counted for one token
 
 
-class TokenizerFile:
-    """A tokenizer.json as the library reads it, and which of its tokens end and begin a document.
+class HFTokenizer(Tokenizer):
+    """A tokenizer.json, read by the `tokenizers` library.
+
+    Of kind "bpe" it is byte-level BPE and exact: any bytes come back, and each token stands for a
+    fixed number of bytes. Bytes that are not UTF-8, which the library does not take, become their
+    one-byte tokens; the text between them is encoded piece by piece.
+
+    Of kind "library" it may be any tokenizer. Bytes that are not UTF-8 become U+FFFD, and the bytes
+    a token stands for follow from its place in the document (`encode_with_bytes`).
+
+    Special tokens are never found in text: `<|endoftext|>` in a document is text like any other.
 
     Attributes:
-      content: the object that the library reads; without truncation and padding, which our configuration decides.
-      library: of the tokenizers package; special tokens in a text are text like any other.
-      separator, start: ids.
-      special: {special token: id}.
-      ends: what was found, with its notes.
+      kind: "bpe" or "library".
+      content: the object in the file, without truncation and padding.
+      ends: the tokens that end and begin a document.
     """
 
-    def __init__(self, content: Mapping[str, Any], kind: str, ends: EndsOf | None = None) -> None:
-        """content: the object in a tokenizer.json, or what `to_json` wrote.
+    _bytes: list[bytes] | None = None  # of each token, by id, of kind "bpe"
 
-        Args:
-          kind: "bpe" or "library", for `to_json` and the fingerprint.
-          ends: finds the ends. None: those that `to_json` wrote, else by name.
+    def __init__(
+        self, content: Mapping[str, Any], kind: str = "bpe", ends: EndsOf | None = None
+    ) -> None:
+        """content: the object in a tokenizer.json, or in what `to_json` wrote.
 
-        Raises:
-          UserError: it is no tokenizer.json, or its ends are unknown.
+        ends: finds the ends; by default those that `to_json` wrote, else by name. Raises UserError
+        where it is no tokenizer.json, is not exact (kind "bpe"), or its ends are unknown.
         """
         if "file" in content and "kind" in content:
-            separator, start, content = (
-                content.get("separator"),
-                content.get("start"),
-                content["file"],
-            )
+            separator, start = content.get("separator"), content.get("start")
+            content = content["file"]
             if not isinstance(content, dict):
                 raise UserError("is no tokenizer.json (its file is no object)")
             if ends is None and separator and start:
                 ends = lambda _: Ends(separator, start)  # noqa: E731
         self.kind, self.content = kind, {**content, "truncation": None, "padding": None}
-        self.library = _opened(self._text())
-        self.ends = (ends or _by_name)(self.content)
-        if any(end not in self.special for end in self.ends[:2]):
+        self._library = _opened(self.content)
+        self.ends = (ends or find_ends_by_name)(self.content)
+        if any(end not in special(self.content) for end in self.ends[:2]):
             self._make_ends_special()
-        self.library.encode_special_tokens = True  # as text
-        self.separator, self.start = (
-            self.special[self.ends.separator],
-            self.special[self.ends.start],
-        )
-        self.digest = hashlib.sha256(self._text().encode()).hexdigest()[:24]
-        if not self._ends_by(lambda: by_name(list(self.special))):
-            self.digest += f"-{self.separator}-{self.start}"
+        self._library.encode_special_tokens = True  # as text
+        ids = special(self.content)
+        self.separator, self.start = ids[self.ends.separator], ids[self.ends.start]
+        if kind == "bpe":
+            self._read_token_bytes()
+        elif self.content["model"].get("dropout"):
+            raise UserError("gives a text other tokens every time (model.dropout); put null there")
+        else:
+            known = self._library.get_vocab(with_added_tokens=True)
+            self.vocab_size = max(known.values()) + 1
+            self._unknown = _unknown_id(self.content["model"], known)
+        self._dtype = np.min_scalar_type(self.vocab_size - 1)
+        digest = hashlib.sha256(_canonical(self.content).encode()).hexdigest()[:24]
+        if not self._ends_are(find_ends_by_name):
+            digest += f"-{self.separator}-{self.start}"
+        self.fingerprint = f"{kind}-{self.vocab_size}-{digest}"
 
-    @property
-    def special(self) -> dict[str, int]:
-        added = self.content.get("added_tokens") or ()
-        return {token["content"]: token["id"] for token in added if token.get("special")}
+    @classmethod
+    def train(cls, documents: Iterable[bytes], vocab_size: int) -> HFTokenizer:
+        """Byte-level BPE of at most `vocab_size` tokens: separator, 256 bytes, commonest pairs.
+
+        A pair must occur twice to become a token.
+        """
+        from tokenizers import Tokenizer as Library
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        library = Library(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=[SEPARATORS[0]],
+            initial_alphabet=list(BYTE_OF),
+            show_progress=False,
+        )
+        texts = (piece for document in documents for piece in _pieces(document)[::2])
+        library.train_from_iterator(texts, trainer)
+        return cls(json.loads(library.to_str()))
 
     def to_json(self) -> str:
-        """What the constructor reads: a tokenizer.json where the ends follow from it, as they do with one made here."""
-        follow = self._ends_by(lambda: by_name(list(self.special))) and self._ends_by(
-            lambda: find_ends(self.content, {})
-        )
+        """A plain tokenizer.json where the ends follow from it, as after `train`."""
+        follow = self._ends_are(find_ends_by_name) and self._ends_are(lambda c: find_ends(c, {}))
         if self.kind == "bpe" and follow:
             return json.dumps(self.content, indent=1)
         ends = {} if follow else {"separator": self.ends.separator, "start": self.ends.start}
         return json.dumps({"kind": self.kind, "file": self.content, **ends}, indent=1)
 
-    def _text(self) -> str:
-        return json.dumps(self.content, sort_keys=True, ensure_ascii=False)
+    @property
+    def bytes_per_token(self) -> np.ndarray | None:
+        """int32 [V] where exact, 0 for special tokens and unused ids; else None."""
+        return None if self._bytes is None else self._sizes_V.copy()
 
-    def _ends_by(self, find: Callable[[], Ends]) -> bool:
-        """Whether these are the ends that are found so: by name, as versions before 2026-11-29 did, or from the content."""
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """See `Tokenizer`. Raises UserError where the tokens of kind "bpe" are not the text."""
+        if self._bytes is None:
+            return self._library_ids(_as_text(text)[0])
+        data = as_bytes(text)
+        parts = [np.zeros(0, self._dtype)]
+        for i, piece in enumerate(_pieces(data)):
+            if i % 2:
+                parts.append(self._byte_ids[np.frombuffer(as_bytes(piece), np.uint8)])
+            elif piece:
+                parts.append(self._library_ids(piece))
+        ids_T = np.concatenate(parts)
+        if (n_bytes := int(self._sizes_V[ids_T].sum(dtype=np.int64))) != len(data):
+            raise UserError(
+                f"data.tokenizer_file: the tokens of a document of {len(data)} bytes stand for "
+                f"{n_bytes}; this tokenizer is not exact, use another file"
+            )
+        return ids_T
+
+    def _library_ids(self, text: str) -> np.ndarray:
+        # A batch of one: the only call that does not track each token's place in the text.
+        found = self._library.encode_batch_fast([text], add_special_tokens=False)[0]
+        return np.asarray(found.ids, self._dtype)
+
+    def encode_with_bytes(self, document: str | bytes) -> tuple[np.ndarray, np.ndarray]:
+        """For kind "library"; see `Tokenizer`.
+
+        White space that no token covers counts for the next one. Other uncovered characters, and
+        those of an unknown token, count for none: the sum is then below the document's size.
+        """
+        text, code_C = _as_text(document)
+        found = self._library.encode_batch([text], add_special_tokens=False)[0]
+        ids_T = np.asarray(found.ids, self._dtype)
+        spans_T2 = np.asarray(found.offsets, np.int64).reshape(-1, 2)
+        unknown_T = np.zeros(len(ids_T), bool) if self._unknown is None else ids_T == self._unknown
+        counted_C = _covered(spans_T2[~unknown_T], len(code_C)) | np.isin(code_C, _SPACES)
+        counted_C &= ~_covered(spans_T2[unknown_T], len(code_C))
+        before_C = np.concatenate([[0], np.cumsum(_utf8_bytes(code_C) * counted_C)])
+        ends_T = np.maximum.accumulate(spans_T2[:, 1])
+        sizes = np.diff(before_C[np.concatenate([[0], ends_T, [len(code_C)]])])
+        return ids_T, np.minimum(sizes, _MAX_TOKEN_BYTES).astype(np.uint16)
+
+    def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
+        """Exact for kind "bpe"; special tokens are dropped."""
+        if self._bytes is None:
+            return self.decode(ids).encode()
+        return b"".join([self._bytes[i] for i in known_ids(ids, self.vocab_size).tolist()])
+
+    def decode(self, ids: ArrayLike | Iterable[int]) -> str:
+        """Text, of kind "library" as the library writes it; special tokens are dropped."""
+        if self._bytes is not None:
+            return super().decode(ids)
+        known = known_ids(ids, self.vocab_size).tolist()
+        return self._library.decode(known, skip_special_tokens=True)
+
+    def _ends_are(self, find: EndsOf) -> bool:
         try:
-            return find()[:2] == self.ends[:2]
+            return find(self.content)[:2] == self.ends[:2]
         except UserError:
             return False
 
     def _make_ends_special(self) -> None:
         """The library finds other added tokens in text, where an end would cut a document."""
-        vocabulary = self.library.get_vocab(with_added_tokens=True)
-        given = {token["content"]: dict(token) for token in self.content.get("added_tokens") or ()}
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        given = {token["content"]: token for token in self.content.get("added_tokens") or ()}
         plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
         for end in self.ends[:2]:
-            given[end] = {
-                **plain,
-                **given.get(end, {"id": vocabulary[end], "content": end}),
-                "special": True,
-            }
+            known = given.get(end, {"id": vocabulary[end], "content": end})
+            given[end] = {**plain, **known, "special": True}
         self.content["added_tokens"] = sorted(given.values(), key=lambda token: token["id"])
-        self.library = _opened(self._text())
+        self._library = _opened(self.content)
+
+    def _read_token_bytes(self) -> None:
+        """Sets what kind "bpe" needs. Raises UserError where the file is not exact."""
+        explicit = json.loads(self._library.to_str())  # with every default
+        _check_exact(explicit)
+        vocabulary = self._library.get_vocab(with_added_tokens=False)
+        self._bytes = _token_bytes(explicit["added_tokens"], vocabulary)
+        self.vocab_size = len(self._bytes)
+        ids = {token: i for i, token in enumerate(self._bytes) if len(token) == 1}
+        if missing := [b for b in range(256) if bytes([b]) not in ids]:
+            lacks = f"has no token for the byte {missing[0]:#04x}"
+            raise UserError(f"{lacks}, so not every text can be written with it")
+        # The library renumbers added tokens behind a hole.
+        for token in self.content.get("added_tokens") or ():
+            name, i = token["content"], token["id"]
+            if self._library.token_to_id(name) != i:
+                where = f"gives its added token {name!r} the id {i}"
+                raise UserError(f"{where}, with ids left out before it")
+        dtype = np.min_scalar_type(self.vocab_size - 1)
+        self._byte_ids = np.array([ids[bytes([b])] for b in range(256)], dtype)
+        self._sizes_V = np.array([len(token) for token in self._bytes], np.int32)
 
 
-def _by_name(content: Mapping[str, Any]) -> Ends:
-    return by_name(
-        [token["content"] for token in content.get("added_tokens") or () if token.get("special")]
-    )
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, ensure_ascii=False)
 
 
-def _opened(text: str) -> Any:
-    """What the tokenizers library makes of a tokenizer.json; raises UserError where that is nothing."""
+def _opened(content: Mapping[str, Any]) -> Any:
+    """The library's tokenizer. Raises UserError where it takes no such file."""
     from tokenizers import Tokenizer as Library
 
     try:
-        return Library.from_str(text)
+        return Library.from_str(_canonical(content))
     except BaseException as error:  # a panic in the library is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         raise UserError(f"is no tokenizer.json ({' '.join(str(error).split())})") from error
 
 
-class LibraryTokenizer:
-    """A tokenizer.json that need not give back its text exactly; where it does, `BPETokenizer` is the one to use.
+def _pieces(data: bytes) -> list[str]:
+    """Text at even indices; at odd ones runs of bytes that are not UTF-8, as lone surrogates."""
+    try:
+        return [data.decode()]
+    except UnicodeDecodeError:
+        return re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))
 
-    Bytes that are not UTF-8 become U+FFFD before the library sees them. How many bytes of a document a token stands for
-    comes from its place in the document (`encode_with_bytes`).
-    """
 
-    tokens_are_words = False
-    bytes_per_token = None
+def _check_exact(content: dict[str, Any]) -> None:
+    """Raises UserError where encoding alters the text or depends on chance."""
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"is not byte-level BPE (its model is {model['type']})")
+    steps = list(steps_of(content["pre_tokenizer"]))
+    if sum(step["type"] == "ByteLevel" for step in steps) != 1:
+        found = "its pre_tokenizer has no ByteLevel step, or several"
+        raise UserError(f"is not byte-level BPE ({found})")
+    for step in steps:
+        removes = step["type"] not in _LOSSLESS or step.get("behavior") == "Removed"
+        if removes or step.get("add_prefix_space"):
+            found = f"pre_tokenizer {json.dumps(step)} adds or drops characters"
+            raise UserError(f"does not give back its text ({found})")
+    if content["normalizer"] is not None:
+        raise UserError("does not give back its text (it has a normalizer; put null in its place)")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[name]:
+            found = f"model.{name} is {model[name]!r}; put null there"
+            raise UserError(f"does not give back its text alike every time ({found})")
 
-    def __init__(self, content: Mapping[str, Any], ends: EndsOf | None = None) -> None:
-        """content, ends: as of `TokenizerFile`. Raises UserError where it cannot be used."""
-        self.file = TokenizerFile(content, "library", ends)
-        if self.file.content["model"].get("dropout"):
-            raise UserError("gives a text other tokens every time (model.dropout); put null there")
-        self._library = self.file.library
-        self.separator, self.start = self.file.separator, self.file.start
-        known = self._library.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(known.values()) + 1
-        self._unknown = _unknown_id(self.file.content["model"], known)
-        self._dtype = np.min_scalar_type(self.vocab_size - 1)
-        self.fingerprint = f"library-{self.vocab_size}-{self.file.digest}"
 
-    def to_json(self) -> str:
-        return self.file.to_json()
+def steps_of(step: Any) -> Iterator[dict[str, Any]]:
+    """The steps of a pre-tokenizer or normalizer, sequences unpacked."""
+    if isinstance(step, dict) and step.get("type") == "Sequence":
+        for inner in (*(step.get("pretokenizers") or ()), *(step.get("normalizers") or ())):
+            yield from steps_of(inner)
+    elif isinstance(step, dict):
+        yield step
 
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """The smallest unsigned type, [T], without separators."""
-        clean = _as_text(text)[0]
-        return np.asarray(
-            self._library.encode_batch_fast([clean], add_special_tokens=False)[0].ids, self._dtype
-        )
 
-    def encode_with_bytes(self, document: str | bytes) -> tuple[np.ndarray, np.ndarray]:
-        """(`encode`, uint16 [T + 1]: bytes of the document that each token stands for, the separator last).
-
-        White space that belongs to no token counts for the next one. Other characters that no token covers, and those of
-        an unknown token, count for none: the sum is then less than the document, and bits per byte cannot be told.
-        """
-        text, code_C = _as_text(document)
-        found = self._library.encode_batch([text], add_special_tokens=False)[0]
-        ids_T = np.asarray(found.ids, self._dtype)
-        spans_T2 = np.asarray(found.offsets, np.int64).reshape(-1, 2)
-        is_unknown_T = (
-            ids_T == self._unknown if self._unknown is not None else np.zeros(len(ids_T), bool)
-        )
-        told_C = _covered(spans_T2[~is_unknown_T], len(code_C)) | np.isin(code_C, _SPACES)
-        told_C &= ~_covered(spans_T2[is_unknown_T], len(code_C))
-        before_C = np.concatenate([[0], np.cumsum(_utf8_bytes(code_C) * told_C)])
-        ends_T = np.maximum.accumulate(spans_T2[:, 1])
-        sizes = np.diff(before_C[np.concatenate([[0], ends_T, [len(code_C)]])])
-        return ids_T, np.minimum(sizes, _MOST).astype(np.uint16)
-
-    def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
-        """The text of `decode` in UTF-8. Raises ValueError for an id outside the vocabulary."""
-        return self.decode(ids).encode()
-
-    def decode(self, ids: ArrayLike | Iterable[int]) -> str:
-        """Text as the library writes it; special tokens are dropped."""
-        return self._library.decode(
-            known_ids(ids, self.vocab_size).tolist(), skip_special_tokens=True
-        )
+def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> list[bytes]:
+    """By id the bytes that each token stands for; special tokens stand for none."""
+    found: dict[int, bytes] = {token["id"]: b"" for token in added if token["special"]}
+    plain = [token for token in added if not token["special"]]
+    if strips := [token["content"] for token in plain if token["lstrip"] or token["rstrip"]]:
+        takes = f"the added token {strips[0]!r} takes the spaces beside it"
+        raise UserError(f"does not give back its text ({takes})")
+    named = {token["content"]: (token["id"], token["content"].encode()) for token in plain}
+    for token, i in sorted(vocabulary.items()):
+        if token not in named and i not in found:
+            try:
+                named[token] = i, bytes([BYTE_OF[c] for c in token])
+            except KeyError as error:
+                what = f"its token {token!r} does not stand for bytes"
+                raise UserError(f"is not byte-level BPE ({what})") from error
+    for token, (i, data) in named.items():
+        if found.setdefault(i, data) != data:
+            raise UserError(f"has two tokens of the id {i}, one of them {token!r}")
+    return [found.get(i, b"") for i in range(max(found, default=-1) + 1)]
 
 
 def _as_text(document: str | bytes) -> tuple[str, np.ndarray]:
-    """(text for the library, uint32 [C]: its characters, bytes that are not UTF-8 as lone surrogates)."""
+    """(text for the library, uint32 [C]: its characters, invalid bytes as lone surrogates)."""
     if isinstance(document, bytes):
         document = document.decode("utf-8", "surrogateescape")
     code_C = np.frombuffer(document.encode("utf-32-le", "surrogatepass"), np.uint32)
     if (code_C >> 11 == 0xD800 >> 11).any():
-        document = "".join(
-            "\N{REPLACEMENT CHARACTER}" if "\ud800" <= c <= "\udfff" else c for c in document
-        )
+        document = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", document)
     return document, code_C
 
 
 def _utf8_bytes(code_C: np.ndarray) -> np.ndarray:
-    """Bytes of each character in UTF-8; 1 of a byte that is none."""
+    """Bytes of each character in UTF-8; 1 for a byte that is not UTF-8."""
     n_C = 1 + (code_C >= 0x80).astype(np.int64) + (code_C >= 0x800) + (code_C >= 0x10000)
     n_C[(code_C >= 0xDC80) & (code_C <= 0xDCFF)] = 1
     return n_C
 
 
 def _covered(spans_T2: np.ndarray, length: int) -> np.ndarray:
-    """bool [length]: whether a character lies in one of the spans."""
-    steps = np.bincount(spans_T2[:, 0], minlength=length + 1) - np.bincount(
-        spans_T2[:, 1], minlength=length + 1
-    )
-    return np.cumsum(steps[:length]) > 0
+    """bool [length]: which characters lie in a span."""
+    starts, ends = (np.bincount(column, minlength=length + 1) for column in spans_T2.T)
+    return np.cumsum((starts - ends)[:length]) > 0
 
 
 def _unknown_id(model: Mapping[str, Any], known: Mapping[str, int]) -> int | None:
-    """The id of the token for what the vocabulary lacks; None where there is none."""
+    """The id of the unknown token; None where there is none."""
     if isinstance(model.get("unk_id"), int):
         return model["unk_id"]
     return known.get(model.get("unk_token") or "")

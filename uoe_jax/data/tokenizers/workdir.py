@@ -1,13 +1,14 @@
-"""The tokenizer that a run keeps in its workdir, as the file or the data it came from may have changed since."""
+"""The tokenizer kept in a run's workdir: its file or data may have changed since the run began."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from etils import epath
 
 from uoe_jax.config.schema import Config
-from uoe_jax.data.tokenizers.load import ByteTokenizer, Tokenizer, load_tokenizer, stored
+from uoe_jax.data.tokenizers.base import ByteTokenizer, Tokenizer
+from uoe_jax.data.tokenizers.load import load_tokenizer, stored
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.runtime_env import expanded
 from uoe_jax.workdir import locate, os_errors, read_text, write_text
@@ -16,7 +17,7 @@ TOKENIZER = "tokenizer.json"
 
 
 def read_tokenizer(workdir: str) -> Tokenizer | None:
-    """The kept tokenizer; None where there is none, as for bytes. Raises UserError for a file that cannot be used."""
+    """The kept tokenizer; None without one, as for bytes. Raises UserError for a damaged file."""
     file = locate(workdir) / TOKENIZER
     try:
         with os_errors(file):
@@ -26,12 +27,11 @@ def read_tokenizer(workdir: str) -> Tokenizer | None:
 
 
 def tokenizer_of_run(config: Config, workdir: str) -> Tokenizer:
-    """The tokenizer a trained run speaks with; never another one than it learned. Raises UserError where it is lost."""
+    """The tokenizer that a run was trained with. Raises UserError where it is lost."""
     kept = ByteTokenizer() if config.data.tokenizer == "bytes" else read_tokenizer(workdir)
     if kept is None:
-        raise UserError(
-            f"{locate(workdir) / TOKENIZER}: is gone, and with it what the run's tokens mean; restore it"
-        )
+        lost = "is gone, and with it what the run's tokens mean; restore it"
+        raise UserError(f"{locate(workdir) / TOKENIZER}: {lost}")
     return kept
 
 
@@ -43,13 +43,15 @@ def keep_tokenizer(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
 
 
 def check_tokenizer(config: Config, workdir: str) -> None:
-    """Raises ConfigError where data.tokenizer_file is needed and cannot be used, or is not what the run was started with."""
+    """Raises ConfigError for a data.tokenizer_file that is unusable or not the run's tokenizer."""
     data, name = config.data, config.data.tokenizer_file
     kept = read_tokenizer(workdir)
-    if kept is None:
-        load_tokenizer(data.tokenizer, name, data.separator, data.start)
-    elif name and Path(expanded(name, "config.data.tokenizer_file")).is_file():
-        given = load_tokenizer(data.tokenizer, name, data.separator, data.start)
-        if given is not None and given.fingerprint != kept.fingerprint:
-            remedy = f"is not the tokenizer of the run in {workdir}; give that one, or none, or start in another --workdir"
-            raise ConfigError("config.data.tokenizer_file", name, remedy)
+    if kept is not None and not (
+        name and os.path.isfile(expanded(name, "config.data.tokenizer_file"))
+    ):
+        return
+    given = load_tokenizer(data.tokenizer, name, data.separator, data.start)
+    if kept is not None and given is not None and given.fingerprint != kept.fingerprint:
+        remedy = "give that one, or none, or start in another --workdir"
+        what = f"is not the tokenizer of the run in {workdir}"
+        raise ConfigError("config.data.tokenizer_file", name, f"{what}; {remedy}")

@@ -1,0 +1,89 @@
+"""Prefetch: a thread computes the next batches while the device works."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Prefetcher(Generic[T]):
+    """Computes fetch(start), fetch(start + 1), … stop - 1 in a daemon thread, up to `depth` ahead.
+
+    `get(step)` takes the steps in order and raises what `fetch` raised at that step, as often as it
+    is called. Use it as a context manager, or call `close`: else a thread stays behind that holds
+    batches on the device.
+
+    grain's prefetch iterators do not fit here. Their `close` (or the exit of the process) waits
+    without limit for a fetch under way; after an error they go on with the next step, or repeat it
+    but lose a SystemExit and wait for ever; and they hold one batch more than their buffer.
+    """
+
+    def __init__(self, fetch: Callable[[int], T], start: int, stop: int, depth: int = 2) -> None:
+        if depth < 1:
+            raise ValueError(f"depth {depth} is below 1")
+        self._fetch, self._next, self._stop, self._depth = fetch, start, stop, depth
+        self._ready: deque[tuple[Any, BaseException | None]] = deque()  # (item, what was raised)
+        self._closed = False
+        self._changed = threading.Condition()
+        name = "uoe-prefetch"
+        self._thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
+        self._thread.start()
+
+    def get(self, step: int) -> T:
+        """Waits for fetch(step). Raises what it raised; IndexError past `stop`; ValueError else."""
+        with self._changed:
+            if step >= self._stop:
+                raise IndexError(f"step {step} is not before stop={self._stop}")
+            if step != self._next:
+                order = f"step {step} asked for, {self._next} is next"
+                raise ValueError(f"steps are taken in order: {order}")
+            self._changed.wait_for(lambda: self._ready or self._closed)
+            if self._closed:
+                raise RuntimeError("the prefetcher is closed")
+            item, error = self._ready[0]
+            if error is not None:
+                raise error  # and stays at the head
+            self._ready.popleft()
+            self._next += 1
+            self._changed.notify_all()
+        return item
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stops the thread and drops its batches; waits up to `timeout` s for a running fetch."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def __enter__(self) -> Prefetcher[T]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _work(self, start: int) -> None:
+        for step in range(start, self._stop):
+            with self._changed:
+                # Wait before the fetch: at most `depth` batches exist besides the consumer's own.
+                self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
+                if self._closed:
+                    return
+            item, error = None, None
+            try:
+                item = self._fetch(step)
+            except BaseException as raised:  # the consumer raises it, SystemExit included
+                error = raised
+            with self._changed:
+                if self._closed:
+                    return
+                self._ready.append((item, error))
+                self._changed.notify_all()
+            if error is not None:
+                return
+            del item  # no second reference while waiting
