@@ -21,9 +21,11 @@ from uoe_jax.compare import measure as measuring
 from uoe_jax.compare import presets
 from uoe_jax.compare import run as running
 from uoe_jax.compare.measure import against, at_length, drawn_batch, measure
-from uoe_jax.compare.report import results, spread, write
-from uoe_jax.compare.run import claim, found_rates, is_finished, runs
+from uoe_jax.compare.report import spread, write
+from uoe_jax.compare.results import results
+from uoe_jax.compare.run import claim, planned_runs, search_rates
 from uoe_jax.compare.table import load_table
+from uoe_jax.compare.workspace import best_rates, is_finished
 from uoe_jax.config import to_dict
 from uoe_jax.costs.flops import attention_flops, ends_flops, mlp_flops, train_flops
 from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
@@ -217,10 +219,10 @@ def test_a_table_is_made_of_what_was_measured(tmp_path):
         "switch": {"0.001": None, "0.003": None}
     }
     (tmp_path / "rates.json").write_text(json.dumps(rates))
-    rates = running.best_rates(rates)
+    rates = best_rates(rates)
     assert rates == {"full-attention": 0.001, "uoe": 0.001, "xmoe": 0.001, "switch": None}
     values = {"full-attention": (0.8, 0.9), "uoe": (0.95, 0.93), "xmoe": (None, 0.5)}
-    planned = list(runs(found, workdir, rates))  # no rate suits switch: it is not trained
+    planned = list(planned_runs(found, workdir, rates))  # no rate suits switch: it is not trained
     assert [p.what for p in planned][:4] == [
         "full_attention, seed 0",
         "uoe, seed 0",
@@ -354,8 +356,8 @@ def test_no_row_is_trained_on_half_a_search(tmp_path, monkeypatch):
 
     workdir = locate(str(tmp_path))
     with pytest.raises(running.Stopped):
-        found_rates(found, workdir, Children())
-    assert found_rates(found, workdir, Children()) == {"full-attention": 0.001, "uoe": None}
+        search_rates(found, workdir, Children())
+    assert search_rates(found, workdir, Children()) == {"full-attention": 0.001, "uoe": None}
     assert tried == [f"full_attention, learning rate {r}" for r in ("0.001", "0.001", "0.003")] + [
         f"uoe, learning rate {r}" for r in ("0.001", "0.003")
     ]
@@ -374,7 +376,7 @@ def test_what_others_wrote_is_no_traceback(tmp_path, name, content):
         pytest.raises(cli.UserError, match=rf"{name}: .*; remove it and what it is about"),
     ):
         claim(found, locate(str(tmp_path)))
-        found_rates(found, locate(str(tmp_path)), children)
+        search_rates(found, locate(str(tmp_path)), children)
 
 
 def test_a_run_that_outlived_its_table_is_waited_for(tmp_path):
@@ -576,7 +578,7 @@ def test_rows_that_cannot_run_are_left_out(tmp_path, monkeypatch, capfd):
     )
     workdir = locate(str(tmp_path))
     claim(found, workdir)
-    for planned in runs(found, workdir, {}):
+    for planned in planned_runs(found, workdir, {}):
         a_run(planned.workdir, planned.config, 0.5)
     (tmp_path / "rows" / "xmoe" / "seed_0" / "metrics.jsonl").unlink()
 
@@ -593,7 +595,7 @@ def test_rows_that_cannot_run_are_left_out(tmp_path, monkeypatch, capfd):
             return 1.0
 
     monkeypatch.setattr(measuring, "Step", Step)
-    monkeypatch.setattr(measuring.runtime, "start", lambda config: None)
+    monkeypatch.setattr(measuring.setup, "start", lambda config: None)
     assert measure(str(tmp_path)) == 0
     measured = json.loads((tmp_path / "measured.json").read_text())
     assert measured["rows"].keys() == {"full-attention", "uoe"}

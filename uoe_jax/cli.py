@@ -385,7 +385,13 @@ def _compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     _check_workdir(options.workdir)
     from uoe_jax.compare.run import compare
 
-    return compare(table, options.workdir)
+    exit_code = compare(table, options.workdir)
+    if exit_code == EXIT_DONE:
+        from uoe_jax.compare.report import write
+        from uoe_jax.workdir import locate
+
+        runtime_env.tell(write(table, locate(options.workdir)))
+    return exit_code
 
 
 def _eval(options: argparse.Namespace, overrides: dict[str, str]) -> None:
