@@ -18,13 +18,15 @@ from uoe_jax import cli
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
 from uoe_jax.data.registry import known_vocabulary
 from uoe_jax.distributed import mesh as mesh_lib
-from uoe_jax.errors import UserError
+from uoe_jax.errors import EXIT_DOES_NOT_FIT, UserError
 from uoe_jax.plan import make as make_lib
 from uoe_jax.plan.compiled import Compiled, compile_step
+from uoe_jax.plan.expected import expected_collectives
 from uoe_jax.plan.hardware import HARDWARE
 from uoe_jax.plan.make import make, read_mesh
+from uoe_jax.plan.network import ring
 from uoe_jax.plan.peak import peak
-from uoe_jax.plan.predict import executed_flops, expected_collectives, predict, ring
+from uoe_jax.plan.predict import executed_flops, predict
 from uoe_jax.plan.report import as_json, text
 from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of
@@ -150,16 +152,16 @@ def test_what_a_step_is_given_is_counted_to_the_byte(name):
     assert counted.batch == held(program.abstract_batch)
 
 
+def counted(c: Config) -> Compiled:
+    """The counted step in place of a compiled one."""
+    shape = c.mesh.shape
+    p = peak(c, shape, flash=False)
+    arguments = round(p.arguments)
+    return Compiled(arguments, arguments, arguments, round(p.temporary), 0.0, round(p.parameters), round(p.optimizer),
+                    tuple(expected_collectives(c, shape)), 0.0, 0, "")  # fmt: skip
+
+
 def planned(monkeypatch, config: Config, hardware: str) -> make_lib.Plan:
-    """The plan, with the counted step in place of a compiled one."""
-
-    def counted(c: Config) -> Compiled:
-        shape = c.mesh.shape
-        p = peak(c, shape, flash=False)
-        arguments = round(p.arguments)
-        return Compiled(arguments, arguments, arguments, round(p.temporary), 0.0, round(p.parameters), round(p.optimizer),
-                        tuple(expected_collectives(c, shape)), 0.0, 0, "")  # fmt: skip
-
     monkeypatch.setattr(make_lib, "compile_step", counted)
     return make(config, hardware)
 
@@ -238,6 +240,20 @@ def test_no_mesh_fits(monkeypatch):
     assert plan.suggestion is None and plan.least[1] > 32e9
     (warning,) = [w for w in as_json(plan)["warnings"] if "no mesh" in w]
     assert "train.accumulation (now 1)" in warning and "model.remat='block'" in warning
+
+
+@pytest.mark.parametrize(
+    "mesh, hardware, fits, code",
+    [("fsdp=8", "v6e", False, EXIT_DOES_NOT_FIT), ("data=64", "h100", False, 0), ("fsdp=64", "h100", True, 0), ("fsdp=8", "cpu", None, 0)],
+)  # fmt: skip
+def test_where_nothing_fits_the_exit_code_says_so(mesh, hardware, fits, code, monkeypatch, capsys):
+    """78 where no mesh fits; 0 where another mesh of as many devices does."""
+    monkeypatch.setattr(make_lib, "compile_step", counted)
+    model = ("--config.model.remat=block", "--config.mesh.data=1")
+    args = ["plan", "--config=uoe_7b", f"--mesh={mesh}", f"--hardware={hardware}", "--json"]
+    assert cli.main([*args, *model]) == code
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is fits and (found["least"] is None) == (code == 0)
 
 
 def test_a_reduction_longer_than_its_block_is_warned_of(monkeypatch):

@@ -16,7 +16,7 @@ from uoe_jax.config.baselines import ATTENTIONS, MLPS
 from uoe_jax.config.load import load_config
 from uoe_jax.config.schema import Config
 from uoe_jax.distributed import coordination, watchdog
-from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
+from uoe_jax.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, EXIT_FAILED, ConfigError, UserError
 from uoe_jax.exchange.command import DTYPES, FORMATS
 
 
@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0 done, 2 bad input, 75 stopped and saved, 76 bad numbers, 77 lost peer, 1 else."""
+    """Runs one command; returns its exit code: 0 done, 2 bad input, 75 stopped and saved, 76 bad numbers, 77 lost peer, 78 a plan that does not fit, 1 else."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options, why = None, ""
     try:
@@ -375,7 +375,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         )
     found = make.make(config, options.hardware)
     print(json.dumps(report.as_json(found)) if options.json else report.text(found, options.config))
-    return EXIT_DONE
+    return EXIT_DONE if found.least is None else EXIT_DOES_NOT_FIT
 
 
 def _compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
