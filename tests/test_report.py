@@ -27,7 +27,7 @@ from uoe_jax.data.tokenizers.load import ByteTokenizer
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.report import command
 from uoe_jax.report.sample import Sample, of_text, pieces, routes
-from uoe_jax.report.series import logged, names
+from uoe_jax.report.series import names, read_log
 from uoe_jax.train.step import build
 from uoe_jax.workdir import read_config
 
@@ -163,7 +163,7 @@ def test_curves_are_means_and_ranges_of_what_was_logged(tmp_path):
         line for line in (run / "metrics.jsonl").read_text().splitlines() if "train/loss" in line
     ]
     loss = np.array([json.loads(line)["train/loss"] for line in lines]).reshape(100, 10)
-    found = logged(str(run), read_config(str(run)), "run", points=100)
+    found = read_log(str(run), read_config(str(run)), "run", points=100)
     curve = found.curves["train/loss"]
     for got, wanted in (
         (curve.mean, loss.mean(1)),
@@ -187,7 +187,7 @@ def test_numbers_that_are_not_finite_leave_a_gap(tmp_path):
     text = (run / "metrics.jsonl").read_text().splitlines()
     text[3] = text[3].replace(re.search(r'"train/loss": ([\d.]+)', text[3])[1], '"nan"')
     (run / "metrics.jsonl").write_text("\n".join(text) + "\n{torn")
-    curve = logged(str(run), read_config(str(run)), "run").curves["train/loss"]
+    curve = read_log(str(run), read_config(str(run)), "run").curves["train/loss"]
     assert len(curve.step) == 19 and 4 not in curve.step and np.isfinite(curve.mean).all()
 
 

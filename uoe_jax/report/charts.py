@@ -19,7 +19,7 @@ from bokeh.models.renderers import DataRenderer
 from bokeh.palettes import Category10_10, Category20_20, cividis
 from bokeh.plotting import figure
 
-from uoe_jax.report.series import Logged
+from uoe_jax.report.series import RunLog
 
 TOOLS = "pan,wheel_zoom,box_zoom,reset,save"
 TRAIN = (  # (title, keys of metrics.jsonl, factor, format of a value)
@@ -37,13 +37,13 @@ CELL = ("left", "right", "top", "bottom", "value", "expert", "step")  # of the h
 WIDTH, HEIGHT = 410, 250
 
 
-def colours(runs: Sequence[Logged]) -> list[str]:
+def colours(runs: Sequence[RunLog]) -> list[str]:
     """A colour for every run."""
     palette = Category10_10 if len(runs) <= 10 else Category20_20
     return [palette[i % len(palette)] for i in range(len(runs))]
 
 
-def curves(runs: Sequence[Logged]) -> list[figure]:
+def curves(runs: Sequence[RunLog]) -> list[figure]:
     """One figure for every measure that a run has; training as lines with their range, evaluations as dots on a line."""
     return [
         _curves(runs, *chart)
@@ -52,13 +52,13 @@ def curves(runs: Sequence[Logged]) -> list[figure]:
     ]
 
 
-def _has(run: Logged, key: str) -> bool:
+def _has(run: RunLog, key: str) -> bool:
     """Whether there is anything to draw: of skipped steps, whether there are any."""
     return key in run.curves and (key != "train/skipped" or bool(run.curves[key].high.any()))
 
 
 def _curves(
-    runs: Sequence[Logged], title: str, keys: Sequence[str], factor: float, shown: str
+    runs: Sequence[RunLog], title: str, keys: Sequence[str], factor: float, shown: str
 ) -> figure:
     chart = _figure(title)
     hovered: list[DataRenderer] = []

@@ -14,8 +14,8 @@ from uoe_jax.data.pipeline import DataBundle
 from uoe_jax.data.tokenizers.workdir import tokenizer_of_run
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
-from uoe_jax.report.sample import Looked, Sample, of_rows, of_text, routes
-from uoe_jax.report.series import POINTS, logged, names
+from uoe_jax.report.sample import RoutingSample, Sample, of_rows, of_text, routes
+from uoe_jax.report.series import POINTS, names, read_log
 from uoe_jax.train.main import load_data
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import Params, Program
@@ -42,7 +42,7 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     out = options.out or os.fspath(locate(workdirs[0]) / REPORT)
     points = max(200, POINTS // len(workdirs))
     runs = [
-        logged(w, config, name, points)
+        read_log(w, config, name, points)
         for w, config, name in zip(workdirs, configs, names(workdirs))
     ]
     looked = [_look(w, config, options.step, options.text) for w, config in zip(workdirs, configs)]
@@ -67,8 +67,8 @@ def at_end(
         sample = of_rows(config, data.validation, data.tokenizer)
         found, out = routes(program, params, sample, config), os.fspath(workdir / REPORT)
         if coordination.is_process_zero():
-            run = logged(os.fspath(workdir), config, workdir.name)
-            write_asked(out, page([run], [Looked(sample, found, step)]))
+            run = read_log(os.fspath(workdir), config, workdir.name)
+            write_asked(out, page([run], [RoutingSample(sample, found, step)]))
         return out
     except Exception as error:
         log.warning(
@@ -81,18 +81,18 @@ def at_end(
         return ""
 
 
-def _look(workdir: str, config: Config, step: str, text: str | None) -> Looked:
+def _look(workdir: str, config: Config, step: str, text: str | None) -> RoutingSample:
     """The routing at a checkpoint of a run, if there is one and something to look at."""
     if not config.model.routed():
-        return Looked(None, {}, 0, "This model does not route.")
+        return RoutingSample(None, {}, 0, "This model does not route.")
     try:
         sample, config = _sample(workdir, config, text)
         with restored(config, workdir, step) as run:
-            return Looked(sample, routes(run.program, run.params, sample, config), run.step)
+            return RoutingSample(sample, routes(run.program, run.params, sample, config), run.step)
     except UserError as error:
         if text is not None or step != "latest":
             raise
-        return Looked(None, {}, 0, f"There is no sample to show: {error}.")
+        return RoutingSample(None, {}, 0, f"There is no sample to show: {error}.")
 
 
 def _sample(workdir: str, config: Config, text: str | None) -> tuple[Sample, Config]:

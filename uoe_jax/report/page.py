@@ -22,11 +22,11 @@ from PIL import Image
 from uoe_jax.costs.flops import forward_flops_per_token
 from uoe_jax.costs.memory import parameters
 from uoe_jax.report import charts
-from uoe_jax.report.sample import Looked
-from uoe_jax.report.series import PER_LAYER, Logged
+from uoe_jax.report.sample import RoutingSample
+from uoe_jax.report.series import PER_LAYER, RunLog
 
 
-def page(runs: Sequence[Logged], looked: Sequence[Looked]) -> str:
+def page(runs: Sequence[RunLog], looked: Sequence[RoutingSample]) -> str:
     """The file's text, for one run or several beside each other."""
     curves, routing = (
         charts.curves(runs),
@@ -60,7 +60,7 @@ def _in_script(data: Any) -> str:
     return text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<\u2028\u2029"})
 
 
-def _summary(runs: Sequence[Logged]) -> str:
+def _summary(runs: Sequence[RunLog]) -> str:
     """A table with a column for each run."""
     rows: dict[str, list[str]] = {}
     for i, (run, colour) in enumerate(zip(runs, charts.colours(runs))):
@@ -106,7 +106,7 @@ def _called(split: str, key: str) -> str:
     )
 
 
-def _run(run: Logged, looked: Looked) -> dict[str, Any]:
+def _run(run: RunLog, looked: RoutingSample) -> dict[str, Any]:
     """What page.js needs of a run."""
     m = run.config.model
     blocks = {}
@@ -148,7 +148,7 @@ def _packed(array: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _sample(looked: Looked) -> dict[str, Any] | None:
+def _sample(looked: RoutingSample) -> dict[str, Any] | None:
     s = looked.sample
     if s is None:
         return None

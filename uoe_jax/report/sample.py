@@ -44,7 +44,7 @@ class Sample(NamedTuple):
     titles: list[str]
 
 
-class Looked(NamedTuple):
+class RoutingSample(NamedTuple):
     """The routing of a sample at a checkpoint, or (sample None) why there is none."""
 
     sample: Sample | None

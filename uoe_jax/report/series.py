@@ -48,7 +48,7 @@ class Routing(NamedTuple):
     lines: dict[str, np.ndarray]
 
 
-class Logged(NamedTuple):
+class RunLog(NamedTuple):
     """A run as its workdir tells it. curves: by key of metrics.jsonl. routing: by block. last: the newest evaluations' lines."""
 
     name: str
@@ -59,7 +59,7 @@ class Logged(NamedTuple):
     last: dict[str, dict[str, Any]]
 
 
-def logged(workdir: str, config: Config, name: str, points: int = POINTS) -> Logged:
+def read_log(workdir: str, config: Config, name: str, points: int = POINTS) -> RunLog:
     """Reads a run, finished or not.
 
     Raises:
@@ -91,7 +91,7 @@ def logged(workdir: str, config: Config, name: str, points: int = POINTS) -> Log
         if train and f"train/{block}/load" in train[0]
     }
     last = {split: line for line in lines for split in ("eval", "test") if f"{split}/loss" in line}
-    return Logged(
+    return RunLog(
         name, config, max((line["step"] for line in lines), default=0), curves, routing, last
     )
 
