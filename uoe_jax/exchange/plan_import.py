@@ -15,9 +15,8 @@ from uoe_jax.data.tokenizers.hf import LibraryTokenizer
 from uoe_jax.data.tokenizers.load import BPETokenizer, files_beside, steps_of
 from uoe_jax.errors import UserError
 from uoe_jax.exchange.config_keys import generation_notes, image_bound
-from uoe_jax.exchange.families import family_of, model_of
+from uoe_jax.exchange.families import MISTRAL_WINDOW, family_of, model_of
 from uoe_jax.exchange.layouts import Family, Values
-from uoe_jax.exchange.llama import MISTRAL_WINDOW
 from uoe_jax.workdir import checkpoint_path, locate, read_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "config.json"
