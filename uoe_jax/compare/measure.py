@@ -22,15 +22,8 @@ import numpy as np
 from etils import epath
 
 from uoe_jax import runtime_env
+from uoe_jax.compare import workspace as files
 from uoe_jax.compare.table import numbers
-from uoe_jax.compare.workspace import (
-    MEASURED,
-    MOST_BATCHES,
-    diverged,
-    is_finished,
-    read_table,
-    seed_dir,
-)
 from uoe_jax.config.schema import Config, from_dict, to_dict, with_vocabulary
 from uoe_jax.costs.flops import forward_flops_per_token, train_flops
 from uoe_jax.costs.memory import active_parameters, kept_bytes, parameters
@@ -152,7 +145,7 @@ def batch_lengths(config: Config) -> collections.Counter[int]:
     rows = load(c, default_cache_dir()).train
     batches = TrainBatches(rows, c.train.batch_size, seed=0, window=c.data.sort_window)
     in_front = c.model.block_length - c.model.context_length
-    n = min(c.train.steps, MOST_BATCHES)
+    n = min(c.train.steps, files.MOST_BATCHES)
     return collections.Counter(batches[i]["inputs"].shape[-1] + in_front for i in range(n))
 
 
@@ -204,11 +197,11 @@ def trained_rows(workdir: epath.Path, table: dict[str, Any], reference: str) -> 
     """Configurations of the rows that finished or diverged, with the reference's mesh and remat."""
     configs = {}
     for slug in table["rows"]:
-        run = seed_dir(workdir, slug, 0)
+        run = files.seed_dir(workdir, slug, 0)
         if not (run / "config.json").exists():
             continue
         found = read_config(str(run))
-        if is_finished(found, run) or diverged(run):  # others may be unable to run
+        if files.is_finished(found, run) or files.diverged(run):  # others may be unable to run
             configs[slug] = found if found.model.vocab_size else with_vocabulary(found, 257)
     # These may change between the runs of a table.
     mesh, remat = configs[reference].mesh, configs[reference].model.remat
@@ -221,7 +214,7 @@ def trained_rows(workdir: epath.Path, table: dict[str, Any], reference: str) -> 
 def measure(workdir_name: str) -> int:
     """Measures the trained rows of a table; returns the exit code."""
     workdir = locate(workdir_name)
-    table = read_table(workdir)
+    table = files.read_table(workdir)
     if table is None:
         remedy = "give the directory of a table made by uoe compare"
         raise UserError(f"--workdir={workdir_name}: holds no table.json; {remedy}")
@@ -244,7 +237,7 @@ def measure(workdir_name: str) -> int:
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     made = {"jax": jax.__version__, "devices": devices, "python": sys.version.split()[0]}
     found = {"made": made, "rows": rows, "lengths": swept, "refused": refused}
-    write_json(workdir / MEASURED, found)
+    write_json(workdir / files.MEASURED, found)
     return EXIT_DONE
 
 

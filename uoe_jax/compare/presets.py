@@ -19,10 +19,7 @@ from uoe_jax.errors import ConfigError
 
 Changes = dict[str, Any]  # values by dotted key below `model`
 
-DROPLESS = (
-    "deepseek_moe",
-    "xmoe",
-)  # an expert has a slot for every token, as DeepSeek's authors do
+DROPLESS = ("deepseek_moe", "xmoe")  # experts have a slot for every token, as DeepSeek's do
 GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
 CAPACITIES = (0.75, 1.0, 1.25, 1.5, 2.0)
 

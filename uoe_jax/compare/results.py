@@ -6,15 +6,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from uoe_jax.compare import workspace as files
 from uoe_jax.compare.table import Table
-from uoe_jax.compare.workspace import (
-    best_rates,
-    diverged,
-    read_losses,
-    read_measured,
-    read_table,
-    seed_dir,
-)
 from uoe_jax.config.schema import Config, from_dict
 from uoe_jax.errors import ConfigError
 from uoe_jax.train.metrics import read_metrics
@@ -65,9 +58,9 @@ def measure_of(config: Config) -> Measure:
 
 def results(table: Table, workdir: epath.Path) -> list[Result]:
     """Every row in the workdir with a seed that finished or diverged, rows left out now too."""
-    stored = (read_table(workdir) or {"rows": {}})["rows"]
-    measured = read_measured(workdir)["rows"]
-    rates = best_rates(read_losses(workdir))
+    stored = (files.read_table(workdir) or {"rows": {}})["rows"]
+    measured = files.read_measured(workdir)["rows"]
+    rates = files.best_rates(files.read_losses(workdir))
     found = (
         _result(slug, row, table.config.seeds, workdir, rates, measured.get(slug, {}))
         for slug, row in stored.items()
@@ -88,8 +81,8 @@ def _result(
     finals: dict[int, float] = {}
     curves, bad = [], seeds if rates.get(slug, 0.0) is None else 0
     for seed in range(seeds):
-        run = seed_dir(workdir, slug, seed)
-        if diverged(run):
+        run = files.seed_dir(workdir, slug, seed)
+        if files.diverged(run):
             bad += 1
             continue
         lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []

@@ -24,31 +24,12 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 from etils import epath
 
+from uoe_jax import errors
+from uoe_jax.compare import workspace as files
 from uoe_jax.compare.table import Row, Table
-from uoe_jax.compare.workspace import (
-    DAMAGED,
-    DIVERGED,
-    MEASURED,
-    RATES,
-    TABLE,
-    best_rates,
-    diverged,
-    is_finished,
-    read_losses,
-    read_table,
-    seed_dir,
-)
 from uoe_jax.config.schema import Config, changed_keys, from_dict, to_dict
 from uoe_jax.distributed import coordination
-from uoe_jax.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_BAD_NUMBERS,
-    EXIT_DONE,
-    EXIT_STOPPED,
-    ConfigError,
-    RunError,
-    UserError,
-)
+from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.runtime_env import default_cache_dir
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import (
@@ -69,7 +50,7 @@ MEASURES = ("eval.test", "eval.every", "checkpoint.every", "checkpoint.keep_best
 
 
 class PlannedRun(NamedTuple):
-    """One run. what: in words."""
+    """One run. what: its name for the user."""
 
     row: Row
     config: Config
@@ -82,7 +63,7 @@ class Stopped(Exception):
 
 
 class Refused(Exception):
-    """A child refused its input, and has said so."""
+    """A child refused its input, and has printed why."""
 
 
 def compare(table: Table, workdir_name: str) -> int:
@@ -110,17 +91,17 @@ def compare(table: Table, workdir_name: str) -> int:
         finally:
             release(workdir)
     except Stopped:
-        return EXIT_STOPPED
+        return errors.EXIT_STOPPED
     except Refused:
-        return EXIT_BAD_INPUT
-    return EXIT_DONE
+        return errors.EXIT_BAD_INPUT
+    return errors.EXIT_DONE
 
 
 def _prepare(table: Table, name: str, workdir: epath.Path) -> None:
     """Makes, locks and claims the workdir; a new one only after devices and data were checked."""
     try:
         with os_errors(name):
-            is_new = not (workdir / TABLE).exists()
+            is_new = not (workdir / files.TABLE).exists()
         default_cache_dir()  # puts it in the environment of the runs, where it is not the usual one
         if is_new:
             with Children() as children:
@@ -141,25 +122,23 @@ def claim(table: Table, workdir: epath.Path) -> None:
     Raises:
       UserError: table.json is damaged. ConfigError: it is of another table.
     """
-    path, own = workdir / TABLE, dataclasses.asdict(table.config)
+    path, own = workdir / files.TABLE, dataclasses.asdict(table.config)
     rows: dict[str, dict[str, Any]] = {
         r.slug: {"name": r.name, "preset": r.preset, "miss": r.miss, "config": to_dict(r.config)}
         for r in table.rows
     }
-    known = read_table(workdir) or {**own, "rows": {}}
+    known = files.read_table(workdir) or {**own, "rows": {}}
     stored = known.get("rows")
     if not (
         known.keys() >= {*FIXED}
         and isinstance(stored, dict)
         and all(isinstance(r, dict) and isinstance(r.get("config"), dict) for r in stored.values())
     ):
-        raise UserError(f"{path}: is no table of uoe compare; {DAMAGED}")
+        raise UserError(f"{path}: is no table of uoe compare; {files.DAMAGED}")
     for key in FIXED:
         if known[key] != own[key]:
-            remedy = (
-                f"the table in this workdir has {known[key]!r}; give that, or another --workdir"
-            )
-            raise ConfigError(f"config.{key}", own[key], remedy)
+            why = f"the table in this workdir has {known[key]!r}"
+            raise ConfigError(f"config.{key}", own[key], f"{why}; give that, or another --workdir")
     for slug, row in rows.items():
         before = from_dict(stored.get(slug, row)["config"])
         for key, old, new in changed_keys(before, from_dict(row["config"]), MEASURES):
@@ -182,7 +161,7 @@ def planned_runs(
             if rates.get(row.slug, 0.0) is not None:
                 config = _with(row.config, rates.get(row.slug), seed=seed)
                 what = f"{row.name}, seed {seed}"
-                yield PlannedRun(row, config, seed_dir(workdir, row.slug, seed), what)
+                yield PlannedRun(row, config, files.seed_dir(workdir, row.slug, seed), what)
 
 
 def search_rates(table: Table, workdir: epath.Path, children: Children) -> dict[str, float | None]:
@@ -191,7 +170,7 @@ def search_rates(table: Table, workdir: epath.Path, children: Children) -> dict[
     Raises:
       Stopped: before all runs of the search are done: no row is trained on half a search.
     """
-    known = read_losses(workdir)
+    known = files.read_losses(workdir)
     for row in table.rows:
         losses = known.setdefault(row.slug, {})
         for rate in table.rates:
@@ -200,11 +179,11 @@ def search_rates(table: Table, workdir: epath.Path, children: Children) -> dict[
                 place = workdir / "rows" / row.slug / f"rate_{rate:g}"
                 what = f"{row.name}, learning rate {rate:g}"
                 train(PlannedRun(row, config, place, what), children)
-                lines = [] if diverged(place) else read_metrics(place)
+                lines = [] if files.diverged(place) else read_metrics(place)
                 found = [line["eval/loss"] for line in lines if "eval/loss" in line]
                 losses[str(rate)] = found[-1] if found and math.isfinite(found[-1]) else None
-                write_json(workdir / RATES, known)
-    return best_rates(known)
+                write_json(workdir / files.RATES, known)
+    return files.best_rates(known)
 
 
 def _with(config: Config, rate: float | None, seed: int = 0, steps: int = 0) -> Config:
@@ -229,15 +208,16 @@ def train(run: PlannedRun, children: Children) -> None:
     Raises:
       Stopped: it was asked to stop. RunError: it failed.
     """
-    if is_finished(run.config, run.workdir) or diverged(run.workdir):
+    if files.is_finished(run.config, run.workdir) or files.diverged(run.workdir):
         return
     wait_for_writer(run.workdir, ORPHAN_S, lambda: children.stopped)
     run.workdir.parent.mkdir(parents=True, exist_ok=True)
     file = run.workdir.parent / f"{run.workdir.name}.json"
     write_json(file, to_dict(run.config))
     command = ["uoe_jax", "train", f"--config={file}", f"--workdir={run.workdir}"]
-    if children.run(command, run.what, accepted=(EXIT_BAD_NUMBERS,)) == EXIT_BAD_NUMBERS:
-        write_text(run.workdir / DIVERGED, "bad numbers\n")
+    code = children.run(command, run.what, accepted=(errors.EXIT_BAD_NUMBERS,))
+    if code == errors.EXIT_BAD_NUMBERS:
+        write_text(run.workdir / files.DIVERGED, "bad numbers\n")
 
 
 def measure(table: Table, workdir: epath.Path, children: Children) -> None:
@@ -246,12 +226,12 @@ def measure(table: Table, workdir: epath.Path, children: Children) -> None:
     Raises:
       Stopped: it was asked to stop. RunError: it failed, or the reference row was not trained.
     """
-    if not (seed_dir(workdir, table.reference.slug, 0) / "config.json").exists():
+    if not (files.seed_dir(workdir, table.reference.slug, 0) / "config.json").exists():
         why = "every learning rate diverged, and others are measured by it"
         remedy = f"config.learning_rates than {table.config.learning_rates!r}"
         row = table.config.reference
         raise RunError(f"row {row!r}: {why}; give another --workdir and other {remedy}")
-    (workdir / MEASURED).unlink(missing_ok=True)
+    (workdir / files.MEASURED).unlink(missing_ok=True)
     children.run(["uoe_jax.compare.measure", str(workdir)], "measuring the rows side by side")
 
 
@@ -287,11 +267,11 @@ class Children:
             self._child.send_signal(signal.SIGTERM)
         code = self._child.wait()
         self._child = None
-        if code == EXIT_STOPPED or self.stopped and code:
+        if code == errors.EXIT_STOPPED or self.stopped and code:
             raise Stopped
-        if code == EXIT_BAD_INPUT:
+        if code == errors.EXIT_BAD_INPUT:
             raise Refused
-        if code != EXIT_DONE and code not in accepted:
+        if code != errors.EXIT_DONE and code not in accepted:
             remedy = "fix that and run the same command again"
             raise RunError(f"{what}: ended with exit code {code} (above); {remedy}")
         return code

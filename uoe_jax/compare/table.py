@@ -151,18 +151,11 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
         elif key_ == "rows":
             rows = _some(rows, text)
         else:
-            field = _field(key_)
-            values[key_] = parsed(f"config.{key_}", type(field.default), text)
-    for n in values:
-        _field(n)
-    config = TableConfig(
-        **{n: checked(f"config.{n}", type(FIELDS[n].default), v, FIELDS[n].metadata)
-           for n, v in values.items()}
-    )  # fmt: skip
+            values[key_] = parsed(f"config.{key_}", type(_field(key_).default), text)
+    config = TableConfig(**{n: _checked(n, value) for n, value in values.items()})
     for n in filter(None, config.length_rows.split(",")):
-        _refuse(
-            n not in known, "length_rows", config.length_rows, f"{n!r} is none of the rows {every}"
-        )
+        remedy = f"{n!r} is none of the rows {every}"
+        _refuse(n not in known, "length_rows", config.length_rows, remedy)
     remedy = f"is none of the rows {', '.join(rows)}"
     _refuse(config.reference not in rows, "reference", config.reference, remedy)
     found = Table(config, tuple(_rows(base, rows, config)))
@@ -308,9 +301,13 @@ def _field(name: str) -> dataclasses.Field[Any]:
     known = [*FIELDS, "rows", *(f"base.{key_}" for key_ in config_lib.ALL_KEYS)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     shown = config_lib.printable(name)
-    raise UserError(
-        f"config.{shown}: unknown key of a table; the nearest known key is config.{near}"
-    )
+    remedy = f"the nearest known key is config.{near}"
+    raise UserError(f"config.{shown}: unknown key of a table; {remedy}")
+
+
+def _checked(name: str, value: Any) -> Any:
+    field = _field(name)
+    return checked(f"config.{name}", type(field.default), value, field.metadata)
 
 
 def numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ table.md, table.csv, *.png
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Iterator
 
 from etils import epath
 
@@ -58,26 +58,22 @@ def read_losses(workdir: epath.Path) -> Losses:
     path = workdir / RATES
     known = read_json(path, DAMAGED) or {}
     try:
-        return {
-            slug: {str(float(rate)): _number(loss) for rate, loss in losses.items()}
-            for slug, losses in known.items()
-        }
+        return {slug: dict(_numbers(losses)) for slug, losses in known.items()}
     except (AttributeError, TypeError, ValueError) as error:
         why = "holds other things than losses by row and learning rate"
         raise UserError(f"{path}: {why}; {DAMAGED}") from error
 
 
-def _number(loss: Any) -> float | None:
-    return None if loss is None else float(loss)
+def _numbers(losses: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
+    for rate, loss in losses.items():
+        yield str(float(rate)), None if loss is None else float(loss)
 
 
 def best_rates(losses: Losses) -> dict[str, float | None]:
     """The learning rate of the lowest loss by row; None where every one diverged."""
-    found = {
-        slug: {rate: loss for rate, loss in of_row.items() if loss is not None}
-        for slug, of_row in losses.items()
-        if of_row
-    }
-    return {
-        slug: float(min(own, key=own.__getitem__)) if own else None for slug, own in found.items()
-    }
+    out: dict[str, float | None] = {}
+    for slug, of_row in losses.items():
+        found = {rate: loss for rate, loss in of_row.items() if loss is not None}
+        if of_row:
+            out[slug] = float(min(found, key=found.__getitem__)) if found else None
+    return out

@@ -74,9 +74,8 @@ def export_dense(
     for key in ("attention", "mlp"):
         if getattr(m, key) not in ("dense", *UNIONS):
             why = "is no dense block cut in experts, so no model of Hugging Face's own loads it"
-            raise ConfigError(
-                f"config.model.{key}", getattr(m, key), f"{why}; use --format=safetensors"
-            )
+            remedy = f"{why}; use --format=safetensors"
+            raise ConfigError(f"config.model.{key}", getattr(m, key), remedy)
     family, theirs = family_for(m)
     flat = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
 

@@ -158,10 +158,8 @@ def _llama_entries(m: ModelConfig) -> Iterator[Entry]:
         yield entry(layer + f"mlp.{x}_proj.weight", f"layers.mlp.w_{x}", linear())
 
 
-_LLAMA_NEEDS = (
-    "norm='rmsnorm', position='rope', activation='swiglu' or 'geglu' and bias=False "
-    "(Llama, as in --config=uoe_1b)"
-)
+_LLAMA_NEEDS = "norm='rmsnorm', position='rope', activation='swiglu' and bias=False"
+_LLAMA_NEEDS += " (Llama, as in --config=uoe_1b)"
 LLAMA = Family("Llama, Mistral or Qwen2", _llama_model, _llama_config, _llama_entries, _LLAMA_NEEDS)
 
 
@@ -221,11 +219,15 @@ def _gpt2_entries(m: ModelConfig) -> Iterator[Entry]:
     yield from affine(layer + "mlp.c_proj", kernel(), mlp + "w_down", mlp + "bias_out")
 
 
-_GPT2_NEEDS = (
-    "norm='layernorm', position='learned', activation='gelu', 'gelu_tanh' or 'relu' and bias=True "
-    "(GPT-2)"
+_PLAIN_NEEDS = "norm='layernorm', position='learned', activation='gelu', bias=True"
+GPT2 = Family(
+    "GPT-2",
+    _gpt2_model,
+    _gpt2_config,
+    _gpt2_entries,
+    f"{_PLAIN_NEEDS} (GPT-2)",
+    prefix="transformer.",
 )
-GPT2 = Family("GPT-2", _gpt2_model, _gpt2_config, _gpt2_entries, _GPT2_NEEDS, prefix="transformer.")
 
 
 # --- ViT -----------------------------------------------------------------------------------------
@@ -304,11 +306,9 @@ def _vit_entries(m: ModelConfig) -> Iterator[Entry]:
     yield from affine(layer + "output.dense", linear(), mlp + "w_down", mlp + "bias_out")
 
 
-_VIT_NEEDS = (
-    "norm='layernorm', position='learned', activation='gelu', 'gelu_tanh' or 'relu', bias=True "
-    "and classifier.pooling='cls' (ViT)"
+VIT = Family(
+    "ViT", _vit_model, _vit_config, _vit_entries, f"{_PLAIN_NEEDS}, classifier.pooling='cls' (ViT)"
 )
-VIT = Family("ViT", _vit_model, _vit_config, _vit_entries, _VIT_NEEDS)
 
 
 # --- which ---------------------------------------------------------------------------------------

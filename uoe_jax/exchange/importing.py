@@ -116,9 +116,8 @@ def _is_known_buffer(plan: ImportPlan, source: Tensors, name: str) -> bool:
     if name.startswith("vit.pooler."):
         return True  # a classifier does not use it
     if name == "lm_head.weight" and m.tie_embeddings:
-        embedding = next(
-            x for entry, _, x in _tensors(plan, source) if entry.ours == ("embedding",)
-        )
+        tensors = _tensors(plan, source)
+        embedding = next(x for entry, _, x in tensors if entry.ours == ("embedding",))
         if not np.array_equal(source.read(name), source.read(embedding)):
             why = f"differs from {embedding}, and config.json has tie_word_embeddings=true"
             remedy = "set that to false to keep both, or take one out of the weights"
@@ -153,10 +152,8 @@ def _tensors(plan: ImportPlan, source: Tensors) -> Iterator[tuple[Entry, int | N
 
 def _dense_shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{dotted path: shape} of the dense model."""
-    tree = declared(
-        functional(decompose.dense_config(m))[2],
-        lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-    )
+    leaves = functional(decompose.dense_config(m))[2]
+    tree = declared(leaves, lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32))
     return {dotted(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
@@ -183,8 +180,8 @@ def _parameters(plan: ImportPlan, source: Tensors, abstract: Params) -> Params:
     for name, routing in m.unions().items():
         for leaf, shape in decompose.router_shapes(m, routing).items():
             std = 0.3 * m.d_model**-0.5
-            drawn = rng.normal(0, std, shape) if "kernel" in leaf else np.zeros(shape)
-            keep(f"layers.{m.place_of(name)}.router.{leaf}", drawn.astype(np.float32))
+            value = rng.normal(0, std, shape) if "kernel" in leaf else np.zeros(shape)
+            keep(f"layers.{m.place_of(name)}.router.{leaf}", value.astype(np.float32))
     return jax.tree.map_with_path(lambda path, _: found[dotted(path)], abstract)
 
 
@@ -213,15 +210,13 @@ def _batches(config: Config, data: DataBundle, mesh: Any) -> Iterator[Mapping[st
 def _losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -> Iterator[str]:
     """Lines with the validation loss of all experts and of those configured."""
     if isinstance(data, str):
-        yield f"the loss was not measured, and routers are drawn: {data}"
+        yield f"the loss was not measured, and routers are random: {data}"
         return
     limit = config.eval.batches or N_BATCHES
     unions = config.model.unions().items()
     chosen = ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in unions)
-    for c, what in (
-        (all_experts(config), "all experts, the dense model"),
-        (config, chosen or "dense blocks"),
-    ):
+    every = "all experts, the dense model"
+    for c, what in ((all_experts(config), every), (config, chosen or "dense blocks")):
         found, _ = evaluate(build(c, mesh), params, data.validation, c, limit, whole=False)
         rows = f"{int(found['eval/rows'])} rows of validation"
         yield f"loss {found['eval/loss']:.4f} on {rows} with {what}"

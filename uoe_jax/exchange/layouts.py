@@ -133,9 +133,7 @@ ALIASES = {  # other names of keys in published files
 
 def read_sizes(keys: Keys, names: Mapping[str, str]) -> Values:
     """{our key: size}. names: {their key: our key}."""
-    return {
-        ours: keys.whole(theirs, also=ALIASES.get(theirs, ())) for theirs, ours in names.items()
-    }
+    return {ours: keys.whole(name, also=ALIASES.get(name, ())) for name, ours in names.items()}
 
 
 def write_sizes(m: ModelConfig, names: Mapping[str, str]) -> Values:

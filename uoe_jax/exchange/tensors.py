@@ -75,9 +75,7 @@ class Tensors:
         named = set(self._file_of.values())
         for name in self._others():
             if name not in named and name.endswith(".safetensors") and not name.startswith(_COPIES):
-                why = (
-                    f"holds {name} beside {min(named)}, and nothing says that both are of one model"
-                )
+                why = f"holds {name} beside {min(named)}, and they may be of two models"
                 raise UserError(f"{self._option}={self._place}: {why}; take one of them away")
 
     def passed_over(self) -> list[str]:
@@ -107,9 +105,8 @@ class Tensors:
         file = self._file_of[name]
         stored = self._open(file).get_slice(name).get_dtype()
         if stored not in ("F64", "F32", "F16", "BF16"):
-            raise self._error(
-                file, f"holds {name} as {stored}, and F64, F32, F16 and BF16 are read"
-            )
+            why = f"holds {name} as {stored}, and F64, F32, F16 and BF16 are read"
+            raise self._error(file, why)
         array = self.read(name)
         if not np.isfinite(array).all():
             raise self._error(file, f"holds numbers in {name} that are not finite")

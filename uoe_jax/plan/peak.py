@@ -14,17 +14,8 @@ import dataclasses
 from typing import NamedTuple
 
 from uoe_jax.config.schema import Config, ModelConfig
-from uoe_jax.costs.memory import (
-    ITEM_SIZE,
-    bias_parameters,
-    classifier_parameters,
-    ends_parameters,
-    kept_bytes,
-    layer_parameters,
-    norm_parameters,
-    router_parameters,
-    vocabulary_parameters,
-)
+from uoe_jax.costs import memory
+from uoe_jax.costs.memory import ITEM_SIZE
 from uoe_jax.layers.tiles import chunk, tile
 from uoe_jax.plan.network import Shape
 from uoe_jax.plan.predict import examples, rows, scored_here, vocabulary_shards
@@ -81,7 +72,9 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     cut, held = _held(m, e, shape["fsdp"])
 
     stored = dataclasses.replace(m, remat="slots") if m.remat in ("none", "dots") else m
-    kept: float = kept_bytes(stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1)
+    kept: float = memory.kept_bytes(
+        stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1
+    )
     if m.remat in ("none", "dots"):  # results of products too; 'none': and what is made from them
         kept += sum(slots.values()) + (m.remat == "none") * (4 * stream + hidden)
     if m.remat == "none" and (shape["fsdp"] > 1 or item < 4):  # and weights gathered or cast
@@ -103,14 +96,14 @@ def _held(m: ModelConfig, expert: int, fsdp: int) -> tuple[float, float]:
     Norms and output biases are replicated, routers sharded over `fsdp` alone, other biases over
     `expert` alone.
     """
-    routers = sum(router_parameters(r, m.d_model) for r in m.routed().values())
-    into, out = bias_parameters(m)
-    whole = 2 * norm_parameters(m) + out
-    cut = (layer_parameters(m) - routers - whole - into) / expert + routers
-    held: float = m.n_layers * (cut / fsdp + into / expert + whole) + norm_parameters(m)
+    routers = sum(memory.router_parameters(r, m.d_model) for r in m.routed().values())
+    into, out = memory.bias_parameters(m)
+    whole = 2 * memory.norm_parameters(m) + out
+    cut = (memory.layer_parameters(m) - routers - whole - into) / expert + routers
+    held: float = m.n_layers * (cut / fsdp + into / expert + whole) + memory.norm_parameters(m)
     positions = m.block_length * m.d_model if m.position == "learned" else 0
-    held += (ends_parameters(m) / vocabulary_shards(m, expert) + positions) / fsdp
-    return cut, held + classifier_parameters(m)
+    held += (memory.ends_parameters(m) / vocabulary_shards(m, expert) + positions) / fsdp
+    return cut, held + memory.classifier_parameters(m)
 
 
 def _batch(c: Config, shape: Shape) -> float:
@@ -127,7 +120,7 @@ def _ends(c: Config, shape: Shape) -> float:
     """Bytes of a chunk's scores and of the vocabulary's gradient, or of images becoming tokens."""
     m, e, item = c.model, shape["expert"], ITEM_SIZE[c.model.dtype]
     tokens = rows(c, shape) * m.context_length
-    entries = vocabulary_parameters(m) / vocabulary_shards(m, e)
+    entries = memory.vocabulary_parameters(m) / vocabulary_shards(m, e)
     if m.task == "classify":
         return tokens * m.image.values * (4 + item) if m.stem == "image" else 4 * entries
     # An adaptive softmax's is gathered as a layer's weights are.

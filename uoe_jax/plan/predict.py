@@ -71,7 +71,7 @@ def vocabulary_shards(m: ModelConfig, expert: int) -> int:
 
 
 def scoring_replicas(c: Config, expert: int) -> int:
-    """Devices over `expert` that compute the same scores of the same tokens, or the same classes."""
+    """Devices over `expert` that compute the same scores of the same tokens (or classes)."""
     m = c.model
     if m.task == "classify":
         return expert
@@ -191,6 +191,5 @@ def reductions(c: Config, shape: Shape, hardware: Hardware) -> tuple[Reduction, 
         m.attention: products / hardware.products[1] + core / hardware.attention[1],
         f"{m.mlp} MLP" if m.mlp == m.attention else m.mlp: mlp,
     }
-    return tuple(
-        Reduction(name, seconds, b * flops / e / hardware.flops) for name, flops in blocks.items()
-    )
+    each = hardware.flops
+    return tuple(Reduction(name, seconds, b * n / e / each) for name, n in blocks.items())

@@ -41,9 +41,8 @@ def warnings(plan: Plan) -> Iterator[str]:
     m, shape, accelerator = plan.config.model, plan.config.mesh.shape, plan.hardware != CPU
     for block, reduction, compute in plan.prediction.reductions if plan.prediction else ():
         if reduction > compute:
-            why = (
-                f"takes {_time(reduction)}, longer than the {_time(compute)} of the work it follows"
-            )
+            longer = f"longer than the {_time(compute)} of the work it follows"
+            why = f"takes {_time(reduction)}, {longer}"
             remedy = "make mesh.expert smaller and data or fsdp larger"
             yield f"the reduction over expert={shape['expert']} after {block} {why}: {remedy}"
     if plan.least is not None:
@@ -99,15 +98,13 @@ def _memory(plan: Plan, n: int, hardware: Hardware | None) -> Iterator[str]:
     if hardware is not None:
         room = f" of {_gb(hardware.memory)}: {'fits' if plan.fits else 'does not fit'}"
         dtype = "float32 "
+    working = f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}"
     yield from _table(
         ("parameters", _gb(compiled.parameters)),
         ("optimizer", _gb(compiled.optimizer)),
         ("gradients", _gb(e.gradients)),
         ("activations kept", _gb(e.kept)),
-        (
-            "working set",
-            f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}",
-        ),
+        ("working set", working),
         ("peak", _gb(plan.peak) + room),
     )
     how = f"Compiled for {n} host devices in {compiled.seconds:.0f} s (jax {compiled.jax})"
@@ -123,9 +120,8 @@ def _sent(plan: Plan) -> list[str]:
     found = []
     for t in plan.traffic:
         time = f", {_range(t.seconds)}{', slow network' * t.slow}" if t.seconds else ""
-        found.append(
-            (f"{t.kind} over {', '.join(t.axes)}", f"{_gb(t.sent)} in {t.runs} runs{time}")
-        )
+        what = f"{t.kind} over {', '.join(t.axes)}"
+        found.append((what, f"{_gb(t.sent)} in {t.runs} runs{time}"))
     return _table(*found) or ["  nothing"]
 
 

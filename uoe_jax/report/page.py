@@ -34,9 +34,8 @@ def page(runs: Sequence[RunLog], samples: Sequence[RoutingSample]) -> str:
     figures: list[Model] = [*curves, *(charts.routing() if any(r.routing for r in runs) else [])]
     script, divs = components(figures) if figures else ("", ())
     own = importlib.resources.files("uoe_jax.report")
-    part = {
-        name: (own / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")
-    }
+    kinds = ("html", "css", "js")
+    part = {kind: (own / f"page.{kind}").read_text(encoding="utf-8") for kind in kinds}
     text = string.Template(part["html"]).substitute(
         title=html.escape(" · ".join(run.name for run in runs)),
         made=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",

@@ -118,10 +118,9 @@ def pieces(ids: np.ndarray, tokenizer: Tokenizer | None, m: ModelConfig) -> list
     marks = {tokenizer.start, tokenizer.separator} if m.task == "language" else set()
 
     def text(i: int) -> str:
-        known = i < tokenizer.vocab_size
-        return (
-            START if i in marks else decoder.decode(tokenizer.decode_bytes([i]) if known else b"")
-        )
+        if i in marks:
+            return START
+        return decoder.decode(tokenizer.decode_bytes([i]) if i < tokenizer.vocab_size else b"")
 
     return [text(int(i)) for i in ids]
 

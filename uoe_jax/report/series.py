@@ -81,9 +81,8 @@ def read_log(workdir: str, config: Config, name: str, points: int = POINTS) -> R
         for key, value in line.items():
             if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 found.setdefault(key, []).append((line["step"], value))
-    curves = {
-        key: _curve(np.array(found[key], np.float64), steps, seen, points) for key in sorted(found)
-    }
+    values = {key: np.array(found[key], np.float64) for key in sorted(found)}
+    curves = {key: _curve(value, steps, seen, points) for key, value in values.items()}
     blocks = config.model.routed() if train else ()
     routing = {b: _routing(train, b, config) for b in blocks if f"train/{b}/load" in train[0]}
     last = {split: line for line in lines for split in ("eval", "test") if f"{split}/loss" in line}
