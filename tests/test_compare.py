@@ -1,4 +1,4 @@
-"""`uoe compare`: tables load and are matched, are refused in words, survive stops, and say what was measured."""
+"""`uoe compare`: tables load and are matched, are refused with a sentence, survive stops, and hold what was measured."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_rows_are_matched_by_operations(name):
     found = load_table(f"compare/{name}", {"match": "flops"})
 
     def operations(m) -> float:
-        """Of all but the words, which are not known before the data is read (there is no other end in a language model)."""
+        """FLOPs without the vocabulary scores of a language model, whose size is not known before the data is read."""
         ends = ends_flops(m, m.block_length) if m.task == "classify" else 0
         return (
             m.rows_per_example
@@ -417,7 +417,7 @@ def test_a_child_that_fails_is_an_error_and_one_that_stops_a_stop():
             children.run(["json.tool", "--help"], "late")
 
 
-def test_bad_input_that_a_child_finds_is_told_once(tmp_path):
+def test_bad_input_that_a_child_finds_is_reported_once(tmp_path):
     """Text without a word in it, which is seen only where it is read."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("")
@@ -526,8 +526,8 @@ def test_training_is_counted_by_the_lengths_of_its_batches():
         want = sum(
             train_flops(row.config.model, c.train.batch_size, w + in_front) for w in widths
         ) / len(widths)
-        told = measuring.counts(row.config, lengths)["train_flops_per_step"]
-        assert told == pytest.approx(want) and told < train_flops(
+        counted = measuring.counts(row.config, lengths)["train_flops_per_step"]
+        assert counted == pytest.approx(want) and counted < train_flops(
             row.config.model, c.train.batch_size
         )
     whole = load_table("compare/digits:tiny", {}).reference.config

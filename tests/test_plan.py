@@ -359,14 +359,14 @@ SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def shipped(name: str, mesh: str) -> Config:
-    """A shipped configuration as `uoe plan` takes it; of words, whose number must be given, there are a million."""
+    """A shipped configuration as `uoe plan` takes it, with a million vocabulary entries where they must be given."""
     overrides = {"model.vocab_size": "1000000"} if name in ("lm1b", "wikitext103") else {}
     config = cli.load_config(name, overrides)
     config = dataclasses.replace(config, mesh=read_mesh(mesh, None, config.mesh))
     return with_vocabulary(config, known_vocabulary(config)[0])
 
 
-def test_words_are_counted_by_nobody_for_a_plan(capsys):
+def test_a_vocabulary_of_unknown_size_must_be_given(capsys):
     for name in ("lm1b", "wikitext103"):
         said = sentence(capsys, "plan", f"--config={name}", "--mesh=fsdp=2")
         assert "config.model.vocab_size=0" in said and "give their number for a plan" in said
@@ -402,16 +402,16 @@ def test_every_shipped_configuration_is_compiled(name):
     assert found["factor"] == pytest.approx(1, abs=0.2) and found["peak"] > 0
 
 
-def test_words_are_scored_twice_and_by_an_adaptive_softmax_few_of_a_text():
+def test_scores_are_made_twice_and_an_adaptive_softmax_makes_few():
     """By hand, of a token: 4 products of 2·V·D each, as scores are made again; or of the first piece, the tail and its share
     by Zipf's law."""
     plain = shipped("wikitext103", "data=2").model
     v, d, edge = 1_000_000, 400, 20_000
     one = dataclasses.replace(plain, cutoffs="")
     two = dataclasses.replace(plain, cutoffs=str(edge))
-    words = [executed_flops(Config(model=m), 1)[0] / 16 / 150 for m in (one, two)]
+    scores = [executed_flops(Config(model=m), 1)[0] / 16 / 150 for m in (one, two)]
     tail = sum(1 / n for n in range(edge + 1, v + 1)) / sum(1 / n for n in range(1, v + 1))
-    assert words[0] - words[1] == pytest.approx(
+    assert scores[0] - scores[1] == pytest.approx(
         4 * 2 * d * (v - (edge + 1 + tail * (v - edge))), rel=1e-3
     )
 

@@ -94,11 +94,8 @@ MISSED = {
 def rules(table: Table, found: list[Result], measured: dict[str, Any]) -> list[str]:
     """What was held alike, and what the columns mean; one line each."""
     c, t, m = table.reference.config, table.config, table.reference.config.model
-    steps, batch, rates = (
-        c.train.steps,
-        c.train.batch_size,
-        ", ".join(f"{r:g}" for r in table.rates),
-    )
+    steps, batch = c.train.steps, c.train.batch_size
+    rates = ", ".join(f"{r:g}" for r in table.rates)
     matched = MATCHED[t.match].format(d_hidden=m.d_hidden, reference=t.reference)
     missed = ", ".join(f"{r.name} {r.miss:+.0%}" for r in found if abs(r.miss) > SMALLEST_MISS)
     split = "validation, which also chose the learning rate" if rates else "validation"

@@ -165,12 +165,8 @@ def load_table(name: str, overrides: Mapping[str, str]) -> Table:
 
 def _check(table: Table, asked: Mapping[str, Any]) -> None:
     """Refuses what would fail only when a row's turn comes, and overrides that change nothing."""
-    c, reference = table.config, table.reference.config
-    stop, steps, rate_key = (
-        reference.train.stop_after,
-        reference.train.steps,
-        "optimizer.learning_rate",
-    )
+    c, reference, rate_key = table.config, table.reference.config, "optimizer.learning_rate"
+    stop, steps = reference.train.stop_after, reference.train.steps
     _refuse(stop, "base.train.stop_after", stop, "a table is made to its end; leave it out")
     remedy = "every row is trained with the seeds 0, 1, …; give config.seeds"
     _refuse("train.seed" in asked, "base.train.seed", asked.get("train.seed"), remedy)

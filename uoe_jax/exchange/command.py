@@ -80,11 +80,8 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
             with whole_directory(options.out, "--out") as out:
                 target = exporting.Target(out, dtype, options.lossy, source)
                 export(config, run.params, tokenizer, target)
-    chosen = ", ".join(
-        f"{r.k} of {r.n_experts} experts in {name}"
-        for name, r in m.unions().items()
-        if r.k < r.n_experts
-    )
+    routed = {name: r for name, r in m.unions().items() if r.k < r.n_experts}
+    chosen = ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in routed.items())
     if form == "hf" and not options.routed and chosen:
         merged = "merged into a dense model of all experts, where the run chooses"
         print(f"uoe: {merged} {chosen}; --routed keeps that", file=sys.stderr)

@@ -52,13 +52,9 @@ def write_image_processor(m: ModelConfig, out: epath.Path) -> None:
         scaled = f"scales pixels from -{image.bound:g} to {image.bound:g} now, as here"
         print(f"uoe: {PROCESSOR_FILE} {scaled}", file=sys.stderr)
     steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
-    scale = {
-        "rescale_factor": 1 / 255,
-        "image_mean": [0.5] * n,
-        "image_std": [0.5 / image.bound] * n,
-    }
+    scale = {"image_mean": [0.5] * n, "image_std": [0.5 / image.bound] * n}
     size = {"height": image.height, "width": image.width}
-    first = {"image_processor_type": "ViTImageProcessor", "size": size}
+    first = {"image_processor_type": "ViTImageProcessor", "size": size, "rescale_factor": 1 / 255}
     write_checked(out / PROCESSOR_FILE, {**first, **steps, **scale})
 
 

@@ -22,8 +22,8 @@ from uoe_jax.exchange.export_files import (
     write_image_processor,
     write_tokenizer,
 )
-from uoe_jax.exchange.families import FAMILIES, family_for
-from uoe_jax.exchange.layouts import ALIASES, Entry, Values, into_theirs, their_shape
+from uoe_jax.exchange.families import FAMILIES, LLAMA_SIZES, family_for
+from uoe_jax.exchange.layouts import ALIASES, Entry, Values, into_theirs, their_shape, write_sizes
 from uoe_jax.exchange.tensors import Tensor, dotted, write
 from uoe_jax.moe import decompose
 from uoe_jax.train.step import Params
@@ -134,12 +134,8 @@ def export_routed(
         "model_type": "uoe",
         "architectures": ["UoEForCausalLM"],
         "auto_map": {auto: f"modeling_uoe.{name}" for auto, name in classes.items()},
-        "vocab_size": m.vocab_size,
-        "hidden_size": m.d_model,
-        "num_hidden_layers": m.n_layers,
-        "num_attention_heads": m.n_heads,
+        **write_sizes(m, LLAMA_SIZES),
         "num_key_value_heads": m.kv_heads,
-        "intermediate_size": m.d_hidden,
         "max_position_embeddings": m.context_length,
         "tie_word_embeddings": m.tie_embeddings,
         "model": {key: value for key, value in to_dict(m).items() if key not in others},

@@ -33,7 +33,7 @@ from uoe_jax.exchange.layouts import (
 
 # --- Llama, Mistral, Qwen2 -----------------------------------------------------------------------
 
-_LLAMA_SIZES = {
+LLAMA_SIZES = {
     "hidden_size": "d_model",
     "num_attention_heads": "n_heads",
     "num_hidden_layers": "n_layers",
@@ -46,7 +46,7 @@ THETA, MISTRAL_WINDOW = 10000.0, 4096  # of their classes, where config.json has
 
 
 def _llama_model(keys: Keys) -> Values:
-    kind, sizes = keys.get("model_type"), read_sizes(keys, _LLAMA_SIZES)
+    kind, sizes = keys.get("model_type"), read_sizes(keys, LLAMA_SIZES)
     heads = sizes["n_heads"]
     keys.only("head_dim", None, sizes["d_model"] // heads)
     keys.only("attention_bias", False, None, *[True] * (kind == "qwen2"))
@@ -128,7 +128,7 @@ def _llama_config(m: ModelConfig) -> Values:
     return {
         "model_type": "qwen2" if m.qkv_bias else "llama",
         "architectures": ["Qwen2ForCausalLM" if m.qkv_bias else "LlamaForCausalLM"],
-        **write_sizes(m, _LLAMA_SIZES),
+        **write_sizes(m, LLAMA_SIZES),
         "num_key_value_heads": m.kv_heads,
         "max_position_embeddings": m.context_length,
         "hidden_act": activation_name(GATED, m.activation),
@@ -220,14 +220,8 @@ def _gpt2_entries(m: ModelConfig) -> Iterator[Entry]:
 
 
 _PLAIN_NEEDS = "norm='layernorm', position='learned', activation='gelu', bias=True"
-GPT2 = Family(
-    "GPT-2",
-    _gpt2_model,
-    _gpt2_config,
-    _gpt2_entries,
-    f"{_PLAIN_NEEDS} (GPT-2)",
-    prefix="transformer.",
-)
+_NEEDS = f"{_PLAIN_NEEDS} (GPT-2)"
+GPT2 = Family("GPT-2", _gpt2_model, _gpt2_config, _gpt2_entries, _NEEDS, "transformer.")
 
 
 # --- ViT -----------------------------------------------------------------------------------------

@@ -91,16 +91,12 @@ def plan(
         values["data"] |= {"tokenizer": kind, "tokenizer_file": str(target / TOKENIZER)}
     longest = model["context_length"]
     _set_model(values, model, bound, bool(base))
-    routing = {"n_experts": experts, "k": k, "capacity_factor": capacity}
-    given = {
-        f"model.{name}.{key}": text
-        for name in ("smha", "uome")
-        for key, text in routing.items()
-        if text is not None
-    }
-    for pairs in (given, overrides):
-        for key, text in pairs.items():
-            put(values, key, config_lib.parse_value(key, text))
+    routing = {"n_experts": experts, "k": k}
+    if capacity is not None:
+        routing["capacity_factor"] = capacity
+    given = {f"model.{name}.{key}": routing[key] for name in ("smha", "uome") for key in routing}
+    for key, text in (*given.items(), *overrides.items()):
+        put(values, key, config_lib.parse_value(key, text))
     config = config_lib.from_dict(values)
     _check(config, model, longest, theirs)
     return ImportPlan(place, family, theirs, config, tokenizer, tuple(notes))

@@ -56,11 +56,8 @@ def curves(runs: Sequence[RunLog]) -> list[figure]:
 
     Training is drawn as lines with their range, evaluations as dots on a dashed line.
     """
-    return [
-        _curves(runs, *chart)
-        for chart in TRAIN
-        if any(_has(run, key) for run in runs for key in chart[1])
-    ]
+    charts = [c for c in TRAIN if any(_has(run, key) for run in runs for key in c[1])]
+    return [_curves(runs, *chart) for chart in charts]
 
 
 def _has(run: RunLog, key: str) -> bool:
