@@ -21,12 +21,11 @@ from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import EXIT_DOES_NOT_FIT, UserError
 from uoe_jax.plan import make as make_lib
 from uoe_jax.plan.compiled import Compiled, compile_step
-from uoe_jax.plan.expected import expected_collectives
 from uoe_jax.plan.hardware import HARDWARE
 from uoe_jax.plan.make import make, read_mesh
 from uoe_jax.plan.network import ring
 from uoe_jax.plan.peak import peak
-from uoe_jax.plan.predict import executed_flops, predict
+from uoe_jax.plan.predict import executed_flops, expected_collectives, predict
 from uoe_jax.plan.report import as_json, text
 from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of

@@ -11,11 +11,10 @@ from uoe_jax.config.schema import MESH_AXES, Config, MeshConfig
 from uoe_jax.config.validate import check_sizes
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.plan.compiled import Compiled, compile_step
-from uoe_jax.plan.expected import expected_collectives
 from uoe_jax.plan.hardware import Hardware, Range, find
 from uoe_jax.plan.network import network_seconds, ring, sent_bytes
 from uoe_jax.plan.peak import Peak, peak
-from uoe_jax.plan.predict import Prediction, predict
+from uoe_jax.plan.predict import Prediction, expected_collectives, predict
 
 MAX_DEVICES = 512  # host devices that one process compiles for
 USABLE = 0.92  # of the memory; runtime, network buffers and gaps take the rest (assumed)
