@@ -25,7 +25,7 @@ from uoe_jax import cli
 from uoe_jax.config import from_dict, to_dict
 from uoe_jax.data.tokenizers.load import ByteTokenizer
 from uoe_jax.distributed import mesh as mesh_lib
-from uoe_jax.report import command
+from uoe_jax.report import build as report_build
 from uoe_jax.report.sample import Sample, of_text, pieces, routes
 from uoe_jax.report.series import names, read_log
 from uoe_jax.train.step import build
@@ -293,7 +293,7 @@ def test_a_run_in_progress_and_one_that_does_not_route(trained, tmp_path):
 
 
 def test_a_report_that_fails_costs_nothing_else(trained, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(command, "routes", lambda *args: 1 / 0)
+    monkeypatch.setattr(report_build, "routes", lambda *args: 1 / 0)
     options = [
         "train",
         f"--config={trained / 'config.json'}",
@@ -385,5 +385,5 @@ def test_memory_is_logged(trained):
 
 def test_bokeh_is_loaded_only_for_reports():
     """The command line starts without it."""
-    program = "import sys, uoe_jax.cli, uoe_jax.train.main, uoe_jax.report.command; assert 'bokeh' not in sys.modules"
+    program = "import sys, uoe_jax.cli, uoe_jax.train.main, uoe_jax.report.build; assert 'bokeh' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, env=environment(), cwd=ROOT)

@@ -17,7 +17,7 @@ from uoe_jax.config.load import load_config
 from uoe_jax.config.schema import Config
 from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, EXIT_FAILED, ConfigError, UserError
-from uoe_jax.exchange.command import DTYPES, FORMATS
+from uoe_jax.exchange.transfer import DTYPES, FORMATS
 
 
 def console() -> NoReturn:
@@ -338,7 +338,7 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     check_tokenizer(config, options.workdir)
     _start(config, stops_itself=True)
     from uoe_jax.infer.sample import sample
-    from uoe_jax.report.command import at_end
+    from uoe_jax.report.build import at_end
     from uoe_jax.train.main import train
 
     return train(config, options.workdir, sample, at_end)
@@ -413,13 +413,13 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _import(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.exchange.command import run_import
+    from uoe_jax.exchange.transfer import run_import
 
     run_import(options, overrides)
 
 
 def _export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.exchange.command import run_export
+    from uoe_jax.exchange.transfer import run_export
 
     run_export(options, _stored_config(options))
 
@@ -433,7 +433,7 @@ def _report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         )
     configs = [read_config(workdir) for workdir in options.workdirs]
     _start(configs[0])
-    from uoe_jax.report.command import run_report
+    from uoe_jax.report.build import run_report
 
     print(run_report(options, configs))
 
