@@ -1,11 +1,13 @@
 """The directory of a table: its files, and what its runs have left there.
 
-table.json         the table's configuration and its rows
-rates.json         of the search: {row: {learning rate: loss, null where it diverged}}
-rows/ROW/rate_R/   a run of the search
-rows/ROW/seed_N/   a run of the table; holds `diverged` where its numbers went bad
-measured.json      step time, memory and FLOPs of every row, over context lengths too
-table.md, table.csv, *.png
+The files are these; `rates.json` is of the learning-rate search::
+
+    table.json         the table's configuration and its rows
+    rates.json         {row: {learning rate: loss, null where it diverged}}
+    rows/ROW/rate_R/   a run of the search
+    rows/ROW/seed_N/   a run of the table; holds `diverged` where its numbers went bad
+    measured.json      step time, memory and FLOPs of every row, over context lengths too
+    table.md, table.csv and plots (.png)
 """
 
 from __future__ import annotations
