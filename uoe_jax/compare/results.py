@@ -13,6 +13,8 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import read_config
 
+Curve = list[tuple[int, float]]  # (step, value)
+
 
 class Measure(NamedTuple):
     """What rows are ranked by. key: in metrics.jsonl, after the split. scale: to the unit shown."""
@@ -45,7 +47,7 @@ class Result(NamedTuple):
     miss: float
     finals: dict[int, float]
     diverged: int
-    curves: list[list[tuple[int, float]]]
+    curves: list[Curve]
     measured: dict[str, float]
     rate: float | None
 
@@ -58,45 +60,40 @@ def measure_of(config: Config) -> Measure:
 
 def results(table: Table, workdir: epath.Path) -> list[Result]:
     """Every row in the workdir with a seed that finished or diverged, rows left out now too."""
-    stored = (files.read_table(workdir) or {"rows": {}})["rows"]
+    stored, n_seeds = (files.read_table(workdir) or {"rows": {}})["rows"], table.config.seeds
     measured = files.read_measured(workdir)["rows"]
     rates = files.best_rates(files.read_losses(workdir))
-    found = (
-        _result(slug, row, table.config.seeds, workdir, rates, measured.get(slug, {}))
-        for slug, row in stored.items()
-    )
+
+    def result(slug: str, row: dict[str, Any]) -> Result:
+        config = from_dict(row["config"])
+        finals: dict[int, float] = {}
+        curves, bad = [], n_seeds if rates.get(slug, 0.0) is None else 0
+        for seed in range(n_seeds):
+            run = files.seed_dir(workdir, slug, seed)
+            if files.diverged(run):
+                bad += 1
+            elif found := _finished(config, run):
+                config, finals[seed], curve = found
+                curves.append(curve)
+        rate = rates.get(slug, config.optimizer.learning_rate)
+        of_row = measured.get(slug, {})
+        return Result(slug, row["name"], config, row["miss"], finals, bad, curves, of_row, rate)
+
+    found = (result(slug, row) for slug, row in stored.items())
     return [r for r in found if r.finals or r.diverged]
 
 
-def _result(
-    slug: str,
-    row: dict[str, Any],
-    seeds: int,
-    workdir: epath.Path,
-    rates: dict[str, float | None],
-    measured: dict[str, float],
-) -> Result:
-    config = from_dict(row["config"])
+def _finished(config: Config, run: epath.Path) -> tuple[Config, float, Curve] | None:
+    """(configuration as it ran, final measure, curve) of a run that is finished."""
+    lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     split, measure = "test" if config.eval.test else "eval", measure_of(config)
-    finals: dict[int, float] = {}
-    curves, bad = [], seeds if rates.get(slug, 0.0) is None else 0
-    for seed in range(seeds):
-        run = files.seed_dir(workdir, slug, seed)
-        if files.diverged(run):
-            bad += 1
-            continue
-        lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
-        last = [x for x in lines if f"{split}/loss" in x and x["step"] == config.train.steps]
-        if not last:
-            continue
-        config = read_config(str(run))
-        if f"{split}/{measure.key}" not in last[-1]:
-            why = f"the rows are compared by {measure.name}, which is unknown with it"
-            name = config.data.tokenizer
-            raise ConfigError("config.data.tokenizer", name, f"{why}; use another tokenizer")
-        finals[seed] = measure.scale * last[-1][f"{split}/{measure.key}"]
-        evaluations = [x for x in lines if "eval/loss" in x]
-        key = f"eval/{measure.key}"
-        curves.append([(x["step"], measure.scale * x[key]) for x in evaluations])
-    rate = rates.get(slug, config.optimizer.learning_rate)
-    return Result(slug, row["name"], config, row["miss"], finals, bad, curves, measured, rate)
+    last = [x for x in lines if f"{split}/loss" in x and x["step"] == config.train.steps]
+    if not last:
+        return None
+    if f"{split}/{measure.key}" not in last[-1]:
+        remedy = f"the rows are compared by {measure.name}, which it does not give; use another"
+        raise ConfigError("config.data.tokenizer", config.data.tokenizer, remedy)
+    evaluations, key = [x for x in lines if "eval/loss" in x], f"eval/{measure.key}"
+    curve = [(x["step"], measure.scale * x[key]) for x in evaluations]
+    final = measure.scale * last[-1][f"{split}/{measure.key}"]
+    return read_config(str(run)), final, curve
