@@ -1,4 +1,4 @@
-"""`uoe compare`: tables load and are matched, are refused in words, survive stops, and say what was measured."""
+"""`uoe compare`: tables load and are matched, are refused with a sentence, survive stops, and hold what was measured."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from uoe_jax.compare import measure as measuring
 from uoe_jax.compare import presets
 from uoe_jax.compare import run as running
 from uoe_jax.compare.measure import against, at_length, drawn_batch, measure
-from uoe_jax.compare.report import results, spread, write
-from uoe_jax.compare.run import claim, found_rates, is_finished, runs
+from uoe_jax.compare.report import spread, write
+from uoe_jax.compare.results import results
+from uoe_jax.compare.run import claim, planned_runs, search_rates
 from uoe_jax.compare.table import load_table
+from uoe_jax.compare.workspace import best_rates, is_finished
 from uoe_jax.config import to_dict
 from uoe_jax.costs.flops import attention_flops, ends_flops, mlp_flops, train_flops
 from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
@@ -80,7 +82,7 @@ def test_rows_are_matched_by_operations(name):
     found = load_table(f"compare/{name}", {"match": "flops"})
 
     def operations(m) -> float:
-        """Of all but the words, which are not known before the data is read (there is no other end in a language model)."""
+        """FLOPs without the vocabulary scores of a language model, whose size is not known before the data is read."""
         ends = ends_flops(m, m.block_length) if m.task == "classify" else 0
         return (
             m.rows_per_example
@@ -217,10 +219,10 @@ def test_a_table_is_made_of_what_was_measured(tmp_path):
         "switch": {"0.001": None, "0.003": None}
     }
     (tmp_path / "rates.json").write_text(json.dumps(rates))
-    rates = running.best_rates(rates)
+    rates = best_rates(rates)
     assert rates == {"full-attention": 0.001, "uoe": 0.001, "xmoe": 0.001, "switch": None}
     values = {"full-attention": (0.8, 0.9), "uoe": (0.95, 0.93), "xmoe": (None, 0.5)}
-    planned = list(runs(found, workdir, rates))  # no rate suits switch: it is not trained
+    planned = list(planned_runs(found, workdir, rates))  # no rate suits switch: it is not trained
     assert [p.what for p in planned][:4] == [
         "full_attention, seed 0",
         "uoe, seed 0",
@@ -354,8 +356,8 @@ def test_no_row_is_trained_on_half_a_search(tmp_path, monkeypatch):
 
     workdir = locate(str(tmp_path))
     with pytest.raises(running.Stopped):
-        found_rates(found, workdir, Children())
-    assert found_rates(found, workdir, Children()) == {"full-attention": 0.001, "uoe": None}
+        search_rates(found, workdir, Children())
+    assert search_rates(found, workdir, Children()) == {"full-attention": 0.001, "uoe": None}
     assert tried == [f"full_attention, learning rate {r}" for r in ("0.001", "0.001", "0.003")] + [
         f"uoe, learning rate {r}" for r in ("0.001", "0.003")
     ]
@@ -374,7 +376,7 @@ def test_what_others_wrote_is_no_traceback(tmp_path, name, content):
         pytest.raises(cli.UserError, match=rf"{name}: .*; remove it and what it is about"),
     ):
         claim(found, locate(str(tmp_path)))
-        found_rates(found, locate(str(tmp_path)), children)
+        search_rates(found, locate(str(tmp_path)), children)
 
 
 def test_a_run_that_outlived_its_table_is_waited_for(tmp_path):
@@ -415,7 +417,7 @@ def test_a_child_that_fails_is_an_error_and_one_that_stops_a_stop():
             children.run(["json.tool", "--help"], "late")
 
 
-def test_bad_input_that_a_child_finds_is_told_once(tmp_path):
+def test_bad_input_that_a_child_finds_is_reported_once(tmp_path):
     """Text without a word in it, which is seen only where it is read."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("")
@@ -524,8 +526,8 @@ def test_training_is_counted_by_the_lengths_of_its_batches():
         want = sum(
             train_flops(row.config.model, c.train.batch_size, w + in_front) for w in widths
         ) / len(widths)
-        told = measuring.counts(row.config, lengths)["train_flops_per_step"]
-        assert told == pytest.approx(want) and told < train_flops(
+        counted = measuring.counts(row.config, lengths)["train_flops_per_step"]
+        assert counted == pytest.approx(want) and counted < train_flops(
             row.config.model, c.train.batch_size
         )
     whole = load_table("compare/digits:tiny", {}).reference.config
@@ -576,7 +578,7 @@ def test_rows_that_cannot_run_are_left_out(tmp_path, monkeypatch, capfd):
     )
     workdir = locate(str(tmp_path))
     claim(found, workdir)
-    for planned in runs(found, workdir, {}):
+    for planned in planned_runs(found, workdir, {}):
         a_run(planned.workdir, planned.config, 0.5)
     (tmp_path / "rows" / "xmoe" / "seed_0" / "metrics.jsonl").unlink()
 
@@ -593,7 +595,7 @@ def test_rows_that_cannot_run_are_left_out(tmp_path, monkeypatch, capfd):
             return 1.0
 
     monkeypatch.setattr(measuring, "Step", Step)
-    monkeypatch.setattr(measuring.runtime, "start", lambda config: None)
+    monkeypatch.setattr(measuring.setup, "start", lambda config: None)
     assert measure(str(tmp_path)) == 0
     measured = json.loads((tmp_path / "measured.json").read_text())
     assert measured["rows"].keys() == {"full-attention", "uoe"}

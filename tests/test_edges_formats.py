@@ -449,14 +449,14 @@ def test_no_data_of_a_report_begin_a_tag_or_a_comment(tmp_path):
     from test_report import write_run
 
     from uoe_jax.report.page import page
-    from uoe_jax.report.sample import Looked, Sample
-    from uoe_jax.report.series import logged
+    from uoe_jax.report.sample import RoutingSample, Sample
+    from uoe_jax.report.series import read_log
 
     odd = ["<!--", "<script>", "</script>", "]]>", "\u2028", "&lt;", "\ud800", "'\"\\"]
     run = write_run(tmp_path / "run", 20)
-    found = logged(str(run), read_config(str(run)), "".join(odd))
+    found = read_log(str(run), read_config(str(run)), "".join(odd))
     sample = Sample({}, [odd], None, (0, 0), 0, odd)
-    look = Looked(sample, {"smha": np.zeros((1, 1, 1, 1))}, 3, "<!--")
+    look = RoutingSample(sample, {"smha": np.zeros((1, 1, 1, 1))}, 3, "<!--")
     whole = page([found, found], [look, look])
     assert whole.encode()  # which a file can hold
     data = whole.partition('<script type="application/json" id="data">')[2].partition("</script>")[

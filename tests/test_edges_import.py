@@ -161,7 +161,7 @@ PIXELS = {  # preprocessor_config.json: the bound that scales pixels as it does,
     "two channels": (dict(image_mean=[0.5] * 2), "num_channels=3"),
     "a mean as text": (dict(image_mean="0.5"), "image_mean='0.5'"),
     "no deviation": (dict(image_std=0), "image_std=0"),
-    "turned round": (dict(do_flip_channel_order=True), "do_flip_channel_order=True"),
+    "flipped channels": (dict(do_flip_channel_order=True), "do_flip_channel_order=True"),
     "a flag as text": (dict(do_normalize="false"), "do_normalize='false'; give true or false"),
     "another size": (dict(size={"height": 32, "width": 32}), "image_size=16"),
     "sizes as lists": (dict(size=[16, 16]), 1.0),
@@ -332,7 +332,7 @@ def test_two_vocabularies_that_give_a_token_two_ids(tmp_path):
         planned(tmp_path, PUBLISHED["llama 2"])
 
 
-# --- casts, and what is gone on from ----------------------------------------------------------------------------------
+# --- casts, and runs to initialise from-------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_an_export_that_loses_numbers_is_refused_and_leaves_nothing(tied, tmp_pa
     assert "numbers became infinity or 0 in float16" in capsys.readouterr().err
 
 
-def test_a_run_with_another_tokenizer_is_not_gone_on_from(tmp_path):
+def test_a_run_with_another_tokenizer_does_not_initialise(tmp_path):
     config = config_of(**LLAMA | dict(n_layers=1))
     before = to_dict(config) | {
         "model": to_dict(config.model) | {"norm_eps": 1e-5, "remat": "none"}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +26,9 @@ from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.exchange import tensors
 from uoe_jax.exchange.calibrate import calibrated
-from uoe_jax.exchange.families import family_for, their_shape
+from uoe_jax.exchange.families import family_for
 from uoe_jax.exchange.importing import _dense_shapes
+from uoe_jax.exchange.layouts import their_shape
 from uoe_jax.exchange.plan_import import plan
 from uoe_jax.exchange.tensors import Tensor, Tensors, dotted, write
 from uoe_jax.infer.experts import all_experts
@@ -548,3 +552,31 @@ def test_a_model_of_no_family_is_refused_with_the_key(model, said, tmp_path, cap
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1, err
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_activation_of_no_family_is_answered_with_models_that_can_be_exported():
+    """The keys in the sentence, and the config that it names, are of a family indeed."""
+    with pytest.raises(UserError, match="config.model.activation='gelu'") as caught:
+        family_for(config_of(**LLAMA | dict(activation="gelu")).model)
+    said = str(caught.value)
+    for keys in re.findall(r"norm=[^(]+(?=\()", said):
+        named = re.findall(r"(\w+)=('?\w+'?)", keys)
+        changes = {key: ast.literal_eval(value) for key, value in named}
+        assert family_for(config_of(**LLAMA | dict(n_kv_heads=4) | changes).model)
+    (name,) = re.findall(r"--config=(\w+)", said)
+    model = dataclasses.replace(cli.load_config(name, {}).model, vocab_size=300)
+    assert family_for(model)[0].kind.startswith("Llama")
+
+
+def test_a_routed_export_says_what_the_model_has_and_nothing_else(tmp_path):
+    cut = dict(n_experts=2, k=1)
+    model = dict(LLAMA, attention="smha", mlp="uome", smha=cut, uome=cut)
+    config = config_of(**model)
+    run_of(config, tmp_path / "run")
+    assert exported(tmp_path / "run", tmp_path / "out", "--routed") == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["model"]
+    sections = {key for key, value in written.items() if isinstance(value, dict)}
+    assert sections == {"smha", "uome"}
+    assert from_dict({"model": written}).model == config.model
+    code = (tmp_path / "out" / "modeling_uoe.py").read_text()
+    assert "class UoEForCausalLM" in code and compile(code, "modeling_uoe.py", "exec")

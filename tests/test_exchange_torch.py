@@ -1,4 +1,4 @@
-"""Our language models in PyTorch (uoe_jax/exchange/modeling_uoe.py) give the logits and the text that they give in JAX."""
+"""Our language models in PyTorch (uoe_jax/exchange/hf-code/modeling_uoe.py) give the logits and the text that they give in JAX."""
 
 from __future__ import annotations
 

@@ -18,13 +18,14 @@ from uoe_jax import cli
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary
 from uoe_jax.data.registry import known_vocabulary
 from uoe_jax.distributed import mesh as mesh_lib
-from uoe_jax.errors import UserError
+from uoe_jax.errors import EXIT_DOES_NOT_FIT, UserError
 from uoe_jax.plan import make as make_lib
 from uoe_jax.plan.compiled import Compiled, compile_step
 from uoe_jax.plan.hardware import HARDWARE
 from uoe_jax.plan.make import make, read_mesh
+from uoe_jax.plan.network import ring
 from uoe_jax.plan.peak import peak
-from uoe_jax.plan.predict import executed_flops, expected_collectives, predict, ring
+from uoe_jax.plan.predict import executed_flops, expected_collectives, predict
 from uoe_jax.plan.report import as_json, text
 from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of
@@ -158,16 +159,16 @@ def test_what_a_step_is_given_is_counted_to_the_byte(name):
     assert counted.batch == held(program.abstract_batch)
 
 
+def counted(c: Config) -> Compiled:
+    """The counted step in place of a compiled one."""
+    shape = c.mesh.shape
+    p = peak(c, shape, flash=False)
+    arguments = round(p.arguments)
+    return Compiled(arguments, arguments, arguments, round(p.temporary), 0.0, round(p.parameters), round(p.optimizer),
+                    tuple(expected_collectives(c, shape)), 0.0, 0, "")  # fmt: skip
+
+
 def planned(monkeypatch, config: Config, hardware: str) -> make_lib.Plan:
-    """The plan, with the counted step in place of a compiled one."""
-
-    def counted(c: Config) -> Compiled:
-        shape = c.mesh.shape
-        p = peak(c, shape, flash=False)
-        arguments = round(p.arguments)
-        return Compiled(arguments, arguments, arguments, round(p.temporary), 0.0, round(p.parameters), round(p.optimizer),
-                        tuple(expected_collectives(c, shape)), 0.0, 0, "")  # fmt: skip
-
     monkeypatch.setattr(make_lib, "compile_step", counted)
     return make(config, hardware)
 
@@ -246,6 +247,20 @@ def test_no_mesh_fits(monkeypatch):
     assert plan.suggestion is None and plan.least[1] > 32e9
     (warning,) = [w for w in as_json(plan)["warnings"] if "no mesh" in w]
     assert "train.accumulation (now 1)" in warning and "model.remat='block'" in warning
+
+
+@pytest.mark.parametrize(
+    "mesh, hardware, fits, code",
+    [("fsdp=8", "v6e", False, EXIT_DOES_NOT_FIT), ("data=64", "h100", False, 0), ("fsdp=64", "h100", True, 0), ("fsdp=8", "cpu", None, 0)],
+)  # fmt: skip
+def test_where_nothing_fits_the_exit_code_says_so(mesh, hardware, fits, code, monkeypatch, capsys):
+    """78 where no mesh fits; 0 where another mesh of as many devices does."""
+    monkeypatch.setattr(make_lib, "compile_step", counted)
+    model = ("--config.model.remat=block", "--config.mesh.data=1")
+    args = ["plan", "--config=uoe_7b", f"--mesh={mesh}", f"--hardware={hardware}", "--json"]
+    assert cli.main([*args, *model]) == code
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is fits and (found["least"] is None) == (code == 0)
 
 
 def test_a_reduction_longer_than_its_block_is_warned_of(monkeypatch):
@@ -351,14 +366,14 @@ SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def shipped(name: str, mesh: str) -> Config:
-    """A shipped configuration as `uoe plan` takes it; of words, whose number must be given, there are a million."""
+    """A shipped configuration as `uoe plan` takes it, with a million vocabulary entries where they must be given."""
     overrides = {"model.vocab_size": "1000000"} if name in ("lm1b", "wikitext103") else {}
     config = cli.load_config(name, overrides)
     config = dataclasses.replace(config, mesh=read_mesh(mesh, None, config.mesh))
     return with_vocabulary(config, known_vocabulary(config)[0])
 
 
-def test_words_are_counted_by_nobody_for_a_plan(capsys):
+def test_a_vocabulary_of_unknown_size_must_be_given(capsys):
     for name in ("lm1b", "wikitext103"):
         said = sentence(capsys, "plan", f"--config={name}", "--mesh=fsdp=2")
         assert "config.model.vocab_size=0" in said and "give their number for a plan" in said
@@ -393,16 +408,16 @@ def test_a_shipped_configuration_is_compiled(name):
     assert found["factor"] == pytest.approx(1, abs=0.2) and found["peak"] > 0
 
 
-def test_words_are_scored_twice_and_by_an_adaptive_softmax_few_of_a_text():
+def test_scores_are_made_twice_and_an_adaptive_softmax_makes_few():
     """By hand, of a token: 4 products of 2·V·D each, as scores are made again; or of the first piece, the tail and its share
     by Zipf's law."""
     plain = shipped("wikitext103", "data=2").model
     v, d, edge = 1_000_000, 400, 20_000
     one = dataclasses.replace(plain, cutoffs="")
     two = dataclasses.replace(plain, cutoffs=str(edge))
-    words = [executed_flops(Config(model=m), 1)[0] / 16 / 150 for m in (one, two)]
+    scores = [executed_flops(Config(model=m), 1)[0] / 16 / 150 for m in (one, two)]
     tail = sum(1 / n for n in range(edge + 1, v + 1)) / sum(1 / n for n in range(1, v + 1))
-    assert words[0] - words[1] == pytest.approx(
+    assert scores[0] - scores[1] == pytest.approx(
         4 * 2 * d * (v - (edge + 1 + tail * (v - edge))), rel=1e-3
     )
 

@@ -25,9 +25,9 @@ from uoe_jax import cli
 from uoe_jax.config import from_dict, to_dict
 from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.distributed import mesh as mesh_lib
-from uoe_jax.report import command
+from uoe_jax.report import build as report_build
 from uoe_jax.report.sample import Sample, of_text, pieces, routes
-from uoe_jax.report.series import logged, names
+from uoe_jax.report.series import names, read_log
 from uoe_jax.train.step import build
 from uoe_jax.workdir import read_config
 
@@ -163,7 +163,7 @@ def test_curves_are_means_and_ranges_of_what_was_logged(tmp_path):
         line for line in (run / "metrics.jsonl").read_text().splitlines() if "train/loss" in line
     ]
     loss = np.array([json.loads(line)["train/loss"] for line in lines]).reshape(100, 10)
-    found = logged(str(run), read_config(str(run)), "run", points=100)
+    found = read_log(str(run), read_config(str(run)), "run", points=100)
     curve = found.curves["train/loss"]
     for got, wanted in (
         (curve.mean, loss.mean(1)),
@@ -187,7 +187,7 @@ def test_numbers_that_are_not_finite_leave_a_gap(tmp_path):
     text = (run / "metrics.jsonl").read_text().splitlines()
     text[3] = text[3].replace(re.search(r'"train/loss": ([\d.]+)', text[3])[1], '"nan"')
     (run / "metrics.jsonl").write_text("\n".join(text) + "\n{torn")
-    curve = logged(str(run), read_config(str(run)), "run").curves["train/loss"]
+    curve = read_log(str(run), read_config(str(run)), "run").curves["train/loss"]
     assert len(curve.step) == 19 and 4 not in curve.step and np.isfinite(curve.mean).all()
 
 
@@ -293,7 +293,7 @@ def test_a_run_in_progress_and_one_that_does_not_route(trained, tmp_path):
 
 
 def test_a_report_that_fails_costs_nothing_else(trained, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(command, "routes", lambda *args: 1 / 0)
+    monkeypatch.setattr(report_build, "routes", lambda *args: 1 / 0)
     options = [
         "train",
         f"--config={trained / 'config.json'}",
@@ -385,5 +385,5 @@ def test_memory_is_logged(trained):
 
 def test_bokeh_is_loaded_only_for_reports():
     """The command line starts without it."""
-    program = "import sys, uoe_jax.cli, uoe_jax.train.main, uoe_jax.report.command; assert 'bokeh' not in sys.modules"
+    program = "import sys, uoe_jax.cli, uoe_jax.train.main, uoe_jax.report.build; assert 'bokeh' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, env=environment(), cwd=ROOT)

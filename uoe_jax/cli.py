@@ -17,7 +17,7 @@ from uoe_jax.config.fields import leaves, printable
 from uoe_jax.config.schema import GenerateConfig
 from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
-from uoe_jax.exchange.command import DTYPES, FORMATS
+from uoe_jax.exchange.transfer import DTYPES, FORMATS
 
 __all__ = ["console", "load_config", "main"]
 
@@ -248,7 +248,8 @@ def console() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (`uoe_jax.errors`).
 
-    0 done, 2 bad input, 75 stopped early and saved, 76 bad numbers, 77 lost process, 1 else.
+    0 done, 2 bad input, 75 stopped early and saved, 76 bad numbers, 77 lost process, 78 a plan
+    that does not fit, 1 anything else.
     """
     argv = _joined(sys.argv[1:] if argv is None else argv)
     options, why = None, ""

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from uoe_jax import config as config_lib
+from uoe_jax import runtime_env
 from uoe_jax.config import listing
 from uoe_jax.config.baselines import ATTENTIONS, MLPS
 from uoe_jax.config.data import sources_of
 from uoe_jax.config.load import resolve
 from uoe_jax.config.schema import Config
 from uoe_jax.config.validate import check_training
-from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, ConfigError, UserError
 
 KEYS_PAGE = """\
 # All keys
@@ -68,7 +69,7 @@ def train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     check_tokenizer(config, options.workdir)
     _start(config, stops_itself=True)
     from uoe_jax.infer.sample import sample
-    from uoe_jax.report.command import at_end
+    from uoe_jax.report.build import at_end
     from uoe_jax.train.main import train
 
     return train(config, options.workdir, sample, at_end)
@@ -88,7 +89,7 @@ def show_config(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(listing.as_json(found) if options.json else listing.as_text(found))
 
 
-def plan(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+def plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from uoe_jax.data.registry import known_vocabulary
     from uoe_jax.plan import hardware, make, report
 
@@ -109,6 +110,7 @@ def plan(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise ConfigError("config.model.vocab_size", 0, remedy)
     found = make.make(config, options.hardware)
     print(json.dumps(report.as_json(found)) if options.json else report.text(found, options.config))
+    return EXIT_DONE if found.least is None else EXIT_DOES_NOT_FIT
 
 
 def compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -118,7 +120,13 @@ def compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     _check_workdir(options.workdir)
     from uoe_jax.compare.run import compare
 
-    return compare(table, options.workdir)
+    exit_code = compare(table, options.workdir)
+    if exit_code == EXIT_DONE:
+        from uoe_jax.compare.report import write
+        from uoe_jax.workdir import locate
+
+        runtime_env.tell(write(table, locate(options.workdir)))
+    return exit_code
 
 
 def evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -140,13 +148,13 @@ def generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def import_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.exchange.command import run_import
+    from uoe_jax.exchange.transfer import run_import
 
     run_import(options, overrides)
 
 
 def export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.exchange.command import run_export
+    from uoe_jax.exchange.transfer import run_export
 
     run_export(options, _stored_config(options))
 
@@ -161,7 +169,7 @@ def report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         )
     configs = [read_config(workdir) for workdir in runs]
     _start(configs[0])
-    from uoe_jax.report.command import run_report
+    from uoe_jax.report.build import run_report
 
     print(run_report(options, configs))
 

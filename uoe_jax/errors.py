@@ -8,6 +8,7 @@ EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # stopped early with everything saved: run the same command again
 EXIT_BAD_NUMBERS = 76
 EXIT_LOST_PEER = 77
+EXIT_DOES_NOT_FIT = 78  # `uoe plan`: no mesh of these devices has the memory
 
 
 class UserError(Exception):

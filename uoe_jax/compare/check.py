@@ -1,8 +1,10 @@
-"""Whether a run can start on this machine: looks at devices, mesh and data in its own process.
+"""Checks in a process of its own that a run can start on this machine: devices, mesh and data.
 
-    python -m uoe_jax.compare.check CONFIG      as JSON; ends with 2 and a sentence where it cannot
+    python -m uoe_jax.compare.check CONFIG
 
-The process that makes a table must leave the devices to the runs, which find the data prepared.
+CONFIG is JSON; ends with exit code 2 and a sentence where the run cannot start. A process of its
+own, because the one that makes a table must leave the devices to the runs, which then find the
+data prepared.
 """
 
 from __future__ import annotations

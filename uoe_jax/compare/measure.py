@@ -1,10 +1,11 @@
-"""Time, memory and operations of a training step of every row of a table, measured side by side in one process.
+"""Time, memory and FLOPs of a training step of every row of a table, measured in one process.
 
-    python -m uoe_jax.compare.measure WORKDIR      after the rows were trained; writes WORKDIR/measured.json
+    python -m uoe_jax.compare.measure WORKDIR      after the runs; writes WORKDIR/measured.json
 
-Times of separate runs cannot be compared on a machine that does other things as well. Here a row's step and the reference's
-are measured in turn, round by round: the relative time is the median over rounds of the ratio within a round. Memory is
-what the compiler needs for the step: arguments and temporary buffers of one device.
+Times of separate runs cannot be compared on a machine that does other things as well. Here a row's
+step and the reference's are measured in turn, round by round: the relative time is the median over
+rounds of the ratio within a round. Memory is what the compiler needs for the step on one device:
+arguments and temporary buffers.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any, Sequence
 
 import jax
 import numpy as np
+from etils import epath
 
 from uoe_jax import runtime_env
-from uoe_jax.compare.run import DAMAGED, diverged, is_finished
+from uoe_jax.compare import workspace as files
 from uoe_jax.compare.table import numbers
 from uoe_jax.config.load import from_dict, to_dict, with_vocabulary
 from uoe_jax.config.schema import Config
@@ -32,26 +34,25 @@ from uoe_jax.distributed import setup
 from uoe_jax.errors import EXIT_DONE, ConfigError, UserError
 from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of
-from uoe_jax.workdir import locate, read_config, read_json, write_json
+from uoe_jax.workdir import locate, read_config, write_json
 
-FEWEST_ROUNDS = 5  # of the longest rows, a step of which takes long
-MOST_BATCHES = 256  # whose lengths are looked at
+FEWEST_ROUNDS = 5  # of the longest rows, whose steps take long
+Measured = dict[str, dict[str, float]]  # by row
 
 
 def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of a train step without padding, of drawn tokens or pixels."""
-    rng = np.random.default_rng(seed)
+    """A training batch without padding, of random tokens or pixels."""
+    rng, m = np.random.default_rng(seed), config.model
     out = {}
     for name, (shape, dtype) in task_of(config).shapes(config).items():
         if name in ("tokens", "targets", "inputs"):
-            out[name] = rng.integers(
-                0, 256 if config.model.stem == "image" else config.model.vocab_size, shape
-            ).astype(dtype)
+            high = 256 if m.stem == "image" else m.vocab_size
+            out[name] = rng.integers(0, high, shape).astype(dtype)
         elif name == "positions":
             out[name] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
         elif name in ("label", "other"):
-            out[name] = rng.integers(0, config.model.classifier.n_classes, shape).astype(np.int32)
-        else:  # segments, share; bytes are not asked for
+            out[name] = rng.integers(0, m.classifier.n_classes, shape).astype(np.int32)
+        else:  # segments, share
             out[name] = np.ones(shape, dtype)
     return out
 
@@ -60,7 +61,7 @@ class Step:
     """A compiled training step with a state and a batch of its own.
 
     Attributes:
-      temporary, bytes: what the compiler needs between, and with, the arguments of one device.
+      temporary, bytes: on one device, the step's temporary buffers, without and with its arguments.
     """
 
     def __init__(self, config: Config) -> None:
@@ -70,10 +71,10 @@ class Step:
             self._batch = mesh_lib.put_batch(mesh, drawn_batch(config))
             self._step = program.train_step.lower(program.abstract, self._batch).compile()
             self._state = program.init(jax.random.key(0))
-        found = self._step.memory_analysis()
-        assert found is not None  # as on CPUs, GPUs and TPUs
-        self.temporary = found.temp_size_in_bytes
-        self.bytes = found.argument_size_in_bytes + self.temporary
+        memory = self._step.memory_analysis()
+        assert memory is not None  # CPUs, GPUs and TPUs have it
+        self.temporary = memory.temp_size_in_bytes
+        self.bytes = memory.argument_size_in_bytes + self.temporary
 
     def seconds(self) -> float:
         """Of one step."""
@@ -83,41 +84,42 @@ class Step:
 
     def run(self) -> dict[str, Any]:
         """One step; its metrics, on the device."""
-        self._state, told = self._step(self._state, self._batch)
-        return told
+        self._state, metrics = self._step(self._state, self._batch)
+        return metrics
 
 
 def paired(step: Step, reference: Step, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of both in every round, one after the other; the first round, in which caches are cold, is not counted.
+    """Seconds of both in every round, one after the other; a first round warms up.
 
-    Two at a time, so that the memory of a device need not hold all rows.
+    Two at a time, so that a device's memory need not hold all rows.
     """
     found = [(reference.seconds(), step.seconds()) for _ in range(rounds + 1)][1:]
     return [own for _, own in found], [other for other, _ in found]
 
 
 def against(own: list[float], reference: list[float]) -> dict[str, float]:
-    """The median of the ratios within a round, the quartiles around it, and the median seconds."""
+    """The median ratio within a round, the quartiles around it, and the median seconds."""
     ratios = [a / b for a, b in zip(own, reference)]
-    low, _, high = (
-        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    )
-    return {
-        "seconds": statistics.median(own),
-        "ratio": statistics.median(ratios),
-        "ratio_low": low,
-        "ratio_high": high,
-    }
+    low = high = ratios[0]
+    if len(ratios) > 1:
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    medians = {"seconds": statistics.median(own), "ratio": statistics.median(ratios)}
+    return {**medians, "ratio_low": low, "ratio_high": high}
 
 
 def side_by_side(
     configs: dict[str, Config], reference: str, rounds: int
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """(time and memory of every row's step, each measured in turn with the reference's; of rows that the device could not run, why).
+) -> tuple[Measured, dict[str, str]]:
+    """Step time and memory of every row, measured in turn with the reference.
 
-    Rows are not measured at the same time as each other, so that a row's seconds are its ratio times the reference's.
+    Rows are not measured at the same time as each other: a row's seconds are its ratio times the
+    reference's.
+
+    Returns:
+      What was measured, and why the device could not run the other rows.
     """
-    first, out, failed = Step(configs[reference]), {}, {}
+    first, failed = Step(configs[reference]), {}
+    out: Measured = {}
     for name, config in configs.items():
         try:
             step = first if name == reference else Step(config)
@@ -128,33 +130,30 @@ def side_by_side(
             failed[name] = str(error).partition("\n")[0]
             print(f"uoe: {name} is not measured: {failed[name]}", file=sys.stderr, flush=True)
     seconds = out[reference]["seconds"]
-    return {
-        name: {**found, "seconds": seconds * (1 if name == reference else found["ratio"])}
-        for name, found in out.items()
-    }, failed
+    for name, found in out.items():
+        found["seconds"] = seconds * (1 if name == reference else found["ratio"])
+    return out, failed
 
 
 def batch_lengths(config: Config) -> collections.Counter[int]:
-    """How many training batches, of the first ones with seed 0, have rows of how many tokens as blocks see them; all rows of a
-    table see the same batches."""
+    """{tokens of a row as blocks see it: batches} of the first training batches with seed 0.
+
+    All rows of a table see the same batches.
+    """
     c = config
     if c.data.buckets == 1:
         return collections.Counter({c.model.block_length: 1})
-    batches = TrainBatches(
-        load(c, default_cache_dir()).train, c.train.batch_size, seed=0, window=c.data.sort_window
-    )
+    rows = load(c, default_cache_dir()).train
+    batches = TrainBatches(rows, c.train.batch_size, seed=0, window=c.data.sort_window)
     in_front = c.model.block_length - c.model.context_length
-    return collections.Counter(
-        batches[i]["inputs"].shape[-1] + in_front for i in range(min(c.train.steps, MOST_BATCHES))
-    )
+    n = min(c.train.steps, files.MOST_BATCHES)
+    return collections.Counter(batches[i]["inputs"].shape[-1] + in_front for i in range(n))
 
 
 def counts(config: Config, lengths: collections.Counter[int]) -> dict[str, float]:
-    """What is counted from the configuration (`flops`, `memory`), and of training by the lengths of its batches."""
-    m = config.model
-    trained = sum(
-        n * train_flops(m, config.train.batch_size, length) for length, n in lengths.items()
-    )
+    """What is counted from the configuration, and for training from the lengths of its batches."""
+    m, batch = config.model, config.train.batch_size
+    trained = sum(n * train_flops(m, batch, length) for length, n in lengths.items())
     return {
         "parameters": parameters(m),
         "active_parameters": active_parameters(m),
@@ -165,7 +164,7 @@ def counts(config: Config, lengths: collections.Counter[int]) -> dict[str, float
 
 
 def at_length(config: Config, length: int) -> Config:
-    """The same model for one row of another length; ConfigError where the blocks refuse it."""
+    """The same model for one row of another length; ConfigError where its blocks refuse it."""
     values = to_dict(config)
     values["model"]["context_length"] = length
     values["train"].update(batch_size=1, accumulation=1)
@@ -177,7 +176,7 @@ def at_length(config: Config, length: int) -> Config:
 def over_lengths(
     configs: dict[str, Config], lengths: Sequence[int], reference: str, rounds: int
 ) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
-    """(time and memory of a step of one row by length, what was not measured at which length and why)."""
+    """Time and memory of a step of one row by length; (row, length, why) where not measured."""
     out, refused = [], []
     for length in lengths:
         print(f"   a step of one row of {length} tokens", file=sys.stderr, flush=True)
@@ -188,63 +187,58 @@ def over_lengths(
             except ConfigError as error:
                 refused.append((name, length, str(error)))
         if reference in own:
-            timed, failed = side_by_side(
-                own, reference, max(FEWEST_ROUNDS, min(rounds, 2048 // length))
-            )
+            n = max(FEWEST_ROUNDS, min(rounds, 2048 // length))
+            timed, failed = side_by_side(own, reference, n)
             refused += [(name, length, why) for name, why in failed.items()]
             out += [{"row": name, "length": length, **found} for name, found in timed.items()]
     return out, refused
 
 
-def measure(workdir_name: str) -> int:
-    """Measures the rows of a table that were trained; returns the exit code."""
-    workdir = locate(workdir_name)
-    table = read_json(workdir / "table.json", DAMAGED)
-    if table is None:
-        raise UserError(
-            f"--workdir={workdir_name}: holds no table.json; give the directory of a table made by uoe compare"
-        )
-    reference = next(
-        slug for slug, row in table["rows"].items() if row["name"] == table["reference"]
-    )
+def trained_rows(workdir: epath.Path, table: dict[str, Any], reference: str) -> dict[str, Config]:
+    """Configurations of the rows that finished or diverged, with the reference's mesh and remat."""
     configs = {}
     for slug in table["rows"]:
-        place = workdir / "rows" / slug / "seed_0"
-        if not (place / "config.json").exists():
+        run = files.seed_dir(workdir, slug, 0)
+        if not (run / "config.json").exists():
             continue
-        found = read_config(str(place))
-        if is_finished(found, place) or diverged(
-            place
-        ):  # others were left out this time, maybe because they cannot run
+        found = read_config(str(run))
+        if files.is_finished(found, run) or files.diverged(run):  # others may be unable to run
             configs[slug] = found if found.model.vocab_size else with_vocabulary(found, 257)
-    # What may change while a table is made is the same for all that are compared.
+    # These may change between the runs of a table.
+    mesh, remat = configs[reference].mesh, configs[reference].model.remat
+    return {
+        slug: replace(c, mesh=mesh, model=replace(c.model, remat=remat))
+        for slug, c in configs.items()
+    }
+
+
+def measure(workdir_name: str) -> int:
+    """Measures the trained rows of a table; returns the exit code."""
+    workdir = locate(workdir_name)
+    table = files.read_table(workdir)
+    if table is None:
+        remedy = "give the directory of a table made by uoe compare"
+        raise UserError(f"--workdir={workdir_name}: holds no table.json; {remedy}")
+    names = {slug: row["name"] for slug, row in table["rows"].items()}
+    reference = next(slug for slug, name in names.items() if name == table["reference"])
+    configs = trained_rows(workdir, table, reference)
     first = configs[reference]
-    configs = {
-        slug: replace(c, mesh=first.mesh, model=replace(c.model, remat=first.model.remat))
-        for slug, c in configs.items()
-    }
     setup.start(first)
-    trained_on = batch_lengths(first)  # before all that takes long: it may find no data
-    timed_rows, failed = side_by_side(configs, reference, table["rounds"])
-    rows = {
-        slug: {**timed, **counts(configs[slug], trained_on)} for slug, timed in timed_rows.items()
-    }
-    image = configs[reference].model.stem == "image"  # whose tokens are settled
-    lengths = () if image else numbers("config.lengths", table["lengths"], int)
-    wanted = {*table["length_rows"].split(","), table["reference"]}
-    swept = {
-        slug: c
-        for slug, c in configs.items()
-        if not table["length_rows"] or table["rows"][slug]["name"] in wanted
-    }
-    sweep, refused = over_lengths(swept, lengths, reference, table["rounds"])
+    trained_on = batch_lengths(first)  # early, as it may find no data
+    timed, failed = side_by_side(configs, reference, table["rounds"])
+    rows = {slug: {**found, **counts(configs[slug], trained_on)} for slug, found in timed.items()}
+    lengths = numbers("config.lengths", table["lengths"], int)
+    if first.model.stem == "image":  # whose size settles the length
+        lengths = ()
+    if table["length_rows"]:
+        wanted = {*table["length_rows"].split(","), table["reference"]}
+        configs = {slug: c for slug, c in configs.items() if names[slug] in wanted}
+    swept, refused = over_lengths(configs, lengths, reference, table["rounds"])
     refused += [(slug, first.model.context_length, why) for slug, why in failed.items()]
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     made = {"jax": jax.__version__, "devices": devices, "python": sys.version.split()[0]}
-    write_json(
-        workdir / "measured.json",
-        {"made": made, "rows": rows, "lengths": sweep, "refused": refused},
-    )
+    found = {"made": made, "rows": rows, "lengths": swept, "refused": refused}
+    write_json(workdir / files.MEASURED, found)
     return EXIT_DONE
 
 

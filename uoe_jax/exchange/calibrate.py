@@ -1,12 +1,14 @@
-"""Routers for a dense model that was cut in experts: the experts a patch chooses are those that give most to its output.
+"""Fits the routers of an imported dense model: a patch chooses the experts that contribute most.
 
-A router is linear in the patch's summary, so what each expert gives is fitted by ridge regression: X the summaries, T the
-norms of the experts' outputs. With K = N the model computes what the dense one does whatever its routers are, and it is this
-model whose blocks are looked at.
+A router is linear in the patch's summary, so each expert's contribution is fitted by ridge
+regression: X the summaries, T the norms of the experts' outputs. They are measured in the model
+with K = N, which computes what the dense one does whatever its routers are.
 
-Measured (2026-11-25, a Llama of 2 layers and D 96 after 500 steps on bytes of the standard library, N = 4, validation loss on 128
-rows; dense 1.535): with K = 2 in the attention alone drawn routers 2.747, fitted 1.827; in the MLP alone 2.164 and 1.883; in both
-with capacity factor 1.25 3.058 and 2.393. Norms less each expert's mean, which even the load out, are worse in the attention (2.279).
+Measured (2026-11-25, a Llama of 2 layers and D 96 after 500 steps on bytes of the standard library,
+N = 4, validation loss on 128 rows; dense 1.535), random routers against fitted ones: with K = 2 in
+the attention alone 2.747 and 1.827; in the MLP alone 2.164 and 1.883; in both with capacity factor
+1.25 3.058 and 2.393. Norms less each expert's mean, which balance the load, are worse in the
+attention (2.279).
 """
 
 from __future__ import annotations
@@ -27,23 +29,26 @@ from uoe_jax.models.decoder import Transformer
 from uoe_jax.train.step import Params
 
 RIDGE = 1e-3  # of the mean square of the summaries
-SPREAD = 1.0  # standard deviation of the fitted logits: ranks must not be lost in the first steps of training
+SPREAD = 1.0  # standard deviation of the fitted logits, so that training does not lose the ranks
 SPREAD_WEIGHED = 0.02  # where the gate makes weights of logits, which must stay near 1
 UNWEIGHED = ("straight_through", "none")
 
 
 class Moments(NamedTuple):
-    """Of one block in every layer, over patches: XᵀX [layers,D,D], XᵀT [layers,D,N], the number of patches [layers]."""
+    """Sums over patches of one block in every layer.
+
+    xx: XᵀX [layers,D,D]. xt: XᵀT [layers,D,N]. count: patches [layers].
+    """
 
     xx: jax.Array
     xt: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # over the method of tuples, which nobody asks of sums
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, which is not used
 
 
-def seen(
+def moments(
     model: Transformer, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array
 ) -> dict[str, Moments]:
-    """What the routers of a batch would have to tell apart, by block."""
+    """Those of a batch, by block."""
     x_BLD, tokens = model.embed_inputs(tokens_BL, segments_BL, positions_BL)
     graphdef, stacked = nnx.split(model.layers)
 
@@ -66,23 +71,20 @@ def seen(
 def _sums(block: Union, x_BLD: jax.Array, y_NBLD: jax.Array, segments_BL: jax.Array) -> Moments:
     p, d = block.routing.patch_size, x_BLD.shape[-1]
     valid_BMP, x_BMPD = patches(segments_BL, p) > 0, patches(x_BLD, p)
-    summary_BMD = (
-        x_BMPD[:, :, 0].astype(jnp.float32) if block.causal else valid_mean(x_BMPD, valid_BMP)
-    )
-    given_BLN = jnp.linalg.norm(y_NBLD.astype(jnp.float32), axis=-1).transpose(1, 2, 0)
-    target_BMN = valid_mean(patches(given_BLN, p), valid_BMP)
+    first_BMD = x_BMPD[:, :, 0].astype(jnp.float32)
+    summary_BMD = first_BMD if block.causal else valid_mean(x_BMPD, valid_BMP)
+    norm_BLN = jnp.linalg.norm(y_NBLD.astype(jnp.float32), axis=-1).transpose(1, 2, 0)
+    target_BMN = valid_mean(patches(norm_BLN, p), valid_BMP)
     counts_R = valid_BMP.any(axis=2).reshape(-1, 1).astype(jnp.float32)
-    x_RD, t_RN = (
-        summary_BMD.reshape(-1, d) * counts_R,
-        target_BMN.reshape(counts_R.shape[0], -1) * counts_R,
-    )
+    x_RD = summary_BMD.reshape(-1, d) * counts_R
+    t_RN = target_BMN.reshape(counts_R.shape[0], -1) * counts_R
     return Moments(x_RD.T @ x_RD, x_RD.T @ t_RN, counts_R.sum())
 
 
 def fitted(sums: Moments, gate: str) -> np.ndarray:
     """The kernels float32 [layers,D,N] of the routers of one block."""
     xx, xt, count = (np.asarray(a, np.float64) for a in sums)
-    xt = xt - xt.mean(axis=-1, keepdims=True)  # what all experts have in common ranks none of them
+    xt = xt - xt.mean(axis=-1, keepdims=True)  # what all experts share ranks none of them
     d = xx.shape[-1]
     level = np.trace(xx, axis1=1, axis2=2)[:, None, None] / d
     kernel = np.linalg.solve(xx + RIDGE * level * np.eye(d), xt)
@@ -94,10 +96,11 @@ def fitted(sums: Moments, gate: str) -> np.ndarray:
 def calibrated(
     config: ModelConfig, model: Any, params: Params, batches: Iterable[Mapping[str, Any]]
 ) -> Params:
-    """The parameters with the patches' routers fitted to batches of text; model: params -> Transformer."""
-    step = jax.jit(
-        lambda p, tokens, segments, positions: seen(model(p), tokens, segments, positions)
-    )
+    """The parameters with routers of patches fitted to batches of text.
+
+    model: params -> Transformer.
+    """
+    step = jax.jit(lambda p, *batch: moments(model(p), *batch))
     total = None
     for batch in ticking(batches):
         found = step(params, batch["tokens"], batch["segments"], batch["positions"])

@@ -1,7 +1,8 @@
-"""Reading the JSON files of a model in Hugging Face's layout so that no key that changes what is computed is passed over.
+"""Reads a model's JSON files in Hugging Face's layout; skips no key that changes the model.
 
-Every key is read with its type, or is known to change nothing here (`IGNORED`), or has the value that its class has anyway
-(`DEFAULTS`). Any other key is refused. The lists are of `transformers` 4.57 and 5.24 and of files published with them.
+Every key is read with its type, or changes nothing here (`IGNORED`), or has the value that its
+class has anyway (`DEFAULTS`). Any other key is refused. The lists are of `transformers` 4.57 and
+5.24 and of files published with them.
 """
 
 from __future__ import annotations
@@ -18,68 +19,70 @@ from uoe_jax.workdir import read_json
 
 _REQUIRED = object()
 
-# What does not change what the dense model computes: names and dates, switches of caches and kernels, initialisation, dropout
-# (import sets model.dropout=0), how the loss is summed, and settings of generation, which generation_config.json keeps.
+# Does not change what the dense model computes: names and dates, switches of caches and kernels,
+# initialisation, dropout (import sets model.dropout=0), how the loss is summed, and settings of
+# generation, which generation_config.json keeps.
 IGNORED = frozenset(
     """
-    _name_or_path name_or_path _commit_hash transformers_version model_type torch_dtype dtype tokenizer_class
-    finetuning_task task_specific_params prefix license language unsloth_fixed unsloth_version is_llama_config
-    transformers.js_config max_sequence_length model_max_length seq_length max_window_layers
-    _attn_implementation attn_implementation _attn_implementation_autoset _attn_implementation_internal
-    _experts_implementation experts_implementation _flash_attn_2_enabled use_flash_attention use_flash_attention_2
-    use_cache gradient_checkpointing chunk_size_feed_forward pretraining_tp output_past xla_device torchscript
-    use_bfloat16 tf_legacy_loss return_dict output_attentions output_hidden_states output_scores return_dict_in_generate
-    initializer_range loss_type neftune_noise_alpha attention_dropout attn_pdrop embd_pdrop resid_pdrop hidden_dropout_prob
-    attention_probs_dropout_prob classifier_dropout summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj predict_special_tokens n_special id2label label2id num_labels _num_labels is_decoder
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id mask_token_id bos_token eos_token pad_token
-    unk_token pooler_act pooler_output_size encoder_stride
+    _name_or_path name_or_path _commit_hash transformers_version model_type torch_dtype dtype
+    tokenizer_class finetuning_task task_specific_params prefix license language unsloth_fixed
+    unsloth_version is_llama_config transformers.js_config max_sequence_length model_max_length
+    seq_length max_window_layers _attn_implementation attn_implementation
+    _attn_implementation_autoset _attn_implementation_internal _experts_implementation
+    experts_implementation _flash_attn_2_enabled use_flash_attention use_flash_attention_2 use_cache
+    gradient_checkpointing chunk_size_feed_forward pretraining_tp output_past xla_device torchscript
+    use_bfloat16 tf_legacy_loss return_dict output_attentions output_hidden_states output_scores
+    return_dict_in_generate initializer_range loss_type neftune_noise_alpha attention_dropout
+    attn_pdrop embd_pdrop resid_pdrop hidden_dropout_prob attention_probs_dropout_prob
+    classifier_dropout summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj predict_special_tokens n_special id2label label2id num_labels _num_labels
+    is_decoder bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id mask_token_id
+    bos_token eos_token pad_token unk_token pooler_act pooler_output_size encoder_stride
     """.split()
 )
 
-# Of every class, where a file says them: any other value changes the model, or how it is used.
+# Of every class: any other value changes the model, or how it is used.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "is_encoder_decoder": (False, None),
-    "tie_encoder_decoder": (False, None),
-    "pruned_heads": ({}, None),
-    "quantization_config": (None,),
-    "auto_map": (None,),
-    "is_causal": (True, None),
-    "rope_interleaved": (False, None),
-    "use_mrope": (False, None),
-    **dict.fromkeys(
-        ("use_qk_norm", "qk_norm", "qk_layernorm", "use_bias", "use_parallel_residual"),
-        (False, None),
-    ),
-    "partial_rotary_factor": (1.0, 1, None),
-    "problem_type": (None, "single_label_classification"),
+    **dict.fromkeys(("cross_attention_hidden_size", "quantization_config", "auto_map"), (None,)),
+    **dict.fromkeys(("add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder"), (False,)),
+    **dict.fromkeys(("rope_interleaved", "use_mrope", "use_parallel_residual"), (False,)),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_bias"), (False,)),
+    "pruned_heads": ({},),
+    "is_causal": (True,),
+    "partial_rotary_factor": (1,),
+    "problem_type": ("single_label_classification",),
 }
 
-# How `generate` of transformers draws, which generate.* says here; the file goes out again with an export.
+# How `generate` of transformers samples; here that is generate.*. Exported again with the file.
 GENERATION: dict[str, tuple[Any, ...]] = {
-    "do_sample": (False, None), "temperature": (1.0, None), "top_k": (50, None), "top_p": (1.0, None), "min_p": (None,),
-    "typical_p": (1.0, None), "top_h": (None,), "epsilon_cutoff": (0.0, None), "eta_cutoff": (0.0, None),
-    "max_length": (20, None), "max_new_tokens": (None,), "min_length": (0, None), "min_new_tokens": (None,),
-    "max_time": (None,), "stop_strings": (None,), "num_beams": (1, None), "num_beam_groups": (1, None),
-    "diversity_penalty": (0.0, None), "early_stopping": (False, None), "length_penalty": (1.0, None),
-    "repetition_penalty": (1.0, None), "encoder_repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None),
-    "encoder_no_repeat_ngram_size": (0, None), "bad_words_ids": (None,), "force_words_ids": (None,),
-    "sequence_bias": (None,), "suppress_tokens": (None,), "begin_suppress_tokens": (None,), "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,), "decoder_start_token_id": (None,), "exponential_decay_length_penalty": (None,),
-    "penalty_alpha": (None,), "dola_layers": (None,), "guidance_scale": (None,), "constraints": (None,),
-    "watermarking_config": (None,), "num_return_sequences": (1, None), "remove_invalid_values": (False, None),
-    "renormalize_logits": (False, None), "token_healing": (False, None), "chat_format": (None,), "max_window_size": (None,),
-}  # fmt: skip
+    **dict.fromkeys(("do_sample", "early_stopping", "remove_invalid_values"), (False, None)),
+    **dict.fromkeys(("renormalize_logits", "token_healing"), (False, None)),
+    **dict.fromkeys(("temperature", "top_p", "typical_p", "length_penalty"), (1, None)),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (1, None)),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, None)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_length", "diversity_penalty"), (0, None)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0, None)),
+    "top_k": (50, None),
+    "max_length": (20, None),
+    **dict.fromkeys(
+        """
+        min_p top_h max_new_tokens min_new_tokens max_time stop_strings bad_words_ids
+        force_words_ids sequence_bias suppress_tokens begin_suppress_tokens forced_bos_token_id
+        forced_eos_token_id decoder_start_token_id exponential_decay_length_penalty penalty_alpha
+        dola_layers guidance_scale constraints watermarking_config chat_format max_window_size
+        """.split(),
+        (None,),
+    ),
+}
 
-# Of generation_config.json: names, ends (data.ends reads them), caches, and drafts of speculative decoding.
+# Of generation_config.json: names, ends (data.ends reads them), caches, speculative decoding.
 IGNORED_IN_GENERATION = frozenset(
     """
-    _from_model_config transformers_version bos_token_id eos_token_id pad_token_id use_cache cache_implementation
-    cache_config return_legacy_cache disable_compile compile_config prefill_chunk_size max_cache_len low_memory
-    continuous_batching_config is_assistant num_assistant_tokens num_assistant_tokens_schedule
-    assistant_confidence_threshold assistant_early_exit assistant_lookbehind assistant_ensemble_weight target_lookbehind
+    _from_model_config transformers_version bos_token_id eos_token_id pad_token_id use_cache
+    cache_implementation cache_config return_legacy_cache disable_compile compile_config
+    prefill_chunk_size max_cache_len low_memory continuous_batching_config is_assistant
+    num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
+    assistant_early_exit assistant_lookbehind assistant_ensemble_weight target_lookbehind
     prompt_lookup_num_tokens max_matching_ngram_size speculation_type use_mtp trust_remote_code
     output_attentions output_hidden_states output_scores output_logits return_dict_in_generate
     """.split()
@@ -89,8 +92,8 @@ IGNORED_IN_GENERATION = frozenset(
 class Keys:
     """The values of one JSON file, read by key and type.
 
-    Every reader raises UserError with file, key, value and remedy for a value of another type, or where a key without
-    default is missing. `close` refuses what nobody has read.
+    Every reader raises UserError with file, key, value and remedy for a value of another type, and
+    where a key without default is missing. `close` refuses the keys that were not read.
     """
 
     def __init__(self, file: str, values: Mapping[str, Any]) -> None:
@@ -110,17 +113,15 @@ class Keys:
         self._read.add(key)
         return self._values.get(key, default)
 
-    def whole(
-        self, key: str, default: Any = _REQUIRED, also: Sequence[str] = (), low: int = 1
-    ) -> Any:
-        """An int of at least `low`; null where the default is None. also: other names of the same key."""
+    def whole(self, key: str, default: Any = _REQUIRED, also: Sequence[str] = ()) -> Any:
+        """An int of at least 1, or the default for null. also: other names of the same key."""
         value = self._one_of_names(key, also, default)
-        if value is default or (type(value) is int and value >= low):
+        if value is default or (type(value) is int and value >= 1):
             return value
-        raise self.wrong(key, value, f"give a whole number of at least {low}")
+        raise self.wrong(key, value, "give a whole number of at least 1")
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A finite float above 0; null where the default is None."""
+        """A finite float above 0, or the default for null."""
         value = self._one_of_names(key, (), default)
         if value is default:
             return value
@@ -145,12 +146,11 @@ class Keys:
         return value
 
     def name(self, key: str, names: Mapping[str, Any]) -> Any:
-        """What `names` says of a string."""
+        """What `names` maps a string to."""
         value = self.get(key)
         if not isinstance(value, str) or value not in names:
-            raise self.wrong(
-                key, value, f"for which there is no block here ({', '.join(map(repr, names))} work)"
-            )
+            known = ", ".join(map(repr, names))
+            raise self.wrong(key, value, f"for which there is no block here ({known} work)")
         return names[value]
 
     def section(self, key: str) -> Keys | None:
@@ -163,43 +163,36 @@ class Keys:
         return Keys(f"{self.file}: {key}", value)
 
     def close(self, ignored: frozenset[str], defaults: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuses every key that was not read, is not ignored, and has neither null nor a default as its value."""
+        """Refuses every key not read nor ignored whose value is neither null nor a default."""
         for key, value in self._values.items():
-            if (
-                key in self._read
-                or key in ignored
-                or value is None
-                or _among(value, defaults.get(key, ()))
-            ):
-                continue
-            what = "may change what the model computes, and is not known here"
-            if key in defaults:
-                what = "is not supported here"
-            raise self.wrong(key, value, f"which {what}; take it out if the weights do without it")
+            known = value is None or _among(value, defaults.get(key, ()))
+            if not known and key not in self._read and key not in ignored:
+                what = "may change what the model computes, and is not known here"
+                if key in defaults:
+                    what = "is not supported here"
+                remedy = "take it out if the weights do without it"
+                raise self.wrong(key, value, f"which {what}; {remedy}")
 
     def wrong(self, key: str, value: object, remedy: str) -> UserError:
-        return UserError(f"{self.file} has {key}={_shown(value)}; {remedy}" if remedy.startswith("give ") else
-                         f"{self.file} has {key}={_shown(value)}, {remedy}")  # fmt: skip
+        mark = ";" if remedy.startswith("give ") else ","
+        return UserError(f"{self.file} has {key}={_shown(value)}{mark} {remedy}")
 
     def _one_of_names(self, key: str, also: Sequence[str], default: Any) -> Any:
-        self._read.update((key, *also))
-        found = {
-            name: self._values[name] for name in (key, *also) if self._values.get(name) is not None
-        }
+        names = (key, *also)
+        self._read.update(names)
+        found = [(name, self._values[name]) for name in names if self.has(name)]
+        if not found and default is _REQUIRED:
+            remedy = "give a whole model, as save_pretrained writes it"
+            if key in self._values:
+                raise self.wrong(key, None, remedy)
+            raise UserError(f"{self.file} has no {key}; {remedy}")
         if not found:
-            if default is _REQUIRED:
-                if key in self._values:
-                    raise self.wrong(key, None, "give a whole model, as save_pretrained writes it")
-                raise UserError(
-                    f"{self.file} has no {key}; give a whole model, as save_pretrained writes it"
-                )
             return default
-        (first, value), *others = found.items()
+        (first, value), *others = found
         for name, other in others:
             if other != value:
-                raise UserError(
-                    f"{self.file} has {first}={_shown(value)} and {name}={_shown(other)}; make them one"
-                )
+                both = f"{first}={_shown(value)} and {name}={_shown(other)}"
+                raise UserError(f"{self.file} has {both}; make them one")
         return value
 
 
@@ -213,28 +206,27 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-# --- the files beside config.json -------------------------------------------------------------------------------------
+# --- the files beside config.json ------------------------------------------------------------
 
 GENERATION_FILE, PROCESSOR_FILE = "generation_config.json", "preprocessor_config.json"
 _AGAIN = "download the model again"
-# Of preprocessor_config.json: names, and how arrays are handed over. Images come in the model's size and as RGB here.
+# Of preprocessor_config.json: names and formats. Images are RGB and of the model's size here.
 _IGNORED_IN_PROCESSOR = frozenset(
     """
-    image_processor_type feature_extractor_type processor_class _processor_class resample do_convert_rgb data_format
-    input_data_format device disable_grouping return_tensors default_to_square size crop_size pad_size
+    image_processor_type feature_extractor_type processor_class _processor_class resample
+    do_convert_rgb data_format input_data_format device disable_grouping return_tensors
+    default_to_square size crop_size pad_size
     """.split()
 )
 _VIT_PROCESSORS = (
-    "ViTImageProcessor",
-    "ViTImageProcessorFast",
-    "ViTImageProcessorPil",
-    "ViTFeatureExtractor",
     None,
+    "ViTFeatureExtractor",
+    *(f"ViTImageProcessor{kind}" for kind in ("", "Fast", "Pil")),
 )
 
 
 def generation_notes(place: epath.Path, theirs: Mapping[str, Any]) -> list[str]:
-    """Sentences on settings of generation in config.json and generation_config.json, which `uoe generate` does not follow.
+    """Sentences on settings of generation that `uoe generate` does not follow.
 
     Raises:
       UserError: generation_config.json has a key that is not known.
@@ -243,33 +235,26 @@ def generation_notes(place: epath.Path, theirs: Mapping[str, Any]) -> list[str]:
     Keys(GENERATION_FILE, beside).close(IGNORED_IN_GENERATION | GENERATION.keys(), {})
     notes = []
     for file, values in (("config.json", theirs), (GENERATION_FILE, beside)):
-        set_here = [
-            key
-            for key, known in GENERATION.items()
-            if key in values and not _among(values[key], known)
-        ]
-        if set_here:
-            said = ", ".join(f"{key}={_shown(values[key])}" for key in set_here)
-            notes.append(
-                f"{file} has {said} for generation, which uoe generate does not follow; it takes generate.*"
-            )
+        found = [k for k in GENERATION if k in values and not _among(values[k], GENERATION[k])]
+        if found:
+            settings = ", ".join(f"{key}={_shown(values[key])}" for key in found)
+            why = "for generation, which uoe generate does not follow; it takes generate.*"
+            notes.append(f"{file} has {settings} {why}")
     return notes
 
 
 def image_bound(place: epath.Path, model: Mapping[str, Any], overrides: Mapping[str, str]) -> float:
-    """`model.image.bound` that scales pixels as preprocessor_config.json does; 1 where there is none.
+    """`model.image.bound` that scales pixels as preprocessor_config.json does; 1 without it.
 
-    There a pixel v of 0 to 255 becomes (v * rescale_factor - mean) / std, here it lies between -bound and bound.
-    transformers 5 reads the object `image_processor` of processor_config.json first, where it is there.
+    There a pixel v of 0 to 255 becomes (v * rescale_factor - mean) / std; here it lies between
+    -bound and bound. transformers 5 reads `image_processor` of processor_config.json first.
 
     Raises:
-      UserError: the two cannot be the same, and no override of model.image.bound says that this does not matter.
+      UserError: the two cannot be the same, and model.image.bound is not overridden.
     """
     nested = (read_json(place / "processor_config.json", _AGAIN) or {}).get("image_processor")
-    given = {
-        PROCESSOR_FILE: read_json(place / PROCESSOR_FILE, _AGAIN),
-        "processor_config.json": nested,
-    }
+    given = {PROCESSOR_FILE: read_json(place / PROCESSOR_FILE, _AGAIN)}
+    given["processor_config.json"] = nested
     found = {
         file: _bound(file, values, model, overrides)
         for file, values in given.items()
@@ -283,23 +268,18 @@ def image_bound(place: epath.Path, model: Mapping[str, Any], overrides: Mapping[
 def _bound(
     file: str, values: Mapping[str, Any], model: Mapping[str, Any], overrides: Mapping[str, str]
 ) -> float:
-    keys = Keys(file, values)
+    keys, image = Keys(file, values), model["image"]
     kind = keys.get("image_processor_type") or keys.get("feature_extractor_type")
     rescaled, normalised = keys.flag("do_rescale", True), keys.flag("do_normalize", True)
     factor = keys.number("rescale_factor", 1 / 255)
-    mean, std = (
-        _channels(keys, name, model["image"]["channels"]) for name in ("image_mean", "image_std")
-    )
-    _check_size(keys, model["image"]["height"])
+    mean, std = (_channels(keys, name, image["channels"]) for name in ("image_mean", "image_std"))
+    _check_size(keys, image["height"])
     keys.close(_IGNORED_IN_PROCESSOR, {"do_pad": (False,)})
     if "model.image.bound" in overrides:
         return 1.0  # replaced by the override
     if kind not in _VIT_PROCESSORS and not {"image_mean", "image_std"} <= values.keys():
-        raise keys.wrong(
-            "image_processor_type",
-            kind,
-            "whose image_mean and image_std are not known here; write them into it",
-        )
+        remedy = "whose image_mean and image_std are not known here; write them into it"
+        raise keys.wrong("image_processor_type", kind, remedy)
     scale = factor if rescaled else 1.0
     mean, std = (mean, std) if normalised else ([0.0], [1.0])
     slopes = {scale / s for s in std}
@@ -307,10 +287,10 @@ def _bound(
     offsets = [-m / s for m in mean for s in std]
     if len(slopes) == 1 and all(math.isclose(offset, -bound, rel_tol=1e-5) for offset in offsets):
         return bound
-    raise UserError(
-        f"{file} has image_mean={mean} and image_std={std} after pixels times {scale:.6g}, and pixels are scaled "
-        "alike in all channels and around 0 here; give --config.model.image.bound=2 to take the weights all the same"
-    )
+    what = f"image_mean={mean} and image_std={std} after pixels times {scale:.6g}"
+    why = "pixels are scaled alike in all channels and around 0 here"
+    remedy = "give --config.model.image.bound=2 to take the weights all the same"
+    raise UserError(f"{file} has {what}, and {why}; {remedy}")
 
 
 def _channels(keys: Keys, name: str, n_channels: int) -> list[float]:
@@ -330,16 +310,8 @@ def _check_size(keys: Keys, wanted: int) -> None:
     resized, cropped = keys.flag("do_resize", True), keys.flag("do_center_crop", False)
     key = "crop_size" if cropped else "size"
     value = keys.get(key)
-    sides = (
-        [*value.values()]
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list)
-        else [value]
-    )
-    if (
-        value is not None
-        and (resized or cropped)
-        and any(type(side) is not int or side != wanted for side in sides)
-    ):
+    sides = list(value.values()) if isinstance(value, dict) else value
+    sides = sides if isinstance(sides, list) else [sides]
+    is_other = any(type(side) is not int or side != wanted for side in sides)
+    if value is not None and (resized or cropped) and is_other:
         raise keys.wrong(key, value, f"and config.json image_size={wanted}; make them one")

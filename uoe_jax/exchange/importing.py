@@ -1,7 +1,7 @@
-"""`uoe import`: a dense model in Hugging Face's layout, cut in experts, as the workdir of a run.
+"""`uoe import`: a dense model in Hugging Face's layout, cut into experts, as the workdir of a run.
 
-With all experts chosen the model computes what the dense one does, to rounding. Weights are read one tensor at a time and put
-on the device before the next, so that the host never holds the model twice.
+With all experts chosen the model computes what the dense one does, to rounding. Tensors are read
+one at a time and put on the device before the next, so the host never holds the model twice.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.exchange.calibrate import calibrated
-from uoe_jax.exchange.families import Entry, into_ours, their_shape
-from uoe_jax.exchange.plan_import import Plan
-from uoe_jax.exchange.tensors import Tensors, dotted
+from uoe_jax.exchange.layouts import Entry, into_ours, their_shape
+from uoe_jax.exchange.plan_import import ImportPlan
+from uoe_jax.exchange.tensors import INDEX, Tensors, dotted
 from uoe_jax.exchange.whole import whole_directory
 from uoe_jax.infer.experts import all_experts
 from uoe_jax.moe import decompose
@@ -36,21 +36,20 @@ from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.step import Params, build, declared, functional
 from uoe_jax.workdir import CONFIG, write_json
 
-SOURCE = "source"  # of a workdir: the files of the model that was imported, its weights left out
+SOURCE = "source"  # of a workdir: the files of the imported model, without its weights
 KEPT = ("*.json", "*.txt", "*.jinja", "*.model")
-LOOKED_AT = 8  # batches of training text that routers are fitted to
+N_BATCHES = 8  # of text, for fitting the routers and for the loss
 
 
-def import_model(plan: Plan, workdir: str) -> None:
-    """Writes a workdir with the checkpoint of step 0, and tells what the model loses with K experts of N.
+def import_model(plan: ImportPlan, workdir: str) -> None:
+    """Writes a workdir with the checkpoint of step 0; prints the loss with K and with N experts.
 
     Raises:
-      UserError: what is in the directory does not fit its config.json, or cannot be read, or the workdir exists already.
+      UserError: the directory does not fit its config.json or cannot be read; the workdir exists.
     """
     if coordination.are_several():
-        raise UserError(
-            f"--workdir={workdir}: a model is imported by one process; start this once, and not by srun or its like"
-        )
+        remedy = "start this once, and not by srun or its like"
+        raise UserError(f"--workdir={workdir}: a model is imported by one process; {remedy}")
     config, mesh = plan.config, mesh_lib.make_mesh(plan.config.mesh)
     with jax.set_mesh(mesh), whole_directory(workdir, "--workdir") as place:
         source = Tensors(plan.source)
@@ -61,18 +60,12 @@ def import_model(plan: Plan, workdir: str) -> None:
         if isinstance(data, DataBundle) and config.model.task == "language":
             params = calibrated(config.model, program.model, params, _batches(config, data, mesh))
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params)) + 1
+        origin = {"config": to_dict(config), "imported": plan.theirs.get("_name_or_path", "")}
         with CheckpointStore(place, write_bytes=largest) as store:
-            store.save(
-                0,
-                {"params": params},
-                metadata={
-                    "config": to_dict(config),
-                    "imported": plan.theirs.get("_name_or_path", ""),
-                },
-            )
+            store.save(0, {"params": params}, metadata=origin)
         keep_tokenizer(place, plan.tokenizer)
         for file in itertools.chain.from_iterable(plan.source.glob(pattern) for pattern in KEPT):
-            if file.name != "model.safetensors.index.json":
+            if file.name != INDEX:
                 (place / SOURCE).mkdir(exist_ok=True)
                 shutil.copyfile(file, place / SOURCE / file.name)
         write_json(place / CONFIG, to_dict(config))
@@ -80,70 +73,61 @@ def import_model(plan: Plan, workdir: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
-def _notes(plan: Plan, source: Tensors) -> Iterator[str]:
-    """What the directory holds that the import does not follow, or does not read."""
-    passed = source.passed_over()
-    if passed:
-        yield f"uoe: --from={plan.source}: {len(passed)} other files of weights were passed over ({', '.join(passed)})"
+def _notes(plan: ImportPlan, source: Tensors) -> Iterator[str]:
+    """What the directory holds that the import does not follow or read."""
+    where, others = f"uoe: --from={plan.source}", source.passed_over()
+    if others:
+        files = f"{len(others)} other files of weights"
+        yield f"{where}: {files} were passed over ({', '.join(others)})"
     for note in plan.notes:
-        yield f"uoe: --from={plan.source}: {note}"
+        yield f"{where}: {note}"
 
 
-def _check_names(plan: Plan, source: Tensors) -> None:
-    """UserError where a tensor is missing, has another shape than config.json says, or is left over."""
-    shapes, used = _dense_shapes(plan.config.model), set[str]()
+def _check_names(plan: ImportPlan, source: Tensors) -> None:
+    """UserError where a tensor is missing, of another shape than config.json says, or unknown."""
+    where, shapes, used = f"--from={plan.source}", _dense_shapes(plan.config.model), set[str]()
     for entry, layer, name in ticking(_tensors(plan, source)):
         used.add(name)
         wanted = their_shape(entry, [shapes[path][layer is not None :] for path in entry.ours])
         if name not in source:
-            raise UserError(
-                f"--from={plan.source}: {name} is missing in its weights, and config.json asks for it; download the model again"
-            )
+            why = f"{name} is missing in its weights, and config.json asks for it"
+            raise UserError(f"{where}: {why}; download the model again")
         found = source.shape(name)
-        is_longer = (
-            entry.ours == ("positions",)
-            and len(found) == len(wanted)
-            and found[-2] >= wanted[-2]
-            and found[-1] == wanted[-1]
-        )
-        if found != wanted and not is_longer:
-            raise UserError(
-                f"--from={plan.source}: {name} has shape {list(found)} where config.json asks for {list(wanted)}; they are not of one model"
-            )
-    left = [
-        name
-        for name in source.names()
-        if name not in used and not _is_known_buffer(plan, source, name)
-    ]
+        fits = found == wanted
+        if entry.ours == ("positions",) and len(found) == len(wanted):  # longer ones are cut
+            fits = found[-2] >= wanted[-2] and found[-1] == wanted[-1]
+        if not fits:
+            shape = f"has shape {list(found)} where config.json asks for {list(wanted)}"
+            raise UserError(f"{where}: {name} {shape}; they are not of one model")
+    left = [name for name in source.names() if name not in used]
+    left = [name for name in left if not _is_known_buffer(plan, source, name)]
     if left:
-        lost = f"{left[0]} (and {len(left) - 1} more) have no place in a {plan.family.kind} model here; they would be lost"
-        raise UserError(f"--from={plan.source}: {lost}")
+        which = f"{left[0]} (and {len(left) - 1} more)"
+        why = f"have no place in a {plan.family.kind} model here; they would be lost"
+        raise UserError(f"{where}: {which} {why}")
 
 
-def _is_known_buffer(plan: Plan, source: Tensors, name: str) -> bool:
-    """Whether a tensor beside the weights holds what follows from the others, as old files have it.
+def _is_known_buffer(plan: ImportPlan, source: Tensors, name: str) -> bool:
+    """Whether a tensor is one that old files have and that follows from the others.
 
     Raises:
-      UserError: a tensor of that name holds something else.
+      UserError: it has such a name and other values.
     """
     m, last = plan.config.model, name.rpartition(".")[2]
     if name.startswith("vit.pooler."):
-        return True  # a classifier goes without it
+        return True  # a classifier does not use it
     if name == "lm_head.weight" and m.tie_embeddings:
-        embedding = next(
-            found for entry, _, found in _tensors(plan, source) if entry.ours == ("embedding",)
-        )
+        tensors = _tensors(plan, source)
+        embedding = next(x for entry, _, x in tensors if entry.ours == ("embedding",))
         if not np.array_equal(source.read(name), source.read(embedding)):
+            why = f"differs from {embedding}, and config.json has tie_word_embeddings=true"
             remedy = "set that to false to keep both, or take one out of the weights"
-            raise UserError(
-                f"--from={plan.source}: {name} differs from {embedding}, and config.json has tie_word_embeddings=true; {remedy}"
-            )
+            raise UserError(f"--from={plan.source}: {name} {why}; {remedy}")
         return True
     if name.endswith(".rotary_emb.inv_freq"):
         wanted = m.rope_theta ** -(np.arange(0, m.head_dim, 2) / m.head_dim)
-        same = source.shape(name) == wanted.shape and np.allclose(
-            source.read(name).astype(np.float64), wanted, 1e-2, 1e-4
-        )
+        same = source.shape(name) == wanted.shape
+        same = same and np.allclose(source.read(name).astype(np.float64), wanted, 1e-2, 1e-4)
     elif name.endswith(".attn.bias"):
         square = source.read(name).squeeze()
         same = square.ndim == 2 and np.array_equal(square != 0, np.tri(*square.shape, dtype=bool))
@@ -152,13 +136,14 @@ def _is_known_buffer(plan: Plan, source: Tensors, name: str) -> bool:
     else:
         return False
     if not same:
-        why = f"{last} is not the one that config.json asks for; take it out of the weights, or correct config.json"
-        raise UserError(f"--from={plan.source}: {name}: {why}")
+        why = f"{last} is not the one that config.json asks for"
+        remedy = "take it out of the weights, or correct config.json"
+        raise UserError(f"--from={plan.source}: {name}: {why}; {remedy}")
     return True
 
 
-def _tensors(plan: Plan, source: Tensors) -> Iterator[tuple[Entry, int | None, str]]:
-    """(entry, layer, name there) of every tensor."""
+def _tensors(plan: ImportPlan, source: Tensors) -> Iterator[tuple[Entry, int | None, str]]:
+    """(entry, layer, name in the files) of every tensor."""
     for entry in plan.family.entries(plan.config.model):
         for layer in range(plan.config.model.n_layers) if "{i}" in entry.theirs else (None,):
             name = entry.theirs.format(i=layer)
@@ -168,15 +153,13 @@ def _tensors(plan: Plan, source: Tensors) -> Iterator[tuple[Entry, int | None, s
 
 def _dense_shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{dotted path: shape} of the dense model."""
-    tree = declared(
-        functional(decompose.dense_config(m))[2],
-        lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-    )
+    leaves = functional(decompose.dense_config(m))[2]
+    tree = declared(leaves, lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32))
     return {dotted(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def _parameters(plan: Plan, source: Tensors, abstract: Params) -> Params:
-    """The parameters, on their shardings; routers are drawn."""
+def _parameters(plan: ImportPlan, source: Tensors, abstract: Params) -> Params:
+    """The parameters on their shardings, with random routers."""
     m, shapes, found = plan.config.model, _dense_shapes(plan.config.model), {}
     where = {dotted(path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(abstract)}
 
@@ -197,15 +180,14 @@ def _parameters(plan: Plan, source: Tensors, abstract: Params) -> Params:
     rng = np.random.default_rng(plan.config.train.seed)
     for name, routing in m.unions().items():
         for leaf, shape in decompose.router_shapes(m, routing).items():
-            drawn = (
-                rng.normal(0, 0.3 * m.d_model**-0.5, shape) if "kernel" in leaf else np.zeros(shape)
-            )
-            keep(f"layers.{m.place_of(name)}.router.{leaf}", drawn.astype(np.float32))
+            std = 0.3 * m.d_model**-0.5
+            value = rng.normal(0, std, shape) if "kernel" in leaf else np.zeros(shape)
+            keep(f"layers.{m.place_of(name)}.router.{leaf}", value.astype(np.float32))
     return jax.tree.map_with_path(lambda path, _: found[dotted(path)], abstract)
 
 
-def _data(plan: Plan) -> DataBundle | str:
-    """The data the model is looked at with, or why there are none."""
+def _data(plan: ImportPlan) -> DataBundle | str:
+    """The data for fitting and losses, or why there are none."""
     c = plan.config
     language = c.model.task == "language"
     try:
@@ -223,25 +205,19 @@ def _data(plan: Plan) -> DataBundle | str:
 
 def _batches(config: Config, data: DataBundle, mesh: Any) -> Iterator[Mapping[str, Any]]:
     batches = TrainBatches(data.train, config.train.batch_size, config.train.seed)
-    return (mesh_lib.put_batch(mesh, batches[i]) for i in range(LOOKED_AT))
+    return (mesh_lib.put_batch(mesh, batches[i]) for i in range(N_BATCHES))
 
 
 def _losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -> Iterator[str]:
-    """Lines for the person: the loss on validation with all experts and with those configured."""
+    """Lines with the validation loss of all experts and of those configured."""
     if isinstance(data, str):
-        yield f"the loss was not measured, and routers are drawn: {data}"
+        yield f"the loss was not measured, and routers are random: {data}"
         return
-    limit = config.eval.batches or LOOKED_AT
-    for c, what in (
-        (all_experts(config), "all experts, the dense model"),
-        (config, _said(config.model)),
-    ):
+    limit = config.eval.batches or N_BATCHES
+    unions = config.model.unions().items()
+    chosen = ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in unions)
+    every = "all experts, the dense model"
+    for c, what in ((all_experts(config), every), (config, chosen or "dense blocks")):
         found, _ = evaluate(build(c, mesh), params, data.validation, c, limit, whole=False)
-        yield f"loss {found['eval/loss']:.4f} on {int(found['eval/rows'])} rows of validation with {what}"
-
-
-def _said(m: ModelConfig) -> str:
-    return (
-        ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in m.unions().items())
-        or "dense blocks"
-    )
+        rows = f"{int(found['eval/rows'])} rows of validation"
+        yield f"loss {found['eval/loss']:.4f} on {rows} with {what}"

@@ -1,9 +1,10 @@
 """A trained model as StableHLO with its weights, in a directory that jax alone can run.
 
-`model.stablehlo` is MAGIC, the length of the header in 8 little-endian bytes, a header in JSON, and what `jax.export`
-serialises: `forward(weights by dotted name, *inputs) -> logits`, for any batch size, on one device of any platform.
-`model.safetensors` has the weights, `load.py` an example that runs the model without this package. StableHLO promises to be
-read for half a year: it is for running a model elsewhere, and the checkpoint is what lasts.
+`model.stablehlo` is MAGIC, the length of the header in 8 little-endian bytes, a header in JSON, and
+what `jax.export` serialises: `forward(weights by dotted name, *inputs) -> logits`, for any batch
+size, on one device of any platform. `model.safetensors` has the weights, `load.py` an example that
+runs the model without this package. StableHLO is promised to be readable for half a year: it is for
+running a model elsewhere, and the checkpoint is what lasts.
 """
 
 from __future__ import annotations
@@ -44,24 +45,27 @@ from safetensors.numpy import load_file
 here = pathlib.Path(__file__).parent
 data = (here / "{PROGRAM}").read_bytes()
 start = 16 + int.from_bytes(data[8:16], "little")  # of the program, behind the header
-if data[:8] != {MAGIC!r} or hashlib.sha256(data[start:]).hexdigest() != json.loads(data[16:start])["sha256"]:
-    sys.exit("{PROGRAM} is damaged: it does not have the checksum it was written with; copy it again")
-header = json.loads(data[16:start])  # inputs, outputs and parameters: names, shapes and dtypes
+header = json.loads(data[16:start]) if data[:8] == {MAGIC!r} else {{"sha256": ""}}
+if hashlib.sha256(data[start:]).hexdigest() != header["sha256"]:
+    remedy = "it does not have the checksum it was written with; copy it again"
+    sys.exit(f"{PROGRAM} is damaged: {{remedy}}")
 forward = jax.jit(jax.export.deserialize(data[start:]).call)
 weights = load_file(here / "{WEIGHTS}")
+# header: inputs, outputs and parameters, with names, shapes and dtypes.
 inputs = [np.ones([2 if n == "b" else n for n in a["shape"]], a["dtype"]) for a in header["inputs"]]
 print("logits", forward(weights, *inputs).shape)
 '''
 
 
 def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
-    """Writes the directory `out`, whole or not at all; what was written is read back and compared.
+    """Writes the directory `out`, whole or not at all; reads it back and compares.
 
-    That takes memory on the host for some four times the weights.
+    That takes host memory for some four times the weights.
 
-    The program takes tokens int32 [b,L] of a language model and gives logits float32 [b,L,V]. Of a classifier it takes
-    inputs, token ids int32 [b,L] or images float32 [b,height,width,channels] (bytes through `augment.as_floats`), and
-    segments int32 [b,L], 1 at tokens and 0 at padding, and gives [b,n_classes]; of two inputs, [b,2,…] each.
+    The program takes tokens int32 [b,L] of a language model and gives logits float32 [b,L,V]. Of a
+    classifier it takes inputs, token ids int32 [b,L] or images float32 [b,height,width,channels]
+    (bytes through `augment.as_floats`), and segments int32 [b,L], 1 at tokens and 0 at padding, and
+    gives [b,n_classes]; of two inputs, [b,2,…] each.
 
     Args:
       params: as `Program.model` takes them; the weights may lie on any mesh of this process.
@@ -71,28 +75,22 @@ def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
       RunError: what is there is not what was written, or does not compute what the model does.
     """
     with whole_directory(str(out), "--out") as place:
-        # On one device nothing is cut. The CPU, because elsewhere two programs that are alike may round differently.
+        # On one device nothing is sharded. On the CPU, as elsewhere equal programs may round apart.
         with jax.set_mesh(make_mesh(MeshConfig(), devices=_one_device())):
             weights, forward = by_name(params), _forward(config, params)
             program, data = _program(config, forward, weights), safetensors.numpy.save(weights)
             files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
             for name, content in ticking(files.items()):
                 _write(place / name, content)
-            if damage := _damage(
-                {name: (place / name).read_bytes() for name in files},
-                files,
-                config,
-                weights,
-                forward,
-            ):
-                raise RunError(
-                    f"--out={out}: {damage}; nothing is left there: try again, and report it if it stays so"
-                )
+            found = {name: (place / name).read_bytes() for name in files}
+            if damage := _damage(found, files, config, weights, forward):
+                remedy = "nothing is left there: try again, and report it if it stays so"
+                raise RunError(f"--out={out}: {damage}; {remedy}")
 
 
 def by_name(params: Params) -> dict[str, np.ndarray]:
     """The weights on the host by dotted name, in the order of their names, as jax orders them."""
-    # The writer of safetensors takes the bytes as they lie, whatever the strides.
+    # In C order: safetensors writes the bytes as they lie, whatever the strides.
     weights = {
         dotted(path): np.asarray(jax.device_get(leaf), order="C")
         for path, leaf in jax.tree.leaves_with_path(params)
@@ -101,7 +99,7 @@ def by_name(params: Params) -> dict[str, np.ndarray]:
 
 
 def _one_device() -> list[jax.Device]:
-    """The CPU, or where jax was told to leave it out, the first device there is."""
+    """The CPU, or the first device where jax was started without it."""
     try:
         return jax.local_devices(backend="cpu")[:1]
     except RuntimeError:
@@ -126,30 +124,23 @@ def _inputs(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     found = {}
     for name in ("tokens",) if config.model.task == "language" else ("inputs", "segments"):
         shape, dtype = batch[name]
-        dtype = (
-            jnp.float32 if dtype == jnp.uint8 else dtype
-        )  # a byte a pixel goes to the device; the model takes floats
+        # Pixels are bytes in a batch, and the model takes floats.
+        dtype = jnp.float32 if dtype == jnp.uint8 else dtype
         found[name] = jax.ShapeDtypeStruct((b, *shape[1:]), dtype)
     return found
 
 
 def _program(config: Config, forward: Any, weights: dict[str, np.ndarray]) -> bytes:
-    """What is to stand in `model.stablehlo`."""
-    inputs, parameters = (
-        _inputs(config),
-        {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()},
-    )
-    exported = export.export(jax.jit(forward, keep_unused=True), platforms=PLATFORMS)(
-        parameters, *inputs.values()
-    )
+    """The content of `model.stablehlo`."""
+    inputs = _inputs(config)
+    parameters = {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()}
+    jitted = jax.jit(forward, keep_unused=True)
+    exported = export.export(jitted, platforms=PLATFORMS)(parameters, *inputs.values())
     blob = bytes(exported.serialize())
 
     def described(name: str, a: Any) -> dict[str, Any]:
-        return {
-            "name": name,
-            "shape": [n if isinstance(n, int) else str(n) for n in a.shape],
-            "dtype": str(a.dtype),
-        }
+        shape = [n if isinstance(n, int) else str(n) for n in a.shape]
+        return {"name": name, "shape": shape, "dtype": str(a.dtype)}
 
     header = {
         "sha256": hashlib.sha256(blob).hexdigest(),
@@ -177,33 +168,29 @@ def _damage(
     weights: dict[str, np.ndarray],
     forward: Any,
 ) -> str:
-    """How the files found differ from those written, or what they hold from the model; empty: they do not."""
+    """How the files found differ from those written, or from the model; empty where they do not."""
     for name, content in files.items():
         if found[name] != content:
             return f"{name} is not what was written"
     there = safetensors.numpy.load(found[WEIGHTS])
     for name in ticking({**weights, **there}):
         a, b = weights.get(name), there.get(name)
-        if (
-            a is None
-            or b is None
-            or (a.shape, a.dtype, a.tobytes()) != (b.shape, b.dtype, b.tobytes())
-        ):
+        if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+            return f"{name} in {WEIGHTS} is not the model's"
+        if a.tobytes() != b.tobytes():
             return f"{name} in {WEIGHTS} is not the model's"
     inputs, program = _example(config), found[PROGRAM]
     wanted = np.asarray(jax.jit(forward)(weights, *inputs))
     blob = bytearray(program[16 + int.from_bytes(program[8:16], "little") :])
     got = np.asarray(export.deserialize(blob).call(there, *inputs))
     miss, most = np.abs(got - wanted).max(), np.abs(wanted).max()
-    return (
-        ""
-        if miss <= _TOLERANCE * most
-        else f"the logits of {PROGRAM} differ by {miss:.1e} from the model's, up to {most:.1e}"
-    )
+    if miss <= _TOLERANCE * most:
+        return ""
+    return f"the logits of {PROGRAM} differ by {miss:.1e} from the model's, up to {most:.1e}"
 
 
 def _example(config: Config) -> list[np.ndarray]:
-    """Two examples without padding, drawn."""
+    """Two random examples without padding."""
     rng, inputs = np.random.default_rng(0), []
     for name, a in _inputs(config).items():
         shape = (2, *a.shape[1:])

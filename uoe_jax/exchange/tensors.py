@@ -1,6 +1,6 @@
-"""A directory of weights as Hugging Face has it: `model.safetensors`, or shards beside `model.safetensors.index.json`.
+"""A directory of weights in Hugging Face's layout: one safetensors file, or shards and an index.
 
-Tensors are read one at a time, and written a shard at a time, so that a model is never held twice.
+Tensors are read one at a time and written one shard at a time, so a model is never held twice.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from typing import Any, Callable, Iterable, NamedTuple
 
-import ml_dtypes  # noqa: F401  teaches numpy bfloat16
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 import safetensors.numpy
 from etils import epath
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from uoe_jax.distributed.watchdog import ticking
@@ -21,8 +22,9 @@ from uoe_jax.workdir import read_json, write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-# Of the same weights in other formats, as they are published beside each other; consolidated is Mistral's own layout.
-_OTHER_FORMATS, _COPIES = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".ot"), "consolidated"
+# Files of the same weights in other formats; `consolidated` is Mistral's own layout.
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".ot")
+_COPIES = "consolidated"
 _DOWNLOAD = "download the whole model again, or save it with save_pretrained"
 
 
@@ -30,7 +32,7 @@ class Tensors:
     """The tensors of a directory, by name.
 
     Raises:
-      UserError: there are none, a shard is missing, or a file is cut off or no safetensors.
+      UserError: there are none, a shard is missing, or a file is truncated or no safetensors.
     """
 
     def __init__(self, directory: epath.Path, option: str = "--from") -> None:
@@ -39,59 +41,50 @@ class Tensors:
         self._file_of: dict[str, str]
         if index is None:
             self._file_of = dict.fromkeys(self._open(FILE).keys(), FILE)
-            self._check_other_files()
-            return
-        weight_map = index.get("weight_map")
+        else:
+            self._file_of = self._read_index(index.get("weight_map"))
+        self._check_other_files()
+
+    def _read_index(self, weight_map: Any) -> dict[str, str]:
+        """The index, checked against its files."""
         if not isinstance(weight_map, dict) or not weight_map:
             raise self._error(INDEX, "has no weight_map")
         for name, file in weight_map.items():
             if not isinstance(file, str) or os.path.basename(file) != file:
-                raise self._error(
-                    INDEX, f"says that {name} is in {file!r}, which is no file of this directory"
-                )
-        self._file_of = weight_map
-        held = {file: set(self._open(file).keys()) for file in sorted(set(self._file_of.values()))}
-        for name, file in self._file_of.items():
+                why = f"says that {name} is in {file!r}, which is no file of this directory"
+                raise self._error(INDEX, why)
+        held = {file: set(self._open(file).keys()) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
             if name not in held[file]:
                 raise self._error(file, f"lacks {name}, which {INDEX} says it holds")
         for file, names in held.items():
             for name in names:
-                self._check_unnamed(name, file)
-        self._check_other_files()
+                named = weight_map.get(name)
+                if named is None:
+                    raise self._error(file, f"holds {name}, which {INDEX} does not name")
+                if named != file and self._bytes(file, name) != self._bytes(named, name):
+                    why = f"holds another {name} than {named}, which {INDEX} names for it"
+                    raise self._error(file, why)
+        return weight_map
 
-    def _check_unnamed(self, name: str, file: str) -> None:
-        """UserError where a shard holds a tensor that the index does not name there, unless it is a copy."""
-        named = self._file_of.get(name)
-        if named is None:
-            raise self._error(file, f"holds {name}, which {INDEX} does not name")
-        if (
-            named != file
-            and self._open(file).get_tensor(name).tobytes() != self.read(name).tobytes()
-        ):
-            raise self._error(
-                file, f"holds another {name} than {named}, which {INDEX} names for it"
-            )
+    def _bytes(self, file: str, name: str) -> bytes:
+        return self._open(file).get_tensor(name).tobytes()
 
     def _check_other_files(self) -> None:
-        """UserError where other files of weights lie in the directory, of which nobody can say which are right."""
+        """UserError where other safetensors lie in the directory: either may be the right ones."""
         named = set(self._file_of.values())
         for name in self._others():
             if name not in named and name.endswith(".safetensors") and not name.startswith(_COPIES):
-                raise UserError(
-                    f"{self._option}={self._place}: holds {name} beside {min(named)}, and nothing says that both are of one "
-                    "model; take one of them away"
-                )
+                why = f"holds {name} beside {min(named)}, and they may be of two models"
+                raise UserError(f"{self._option}={self._place}: {why}; take one of them away")
 
     def passed_over(self) -> list[str]:
         """Names of files of weights in other formats, which are not read."""
         return [name for name in self._others() if name not in self._file_of.values()]
 
     def _others(self) -> list[str]:
-        return sorted(
-            p.name
-            for p in self._place.iterdir()
-            if p.suffix.lower() in (".safetensors", *_OTHER_FORMATS)
-        )
+        suffixes = (".safetensors", *_OTHER_FORMATS)
+        return sorted(p.name for p in self._place.iterdir() if p.suffix.lower() in suffixes)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -104,35 +97,30 @@ class Tensors:
         return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor in the dtype it has there."""
+        """A tensor in the dtype of its file."""
         return self._open(self._file_of[name]).get_tensor(name)
 
     def read_float32(self, name: str) -> np.ndarray:
-        """A tensor of floating point numbers as float32; UserError where they are none, not finite, or do not fit."""
-        stored = self._open(self._file_of[name]).get_slice(name).get_dtype()
+        """A tensor of floats as float32; UserError where it is none, not finite or too large."""
+        file = self._file_of[name]
+        stored = self._open(file).get_slice(name).get_dtype()
         if stored not in ("F64", "F32", "F16", "BF16"):
-            raise self._error(
-                self._file_of[name],
-                f"holds {name} as {stored}, and F64, F32, F16 and BF16 are read",
-            )
+            why = f"holds {name} as {stored}, and F64, F32, F16 and BF16 are read"
+            raise self._error(file, why)
         array = self.read(name)
         if not np.isfinite(array).all():
-            raise self._error(self._file_of[name], f"holds numbers in {name} that are not finite")
+            raise self._error(file, f"holds numbers in {name} that are not finite")
         held, lost = cast(array, np.dtype(np.float32))
         if len(lost):
-            raise self._error(
-                self._file_of[name], f"holds {lost[0]:.6g} in {name}, which float32 cannot hold"
-            )
+            raise self._error(file, f"holds {lost[0]:.6g} in {name}, which float32 cannot hold")
         return held
 
     def _open(self, file: str) -> Any:
-        # Opened for every read: what a mapped file had in memory is given back with it.
+        # Opened for every read: closing gives back the memory of the mapped file.
         if not (self._place / file).is_file():
             others = [name for name in self._others() if not name.endswith(".safetensors")]
-            why = (
-                f"is missing ({others[0]} is there, which is not read)" if others else "is missing"
-            )
-            raise self._error(file, why)
+            why = f" ({others[0]} is there, which is not read)" if others else ""
+            raise self._error(file, f"is missing{why}")
         try:
             return safe_open(str(self._place / file), "numpy")
         except (SafetensorError, OSError) as error:
@@ -143,7 +131,7 @@ class Tensors:
 
 
 class Tensor(NamedTuple):
-    """A tensor to write. make: gives it, of that shape, when its turn has come."""
+    """A tensor to write; `make` gives its values, of that shape, when they are needed."""
 
     name: str
     shape: tuple[int, ...]
@@ -157,7 +145,7 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     lossy: bool = False,
 ) -> int:
-    """Writes tensors into files of at most `shard_bytes` (or of one tensor), and reads every file back.
+    """Writes tensors into files of at most `shard_bytes` (or of one tensor); reads every file back.
 
     lossy: write numbers that overflow or underflow in `dtype` as infinity or 0.
 
@@ -168,40 +156,29 @@ def write(
       UserError: there is such a number, and not `lossy`.
       RunError: what was read is not what was written.
     """
-    n_lost = 0
-    kind = np.dtype(dtype)
-    shards: list[list[Tensor]] = [[]]
-    size = total = 0
-    for tensor in tensors:
-        nbytes = int(np.prod(tensor.shape)) * kind.itemsize
-        if shards[-1] and size + nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size, total = size + nbytes, total + nbytes
-    files = (
-        [FILE]
-        if len(shards) == 1
-        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    kind, by_name, n_lost = np.dtype(dtype), {t.name: t for t in tensors}, 0
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda t: int(np.prod(t.shape)) * kind.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
     )
-    for file, shard in zip(files, shards):
+    for file, names in split.filename_to_tensors.items():
         held = {}
-        for t in ticking(shard):
-            held[t.name], lost = cast(t.make(), kind)
+        for name in ticking(names):
+            held[name], lost = cast(by_name[name].make(), kind)
             if len(lost) and not lossy:
-                raise UserError(
-                    f"--dtype={kind}: {t.name} holds {lost[0]:.6g}, which becomes {cast(lost[:1], kind)[0][0]} in it "
-                    f"({len(lost)} such numbers there); give --dtype=float32, or --lossy to go on"
-                )
+                becomes = f"{lost[0]:.6g}, which becomes {cast(lost[:1], kind)[0][0]} in it"
+                why = f"{name} holds {becomes} ({len(lost)} such numbers there)"
+                remedy = "give --dtype=float32, or --lossy to go on"
+                raise UserError(f"--dtype={kind}: {why}; {remedy}")
             n_lost += len(lost)
         safetensors.numpy.save_file(held, str(directory / file), metadata={"format": "pt"})
-        os.chmod(
-            directory / file, 0o666 & ~_umask()
-        )  # it makes files that their owner alone can read
+        os.chmod(directory / file, 0o666 & ~_umask())  # safetensors lets the owner alone read it
         _compare(directory / file, held)
-    if len(shards) > 1:
-        where = {t.name: file for file, shard in zip(files, shards) for t in shard}
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(directory / INDEX, index)
     return n_lost
 
 
@@ -209,7 +186,7 @@ def cast(array: np.ndarray, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """(the array in another dtype, its numbers that overflow or underflow there)."""
     array = np.asarray(array)
     with np.errstate(over="ignore", under="ignore"):
-        # In C's order: of a transposed view safetensors writes the bytes as they lie in memory, with no error.
+        # In C order: safetensors writes the bytes of a transposed view as they lie in memory.
         held = np.asarray(array, kind, order="C")
     if kind == array.dtype:
         return held, array.ravel()[:0]
@@ -224,18 +201,15 @@ def _umask() -> int:
 
 def _compare(file: epath.Path, held: dict[str, np.ndarray]) -> None:
     """RunError unless a file holds exactly these."""
+    remedy = "write it again, on another disk perhaps"
     with safe_open(str(file), "numpy") as there:
         if set(there.keys()) != set(held):
-            raise RunError(
-                f"{file}: does not hold the tensors that were written; write it again, on another disk perhaps"
-            )
+            raise RunError(f"{file}: does not hold the tensors that were written; {remedy}")
         for name, array in ticking(held.items()):
             found = there.get_tensor(name)
             same = found.shape == array.shape and found.dtype == array.dtype
             if not same or found.tobytes() != array.tobytes():
-                raise RunError(
-                    f"{file}: {name} is not what was written; write it again, on another disk perhaps"
-                )
+                raise RunError(f"{file}: {name} is not what was written; {remedy}")
 
 
 def dotted(path: tuple[Any, ...]) -> str:

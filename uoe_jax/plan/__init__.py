@@ -1,1 +1,1 @@
-"""What a configuration will take on a mesh of accelerators, without one: memory, operations, bytes moved, time."""
+"""Predicts memory, FLOPs, traffic and time of a configuration on accelerators, without one."""

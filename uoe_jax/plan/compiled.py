@@ -1,8 +1,8 @@
-"""Compiles the train step for forced host devices, in a process of its own, and says what XLA says of it.
+"""Compiles the train step for forced host devices, in a process of its own, and says what XLA says.
 
-`compile_step` is for the caller; `python -m uoe_jax.plan.compiled` is the process: a configuration in (JSON), a `Compiled`
-out. Nothing of the model is allocated: the step is lowered from shapes. A process, because the number of devices is settled
-when jax starts.
+`compile_step` is for the caller; `python -m uoe_jax.plan.compiled` is the process: a configuration
+in (JSON), a `Compiled` out. Nothing of the model is allocated: the step is lowered from shapes. A
+process of its own, because the number of devices is settled when jax starts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from uoe_jax.config.schema import Config
 from uoe_jax.errors import EXIT_BAD_INPUT, UserError
 from uoe_jax.plan.hlo import Array, Collective, collectives
 
-# The code is never run, so LLVM need not try; what XLA decides (memory, collectives) is decided before it.
+# The code is never run, so LLVM need not optimise; memory and collectives are decided before it.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Compiled(NamedTuple):
-    """Bytes are of one device, as XLA counts them: arguments (state and batch), outputs, outputs written over arguments,
-    and everything in between; `flops` too, with the body of a loop counted once. `seconds` and `process_bytes` (largest
-    resident size) are those of the compilation."""
+    """What XLA says of the compiled step.
+
+    Attributes:
+      arguments, outputs, alias, temporary: bytes of one device: state and batch, outputs, outputs
+        written over arguments, and everything in between.
+      flops: of one device; the body of a loop counts once.
+      parameters, optimizer: bytes of one device, of the arguments.
+      seconds, process_bytes: of the compilation; the latter its largest resident size.
+    """
 
     arguments: int
     outputs: int
@@ -47,14 +53,13 @@ class Compiled(NamedTuple):
 
 
 def compile_step(config: Config) -> Compiled:
-    """Compiles `config`'s train step for its mesh, whose sizes are all given, on as many host devices.
+    """Compiles the train step for `config.mesh`, all sizes given, on as many host devices.
 
     Raises:
       UserError: what the configuration is refused for.
       RuntimeError: the compilation failed; with what it wrote.
     """
-    mesh = config.mesh
-    devices = mesh.replica * mesh.data * mesh.fsdp * mesh.expert
+    devices = math.prod(config.mesh.shape.values())
     mine = {k: v for k, v in os.environ.items() if not k.startswith(("UOE_", "JAX_", "XLA_"))}
     flags = f"--xla_force_host_platform_device_count={devices} {FLAGS}"
     env = {**mine, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -64,13 +69,15 @@ def compile_step(config: Config) -> Compiled:
     if done.returncode == EXIT_BAD_INPUT and done.stdout:
         raise UserError(json.loads(done.stdout)["error"])
     if done.returncode:
-        said = done.stderr[-4000:].decode("utf-8", "replace")
-        raise RuntimeError(
-            f"the compilation for {devices} host devices ended with {done.returncode}: {said}"
-        )
+        log = done.stderr[-4000:].decode("utf-8", "replace")
+        what = f"the compilation for {devices} host devices ended with {done.returncode}"
+        raise RuntimeError(f"{what}: {log}")
     found = json.loads(done.stdout)
-    moved = (Collective(k, Array(o[0], tuple(o[1])), Array(r[0], tuple(r[1])), tuple(axes), *rest)
-             for k, o, r, axes, *rest in found.pop("collectives"))  # fmt: skip
+    moved = []
+    for kind, *arrays, axes, group, times, counted, op_name, name in found.pop("collectives"):
+        before, after = (Array(dtype, tuple(shape)) for dtype, shape in arrays)
+        rest = group, times, counted, op_name, name
+        moved.append(Collective(kind, before, after, tuple(axes), *rest))
     return Compiled(**found, collectives=tuple(moved))
 
 
@@ -88,9 +95,7 @@ def describe(config: Config) -> Compiled:
         program = build(config, mesh)
         compiled = program.train_step.lower(program.abstract, program.abstract_batch).compile()
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    assert (
-        memory is not None and cost is not None and text is not None
-    )  # as for every program of a CPU
+    assert memory and cost and text  # every program of a CPU has them
 
     def held(tree: Any) -> int:
         arrays = jax.tree.leaves(tree)

@@ -1,9 +1,11 @@
-"""Memory of one device at the height of a step, counted from the sizes of the model and the mesh.
+"""Peak memory of one device in a step, counted from the sizes of the model and the mesh.
 
-What is held throughout (weights, optimizer, batch, gradients, what layers keep for the backward pass) follows from the
-program. The working set beside it is a number of arrays of every kind, the most that are alive at once: the counts in `peak`
-were fitted to what XLA's CPU compiler reports for 75 float32 steps on 8 devices, of widths 128 to 512 (docs/plan.md says
-how well they fit). Letters as in `layers.common`.
+What is held throughout (weights, optimizer, batch, gradients, what layers keep for the backward
+pass) follows from the program. The working set beside it is a number of arrays of every kind, the
+most that are alive at once. Those numbers were fitted to what XLA's CPU compiler reports for 75
+float32 steps on 8 devices, of widths 128 to 512 (docs/plan.md says how well they fit). `uoe plan`
+needs the count for 16 bits and flash attention, which the CPU compiler does not have, and for
+meshes that are not compiled. Letters as in `layers.common`.
 """
 
 from __future__ import annotations
@@ -11,30 +13,23 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from uoe_jax.config.schema import Config
-from uoe_jax.costs.memory import (
-    ITEM_SIZE,
-    bias_parameters,
-    classifier_parameters,
-    ends_parameters,
-    kept_bytes,
-    layer_parameters,
-    norm_parameters,
-    router_parameters,
-    vocabulary_parameters,
-)
+from uoe_jax.config.schema import Config, ModelConfig
+from uoe_jax.costs import memory
+from uoe_jax.costs.memory import ITEM_SIZE
 from uoe_jax.layers.tiles import chunk, tile
-from uoe_jax.plan.predict import Shape, examples, rows, scored_here, words_parts
+from uoe_jax.plan.network import Shape
+from uoe_jax.plan.predict import examples, rows, scored_here, vocabulary_shards
 
 
 class Peak(NamedTuple):
     """Bytes of one device.
 
     Attributes:
-      parameters, optimizer, batch: the arguments of a step. gradients: with those that microbatches are added to.
+      parameters, optimizer, batch: the arguments of a step.
+      gradients: with those that microbatches are added to.
       kept: by all layers for the backward pass.
-      layer: the working set of the backward pass of one layer, its weights gathered over `fsdp` among it.
-      ends: the working set before and after the layers: the scores of the vocabulary, or of a classifier its inputs.
+      layer: the working set of one layer's backward pass, with its gathered weights.
+      ends: the working set outside the layers: the vocabulary's scores, or a classifier's inputs.
     """
 
     parameters: float
@@ -55,15 +50,12 @@ class Peak(NamedTuple):
 
 
 def peak(c: Config, shape: Shape, flash: bool) -> Peak:
-    """flash: a kernel of attention that holds no scores; else those of one tile of every row and head are held, float32."""
+    """flash: attention holds no scores; else it holds float32 scores of one tile of every head."""
     m, e, b = c.model, shape["expert"], rows(c, shape)
     item, length, d, dh = ITEM_SIZE[m.dtype], m.block_length, m.d_model, m.head_dim
     stream = item * b * length * d
     tokens: dict[str, float] = {"smha": b * length, "uome": b * length}
-    slots = {
-        "smha": 0.0,
-        "uome": 0.0,
-    }  # what is gathered for the experts of a device, or comes out of them
+    slots = {"smha": 0.0, "uome": 0.0}  # gathered for a device's experts, or their outputs
     for name, r in m.routed().items():
         tokens[name] = b * r.slot_tokens(length) * r.row_share()
         slots[name] = item * r.n_experts / e * tokens[name] * d if r.order == "gather" else 0.0
@@ -71,34 +63,21 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     hidden = item * tokens["uome"] * m.d_hidden / e
     square = length if m.attention == "dense" else m.smha.slot_tokens(length)
     scores = 0.0 if flash else 4 * tokens["smha"] / square * tile(square) ** 2 * m.n_heads / e
-    # Along several tiles a loop carries the sums of heads and of their gradients, float32, in and out.
+    # A loop over several tiles carries the sums of heads and of their gradients, float32.
     carried = 0.0 if flash or tile(square) == square else 2 * 4 / item * heads
-    # Whole weights and their gradient in the compute dtype, and that gradient in float32.
-    weight = (2 * item + 4) / e
+    weight = (2 * item + 4) / e  # with its gradient in the compute dtype and in float32
     attention = weight * 2 * d * dh * (m.n_heads + m.kv_heads)
     attention += 2 * slots["smha"] + 4 * heads + carried + 4 * scores + 9 * stream
     mlp = weight * (m.n_into + 1) * d * m.d_hidden + 2.5 * slots["uome"] + 4 * hidden + 13 * stream
-    # Norms and biases of sums are whole on every device, routers are cut over `fsdp` alone, other biases over `expert` alone.
-    routers = sum(router_parameters(r, d) for r in m.routed().values())
-    into, out = bias_parameters(m)
-    whole = 2 * norm_parameters(m) + out
-    cut = (layer_parameters(m) - routers - whole - into) / e + routers
-    held: float = m.n_layers * (cut / shape["fsdp"] + into / e + whole) + norm_parameters(m)
-    held += (
-        ends_parameters(m) / words_parts(m, e) + (length * d if m.position == "learned" else 0)
-    ) / shape["fsdp"]
-    held += classifier_parameters(m)
+    cut, held = _held(m, e, shape["fsdp"])
 
     stored = dataclasses.replace(m, remat="slots") if m.remat in ("none", "dots") else m
-    kept: float = kept_bytes(stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1)
-    if m.remat in (
-        "none",
-        "dots",
-    ):  # the products' results as well; with 'none' also what is made from them
+    kept: float = memory.kept_bytes(
+        stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1
+    )
+    if m.remat in ("none", "dots"):  # results of products too; 'none': and what is made from them
         kept += sum(slots.values()) + (m.remat == "none") * (4 * stream + hidden)
-    if m.remat == "none" and (
-        shape["fsdp"] > 1 or item < 4
-    ):  # weights as they are used, gathered or cast
+    if m.remat == "none" and (shape["fsdp"] > 1 or item < 4):  # and weights gathered or cast
         kept += item * cut
     return Peak(
         parameters=4 * held,
@@ -111,8 +90,24 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     )
 
 
+def _held(m: ModelConfig, expert: int, fsdp: int) -> tuple[float, float]:
+    """(weights of a layer that are sharded over fsdp, all weights of one device).
+
+    Norms and output biases are replicated, routers sharded over `fsdp` alone, other biases over
+    `expert` alone.
+    """
+    routers = sum(memory.router_parameters(r, m.d_model) for r in m.routed().values())
+    into, out = memory.bias_parameters(m)
+    whole = 2 * memory.norm_parameters(m) + out
+    cut = (memory.layer_parameters(m) - routers - whole - into) / expert + routers
+    held: float = m.n_layers * (cut / fsdp + into / expert + whole) + memory.norm_parameters(m)
+    positions = m.block_length * m.d_model if m.position == "learned" else 0
+    held += (memory.ends_parameters(m) / vocabulary_shards(m, expert) + positions) / fsdp
+    return cut, held + memory.classifier_parameters(m)
+
+
 def _batch(c: Config, shape: Shape) -> float:
-    """Bytes of a device's rows of a step as they come: four numbers a token; or those of the input, and its mask."""
+    """Bytes of a device's rows of a step: four numbers a token; or those of input and mask."""
     m, n = c.model, examples(c, shape) * c.train.accumulation
     if m.task == "language":
         return 4 * n * (4 * m.context_length + 1)
@@ -122,21 +117,14 @@ def _batch(c: Config, shape: Shape) -> float:
 
 
 def _ends(c: Config, shape: Shape) -> float:
-    """Bytes of a chunk's scores and of the words' gradient, or of images as they become tokens."""
-    m, e = c.model, shape["expert"]
+    """Bytes of a chunk's scores and of the vocabulary's gradient, or of images becoming tokens."""
+    m, e, item = c.model, shape["expert"], ITEM_SIZE[c.model.dtype]
     tokens = rows(c, shape) * m.context_length
-    words = vocabulary_parameters(m) / words_parts(m, e)
+    entries = memory.vocabulary_parameters(m) / vocabulary_shards(m, e)
     if m.task == "classify":
-        return (
-            tokens * m.image.values * (4 + ITEM_SIZE[m.dtype]) if m.stem == "image" else 4 * words
-        )
-    gradient = (
-        (2 * ITEM_SIZE[m.dtype] + 4) * words if m.cutoffs else 4 * words
-    )  # the former gathered as a layer's weights
-    return (
-        max(
-            3 * 4 * chunk(int(own), int(scores)) * scores
-            for own, scores, _, _ in scored_here(c, shape, tokens)
-        )
-        + gradient
-    )
+        return tokens * m.image.values * (4 + item) if m.stem == "image" else 4 * entries
+    # An adaptive softmax's is gathered as a layer's weights are.
+    gradient = (2 * item + 4) * entries if m.cutoffs else 4 * entries
+    pieces = scored_here(c, shape, tokens)
+    scores = max(3 * 4 * chunk(int(own), int(width)) * width for own, width, _, _ in pieces)
+    return scores + gradient

@@ -1,16 +1,16 @@
-"""Time of a step on named hardware: a roofline for every part, and what can hide behind what.
+"""Time of a step on named hardware: a roofline for every part, and what can overlap with what.
 
-Letters as in `layers.common`. All figures are of one device and one optimizer step. The time of the host and of
-starting kernels is not counted, so that small models are predicted too fast.
+Letters as in `layers.common`. All figures are of one device and one optimizer step. Host time and
+kernel launches are not counted, so small models are predicted too fast.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import Iterable, Mapping, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 from uoe_jax.config.schema import Config, ModelConfig
+from uoe_jax.costs import memory
 from uoe_jax.costs.flops import (
     attention_flops,
     core_flops,
@@ -20,22 +20,15 @@ from uoe_jax.costs.flops import (
     scored_pieces,
     train_flops,
 )
-from uoe_jax.costs.memory import (
-    ITEM_SIZE,
-    classifier_parameters,
-    layer_parameters,
-    parameters,
-    vocabulary_parameters,
-)
+from uoe_jax.costs.memory import ITEM_SIZE, layer_parameters, parameters
 from uoe_jax.layers.tiles import chunk
 from uoe_jax.plan.hardware import Hardware, Range
 from uoe_jax.plan.hlo import Array, Collective
-
-Shape = Mapping[str, int]  # sizes of the mesh axes, in the mesh's order
+from uoe_jax.plan.network import Shape, devices, network_seconds
 
 
 class Reduction(NamedTuple):
-    """One forward reduction over `expert` beside the work of the block it follows, both at their best, in seconds."""
+    """A forward reduction over `expert` and the compute of its block: best-case seconds."""
 
     block: str
     reduction: float
@@ -46,10 +39,12 @@ class Prediction(NamedTuple):
     """Seconds are (best, worst).
 
     Attributes:
-      parts: by what is done; `experts` and `weights` are collectives over `expert` and over the batch axes.
-      step: best, where the collectives of the batch axes hide behind everything else; worst, where nothing hides.
-      mfu: (worst, best) model FLOP/s, as training logs them, of the peak.
-      flops: of the model, as training logs them. executed: matrix products and attention that are really done.
+      parts: by kind of work; `experts` and `weights` are collectives over `expert` and over the
+        batch axes.
+      step: best, where the collectives of the batch axes overlap with everything else; worst, where
+        nothing overlaps.
+      mfu: (worst, best) model FLOP/s, as training logs them, over the peak.
+      flops: of the model, as training logs them. executed: with recomputation.
       reductions: one for each kind of block; empty without an `expert` axis.
     """
 
@@ -59,10 +54,6 @@ class Prediction(NamedTuple):
     flops: float
     executed: float
     reductions: tuple[Reduction, ...]
-
-
-def devices(shape: Shape) -> int:
-    return math.prod(shape.values())
 
 
 def examples(c: Config, shape: Shape) -> int:
@@ -75,87 +66,84 @@ def rows(c: Config, shape: Shape) -> int:
     return examples(c, shape) * c.model.rows_per_example
 
 
-def words_parts(m: ModelConfig, expert: int) -> int:
-    """Into how many parts over `expert` the vectors of the words are cut; those of an adaptive softmax never are."""
+def vocabulary_shards(m: ModelConfig, expert: int) -> int:
+    """Shards of the embeddings over `expert`; an adaptive softmax is never sharded there."""
     return 1 if m.cutoffs or m.vocab_size % expert else expert
 
 
-def scored_alike(c: Config, expert: int) -> int:
-    """How many devices over `expert` score the same words of the same tokens, or compute the same classes."""
+def scoring_replicas(c: Config, expert: int) -> int:
+    """Devices over `expert` that compute the same scores of the same tokens (or classes)."""
     m = c.model
     if m.task == "classify":
         return expert
-    cut = m.context_length % expert == 0 if m.cutoffs else words_parts(m, expert) == expert
+    cut = m.context_length % expert == 0 if m.cutoffs else vocabulary_shards(m, expert) == expert
     return 1 if cut or c.mesh.sequence_parallel else expert
 
 
 def scored_here(c: Config, shape: Shape, tokens: float) -> list[tuple[float, float, float, int]]:
-    """(tokens of `tokens`, words, share of the tokens, width) that a device scores, for every piece of the vocabulary."""
+    """What a device scores of `tokens`, for every piece of the vocabulary.
+
+    Returns:
+      (tokens, vocabulary entries, share of the tokens that is scored, width) of each piece.
+    """
     m, e = c.model, shape["expert"]
-    if words_parts(m, e) > 1:  # its words for all tokens of its rows
+    if vocabulary_shards(m, e) > 1:  # its shard of the entries, for all tokens of its rows
         return [(tokens, m.vocab_size / e, 1, m.d_model)]
-    own = tokens * scored_alike(c, e) / e
+    own = tokens * scoring_replicas(c, e) / e
     return [(own, scores, share, width) for share, scores, width in scored_pieces(m)]
 
 
 def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collective]) -> Prediction:
-    """From the sizes of the model and the collectives of its compiled step (or `expected_collectives`)."""
+    """moved: the collectives of the compiled step, or `expected_collectives`."""
     products, core = executed_flops(c, shape["expert"])
     n, peak = devices(shape), hardware.flops
     moved = [m for m in moved if m.axes]
-    experts, weights = (
-        [m for m in moved if (m.axes == ("expert",)) is over] for over in (True, False)
-    )
+    experts = [m for m in moved if m.axes == ("expert",)]
+    others = [m for m in moved if m.axes != ("expert",)]
     parts = {
-        "products": _over(products / n / peak, hardware.products),
-        "attention": _over(core / n / peak, hardware.attention),
-        "memory": _over(moved_bytes(c, shape) / hardware.bandwidth, hardware.streams),
+        "products": _reached(products / n / peak, hardware.products),
+        "attention": _reached(core / n / peak, hardware.attention),
+        "memory": _reached(moved_bytes(c, shape) / hardware.bandwidth, hardware.streams),
         "experts": network_seconds(experts, shape, hardware, c.model),
-        "weights": network_seconds(weights, shape, hardware, c.model),
     }
-    best, worst = (
-        sum(times)
-        for times in zip(*(seconds for name, seconds in parts.items() if name != "weights"))
-    )
-    step = max(best, parts["weights"][0]), worst + parts["weights"][1]
+    best, worst = (sum(times) for times in zip(*parts.values()))
+    parts["weights"] = weights = network_seconds(others, shape, hardware, c.model)
+    step = max(best, weights[0]), worst + weights[1]
     flops = train_flops(c.model, c.train.batch_size)
-    mfu = tuple(flops / (n * peak * seconds) for seconds in reversed(step))
+    mfu = flops / (n * peak * step[1]), flops / (n * peak * step[0])
     return Prediction(parts, step, mfu, flops, products + core, reductions(c, shape, hardware))
 
 
-def _over(seconds: float, reached: Range) -> Range:
-    return seconds / reached[1], seconds / reached[0]
+def _reached(seconds: float, share: Range) -> Range:
+    return seconds / share[1], seconds / share[0]
 
 
 def executed_flops(c: Config, expert: int) -> tuple[float, float]:
-    """(matrix products, attention core) of a step on all devices, what is recomputed and what several devices do alike
-    included.
+    """FLOPs of a step on all devices, with recomputation and what several devices compute alike.
 
-    The core is flash attention's: two and a half times the forward pass backward (it makes the scores again), and once
-    more forward where a remat policy dropped what its backward pass needs. The backward pass of a vocabulary makes its
-    scores again, too.
+    Flash attention's backward pass takes 2.5 times its forward pass, as it makes the scores again,
+    and a remat policy that drops the forward's results one forward more. The backward pass of a
+    vocabulary makes its scores again, too.
+
+    Returns:
+      (matrix products, attention core).
     """
     m, length = c.model, c.model.block_length
     core: float = m.n_layers * core_flops(m, length, training=True)
-    blocks = (
-        m.n_layers
-        * (attention_flops(m, length, training=True) + mlp_flops(m, length, training=True))
-        - core
-    )
-    again = m.remat in ("slots", "block")
+    block = attention_flops(m, length, training=True) + mlp_flops(m, length, training=True)
     ends = 3 * ends_flops(m, length) + (score_flops(m, length) if m.task == "language" else 0)
-    products = (3 + (m.remat == "block")) * m.rows_per_example * blocks + scored_alike(
-        c, expert
-    ) * ends
-    core *= m.rows_per_example * (3.5 + again)
+    products = (3 + (m.remat == "block")) * m.rows_per_example * (m.n_layers * block - core)
+    products += scoring_replicas(c, expert) * ends
+    core *= m.rows_per_example * (3.5 + (m.remat in ("slots", "block")))
     return c.train.batch_size * products, c.train.batch_size * core
 
 
 def moved_bytes(c: Config, shape: Shape) -> float:
-    """Bytes that kernels other than matrix products move through a device's memory, and the weights that those read.
+    """Bytes that one device's kernels move through its memory, without the activations of products.
 
-    Slots are written and read by gathers and sums: once forward, twice backward, and their gather once more. The rest is a
-    count of passes over arrays (norms, residuals, activations, losses, AdamW), each read or write of one array a pass.
+    Slots are written and read by gathers and sums: once forward, twice backward, and their gather
+    once more. The rest counts passes over arrays (norms, residuals, activations, losses, AdamW),
+    each a read or write of one array.
     """
     m, e = c.model, shape["expert"]
     item, tokens = ITEM_SIZE[m.dtype], rows(c, shape) * c.train.accumulation * m.block_length
@@ -166,9 +154,8 @@ def moved_bytes(c: Config, shape: Shape) -> float:
         at[name] = tokens * r.slot_tokens(m.block_length) / m.block_length * r.row_share()
         slots = r.n_experts / e * at[name]
         into = slots * m.d_model if r.order == "gather" else slots * widths[name] / r.n_experts
-        total += (
-            m.n_layers * item * (3 * (into + tokens * m.d_model) + 2 * (slots + tokens) * m.d_model)
-        )
+        passes = 3 * (into + tokens * m.d_model) + 2 * (slots + tokens) * m.d_model
+        total += m.n_layers * item * passes
     total += m.n_layers * item * at["uome"] * m.d_hidden / e * (4 * m.n_into + 3)
     total += _ends_moved(c, tokens, shape)
     total += c.train.accumulation * m.n_layers * layer_parameters(m) / e * (3 * item + 4)
@@ -176,17 +163,12 @@ def moved_bytes(c: Config, shape: Shape) -> float:
 
 
 def _ends_moved(c: Config, tokens: float, shape: Shape) -> float:
-    """Bytes moved for scores, or for images: `tokens` of a device in a step."""
+    """Bytes moved for scores, or for images; `tokens` of a device in a step."""
     m = c.model
-    if (
-        m.task == "classify"
-    ):  # pixels come as bytes, are written and read as float32 and then as tokens
-        return (
-            tokens * m.image.values * (1 + 2 * 4 + 3 * ITEM_SIZE[m.dtype])
-            if m.stem == "image"
-            else 0
-        )
-    # Scores are made twice, and every chunk of tokens reads and writes the gradient of the words it is scored against.
+    if m.task == "classify":  # pixels: bytes in, float32 out and in, then tokens
+        pixel_bytes = 1 + 2 * 4 + 3 * ITEM_SIZE[m.dtype]
+        return tokens * m.image.values * pixel_bytes if m.stem == "image" else 0
+    # Scores are made twice. Every chunk of tokens reads and writes the gradient of its entries.
     parts, total = c.train.accumulation, 0.0
     for own, scores, share, width in scored_here(c, shape, tokens / parts):
         chunks = math.ceil(own * share / chunk(int(own), int(scores)))
@@ -194,146 +176,77 @@ def _ends_moved(c: Config, tokens: float, shape: Shape) -> float:
     return total
 
 
-def narrowed(moved: Collective, m: ModelConfig) -> float:
-    """Bytes a device sends in a step in all runs of a collective of the float32 step, at the dtype an accelerator has there.
-
-    Over `expert` there are activations and over `fsdp` gathered weights, both in the compute dtype; gradients and sums are
-    float32. (The words' gradient of an adaptive softmax is taken for activations where it crosses `expert` alone.)
-    """
-    narrow = moved.axes == ("expert",) or moved.kind == "all-gather"
-    return moved.sent * moved.times * (ITEM_SIZE[m.dtype] / 4 if narrow else 1)
-
-
-def network_seconds(
-    moved: Iterable[Collective], shape: Shape, hardware: Hardware, m: ModelConfig
-) -> Range:
-    """(best, worst) seconds of collectives one after the other; at best all hops are hidden, or shared by combined ones."""
-    best = worst = 0.0
-    latency = {}
-    for c in moved:
-        r = ring(c.axes, shape, hardware)
-        sent = narrowed(c, m) / r.bandwidth
-        best, worst = best + sent / hardware.network[1], worst + sent / hardware.network[0]
-        latency[c.name] = c.times * (r.tree if c.kind == "all-reduce" else r.once)
-    return best, worst + sum(latency.values())
-
-
-class Ring(NamedTuple):
-    """bandwidth: bytes/s a device sends. Seconds of an empty message: once around; up and down a tree instead."""
-
-    bandwidth: float
-    once: float
-    tree: float
-
-
-def ring(axes: tuple[str, ...], shape: Shape, hardware: Hardware) -> Ring:
-    """Over mesh axes; devices are numbered with `expert` innermost.
-
-    A ring that leaves a fast domain goes out of it once, over the slow links of all its members there.
-    """
-    domain = min(
-        hardware.domain, devices(shape) // shape["replica"]
-    )  # what replica is for: the slow network between
-    members = [sum(place) for place in itertools.product(*(_offsets(axis, shape) for axis in axes))]
-    local = sum(member < domain for member in members)
-    domains = math.ceil(len(members) / local)
-    fast, slow = hardware.hops
-    return Ring(
-        bandwidth=hardware.fast if domains == 1 else min(hardware.fast, hardware.slow * local),
-        once=(len(members) - domains) * fast + (domains > 1) * domains * slow,
-        tree=2 * (math.log2(local) * fast + math.log2(domains) * slow),
-    )
-
-
-def _offsets(axis: str, shape: Shape) -> range:
-    names = list(shape)
-    stride = math.prod(shape[a] for a in names[names.index(axis) + 1 :])
-    return range(0, stride * shape[axis], stride)
-
-
 def reductions(c: Config, shape: Shape, hardware: Hardware) -> tuple[Reduction, ...]:
-    """What one microbatch's forward reductions over `expert` take, beside the blocks they follow."""
+    """The forward reductions over `expert` of one microbatch, beside the blocks they follow."""
     m, e, length = c.model, shape["expert"], c.model.block_length
     if e == 1:
         return ()
     b = rows(c, shape)
-    sent = 2 * (e - 1) / e * ITEM_SIZE[m.dtype] * b * length * m.d_model
-    seconds = sent / ring(("expert",), shape, hardware).bandwidth / hardware.network[1]
+    stream = Array("f32", (b, length, m.d_model))
+    moved = Collective("all-reduce", stream, stream, ("expert",), e, 1, True, "", "")
+    seconds = network_seconds([moved], shape, hardware, m)[0]
     core = core_flops(m, length, training=True)
-    flash = core / hardware.attention[1]
+    products = attention_flops(m, length, training=True) - core
+    mlp = mlp_flops(m, length, training=True) / hardware.products[1]
     blocks = {
-        m.attention: (attention_flops(m, length, training=True) - core) / hardware.products[1]
-        + flash,
-        f"{m.mlp} MLP" if m.mlp == m.attention else m.mlp: mlp_flops(m, length, training=True)
-        / hardware.products[1],
+        m.attention: products / hardware.products[1] + core / hardware.attention[1],
+        f"{m.mlp} MLP" if m.mlp == m.attention else m.mlp: mlp,
     }
-    return tuple(
-        Reduction(name, seconds, b * flops / e / hardware.flops) for name, flops in blocks.items()
-    )
+    each = hardware.flops
+    return tuple(Reduction(name, seconds, b * n / e / each) for name, n in blocks.items())
 
 
 def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
-    """What a step must move, counted from the sizes alone, for meshes that are not compiled; small arrays are left out."""
-    m, e, fsdp, parts = c.model, shape["expert"], shape["fsdp"], c.train.accumulation
-    batch = tuple(a for a in ("replica", "data") if shape[a] > 1)
-    out: list[Collective] = []
+    """The collectives that a step needs on a mesh, counted from sizes; small arrays are left out.
 
-    def add(kind: str, elements: float, axes: tuple[str, ...], times: int) -> None:
-        group = math.prod(shape[a] for a in axes)
+    For comparing meshes, as compiling each would take minutes. The planned mesh's own time is
+    predicted from its compiled collectives.
+    """
+    found: list[Collective] = []
+    for kind, elements, axes, runs in _moves(c, shape):
+        group, times = math.prod(shape[a] for a in axes), runs * c.train.accumulation
         if group > 1 and times:
-            whole, part = Array("f32", (round(elements),)), Array("f32", (round(elements / group),))
-            before, after = {"all-gather": (part, whole), "reduce-scatter": (whole, part)}.get(
-                kind, (whole, whole)
-            )
-            out.append(
-                Collective(kind, before, after, axes, group, times * parts, True, "", f"{len(out)}")
-            )
+            whole, part = (Array("f32", (round(n),)) for n in (elements, elements / group))
+            before = part if kind == "all-gather" else whole
+            after = part if kind == "reduce-scatter" else whole
+            name = f"{len(found)}"
+            found.append(Collective(kind, before, after, axes, group, times, True, "", name))
+    return found
 
-    # Looked up, and (language) scored. What images are projected by, and a classifier's head, is whole on every device.
+
+def _moves(c: Config, shape: Shape) -> Iterator[tuple[str, float, tuple[str, ...], int]]:
+    """(kind, elements of the whole array, axes, runs in a microbatch)."""
+    m, e, sequence_parallel = c.model, shape["expert"], c.mesh.sequence_parallel
+    # Looked up, and (language) scored. A classifier's stem for images and its head are replicated.
     uses = (m.stem == "tokens") + (m.task == "language")
-    cut = words_parts(m, e) if uses else 1
-    again = m.remat in ("dots", "block")  # the state between attention and MLP is made again
+    shards = vocabulary_shards(m, e) if uses else 1
     stream, layer = rows(c, shape) * m.block_length * m.d_model, layer_parameters(m) / e
-    reductions_of_stream = m.n_layers * (4 + again) + uses * (cut > 1)
-    if (
-        c.mesh.sequence_parallel
-    ):  # a reduction is a scatter after the block and a gather before the next, made again backward
-        add(
-            "all-gather",
-            stream,
-            ("expert",),
-            m.n_layers * (4 + 2 * (m.remat != "none")) + uses * (cut > 1),
-        )
-        add("reduce-scatter", stream, ("expert",), reductions_of_stream)
+    again = m.remat in ("dots", "block")  # the state between attention and MLP is recomputed
+    sums = m.n_layers * (4 + again) + uses * (shards > 1)
+    if sequence_parallel:  # a sum is a scatter and, before the next block, a gather, also backward
+        gathers = m.n_layers * (4 + 2 * (m.remat != "none")) + uses * (shards > 1)
+        yield "all-gather", stream, ("expert",), gathers
+        yield "reduce-scatter", stream, ("expert",), sums
     else:
-        add("all-reduce", stream, ("expert",), reductions_of_stream)
-    # (values of a weight, gathers forward and backward, gradients, axes that these are added over beside those of the batch)
-    words, own = (
-        vocabulary_parameters(m) / cut,
-        ("expert",) if c.mesh.sequence_parallel else (),
-    )  # of a device's own tokens
-    read = own if cut == 1 else ()
-    scored = ("expert",) if m.cutoffs and scored_alike(c, e) == 1 else read
-    if scored and not c.mesh.sequence_parallel:
-        add("all-gather", stream, ("expert",), 1)  # of the gradient
-    for elements, gathers, times, over in (
+        yield "all-reduce", stream, ("expert",), sums
+    own = ("expert",) if sequence_parallel else ()  # gradients of a device's own tokens are summed
+    read = own if shards == 1 else ()
+    scored = ("expert",) if m.cutoffs and scoring_replicas(c, e) == 1 else read
+    if scored and not sequence_parallel:
+        yield "all-gather", stream, ("expert",), 1  # of the gradient
+    entries, learned = memory.vocabulary_parameters(m) / shards, m.position == "learned"
+    for elements, gathers, gradients, over in (
         (layer, (1 if m.remat == "none" else 2) * m.n_layers, m.n_layers, ()),
-        (
-            words,
-            uses > 0 if m.tie_embeddings else uses,
-            uses > 0,
-            read,
-        ),  # one gather for a table that is used twice
-        (words, 0, m.task == "language", scored),
-        (m.block_length * m.d_model, m.position == "learned", m.position == "learned", own),
+        (entries, min(uses, 1) if m.tie_embeddings else uses, uses > 0, read),
+        (entries, 0, m.task == "language", scored),
+        (m.block_length * m.d_model, learned, learned, own),
     ):
-        add("all-gather", elements, ("fsdp",), gathers)
-        add("reduce-scatter", elements, ("fsdp",), times)
-        add("all-reduce", elements / fsdp, tuple(a for a in (*batch, *over) if shape[a] > 1), times)
-    add(
-        "all-reduce",
-        classifier_parameters(m),
-        tuple(a for a in (*batch, "fsdp") if shape[a] > 1),
-        1,
-    )
-    return out
+        yield "all-gather", elements, ("fsdp",), gathers
+        yield "reduce-scatter", elements, ("fsdp",), gradients
+        yield "all-reduce", elements / shape["fsdp"], _used(shape, *over), gradients
+    yield "all-reduce", memory.classifier_parameters(m), _used(shape, "fsdp"), 1
+
+
+def _used(shape: Shape, *more: str) -> tuple[str, ...]:
+    """The batch axes and more, without those of size 1."""
+    return tuple(axis for axis in ("replica", "data", *more) if shape[axis] > 1)

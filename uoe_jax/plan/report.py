@@ -1,4 +1,4 @@
-"""A plan in words, for a person, and as plain values, for a machine."""
+"""A plan as text for the user, and as JSON values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any, Iterator
 
 from uoe_jax.costs.memory import parameters
-from uoe_jax.plan.hardware import CPU, HARDWARE, Range
+from uoe_jax.plan.hardware import CPU, HARDWARE, Hardware, Range
 from uoe_jax.plan.make import Plan
 from uoe_jax.plan.predict import rows
 
@@ -20,7 +20,7 @@ PARTS = {
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """All of `Plan`, without the configuration and the single collectives; bytes, seconds, FLOPs."""
+    """All of `Plan`, without the configuration and single collectives; bytes, seconds, FLOPs."""
 
     def plain(value: Any) -> Any:
         if hasattr(value, "_asdict"):
@@ -32,122 +32,116 @@ def as_json(plan: Plan) -> dict[str, Any]:
     del found["compiled"]["collectives"]
     found["compiled"]["peak"] = plan.compiled.peak
     c = plan.config
-    return {
-        "mesh": c.mesh.shape,
-        "parameters": parameters(c.model),
-        "warnings": list(warnings(plan)),
-        **found,
-    }
+    first = {"mesh": c.mesh.shape, "parameters": parameters(c.model)}
+    return {**first, "warnings": list(warnings(plan)), **found}
 
 
 def warnings(plan: Plan) -> Iterator[str]:
-    """What a person should know before paying for the run; a sentence each."""
+    """What to know before paying for the run; a sentence each."""
     m, shape, accelerator = plan.config.model, plan.config.mesh.shape, plan.hardware != CPU
     for block, reduction, compute in plan.prediction.reductions if plan.prediction else ():
         if reduction > compute:
-            yield (
-                f"the reduction over expert={shape['expert']} after {block} takes {_time(reduction)}, longer than the "
-                f"{_time(compute)} of the work it follows: make mesh.expert smaller and data or fsdp larger"
-            )
+            longer = f"longer than the {_time(compute)} of the work it follows"
+            why = f"takes {_time(reduction)}, {longer}"
+            remedy = "make mesh.expert smaller and data or fsdp larger"
+            yield f"the reduction over expert={shape['expert']} after {block} {why}: {remedy}"
     if plan.least is not None:
         mesh, needed = plan.least
-        yield (
-            f"no mesh of these devices fits; {_mesh(mesh)} needs least, {_gb(needed)}: take more devices, more "
-            f"train.accumulation (now {plan.config.train.accumulation}) or model.remat='block' (now {m.remat!r})"
-        )
+        more = f"more train.accumulation (now {plan.config.train.accumulation})"
+        remedy = f"take more devices, {more} or model.remat='block' (now {m.remat!r})"
+        least = f"{_mesh(mesh)} needs least, {_gb(needed)}"
+        yield f"no mesh of these devices fits; {least}: {remedy}"
     if accelerator and m.dtype == "float32":
-        yield "model.dtype='float32', and the times are those of 16-bit products: set bfloat16, or expect several times as long"
+        remedy = "set bfloat16, or expect several times as long"
+        yield f"model.dtype='float32', and the times are those of 16-bit products: {remedy}"
     if accelerator and m.remat in ("none", "dots"):
-        yield f"model.remat={m.remat!r} leaves to the compiler what is kept: memory is less certain than with 'slots' or 'block'"
+        what = f"model.remat={m.remat!r} leaves to the compiler what is kept"
+        yield f"{what}: memory is less certain than with 'slots' or 'block'"
     if not all(c.counted for c in plan.compiled.collectives):
         yield "some collectives are in loops of unknown length and are counted once"
 
 
 def text(plan: Plan, name: str) -> str:
-    """The plan for a person; `name` is the configuration's."""
-    c, m, compiled, e, p = (
-        plan.config,
-        plan.config.model,
-        plan.compiled,
-        plan.expected,
-        plan.prediction,
-    )
-    hardware, shape, tokens = (
-        HARDWARE.get(plan.hardware),
-        c.mesh.shape,
-        c.train.batch_size * m.rows_per_example * m.context_length,
-    )
-    n, ends = (
-        math.prod(shape.values()),
-        "the vocabulary scores" if m.task == "language" else "the inputs",
-    )
-    room = (
-        f" of {_gb(hardware.memory)}: {'fits' if plan.fits else 'does not fit'}" if hardware else ""
-    )
+    """The plan for the user; `name` is the configuration's."""
+    c, m, shape = plan.config, plan.config.model, plan.config.mesh.shape
+    n, hardware = math.prod(shape.values()), HARDWARE.get(plan.hardware)
+    batch, tokens = f"{c.train.accumulation} x {rows(c, shape)} rows a device", _tokens(plan)
+    size = f"{_count(parameters(m))} parameters, {m.dtype}, remat={m.remat}"
     lines = [
-        f"{name}: {_count(parameters(m))} parameters, {m.dtype}, remat={m.remat}, {tokens:,} tokens a step",
-        f"{n} x {plan.hardware}, mesh {_mesh(shape)}: {c.train.accumulation} x {rows(c, shape)} rows a device",
-        "",
-        "Memory of one device",
-        *_table(
-            ("parameters", _gb(compiled.parameters)),
-            ("optimizer", _gb(compiled.optimizer)),
-            ("gradients", _gb(e.gradients)),
-            ("activations kept", _gb(e.kept)),
-            (
-                "working set",
-                f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}",
-            ),
-            ("peak", _gb(plan.peak) + room),
-        ),
-        f"  Compiled for {n} host devices in {compiled.seconds:.0f} s (jax {compiled.jax}): {_gb(compiled.peak)}, of it "
-        f"{_gb(compiled.temporary)} temporary.",
-        f"  Counted for the same {'' if hardware is None else 'float32 '}step: {_gb(plan.counted.temporary)} temporary; "
-        f"factor {plan.factor:.2f}.",
+        f"{name}: {size}, {tokens:,} tokens a step",
+        f"{n} x {plan.hardware}, mesh {_mesh(shape)}: {batch}",
+        *("", "Memory of one device", *_memory(plan, n, hardware)),
+        *("", "Sent by one device in a step", *_sent(plan)),
     ]
     if hardware is not None:
-        lines.append(
-            f"  Assumed: {m.dtype}, and a kernel of attention that holds no scores; tiles of them take {_gb(plan.scores)} more."
-        )
-    sent = (
-        (
-            f"{t.kind} over {', '.join(t.axes)}",
-            f"{_gb(t.sent)} in {t.runs} runs"
-            + (f", {_range(t.seconds)}{', slow network' if t.slow else ''}" if t.seconds else ""),
-        )
-        for t in plan.traffic
-    )
-    lines += ["", "Sent by one device in a step", *(_table(*sent) or ["  nothing"])]
-    if p is not None and hardware is not None:
-        lines += [
-            "",
-            "A step, best to worst",
-            *_table(
-                ("model FLOPs", f"{p.flops:.3g}"),
-                (
-                    "executed FLOPs",
-                    f"{p.executed:.3g}, recomputation included, attention as a flash kernel does it",
-                ),
-                *((PARTS[part], _range(seconds)) for part, seconds in p.parts.items()),
-                (
-                    "time",
-                    f"{_range(p.step)}; {tokens / p.step[1]:.3g} to {tokens / p.step[0]:.3g} tokens/s",
-                ),
-                ("MFU", f"{p.mfu[0]:.0%} to {p.mfu[1]:.0%} of {hardware.flops / 1e12:.0f} TFLOP/s"),
-            ),
-            f"  {plan.hardware}: {hardware.source}.",
-            "  A roofline from what such devices are known to reach; how near it came on an H200: docs/plan.md.",
-        ]
+        lines += ["", "A step, best to worst", *_step(plan, hardware)]
     lines.append("")
     if plan.suggestion is not None:
         s = plan.suggestion
         mesh = ",".join(f"{axis}={size}" for axis, size in s.mesh.items() if size > 1)
-        lines.append(
-            f"suggested: --mesh={mesh}: {_range(s.step)} and {_gb(s.peak)}, where this mesh is counted at {_range(s.given_step)}"
-        )
+        beside = f"where this mesh is counted at {_range(s.given_step)}"
+        lines.append(f"suggested: --mesh={mesh}: {_range(s.step)} and {_gb(s.peak)}, {beside}")
     elif hardware is not None and plan.least is None:
         lines.append("No other mesh of these devices is counted to be faster and to fit.")
     return "\n".join([*lines, *(f"warning: {sentence}" for sentence in warnings(plan))]).rstrip()
+
+
+def _tokens(plan: Plan) -> int:
+    m = plan.config.model
+    return plan.config.train.batch_size * m.rows_per_example * m.context_length
+
+
+def _memory(plan: Plan, n: int, hardware: Hardware | None) -> Iterator[str]:
+    m, compiled, e = plan.config.model, plan.compiled, plan.expected
+    ends = "the vocabulary scores" if m.task == "language" else "the inputs"
+    room, dtype = "", ""
+    if hardware is not None:
+        room = f" of {_gb(hardware.memory)}: {'fits' if plan.fits else 'does not fit'}"
+        dtype = "float32 "
+    working = f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}"
+    yield from _table(
+        ("parameters", _gb(compiled.parameters)),
+        ("optimizer", _gb(compiled.optimizer)),
+        ("gradients", _gb(e.gradients)),
+        ("activations kept", _gb(e.kept)),
+        ("working set", working),
+        ("peak", _gb(plan.peak) + room),
+    )
+    how = f"Compiled for {n} host devices in {compiled.seconds:.0f} s (jax {compiled.jax})"
+    yield f"  {how}: {_gb(compiled.peak)}, of it {_gb(compiled.temporary)} temporary."
+    counted = _gb(plan.counted.temporary)
+    yield f"  Counted for the same {dtype}step: {counted} temporary; factor {plan.factor:.2f}."
+    if hardware is not None:
+        kernel = "a kernel of attention that holds no scores"
+        yield f"  Assumed: {m.dtype}, and {kernel}; tiles of them take {_gb(plan.scores)} more."
+
+
+def _sent(plan: Plan) -> list[str]:
+    found = []
+    for t in plan.traffic:
+        time = f", {_range(t.seconds)}{', slow network' * t.slow}" if t.seconds else ""
+        what = f"{t.kind} over {', '.join(t.axes)}"
+        found.append((what, f"{_gb(t.sent)} in {t.runs} runs{time}"))
+    return _table(*found) or ["  nothing"]
+
+
+def _step(plan: Plan, hardware: Hardware) -> list[str]:
+    p, tokens = plan.prediction, _tokens(plan)
+    assert p is not None  # as for every accelerator
+    executed = "recomputation included, attention as a flash kernel does it"
+    speed = f"{tokens / p.step[1]:.3g} to {tokens / p.step[0]:.3g} tokens/s"
+    return [
+        *_table(
+            ("model FLOPs", f"{p.flops:.3g}"),
+            ("executed FLOPs", f"{p.executed:.3g}, {executed}"),
+            *((PARTS[part], _range(seconds)) for part, seconds in p.parts.items()),
+            ("time", f"{_range(p.step)}; {speed}"),
+            ("MFU", f"{p.mfu[0]:.0%} to {p.mfu[1]:.0%} of {hardware.flops / 1e12:.0f} TFLOP/s"),
+        ),
+        f"  {plan.hardware}: {hardware.source}.",
+        "  A roofline from what such devices are known to reach; how near it came on an H200: "
+        "docs/plan.md.",
+    ]
 
 
 def _table(*pairs: tuple[str, str]) -> list[str]:
@@ -156,9 +150,8 @@ def _table(*pairs: tuple[str, str]) -> list[str]:
 
 
 def _mesh(shape: dict[str, int]) -> str:
-    return (
-        ", ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "of one device"
-    )
+    sizes = ", ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1)
+    return sizes or "of one device"
 
 
 def _count(n: float) -> str:

@@ -1,1 +1,1 @@
-"""`uoe report`: a run, or several, as one HTML file to look at."""
+"""The report of one run or several, as one HTML file."""

@@ -1,4 +1,4 @@
-"""The charts of a report, as Bokeh draws them: curves of all runs, and the figures of one routed block that page.js fills."""
+"""The charts of a report in Bokeh: curves of all runs, and a routed block's, filled by page.js."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from bokeh.core.properties import field
 from bokeh.models import (
     BasicTicker,
     ColumnDataSource,
@@ -19,7 +20,7 @@ from bokeh.models.renderers import DataRenderer
 from bokeh.palettes import Category10_10, Category20_20, cividis
 from bokeh.plotting import figure
 
-from uoe_jax.report.series import Logged
+from uoe_jax.report.series import RunLog
 
 TOOLS = "pan,wheel_zoom,box_zoom,reset,save"
 TRAIN = (  # (title, keys of metrics.jsonl, factor, format of a value)
@@ -33,164 +34,113 @@ TRAIN = (  # (title, keys of metrics.jsonl, factor, format of a value)
     ("peak memory, GB", ("perf/device_peak_bytes", "perf/host_peak_bytes"), 1e-9, "0.000"),
     ("skipped steps", ("train/skipped",), 1.0, "0"),
 )
+QUARTERS = ("first quarter", "second quarter", "third quarter", "last quarter")
+ROUTING = (  # (title, names of its lines in page.js, format of a value)
+    ("dropped patches, share", ("choices without a slot", "patches no expert took"), "0.0000"),
+    ("router entropy, nats", ("router entropy, nats", "even: ln N"), "0.000"),
+    ("experts out of balance", ("highest load / mean", "dead experts"), "0.00"),
+    ("kept share by quarter of the row, of the mean", QUARTERS, "0.000"),
+)
 CELL = ("left", "right", "top", "bottom", "value", "expert", "step")  # of the heat map
-WIDTH, HEIGHT = 410, 250
+STEP = ("step", "@step{0,0}")  # of a tooltip
 
 
-def colours(runs: Sequence[Logged]) -> list[str]:
+def colours(runs: Sequence[RunLog]) -> list[str]:
     """A colour for every run."""
     palette = Category10_10 if len(runs) <= 10 else Category20_20
     return [palette[i % len(palette)] for i in range(len(runs))]
 
 
-def curves(runs: Sequence[Logged]) -> list[figure]:
-    """One figure for every measure that a run has; training as lines with their range, evaluations as dots on a line."""
-    return [
-        _curves(runs, *chart)
-        for chart in TRAIN
-        if any(_has(run, key) for run in runs for key in chart[1])
-    ]
+def curves(runs: Sequence[RunLog]) -> list[figure]:
+    """One figure for every measure that a run has.
+
+    Training is drawn as lines with their range, evaluations as dots on a dashed line.
+    """
+    charts = [c for c in TRAIN if any(_has(run, key) for run in runs for key in c[1])]
+    return [_curves(runs, *chart) for chart in charts]
 
 
-def _has(run: Logged, key: str) -> bool:
+def _has(run: RunLog, key: str) -> bool:
     """Whether there is anything to draw: of skipped steps, whether there are any."""
     return key in run.curves and (key != "train/skipped" or bool(run.curves[key].high.any()))
 
 
 def _curves(
-    runs: Sequence[Logged], title: str, keys: Sequence[str], factor: float, shown: str
+    runs: Sequence[RunLog], title: str, keys: Sequence[str], factor: float, shown: str
 ) -> figure:
     chart = _figure(title)
-    hovered: list[DataRenderer] = []
+    lines: list[DataRenderer] = []
     for run, colour in zip(runs, colours(runs)):
         for key in keys:
-            if not _has(run, key):
-                continue
-            c, prefix = run.curves[key], key.split("/")[0]
-            what = {"train": "training", "eval": "validation"}.get(
-                prefix, key.removeprefix("perf/").split("_")[0]
-            )
-            data = dict(
-                x=c.step,
-                step=c.step,
-                tokens=c.tokens,
-                value=factor * c.mean,
-                low=factor * c.low,
-                high=factor * c.high,
-            )
-            source = ColumnDataSource(
-                {
-                    **data,
-                    "what": np.full(len(c.step), f"{run.name}, {what}" if len(runs) > 1 else what),
-                }
-            )
-            single = prefix == "eval" or key.startswith("perf/device")
-            if (c.high > c.low).any():
-                chart.varea("x", "low", "high", source=source, color=colour, alpha=0.15)
-            line = chart.line(
-                "x",
-                "value",
-                source=source,
-                color=colour,
-                line_width=2 if single else 1.3,
-                line_dash="dashed" if prefix == "eval" else "solid",
-            )
-            hovered.append(line)
-            if prefix == "eval" or len(c.step) == 1:
-                chart.scatter("x", "value", source=source, color=colour, size=5)
-    tips = [
-        ("", "@what"),
-        ("step", "@step{0,0}"),
-        ("tokens", "@tokens{0.00a}"),
-        (title, f"@value{{{shown}}}"),
-    ]
-    chart.add_tools(
-        HoverTool(renderers=hovered, tooltips=tips, mode="vline" if len(hovered) < 3 else "mouse")
-    )
+            if _has(run, key):
+                name = f"{run.name}, " if len(runs) > 1 else ""
+                lines.append(_curve(chart, run, key, colour, factor, name))
+    tips = [("", "@what"), STEP, ("tokens", "@tokens{0.00a}"), (title, f"@value{{{shown}}}")]
+    hover = HoverTool(renderers=lines, tooltips=tips, mode="vline" if len(lines) < 3 else "mouse")
+    chart.add_tools(hover)
     chart.xaxis.tags = ["over"]  # page.js renames it
     chart.xaxis.formatter = NumeralTickFormatter(format="0[.]0a")
-    chart.yaxis.formatter = (
-        PrintfTickFormatter(format="%.1e")
-        if title == "learning rate"
-        else NumeralTickFormatter(format="0[.]00a")
-    )
+    chart.yaxis.formatter = NumeralTickFormatter(format="0[.]00a")
+    if title == "learning rate":
+        chart.yaxis.formatter = PrintfTickFormatter(format="%.1e")
     return chart
+
+
+def _curve(
+    chart: figure, run: RunLog, key: str, colour: str, factor: float, name: str
+) -> DataRenderer:
+    c, prefix = run.curves[key], key.split("/")[0]
+    what = {"train": "training", "eval": "validation"}.get(prefix)
+    what = what or key.removeprefix("perf/").split("_")[0]
+    data = dict(x=c.step, step=c.step, tokens=c.tokens, value=factor * c.mean)
+    data |= dict(low=factor * c.low, high=factor * c.high)
+    source = ColumnDataSource({**data, "what": np.full(len(c.step), name + what)})
+    look: dict[str, Any] = dict(source=source, color=colour)
+    if (c.high > c.low).any():
+        chart.varea("x", "low", "high", alpha=0.15, **look)
+    width = 2 if prefix == "eval" or key.startswith("perf/device") else 1.3
+    dash = "dashed" if prefix == "eval" else "solid"
+    line = chart.line("x", "value", line_width=width, line_dash=dash, **look)
+    if prefix == "eval" or len(c.step) == 1:
+        chart.scatter("x", "value", size=5, **look)
+    return line
 
 
 def routing() -> list[figure]:
     """The figures of one block in one layer; page.js fills their sources, by name."""
+    return [_heat_map(), *(_lines(*chart) for chart in ROUTING)]
+
+
+def _heat_map() -> figure:
     load = _figure("load of every expert, of the mean", name="load", y_axis_label="expert")
     mapper = LinearColorMapper(palette=list(cividis(256)), low=0, high=2)
     # One point each, as a figure without any warns that it has no range.
-    cells = ColumnDataSource(
-        {name: [float(name in ("right", "top"))] for name in CELL}, name="cells"
-    )
-    load.quad(
-        "left",
-        "right",
-        "top",
-        "bottom",
-        source=cells,
-        fill_color={"field": "value", "transform": mapper},
-        line_color=None,
-    )
-    load.add_tools(
-        HoverTool(
-            tooltips=[
-                ("expert", "@expert"),
-                ("from step", "@step{0,0}"),
-                ("load / mean", "@value{0.00}"),
-            ]
-        )
-    )
+    one = {name: [float(name in ("right", "top"))] for name in CELL}
+    cells, colour = ColumnDataSource(one, name="cells"), field("value", mapper)
+    load.quad(*CELL[:4], source=cells, fill_color=colour, line_color=None)
+    tips = [("expert", "@expert"), ("from step", "@step{0,0}"), ("load / mean", "@value{0.00}")]
+    load.add_tools(HoverTool(tooltips=tips))
     load.add_layout(ColorBar(color_mapper=mapper, ticker=BasicTicker(), width=10), "right")
     load.yaxis.ticker = BasicTicker(min_interval=1, mantissas=[1, 2, 5])
     load.grid.visible = False
-    return [
-        load,
-        _lines(
-            "patches that were lost, share",
-            ("choices without a slot", "patches no expert took"),
-            "0.0000",
-        ),
-        _lines("router entropy, nats", ("router entropy, nats", "even: ln N"), "0.000"),
-        _lines("experts out of balance", ("highest load / mean", "dead experts"), "0.00"),
-        _lines(
-            "kept share by quarter of the row, of the mean",
-            ("first quarter", "second quarter", "third quarter", "last quarter"),
-            "0.000",
-        ),
-    ]
-
-
-def _figure(title: str, **more: Any) -> figure:
-    chart = figure(
-        title=title, tools=TOOLS, x_axis_label="step", width=WIDTH, height=HEIGHT, **more
-    )
-    chart.toolbar.update(logo=None, autohide=True)
-    return chart
+    return load
 
 
 def _lines(title: str, names: Sequence[str], shown: str) -> figure:
     chart = _figure(title)
     for name, colour in zip(names, Category10_10):
         source = ColumnDataSource({"step": [0], "value": [0]}, name=name)
-        line = chart.line(
-            "step", "value", source=source, color=colour, line_width=1.5, legend_label=name
-        )
-        chart.add_tools(
-            HoverTool(
-                renderers=[line],
-                tooltips=[("", name), ("step", "@step{0,0}"), ("", f"@value{{{shown}}}")],
-                mode="vline",
-            )
-        )
-    chart.legend.update(
-        orientation="horizontal",
-        label_text_font_size="8pt",
-        padding=0,
-        spacing=8,
-        border_line_alpha=0,
-    )
+        look: dict[str, Any] = dict(source=source, color=colour, line_width=1.5, legend_label=name)
+        line = chart.line("step", "value", **look)
+        tips = [("", name), STEP, ("", f"@value{{{shown}}}")]
+        chart.add_tools(HoverTool(renderers=[line], tooltips=tips, mode="vline"))
+    size: dict[str, Any] = dict(label_text_font_size="8pt", padding=0, spacing=8)
+    chart.legend.update(orientation="horizontal", border_line_alpha=0, **size)
     chart.add_layout(chart.legend[0], "below")
+    return chart
+
+
+def _figure(title: str, **more: Any) -> figure:
+    chart = figure(title=title, tools=TOOLS, x_axis_label="step", width=410, height=250, **more)
+    chart.toolbar.update(logo=None, autohide=True)
     return chart

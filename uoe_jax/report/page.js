@@ -1,5 +1,5 @@
 "use strict";
-// The page's own part: what is chosen above fills the routing figures and colours the sample.
+// Fills the routing figures and colours the sample by what is selected above them.
 (() => {
   const runs = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
@@ -77,7 +77,7 @@
   const hue = (i, n) => `hsl(${Math.round((360 * i) / n)}, 70%, 78%)`;
 
   function patchWeights(row, token) {
-    // Weights of all experts for the patch of a token of a row; null behind what is shown.
+    // Weights of all experts for a token's patch; null beyond the patches shown.
     const b = block(), [, rows, patches, n] = b.routes.shape;
     const patch = Math.floor((token + run().sample.before) / b.patch);
     if (row >= rows || patch >= patches) return null;
@@ -97,7 +97,7 @@
     return taken(w) ? `rgba(31, 119, 180, ${(0.15 + (0.6 * w) / top).toFixed(3)})` : "";
   }
 
-  function said(what, row, token) {
+  function tooltip(what, row, token) {
     const weights = patchWeights(row, token);
     if (!weights) return `${what}: not looked at`;
     const own = Array.from(weights, (w, i) => [w, i]).filter(([w]) => taken(w)).sort((a, b) => b[0] - a[0]);
@@ -147,7 +147,7 @@
   }
 
   function pictures(source, row, grid, b) {
-    // The picture, and for every expert what is left of it when the squares it did not take are veiled.
+    // The picture, and for every expert the picture with the patches it did not take faded.
     const box = document.createElement("div");
     box.className = "pictures";
     const only = chosen.expert.value;
@@ -191,12 +191,12 @@
     const tip = at("tip"), target = event.target, row = Number(target.dataset.row);
     let text = "";
     if (target.dataset.token !== undefined) {
-      text = said(JSON.stringify(target.textContent), row, Number(target.dataset.token));
+      text = tooltip(JSON.stringify(target.textContent), row, Number(target.dataset.token));
     } else if (target.tagName === "CANVAS" && target.dataset.wide) {
       const wide = Number(target.dataset.wide), high = Number(target.dataset.high);
       const x = Math.min(wide - 1, Math.floor((event.offsetX / target.clientWidth) * wide));
       const y = Math.min(high - 1, Math.floor((event.offsetY / target.clientHeight) * high));
-      text = said(`square ${y}, ${x}`, row, y * wide + x);
+      text = tooltip(`square ${y}, ${x}`, row, y * wide + x);
     }
     tip.hidden = !text;
     tip.textContent = text;
@@ -204,7 +204,7 @@
     tip.style.top = `${event.clientY + 16}px`;
   }
 
-  // --- from here on it runs ------------------------------------------------------------------------------------
+  // --- start ---------------------------------------------------------------------------------------------------
   function draw() {
     offerAll();
     drawFigures();

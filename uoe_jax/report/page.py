@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: Bokeh's script, the charts, the data, and the page's own script."""
+"""The report as one self-contained HTML file: Bokeh's script, the charts, the data, page.js."""
 
 from __future__ import annotations
 
@@ -22,33 +22,31 @@ from PIL import Image
 from uoe_jax.costs.flops import forward_flops_per_token
 from uoe_jax.costs.memory import parameters
 from uoe_jax.report import charts
-from uoe_jax.report.sample import Looked
-from uoe_jax.report.series import PER_LAYER, Logged
+from uoe_jax.report.sample import RoutingSample
+from uoe_jax.report.series import PER_LAYER, RunLog
+
+MEASURES = ("loss", "bits_per_byte", "word_perplexity", "accuracy")  # of the summary
 
 
-def page(runs: Sequence[Logged], looked: Sequence[Looked]) -> str:
+def page(runs: Sequence[RunLog], samples: Sequence[RoutingSample]) -> str:
     """The file's text, for one run or several beside each other."""
-    curves, routing = (
-        charts.curves(runs),
-        charts.routing() if any(run.routing for run in runs) else [],
-    )
-    figures: list[Model] = [*curves, *routing]
+    curves = charts.curves(runs)
+    figures: list[Model] = [*curves, *(charts.routing() if any(r.routing for r in runs) else [])]
     script, divs = components(figures) if figures else ("", ())
-    title = " · ".join(run.name for run in runs)
-    data = [_run(run, look) for run, look in zip(runs, looked)]
     own = importlib.resources.files("uoe_jax.report")
-    part = lambda name: (own / name).read_text(encoding="utf-8")  # noqa: E731
-    text = string.Template(part("page.html")).substitute(
-        title=html.escape(title),
+    kinds = ("html", "css", "js")
+    part = {kind: (own / f"page.{kind}").read_text(encoding="utf-8") for kind in kinds}
+    text = string.Template(part["html"]).substitute(
+        title=html.escape(" · ".join(run.name for run in runs)),
         made=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
-        style=part("page.css"),
+        style=part["css"],
         bokeh=Resources(mode="inline", components=["bokeh"]).render_js(),
         figures=script,
         summary=_summary(runs),
         curves="".join(divs[: len(curves)]),
         routing="".join(divs[len(curves) :]),
-        data=_in_script(data),
-        script=part("page.js"),
+        data=_in_script([_run(run, sample) for run, sample in zip(runs, samples)]),
+        script=part["js"],
     )
     # A directory's name may have bytes that are no text.
     return text.encode("utf-8", "replace").decode()
@@ -60,106 +58,71 @@ def _in_script(data: Any) -> str:
     return text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<\u2028\u2029"})
 
 
-def _summary(runs: Sequence[Logged]) -> str:
+def _summary(runs: Sequence[RunLog]) -> str:
     """A table with a column for each run."""
     rows: dict[str, list[str]] = {}
     for i, (run, colour) in enumerate(zip(runs, charts.colours(runs))):
-        m, c = run.config.model, run.config
-        facts = {
-            "run": f'<span style="color:{colour}">■</span> {html.escape(run.name)}',
-            "blocks": f"{m.attention} + {m.mlp}, {m.n_layers} layers, D = {m.d_model}",
-            **{
-                name: f"{r.k} of {r.n_experts} experts, patches of {r.patch_size}, {r.unit} by {r.priority}, gate {r.gate}"
-                for name, r in m.unions().items()
-            },
-            "parameters": f"{parameters(m) / 1e6:,.2f} M",
-            "forward operations": f"{forward_flops_per_token(m) / 1e6:.3g} MFLOPs a token",
-            "data": html.escape(" ".join(filter(None, (c.data.source, c.data.name, c.data.path)))),
-            "batch": f"{c.train.batch_size} rows of {m.context_length} tokens",
-            "steps": f"{run.step:,} of {c.train.steps:,}"
-            + ("" if run.step >= c.train.steps else " (in progress, or stopped)"),
-            **{
-                _called(
-                    split, key
-                ): f"{line[key]:.4f} (step {line.get('test/step', line['step']):,})"
-                for split, line in run.last.items()
-                for key in line
-                if _told(key)
-            },
-        }
-        for name, value in facts.items():
+        first = f'<span style="color:{colour}">■</span> {html.escape(run.name)}'
+        for name, value in {"run": first, **_facts(run)}.items():
             rows.setdefault(name, [""] * len(runs))[i] = value
-    body = "".join(
-        f"<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{v}</td>" for v in values) + "</tr>"
-        for name, values in rows.items()
-    )
+    body = ""
+    for name, values in rows.items():
+        cells = "".join(f"<td>{v}</td>" for v in values)
+        body += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
     return f'<table class="summary">{body}</table>'
 
 
-def _told(key: str) -> bool:
-    return key.partition("/")[2] in ("loss", "bits_per_byte", "word_perplexity", "accuracy")
-
-
-def _called(split: str, key: str) -> str:
-    return (
-        f"{'validation' if split == 'eval' else split}: {key.partition('/')[2].replace('_', ' ')}"
-    )
-
-
-def _run(run: Logged, looked: Looked) -> dict[str, Any]:
-    """What page.js needs of a run."""
-    m = run.config.model
-    blocks = {}
-    for name, r in m.routed().items():
-        own = run.routing.get(name)
-        found: dict[str, Any] = {
-            "n": r.n_experts,
-            "patch": r.patch_size,
-            "heads": m.n_heads // r.n_experts if name == "smha" else 0,
-        }
-        if own is not None:
-            found |= {
-                "edges": own.edges.tolist(),
-                "load": _packed(own.load),
-                "quarters": _packed(own.quarters),
-                "lines": {said: _packed(own.lines[key]) for key, said in PER_LAYER.items()},
-                "even": math.log(r.n_experts),
-            }
-        if looked.sample is not None and name in looked.routes:
-            found["routes"] = _packed(looked.routes[name])
-        blocks[name] = found
-    return {
-        "name": run.name,
-        "layers": m.n_layers,
-        "blocks": blocks,
-        "sample": _sample(looked),
-        "why": looked.why,
-        "step": looked.step,
+def _facts(run: RunLog) -> dict[str, str]:
+    m, c = run.config.model, run.config
+    facts = {"blocks": f"{m.attention} + {m.mlp}, {m.n_layers} layers, D = {m.d_model}"}
+    for name, r in m.unions().items():
+        routed = f"{r.k} of {r.n_experts} experts, patches of {r.patch_size}"
+        facts[name] = f"{routed}, {r.unit} by {r.priority}, gate {r.gate}"
+    in_progress = "" if run.step >= c.train.steps else " (in progress, or stopped)"
+    facts |= {
+        "parameters": f"{parameters(m) / 1e6:,.2f} M",
+        "forward FLOPs": f"{forward_flops_per_token(m) / 1e6:.3g} MFLOPs a token",
+        "data": html.escape(" ".join(filter(None, (c.data.source, c.data.name, c.data.path)))),
+        "batch": f"{c.train.batch_size} rows of {m.context_length} tokens",
+        "steps": f"{run.step:,} of {c.train.steps:,}{in_progress}",
     }
+    for split, line in run.last.items():
+        name, step = "validation" if split == "eval" else split, line.get("test/step", line["step"])
+        for key, value in line.items():
+            measure = key.partition("/")[2]
+            if measure in MEASURES:
+                facts[f"{name}: {measure.replace('_', ' ')}"] = f"{value:.4f} (step {step:,})"
+    return facts
+
+
+def _run(run: RunLog, shown: RoutingSample) -> dict[str, Any]:
+    """What page.js needs of a run."""
+    m, s, blocks = run.config.model, shown.sample, {}
+    sample: dict[str, Any] | None = None
+    for name, r in m.routed().items():
+        heads = m.n_heads // r.n_experts if name == "smha" else 0
+        found: dict[str, Any] = {"n": r.n_experts, "patch": r.patch_size, "heads": heads}
+        own = run.routing.get(name)
+        if own is not None:
+            lines = {line: _packed(own.lines[key]) for key, line in PER_LAYER.items()}
+            found |= {"edges": own.edges.tolist(), "lines": lines, "even": math.log(r.n_experts)}
+            found |= {"load": _packed(own.load), "quarters": _packed(own.quarters)}
+        if s is not None and name in shown.routes:
+            found["routes"] = _packed(shown.routes[name])
+        blocks[name] = found
+    if s is not None:
+        pictures = None if s.pictures is None else [_png(picture) for picture in s.pictures]
+        sample = {"texts": s.texts, "pictures": pictures, "grid": s.grid}
+        sample |= {"before": s.before, "titles": s.titles}
+    what = {"name": run.name, "layers": m.n_layers, "blocks": blocks}
+    return {**what, "sample": sample, "why": shown.why, "step": shown.step}
 
 
 def _packed(array: np.ndarray) -> dict[str, Any]:
     """Numbers to about four digits: int16 of a common scale, as text."""
     top = float(np.abs(array).max(initial=0)) or 1.0
-    return {
-        "shape": array.shape,
-        "scale": top / 32767,
-        "data": base64.b64encode(np.round(array / top * 32767).astype("<i2").tobytes()).decode(),
-    }
-
-
-def _sample(looked: Looked) -> dict[str, Any] | None:
-    s = looked.sample
-    if s is None:
-        return None
-    pictures = None if s.pictures is None else [_png(picture) for picture in s.pictures]
-    return {
-        "texts": s.texts,
-        "pictures": pictures,
-        "grid": s.grid,
-        "before": s.before,
-        "titles": s.titles,
-    }
+    data = np.round(array / top * 32767).astype("<i2").tobytes()
+    return {"shape": array.shape, "scale": top / 32767, "data": base64.b64encode(data).decode()}
 
 
 def _png(picture: np.ndarray) -> str:

@@ -1,10 +1,10 @@
-"""What is shown of the routing itself: a passage of text token by token, or pictures, and who took which patch of them."""
+"""The rows whose routing a report shows, and which experts took which of their patches."""
 
 from __future__ import annotations
 
 import codecs
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,17 +21,17 @@ from uoe_jax.models.classifier import Classifier
 from uoe_jax.train.step import Params, Program
 
 TEXTS, PICTURES = 2, 6  # rows shown
-CELLS = 400_000  # numbers shown of a block: patches, experts and layers of all rows
+CELLS = 400_000  # weights shown of a block: patches x experts x layers of all rows
 START = "▮"  # where a document begins
 
 
 class Sample(NamedTuple):
-    """Rows to look at, and what the model takes for them.
+    """Rows to show.
 
     Attributes:
-      batch: arrays with a leading axis of rows.
-      texts: for every row the text of every token shown, or None.
-      pictures: for every row uint8 [height,width,channels], or None; `grid` tokens high and wide.
+      batch: the model's inputs, with a leading axis of rows.
+      texts: of every row the text of every token shown, or None.
+      pictures: of every row uint8 [height,width,channels], or None; `grid` tokens high and wide.
       before: tokens in front of the first one shown.
       titles: of the rows.
     """
@@ -44,8 +44,8 @@ class Sample(NamedTuple):
     titles: list[str]
 
 
-class Looked(NamedTuple):
-    """The routing of a sample at a checkpoint, or (sample None) why there is none."""
+class RoutingSample(NamedTuple):
+    """The routing of a sample at a checkpoint (`routes`), or (sample None) why there is none."""
 
     sample: Sample | None
     routes: dict[str, np.ndarray]
@@ -58,85 +58,57 @@ def of_rows(config: Config, rows: Rows, tokenizer: Tokenizer | None) -> Sample:
     m = config.model
     if m.task == "language":
         found = [rows[i] for i in range(min(TEXTS, len(rows)))]
-        batch = {
-            name: np.stack([row[name] for row in found])
-            for name in ("tokens", "segments", "positions")
-        }
-        texts = [
-            pieces(ids[valid > 0], tokenizer, m)
-            for ids, valid in zip(batch["tokens"], batch["segments"])
-        ]
-        return Sample(
-            batch,
-            texts,
-            None,
-            (0, 0),
-            0,
-            [f"row {i} of the validation split" for i in range(len(found))],
-        )
+        batch = _stacked(found, "tokens", "segments", "positions")
+        texts = _texts(batch["tokens"], batch["segments"], tokenizer, m)
+        titles = [f"row {i} of the validation split" for i in range(len(found))]
+        return Sample(batch, texts, None, (0, 0), 0, titles)
+    side = math.isqrt(m.context_length)
+    is_image = m.stem == "image"
+    as_square = not is_image and side**2 == m.context_length
     facts = SOURCES[config.data.source].facts
-    pictured = m.stem == "image" or (
-        facts is not None
-        and facts.image is not None
-        and math.isqrt(m.context_length) ** 2 == m.context_length
-    )
-    examples = [rows[i] for i in range(min(PICTURES if pictured else TEXTS, len(rows)))]
-    batch = {name: np.stack([row[name] for row in examples]) for name in ("inputs", "segments")}
+    as_square = as_square and facts is not None and facts.image is not None
+    n = PICTURES if is_image or as_square else TEXTS
+    found = [rows[i] for i in range(min(n, len(rows)))]
+    batch = _stacked(found, "inputs", "segments")
     before = m.block_length - m.context_length  # the learned token in front
-    titles = [f"class {row['label']}" for row in examples for _ in range(m.classifier.n_inputs)]
-    if m.stem == "image":
-        return Sample(
-            batch,
-            None,
-            list(batch["inputs"]),
-            (m.image.height // m.image.patch, m.image.width // m.image.patch),
-            before,
-            titles,
-        )
-    inputs, segments = (
-        batch[name].reshape(-1, m.context_length) for name in ("inputs", "segments")
-    )
-    if pictured:
-        side = math.isqrt(m.context_length)
-        return Sample(
-            batch,
-            None,
-            list(inputs.reshape(-1, side, side, 1).astype(np.uint8)),
-            (side, side),
-            before,
-            titles,
-        )
-    texts = [pieces(ids[valid > 0], tokenizer, m) for ids, valid in zip(inputs, segments)]
+    titles = [f"class {row['label']}" for row in found for _ in range(m.classifier.n_inputs)]
+    if is_image:
+        grid = m.image.height // m.image.patch, m.image.width // m.image.patch
+        return Sample(batch, None, list(batch["inputs"]), grid, before, titles)
+    inputs, segments = (a.reshape(-1, m.context_length) for a in batch.values())
+    if as_square:
+        pictures = list(inputs.reshape(-1, side, side, 1).astype(np.uint8))
+        return Sample(batch, None, pictures, (side, side), before, titles)
+    texts = _texts(inputs, segments, tokenizer, m)
     return Sample(batch, texts, None, (0, 0), before, titles)
 
 
+def _stacked(rows: list[Any], *names: str) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in names}
+
+
+def _texts(
+    tokens: np.ndarray, segments: np.ndarray, tokenizer: Tokenizer | None, m: ModelConfig
+) -> list[list[str]]:
+    return [pieces(ids[valid > 0], tokenizer, m) for ids, valid in zip(tokens, segments)]
+
+
 def of_text(config: Config, text: str, tokenizer: Tokenizer) -> Sample:
-    """One passage of one's own, cut to the context.
+    """A text of the user's, cut to the context.
 
     Raises:
       UserError: the model takes no text.
     """
     m = config.model
     if m.task != "language":
-        raise UserError(
-            f"--text: the model's task is {m.task!r}, and it reads rows of its data alone; leave the option out"
-        )
+        why = f"the model's task is {m.task!r}, and it reads rows of its data alone"
+        raise UserError(f"--text: {why}; leave the option out")
     ids = np.append(tokenizer.start, tokenizer.encode(text))[: m.context_length].astype(np.int32)
-    row = np.zeros(m.context_length, np.int32)
-    batch = {"tokens": row.copy(), "segments": row.copy(), "positions": row.copy()}
-    batch["tokens"][: len(ids)], batch["segments"][: len(ids)], batch["positions"][: len(ids)] = (
-        ids,
-        1,
-        np.arange(len(ids)),
-    )
-    return Sample(
-        {name: a[None] for name, a in batch.items()},
-        [pieces(ids, tokenizer, m)],
-        None,
-        (0, 0),
-        0,
-        ["the text given"],
-    )
+    tokens, segments, positions = np.zeros((3, 1, m.context_length), np.int32)
+    tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
+    positions[0, : len(ids)] = np.arange(len(ids))
+    batch = {"tokens": tokens, "segments": segments, "positions": positions}
+    return Sample(batch, [pieces(ids, tokenizer, m)], None, (0, 0), 0, ["the text given"])
 
 
 def pieces(ids: np.ndarray, tokenizer: Tokenizer | None, m: ModelConfig) -> list[str]:
@@ -145,20 +117,21 @@ def pieces(ids: np.ndarray, tokenizer: Tokenizer | None, m: ModelConfig) -> list
         return [listops.to_text([i]) + " " for i in ids]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     marks = {tokenizer.start, tokenizer.separator} if m.task == "language" else set()
-    return [
-        START
-        if int(i) in marks
-        else decoder.decode(tokenizer.decode_bytes([i]) if i < tokenizer.vocab_size else b"")
-        for i in ids
-    ]
+
+    def text(i: int) -> str:
+        if i in marks:
+            return START
+        return decoder.decode(tokenizer.decode_bytes([i]) if i < tokenizer.vocab_size else b"")
+
+    return [text(int(i)) for i in ids]
 
 
 def routes(
     program: Program, params: Params, sample: Sample, config: Config
 ) -> dict[str, np.ndarray]:
-    """By block the experts' combine weights, float32 [layers,rows,M,N], -1 where an expert did not take a patch.
+    """Combine weights by block, float32 [layers,rows,M,N]; -1 where an expert did not take a patch.
 
-    In every process the same; no more patches of a row than can be shown (`CELLS`), and none of padding.
+    The same in every process. Patches of padding, and what exceeds `CELLS`, are left out.
     """
 
     @jax.jit
@@ -175,12 +148,11 @@ def routes(
 
     with by_partitioner():
         host = jax.device_get(found(params, sample.batch))
+    tokens = sample.before
+    tokens += max(map(len, sample.texts)) if sample.texts else math.prod(sample.grid)
     out = {}
     for block, weights in host.items():
         layers, rows, _, n = weights.shape
-        p = config.model.routed()[block].patch_size
-        tokens = max(map(len, sample.texts)) if sample.texts else math.prod(sample.grid)
-        out[block] = weights[
-            :, :, : min(-(-(sample.before + tokens) // p), max(1, CELLS // (layers * rows * n)))
-        ]
+        shown = math.ceil(tokens / config.model.routed()[block].patch_size)
+        out[block] = weights[:, :, : min(shown, max(1, CELLS // (layers * rows * n)))]
     return out

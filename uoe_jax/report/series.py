@@ -1,4 +1,4 @@
-"""What a run logged, thinned out for drawing: means of stretches of steps with their lowest and highest values."""
+"""What a run logged, downsampled for drawing: means over intervals of steps, with their ranges."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from uoe_jax.train.metrics import read_metrics
 
 POINTS = 1200  # of a curve: more than a screen is wide
 CELLS = 160_000  # of all heat maps of a run
-PER_LAYER = {  # measures of a routed block that are one number a layer, and what they are called
+PER_LAYER = {  # measures of a routed block that are one number a layer, and their names in the page
     "dropped": "choices without a slot",
     "untouched": "patches no expert took",
     "entropy": "router entropy, nats",
@@ -24,7 +24,10 @@ PER_LAYER = {  # measures of a routed block that are one number a layer, and wha
 
 
 class Curve(NamedTuple):
-    """One measure over a run: float64 [T] each. tokens: seen up to there, each logged step counted for those since the last."""
+    """One measure over a run: float64 [T] each.
+
+    tokens: seen so far; a logged step stands for those since the last.
+    """
 
     step: np.ndarray
     tokens: np.ndarray
@@ -34,11 +37,12 @@ class Curve(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """How a block routed over the training, in T stretches of steps.
+    """How a block routed during training, in T intervals of steps.
 
     Attributes:
-      edges: float64 [T+1], steps at which stretches begin and end.
-      load: float32 [layers,T,N], share of the choices by expert, times N. quarters: float32 [layers,T,4], kept share by quarter of the row.
+      edges: float64 [T+1], the steps at which intervals begin and end.
+      load: float32 [layers,T,N], share of the choices by expert, times N.
+      quarters: float32 [layers,T,4], kept share by quarter of the row.
       lines: the measures of `PER_LAYER`, float32 [layers,T] each.
     """
 
@@ -48,8 +52,11 @@ class Routing(NamedTuple):
     lines: dict[str, np.ndarray]
 
 
-class Logged(NamedTuple):
-    """A run as its workdir tells it. curves: by key of metrics.jsonl. routing: by block. last: the newest evaluations' lines."""
+class RunLog(NamedTuple):
+    """What a run's workdir holds.
+
+    curves: by key of metrics.jsonl. routing: by block. last: the newest line by evaluated split.
+    """
 
     name: str
     config: Config
@@ -59,7 +66,7 @@ class Logged(NamedTuple):
     last: dict[str, dict[str, Any]]
 
 
-def logged(workdir: str, config: Config, name: str, points: int = POINTS) -> Logged:
+def read_log(workdir: str, config: Config, name: str, points: int = POINTS) -> RunLog:
     """Reads a run, finished or not.
 
     Raises:
@@ -67,41 +74,25 @@ def logged(workdir: str, config: Config, name: str, points: int = POINTS) -> Log
     """
     lines = read_metrics(workdir)
     train = [line for line in lines if "train/loss" in line]
-    taken = np.array([line["step"] for line in train], np.float64)
-    seen = np.cumsum([line["train/tokens"] for line in train] * np.diff(taken, prepend=0))
-    curves = {}
-    for key in sorted(
-        {
-            key
-            for line in lines
-            for key, value in line.items()
-            if key != "step" and isinstance(value, (int, float))
-        }
-    ):
-        found = [
-            (line["step"], line[key])
-            for line in lines
-            if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
-        ]
-        if found:
-            curves[key] = _curve(np.array(found, np.float64), taken, seen, points)
-    routing = {
-        block: _routing(train, block, config)
-        for block in config.model.routed()
-        if train and f"train/{block}/load" in train[0]
-    }
+    steps = np.array([line["step"] for line in train], np.float64)
+    seen = np.cumsum([line["train/tokens"] for line in train] * np.diff(steps, prepend=0))
+    found: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                found.setdefault(key, []).append((line["step"], value))
+    values = {key: np.array(found[key], np.float64) for key in sorted(found)}
+    curves = {key: _curve(value, steps, seen, points) for key, value in values.items()}
+    blocks = config.model.routed() if train else ()
+    routing = {b: _routing(train, b, config) for b in blocks if f"train/{b}/load" in train[0]}
     last = {split: line for line in lines for split in ("eval", "test") if f"{split}/loss" in line}
-    return Logged(
-        name, config, max((line["step"] for line in lines), default=0), curves, routing, last
-    )
+    step = max((line["step"] for line in lines), default=0)
+    return RunLog(name, config, step, curves, routing, last)
 
 
 def names(workdirs: Sequence[str]) -> list[str]:
-    """Short names to tell runs apart: the last parts of their directories' names, as many as are needed."""
-    parts = [
-        os.path.abspath(w).split("/") if "://" not in w else w.rstrip("/").split("/")
-        for w in workdirs
-    ]
+    """Short distinct names of runs: as many last parts of their directories as that takes."""
+    parts = [(w if "://" in w else os.path.abspath(w)).rstrip("/").split("/") for w in workdirs]
     for n in range(1, max(map(len, parts)) + 1):
         short = ["/".join(p[-n:]) for p in parts]
         if len(set(short)) == len(short):
@@ -109,26 +100,18 @@ def names(workdirs: Sequence[str]) -> list[str]:
     return [f"{name} ({i})" for i, name in enumerate(short)]
 
 
-def _curve(found: np.ndarray, taken: np.ndarray, seen: np.ndarray, points: int) -> Curve:
+def _curve(found: np.ndarray, logged: np.ndarray, seen: np.ndarray, points: int) -> Curve:
     step, value = found.T
-    tokens = np.interp(step, np.append(0, taken), np.append(0, seen))
+    tokens = np.interp(step, np.append(0, logged), np.append(0, seen))
     starts = _starts(len(step), points)
     sizes = np.diff(starts, append=len(step))
-
-    def mean(x: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(x, starts) / sizes
-
-    return Curve(
-        mean(step),
-        mean(tokens),
-        mean(value),
-        np.minimum.reduceat(value, starts),
-        np.maximum.reduceat(value, starts),
-    )
+    at, seen_at, mean = (np.add.reduceat(x, starts) / sizes for x in (step, tokens, value))
+    low, high = np.minimum.reduceat(value, starts), np.maximum.reduceat(value, starts)
+    return Curve(at, seen_at, mean, low, high)
 
 
 def _starts(n: int, most: int) -> np.ndarray:
-    """Where at most so many stretches of n readings begin."""
+    """Where at most `most` intervals of n readings begin."""
     return np.unique(np.arange(min(n, most)) * n // min(n, most))
 
 
@@ -138,22 +121,16 @@ def _routing(train: Sequence[dict[str, Any]], block: str, config: Config) -> Rou
     starts = _starts(len(train), min(most, 200))
     steps = np.array([line["step"] for line in train], np.float64)
 
-    def stretches(name: str, *shape: int) -> np.ndarray:
-        """float32 [layers,T,…]: means over what is finite."""
-        values = np.array([line[f"train/{block}/{name}"] for line in train], np.float64).reshape(
-            len(train), layers, *shape
-        )
+    def means(name: str, *shape: int) -> np.ndarray:
+        """float32 [layers,T,…]: over the finite values of each interval."""
+        values = np.array([line[f"train/{block}/{name}"] for line in train], np.float64)
+        values = values.reshape(len(train), layers, *shape)
         finite = np.isfinite(values)
         total = np.add.reduceat(np.where(finite, values, 0), starts, axis=0)
         count = np.add.reduceat(finite, starts, axis=0, dtype=np.int64)
         return np.moveaxis(total / np.maximum(count, 1), 0, 1).astype(np.float32)
 
-    edges = np.append(
-        steps[starts], steps[-1] + max(1.0, (steps[-1] - steps[0]) / max(len(steps) - 1, 1))
-    )
-    return Routing(
-        edges,
-        stretches("load", n),
-        stretches("kept_by_quarter", 4),
-        {name: stretches(name) for name in PER_LAYER},
-    )
+    end = steps[-1] + max(1.0, (steps[-1] - steps[0]) / max(len(steps) - 1, 1))
+    lines = {name: means(name) for name in PER_LAYER}
+    edges = np.append(steps[starts], end)
+    return Routing(edges, means("load", n), means("kept_by_quarter", 4), lines)

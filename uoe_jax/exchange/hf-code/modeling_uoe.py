@@ -1,12 +1,12 @@
 """Causal language models of unions of experts (UoE) in PyTorch.
 
-This file is self-contained and lies beside the weights, so that transformers loads both from one directory:
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. Its logits are those of the JAX model that
-uoe_jax trained. It is written to be read: every expert works on every token, and what an expert did not take is masked.
-No cache, no dropout, no balance loss.
+This file is self-contained and lies beside the weights: transformers loads both from one directory
+with `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. Its logits are those
+of the JAX model that uoe_jax trained. It is written to be read: every expert computes every token,
+and tokens that it did not select are masked. No KV cache, no dropout, no balance loss.
 
-Letters: B sequences, L tokens, M patches of P tokens, D model width, N experts (K chosen by a patch), H heads, G key/value
-heads, Dh head width, F hidden width of the MLP, T layers, V vocabulary.
+Letters: B sequences, L tokens, M patches of P tokens, D model width, N experts (a patch chooses K),
+H heads, G key/value heads, Dh head width, F hidden width of the MLP, T layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin, float32 [L,Dh/2]
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
 PLAIN = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
-# The names that transformers knows sizes by, and ours.
+# Sizes under transformers' names, and ours.
 STANDARD = {
     "vocab_size": "vocab_size",
     "hidden_size": "d_model",
@@ -57,7 +57,7 @@ SUPPORTED_ROUTING = {
 
 
 class UoEConfig(PretrainedConfig):
-    """`model`: the dict of uoe_jax's config.model. The standard names of its sizes follow from it."""
+    """`model`: the dict of uoe_jax's config.model, from which the standard names follow."""
 
     model_type = "uoe"
 
@@ -69,36 +69,30 @@ class UoEConfig(PretrainedConfig):
 
 
 def routed_blocks(m: Model) -> list[str]:
-    """Of "smha" and "uome", those that the model has."""
+    """Those of "smha" and "uome" that the model has."""
     return [name for name in ("smha", "uome") if name in (m.get("attention"), m.get("mlp"))]
 
 
 def check(m: Model) -> None:
     """Raises ValueError where the configuration asks for what this file does not have."""
+    asked: list[tuple[str, Any, Any]]
     asked = [(f"model.{key}", m.get(key), allowed) for key, allowed in SUPPORTED.items()]
     for block in routed_blocks(m):
-        asked += [
-            (f"model.{block}.{key}", m[block].get(key), allowed)
-            for key, allowed in SUPPORTED_ROUTING.items()
-        ]
+        for key, allowed in SUPPORTED_ROUTING.items():
+            asked.append((f"model.{block}.{key}", m[block].get(key), allowed))
     for key, value, allowed in asked:
         if value not in allowed:
-            raise ValueError(
-                f"config.{key}={value!r}: this model has {', '.join(map(repr, allowed))} only"
-            )
+            known = ", ".join(map(repr, allowed))
+            raise ValueError(f"config.{key}={value!r}: this model has {known} only")
     if not m["vocab_size"]:
         raise ValueError("config.model.vocab_size=0: give the rows of the embedding")
 
 
 def shapes(m: Model) -> dict[str, Any]:
-    """The shapes of all weights, nested by name. Those of `layers` are of one layer; T of them are stacked."""
+    """Shapes of all weights, nested by name; those of `layers` are of one of T stacked layers."""
     d, scales = m["d_model"], _norm_shapes(m)
-    layer = {
-        "attention_norm": scales,
-        "attention": _attention_shapes(m),
-        "mlp_norm": scales,
-        "mlp": _mlp_shapes(m),
-    }
+    layer = {"attention_norm": scales, "attention": _attention_shapes(m)}
+    layer |= {"mlp_norm": scales, "mlp": _mlp_shapes(m)}
     tree = {"embedding": (m["vocab_size"], d), "layers": layer, "norm": scales}
     if m["position"] == "learned":
         tree["positions"] = (m["context_length"], d)
@@ -108,21 +102,16 @@ def shapes(m: Model) -> dict[str, Any]:
 
 
 def _norm_shapes(m: Model) -> Weights:
-    return dict.fromkeys(
-        ("scale", "bias") if m["norm"] == "layernorm" else ("scale",), (m["d_model"],)
-    )
+    names = ("scale", "bias") if m["norm"] == "layernorm" else ("scale",)
+    return dict.fromkeys(names, (m["d_model"],))
 
 
 def _attention_shapes(m: Model) -> Weights:
     h, g, dh = head_sizes(m)
     d, (lead, n) = m["d_model"], _experts(m, "smha")
     queries, keys = (h // n, dh), (g // n, dh)
-    tree = {
-        "w_q": (*lead, d, *queries),
-        "w_k": (*lead, d, *keys),
-        "w_v": (*lead, d, *keys),
-        "w_o": (*lead, *queries, d),
-    }
+    tree = {"w_q": (*lead, d, *queries), "w_k": (*lead, d, *keys), "w_v": (*lead, d, *keys)}
+    tree["w_o"] = (*lead, *queries, d)
     if m["bias"] or m["qkv_bias"]:
         tree |= {"b_q": (*lead, *queries), "b_k": (*lead, *keys), "b_v": (*lead, *keys)}
     if m["bias"]:
@@ -147,14 +136,12 @@ def _router_shapes(m: Model, block: str) -> Weights:
     if not lead:
         return {}
     kept = {"bias": m[block]["router_bias"], "load_bias": m[block]["bias_rate"]}
-    return {
-        "router": {"kernel": (m["d_model"], n)}
-        | {name: (n,) for name, there in kept.items() if there}
-    }
+    vectors = {name: (n,) for name, there in kept.items() if there}
+    return {"router": {"kernel": (m["d_model"], n), **vectors}}
 
 
 def _experts(m: Model, block: str) -> tuple[tuple[int, ...], int]:
-    """The leading axis of a block's weights, () where it is dense, and the number of its partitions."""
+    """The leading axis of a block's weights, () in a dense block, and its number of experts."""
     n = m[block]["n_experts"]
     return ((n,), n) if block in routed_blocks(m) else ((), 1)
 
@@ -165,7 +152,7 @@ def head_sizes(m: Model) -> tuple[int, int, int]:
 
 
 class Tree(nn.Module):
-    """Weights under the names and with the shapes of a nested dict, `lead` in front of every shape."""
+    """Weights with the names and shapes of a nested dict, `lead` before every shape."""
 
     def __init__(self, tree: Weights, lead: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -200,10 +187,9 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def rotary_tables(length: int, dh: int, m: Model, device: torch.device) -> Rotary:
-    """cos and sin of the rotary angles of a row, float32 [L,Dh/2]; slow ones are stretched where the model says so (Llama 3.1)."""
-    frequency = m["rope_theta"] ** (
-        -torch.arange(0, dh, 2, dtype=torch.float32, device=device) / dh
-    )
+    """cos and sin of a row's rotary angles, float32 [L,Dh/2], scaled as in Llama 3.1 if asked."""
+    exponent = -torch.arange(0, dh, 2, dtype=torch.float32, device=device) / dh
+    frequency = m["rope_theta"] ** exponent
     if m["rope_scaling"]:
         factor, low, high, trained = (float(part) for part in m["rope_scaling"].split(","))
         kept = ((trained * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
@@ -222,20 +208,19 @@ def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
 
 
 def capacity(r: dict[str, Any]) -> int:
-    """Slots of an expert in a capacity window: ceil(cf·window·K/N), exact, at least 1, at most the window."""
+    """Slots of an expert in a capacity window: ceil(cf·window·K/N), exact, from 1 to the window."""
     share = Fraction(str(r["capacity_factor"])) * r["capacity_window"] * r["k"] / r["n_experts"]
     return max(1, min(r["capacity_window"], math.ceil(share)))
 
 
 def route(w: Weights, x_BLD: Tensor, r: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Which experts take each token, bool [B,L,N], and with what combine weight, float32 [B,L,N], 0 where not taken.
+    """Which experts take each token, bool [B,L,N], and its combine weights there, float32 [B,L,N].
 
-    The first token of a patch decides for all of it. Of every capacity window, an expert takes the first that choose it.
+    The first token of a patch decides for all of it. An expert takes the first patches that choose
+    it in every capacity window.
     """
     p, k = r["patch_size"], r["k"]
-    with torch.autocast(
-        x_BLD.device.type, enabled=False
-    ):  # float32 whatever the rest is computed in
+    with torch.autocast(x_BLD.device.type, enabled=False):  # always float32
         logits_BMN = x_BLD[:, ::p].float() @ w["kernel"].float()
     if "bias" in w:
         logits_BMN = logits_BMN + w["bias"].float()
@@ -245,9 +230,8 @@ def route(w: Weights, x_BLD: Tensor, r: dict[str, Any]) -> tuple[Tensor, Tensor]
     best_BMK = ranked_BMN.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     chosen_BMN = torch.zeros_like(scores_BMN, dtype=torch.bool).scatter(-1, best_BMK, True)
     windows = chosen_BMN.split(r["capacity_window"], dim=1)
-    kept_BMN = chosen_BMN & (
-        torch.cat([window.cumsum(dim=1) for window in windows], dim=1) <= capacity(r)
-    )
+    rank_BMN = torch.cat([window.cumsum(dim=1) for window in windows], dim=1)
+    kept_BMN = chosen_BMN & (rank_BMN <= capacity(r))
     weights_BMN = torch.where(kept_BMN, gate(r, logits_BMN, scores_BMN, chosen_BMN), 0)
     kept_BLN, weights_BLN = (
         a.repeat_interleave(p, dim=1)[:, : x_BLD.shape[1]] for a in (kept_BMN, weights_BMN)
@@ -256,16 +240,13 @@ def route(w: Weights, x_BLD: Tensor, r: dict[str, Any]) -> tuple[Tensor, Tensor]
 
 
 def gate(r: dict[str, Any], logits: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
-    """Combine weights [B,M,N]; each gate gives 1 where the router is undecided."""
+    """Combine weights [B,M,N]; 1 where the router is undecided."""
     if r["gate"] == "sigmoid":
         return 2 * logits.sigmoid()
     if r["gate"] == "normalized":
         of_chosen = torch.where(chosen, scores, 0)
-        return (
-            r["k"]
-            * of_chosen
-            / of_chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        )
+        total = of_chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return r["k"] * of_chosen / total
     if r["gate"] == "score":
         return r["n_experts"] * scores
     if r["gate"] == "straight_through":
@@ -274,12 +255,12 @@ def gate(r: dict[str, Any], logits: Tensor, scores: Tensor, chosen: Tensor) -> T
 
 
 def merged(w: Tensor, dense_axes: int) -> Tensor:
-    """Projections into the experts [N,D,…] as that of the dense block they are cut from, [D,N·…]; a dense one as it is."""
+    """Projections into experts [N,D,…] as the dense block's [D,N·…]; a dense one as it is."""
     return w if w.dim() == dense_axes else w.transpose(0, 1).flatten(1, 2)
 
 
 def attention(w: Weights, x_BLD: Tensor, m: Model, rotary: Rotary | None) -> Tensor:
-    """Dense attention or SMHA: in an expert's heads a token that it did not take is neither query nor key."""
+    """Dense attention or SMHA: a token is query and key in heads of experts that took it."""
     h, g, dh = head_sizes(m)
 
     def project(name: str) -> Tensor:
@@ -298,7 +279,7 @@ def attention(w: Weights, x_BLD: Tensor, m: Model, rotary: Rotary | None) -> Ten
         kept_BHL, weights_BHL = (
             a.transpose(1, 2).repeat_interleave(h // a.shape[2], dim=1) for a in of_experts
         )
-        # A token that was not taken attends to itself, lest its softmax be over nothing; its weight is 0.
+        # A token that was not taken attends to itself, as its softmax needs a key; its weight is 0.
         allowed = allowed & (kept_BHL[:, :, None] | itself)
     o_BHLk = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
     if "router" in w:
@@ -308,30 +289,28 @@ def attention(w: Weights, x_BLD: Tensor, m: Model, rotary: Rotary | None) -> Ten
 
 
 def mlp(w: Weights, x_BLD: Tensor, m: Model) -> Tensor:
-    """Dense MLP or UoME: an expert's hidden units are 0 for tokens that it did not take."""
+    """Dense MLP or UoME: an expert's hidden units are 0 for tokens it did not take."""
 
     def project(name: str) -> Tensor:
         y_BLF = x_BLD @ merged(w[f"w_{name}"], 2)
         return y_BLF + w[f"b_{name}"].flatten() if f"b_{name}" in w else y_BLF
 
     name = m["activation"]
-    hidden_BLF = (
-        GATED[name](project("gate")) * project("up")
-        if name in GATED
-        else PLAIN[name](project("up"))
-    )
+    if name in GATED:
+        hidden_BLF = GATED[name](project("gate")) * project("up")
+    else:
+        hidden_BLF = PLAIN[name](project("up"))
     if "router" in w:
         _, weights_BLN = route(w["router"], x_BLD, m["uome"])
-        per_unit = weights_BLN.repeat_interleave(
-            hidden_BLF.shape[-1] // weights_BLN.shape[-1], dim=-1
-        )
+        width = hidden_BLF.shape[-1] // weights_BLN.shape[-1]
+        per_unit = weights_BLN.repeat_interleave(width, dim=-1)
         hidden_BLF = hidden_BLF * per_unit.to(hidden_BLF.dtype)
     y_BLD = hidden_BLF @ w["w_down"].reshape(hidden_BLF.shape[-1], -1)
     return y_BLD + w["bias_out"] if "bias_out" in w else y_BLD
 
 
 class UoEForCausalLM(PreTrainedModel, GenerationMixin):
-    """A decoder language model whose blocks are unions of experts, or one of them beside a dense block.
+    """A decoder language model of unions of experts, or of one union beside a dense block.
 
     Raises:
       ValueError: the configuration asks for what this file does not have.
@@ -344,13 +323,9 @@ class UoEForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         m = config.model
         check(m)
-        # float32 in a model of any dtype; transformers 4 refuses names of modules that are not there.
-        self._keep_in_fp32_modules_strict = [
-            "norm",
-            "attention_norm",
-            "mlp_norm",
-            *["router"] * bool(routed_blocks(m)),
-        ]
+        # float32 in a model of any dtype; transformers 4 refuses names of missing modules.
+        norms = ["norm", "attention_norm", "mlp_norm"]
+        self._keep_in_fp32_modules_strict = norms + ["router"] * bool(routed_blocks(m))
         for name, shape in shapes(m).items():
             if isinstance(shape, dict):
                 self.add_module(name, Tree(shape, (m["n_layers"],) if name == "layers" else ()))
@@ -378,24 +353,22 @@ class UoEForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
           input_ids: [B,L], L at most the context length.
-          attention_mask: [B,L], 0 for padding, which is on the right: it changes nothing before it.
-          labels: [B,L], the tokens themselves, -100 where they do not count; the loss is that of the next one, in nats.
+          attention_mask: [B,L], 0 for padding, which is on the right and changes nothing before.
+          labels: [B,L], the tokens, -100 where not counted; the loss is of the next one, in nats.
 
         Returns:
-          CausalLMOutput with logits float32 [B,L,V], and the mean loss where there are labels.
+          CausalLMOutput with logits float32 [B,L,V], and the mean loss if there are labels.
 
         Raises:
           ValueError: padding on the left or in between, or more tokens than the context.
         """
         m, length = self.config.model, input_ids.shape[1]
         if length > m["context_length"]:
-            raise ValueError(
-                f"input_ids has {length} tokens a row: the context holds {m['context_length']}; give no more"
-            )
+            context = f"the context holds {m['context_length']}"
+            raise ValueError(f"input_ids has {length} tokens a row: {context}; give no more")
         if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
-            raise ValueError(
-                "attention_mask has padding in front of tokens: pad on the right, or give prompts of one length"
-            )
+            remedy = "pad on the right, or give prompts of one length"
+            raise ValueError(f"attention_mask has padding in front of tokens: {remedy}")
         x_BLD = F.embedding(input_ids, self.embedding)
         if m["position"] == "learned":
             x_BLD = x_BLD + self.positions[:length]
@@ -403,9 +376,8 @@ class UoEForCausalLM(PreTrainedModel, GenerationMixin):
         rotary = rotary_tables(length, head_sizes(m)[2], m, x_BLD.device) if rope else None
         for i in range(m["n_layers"]):
             w = self.layers.weights(i)
-            x_BLD = x_BLD + attention(
-                w["attention"], norm(w["attention_norm"], x_BLD, m["norm_eps"]), m, rotary
-            )
+            h_BLD = norm(w["attention_norm"], x_BLD, m["norm_eps"])
+            x_BLD = x_BLD + attention(w["attention"], h_BLD, m, rotary)
             x_BLD = x_BLD + mlp(w["mlp"], norm(w["mlp_norm"], x_BLD, m["norm_eps"]), m)
         x_BLD = norm(self.norm.weights(), x_BLD, m["norm_eps"])
         logits_BLV = (x_BLD @ (self.embedding.T if m["tie_embeddings"] else self.head)).float()
@@ -418,7 +390,7 @@ class UoEForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> dict[str, Tensor | None]:
-        """The whole text at every step: there is no cache."""
+        """The whole text at every step: there is no KV cache."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     @classmethod

@@ -32,36 +32,29 @@ def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> Non
     from uoe_jax.distributed import setup
     from uoe_jax.exchange.plan_import import plan
 
-    found = plan(
-        options.source,
-        options.config,
-        options.experts,
-        options.k,
-        options.capacity,
-        overrides,
-        options.workdir,
-    )
+    o, workdir = options, options.workdir
+    found = plan(o.source, o.config, o.experts, o.k, o.capacity, overrides, workdir)
     setup.start(found.config)
     from uoe_jax.exchange.importing import import_model
 
-    import_model(found, options.workdir)
-    start = (
-        f"--config={options.workdir}/config.json",
-        f"--config.train.init_from={options.workdir}",
-    )
-    print(f"{options.workdir}: imported; next: uoe train {shlex.join(start)} --workdir=DIR")
+    import_model(found, workdir)
+    start = f"--config={workdir}/config.json", f"--config.train.init_from={workdir}"
+    print(f"{workdir}: imported; next: uoe train {shlex.join(start)} --workdir=DIR")
 
 
 def run_export(options: argparse.Namespace, config: Config) -> None:
-    """Raises UserError for what cannot be exported; RunError where what was written is not what it should be."""
-    if options.routed and options.format != "hf":
-        raise UserError(
-            f"--routed: is for --format=hf; --format={options.format} has the routed model as it is"
-        )
-    if options.dtype != "float32" and options.format == "stablehlo":
-        raise UserError(
-            f"--dtype={options.dtype}: is for safetensors and hf; StableHLO has the weights as they are"
-        )
+    """Writes the directory `options.out`.
+
+    Raises:
+      UserError: what cannot be exported. RunError: what was written is not what it should be.
+    """
+    form, dtype = options.format, options.dtype
+    if options.routed and form != "hf":
+        why = f"is for --format=hf; --format={form} has the routed model as it is"
+        raise UserError(f"--routed: {why}")
+    if dtype != "float32" and form == "stablehlo":
+        why = "is for safetensors and hf; StableHLO has the weights as they are"
+        raise UserError(f"--dtype={dtype}: {why}")
     from uoe_jax.distributed import setup
 
     setup.start(config)
@@ -73,29 +66,23 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
     from uoe_jax.workdir import locate
 
     if coordination.are_several():
-        raise UserError(
-            f"--out={options.out}: a model is exported by one process; start this once, and not by srun or its like"
-        )
+        remedy = "start this once, and not by srun or its like"
+        raise UserError(f"--out={options.out}: a model is exported by one process; {remedy}")
     m, source = config.model, locate(options.workdir) / SOURCE
+    export = exporting.export_routed if options.routed else exporting.export_dense
+    if form == "safetensors":
+        export = exporting.export_safetensors
     with restored(config, options.workdir, options.step) as run:
-        if options.format == "stablehlo":
+        if form == "stablehlo":
             export_stablehlo(config, run.params, locate(options.out, "--out"))
         else:
             tokenizer = _tokenizer(config, options.workdir) if m.task == "language" else None
             with whole_directory(options.out, "--out") as out:
-                target = exporting.Target(out, options.dtype, options.lossy, source)
-                if options.format == "safetensors":
-                    exporting.export_safetensors(config, run.params, tokenizer, target)
-                elif options.routed:
-                    exporting.export_routed(config, run.params, tokenizer, target)
-                else:
-                    exporting.export_dense(config, run.params, tokenizer, target)
-    fewer = [
-        f"{r.k} of {r.n_experts} experts in {name}"
-        for name, r in m.unions().items()
-        if r.k < r.n_experts
-    ]
-    if options.format == "hf" and not options.routed and fewer:
+                target = exporting.Target(out, dtype, options.lossy, source)
+                export(config, run.params, tokenizer, target)
+    routed = {name: r for name, r in m.unions().items() if r.k < r.n_experts}
+    chosen = ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in routed.items())
+    if form == "hf" and not options.routed and chosen:
         merged = "merged into a dense model of all experts, where the run chooses"
-        print(f"uoe: {merged} {', '.join(fewer)}; --routed keeps that", file=sys.stderr)
+        print(f"uoe: {merged} {chosen}; --routed keeps that", file=sys.stderr)
     print(f"{options.out}: step {run.step}, written and compared")

@@ -14,8 +14,8 @@ from uoe_jax.data.pipeline import DataBundle
 from uoe_jax.data.tokenizers.workdir import tokenizer_of_run
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
-from uoe_jax.report.sample import Looked, Sample, of_rows, of_text, routes
-from uoe_jax.report.series import POINTS, logged, names
+from uoe_jax.report.sample import RoutingSample, Sample, of_rows, of_text, routes
+from uoe_jax.report.series import POINTS, names, read_log
 from uoe_jax.train.main import load_data
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import Params, Program
@@ -27,7 +27,7 @@ REPORT = "report.html"
 
 
 def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
-    """Writes the file; returns where it is. configs: of the runs, as their workdirs have them.
+    """Writes the file; returns its path. configs: of the runs, as their workdirs have them.
 
     Raises:
       UserError: there is no such run, its files cannot be read, or the report cannot be written.
@@ -35,20 +35,15 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     from uoe_jax.report.page import page
 
     if coordination.are_several():
-        raise UserError(
-            "uoe report: is written by one process; start this once, and not by srun or its like"
-        )
-    workdirs = options.workdirs
-    out = options.out or os.fspath(locate(workdirs[0]) / REPORT)
-    points = max(200, POINTS // len(workdirs))
-    runs = [
-        logged(w, config, name, points)
-        for w, config, name in zip(workdirs, configs, names(workdirs))
-    ]
-    looked = [_look(w, config, options.step, options.text) for w, config in zip(workdirs, configs)]
-    write_asked(
-        out, page(runs, looked).encode("utf-8", "backslashreplace").decode()
-    )  # of names that are no UTF-8
+        why = "is written by one process; start this once, and not by srun or its like"
+        raise UserError(f"uoe report: {why}")
+    dirs = options.workdirs
+    out = options.out or os.fspath(locate(dirs[0]) / REPORT)
+    points = max(200, POINTS // len(dirs))
+    runs = [read_log(d, c, name, points) for d, c, name in zip(dirs, configs, names(dirs))]
+    samples = [_routing_sample(d, c, options.step, options.text) for d, c in zip(dirs, configs)]
+    text = page(runs, samples)
+    write_asked(out, text.encode("utf-8", "backslashreplace").decode())  # names may be no UTF-8
     return out
 
 
@@ -60,39 +55,37 @@ def at_end(
     workdir: epath.Path,
     step: int,
 ) -> str:
-    """Writes the report of a run that has just ended; returns its place. What goes wrong is told, and nothing else ("" then)."""
+    """Writes the report of a run that has just ended; returns its path.
+
+    A failure is logged and "" returned: it must not fail the run.
+    """
     try:
         from uoe_jax.report.page import page
 
         sample = of_rows(config, data.validation, data.tokenizer)
         found, out = routes(program, params, sample, config), os.fspath(workdir / REPORT)
         if coordination.is_process_zero():
-            run = logged(os.fspath(workdir), config, workdir.name)
-            write_asked(out, page([run], [Looked(sample, found, step)]))
+            run = read_log(os.fspath(workdir), config, workdir.name)
+            write_asked(out, page([run], [RoutingSample(sample, found, step)]))
         return out
     except Exception as error:
-        log.warning(
-            "no %s (%s: %s); uoe report --workdir=%s writes one",
-            REPORT,
-            type(error).__name__,
-            error,
-            workdir,
-        )
+        why, remedy = type(error).__name__, f"uoe report --workdir={workdir} writes one"
+        log.warning("no %s (%s: %s); %s", REPORT, why, error, remedy)
         return ""
 
 
-def _look(workdir: str, config: Config, step: str, text: str | None) -> Looked:
-    """The routing at a checkpoint of a run, if there is one and something to look at."""
+def _routing_sample(workdir: str, config: Config, step: str, text: str | None) -> RoutingSample:
+    """The routing at a checkpoint of a run, if there is one and there are rows to show."""
     if not config.model.routed():
-        return Looked(None, {}, 0, "This model does not route.")
+        return RoutingSample(None, {}, 0, "This model does not route.")
     try:
         sample, config = _sample(workdir, config, text)
         with restored(config, workdir, step) as run:
-            return Looked(sample, routes(run.program, run.params, sample, config), run.step)
+            return RoutingSample(sample, routes(run.program, run.params, sample, config), run.step)
     except UserError as error:
         if text is not None or step != "latest":
             raise
-        return Looked(None, {}, 0, f"There is no sample to show: {error}.")
+        return RoutingSample(None, {}, 0, f"There is no sample to show: {error}.")
 
 
 def _sample(workdir: str, config: Config, text: str | None) -> tuple[Sample, Config]:
