@@ -582,8 +582,8 @@ def test_parameters_of_a_damaged_run(good, tmp_path):
 TWO = """
 import sys
 sys.path[:0] = [{repository!r}, {tests!r}]
-from uoe_jax import processes
-processes.join(stops_itself=False)
+from uoe_jax.distributed import coordination
+coordination.join(stops_itself=False)
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uoe_jax.train import saved

@@ -85,7 +85,7 @@ def test_what_one_does_who_is_further_on_does_not_help_one_that_hangs(judge):
     "mine, theirs, culprit", [(True, False, 1), (False, True, 0), (False, False, 0)]
 )
 def test_the_one_that_waits_for_another_does_not_hang(mine, theirs, culprit, judge, monkeypatch):
-    monkeypatch.setattr(watchdog.processes, "_waiting", mine)
+    monkeypatch.setattr(watchdog.coordination, "_waiting", mine)
     assert judge.goes_on(2 * LIMIT, moves=1, waits=theirs).startswith(f"process {culprit} hangs")
 
 
@@ -94,13 +94,13 @@ def test_a_process_tells_that_it_waits():
 
     class Service:
         def blocking_key_value_get(self, name, timeout):
-            seen.append(watchdog.processes.waits())
+            seen.append(watchdog.coordination.waits())
             return json.dumps({"value": 3})
 
     assert (
-        watchdog.processes._heard(Service(), "x", 1) == 3
+        watchdog.coordination._heard(Service(), "x", 1) == 3
         and seen == [True]
-        and not watchdog.processes.waits()
+        and not watchdog.coordination.waits()
     )
 
 
@@ -142,9 +142,9 @@ def test_one_process_has_nobody_to_tell():
 
 SLOW = """
 import runpy, time
-from uoe_jax import watch
+from uoe_jax.distributed import watchdog
 from uoe_jax.data.registry import add_source
-from uoe_jax.train import loop
+from uoe_jax.train import main
 
 class Source:
     key = "slow-%(name)s"
@@ -156,12 +156,12 @@ class Source:
         return {"sha256": "%(name)s"}
 
 def train(config, workdir, *more):
-    watch.at("preparing the data", slow=True)
-    loop.agreed_data(config, workdir)
+    watchdog.at("preparing the data", slow=True)
+    main.agreed_data(config, workdir)
     return 0
 
 add_source("slow", lambda data: Source())
-loop.train = train  # up to the first compilation, which takes its time on a busy machine
+main.train = train  # up to the first compilation, which takes its time on a busy machine
 
 def get_config():
     c = runpy.run_path(%(tiny)r)["get_config"]()

@@ -1,6 +1,6 @@
 """What a process finds around it: standard streams, a home directory, variables of XLA and JAX.
 
-Imports no jax. `settle` comes first of all; `check_variables` before the first use of a device.
+Imports no jax. `prepare_process` comes first of all; `check_variables` before the first use of a device.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KNOWN_TO_0_10 = re.compile(r"--xla_cpu_use_fusion_emitters=(true|false)")
 _JAX_HINT = r" \(set JAX_PLATFORMS='' .*"
 
 
-def settle() -> None:
+def prepare_process() -> None:
     """Makes standard streams and HOME such that nothing fails for lack of them; comes first."""
     _open_descriptors()
     codecs.register_error(_ESCAPED, _Escape())
@@ -132,7 +132,7 @@ class _Escape:
         return character.encode("ascii", "backslashreplace").decode(), after
 
 
-def tell(text: str) -> None:
+def print_result(text: str) -> None:
     """Prints a line about work that is done and saved: where nobody takes it, that is no error."""
     try:
         print(text, flush=True)
@@ -286,7 +286,7 @@ def _flags_of_file(name: str) -> str:
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
+def jax_import_errors() -> Iterator[None]:
     """Turns what jax raises while it is imported, for a variable it does not take, to UserError."""
     try:
         yield

@@ -401,7 +401,7 @@ def write_json(path: epath.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_asked(name: str, text: str) -> None:
+def write_out(name: str, text: str) -> None:
     """Writes the file that a person named with --out, whole or not at all; UserError where that fails."""
     try:
         with os_errors(name):

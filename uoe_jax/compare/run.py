@@ -36,7 +36,7 @@ from uoe_jax.errors import (
     RunError,
     UserError,
 )
-from uoe_jax.runtime_env import default_cache_dir, tell
+from uoe_jax.runtime_env import default_cache_dir, print_result
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import (
     locate,
@@ -117,7 +117,7 @@ def compare(table: Table, workdir_name: str) -> int:
         release(workdir)
     from uoe_jax.compare.report import write
 
-    tell(write(table, workdir))
+    print_result(write(table, workdir))
     return EXIT_DONE
 
 

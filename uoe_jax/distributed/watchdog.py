@@ -280,7 +280,7 @@ def ticking(items: Iterable[T]) -> Iterator[T]:
         yield item
 
 
-def part() -> None:
+def finish() -> None:
     """The end of a command that worked: the processes leave together, each still watched until all are here."""
     global _watch
     if _watch is not None:
@@ -290,7 +290,7 @@ def part() -> None:
         _watch = None
 
 
-def leave(exit_code: int, why: str = "") -> None:
+def abort(exit_code: int, why: str = "") -> None:
     """Ends one of several processes after an error, and tells the others; returns where there is one process."""
     if _watch is not None:
         _watch.leave(exit_code, why)
@@ -298,7 +298,7 @@ def leave(exit_code: int, why: str = "") -> None:
         _exit(exit_code)
 
 
-def leave_lost(error: BaseException) -> None:
+def abort_if_peer_lost(error: BaseException) -> None:
     """Ends one of several processes after an error that comes from another's end; returns where it does not."""
     said = coordination.lost_peer(error)
     if _watch is None or said is None:

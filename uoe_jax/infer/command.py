@@ -16,7 +16,7 @@ from uoe_jax.distributed import coordination
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.infer.experts import choices
 from uoe_jax.runtime_env import takes_utf8
-from uoe_jax.workdir import locate, os_errors, write_asked
+from uoe_jax.workdir import locate, os_errors, write_out
 
 _LINES = "start it in a terminal, or send it lines"
 
@@ -154,7 +154,7 @@ def _write(out: str | None, completions: list[Any]) -> None:
     if not out:
         print(lines, end="", flush=True)
         return
-    write_asked(out, lines)
+    write_out(out, lines)
 
 
 def _show(text: str) -> None:

@@ -19,7 +19,7 @@ from uoe_jax.report.series import POINTS, logged, names
 from uoe_jax.train.main import load_data
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import Params, Program
-from uoe_jax.workdir import locate, write_asked
+from uoe_jax.workdir import locate, write_out
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
         for w, config, name in zip(workdirs, configs, names(workdirs))
     ]
     looked = [_look(w, config, options.step, options.text) for w, config in zip(workdirs, configs)]
-    write_asked(
+    write_out(
         out, page(runs, looked).encode("utf-8", "backslashreplace").decode()
     )  # of names that are no UTF-8
     return out
@@ -68,7 +68,7 @@ def at_end(
         found, out = routes(program, params, sample, config), os.fspath(workdir / REPORT)
         if coordination.is_process_zero():
             run = logged(os.fspath(workdir), config, workdir.name)
-            write_asked(out, page([run], [Looked(sample, found, step)]))
+            write_out(out, page([run], [Looked(sample, found, step)]))
         return out
     except Exception as error:
         log.warning(

@@ -18,7 +18,7 @@ from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed.coordination import is_process_zero, on_process_zero
 from uoe_jax.errors import EXIT_DONE, RunError
-from uoe_jax.runtime_env import tell
+from uoe_jax.runtime_env import print_result
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.loop import Run
 from uoe_jax.train.metrics import MetricsWriter, Progress, Silent
@@ -109,7 +109,7 @@ def train(
                 watchdog.at("reporting", slow=True)
                 place = report(config, program, run.state.params, data, workdir, run.step)
             if is_process_zero():
-                tell(run.farewell(workdir_name, exit_code, text, place))
+                print_result(run.farewell(workdir_name, exit_code, text, place))
     return exit_code
 
 
