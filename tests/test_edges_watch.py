@@ -12,30 +12,24 @@ from uoe_jax.data import prepared, store
 from uoe_jax.data.tokenizers import words as vocabulary
 from uoe_jax.data.tokenizers.load import ByteTokenizer
 from uoe_jax.distributed import watchdog
-from uoe_jax.distributed.watchdog import Place, Watch
+from uoe_jax.distributed.watchdog import Heartbeat, Status, Watchdog
 
 LIMIT = 10
 
 
-class Judge(Watch):
+class Judge(Watchdog):
     """Process 0 of two, without threads and without a service; `hears` what process 1 says."""
 
     def __init__(self) -> None:
         self._me, self.guard = 0, GuardConfig(compile_timeout_s=LIMIT)
-        self.place, self.ticks, self._ticks, self._lowest = (
-            Place(patience_s=LIMIT),
-            0,
-            {},
-            (-1, 0.0),
-        )
+        self.status, self.progress = Status(timeout_s=LIMIT), 0
+        self._last_progress, self._slowest = {}, (-1, 0.0)
         self.now, self.verdict = 0.0, ""
-        self._said = {1: (0, self.place, self.now)}
+        self._heartbeats = {1: Heartbeat(0, self.status, self.now)}
 
     def hears(self, **place) -> None:
-        self._said[1] = (
-            0,
-            Place(**{"patience_s": LIMIT, "doing": "preparing the data", **place}),
-            self.now,
+        self._heartbeats[1] = Heartbeat(
+            0, Status(**{"timeout_s": LIMIT, "phase": "preparing the data", **place}), self.now
         )
 
     def _end(self, code: int, culprit: int, why: str) -> None:
@@ -54,7 +48,7 @@ class Judge(Watch):
 @pytest.fixture
 def judge(monkeypatch):
     judge = Judge()
-    monkeypatch.setattr(watchdog, "_watch", judge)
+    monkeypatch.setattr(watchdog, "_watchdog", judge)
     watchdog.at("preparing the data", slow=True)
     return judge
 
@@ -63,11 +57,11 @@ def test_work_that_goes_on_is_no_hang(judge):
     """Of this process, and then of the other one while this one waits; what falls silent is found in time."""
     for _ in range(5 * LIMIT):
         watchdog.tick()
-        assert not judge.goes_on(1, moves=1)
+        assert not judge.goes_on(1, phases=1)
     for ticks in range(1, 5 * LIMIT):
-        assert not judge.goes_on(1, moves=1, ticks=ticks)
-    assert not judge.goes_on(LIMIT, moves=1, ticks=ticks)
-    assert judge.goes_on(1, moves=1, ticks=ticks).startswith(
+        assert not judge.goes_on(1, phases=1, progress=ticks)
+    assert not judge.goes_on(LIMIT, phases=1, progress=ticks)
+    assert judge.goes_on(1, phases=1, progress=ticks).startswith(
         "process 0 hangs while preparing the data: nothing has happened there for 11 s"
     )
 
@@ -75,8 +69,8 @@ def test_work_that_goes_on_is_no_hang(judge):
 def test_what_one_does_who_is_further_on_does_not_help_one_that_hangs(judge):
     for ticks in range(LIMIT + 1):
         assert not judge.verdict
-        judge.goes_on(1, moves=2, ticks=ticks)
-    assert judge.goes_on(1, moves=2, ticks=99).startswith(
+        judge.goes_on(1, phases=2, progress=ticks)
+    assert judge.goes_on(1, phases=2, progress=99).startswith(
         "process 0 hangs while preparing the data"
     )
 
@@ -86,7 +80,7 @@ def test_what_one_does_who_is_further_on_does_not_help_one_that_hangs(judge):
 )
 def test_the_one_that_waits_for_another_does_not_hang(mine, theirs, culprit, judge, monkeypatch):
     monkeypatch.setattr(watchdog.coordination, "_waiting", mine)
-    assert judge.goes_on(2 * LIMIT, moves=1, waits=theirs).startswith(f"process {culprit} hangs")
+    assert judge.goes_on(2 * LIMIT, phases=1, waiting=theirs).startswith(f"process {culprit} hangs")
 
 
 def test_a_process_tells_that_it_waits():
@@ -94,20 +88,20 @@ def test_a_process_tells_that_it_waits():
 
     class Service:
         def blocking_key_value_get(self, name, timeout):
-            seen.append(watchdog.coordination.waits())
+            seen.append(watchdog.coordination.is_waiting())
             return json.dumps({"value": 3})
 
     assert (
-        watchdog.coordination._heard(Service(), "x", 1) == 3
+        watchdog.coordination._receive(Service(), "x", 1) == 3
         and seen == [True]
-        and not watchdog.coordination.waits()
+        and not watchdog.coordination.is_waiting()
     )
 
 
 def ticks_of(do) -> int:
-    before = watchdog._watch.ticks
+    before = watchdog._watchdog.progress
     do()
-    return watchdog._watch.ticks - before
+    return watchdog._watchdog.progress - before
 
 
 def test_every_part_of_a_preparation_is_progress(judge, tmp_path):
@@ -133,7 +127,7 @@ def test_every_part_of_a_preparation_is_progress(judge, tmp_path):
 
 
 def test_one_process_has_nobody_to_tell():
-    assert watchdog._watch is None
+    assert watchdog._watchdog is None
     watchdog.tick()
     assert list(watchdog.ticking("ab")) == ["a", "b"]
 
