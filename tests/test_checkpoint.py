@@ -21,8 +21,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from uoe_jax.errors import ConfigError, RunError, UserError
-from uoe_jax.train import checkpoint, saved
-from uoe_jax.train.checkpoint import CheckpointDamaged, CheckpointStore
+from uoe_jax.train import checkpoint, metadata
+from uoe_jax.train.checkpoint import CheckpointStore
+from uoe_jax.train.metadata import CheckpointDamaged
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -85,7 +86,7 @@ def test_round_trip_is_bit_exact(tmp_path):
         assert_same(store.restore(7, abstract(state)), state)
         found = store.metadata(7)
     assert found["config"] == {"model": {"k": 4, "gate": "sigmoid"}}
-    assert found["format_version"] == saved.FORMAT_VERSION
+    assert found["format_version"] == metadata.FORMAT_VERSION
     assert found["versions"]["jax"] == jax.__version__
     assert set(found["versions"]) == {"jax", "flax", "optax", "orbax-checkpoint"}
     half = found["leaves"]["params/half"]
@@ -262,7 +263,7 @@ def test_damage_is_named(tmp_path, name, change):
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     with CheckpointStore(tmp_path) as store:
         with monkeypatch.context() as patch:
-            patch.setattr(saved, "FORMAT_VERSION", 99)
+            patch.setattr(metadata, "FORMAT_VERSION", 99)
             store.save(0, bits_state(0))
             store.wait()
         with pytest.raises(UserError, match="format_version=99.*update uoe_jax"):

@@ -117,7 +117,7 @@ def test_the_test_split_is_read_once_whatever_happens(fault, code, source, tmp_p
     assert uoe(*whole)[0] == 0
     assert metric_lines(tmp_path / "whole") == metric_lines(tmp_path / "run")
     code, out, _ = uoe("eval", f"--workdir={tmp_path / 'run'}", "--split=test", "--step=best")
-    assert code == 0 and json.loads(out)["eval/loss"] == tested["test/loss"]
+    assert code == 0 and json.loads(out)["test/loss"] == tested["test/loss"]
 
 
 @pytest.mark.slow

@@ -207,4 +207,4 @@ def test_evaluation_counts_every_row_once_in_any_number_of_processes(source, tmp
         found.append(json.loads(ended[0][1]))
     assert found[0] == found[1]
     rows = json.loads((tmp_path / "run" / "record.json").read_text())["data"]["n_rows"]["test"]
-    assert found[0]["eval/rows"] == rows
+    assert found[0]["test/rows"] == rows

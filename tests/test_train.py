@@ -226,8 +226,8 @@ def test_a_program_compiled_on_one_core_is_not_run_on_two(tmp_path):
     """XLA divides loops among the cores it finds, which JAX's key of the cache does not tell."""
     code = (
         "import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])\n"
-        "import jax; from uoe_jax import runtime; from uoe_jax.config import Config\n"
-        "runtime.start(Config()); jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))); print(jax.config.jax_compilation_cache_dir)"
+        "import jax; from uoe_jax.distributed import setup; from uoe_jax.config import Config\n"
+        "setup.start(Config()); jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))); print(jax.config.jax_compilation_cache_dir)"
     )
     env = environment(UOE_CACHE=str(tmp_path))
     env.pop("JAX_COMPILATION_CACHE_DIR", None)

@@ -60,8 +60,7 @@ class LiteralPath(gpath.PosixGPath):
 def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPath:
     """The path of a workdir; touches nothing. option: where it was given, for errors.
 
-    Raises:
-      UserError: an address that is not gs://, or the package for gs:// is not installed.
+    Raises UserError for an address that is not gs://, or without the package for gs://.
     """
     name = os.fspath(path)
     if is_remote(name):
@@ -235,8 +234,7 @@ def read_config(path: str) -> Config:
     Raises:
       UserError: there is no run, or its config.json cannot be used.
     """
-    file = locate(path) / CONFIG
-    remedy = "restore it, or start in another --workdir"
+    file, remedy = locate(path) / CONFIG, "restore it, or start in another --workdir"
     values = read_json(file, remedy)
     if values is None:
         problem = "no run there (config.json is missing); train one with uoe train"
@@ -254,11 +252,9 @@ def lock(path: str, workdir: epath.Path) -> None:
       UserError: another process writes there.
     """
     if is_remote(path):
-        notice(
-            f"{path}: no lock against a second writer, no check of free space; metrics.jsonl is "
-            "uploaded once a minute and at checkpoints"
-        )
-        return
+        missing = "no lock against a second writer, no check of free space"
+        uploads = "metrics.jsonl is uploaded once a minute and at checkpoints"
+        return notice(f"{path}: {missing}; {uploads}")
     file, held = workdir / LOCK, _locks.get(os.fspath(workdir))
     if held is not None and file.exists() and os.path.samestat(os.fstat(held), os.stat(file)):
         return
@@ -267,23 +263,21 @@ def lock(path: str, workdir: epath.Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        try:
-            if isinstance(error, BlockingIOError):
-                remedy = "stop it, or give another --workdir"
-                raise UserError(f"--workdir={path}: {_holder(lock)}; {remedy}") from error
-            if error.errno not in _NO_LOCKS:
-                raise
-            why = f"this file system has no locks ({error.strerror})"
-            notice(f"{path}: nothing keeps a second writer out, as {why}")
-        finally:
-            os.close(lock)
-        return
+        holder = _holder(lock)
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            remedy = "stop it, or give another --workdir"
+            raise UserError(f"--workdir={path}: {holder}; {remedy}") from error
+        if error.errno not in _NO_LOCKS:
+            raise
+        why = f"this file system has no locks ({error.strerror})"
+        return notice(f"{path}: nothing keeps a second writer out, as {why}")
     _locks[os.fspath(workdir)] = lock
     _forget_locks_in_children()
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+    us = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
     os.ftruncate(lock, 0)
-    os.pwrite(lock, json.dumps(holder).encode(), 0)
+    os.pwrite(lock, json.dumps(us).encode(), 0)
 
 
 def wait_for_writer(workdir: epath.Path, seconds: float, cancelled: Callable[[], bool]) -> None:

@@ -186,7 +186,7 @@ def on_process_zero(do: Callable[[], T]) -> T:
 
 
 def on_all(do: Callable[[], T]) -> T:
-    """The result of `do` here, once it worked in all processes; an error in one is raised in all."""
+    """The result of `do` here, once it worked in all processes; an error is raised in all."""
     service = client()
     if service is None:
         return do()
