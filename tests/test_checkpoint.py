@@ -360,7 +360,7 @@ def test_disk_full_during_a_save(tmp_path, monkeypatch, limit, capfd):
             "it resumes from step 0",
         ):
             assert words in message
-        store.check()  # told once
+        store.check()  # reported once
         # keep_latest=1 was about to delete step 0; it must be there, listed, and the debris gone.
         assert saved_steps(store) == [0] and store.best_step() == 0
         assert not list(store.directory.glob("*tmp*"))
@@ -395,7 +395,7 @@ def test_a_directory_that_is_gone_before_a_save(tmp_path):
             store.save(3, bits_state(0))
 
 
-def test_a_failed_save_is_told_on_close(tmp_path):
+def test_a_failed_save_is_reported_on_close(tmp_path):
     store = CheckpointStore(tmp_path)
     with small_files(tmp_path):
         store.save(0, bits_state(0, 1_000_000))

@@ -1,4 +1,4 @@
-"""Streams, homes and terminals that do not work: a sentence, or a default that is told once."""
+"""Streams, homes and terminals that do not work: a sentence, or a default that is reported once."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_progress_that_nobody_takes_ends_nothing():
     ({"PYTHONIOENCODING": "latin-1"}, b"\xe9" + rb"\u2026" + b"\xff"),
     ({"PYTHONIOENCODING": "utf-8:strict"}, "é…".encode() + b"\xff"),
 ])  # fmt: skip
-def test_text_that_a_stream_cannot_show_is_escaped_and_told_once(env, shown):
+def test_text_that_a_stream_cannot_show_is_escaped_with_one_notice(env, shown):
     code, out, err = python(
         SETTLED + r"[print('\u00e9\u2026\udcff') for _ in range(2)]", env=environment(**env)
     )

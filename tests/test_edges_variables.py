@@ -193,7 +193,7 @@ def no_name(*_):
 
 
 @pytest.mark.parametrize("host,me,code", [("no-such-host.invalid", 0, 2), ("bad..name", 1, 77)])
-def test_a_coordinator_without_an_address_is_waited_for_and_told(
+def test_a_coordinator_without_an_address_is_waited_for_and_reported(
     monkeypatch, capfd, host, me, code
 ):
     monkeypatch.setattr(coordination, "_OWN_NAME_S", 0.02)

@@ -83,7 +83,7 @@ def test_the_one_that_waits_for_another_does_not_hang(mine, theirs, culprit, jud
     assert judge.goes_on(2 * LIMIT, phases=1, waiting=theirs).startswith(f"process {culprit} hangs")
 
 
-def test_a_process_tells_that_it_waits():
+def test_a_heartbeat_says_that_a_process_waits():
     seen = []
 
     class Service:

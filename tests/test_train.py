@@ -56,7 +56,7 @@ def assert_same_run(one, other, step):
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def test_a_run_tells_its_story(finished):
+def test_what_a_run_reports(finished):
     workdir, progress, result = finished
     for word in ("starting", "step 20/20", "bits per byte", "tokens/s", "left", "validation loss"):
         assert word in progress, word

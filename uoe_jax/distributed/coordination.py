@@ -65,7 +65,7 @@ def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int,
         for name in _TASK_COUNTS:
             if environ.get(name, "1") not in ("", "1"):
                 raise UserError(
-                    f"{name}={environ[name]}: {environ[name]} tasks were started and none was told "
+                    f"{name}={environ[name]}: {environ[name]} tasks were started and none was given "
                     "its place, so each would train alone in the same workdir; set "
                     f"{', '.join(NAMES)} as launch/slurm.sbatch does"
                 )
