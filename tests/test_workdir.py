@@ -240,7 +240,7 @@ def test_a_damaged_record(tmp_path, text):
     (tmp_path / "record.json").write_bytes(text)
     with pytest.raises(
         UserError,
-        match="(record.json: cannot be read .*|data.sha256='a': .*); .*another --workdir$",
+        match="(record.json: cannot be read .*|data.sha256='a': .*); .*another --workdir(| with .*init_from=.*)$",
     ) as caught:
         workdir.check_record(tmp_path, {"sha256": "a", "tokenizer": "byte"})
     assert (

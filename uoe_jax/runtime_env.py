@@ -155,10 +155,9 @@ def takes_utf8(stream: TextIO) -> bool:
 
 
 def expanded(path: str | os.PathLike[str], option: str) -> str:
-    """The path with ~ and ~user replaced. option: where it was given, for errors.
+    """The path with ~ and ~user replaced; UserError where no home directory is known.
 
-    Raises:
-      UserError: no home directory is known.
+    option: where it was given, for errors.
     """
     name = os.fspath(path)
     found = os.path.expanduser(name)
@@ -232,11 +231,7 @@ def _temporary_cache() -> Path:
 
 
 def check_variables(jaxlib_version: str) -> None:
-    """Refuses XLA_FLAGS that XLA would abort for; drops variables that tqdm's import fails on.
-
-    Raises:
-      UserError: with the flags, and what XLA says of them.
-    """
+    """UserError for XLA_FLAGS that XLA would abort for; drops variables that tqdm cannot read."""
     _check_flags(jaxlib_version)
     of_tqdm = {name: value for name, value in os.environ.items() if name.startswith("TQDM_")}
     if of_tqdm and "tqdm" not in sys.modules:

@@ -193,13 +193,17 @@ def _refuse_other_run(path: str, old: Config, new: Config) -> None:
         return
     given = ", ".join(f"config.{key}={now!r}" for key, _, now in changed)
     before = ", ".join(repr(value) for _, value, _ in changed)
-    remedy = f"continue from its weights in another --workdir with --config.train.init_from={path}"
+    remedy = _elsewhere(path)
     if "train.steps" in (key for key, *_ in changed):
         remedy += "; a run started with optimizer.decay_steps may change train.steps"
     values = "the old value" if len(changed) == 1 else "the old values"
     raise UserError(
         f"{given}: the run in {path} was started with {before}; give {values}, or {remedy}"
     )
+
+
+def _elsewhere(path: str) -> str:
+    return f"continue from its weights in another --workdir with --config.train.init_from={path}"
 
 
 def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = True) -> None:
@@ -224,16 +228,12 @@ def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = 
             raise UserError(
                 f"data.{name}={record.get(name)!r}: the run in {workdir} was trained on {before}; "
                 "use the data it was started with (of the standard library: the same interpreter), "
-                "or another --workdir"
+                f"or {_elsewhere(os.fspath(workdir))}"
             )
 
 
 def read_config(path: str) -> Config:
-    """The resolved configuration of the run in a workdir.
-
-    Raises:
-      UserError: there is no run, or its config.json cannot be used.
-    """
+    """The configuration of the run in a workdir; UserError for no run or a bad config.json."""
     file, remedy = locate(path) / CONFIG, "restore it, or start in another --workdir"
     values = read_json(file, remedy)
     if values is None:
@@ -246,10 +246,9 @@ def read_config(path: str) -> Config:
 
 
 def lock(path: str, workdir: epath.Path) -> None:
-    """Makes this process the only writer of a workdir; a notice where nothing keeps others out.
+    """Makes this process the only writer of a workdir; UserError where another one writes there.
 
-    Raises:
-      UserError: another process writes there.
+    A notice says where nothing keeps others out.
     """
     if is_remote(path):
         missing = "no lock against a second writer, no check of free space"
@@ -341,11 +340,7 @@ def os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def read_json(file: epath.Path, remedy: str) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no such file.
-
-    Raises:
-      UserError: it cannot be read; ends with the remedy.
-    """
+    """The object in a JSON file, None for no file; UserError with the remedy if unreadable."""
     try:
         with os_errors(file):
             found = json.loads(read_text(file), object_pairs_hook=_unique)

@@ -56,19 +56,16 @@ class LostPeer(UserError):
 def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
     """(coordinator, number of processes, this one's id) from the environment; None for one process.
 
-    Raises:
-      UserError: the variables are incomplete or invalid, or a launcher started several tasks
-        without them.
+    UserError for incomplete or invalid variables, or tasks that were started without them.
     """
     given = {name: environ[name] for name in NAMES if environ.get(name)}
     if not given:
         for name in _TASK_COUNTS:
             if environ.get(name, "1") not in ("", "1"):
-                raise UserError(
-                    f"{name}={environ[name]}: {environ[name]} tasks were started and none was given "
-                    "its place, so each would train alone in the same workdir; set "
-                    f"{', '.join(NAMES)} as launch/slurm.sbatch does"
-                )
+                problem = f"{environ[name]} tasks were started and none was given its place"
+                remedy = f"set {', '.join(NAMES)} as launch/slurm.sbatch does"
+                result = "so each would train alone in the same workdir"
+                raise UserError(f"{name}={environ[name]}: {problem}, {result}; {remedy}")
         return None
     for name in NAMES:
         if name not in given:
@@ -200,11 +197,7 @@ def on_all(do: Callable[[], T]) -> T:
 
 
 def assert_same(values: Mapping[str, Any], remedy: str) -> None:
-    """Refuses values (JSON) that differ from those of process 0.
-
-    Raises:
-      UserError: naming the first process and value that differ; in every process.
-    """
+    """UserError in every process for the first value (JSON) that differs from process 0's."""
     service = client()
     if service is None:
         return

@@ -22,11 +22,7 @@ _LINES = "start it in a terminal, or send it lines"
 
 
 def configured(options: argparse.Namespace, config: Config) -> Config:
-    """The run's configuration with the options for sampling and experts.
-
-    Raises:
-      UserError: values that cannot be used, or options that exclude each other.
-    """
+    """The run's configuration with the options for sampling and experts; UserError for bad ones."""
     values = config_lib.to_dict(config)
     for name, _, _ in config_lib.leaves(config_lib.GenerateConfig()):
         text = getattr(options, name)
@@ -93,10 +89,8 @@ def run_generate(options: argparse.Namespace, config: Config) -> None:
 def read_prompts(name: str) -> dict[int, str]:
     """The prompts of a file by line number, from 1: its lines, or "prompt" of its JSON lines.
 
-    A file has JSON lines by its name or by its first line. Empty lines are left out.
-
-    Raises:
-      UserError: it cannot be read or holds none; or, with its line, one is no prompt.
+    A file has JSON lines by its name or by its first line. Empty lines are left out. UserError
+    where it cannot be read or holds none; or, with its line, where one is no prompt.
     """
     wanted = 'give text, one prompt a line, or JSON lines of {"prompt": "…"}'
     try:

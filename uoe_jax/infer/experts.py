@@ -11,13 +11,9 @@ from uoe_jax.errors import UserError
 
 
 def with_experts(config: Config, k: dict[str, int]) -> Config:
-    """The configuration with another K in the blocks named ("smha", "uome").
+    """The configuration with another K in the blocks named ("smha", "uome"); slots follow.
 
-    The slots follow through capacity_factor.
-
-    Raises:
-      UserError: a block that the model does not have, or a K beyond its N.
-      ConfigError: a gate that does not work with this K.
+    UserError for a block that the model lacks, a K beyond its N, or a gate that excludes K.
     """
     unions = config.model.unions()
     for name, value in k.items():
@@ -54,11 +50,7 @@ def _with_routing(config: Config, changed: dict[str, RoutingConfig]) -> Config:
 
 
 def choices(config: Config, text: str) -> list[Config]:
-    """A configuration for each K of `--experts`: '2', 'smha=3,uome=4', or (in eval) '1..4'.
-
-    Raises:
-      UserError: it is none of these, or the model has no such experts.
-    """
+    """A configuration for each K of `--experts`: '2', 'smha=3,uome=4', or (in eval) '1..4'."""
     unions = config.model.unions()
     numbers = re.fullmatch(r"(\d{1,6})(?:\.\.(\d{1,6}))?", text)
     if numbers:

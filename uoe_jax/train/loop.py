@@ -90,12 +90,7 @@ class Run:
                     self.roll_back(bad)
 
     def train(self, signal: StopSignal) -> int:
-        """The loop itself.
-
-        Raises:
-          Interrupted: asked to stop in an evaluation.
-          TooManyBadSteps: to be rolled back.
-        """
+        """The loop itself; Interrupted in an evaluation, TooManyBadSteps to be rolled back."""
         c, program = self.config, self.program
         rows = mesh_lib.local_rows(program.devices, c.train.batch_size)
         batches = TrainBatches(
@@ -235,11 +230,7 @@ class Run:
                 self.store.save(self.step, self.state, metrics, metadata)
 
     def log_pending(self) -> None:
-        """Reads the step dispatched before this one, and logs it.
-
-        Raises:
-          TooManyBadSteps: it was bad, and so were those before it.
-        """
+        """Reads and logs the step dispatched before; TooManyBadSteps if it was one too many."""
         if self.pending is None:
             return
         (step, on_device), self.pending = self.pending, None
@@ -278,8 +269,7 @@ class Run:
     def roll_back(self, bad: TooManyBadSteps) -> None:
         """Goes back to the newest checkpoint before the bad steps; the batches since are skipped.
 
-        Raises:
-          BadNumbers: no rollback is left (guard.rollbacks), or no such checkpoint.
+        BadNumbers where no rollback is left (guard.rollbacks), or no such checkpoint.
         """
         self.store.wait()
         target = self.newest(bad.step - bad.in_a_row)

@@ -99,9 +99,7 @@ def redacted(value: Any, key: str = "") -> Any:
 def read_metadata(path: epath.Path) -> dict[str, Any]:
     """The metadata of a checkpoint as process 0 reads them, in every process.
 
-    Raises:
-      UserError: written in a newer format.
-      CheckpointDamaged: they are not there, or not as they were written.
+    UserError for a newer format; CheckpointDamaged where they are not as they were written.
     """
     found = on_process_zero(lambda: metadata_or_fault(path))
     if isinstance(found, str):

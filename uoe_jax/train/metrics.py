@@ -190,12 +190,9 @@ class _Object:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of `<workdir>/metrics.jsonl` as dicts, with floats for "nan" and "inf".
+    """The lines of `<workdir>/metrics.jsonl` as dicts; UserError where it cannot be read.
 
-    A torn last line is left out.
-
-    Raises:
-      UserError: there is no such file, or it cannot be read.
+    "nan" and "inf" become floats; a torn last line is left out.
     """
     path = locate(workdir) / "metrics.jsonl"
     with os_error_as(UserError, f"{path}: cannot be read", "fix that, or check --workdir"):

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 EVALUATION_LINE_S = 10  # between two lines about a running evaluation
@@ -86,28 +86,24 @@ class Progress:
         yield
         self.print(f"compiled {what} in {time.monotonic() - start:.1f} s")
 
-    def counting(self, what: str, total: int) -> _Counter:
-        """A counter of batches, called with the number that are done."""
-        return _Counter(self, what, total)
+    def counting(self, what: str, total: int) -> Callable[[int], None]:
+        """A function to call with the number of batches done; it prints from time to time."""
+        start = printed = 0.0
+
+        def show(done: int) -> None:
+            nonlocal start, printed
+            now = time.monotonic()
+            if done == 1:  # which waited for the compiler
+                start = printed = now
+            elif now - printed >= EVALUATION_LINE_S:
+                printed = now
+                left = round((now - start) / (done - 1) * (total - done))
+                count = f"{done:,} of {total:,} batches"
+                self.print(f"{what}: {count}, {left // 60}:{left % 60:02} left")
+
+        return show
 
     def close(self) -> None:
         """Leaves the last state of the bar on the screen; safe to call twice."""
         if self._bar is not None:
             self._bar.close()
-
-
-class _Counter:
-    """Prints how many batches are done, every EVALUATION_LINE_S seconds."""
-
-    def __init__(self, progress: Progress, what: str, total: int) -> None:
-        self._progress, self._what, self._total = progress, what, total
-        self._start = self._printed = time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self._printed < EVALUATION_LINE_S or not done:
-            return
-        self._printed = now
-        left = round((now - self._start) / done * (self._total - done))
-        count = f"{done:,} of {self._total:,} batches"
-        self._progress.print(f"{self._what}: {count}, {left // 60}:{left % 60:02} left")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from uoe_jax.distributed.coordination import RemoteProcessError, on_all, on_process_zero
@@ -58,11 +59,7 @@ def restore(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any
 
 
 def checkpoints_of(path: str | os.PathLike[str]) -> list[str]:
-    """The checkpoints of a workdir, newest first, or the one given; the same in all processes.
-
-    Raises:
-      ConfigError: there is none.
-    """
+    """The checkpoints of a workdir, newest first, or the one given; ConfigError for none."""
 
     def find() -> list[str]:
         root = checkpoint_path(path, _INIT_FROM)
@@ -126,22 +123,11 @@ def _params_of(
         raise ConfigError(
             _INIT_FROM, given, f"none of its parameters fits the model ({first}); {remedy}"
         )
-    part = _load(path, {"params": _only(abstract, {*taken}, "params/")}, stored, partial=True)
-    loaded = {leaf_name(at): leaf for at, leaf in jax.tree.leaves_with_path(part)}
-    tree = jax.tree.map_with_path(lambda at, _: loaded.get(f"params/{leaf_name(at)}"), abstract)
+    flat = flatten_dict({"params": abstract}, sep="/")
+    wanted = unflatten_dict({name: flat[name] for name in taken}, sep="/")
+    loaded = flatten_dict(_load(path, wanted, stored, partial=True), sep="/")
+    tree = unflatten_dict({name: loaded.get(name) for name in flat}, sep="/")["params"]
     return tree, taken, fresh
-
-
-def _only(tree: Mapping[str, Any], names: set[str], prefix: str) -> dict[str, Any]:
-    """Nested dicts with only the named leaves, and no empty dict."""
-    found = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            if value := _only(value, names, f"{prefix}{key}/"):
-                found[key] = value
-        elif f"{prefix}{key}" in names:
-            found[key] = value
-    return found
 
 
 def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: bool = False) -> Any:

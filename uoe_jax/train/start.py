@@ -53,11 +53,8 @@ def merged_params(source: str, program: Program, own: Params, notice: Notice) ->
 def check_init_from(config: Config, tokenizer: str | None, notice: Notice) -> None:
     """Compares the run of `train.init_from` with this one, before anything is written.
 
-    tokenizer: the fingerprint of this run's; None where it has none.
-
-    Raises:
-      ConfigError: there is no such run, or it has another tokenizer and `train.init_from_any` is
-        false.
+    ConfigError for no such run, or another tokenizer if `train.init_from_any` is false. tokenizer:
+    the fingerprint of this run's; None where it has none.
     """
     source = config.train.init_from
     for path in map(locate, checkpoints_of(source)):

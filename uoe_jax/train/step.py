@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from uoe_jax.config.baselines import MoEConfig
@@ -133,14 +134,7 @@ def functional(
 def declared(abstract: nnx.State, read: Callable[[nnx.Param, tuple[int, ...]], Any]) -> Params:
     """A tree shaped like the parameters holding `read(weight's declaration, its stacked shape)`."""
     flat = {path: read(v, v.get_value().shape) for path, v in nnx.to_flat_state(abstract)}
-    out: Params = {}
-    for path, value in flat.items():
-        *modules, name = map(str, path)
-        node = out
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[name] = value
-    return out
+    return unflatten_dict({tuple(map(str, path)): value for path, value in flat.items()})
 
 
 def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
