@@ -214,13 +214,13 @@ def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = 
     """
     path = locate(workdir) / RECORD
     remedy = "remove it, where you are sure of the run's data, or start in another --workdir"
-    with os_errors(path):
-        found = read_json(path, remedy)
-        if found is None:
-            if store:
-                with os_error_as(UserError, f"{path}: cannot be written", "fix that and run again"):
-                    write_json(path, {"data": record})
-            return
+    found = read_json(path, remedy)
+    if found is None and not store:
+        return
+    if found is None:
+        problem = f"{path}: cannot be written"
+        with os_error_as(UserError, problem, "fix that and run again"), os_errors(path):
+            return write_json(path, {"data": record})
     old = found.get("data")
     for name in ("sha256", "tokenizer"):
         if not isinstance(old, dict) or old.get(name) != record.get(name):

@@ -168,10 +168,7 @@ class Sampler:
         tokens_BL = np.zeros((len(ids), max(self._bucket(len(row)) for row in ids)), np.int32)
         for i, row in enumerate(ids):
             tokens_BL[i, : len(row)] = row
-        length_B, rows_B = (
-            np.array([len(row) for row in ids], np.int32),
-            np.array(numbers, np.uint32),
-        )
+        length_B, rows_B = np.array([*map(len, ids)], np.int32), np.array(numbers, np.uint32)
         top_k, top_p = np.int32(settings.top_k), np.float32(settings.top_p)
         knobs = (np.float32(settings.temperature), top_k, top_p)
         logits, cache = self._prefill(self._params, tokens_BL, length_B)

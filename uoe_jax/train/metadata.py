@@ -32,10 +32,7 @@ STATE = "state"  # the directory of a checkpoint's arrays
 METADATA, _LOSS = "_CHECKPOINT_METADATA", "uoe_loss.json"
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 # Signs that reading failed though the checkpoint may be good. The names are TensorStore's.
-_TRANSIENT = (
-    *("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE"),
-    "DEADLINE_EXCEEDED",
-)
+_TRANSIENT = "RESOURCE_EXHAUSTED PERMISSION_DENIED UNAUTHENTICATED UNAVAILABLE DEADLINE_EXCEEDED"
 _TRANSIENT_CODES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ESTALE)
 _SECRET = re.compile(
     r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE
@@ -209,7 +206,7 @@ def raise_if_transient(path: epath.Path, error: Exception) -> None:
     """RunError where reading failed for a reason that may pass, such as the network."""
     kinds = (MemoryError, PermissionError, ConnectionError, TimeoutError)
     transient = isinstance(error, kinds) or getattr(error, "errno", None) in _TRANSIENT_CODES
-    if transient or any(sign in str(error) for sign in _TRANSIENT):
+    if transient or any(sign in str(error) for sign in _TRANSIENT.split()):
         remedy = "fix that and run the same command again"
         raise RunError(f"{path}: cannot be read now ({first_line(error)}); {remedy}") from error
 

@@ -119,10 +119,9 @@ def _params_of(
     taken = [name for name in here if name not in fresh]
     if not taken:
         first = next((f"{name}: {why}" for name, why in fresh.items()), "it has none")
+        problem = f"none of its parameters fits the model ({first})"
         remedy = "give a run of a model that has layers in common"
-        raise ConfigError(
-            _INIT_FROM, given, f"none of its parameters fits the model ({first}); {remedy}"
-        )
+        raise ConfigError(_INIT_FROM, given, f"{problem}; {remedy}")
     flat = flatten_dict({"params": abstract}, sep="/")
     wanted = unflatten_dict({name: flat[name] for name in taken}, sep="/")
     loaded = flatten_dict(_load(path, wanted, stored, partial=True), sep="/")

@@ -66,11 +66,9 @@ def check_init_from(config: Config, tokenizer: str | None, notice: Notice) -> No
         if theirs != tokenizer:
             problem = f"its tokenizer is {theirs or 'unknown'}, this run's is {tokenizer}"
             if theirs is not None and not config.train.init_from_any:
-                remedy = (
-                    "give data.tokenizer and data.tokenizer_file of that run, or "
-                    "--config.train.init_from_any=true"
-                )
-                raise ConfigError("config.train.init_from", source, f"{problem}; {remedy}")
+                remedy = "give data.tokenizer and data.tokenizer_file of that run"
+                problem = f"{problem}; {remedy}, or --config.train.init_from_any=true"
+                raise ConfigError("config.train.init_from", source, problem)
             notice(f"init_from {source}: {problem}")
         theirs = metadata.get("config", {}).get("model", {})
         for key, found, value in _other_keys(theirs, config.model):
