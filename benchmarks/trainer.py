@@ -20,8 +20,10 @@ from uoe_jax.data.pipeline import TrainBatches
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed import setup
 from uoe_jax.train.checkpoint import CheckpointStore
-from uoe_jax.train.main import Run, load_data
-from uoe_jax.train.metrics import MetricsWriter, Progress
+from uoe_jax.train.loop import Run
+from uoe_jax.train.main import load_data
+from uoe_jax.train.metrics import MetricsWriter
+from uoe_jax.train.progress import Progress
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import build
 

@@ -21,8 +21,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from uoe_jax.errors import ConfigError, RunError, UserError
-from uoe_jax.train import checkpoint, saved
-from uoe_jax.train.checkpoint import CheckpointDamaged, CheckpointStore
+from uoe_jax.train import checkpoint, metadata
+from uoe_jax.train.checkpoint import CheckpointStore
+from uoe_jax.train.metadata import CheckpointDamaged
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -85,7 +86,7 @@ def test_round_trip_is_bit_exact(tmp_path):
         assert_same(store.restore(7, abstract(state)), state)
         found = store.metadata(7)
     assert found["config"] == {"model": {"k": 4, "gate": "sigmoid"}}
-    assert found["format_version"] == saved.FORMAT_VERSION
+    assert found["format_version"] == metadata.FORMAT_VERSION
     assert found["versions"]["jax"] == jax.__version__
     assert set(found["versions"]) == {"jax", "flax", "optax", "orbax-checkpoint"}
     half = found["leaves"]["params/half"]
@@ -262,7 +263,7 @@ def test_damage_is_named(tmp_path, name, change):
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     with CheckpointStore(tmp_path) as store:
         with monkeypatch.context() as patch:
-            patch.setattr(saved, "FORMAT_VERSION", 99)
+            patch.setattr(metadata, "FORMAT_VERSION", 99)
             store.save(0, bits_state(0))
             store.wait()
         with pytest.raises(UserError, match="format_version=99.*update uoe_jax"):
@@ -359,7 +360,7 @@ def test_disk_full_during_a_save(tmp_path, monkeypatch, limit, capfd):
             "it resumes from step 0",
         ):
             assert words in message
-        store.check()  # told once
+        store.check()  # reported once
         # keep_latest=1 was about to delete step 0; it must be there, listed, and the debris gone.
         assert saved_steps(store) == [0] and store.best_step() == 0
         assert not list(store.directory.glob("*tmp*"))
@@ -394,7 +395,7 @@ def test_a_directory_that_is_gone_before_a_save(tmp_path):
             store.save(3, bits_state(0))
 
 
-def test_a_failed_save_is_told_on_close(tmp_path):
+def test_a_failed_save_is_reported_on_close(tmp_path):
     store = CheckpointStore(tmp_path)
     with small_files(tmp_path):
         store.save(0, bits_state(0, 1_000_000))

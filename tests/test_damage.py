@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import json
 import os
 import random
 import re
@@ -27,8 +26,10 @@ from test_checkpoint import REPOSITORY, abstract, assert_same, bits_state
 from uoe_jax.config import Config
 from uoe_jax.errors import BadNumbers, ConfigError, RunError, UserError
 from uoe_jax.train import fingerprint, restore, saved
-from uoe_jax.train.checkpoint import CheckpointDamaged, CheckpointStore
+from uoe_jax.train import metadata as metadata_lib
+from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.fingerprint import fingerprints
+from uoe_jax.train.metadata import CheckpointDamaged
 from uoe_jax.train.saved import load_params
 
 # Orbax's reading leaves coroutines behind where it fails.
@@ -388,7 +389,7 @@ def test_it_never_starts_from_the_beginning_by_itself(good, tmp_path):
 def test_what_was_set_aside_is_never_overwritten(good, tmp_path, monkeypatch, is_object_store):
     shutil.copytree(good, tmp_path / "run")
     if is_object_store:
-        monkeypatch.setattr(saved, "is_remote", lambda path: True)
+        monkeypatch.setattr(metadata_lib, "is_remote", lambda path: True)
     for _ in range(3):
         metadata = tmp_path / "run" / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
         metadata.write_bytes(metadata.read_bytes().replace(b"digest", b"Digest"))
@@ -482,30 +483,6 @@ def test_another_model_is_no_damage(good, tmp_path):
         assert caught.value.exit_code == 2 and store.steps() == [1, 2]
 
 
-def as_format_1(step: Path) -> None:
-    """As a checkpoint was written before there were fingerprints."""
-    path = step / "_CHECKPOINT_METADATA"
-    content = json.loads(path.read_text())
-    custom = content["custom_metadata"]
-    custom["format_version"] = 1
-    del custom["digest"], custom["loss"]
-    for leaf in custom["leaves"].values():
-        del leaf["fingerprint"]
-    path.write_text(json.dumps(content))
-
-
-def test_an_older_format_is_refused(good, tmp_path):
-    shutil.copytree(good, tmp_path / "run")
-    as_format_1(tmp_path / "run" / "checkpoints" / "2")
-    with CheckpointStore(tmp_path / "run") as store:
-        with pytest.raises(
-            UserError,
-            match="format_version=1 is of an older.*--config.train.init_from=.*checkpoints/2",
-        ) as caught:
-            store.restore_newest(abstract(rich_state(0)))
-        assert caught.value.exit_code == 2 and store.steps() == [1, 2]
-
-
 # --- parameters of another run ---------------------------------------------------------------------------------------
 
 
@@ -517,12 +494,9 @@ def tree_hash(folder: Path) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("place", ["", "checkpoints/2"])
-def test_parameters_are_taken_where_they_fit(good, tmp_path, place, older, caplog):
+def test_parameters_are_taken_where_they_fit(good, tmp_path, place):
     shutil.copytree(good, tmp_path / "run")
-    if older:
-        as_format_1(tmp_path / "run" / "checkpoints" / "2")
     before = tree_hash(tmp_path / "run")
     mesh = Mesh(np.asarray(jax.devices()), ("fsdp",))
     cut, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("fsdp",), ()))
@@ -546,7 +520,6 @@ def test_parameters_are_taken_where_they_fit(good, tmp_path, place, older, caplo
         "params/more/head": "not in the checkpoint",
     }
     assert tree_hash(tmp_path / "run") == before
-    assert ("without fingerprints" in caplog.text) == older
 
 
 def test_parameters_of_a_damaged_run(good, tmp_path):
@@ -582,12 +555,13 @@ def test_parameters_of_a_damaged_run(good, tmp_path):
 TWO = """
 import sys
 sys.path[:0] = [{repository!r}, {tests!r}]
-from uoe_jax import processes
-processes.join(stops_itself=False)
+from uoe_jax.distributed import coordination
+coordination.join(stops_itself=False)
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uoe_jax.train import saved
-from uoe_jax.train.checkpoint import CheckpointStore, CheckpointDamaged
+from uoe_jax.train.checkpoint import CheckpointStore
+from uoe_jax.train.metadata import CheckpointDamaged
 
 me = jax.process_index()
 mesh = Mesh(np.asarray(jax.devices()), ("fsdp",))

@@ -1,4 +1,4 @@
-"""Streams, homes and terminals that do not work: a sentence, or a default that is told once."""
+"""Streams, homes and terminals that do not work: a sentence, or a default that is reported once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from uoe_jax.infer import command
 from uoe_jax.infer.sample import Completion
 from uoe_jax.runtime_env import default_cache_dir
 
-SETTLED = "import os, sys; from uoe_jax import surroundings; surroundings.settle(); "
+SETTLED = "import os, sys; from uoe_jax import runtime_env; runtime_env.prepare_process(); "
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +219,13 @@ def test_progress_that_nobody_takes_ends_nothing():
     code = (
         SETTLED
         + "[print('x' * 5000, file=sys.stderr, flush=True) for _ in range(9)]; "
-        + "surroundings.tell('done'); print('more')"
+        + "runtime_env.print_result('done'); print('more')"
     )
     with open("/dev/full", "wb") as full:
         assert python(code, stderr=full) == (0, b"done\nmore\n", b"")
-        assert python(SETTLED + "surroundings.tell('done')", stdout=full, stderr=full)[0] == 0
+        assert (
+            python(SETTLED + "runtime_env.print_result('done')", stdout=full, stderr=full)[0] == 0
+        )
 
 
 @pytest.mark.parametrize("env,shown", [
@@ -232,7 +234,7 @@ def test_progress_that_nobody_takes_ends_nothing():
     ({"PYTHONIOENCODING": "latin-1"}, b"\xe9" + rb"\u2026" + b"\xff"),
     ({"PYTHONIOENCODING": "utf-8:strict"}, "é…".encode() + b"\xff"),
 ])  # fmt: skip
-def test_text_that_a_stream_cannot_show_is_escaped_and_told_once(env, shown):
+def test_text_that_a_stream_cannot_show_is_escaped_with_one_notice(env, shown):
     code, out, err = python(
         SETTLED + r"[print('\u00e9\u2026\udcff') for _ in range(2)]", env=environment(**env)
     )
@@ -255,7 +257,7 @@ def test_json_lines_are_exact_on_every_stream(monkeypatch, encoding):
 def test_variables_of_the_progress_bar(chosen):
     code = (
         SETTLED
-        + "surroundings.check_variables('0.12.0'); import tqdm; "
+        + "runtime_env.check_variables('0.12.0'); import tqdm; "
         + "print([n for n in os.environ if n.startswith('TQDM')])"
     )
     code, out, err = python(code, env=environment(XLA_FLAGS="", **chosen))

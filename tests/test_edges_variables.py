@@ -123,7 +123,7 @@ def test_a_variable_that_jax_does_not_take_is_named():
     "name,error", [("JAX_PLATFORMS", AssertionError()), ("", RuntimeError("Unable\nto"))]
 )
 def test_no_device_is_a_sentence(monkeypatch, name, error):
-    for given in [n for n in os.environ if runtime_env._OF_DEVICES.match(n)]:
+    for given in [n for n in os.environ if runtime_env._DEVICE_VARIABLES.match(n)]:
         monkeypatch.delenv(given)
     if name:
         monkeypatch.setenv(name, "cuda")
@@ -193,7 +193,7 @@ def no_name(*_):
 
 
 @pytest.mark.parametrize("host,me,code", [("no-such-host.invalid", 0, 2), ("bad..name", 1, 77)])
-def test_a_coordinator_without_an_address_is_waited_for_and_told(
+def test_a_coordinator_without_an_address_is_waited_for_and_reported(
     monkeypatch, capfd, host, me, code
 ):
     monkeypatch.setattr(coordination, "_OWN_NAME_S", 0.02)

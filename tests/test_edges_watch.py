@@ -12,30 +12,24 @@ from uoe_jax.data import prepared, store
 from uoe_jax.data.tokenizers import words as vocabulary
 from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.distributed import watchdog
-from uoe_jax.distributed.watchdog import Place, Watch
+from uoe_jax.distributed.watchdog import Heartbeat, Status, Watchdog
 
 LIMIT = 10
 
 
-class Judge(Watch):
+class Judge(Watchdog):
     """Process 0 of two, without threads and without a service; `hears` what process 1 says."""
 
     def __init__(self) -> None:
         self._me, self.guard = 0, GuardConfig(compile_timeout_s=LIMIT)
-        self.place, self.ticks, self._ticks, self._lowest = (
-            Place(patience_s=LIMIT),
-            0,
-            {},
-            (-1, 0.0),
-        )
+        self.status, self.progress = Status(timeout_s=LIMIT), 0
+        self._last_progress, self._slowest = {}, (-1, 0.0)
         self.now, self.verdict = 0.0, ""
-        self._said = {1: (0, self.place, self.now)}
+        self._heartbeats = {1: Heartbeat(0, self.status, self.now)}
 
     def hears(self, **place) -> None:
-        self._said[1] = (
-            0,
-            Place(**{"patience_s": LIMIT, "doing": "preparing the data", **place}),
-            self.now,
+        self._heartbeats[1] = Heartbeat(
+            0, Status(**{"timeout_s": LIMIT, "phase": "preparing the data", **place}), self.now
         )
 
     def _end(self, code: int, culprit: int, why: str) -> None:
@@ -54,7 +48,7 @@ class Judge(Watch):
 @pytest.fixture
 def judge(monkeypatch):
     judge = Judge()
-    monkeypatch.setattr(watchdog, "_watch", judge)
+    monkeypatch.setattr(watchdog, "_watchdog", judge)
     watchdog.at("preparing the data", slow=True)
     return judge
 
@@ -63,11 +57,11 @@ def test_work_that_goes_on_is_no_hang(judge):
     """Of this process, and then of the other one while this one waits; what falls silent is found in time."""
     for _ in range(5 * LIMIT):
         watchdog.tick()
-        assert not judge.goes_on(1, moves=1)
+        assert not judge.goes_on(1, phases=1)
     for ticks in range(1, 5 * LIMIT):
-        assert not judge.goes_on(1, moves=1, ticks=ticks)
-    assert not judge.goes_on(LIMIT, moves=1, ticks=ticks)
-    assert judge.goes_on(1, moves=1, ticks=ticks).startswith(
+        assert not judge.goes_on(1, phases=1, progress=ticks)
+    assert not judge.goes_on(LIMIT, phases=1, progress=ticks)
+    assert judge.goes_on(1, phases=1, progress=ticks).startswith(
         "process 0 hangs while preparing the data: nothing has happened there for 11 s"
     )
 
@@ -75,8 +69,8 @@ def test_work_that_goes_on_is_no_hang(judge):
 def test_what_one_does_who_is_further_on_does_not_help_one_that_hangs(judge):
     for ticks in range(LIMIT + 1):
         assert not judge.verdict
-        judge.goes_on(1, moves=2, ticks=ticks)
-    assert judge.goes_on(1, moves=2, ticks=99).startswith(
+        judge.goes_on(1, phases=2, progress=ticks)
+    assert judge.goes_on(1, phases=2, progress=99).startswith(
         "process 0 hangs while preparing the data"
     )
 
@@ -85,29 +79,29 @@ def test_what_one_does_who_is_further_on_does_not_help_one_that_hangs(judge):
     "mine, theirs, culprit", [(True, False, 1), (False, True, 0), (False, False, 0)]
 )
 def test_the_one_that_waits_for_another_does_not_hang(mine, theirs, culprit, judge, monkeypatch):
-    monkeypatch.setattr(watchdog.processes, "_waiting", mine)
-    assert judge.goes_on(2 * LIMIT, moves=1, waits=theirs).startswith(f"process {culprit} hangs")
+    monkeypatch.setattr(watchdog.coordination, "_waiting", mine)
+    assert judge.goes_on(2 * LIMIT, phases=1, waiting=theirs).startswith(f"process {culprit} hangs")
 
 
-def test_a_process_tells_that_it_waits():
+def test_a_heartbeat_says_that_a_process_waits():
     seen = []
 
     class Service:
         def blocking_key_value_get(self, name, timeout):
-            seen.append(watchdog.processes.waits())
+            seen.append(watchdog.coordination.is_waiting())
             return json.dumps({"value": 3})
 
     assert (
-        watchdog.processes._heard(Service(), "x", 1) == 3
+        watchdog.coordination._receive(Service(), "x", 1) == 3
         and seen == [True]
-        and not watchdog.processes.waits()
+        and not watchdog.coordination.is_waiting()
     )
 
 
 def ticks_of(do) -> int:
-    before = watchdog._watch.ticks
+    before = watchdog._watchdog.progress
     do()
-    return watchdog._watch.ticks - before
+    return watchdog._watchdog.progress - before
 
 
 def test_every_part_of_a_preparation_is_progress(judge, tmp_path):
@@ -133,7 +127,7 @@ def test_every_part_of_a_preparation_is_progress(judge, tmp_path):
 
 
 def test_one_process_has_nobody_to_tell():
-    assert watchdog._watch is None
+    assert watchdog._watchdog is None
     watchdog.tick()
     assert list(watchdog.ticking("ab")) == ["a", "b"]
 
@@ -142,9 +136,9 @@ def test_one_process_has_nobody_to_tell():
 
 SLOW = """
 import runpy, time
-from uoe_jax import watch
+from uoe_jax.distributed import watchdog
 from uoe_jax.data.registry import add_source
-from uoe_jax.train import loop
+from uoe_jax.train import main
 
 class Source:
     key = "slow-%(name)s"
@@ -156,12 +150,12 @@ class Source:
         return {"sha256": "%(name)s"}
 
 def train(config, workdir, *more):
-    watch.at("preparing the data", slow=True)
-    loop.agreed_data(config, workdir)
+    watchdog.at("preparing the data", slow=True)
+    main.agreed_data(config, workdir)
     return 0
 
 add_source("slow", lambda data: Source())
-loop.train = train  # up to the first compilation, which takes its time on a busy machine
+main.train = train  # up to the first compilation, which takes its time on a busy machine
 
 def get_config():
     c = runpy.run_path(%(tiny)r)["get_config"]()

@@ -117,7 +117,7 @@ def test_the_test_split_is_read_once_whatever_happens(fault, code, source, tmp_p
     assert uoe(*whole)[0] == 0
     assert metric_lines(tmp_path / "whole") == metric_lines(tmp_path / "run")
     code, out, _ = uoe("eval", f"--workdir={tmp_path / 'run'}", "--split=test", "--step=best")
-    assert code == 0 and json.loads(out)["eval/loss"] == tested["test/loss"]
+    assert code == 0 and json.loads(out)["test/loss"] == tested["test/loss"]
 
 
 @pytest.mark.slow
@@ -257,16 +257,16 @@ def test_a_bad_step_changes_nothing_but_the_count(monkeypatch):
         bad = mesh_lib.put_batch(mesh, {**batch, "n_bytes": np.full_like(batch["n_bytes"], 7)})
         state, _ = program.train_step(program.init(jax.random.key(0)), good)
         before = jax.device_get(state)
-        state, told = program.train_step(state, bad)
+        state, found = program.train_step(state, bad)
         after = jax.device_get(state)
-        assert np.isnan(told["grad_norm"]) and int(told["guard"].in_a_row) == 1
+        assert np.isnan(found["grad_norm"]) and int(found["guard"].in_a_row) == 1
         counts = dict(skipped=before.guard.skipped, in_a_row=before.guard.in_a_row)
         same = after._replace(step=before.step, guard=after.guard._replace(**counts))
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(same), strict=True):
             assert a.tobytes() == b.tobytes()
         assert (int(after.step), int(after.guard.skipped)) == (2, 1)
-        state, told = program.train_step(state, good)
-        assert (int(told["guard"].in_a_row), int(told["guard"].skipped)) == (0, 1)
+        state, found = program.train_step(state, good)
+        assert (int(found["guard"].in_a_row), int(found["guard"].skipped)) == (0, 1)
         assert any(
             (a != b).any()
             for a, b in zip(

@@ -212,6 +212,16 @@ def test_what_is_streamed_is_the_text(run, capsys):
     assert out == texts[0][: texts[0].index(texts[0][12:14], 6)] + "\n" and "[stop string]" in err
 
 
+def test_a_text_cut_by_the_context_is_reported(run, tmp_path, capsys):
+    options = [f"--workdir={run}", "--max_tokens=400", "--temperature=1"]
+    assert uoe(*options, "--prompt=" + "x" * 251) == 0
+    full = "the context of 256 tokens was full before --max_tokens=400]"
+    assert f"[limit of 4 tokens: {full}" in capsys.readouterr().err
+    (tmp_path / "p.txt").write_text("x" * 251 + "\n")
+    assert uoe(*options, f"--prompts={tmp_path}/p.txt") == 0
+    assert f"[1 of 1 texts: {full}" in capsys.readouterr().err
+
+
 def test_chat_goes_on_with_all_that_was_said(run, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("import os\nclass A:\n\nnever read\n"))
     seen = []

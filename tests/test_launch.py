@@ -1,4 +1,4 @@
-"""launch/local.py with small programs: what the processes are told, and that none is left behind."""
+"""launch/local.py with small programs: the environment of the processes, and that none is left behind."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_each_process_is_told_its_place(tmp_path):
+def test_each_process_gets_its_place(tmp_path):
     env = {
         **os.environ,
         "XLA_FLAGS": "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=7",
@@ -97,17 +97,17 @@ def test_each_process_is_told_its_place(tmp_path):
         "--processes=3", "--devices=4", "--", *PYTHON, RECORD, f"{tmp_path}/", env=env
     )
     assert code == 0, err
-    told = [json.loads((tmp_path / str(i)).read_text()) for i in range(3)]
-    for i, (own_session, env) in enumerate(told):
+    places = [json.loads((tmp_path / str(i)).read_text()) for i in range(3)]
+    for i, (own_session, env) in enumerate(places):
         assert own_session  # else a Ctrl-C in a terminal would arrive twice
         assert env["UOE_PROCESS_ID"] == str(i) and env["UOE_PROCESSES"] == "3"
-        assert env["UOE_COORDINATOR"] == told[0][1]["UOE_COORDINATOR"]
+        assert env["UOE_COORDINATOR"] == places[0][1]["UOE_COORDINATOR"]
         assert env["JAX_PLATFORMS"] == "cpu"
         assert (
             env["XLA_FLAGS"]
             == "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4"
         )
-    host, port = told[0][1]["UOE_COORDINATOR"].split(":")
+    host, port = places[0][1]["UOE_COORDINATOR"].split(":")
     assert host == "127.0.0.1" and 1024 <= int(port) < 65536
 
 
@@ -139,7 +139,7 @@ def test_exit_codes(codes, expected):
     assert ("ended with" in err) == (expected not in (0, 75))
 
 
-def test_the_cause_is_told_apart_from_what_follows():
+def test_the_cause_is_kept_apart_from_what_follows():
     """A process that lost a peer is not the one that failed first, even where both are noticed at once."""
     module = load()
     launch = module.Launch(["x"], [{}, {}], 1.0)

@@ -96,7 +96,7 @@ def test_the_check_can_fail(spoil):
 
 
 @pytest.mark.parametrize("device", JOBSETS)
-def test_processes_are_told_their_place(device):
+def test_processes_get_their_place(device):
     jobset, spec = JOBSETS[device], job_of(JOBSETS[device])["spec"]
     (replicated,) = jobset["spec"]["replicatedJobs"]
     name = jobset["metadata"]["name"]

@@ -76,7 +76,7 @@ UOE = """#!/usr/bin/env bash
 trap 'echo saved; exit 75' TERM
 echo "worker $UOE_PROCESS_ID trains"
 ticks=$(cat ~/../ticks)
-printf '%s\\n' "$UOE_COORDINATOR" "$UOE_PROCESSES" "$UOE_PROCESS_ID" "$@" >>~/told
+printf '%s\\n' "$UOE_COORDINATOR" "$UOE_PROCESSES" "$UOE_PROCESS_ID" "$@" >>~/got
 exec 9<> <(:)
 for _ in $(seq "$ticks"); do read -rt 0.1 -u 9 || true; done  # no child, which TERM would end as well
 exit "$(cat ~/code)"
@@ -339,7 +339,7 @@ def test_bad_input(cloud, args, sentence):
 
 @pytest.fixture
 def workers(cloud):
-    """Two homes with the script and a `uoe` that notes what it is told, runs `ticks` tenths of a second and ends with `code`."""
+    """Two homes with the script and a `uoe` that notes its environment, runs `ticks` tenths of a second and ends with `code`."""
     cloud.ready()
     cloud.set("real")
     cloud.set("ticks", "3")
@@ -359,15 +359,15 @@ def workers(cloud):
     return cloud
 
 
-def told(cloud, worker: int) -> list[str]:
-    return (cloud.home / str(worker) / "told").read_text().splitlines()
+def got(cloud, worker: int) -> list[str]:
+    return (cloud.home / str(worker) / "got").read_text().splitlines()
 
 
-def test_each_worker_is_told_its_place(workers):
+def test_each_worker_gets_its_place(workers):
     code, out, err = workers("run", *SLICE, *TRAIN)
     assert code == 0, err
     for i in (0, 1):
-        assert told(workers, i) == ["10.0.0.7:8476", "2", str(i), "train", *TRAIN[1:]]
+        assert got(workers, i) == ["10.0.0.7:8476", "2", str(i), "train", *TRAIN[1:]]
     assert sorted(out.splitlines()) == ["[1] worker 1 trains", "worker 0 trains"]
 
 
@@ -379,14 +379,14 @@ def test_the_code_of_a_worker_comes_back(workers):
 def test_a_repeated_command_follows_the_run_that_goes_on(workers):
     workers.set("twice1")
     code, out, _ = workers("run", *SLICE, *TRAIN)
-    assert code == 0 and len(told(workers, 1)) == 7  # started once
+    assert code == 0 and len(got(workers, 1)) == 7  # started once
     assert out.count("[1] worker 1 trains") == 2  # shown twice
 
 
 def wait_for(cloud, n: int) -> None:
     deadline = time.monotonic() + 20
-    told = [cloud.home / i / "told" for i in "01"]
-    while not all(path.exists() and path.read_text().count("gs://") >= n for path in told):
+    got = [cloud.home / i / "got" for i in "01"]
+    while not all(path.exists() and path.read_text().count("gs://") >= n for path in got):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -20,7 +20,8 @@ import pytest
 
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import RunError, UserError
-from uoe_jax.train.metrics import MetricsWriter, Progress, read_metrics
+from uoe_jax.train.metrics import MetricsWriter, read_metrics
+from uoe_jax.train.progress import Progress
 from uoe_jax.train.signals import StopSignal
 
 
@@ -221,7 +222,7 @@ def test_tensorboard_fails_on_the_way(tmp_path, caplog):
 def show(stream) -> None:
     progress = Progress(200, start=100, stream=stream)
     progress.update(101, 3.25, "1.5000 bits per byte", 12345.6)
-    progress.say("saved step 101")
+    progress.print("saved step 101")
     progress.update(150, math.nan, "nan bits per byte", 1e6)
     progress.close()
     progress.close()
@@ -236,6 +237,26 @@ def test_progress_in_a_pipe():
     assert first == "step 101/200  loss 3.2500  1.5000 bits per byte  12,346 tokens/s"
     assert said == "saved step 101"
     assert second == "step 150/200  loss nan  nan bits per byte  1,000,000 tokens/s  0:00:00 left"
+
+
+def test_compilation_and_long_evaluations_are_shown(monkeypatch):
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr("uoe_jax.train.progress.time.monotonic", lambda: now[0])
+    progress = Progress(0, stream=stream)
+    with progress.compiling("the train step"):
+        now[0] = 12.34
+    show = progress.counting("evaluation", 400)
+    for done in range(1, 101):
+        now[0] += 0.25
+        show(done)
+    assert stream.getvalue().splitlines() == [
+        "compiling the train step …",
+        "compiled the train step in 12.3 s",
+        "evaluation: 41 of 400 batches, 1:30 left",
+        "evaluation: 81 of 400 batches, 1:20 left",
+    ]
+    Progress(9, stream=stream, silent=True).print("nothing")
+    assert "nothing" not in stream.getvalue()
 
 
 def in_a_terminal() -> str:
@@ -296,7 +317,7 @@ def test_one_of_several_processes_turns_signals_to_the_preemption_service(monkey
         with StopSignal() as stop:
             signal.raise_signal(signal.SIGUSR1)
             assert got == [signal.SIGTERM] and stop.requested == "SIGUSR1"
-            assert [stop.due() for _ in range(3)] == [False, True, True]
+            assert [stop.should_stop() for _ in range(3)] == [False, True, True]
             signal.raise_signal(signal.SIGUSR1)
             assert got == [signal.SIGTERM]  # once is enough
     finally:

@@ -1,4 +1,4 @@
-"""Several real processes: told their place, loading their rows, agreeing on every decision, and giving one process's numbers."""
+"""Several processes: their place, their rows, every decision agreed, and the numbers of one process."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def source(tmp_path_factory):
     return write_source(tmp_path_factory.mktemp("source") / "files")
 
 
-# --- being told -------------------------------------------------------------------------------------------------
+# --- the place of a process -------------------------------------------------------------------------------------------------
 
 
-def test_a_process_is_told_its_place_or_is_alone():
+def test_a_process_has_its_place_or_is_alone():
     assert coordination.cluster_from_env({}) is None
     assert coordination.cluster_from_env(PLACE) == ("node1:8476", 2, 1)
     assert coordination.cluster_from_env({"SLURM_STEP_NUM_TASKS": "1", "PATH": "/bin"}) is None
@@ -56,7 +56,7 @@ def test_a_process_is_told_its_place_or_is_alone():
         ({**PLACE, "UOE_PROCESSES": "two"}, "UOE_PROCESSES=two: give the number of processes"),
         ({**PLACE, "UOE_PROCESS_ID": "2"}, "UOE_PROCESS_ID=2: give a number from 0 to 1"),
         ({**PLACE, "UOE_PROCESS_ID": "-1"}, "UOE_PROCESS_ID=-1: give a number from 0 to 1"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "4 tasks were started and none was told its place"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "4 tasks were started and none was given its place"),
     ],
 )
 def test_a_place_that_cannot_be_is_refused(environ, sentence):
@@ -129,7 +129,7 @@ def trained(n, devices, source, folder, *more):
     """Trains in n processes; returns what process 0 printed."""
     ended = finish(uoe_together(n, devices, *train_args(source, folder, *more)))
     assert [code for code, _, _ in ended] == [0] * n, ended
-    for _, out, err in ended[1:]:  # one process tells
+    for _, out, err in ended[1:]:  # one process reports
         assert not out and "step 1/20" not in err
     return ended[0][1]
 
@@ -207,4 +207,4 @@ def test_evaluation_counts_every_row_once_in_any_number_of_processes(source, tmp
         found.append(json.loads(ended[0][1]))
     assert found[0] == found[1]
     rows = json.loads((tmp_path / "run" / "record.json").read_text())["data"]["n_rows"]["test"]
-    assert found[0]["eval/rows"] == rows
+    assert found[0]["test/rows"] == rows

@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import TINY, environment, metric_lines, uoe, uoe_process, wait_for_step, write_source
 
+from uoe_jax.config import from_dict
+from uoe_jax.data.tokenizers.load import ByteTokenizer
 from uoe_jax.train.loop import Clock
+from uoe_jax.train.summary import sample_prompt
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def assert_same_run(one, other, step):
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def test_a_run_tells_its_story(finished):
+def test_what_a_run_reports(finished):
     workdir, progress, result = finished
     for word in ("starting", "step 20/20", "bits per byte", "tokens/s", "left", "validation loss"):
         assert word in progress, word
@@ -232,8 +236,8 @@ def test_a_program_compiled_on_one_core_is_not_run_on_two(tmp_path):
     """XLA divides loops among the cores it finds, which JAX's key of the cache does not tell."""
     code = (
         "import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])\n"
-        "import jax; from uoe_jax import runtime; from uoe_jax.config import Config\n"
-        "runtime.start(Config()); jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))); print(jax.config.jax_compilation_cache_dir)"
+        "import jax; from uoe_jax.distributed import setup; from uoe_jax.config import Config\n"
+        "setup.start(Config()); jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))); print(jax.config.jax_compilation_cache_dir)"
     )
     env = environment(UOE_CACHE=str(tmp_path))
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -247,3 +251,17 @@ def test_a_program_compiled_on_one_core_is_not_run_on_two(tmp_path):
         str(tmp_path / f"jax_{n}_cores") for n in (1, min(2, len(os.sched_getaffinity(0))))
     ]
     assert all(os.stat(folder).st_mode & 0o777 == 0o700 for folder in found)
+
+
+def test_the_prompt_of_the_sample_is_of_the_data():
+    """Where it is left at its default, which begins Python code, and the data are other text."""
+    tokens = np.array([256, *b"Once upon a time", 256, *b"there was"])
+    row = {"tokens": tokens, "segments": np.repeat([1, 2], [17, 10])}
+    data = SimpleNamespace(validation=[row], tokenizer=ByteTokenizer())
+    for more, prompt in (
+        ({"data": {"source": "text", "path": "x"}}, "Once upon a"),
+        ({"data": {"source": "text", "path": "x"}, "generate": {"prompt": "In"}}, "In"),
+        ({}, "def "),
+    ):
+        config = from_dict({"model": {"context_length": 64}, **more})
+        assert sample_prompt(config, data) == prompt

@@ -98,5 +98,5 @@ def test_quickstart_from_any_directory(installed, tmp_path):
     assert str(installed.parent) in where
     run("uoe", "train", "--config=quickstart", "--workdir=run", *options)
     assert (tmp_path / "run" / "report.html").stat().st_size > 1_000_000
-    assert '"eval/bits_per_byte"' in run("uoe", "eval", "--workdir=run", "--split=test")
+    assert '"test/bits_per_byte"' in run("uoe", "eval", "--workdir=run", "--split=test")
     run("uoe", "report", "--workdir=run", "--out=again.html")

@@ -29,7 +29,7 @@ from helpers import (
 )
 
 from uoe_jax import cli, workdir
-from uoe_jax.config import Config, to_dict
+from uoe_jax.config import Config, from_dict, to_dict
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.train.metrics import MetricsWriter, read_metrics
 
@@ -94,6 +94,22 @@ def test_a_second_run_in_a_workdir_is_refused(source, tmp_path):
         first.communicate()
     config = workdir.read_config(str(run))
     assert workdir.open_workdir(str(run), config) == run
+
+
+def test_all_keys_that_differ_are_named_with_a_way_to_go_on(tmp_path):
+    config = from_dict({"train": {"steps": 20}})
+    workdir.release(workdir.open_workdir(str(tmp_path / "run"), config))
+    longer = {"train": {"steps": 450, "log_every": 7}, "optimizer": {"decay_steps": 450}}
+    with pytest.raises(UserError) as raised:
+        workdir.open_workdir(str(tmp_path / "run"), from_dict(longer))
+    workdir.release(tmp_path / "run")
+    text = str(raised.value)
+    assert "config.optimizer.decay_steps=450" in text and "config.train.steps=450" in text
+    assert f"--config.train.init_from={tmp_path}/run" in text and "give the old values" in text
+    assert "optimizer.decay_steps may change train.steps" in text and "log_every" not in text
+    with pytest.raises(UserError, match="config.train.seed=1: .* was started with 0; give the old"):
+        seed = {"train": {"steps": 20, "seed": 1}}
+        workdir.open_workdir(str(tmp_path / "run"), from_dict(seed))
 
 
 def test_a_lock_belongs_to_one_process_and_not_to_its_children(tmp_path):
@@ -224,7 +240,7 @@ def test_a_damaged_record(tmp_path, text):
     (tmp_path / "record.json").write_bytes(text)
     with pytest.raises(
         UserError,
-        match="(record.json: cannot be read .*|data.sha256='a': .*); .*another --workdir$",
+        match="(record.json: cannot be read .*|data.sha256='a': .*); .*another --workdir(| with .*init_from=.*)$",
     ) as caught:
         workdir.check_record(tmp_path, {"sha256": "a", "tokenizer": "byte"})
     assert (

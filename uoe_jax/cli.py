@@ -241,7 +241,7 @@ def _overrides(rest: list[str], options: argparse.Namespace) -> dict[str, str]:
 
 def console() -> NoReturn:
     """The `uoe` command."""
-    runtime_env.settle()
+    runtime_env.prepare_process()
     sys.exit(main())
 
 
@@ -256,15 +256,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, rest = _parser().parse_known_args(argv)
         overrides = _overrides(rest, options)
-        with runtime_env.explained():
+        with runtime_env.jax_import_errors():
             exit_code = options.run(options, overrides) or EXIT_DONE
         sys.stdout.flush()
-        watchdog.part()
+        watchdog.finish()
         return exit_code
     except coordination.RemoteProcessError as error:
         exit_code, why = error.exit_code, str(error)
     except UserError as error:
-        watchdog.leave_lost(error)
+        watchdog.abort_if_peer_lost(error)
         if "--debug" in argv:
             traceback.print_exc()
         _complain(f"uoe: {error}")
@@ -274,9 +274,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code, why = EXIT_FAILED, "interrupted"
     except Exception as error:
         workdir = None if options is None or options.debug else options.workdir
-        watchdog.leave_lost(error)
+        watchdog.abort_if_peer_lost(error)
         exit_code, why = _unexpected(error, workdir)
-    watchdog.leave(exit_code, why)
+    watchdog.abort(exit_code, why)
     return exit_code
 
 

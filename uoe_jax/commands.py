@@ -125,7 +125,7 @@ def compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         from uoe_jax.compare.report import write
         from uoe_jax.workdir import locate
 
-        runtime_env.tell(write(table, locate(options.workdir)))
+        runtime_env.print_result(write(table, locate(options.workdir)))
     return exit_code
 
 

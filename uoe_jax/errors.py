@@ -1,6 +1,9 @@
-"""Errors a person caused or can mend: one sentence, and the exit code that goes with it."""
+"""Errors that a user can fix: one sentence, and the exit code that goes with it."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -12,7 +15,7 @@ EXIT_DOES_NOT_FIT = 78  # `uoe plan`: no mesh of these devices has the memory
 
 
 class UserError(Exception):
-    """One sentence with the key or path, the value and the remedy; the command line prints it without a traceback."""
+    """One sentence with the key or path, the value and the remedy; shown without a traceback."""
 
     exit_code = EXIT_BAD_INPUT
 
@@ -27,7 +30,7 @@ class ConfigError(UserError):
 
 
 class RunError(UserError):
-    """The run cannot go on for a reason outside the code: a full disk, a directory that went away."""
+    """The run cannot go on for a reason outside the code: a full disk, a deleted directory."""
 
     exit_code = EXIT_FAILED
 
@@ -36,3 +39,17 @@ class BadNumbers(UserError):
     """The loss, the gradient or the state is not finite, or jumped too often."""
 
     exit_code = EXIT_BAD_NUMBERS
+
+
+def reason(error: BaseException) -> str:
+    """What an error says: of an OSError the system's text, without path and number."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+@contextlib.contextmanager
+def os_error_as(kind: type[UserError], problem: str, remedy: str) -> Iterator[None]:
+    """Raises an OSError of the block as `kind("problem (reason); remedy")`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{problem} ({reason(error)}); {remedy}") from error

@@ -1,6 +1,7 @@
-"""What a process finds around it: standard streams, a home directory, variables of XLA and JAX.
+"""The environment of a process: standard streams, home directory, variables of XLA and JAX.
 
-Imports no jax. `settle` comes first of all; `check_variables` before the first use of a device.
+Imports no jax. `prepare_process` comes first of all; `check_variables` before the first use of a
+device.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from uoe_jax.errors import RunError, UserError
+from uoe_jax.errors import RunError, UserError, os_error_as, reason
 
-NO_HOME = "/dev/null"  # a HOME below which nobody, not even root, can make anything
+NO_HOME = "/dev/null"  # a HOME below which nobody, not even root, can create anything
 _ESCAPED = "uoe_escaped"  # the error handler of our streams
-_OF_DEVICES = re.compile(
+_DEVICE_VARIABLES = re.compile(
     r"JAX_PLATFORM|JAX_NUM_CPU_DEVICES$|\w+_VISIBLE_DEVICES$|PJRT_|XLA_PYTHON_|TPU_LIBRARY_PATH$"
 )
-# Flags that every XLA we run on takes; others are tried in a process of their own.
+# Flags that every supported XLA accepts; others are tried in a process of their own.
 _KNOWN_FLAG = re.compile(
     r"--xla_force_host_platform_device_count=[1-9][0-9]{0,4}|"
     r"--xla_backend_optimization_level=[0-3]|"
@@ -37,8 +38,8 @@ _KNOWN_TO_0_10 = re.compile(r"--xla_cpu_use_fusion_emitters=(true|false)")
 _JAX_HINT = r" \(set JAX_PLATFORMS='' .*"
 
 
-def settle() -> None:
-    """Makes standard streams and HOME such that nothing fails for lack of them; comes first."""
+def prepare_process() -> None:
+    """Sets up standard streams and HOME so that nothing fails for lack of them."""
     _open_descriptors()
     codecs.register_error(_ESCAPED, _Escape())
     if sys.stdin is not None:
@@ -57,8 +58,8 @@ def settle() -> None:
 def _open_descriptors() -> None:
     """Opens /dev/null where descriptor 0, 1 or 2 is closed.
 
-    Else the next file opened gets its number, and what C++ code writes to stderr goes into a
-    checkpoint or the lock.
+    Otherwise the next file opened gets its number, and what C++ code writes to stderr would go into
+    a checkpoint or the lock file.
     """
     for number in range(3):
         try:
@@ -68,18 +69,17 @@ def _open_descriptors() -> None:
 
 
 class OutputLost(RunError):
-    """Nobody takes what is written to stdout."""
+    """What was written to stdout could not be delivered."""
 
 
 class Output(io.TextIOWrapper):
-    """stdout or stderr, which takes every text: what its encoding lacks is escaped, told once.
+    """stdout or stderr that accepts any text: characters its encoding lacks are escaped.
 
-    What cannot be written (a full device, a reader that went away) is lost on stderr, and raises
-    OutputLost on stdout.
+    A failed write (full device, closed pipe) is ignored on stderr, and raises OutputLost on stdout.
     """
 
     def __init__(self, old: Any, buffer: Any = None) -> None:
-        """old: the stream whose place it takes. buffer: to write to, instead of old's."""
+        """old: the stream to replace. buffer: to write to, instead of old's."""
         super().__init__(
             old.buffer if buffer is None else buffer,
             old.encoding,
@@ -87,36 +87,37 @@ class Output(io.TextIOWrapper):
             line_buffering=old.line_buffering or buffer is not None,
             write_through=old.write_through,
         )
-        self._old, self._is_result = old, old is sys.stdout
+        self._old, self._is_stdout = old, old is sys.stdout
 
     def write(self, text: str) -> int:
-        with self._losing():
+        with self._checked():
             super().write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._losing():
+        with self._checked():
             super().flush()
 
     @contextlib.contextmanager
-    def _losing(self) -> Iterator[None]:
+    def _checked(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if self._is_result:
-                with contextlib.suppress(OSError):  # takes what is still in the buffer at the end
+            if self._is_stdout:
+                with contextlib.suppress(OSError):  # for what is still in the buffer at exit
                     os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-                said = f"cannot be written ({_reason(error)}); what was to be shown is lost"
-                raise OutputLost(f"standard output: {said}") from error
+                problem = f"cannot be written ({_one_line(error)}); what was to be shown is lost"
+                raise OutputLost(f"standard output: {problem}") from error
 
 
 class _Escape:
-    """Error handler of `Output`: bytes of arguments that were no text go out as they came in.
+    """Error handler of `Output`: undecodable bytes of arguments are written as they came in.
 
-    Other characters go out as Python escapes them.
+    Other characters that the encoding lacks are escaped as Python escapes them; a notice says so
+    once.
     """
 
-    told = False
+    noticed = False
 
     def __call__(self, error: UnicodeError) -> tuple[str | bytes, int]:
         if not isinstance(error, UnicodeEncodeError):
@@ -124,20 +125,25 @@ class _Escape:
         character, after = error.object[error.start], error.start + 1
         if "\udc80" <= character <= "\udcff":
             return bytes([ord(character) - 0xDC00]), after
-        if not self.told:
-            self.told = True
-            said = f"the output takes {error.encoding} alone: other characters are written as"
+        if not self.noticed:
+            self.noticed = True
+            what = f"the output takes {error.encoding} alone: other characters are written as"
             with contextlib.suppress(OSError):
-                os.write(2, f"uoe: {said} \\u2026 is; set PYTHONIOENCODING=utf-8\n".encode())
+                os.write(2, f"uoe: {what} \\u2026 is; set PYTHONIOENCODING=utf-8\n".encode())
         return character.encode("ascii", "backslashreplace").decode(), after
 
 
-def tell(text: str) -> None:
-    """Prints a line about work that is done and saved: where nobody takes it, that is no error."""
+def notice(text: str) -> None:
+    """Prints `uoe: text` on stderr."""
+    print(f"uoe: {text}", file=sys.stderr, flush=True)
+
+
+def print_result(text: str) -> None:
+    """Prints a line about work that is done and saved; losing it is no error."""
     try:
         print(text, flush=True)
     except OutputLost as error:
-        print(f"uoe: {error}", file=sys.stderr, flush=True)
+        notice(str(error))
 
 
 def takes_utf8(stream: TextIO) -> bool:
@@ -149,34 +155,33 @@ def takes_utf8(stream: TextIO) -> bool:
 
 
 def expanded(path: str | os.PathLike[str], option: str) -> str:
-    """The path with ~ and ~user replaced. option: where it was given, for errors.
+    """The path with ~ and ~user replaced; UserError where no home directory is known.
 
-    Raises:
-      UserError: no home directory is known.
+    option: where it was given, for errors.
     """
     name = os.fspath(path)
     found = os.path.expanduser(name)
     unknown = found == name or found == NO_HOME or found.startswith(f"{NO_HOME}/")
     if name.startswith("~") and unknown and not os.path.lexists(name):
-        said = f"{name.partition('/')[0]} is no home directory that is known here"
-        raise UserError(f"{option}={name}: {said}; give the whole path, or ./{name}")
+        problem = f"{name.partition('/')[0]} is no home directory that is known here"
+        raise UserError(f"{option}={name}: {problem}; give the whole path, or ./{name}")
     return found
 
 
 def check_encoding(path: str, option: str) -> None:
-    """Refuses a path that Python cannot decode, which libraries in C++ do not take (UserError)."""
+    """Refuses a path that Python cannot decode: C++ libraries do not accept it (UserError)."""
     if re.search("[\ud800-\udfff]", path):
         encoding = sys.getfilesystemencoding()
         more = "" if encoding == "utf-8" else ", or unset PYTHONUTF8 and set LC_ALL=C.UTF-8"
-        said = f"is not {encoding}, the encoding of paths here; give another{more}"
-        raise UserError(f"{option}={path!r}: {said}")
+        problem = f"is not {encoding}, the encoding of paths here; give another{more}"
+        raise UserError(f"{option}={path!r}: {problem}")
 
 
 def default_cache_dir() -> Path:
-    """$UOE_CACHE, else ~/.cache/uoe_jax; made readable by its owner alone.
+    """$UOE_CACHE, else ~/.cache/uoe_jax; created readable by its owner alone.
 
-    Where no home directory can be written: one in the system's temporary directory, told once.
-    Raises UserError if none can be written.
+    Where the home directory cannot be written: a private one in the system's temporary directory,
+    with a notice. Raises UserError if none can be written.
     """
     given = os.environ.get("UOE_CACHE")
     remedy = "set UOE_CACHE to a directory that can be written."
@@ -197,12 +202,16 @@ def default_cache_dir() -> Path:
 
 
 def _temporary_cache() -> Path:
-    """A directory of this user alone, who need not have a name.
+    """A directory of this user in the system's temporary directory.
 
-    It is the same at the next call, and in processes started from here. It holds native code, so
-    one in which others could have written is passed over for a new one.
+    It is the same at the next call, and in child processes. It holds native code, so one that
+    others could have written to is not used: a new one is made.
     """
-    try:
+    with os_error_as(
+        UserError,
+        "UOE_CACHE: is not set, and no directory can be made for it",
+        "set it to one that can be written",
+    ):
         directory = Path(tempfile.gettempdir(), f"uoe_jax-{os.getuid()}")
         with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
@@ -211,14 +220,10 @@ def _temporary_cache() -> Path:
         if not ours or found.st_mode & 0o022:
             directory = Path(tempfile.mkdtemp(prefix=f"{directory.name}-"))
         directory.chmod(0o700)
-    except OSError as error:
-        said = f"is not set, and no directory can be made for it ({error})"
-        raise UserError(f"UOE_CACHE: {said}; set it to one that can be written") from error
     os.environ["UOE_CACHE"] = str(directory)
-    told = f"prepared data and compiled programs are kept in {directory}"
+    what = f"prepared data and compiled programs are kept in {directory}"
     remedy = "set UOE_CACHE to keep them elsewhere"
-    said = f"uoe: no home directory can be written, so {told}; {remedy}"
-    print(said, file=sys.stderr, flush=True)
+    notice(f"no home directory can be written, so {what}; {remedy}")
     return directory
 
 
@@ -226,21 +231,16 @@ def _temporary_cache() -> Path:
 
 
 def check_variables(jaxlib_version: str) -> None:
-    """Refuses XLA_FLAGS that XLA would abort for; drops variables that tqdm's import fails on.
-
-    Raises:
-      UserError: with the flags, and what XLA says of them.
-    """
+    """UserError for XLA_FLAGS that XLA would abort for; drops variables that tqdm cannot read."""
     _check_flags(jaxlib_version)
-    theirs = {name: value for name, value in os.environ.items() if name.startswith("TQDM_")}
-    if theirs and "tqdm" not in sys.modules:
+    of_tqdm = {name: value for name, value in os.environ.items() if name.startswith("TQDM_")}
+    if of_tqdm and "tqdm" not in sys.modules:
         try:
             import tqdm  # noqa: F401
         except Exception as error:
-            for name in theirs:
+            for name in of_tqdm:
                 del os.environ[name]
-            why = f"left out, as tqdm does not take it ({_reason(error)})"
-            print(f"uoe: {_written(theirs)}: {why}", file=sys.stderr, flush=True)
+            notice(f"{_listing(of_tqdm)}: left out, as tqdm rejects it ({_one_line(error)})")
 
 
 def _check_flags(jaxlib_version: str) -> None:
@@ -255,39 +255,38 @@ def _check_flags(jaxlib_version: str) -> None:
     if all(any(pattern.fullmatch(flag) for pattern in known) for flag in text.split()):
         return
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "PJRT_"))}
-    env |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}  # takes no accelerator, and speaks
+    env |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}  # no accelerator, but messages
     command = [sys.executable, "-P", "-c", "import jax; jax.devices()"]
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:
         log = done.stderr.decode(errors="replace").strip()
-        said = [re.sub(r"^[A-Z]\d{4} .*?\] ", "", line) for line in log.splitlines()]
-        first = [line for line in said if re.match("Unknown flag|Couldn't interpret", line)]
-        found = (first or said[-1:] or [f"exit code {done.returncode}"])[0]
-        reason = re.sub(_JAX_HINT, "", found.strip())[:300]
+        lines = [re.sub(r"^[A-Z]\d{4} .*?\] ", "", line) for line in log.splitlines()]
+        first = [line for line in lines if re.match("Unknown flag|Couldn't interpret", line)]
+        found = (first or lines[-1:] or [f"exit code {done.returncode}"])[0]
+        why = re.sub(_JAX_HINT, "", found.strip())[:300]
         given = f"XLA_FLAGS={' '.join(text.split())}"
-        raise UserError(f"{given}: XLA does not take this ({reason}); correct it, or unset it")
+        raise UserError(f"{given}: XLA does not take this ({why}); correct it, or unset it")
 
 
 def _flags_of_file(name: str) -> str:
-    """The flags in the file that XLA_FLAGS names; they take its place, so that more can follow."""
+    """The flags in the file that XLA_FLAGS names; they replace the name, so more can be added."""
     if not name.strip():
         return ""
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        said = f"does not begin with --, and no file of flags to be read ({_reason(error)})"
-        raise UserError(
-            f"XLA_FLAGS={name}: {said}; give --xla_… flags, or a file of them"
-        ) from error
+        problem = f"does not begin with --, and is no readable file of flags ({_one_line(error)})"
+        remedy = "give --xla_… flags, or a file of them"
+        raise UserError(f"XLA_FLAGS={name}: {problem}; {remedy}") from error
     if text.strip() and not text.lstrip().startswith("-"):
-        said = "is a file that does not begin with a flag; write --xla_… flags in it"
-        raise UserError(f"XLA_FLAGS={name}: {said}")
+        problem = "is a file that does not begin with a flag; write --xla_… flags in it"
+        raise UserError(f"XLA_FLAGS={name}: {problem}")
     return text
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turns what jax raises while it is imported, for a variable it does not take, to UserError."""
+def jax_import_errors() -> Iterator[None]:
+    """Turns what `import jax` raises for a bad environment variable into a UserError."""
     try:
         yield
     except UserError:
@@ -301,40 +300,37 @@ def explained() -> Iterator[None]:
         text = str(error)
         named = {k: v for k, v in found.items() if k in text.upper()}
         named = named or {k: v for k, v in found.items() if v in text} or found
-        said = f"jax cannot be imported with this ({_reason(error)})"
-        raise UserError(f"{_written(named)}: {said}; give another value, or unset it") from error
+        problem = f"jax cannot be imported with this ({_one_line(error)})"
+        raise UserError(f"{_listing(named)}: {problem}; give another value, or unset it") from error
 
 
 def no_device(error: Exception) -> UserError:
-    """What is said where jax finds no device."""
-    said, host = re.sub(_JAX_HINT, "", _reason(error)), socket.gethostname()
-    if "gloo" in said and (unknown := unknown_host(host)):
+    """The error for the user where jax finds no device."""
+    why, host = re.sub(_JAX_HINT, "", _one_line(error)), socket.gethostname()
+    if "gloo" in why and (unknown := unknown_host(host)):
         return UserError(
             f"the name of this machine, {host}, has no address ({unknown}), and Gloo, which joins "
             "processes on CPUs, asks for it; add it to /etc/hosts"
         )
-    found = {k: v for k, v in sorted(os.environ.items()) if _OF_DEVICES.match(k)}
+    found = {k: v for k, v in sorted(os.environ.items()) if _DEVICE_VARIABLES.match(k)}
     remedy = "give another value, or unset it" if found else "set it to cpu to do without"
-    what = _written(found) or "JAX_PLATFORMS"
-    return UserError(f"{what}: jax finds no device to run on ({said}); {remedy}")
+    what = _listing(found) or "JAX_PLATFORMS"
+    return UserError(f"{what}: jax finds no device to run on ({why}); {remedy}")
 
 
 def unknown_host(host: str) -> str:
-    """Why a name of a machine has no address here; empty where it has one."""
+    """Why a host name cannot be resolved here; "" where it can."""
     try:
         socket.getaddrinfo(host, None)
-    except OSError as error:
-        return error.strerror or str(error)
-    except UnicodeError as error:
-        return str(error)
+    except (OSError, UnicodeError) as error:
+        return reason(error)
     return ""
 
 
-def _written(variables: Mapping[str, str]) -> str:
+def _listing(variables: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={value}" for name, value in variables.items())
 
 
-def _reason(error: Exception) -> str:
-    """An error in a line."""
-    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+def _one_line(error: Exception) -> str:
+    lines = reason(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -1,7 +1,7 @@
-"""The directory of a run: whose it is, who writes there, and the configuration and record stored in it. Imports no jax.
+"""The directory of a run: its lock, its configuration and the record of its data. Imports no jax.
 
-A workdir is a local directory or `gs://bucket/name`. There are only objects there, written whole or not at all: nothing
-can be locked, renamed, appended to or measured for free space. What a run does without for that it says when it starts.
+A workdir is a local directory or `gs://bucket/name`. Objects on gs:// are written whole or not at
+all: they cannot be locked, renamed, appended to or measured for free space.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import datetime
 import errno
 import fcntl
 import fnmatch
+import functools
 import importlib.util
 import json
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,14 +28,12 @@ from uoe_jax.config.fields import printable
 from uoe_jax.config.load import changed_keys, from_dict, to_dict
 from uoe_jax.config.schema import Config
 from uoe_jax.distributed import coordination
-from uoe_jax.errors import UserError
-from uoe_jax.runtime_env import expanded
+from uoe_jax.errors import UserError, os_error_as, reason
+from uoe_jax.runtime_env import expanded, notice
 
 CONFIG, RECORD, LOCK = "config.json", "record.json", ".lock"
 SHOWS_UP_S = 10  # a network file system may show a new file late
-_NO_RUN_YET = re.compile(
-    r"\.lock|error(_\d+)?\.txt|\.(config|record)\.json\.\d+"
-)  # what a start that failed may leave
+_LEFTOVERS = re.compile(r"\.lock|error(_\d+)?\.txt|\.(config|record)\.json\.\d+")  # failed start
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _locks: dict[str, int] = {}  # workdir: file descriptor
 
@@ -46,11 +44,11 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 class LiteralPath(gpath.PosixGPath):
-    """A path, local or gs://, that is always taken as it is written.
+    """A path, local or gs://, whose own name is never read as a pattern.
 
-    The `glob` of etils takes `fold[1]` in the name of the directory itself for a pattern. Orbax searches a checkpoint
-    with it: there it would miss the files of that directory, or find those of another one. Orbax keeps the class of a
-    path that it is given.
+    The `glob` of etils reads `fold[1]` in the name of the directory itself as a pattern. Orbax
+    searches a checkpoint with it, and would miss the files of that directory or find those of
+    another one. Orbax keeps the class of a path that it is given.
     """
 
     def glob(self, pattern: str) -> Iterator[LiteralPath]:
@@ -64,78 +62,68 @@ class LiteralPath(gpath.PosixGPath):
 def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPath:
     """The path of a workdir; touches nothing. option: where it was given, for errors.
 
-    Raises:
-      UserError: an address that is not gs://, or what reads and writes gs:// is not installed.
+    Raises UserError for an address that is not gs://, or without the package for gs://.
     """
     name = os.fspath(path)
     if is_remote(name):
         if not re.match(r"gs://[^/]", name):
-            raise UserError(
-                f"{option}={name}: is neither a local directory nor gs://bucket/name; give one of these"
-            )
+            problem = "is neither a local directory nor gs://bucket/name; give one of these"
+            raise UserError(f"{option}={name}: {problem}")
         if importlib.util.find_spec("gcsfs") is None:
-            raise UserError(
-                f"{option}={name}: gs:// takes the package gcsfs; pip install 'uoe-jax[gs]'"
-            )
+            remedy = "pip install 'uoe-jax[gs]'"
+            raise UserError(f"{option}={name}: gs:// takes the package gcsfs; {remedy}")
         import fsspec
 
-        # Listings are cached for ever by default, and would not show what TensorStore and other processes write.
+        # By default listings are cached for ever, and miss what other processes write.
         fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
     found = LiteralPath(expanded(name, option))
     if is_remote(found) and not is_remote(name):
-        raise UserError(
-            f"{option}={printable(name)}: is taken for the address {found}; give that, or a directory elsewhere"
-        )
+        problem = f"is taken for the address {found}; give that, or a directory elsewhere"
+        raise UserError(f"{option}={printable(name)}: {problem}")
     return found
 
 
 def checkpoint_path(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPath:
-    """The absolute path of a directory below which checkpoints are written or read; touches nothing.
+    """The absolute path of a directory for checkpoints; touches nothing.
 
-    It is the path without its symbolic links where only that can be used.
+    Symbolic links are resolved where only the resolved path can be used.
 
     Raises:
-      UserError: as `locate`, or the path holds what the writer of checkpoints does not take as it is written.
+      UserError: as `locate`, or the path contains what Orbax does not take literally.
     """
     name = os.fspath(locate(path, option))
     try:
         names = [name] if is_remote(name) else [os.path.abspath(name), os.path.realpath(name)]
     except FileNotFoundError as error:
-        raise UserError(
-            f"{option}={name}: the current directory is gone; give a whole path, or start elsewhere"
-        ) from error
+        problem = "the current directory is gone; give a whole path, or start elsewhere"
+        raise UserError(f"{option}={name}: {problem}") from error
     for name in names:
         if not (bad := _unusable_in(name)):
             return LiteralPath(name)
     raise UserError(
-        f"{option}={printable(os.fspath(path))}: the path {printable(name)} holds {bad}, and no checkpoint can be "
-        "written or read below such a name; give a directory whose whole path is without it"
+        f"{option}={printable(os.fspath(path))}: the path {printable(name)} holds {bad}, and no "
+        "checkpoint can be written or read below such a name; give a directory whose whole path "
+        "is without it"
     )
 
 
 def _unusable_in(name: str) -> str:
-    """What Orbax, TensorStore or the client of gs:// would take for something else in a path; "" where there is nothing.
+    """What Orbax, TensorStore or the client of gs:// would misread in a path; "" for nothing.
 
-    TensorStore makes `/` of a backslash in a local path, and Orbax `gs://` of `gs:/`. A gs:// path is part of a URL,
-    which ends at `?` or `#`; its client takes `*`, `?` and `[` for a pattern when it deletes.
+    TensorStore reads a backslash in a local path as `/`, and Orbax `gs:/` as `gs://`. A gs:// path
+    is part of a URL, which ends at `?` or `#`; its client reads `*`, `?` and `[` as patterns.
     """
     rest = name.partition("://")[2] if is_remote(name) else name
-    if not name.isascii():
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            return "bytes that are not UTF-8"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "bytes that are not UTF-8"
     if "gs:/" in f"{rest}/":
         return "'gs:' at the end of a directory's name"
     if not is_remote(name):
-        what = LiteralPath(name)  # of etils: /gs/bucket is gs://bucket to it
-        return (
-            "a backslash"
-            if "\\" in rest
-            else f"what is taken for {what}"
-            if is_remote(what)
-            else ""
-        )
+        seen = LiteralPath(name)  # etils reads /gs/bucket as gs://bucket
+        remote = f"what is taken for {seen}" if is_remote(seen) else ""
+        return "a backslash" if "\\" in rest else remote
     if ".." in rest.split("/"):
         return "'..'"
     if control := next((c for c in rest if ord(c) < 32 or ord(c) == 127), ""):
@@ -143,145 +131,33 @@ def _unusable_in(name: str) -> str:
     return next((repr(c) for c in rest if c in "*?[#"), "")
 
 
-@contextlib.contextmanager
-def os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """The clients of gs:// raise exceptions of a dozen kinds; here they are OSError of one line, as a file system's are."""
-    try:
-        yield
-    except (FileNotFoundError, UserError):
-        raise
-    except Exception as error:
-        if not is_remote(path):
-            raise
-        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise OSError(kind + ": ".join(str(error).splitlines())) from error
-
-
 def open_workdir(path: str, config: Config) -> epath.Path:
-    """Makes or enters a workdir, locks it and stores the resolved configuration; returns its path, absolute.
-
-    The lock is this process's until `release` or its end, however it ends; one line says so where there is none.
+    """Creates or enters a workdir, locks it and stores the configuration; returns the path.
 
     Raises:
-      UserError: it holds something else or another run, another process writes there, or it cannot be written.
+      UserError: it holds other files or another run, is being written to, or cannot be written.
     """
-    workdir = checkpoint_path(path)
-    try:
-        with os_errors(path):
-            if not is_remote(path):  # there, it would make a bucket of a mistyped name
-                workdir.mkdir(parents=True, exist_ok=True)
-            there = _names(workdir)
-            if there and CONFIG not in there:
-                raise UserError(
-                    f"--workdir={path}: holds other files ({there[0]}, …) and no run; give an empty directory"
-                )
-            lock(path, workdir)
-            if CONFIG in _names(workdir):
-                _refuse_other_run(path, read_config(path), config)
-            write_json(workdir / CONFIG, to_dict(config))
-    except OSError as error:
-        raise UserError(
-            f"--workdir={path}: cannot be written ({error.strerror or error}); give a directory you may write to"
-        ) from error
+    workdir, remedy = checkpoint_path(path), "give a directory you may write to"
+    with os_error_as(UserError, f"--workdir={path}: cannot be written", remedy), os_errors(path):
+        if not is_remote(path):  # there, it would create a bucket of a mistyped name
+            workdir.mkdir(parents=True, exist_ok=True)
+        there = _names(workdir)
+        if there and CONFIG not in there:
+            problem = f"holds other files ({there[0]}, …) and no run; give an empty directory"
+            raise UserError(f"--workdir={path}: {problem}")
+        lock(path, workdir)
+        if CONFIG in _names(workdir):
+            _refuse_other_run(path, read_config(path), config)
+        write_json(workdir / CONFIG, to_dict(config))
     return workdir
 
 
 def _names(workdir: epath.Path) -> list[str]:
-    """What is in a workdir, but for the leavings of a start that failed."""
+    """What is in a workdir, except what a failed start left."""
     try:
-        return sorted(p.name for p in workdir.iterdir() if not _NO_RUN_YET.fullmatch(p.name))
+        return sorted(p.name for p in workdir.iterdir() if not _LEFTOVERS.fullmatch(p.name))
     except FileNotFoundError:  # gs:// has no empty directories
         return []
-
-
-def lock(path: str, workdir: epath.Path) -> None:
-    """Makes this process the only one that writes to a workdir, or says that nothing keeps others out.
-
-    Raises:
-      UserError: another process writes there.
-    """
-    if is_remote(path):
-        print(f"uoe: {path}: no lock against a second writer, no check of free space; metrics.jsonl is uploaded once a minute "
-              "and at checkpoints", file=sys.stderr, flush=True)  # fmt: skip
-        return
-    file, held = workdir / LOCK, _locks.get(os.fspath(workdir))
-    if held is not None and file.exists() and os.path.samestat(os.fstat(held), os.stat(file)):
-        return
-    release(workdir)  # of a directory that was deleted or moved since
-    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        try:
-            if isinstance(error, BlockingIOError):
-                raise UserError(
-                    f"--workdir={path}: {_holder(lock)}; stop it, or give another --workdir"
-                ) from error
-            if error.errno not in _NO_LOCKS:
-                raise
-            print(f"uoe: {path}: nothing keeps a second writer out, as this file system has no locks ({error.strerror})",
-                  file=sys.stderr, flush=True)  # fmt: skip
-        finally:
-            os.close(lock)
-        return
-    _locks[os.fspath(workdir)] = lock
-    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    os.ftruncate(lock, 0)
-    os.pwrite(
-        lock,
-        json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode(),
-        0,
-    )
-
-
-def wait_for_writer(workdir: epath.Path, seconds: float, given_up: Callable[[], bool]) -> None:
-    """Waits until no process writes to a local workdir, so long at most or until it is given up."""
-    if is_remote(workdir) or not (workdir / LOCK).exists():
-        return
-    said, until = False, time.monotonic() + seconds
-    with open(workdir / LOCK, "rb") as file:
-        while time.monotonic() < until and not given_up():
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if not said:
-                    print(
-                        f"uoe: {workdir}: {_holder(file.fileno())}; waiting for it",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                said = True
-                time.sleep(0.2)
-            except OSError:  # no locks here
-                return
-
-
-def _holder(lock: int) -> str:
-    """Who holds a lock, from what it wrote into the file."""
-    try:
-        said = json.loads(os.pread(lock, 1000, 0))
-        return (
-            f"process {said['pid']} on {said['host']} has been writing there since {said['since']}"
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process is writing there"
-
-
-def release(workdir: str | os.PathLike[str]) -> None:
-    """Lets other processes write to a workdir again; does nothing where this process has no lock on it."""
-    lock = _locks.pop(os.fspath(workdir), None)
-    if lock is not None:
-        os.close(lock)
-
-
-def _forget_locks() -> None:
-    """A forked child shares its parent's locks, and would keep them after the parent's end; closing is not unlocking."""
-    while _locks:
-        os.close(_locks.popitem()[1])
-
-
-os.register_at_fork(after_in_child=_forget_locks)
 
 
 def enter_workdir(path: str, config: Config) -> epath.Path:
@@ -298,103 +174,194 @@ def enter_workdir(path: str, config: Config) -> epath.Path:
     name, written = coordination.on_process_zero(opened)
     workdir = locate(name)
 
-    def seen() -> None:
-        patience = time.monotonic() + SHOWS_UP_S
+    def check_visible() -> None:
+        deadline = time.monotonic() + SHOWS_UP_S
         while not ((workdir / CONFIG).exists() and read_text(workdir / CONFIG) == written):
-            if time.monotonic() > patience:
+            if time.monotonic() > deadline:
                 raise UserError(
-                    f"--workdir={path}: this process does not find in {name} what process 0 wrote there; give a directory "
-                    "that all machines share"
+                    f"--workdir={path}: this process does not find in {name} what process 0 wrote "
+                    "there; give a directory that all machines share"
                 )
             time.sleep(0.1)
 
-    coordination.on_all(seen)
+    coordination.on_all(check_visible)
     return workdir
 
 
 def _refuse_other_run(path: str, old: Config, new: Config) -> None:
+    """UserError where a key differs that may not change in a run; names all of them."""
     changed = changed_keys(old, new)
-    if changed:
-        name, before, now = changed[0]
-        more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
-        raise UserError(
-            f"config.{name}={now!r}: the run in {path} was started with {before!r}{more}; "
-            "give the old value, or another --workdir"
-        )
+    if not changed:
+        return
+    given = ", ".join(f"config.{key}={now!r}" for key, _, now in changed)
+    before = ", ".join(repr(value) for _, value, _ in changed)
+    remedy = _elsewhere(path)
+    if "train.steps" in (key for key, *_ in changed):
+        remedy += "; a run started with optimizer.decay_steps may change train.steps"
+    values = "the old value" if len(changed) == 1 else "the old values"
+    raise UserError(
+        f"{given}: the run in {path} was started with {before}; give {values}, or {remedy}"
+    )
+
+
+def _elsewhere(path: str) -> str:
+    return f"continue from its weights in another --workdir with --config.train.init_from={path}"
 
 
 def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = True) -> None:
-    """Stores what the run's data are (not where `store` is false), or where that is known refuses data that are not the same.
+    """Compares the record of the data with the run's; if `store`, writes it where there is none.
 
     Raises:
-      UserError: the content hash of the data differs from the stored one, or the file cannot be read or written.
+      UserError: content hash or tokenizer differ, or the file cannot be read or written.
     """
     path = locate(workdir) / RECORD
-    with os_errors(path):
-        found = read_json(
-            path, "remove it, where you are sure of the run's data, or start in another --workdir"
-        )
-        if found is None and not store:
-            return
-        if found is None:
-            try:
-                return write_json(path, {"data": record})
-            except OSError as error:
-                raise UserError(
-                    f"{path}: cannot be written ({error.strerror or error}); fix that and run again"
-                ) from error
+    remedy = "remove it, where you are sure of the run's data, or start in another --workdir"
+    found = read_json(path, remedy)
+    if found is None and not store:
+        return
+    if found is None:
+        problem = f"{path}: cannot be written"
+        with os_error_as(UserError, problem, "fix that and run again"), os_errors(path):
+            return write_json(path, {"data": record})
     old = found.get("data")
     for name in ("sha256", "tokenizer"):
         if not isinstance(old, dict) or old.get(name) != record.get(name):
-            was = old.get(name) if isinstance(old, dict) else "something unknown"
+            before = repr(old.get(name)) if isinstance(old, dict) else "'something unknown'"
             raise UserError(
-                f"data.{name}={record.get(name)!r}: the run in {workdir} was trained on {was!r}; "
-                "use the data it was started with (of the standard library: the same interpreter), or another --workdir"
+                f"data.{name}={record.get(name)!r}: the run in {workdir} was trained on {before}; "
+                "use the data it was started with (of the standard library: the same interpreter), "
+                f"or {_elsewhere(os.fspath(workdir))}"
             )
 
 
 def read_config(path: str) -> Config:
-    """The resolved configuration of the run in a workdir.
-
-    Raises:
-      UserError: there is no run, or its config.json cannot be used.
-    """
-    file = locate(path) / CONFIG
-    remedy = "restore it, or start in another --workdir"
+    """The configuration of the run in a workdir; UserError for no run or a bad config.json."""
+    file, remedy = locate(path) / CONFIG, "restore it, or start in another --workdir"
     values = read_json(file, remedy)
     if values is None:
-        raise UserError(
-            f"--workdir={path}: no run there (config.json is missing); train one with uoe train"
-        )
+        problem = "no run there (config.json is missing); train one with uoe train"
+        raise UserError(f"--workdir={path}: {problem}")
     try:
         return from_dict(values)
     except UserError as error:
         raise UserError(f"{file}: cannot be used ({error}); {remedy}") from error
 
 
+def lock(path: str, workdir: epath.Path) -> None:
+    """Makes this process the only writer of a workdir; UserError where another one writes there.
+
+    A notice says where nothing keeps others out.
+    """
+    if is_remote(path):
+        missing = "no lock against a second writer, no check of free space"
+        uploads = "metrics.jsonl is uploaded once a minute and at checkpoints"
+        return notice(f"{path}: {missing}; {uploads}")
+    file, held = workdir / LOCK, _locks.get(os.fspath(workdir))
+    if held is not None and file.exists() and os.path.samestat(os.fstat(held), os.stat(file)):
+        return
+    release(workdir)  # of a directory that was deleted or moved since
+    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = _holder(lock)
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            remedy = "stop it, or give another --workdir"
+            raise UserError(f"--workdir={path}: {holder}; {remedy}") from error
+        if error.errno not in _NO_LOCKS:
+            raise
+        why = f"this file system has no locks ({error.strerror})"
+        return notice(f"{path}: nothing keeps a second writer out, as {why}")
+    _locks[os.fspath(workdir)] = lock
+    _forget_locks_in_children()
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    us = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps(us).encode(), 0)
+
+
+def wait_for_writer(workdir: epath.Path, seconds: float, cancelled: Callable[[], bool]) -> None:
+    """Waits until no process writes to a local workdir, for at most so long or until cancelled."""
+    if is_remote(workdir) or not (workdir / LOCK).exists():
+        return
+    noticed, deadline = False, time.monotonic() + seconds
+    with open(workdir / LOCK, "rb") as file:
+        while time.monotonic() < deadline and not cancelled():
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not noticed:
+                    notice(f"{workdir}: {_holder(file.fileno())}; waiting for it")
+                noticed = True
+                time.sleep(0.2)
+            except OSError:  # no locks here
+                return
+
+
+def _holder(lock: int) -> str:
+    """Who holds a lock, from what it wrote into the file."""
+    try:
+        who = json.loads(os.pread(lock, 1000, 0))
+        return "process {pid} on {host} has been writing there since {since}".format(**who)
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process is writing there"
+
+
+def release(workdir: str | os.PathLike[str]) -> None:
+    """Gives up this process's lock on a workdir, if it has one."""
+    lock = _locks.pop(os.fspath(workdir), None)
+    if lock is not None:
+        os.close(lock)
+
+
+@functools.cache
+def _forget_locks_in_children() -> None:
+    """Lets forked children close their copies of the locks, which would outlive the parent."""
+
+    def forget() -> None:
+        while _locks:
+            os.close(_locks.popitem()[1])
+
+    os.register_at_fork(after_in_child=forget)
+
+
+@contextlib.contextmanager
+def os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns the many exceptions of the clients of gs:// into OSError with one line of text."""
+    try:
+        yield
+    except (FileNotFoundError, UserError):
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise OSError(kind + ": ".join(str(error).splitlines())) from error
+
+
 def read_json(file: epath.Path, remedy: str) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no such file; UserError with the remedy where it cannot be read."""
+    """The object in a JSON file, None for no file; UserError with the remedy if unreadable."""
     try:
         with os_errors(file):
             found = json.loads(read_text(file), object_pairs_hook=_unique)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{file}: cannot be read ({reason}); {remedy}") from error
+        raise UserError(f"{file}: cannot be read ({reason(error)}); {remedy}") from error
     if not isinstance(found, dict):
         raise UserError(f"{file}: cannot be read (it holds no JSON object); {remedy}")
     return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs; ValueError where a key stands twice, of which Python would take the last."""
+    """The object of these pairs; ValueError for a repeated key, where Python takes the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(
-            f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice"
-        )
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} stands there twice")
     return found
 
 
@@ -403,20 +370,16 @@ def write_json(path: epath.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_asked(name: str, text: str) -> None:
-    """Writes the file that a person named with --out, whole or not at all; UserError where that fails."""
-    try:
+def write_out(name: str, text: str) -> None:
+    """Writes the file of --out, whole or not at all; UserError where that fails."""
+    with os_error_as(UserError, f"--out={name}: cannot be written", "give another file"):
         with os_errors(name):
             write_text(locate(name, "--out"), text)
-    except OSError as error:
-        raise UserError(
-            f"--out={name}: cannot be written ({error.strerror or error}); give another file"
-        ) from error
 
 
 def read_text(path: epath.PathLike) -> str:
-    """The text of a file in UTF-8, without a byte-order mark; ends of lines stay as they are."""
-    # As text, epath heeds no encoding: it keeps the mark, and reads gs:// by the locale.
+    """The text of a file in UTF-8, without a byte-order mark; line ends stay as they are."""
+    # epath's read_text ignores the encoding: it keeps the mark, and reads gs:// by the locale.
     return epath.Path(path).read_bytes().decode("utf-8-sig")
 
 

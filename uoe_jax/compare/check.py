@@ -19,9 +19,9 @@ from uoe_jax.errors import EXIT_DONE, UserError
 
 def main() -> int:
     """Returns the exit code."""
-    runtime_env.settle()
+    runtime_env.prepare_process()
     try:
-        with runtime_env.explained():
+        with runtime_env.jax_import_errors():
             from uoe_jax.distributed import setup
             from uoe_jax.train.main import agreed_data
 

@@ -243,7 +243,7 @@ def measure(workdir_name: str) -> int:
 
 
 def main() -> int:
-    runtime_env.settle()
+    runtime_env.prepare_process()
     try:
         return measure(sys.argv[1])
     except UserError as error:

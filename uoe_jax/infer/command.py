@@ -1,4 +1,4 @@
-"""The command `uoe generate`: prompts from the command line, a file or a person, and what follows them."""
+"""`uoe generate`: prompts from the command line, a file or a terminal, and their continuations."""
 
 from __future__ import annotations
 
@@ -13,20 +13,16 @@ from uoe_jax import config as config_lib
 from uoe_jax.config.schema import Config
 from uoe_jax.data.sources.formats import JSON_LINES, json_of, keys_of, other_format
 from uoe_jax.distributed import coordination
-from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.errors import ConfigError, UserError, reason
 from uoe_jax.infer.experts import choices
 from uoe_jax.runtime_env import takes_utf8
-from uoe_jax.workdir import locate, os_errors, write_asked
+from uoe_jax.workdir import locate, os_errors, write_out
 
 _LINES = "start it in a terminal, or send it lines"
 
 
 def configured(options: argparse.Namespace, config: Config) -> Config:
-    """The run's configuration with what the options say of drawing and of experts.
-
-    Raises:
-      UserError: values that cannot be used, or options that do not go together.
-    """
+    """The run's configuration with the options for sampling and experts; UserError for bad ones."""
     values = config_lib.to_dict(config)
     for name, _, _ in config_lib.leaves(config_lib.GenerateConfig()):
         text = getattr(options, name)
@@ -34,38 +30,32 @@ def configured(options: argparse.Namespace, config: Config) -> Config:
             values["generate"][name] = config_lib.parse_value(f"generate.{name}", text)
     config = dataclasses.replace(config, generate=config_lib.from_dict(values).generate)
     if config.model.task != "language":
-        raise ConfigError(
-            "config.model.task", config.model.task, "gives classes and no text; use uoe eval"
-        )
+        remedy = "gives classes and no text; use uoe eval"
+        raise ConfigError("config.model.task", config.model.task, remedy)
     given = [f"--{name}" for name in ("prompt", "prompts", "chat") if getattr(options, name)]
     if len(given) > 1:
-        raise UserError(
-            f"{given[0]} and {given[1]}: prompts come from one place; give one of these"
-        )
+        problem = "prompts come from one place; give one of these"
+        raise UserError(f"{given[0]} and {given[1]}: {problem}")
     if options.out and not options.prompts:
-        raise UserError(
-            f"--out={options.out}: is for --prompts=FILE; a single text goes to the screen"
-        )
+        problem = "is for --prompts=FILE; a single text goes to the screen"
+        raise UserError(f"--out={options.out}: {problem}")
     if "" in options.stop:
-        raise UserError(
-            "--stop: an empty string ends every text before it begins; give one with characters, or leave it out"
-        )
+        problem = "an empty string ends every text before it begins"
+        raise UserError(f"--stop: {problem}; give one with characters, or leave it out")
     if not (options.batch.isdecimal() and 0 < int(options.batch) < 1_000_000):
-        raise UserError(
-            f"--batch={config_lib.printable(options.batch)}: give a whole number from 1 on"
-        )
+        batch = config_lib.printable(options.batch)
+        raise UserError(f"--batch={batch}: give a whole number from 1 on")
     if options.experts is None:
         return config
     found = choices(config, options.experts)
     if len(found) > 1:
-        raise UserError(
-            f"--experts={options.experts}: a text is written with one K; give one number"
-        )
+        problem = "a text is written with one K; give one number"
+        raise UserError(f"--experts={options.experts}: {problem}")
     return found[0]
 
 
 def run_generate(options: argparse.Namespace, config: Config) -> None:
-    """Raises UserError for prompts that cannot be read or do not fit."""
+    """Prints continuations; UserError for prompts that cannot be read or do not fit."""
     config = configured(options, config)
     if options.chat and sys.stdin is None:
         raise UserError(f"--chat: standard input is closed; {_LINES}")
@@ -87,20 +77,20 @@ def run_generate(options: argparse.Namespace, config: Config) -> None:
         elif options.prompts:
             for number, prompt in prompts.items():
                 sampler.encoded(prompt, f"--prompts={options.prompts}: line {number}")
-            _write(options.out, sampler.complete(texts, options.stop, batch=int(options.batch)))
+            completions = sampler.complete(texts, options.stop, batch=int(options.batch))
+            _write(options.out, completions)
+            if cut := sum(c.cut for c in completions):
+                _say(f"{cut} of {len(completions)} texts: {_full(sampler)}")
         else:
             _one(sampler, options)
         _report(sampler, run.step)
 
 
 def read_prompts(name: str) -> dict[int, str]:
-    """The prompts of a file by the number of their line, from 1.
+    """The prompts of a file by line number, from 1: its lines, or "prompt" of its JSON lines.
 
-    They are the lines, or of JSON lines the key "prompt" of every line. A file is JSON lines by its
-    name or by its first line. Lines without text are left out.
-
-    Raises:
-      UserError: it cannot be read or holds none; or, with its line, one is no prompt.
+    A file has JSON lines by its name or by its first line. Empty lines are left out. UserError
+    where it cannot be read or holds none; or, with its line, where one is no prompt.
     """
     wanted = 'give text, one prompt a line, or JSON lines of {"prompt": "…"}'
     try:
@@ -110,8 +100,7 @@ def read_prompts(name: str) -> dict[int, str]:
             raise UserError(f"--prompts={name}: {other}; {wanted}")
         text = data.decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--prompts={name}: cannot be read ({reason}); {wanted}") from error
+        raise UserError(f"--prompts={name}: cannot be read ({reason(error)}); {wanted}") from error
     numbered = enumerate(re.split("\r\n|\r|\n", text), 1)
     found = {number: line for number, line in numbered if line.strip()}
     first = json_of(next(iter(found.values()), ""))
@@ -135,9 +124,9 @@ def _prompt_of(line: str, where: str) -> str:
         has = f" with {keys_of(found)}" if isinstance(found, dict) else ""
         what = "no JSON" if found is None else f"JSON{has}"
         wanted = 'JSON lines have an object with the text "prompt"'
-        raise UserError(f"{where}: is {what} where {wanted}; mend the line")
+        raise UserError(f"{where}: is {what} where {wanted}; fix the line")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"{where}: its prompt holds half a character (a surrogate); mend the line")
+        raise UserError(f"{where}: its prompt holds half a character (a surrogate); fix the line")
     return prompt
 
 
@@ -151,10 +140,10 @@ def _write(out: str | None, completions: list[Any]) -> None:
         for c in completions
     ]
     lines = "".join(json.dumps(one, ensure_ascii=escaped) + "\n" for one in found)
-    if not out:
+    if out:
+        write_out(out, lines)
+    else:
         print(lines, end="", flush=True)
-        return
-    write_asked(out, lines)
 
 
 def _show(text: str) -> None:
@@ -162,35 +151,44 @@ def _show(text: str) -> None:
         print(text, end="", flush=True)
 
 
+def _say(text: str) -> None:
+    if coordination.is_process_zero():
+        print(f"[{text}]", file=sys.stderr)
+
+
+def _full(sampler: Any) -> str:
+    """Why a text ended before --max_tokens."""
+    config = sampler.config
+    context, limit = config.model.context_length, config.generate.max_tokens
+    return f"the context of {context} tokens was full before --max_tokens={limit}"
+
+
 def _one(sampler: Any, options: argparse.Namespace) -> None:
-    """The one prompt and what follows it, as it is drawn."""
+    """Shows the one prompt and its continuation, token by token."""
     prompt = sampler.config.generate.prompt
     if options.no_stream:
         completion = sampler.complete([prompt], options.stop)[0]
         _show(completion.text)
     else:
-        sampler.encoded(prompt)  # what cannot be continued is not shown
+        sampler.encoded(prompt)  # a prompt that cannot be continued is not shown
         _show(prompt)
         completion = sampler.complete([prompt], options.stop, show=lambda _, text: _show(text))[0]
     _show("\n")
-    if coordination.is_process_zero():
-        why = {
-            "document": "end of document",
-            "stop": "stop string",
-            "limit": f"limit of {completion.n_tokens} tokens",
-        }
-        print(f"[{why[completion.ended]}]", file=sys.stderr)
+    limit = f"limit of {completion.n_tokens} tokens"
+    if completion.cut:
+        limit += f": {_full(sampler)}"
+    ends = {"document": "end of document", "stop": "stop string", "limit": limit}
+    _say(ends[completion.ended])
 
 
 def chat(sampler: Any, stops: list[str], lines: TextIO) -> None:
-    """Continues the text so far with every line of a person, raw; an empty line or the end of input ends it.
+    """Continues the text so far with every line from the terminal, raw; an empty line ends it.
 
-    What no longer fits the context is forgotten from the beginning, and said so.
+    Where the text no longer fits the context, its beginning is dropped, with a notice.
     """
     if coordination.are_several():
-        raise UserError(
-            "--chat: one person speaks with one process; start this once, and not by srun or its like"
-        )
+        remedy = "start this once, and not by srun or its like"
+        raise UserError(f"--chat: one terminal works with one process; {remedy}")
     text, turn = "", 0
     while True:
         if lines.isatty():
@@ -201,30 +199,24 @@ def chat(sampler: Any, stops: list[str], lines: TextIO) -> None:
             raise UserError(f"--chat: standard input cannot be read ({error}); {_LINES}") from error
         if not line.strip():
             return
-        text += line.removeprefix("\ufeff")  # of a file in the place of a person
+        text += line.removeprefix("\ufeff")  # of a file that is piped in
         kept = fitting(sampler, text)
-        if kept != text:
-            print(
-                f"[the context is full: the first {len(text) - len(kept)} characters are forgotten]",
-                file=sys.stderr,
-            )
-        completion = sampler.complete([kept], stops, first=turn, show=lambda _, more: _show(more))[
-            0
-        ]
-        text, turn = (
-            completion.text if completion.followed.endswith("\n") else completion.text + "\n",
-            turn + 1,
-        )
-        _show("" if completion.followed.endswith("\n") else "\n")
+        if dropped := len(text) - len(kept):
+            _say(f"the context is full: the first {dropped} characters are forgotten")
+        show = lambda _, more: _show(more)  # noqa: E731
+        (completion,) = sampler.complete([kept], stops, first=turn, show=show)
+        newline = "" if completion.followed.endswith("\n") else "\n"
+        text, turn = completion.text + newline, turn + 1
+        _show(newline)
 
 
 def fitting(sampler: Any, text: str) -> str:
-    """The end of a text that leaves room for an answer in the context: what is asked for, or a quarter of the context."""
+    """The end of a text that leaves room in the context: max_tokens, at most a quarter of it."""
     context = sampler.config.model.context_length
     room = max(1, context - 1 - min(sampler.config.generate.max_tokens, max(1, context // 4)))
     if len(sampler.tokenizer.encode(text)) <= room:
         return text
-    low, high = 0, len(text)  # characters to drop; fewer tokens follow from fewer characters
+    low, high = 0, len(text)  # characters to drop, by bisection
     while low < high:
         middle = (low + high) // 2
         if len(sampler.tokenizer.encode(text[middle:])) <= room:
@@ -237,22 +229,14 @@ def fitting(sampler: Any, text: str) -> str:
 def _report(sampler: Any, step: int) -> None:
     from uoe_jax.costs.memory import cache_bytes
 
-    if not coordination.is_process_zero():
-        return
-    m = sampler.config.model
-    dense = cache_bytes(m, rows=1, dense=True)
-    rate = (
-        f"{sampler.timed / sampler.seconds:.1f} tokens/s once compiled"
-        if sampler.timed
-        else "too few tokens to time"
-    )
-    experts = "".join(
-        f"{r.k} of {r.n_experts} experts in {name}; " for name, r in m.unions().items()
-    )
-    print(f"[step {step}: {experts}{rate}]", file=sys.stderr)
-    if sampler.cache_bytes:
-        print(
-            f"[cache of {m.context_length} tokens: {sampler.cache_bytes / 1e3:.1f} kB, "
-            f"{sampler.cache_bytes / dense:.2f} of the {dense / 1e3:.1f} kB of dense attention]",
-            file=sys.stderr,
-        )
+    m, cache = sampler.config.model, sampler.cache_bytes
+    rate = "too few tokens to time"
+    if sampler.timed:
+        rate = f"{sampler.timed / sampler.seconds:.1f} tokens/s once compiled"
+    unions = m.unions().items()
+    experts = "".join(f"{r.k} of {r.n_experts} experts in {name}; " for name, r in unions)
+    _say(f"step {step}: {experts}{rate}")
+    if cache:
+        dense = cache_bytes(m, rows=1, dense=True)
+        share = f"{cache / dense:.2f} of the {dense / 1e3:.1f} kB of dense attention"
+        _say(f"cache of {m.context_length} tokens: {cache / 1e3:.1f} kB, {share}")

@@ -1,4 +1,4 @@
-"""Another number of experts than a run was trained with: `--experts` of `uoe generate` and `uoe eval`. Imports no jax."""
+"""`--experts` of `uoe generate` and `uoe eval`: another K than the run's. Imports no jax."""
 
 from __future__ import annotations
 
@@ -11,65 +11,52 @@ from uoe_jax.errors import UserError
 
 
 def with_experts(config: Config, k: dict[str, int]) -> Config:
-    """The configuration with another K in the blocks named ("smha", "uome"); slots follow through capacity_factor.
+    """The configuration with another K in the blocks named ("smha", "uome"); slots follow.
 
-    Raises:
-      UserError: a block that the model does not have, or a K beyond its N. ConfigError: a gate that K does not fit.
+    UserError for a block that the model lacks, a K beyond its N, or a gate that excludes K.
     """
     unions = config.model.unions()
     for name, value in k.items():
         if name not in unions:
-            has = (
-                f"the routed blocks of this model are {', '.join(unions)}"
-                if unions
-                else "this model has no unions of experts"
-            )
+            has = f"the routed blocks of this model are {', '.join(unions)}"
+            has = has if unions else "this model has no unions of experts"
             raise UserError(f"--experts={name}={value}: {has}; leave it out")
-        if not 1 <= value <= unions[name].n_experts:
-            raise UserError(
-                f"--experts={value}: {name} has {unions[name].n_experts} experts; give a number from 1 to that"
-            )
-    found = _with_routing(
-        config, {name: dataclasses.replace(unions[name], k=value) for name, value in k.items()}
-    )
+        n = unions[name].n_experts
+        if not 1 <= value <= n:
+            remedy = "give a number from 1 to that"
+            raise UserError(f"--experts={value}: {name} has {n} experts; {remedy}")
+    changed = {name: dataclasses.replace(unions[name], k=value) for name, value in k.items()}
+    found = _with_routing(config, changed)
     check_model(found.model)
     return found
 
 
 def all_experts(config: Config) -> Config:
-    """All experts for every patch, and slots for all: the dense model's function, where the gate weighs all alike."""
+    """All experts for every patch, with slots for all: the dense model, if gates weigh alike."""
     unions = config.model.unions()
     found = with_experts(config, {name: routing.n_experts for name, routing in unions.items()})
-    room = {
+    changed = {
         name: dataclasses.replace(r, capacity_factor=max(1.0, r.capacity_factor))
         for name, r in found.model.unions().items()
     }
-    return _with_routing(found, room)
+    return _with_routing(found, changed)
 
 
 def _with_routing(config: Config, changed: dict[str, RoutingConfig]) -> Config:
-    """The same with another routing of the blocks named ("smha", "uome")."""
-    model = config.model
-    model = dataclasses.replace(
-        model, smha=changed.get("smha", model.smha), uome=changed.get("uome", model.uome)
-    )
-    return dataclasses.replace(config, model=model)
+    """The configuration with another routing of the blocks named ("smha", "uome")."""
+    m = config.model
+    smha, uome = changed.get("smha", m.smha), changed.get("uome", m.uome)
+    return dataclasses.replace(config, model=dataclasses.replace(m, smha=smha, uome=uome))
 
 
 def choices(config: Config, text: str) -> list[Config]:
-    """What `--experts` asks for: '2', 'smha=3,uome=4', or (of evaluation) '1..4', one configuration for each.
-
-    Raises:
-      UserError: it is none of these, or the model has no such experts.
-    """
+    """A configuration for each K of `--experts`: '2', 'smha=3,uome=4', or (in eval) '1..4'."""
     unions = config.model.unions()
     numbers = re.fullmatch(r"(\d{1,6})(?:\.\.(\d{1,6}))?", text)
     if numbers:
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
         if first > last:
-            raise UserError(
-                f"--experts={text}: the first number is the larger one; turn them round"
-            )
+            raise UserError(f"--experts={text}: the range must ascend, such as 1..4")
         if not unions:
             raise UserError(f"--experts={text}: this model has no unions of experts; leave it out")
         return [with_experts(config, dict.fromkeys(unions, k)) for k in range(first, last + 1)]

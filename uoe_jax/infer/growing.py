@@ -10,30 +10,31 @@ from uoe_jax.data.tokenizers.base import Tokenizer
 class GrowingText:
     """What a model writes after a prompt.
 
-    `shown` holds back what may still change: bytes that are no whole character yet, and what may be the beginning of a stop string.
+    Args:
+      limit: the most tokens.
+      stops: strings before which the text ends.
+      before: the prompt; a text of words begins with a space after it.
 
     Attributes:
-      ids: the tokens so far, a separator that ended it left out.
-      ended: "document" (the model closed it), "stop" (a stop string; the text ends before it), "limit"; None: it goes on.
+      ids: the tokens so far, without a separator that ended them.
+      ended: "document" (by the separator), "stop" (by a stop string), "limit"; None: not yet.
+      text: all of it.
+      shown: the part of it that will not change. Held back are bytes of an incomplete character and
+        what may be the beginning of a stop string.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, limit: int, stops: Sequence[str] = (), before: str = ""
     ) -> None:
-        """limit: tokens at most. before: the prompt, after which words want a space."""
         self._tokenizer, self._limit, self._stops = tokenizer, limit, tuple(stops)
-        self._space = (
-            " "
-            if tokenizer.tokens_are_words and before and not before.endswith((" ", "\n"))
-            else ""
-        )
+        spaced = tokenizer.tokens_are_words and before and not before.endswith((" ", "\n"))
+        self._space = " " if spaced else ""
         self.ids: list[int] = []
         self.ended: str | None = "limit" if limit < 1 else None
-        self.text = ""  # all of it
-        self.shown = ""  # the part of it that will not change
+        self.text = self.shown = ""
 
     def push(self, token: int) -> str:
-        """Takes a token; returns what can be shown now that could not before."""
+        """Adds a token; returns what can be shown now and could not before."""
         if token == self._tokenizer.separator:
             return self._end("document")
         self.ids.append(token)
@@ -46,16 +47,20 @@ class GrowingText:
             return self._end("stop")
         if len(self.ids) >= self._limit:
             return self._end("limit")
-        return self._show(len(self.text.rstrip("\N{REPLACEMENT CHARACTER}")) - self._held())
+        whole = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        return self._show(whole - self._partial_stop())
 
-    def _held(self) -> int:
+    def _partial_stop(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""
-        longest = 0
-        for stop in self._stops:
-            for n in range(1, min(len(stop), len(self.text) + 1)):
-                if self.text.endswith(stop[:n]):
-                    longest = max(longest, n)
-        return longest
+        return max(
+            (
+                n
+                for stop in self._stops
+                for n in range(1, min(len(stop), len(self.text) + 1))
+                if self.text.endswith(stop[:n])
+            ),
+            default=0,
+        )
 
     def _end(self, why: str) -> str:
         self.ended = why

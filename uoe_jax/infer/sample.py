@@ -23,12 +23,18 @@ from uoe_jax.train.step import Params, Program
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One prompt and what followed. ended: "document" (the model closed it), "stop" (a stop string, left out), or "limit"."""
+    """One prompt and its continuation.
+
+    Attributes:
+      ended: "document" (by the separator), "stop" (by a stop string, left out), or "limit".
+      cut: the context was full before generate.max_tokens.
+    """
 
     prompt: str
     followed: str
     n_tokens: int
     ended: str
+    cut: bool = False
 
     @property
     def text(self) -> str:
@@ -41,14 +47,16 @@ def pick(
     """Draws a token for each row, int32 [B].
 
     Args:
-      logits_BV: float32. key: typed keys [B], one a row, so that a row's draw does not depend on its neighbours.
-      temperature: 0 takes the likeliest. top_k: 0 keeps all. top_p: the likeliest tokens up to this probability.
+      logits_BV: float32.
+      key: typed keys [B], so that a row's token does not depend on the other rows.
+      temperature: 0 takes the likeliest.
+      top_k: 0 keeps all.
+      top_p: keeps the likeliest tokens up to this probability.
     """
     greedy_B = logits_BV.argmax(-1)
     order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
-    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1) / jnp.where(
-        temperature > 0, temperature, 1.0
-    )
+    divisor = jnp.where(temperature > 0, temperature, 1.0)
+    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1) / divisor
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
     rank_1V = jnp.arange(logits_BV.shape[-1])[None]
@@ -62,8 +70,8 @@ class Sampler:
     """Completes prompts with a model's parameters.
 
     Attributes:
-      seconds, timed: of decoding steps that met compiled programs, and the tokens drawn in them; for the report.
-      cache_bytes: of the attention's cache, of one row.
+      seconds, timed: duration of decoding steps without compilation, and the tokens drawn in them.
+      cache_bytes: of the KV cache of one row.
     """
 
     def __init__(
@@ -75,13 +83,11 @@ class Sampler:
     ) -> None:
         self.config, self.tokenizer, self._model, self._params = config, tokenizer, model, params
         self.seconds, self.timed, self.cache_bytes = 0.0, 0, 0
-        self._warm: set[int] = set()  # numbers of rows whose programs are compiled
+        self._warm: set[int] = set()  # batch sizes whose programs are compiled
         self._counts = False  # whether the tokens just drawn are timed
         context = config.model.context_length
         self._prefill = jax.jit(lambda p, tokens, length: model(p).prefill(tokens, length, context))
-        self._layers: Layers | None = (
-            None  # made for the first token; they hold the layers' weights once more
-        )
+        self._layers: Layers | None = None  # a copy of the layers' weights, from the first token on
 
         @functools.partial(jax.jit, donate_argnums=2)
         def step(
@@ -93,9 +99,7 @@ class Sampler:
         def draw(logits_BV, seed, rows_B, next_B, settings):
             fold = jax.vmap(jax.random.fold_in)
             keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows_B)
-            known_BV = logits_BV[
-                :, : tokenizer.vocab_size
-            ]  # a model may have more than there are tokens
+            known_BV = logits_BV[:, : tokenizer.vocab_size]  # the model's vocabulary may be larger
             return everywhere(pick(known_BV, fold(keys_B, next_B), *settings))
 
         self._step, self._draw = step, draw
@@ -108,13 +112,13 @@ class Sampler:
         batch: int = 0,
         show: Callable[[int, str], None] = lambda i, text: None,
     ) -> list[Completion]:
-        """Continues every prompt as `config.generate` says, with the same text whatever is beside it.
+        """Continues every prompt as `config.generate` says, independently of the other prompts.
 
         Args:
           stops: the text of a prompt ends before the first of these.
           first: number of the first prompt; a prompt's draws follow from the seed and its number.
-          batch: prompts worked on together, those of alike lengths; 0: all.
-          show: is given what follows a prompt piece by piece (its place in `prompts`, text).
+          batch: prompts in a batch, of similar lengths; 0: all.
+          show: called with a prompt's index and the next piece of its continuation.
 
         Raises:
           UserError: a prompt leaves no room in the context.
@@ -122,18 +126,14 @@ class Sampler:
         ids = [self.encoded(prompt) for prompt in prompts]
         order = sorted(range(len(ids)), key=lambda i: (self._bucket(len(ids[i])), i))
         size = min(batch or len(ids), len(ids))
-        room = self.config.model.context_length
+        room, most = self.config.model.context_length, self.config.generate.max_tokens
         texts = [
-            GrowingText(
-                self.tokenizer, min(self.config.generate.max_tokens, room - len(row)), stops, prompt
-            )
+            GrowingText(self.tokenizer, min(most, room - len(row)), stops, prompt)
             for row, prompt in zip(ids, prompts)
         ]
         for start in range(0, len(order), size):
             members = order[start : start + size]
-            rows = members + members[:1] * (
-                size - len(members)
-            )  # of one shape, so that one program does
+            rows = members + members[:1] * (size - len(members))  # one shape, so one program
             for token_B in self._tokens([ids[i] for i in rows], [first + i for i in rows]):
                 for i, token in zip(members, token_B):
                     if texts[i].ended is None:
@@ -142,20 +142,19 @@ class Sampler:
                             show(i, more)
                 if all(texts[i].ended for i in members):
                     break
-        return [
-            Completion(prompt, text.text, len(text.ids), text.ended or "limit")
-            for prompt, text in zip(prompts, texts)
-        ]
+        found = []
+        for prompt, text in zip(prompts, texts):
+            ended = text.ended or "limit"
+            cut = ended == "limit" and len(text.ids) < most
+            found.append(Completion(prompt, text.text, len(text.ids), ended, cut))
+        return found
 
     def encoded(self, prompt: str, where: str = "") -> np.ndarray:
-        """The tokens of a prompt, int32 [L], behind the one that starts a document.
+        """The tokens of a prompt, int32 [L], after the one that starts a document.
 
-        where: the prompt was given, for the error; left out, by --prompt.
-        Raises UserError where the context has no room.
+        where: the option that gave it, for errors. UserError where the context has no room.
         """
-        ids = np.concatenate([[self.tokenizer.start], self.tokenizer.encode(prompt)]).astype(
-            np.int32
-        )
+        ids = np.array([self.tokenizer.start, *self.tokenizer.encode(prompt)], np.int32)
         context = self.config.model.context_length
         if len(ids) >= context:
             shown = repr(prompt if len(prompt) < 40 else prompt[:36] + "…")
@@ -164,27 +163,21 @@ class Sampler:
         return ids
 
     def _tokens(self, ids: list[np.ndarray], numbers: list[int]) -> Iterator[np.ndarray]:
-        """One token after another for every row, int32 [B], until nobody asks for more. numbers: of the prompts."""
+        """Yields one token after another for every row, int32 [B]. numbers: of the prompts."""
         settings = self.config.generate
         tokens_BL = np.zeros((len(ids), max(self._bucket(len(row)) for row in ids)), np.int32)
         for i, row in enumerate(ids):
             tokens_BL[i, : len(row)] = row
-        length_B, rows_B = (
-            np.array([len(row) for row in ids], np.int32),
-            np.array(numbers, np.uint32),
-        )
-        knobs = (
-            np.float32(settings.temperature),
-            np.int32(settings.top_k),
-            np.float32(settings.top_p),
-        )
+        length_B, rows_B = np.array([*map(len, ids)], np.int32), np.array(numbers, np.uint32)
+        top_k, top_p = np.int32(settings.top_k), np.float32(settings.top_p)
+        knobs = (np.float32(settings.temperature), top_k, top_p)
         logits, cache = self._prefill(self._params, tokens_BL, length_B)
         self.cache_bytes = sum(a.nbytes for a in jax.tree.leaves(cache.attention)) // len(ids)
         warm, started = len(ids) in self._warm, 0.0
         for turn in itertools.count():
             token_B = self._draw(logits, np.uint32(settings.seed), rows_B, cache.next_B, knobs)
             host_B = jax.device_get(token_B)
-            self._counts = turn > 0 and (warm or turn > 1)  # the first two wait for compilations
+            self._counts = turn > 0 and (warm or turn > 1)  # the first two compile
             if self._counts:
                 self.seconds += time.perf_counter() - started
                 self._warm.add(len(ids))
@@ -195,7 +188,7 @@ class Sampler:
             logits, cache = self._step(self._params, self._layers, cache, token_B)
 
     def _bucket(self, length: int) -> int:
-        """A length to pad prompts to: few distinct ones, so that few prefills are compiled."""
+        """A length to pad a prompt to, one of few, so that few prefills are compiled."""
         multiple = self.config.model.patch_multiple
         power = max(16, 1 << (length - 1).bit_length())
         return min(-(-power // multiple) * multiple, self.config.model.context_length)
@@ -203,6 +196,5 @@ class Sampler:
 
 def sample(config: Config, program: Program, params: Params, tokenizer: Tokenizer) -> str:
     """One completion of the configured prompt."""
-    return (
-        Sampler(config, program.model, params, tokenizer).complete([config.generate.prompt])[0].text
-    )
+    sampler = Sampler(config, program.model, params, tokenizer)
+    return sampler.complete([config.generate.prompt])[0].text

@@ -19,7 +19,7 @@ from uoe_jax.report.series import POINTS, names, read_log
 from uoe_jax.train.main import load_data
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import Params, Program
-from uoe_jax.workdir import locate, write_asked
+from uoe_jax.workdir import locate, write_out
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     runs = [read_log(d, c, name, points) for d, c, name in zip(dirs, configs, names(dirs))]
     samples = [_routing_sample(d, c, options.step, options.text) for d, c in zip(dirs, configs)]
     text = page(runs, samples)
-    write_asked(out, text.encode("utf-8", "backslashreplace").decode())  # names may be no UTF-8
+    write_out(out, text.encode("utf-8", "backslashreplace").decode())  # names may be no UTF-8
     return out
 
 
@@ -66,7 +66,7 @@ def at_end(
         found, out = routes(program, params, sample, config), os.fspath(workdir / REPORT)
         if coordination.is_process_zero():
             run = read_log(os.fspath(workdir), config, workdir.name)
-            write_asked(out, page([run], [RoutingSample(sample, found, step)]))
+            write_out(out, page([run], [RoutingSample(sample, found, step)]))
         return out
     except Exception as error:
         why, remedy = type(error).__name__, f"uoe report --workdir={workdir} writes one"

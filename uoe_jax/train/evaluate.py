@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,13 @@ from uoe_jax.data.prefetch import Prefetcher
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed import watchdog
 from uoe_jax.train.measures import measures
+from uoe_jax.train.progress import Progress
 from uoe_jax.train.step import Params, Program
 from uoe_jax.train.task import Sums, task_of
 
 
 class Interrupted(Exception):
-    """`stop` said so in the middle of an evaluation."""
+    """Asked to stop in the middle of an evaluation."""
 
 
 def evaluate(
@@ -32,53 +35,56 @@ def evaluate(
     seen: set[Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
     name: str = "eval",
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], float]:
     """Measures a split, all of it or (`whole=False`) its first `limit` batches.
 
     Args:
-      step, seen: of the run, and what this process has compiled for; for the patience with processes that do not go on.
-      stop: asked before every batch, in every process the same.
-      name: what the measures' keys begin with.
+      step, seen: of the run, and the shapes that this process has compiled for; for the watchdog.
+      stop: called before every batch; the same in all processes.
+      name: what the keys of the measures begin with.
+      progress: where to show compilation and batches done.
 
     Returns:
-      (`<name>/…` measures, what ranks checkpoints, of the first `limit` batches: the same rows at every evaluation).
+      (`<name>/…` measures, the loss that ranks checkpoints). The latter is of the first `limit`
+      batches, so of the same rows at every evaluation.
 
     Raises:
-      Interrupted: `stop` gave True.
+      Interrupted: `stop` returned True.
     """
     size = config.eval_batch_size
-    held = mesh_lib.local_rows(program.devices, size)
+    local_rows = mesh_lib.local_rows(program.devices, size)
+    phase = "evaluation" if name == "eval" else "testing"
+    progress = Progress(0, silent=True) if progress is None else progress
+    seen = set() if seen is None else seen
+    n_batches = -(-len(rows) // size)
+    show = progress.counting(phase, n_batches if whole else min(limit, n_batches))
     total: Sums | None = None
     ranking: Sums | None = None
-    seen = set() if seen is None else seen
-    for i, batch in enumerate(
-        _ahead(eval_batches(rows, size, 0 if whole else limit, held)), start=1
-    ):
-        watchdog.at(
-            "evaluation" if name == "eval" else "testing", step, slow=is_new(("eval", batch), seen)
-        )
+    batches = eval_batches(rows, size, 0 if whole else limit, local_rows)
+    for i, batch in enumerate(_prefetched(batches), start=1):
+        new = is_new(("eval", batch), seen)
+        watchdog.at(phase, step, slow=new)
         if stop():
             raise Interrupted
-        sums = program.eval_step(params, mesh_lib.put_batch(program.devices, batch))
-        before = total
-        total = sums if total is None else _add(total, sums)
-        jax.block_until_ready(
-            before
-        )  # no further ahead of the device than one batch: a stop must not wait for a queue
+        compiling = progress.compiling("the evaluation step") if new else contextlib.nullcontext()
+        with compiling:
+            sums = program.eval_step(params, mesh_lib.put_batch(program.devices, batch))
+        before, total = total, sums if total is None else _add(total, sums)
+        # At most one batch ahead of the device: a stop must not wait for a queue.
+        jax.block_until_ready(before)
         ranking = total if i == limit else ranking
+        show(i)
     host = jax.device_get(total)
-    found = {
-        **measures(host, config, name),
-        f"{name}/rows": int(host.rows) // config.model.rows_per_example,
-    }
+    found = measures(host, config, name)
+    found[f"{name}/rows"] = int(host.rows) // config.model.rows_per_example
     task = task_of(config)
-    return found, task.ranking(
-        task.measures(jax.device_get(ranking) if ranking is not None else host, config)
-    )
+    ranked = host if ranking is None else jax.device_get(ranking)
+    return found, task.ranking(task.measures(ranked, config))
 
 
 def is_new(what: tuple[str, dict[str, Any]], seen: set[Any]) -> bool:
-    """Whether a program meets a batch of such shapes for the first time in this process; remembers it in `seen`."""
+    """Whether a program meets a batch of such shapes for the first time; adds them to `seen`."""
     name, batch = what
     shapes = (name, *((key, a.shape) for key, a in sorted(batch.items())))
     new = shapes not in seen
@@ -86,7 +92,7 @@ def is_new(what: tuple[str, dict[str, Any]], seen: set[Any]) -> bool:
     return new
 
 
-def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
+def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches, made in a thread while the device works."""
     end = object()
     with Prefetcher(lambda _: next(batches, end), 0, 2**62) as prefetcher:

@@ -1,7 +1,8 @@
 """Bad steps: found inside the compiled step, so that all processes agree, and skipped.
 
-A step is bad where its loss or gradient norm is not finite, or (guard.spike_sigmas) far above what they were lately. It then
-changes nothing but the counters here: parameters, optimizer, balancing biases and running moments stay as they were.
+A step is bad if its loss or gradient norm is not finite, or (guard.spike_sigmas) far above the
+recent ones. It then changes only the counters here: parameters, optimizer state, load-balancing
+biases and running moments stay.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import jax.numpy as jnp
 
 from uoe_jax.config.schema import GuardConfig
 
-WINDOW = 128  # good steps that the running moments stand for, and that must have been seen before a step can be a spike
+# Good steps in the running moments, and those that must come before a step can be a spike.
+WINDOW = 128
 
 
 class Guard(NamedTuple):
-    """What is remembered of the steps before; checkpointed with the parameters.
+    """What is known of the steps before; checkpointed with the parameters.
 
     Attributes:
-      skipped: bad steps of the whole run, but for those a rollback took back, int32.
+      skipped: bad steps of the whole run, without those that a rollback took back, int32.
       in_a_row: those since the last good one, int32.
       seen: good steps, int32.
       mean, variance: running ones of (loss, gradient norm) over good steps, float32 [2].
-      offset: batches left out by going back; step s takes batch s + offset, int32.
-      rollbacks: times the run went back, int32.
+      offset: batches skipped by rollbacks; step s takes batch s + offset, int32.
+      rollbacks: number of rollbacks, int32.
     """
 
     skipped: jax.Array
@@ -38,7 +40,7 @@ class Guard(NamedTuple):
 
 
 def fresh() -> Guard:
-    """The guard of a run that begins."""
+    """The guard of a new run."""
     zero, moments = jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.float32)
     return Guard(zero, zero, zero, moments, moments, zero, zero)
 
@@ -46,26 +48,24 @@ def fresh() -> Guard:
 def judge(
     c: GuardConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array
 ) -> tuple[jax.Array, Guard]:
-    """(whether a step with this loss and gradient norm is bad, the guard after it); all are global values."""
+    """(Whether a step with these global values is bad, the guard after it)."""
     found = jnp.stack([loss, grad_norm]).astype(jnp.float32)
     bad = ~jnp.isfinite(found).all()
     if c.spike_sigmas:
-        bad |= (guard.seen >= WINDOW) & (
-            found > guard.mean + c.spike_sigmas * jnp.sqrt(guard.variance)
-        ).any()
-    # A plain mean at first, then an exponential one. A value that is not finite must not come near it, even times 0.
+        bound = guard.mean + c.spike_sigmas * jnp.sqrt(guard.variance)
+        bad |= (guard.seen >= WINDOW) & (found > bound).any()
+    # A plain mean at first, then an exponential one. The square of `delta` must be finite, as even
+    # 0 times an infinity would spoil the moments.
     weight = 1 / jnp.minimum(guard.seen + 1, WINDOW).astype(jnp.float32)
-    away = jnp.where(
-        bad, 0, jnp.minimum(found, 1e18) - guard.mean
-    )  # its square must be finite, too
-    moved = guard._replace(
+    delta = jnp.where(bad, 0, jnp.minimum(found, 1e18) - guard.mean)
+    good = guard._replace(
         in_a_row=jnp.zeros_like(guard.in_a_row),
         seen=guard.seen + 1,
-        mean=guard.mean + weight * away,
-        variance=(1 - weight) * (guard.variance + weight * away**2),
+        mean=guard.mean + weight * delta,
+        variance=(1 - weight) * (guard.variance + weight * delta**2),
     )
-    counted = guard._replace(skipped=guard.skipped + 1, in_a_row=guard.in_a_row + 1)
-    return bad, select_state(bad, moved, counted)
+    skipped = guard._replace(skipped=guard.skipped + 1, in_a_row=guard.in_a_row + 1)
+    return bad, select_state(bad, good, skipped)
 
 
 def select_state(bad: jax.Array, new: Any, old: Any) -> Any:

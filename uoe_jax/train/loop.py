@@ -1,11 +1,11 @@
-"""The loop of `uoe train`, from the first step of a sitting to its end."""
+"""The loop of `uoe train`: train, evaluate, save, stop, go back. `main` has the order of a run."""
 
 from __future__ import annotations
 
 import contextlib
-import shlex
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,19 +18,22 @@ from uoe_jax.data.prefetch import Prefetcher
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed import watchdog
 from uoe_jax.distributed.coordination import on_process_zero
-from uoe_jax.distributed.setup import cost_of_determinism, describe_devices, host_peak_bytes
+from uoe_jax.distributed.setup import describe_devices, host_peak_bytes
 from uoe_jax.errors import EXIT_DONE, EXIT_STOPPED, BadNumbers, RunError
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import Interrupted, evaluate, is_new
 from uoe_jax.train.measures import measures
-from uoe_jax.train.metrics import MetricsWriter, Progress, Silent, read_metrics
-from uoe_jax.train.saved import CheckpointDamaged, load_params
+from uoe_jax.train.metadata import CheckpointDamaged
+from uoe_jax.train.metrics import MetricsWriter, NullWriter, read_metrics
+from uoe_jax.train.progress import Progress
+from uoe_jax.train.saved import load_params
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import Program, TrainState
+from uoe_jax.train.summary import measures_text, without_prefix
 from uoe_jax.train.task import task_of
 
 
-class BadStretch(Exception):
+class TooManyBadSteps(Exception):
     """`in_a_row` bad steps up to `step`, as many as are allowed."""
 
     def __init__(self, step: int, in_a_row: int) -> None:
@@ -38,7 +41,21 @@ class BadStretch(Exception):
 
 
 class Run:
-    """The state of a running `uoe train` on the host; `go` is the loop."""
+    """The host's state of a running `uoe train`; `go` is the loop.
+
+    Args:
+      open_writer: (step, owed) -> the writer of metrics, which cuts off what was logged after
+        `step`, and its evaluation where that is `owed`.
+      start: the step of `state`.
+      owed: the evaluation of `start` was interrupted before, and is still to be done.
+
+    Attributes:
+      step: of the current state.
+      pending: (step, its measures, still on the device).
+      in_a_row: bad steps up to the last one that was read.
+      ranking_loss: of the current state, where it was evaluated.
+      seen: shapes of batches for which something was compiled in this process.
+    """
 
     def __init__(
         self,
@@ -46,27 +63,21 @@ class Run:
         data: DataBundle,
         program: Program,
         store: CheckpointStore,
-        open_writer: Callable[..., MetricsWriter | Silent],
-        progress: Progress | Silent,
+        open_writer: Callable[..., MetricsWriter | NullWriter],
+        progress: Progress,
         state: TrainState,
         start: int,
         owed: bool = False,
     ) -> None:
-        """open_writer: makes the writer of metrics that cuts off what was logged after a step (and the evaluation of that
-        step, where it is `owed`: was interrupted before)."""
         self.config, self.data, self.program, self.state = config, data, program, state
         self.store, self.progress, self.open_writer = store, progress, open_writer
         self.writer, self.owed = open_writer(start, owed), owed
         self.start, self.step = start, start
         self.stop = min(config.train.stop_after or config.train.steps, config.train.steps)
-        self.pending: tuple[int, Any] | None = None  # (step, measures still on the device)
-        self.in_a_row = int(
-            jax.device_get(state.guard.in_a_row)
-        )  # bad steps up to the last one looked at
-        self.ranking_loss: float | None = None  # of the state at self.step, where it was evaluated
-        self.seen: set[Any] = (
-            set()
-        )  # shapes of batches for which something was compiled in this process
+        self.pending: tuple[int, Any] | None = None
+        self.in_a_row = int(jax.device_get(state.guard.in_a_row))
+        self.ranking_loss: float | None = None
+        self.seen: set[Any] = set()
         self.clock = Clock()
 
     def go(self, signal: StopSignal) -> int:
@@ -77,16 +88,11 @@ class Run:
                     return self.train(signal)
                 except Interrupted:
                     return self.stop_early(owed=True)
-                except BadStretch as bad:
+                except TooManyBadSteps as bad:
                     self.roll_back(bad)
 
     def train(self, signal: StopSignal) -> int:
-        """The loop itself.
-
-        Raises:
-          Interrupted: asked to stop in an evaluation.
-          BadStretch: too many bad steps in a row.
-        """
+        """The loop itself; Interrupted in an evaluation, TooManyBadSteps to be rolled back."""
         c, program = self.config, self.program
         rows = mesh_lib.local_rows(program.devices, c.train.batch_size)
         batches = TrainBatches(
@@ -97,27 +103,20 @@ class Run:
         if self.owed:
             self.evaluate(signal)
             self.owed = False
-            assert self.ranking_loss is not None  # of the evaluation
+            assert self.ranking_loss is not None
             self.store.rank(self.step, self.ranking_loss)
         with Prefetcher(fetch, self.start, self.stop) as prefetcher:
             while self.step < self.stop:
-                if self.step > self.start:  # what is due at the first step was done before the stop
+                if self.step > self.start:  # what is due at `start` was done before
                     if _due(self.step, c.eval.every):
                         self.evaluate(signal)
                     if _due(self.step, c.checkpoint.every):
                         self.save()
                 self.store.check()
-                if signal.due():
+                if signal.should_stop():
                     return self.stop_early()
                 watchdog.at("training", self.step, slow=self.step == self.start)
-                batch = prefetcher.get(self.step)
-                if is_new(("train", batch), self.seen) and self.step > self.start:
-                    watchdog.at("training", self.step, slow=True)
-                self.state, on_device = program.train_step(self.state, batch)
-                self.step += 1
-                self.ranking_loss = None
-                self.log_pending()
-                self.pending = (self.step, on_device)
+                self.dispatch(prefetcher.get(self.step))
             if self.step > self.start:
                 if self.step == c.train.steps or _due(self.step, c.eval.every):
                     self.evaluate(signal)
@@ -127,8 +126,22 @@ class Run:
                 self.test(signal)
         return EXIT_DONE
 
+    def dispatch(self, batch: Any) -> None:
+        """Starts a step, and reads the one before: the host is one step ahead of the devices."""
+        compiling: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if is_new(("train", batch), self.seen):
+            compiling = self.progress.compiling("the train step")
+            if self.step > self.start:
+                watchdog.at("training", self.step, slow=True)
+        with compiling:
+            self.state, on_device = self.program.train_step(self.state, batch)
+        self.step += 1
+        self.ranking_loss = None
+        self.log_pending()
+        self.pending = (self.step, on_device)
+
     def stop_early(self, owed: bool = False) -> int:
-        """Saves, waits until that is committed, and gives the exit code; owed: this step is still to be evaluated."""
+        """Saves and waits for the commit; owed: this step is still to be evaluated."""
         self.store.wait()  # it may be of this very step
         self.save(owed, always=True)
         self.store.wait()
@@ -137,8 +150,8 @@ class Run:
     def evaluate(self, signal: StopSignal) -> None:
         """Measures the current state on the validation split."""
         self.log_pending()
+        limit, last = self.config.eval.batches, self.step == self.config.train.steps
         with self.clock.paused():
-            limit, last = self.config.eval.batches, self.step == self.config.train.steps
             found, self.ranking_loss = evaluate(
                 self.program,
                 self.state.params,
@@ -148,26 +161,27 @@ class Run:
                 whole=last or not limit,
                 step=self.step,
                 seen=self.seen,
-                stop=signal.due,
+                stop=signal.should_stop,
+                progress=self.progress,
             )
             self.writer.write(self.step, found)
-        self.progress.say(f"step {self.step}: validation {self.said(found, 'eval')}")
+        text = measures_text(found, "eval", self.config)
+        self.progress.print(f"step {self.step}: validation {text}")
 
     def test(self, signal: StopSignal) -> None:
-        """Measures the test split, once in the life of a run, with the checkpoint that is best on validation."""
+        """Measures the test split, once in a run, with the checkpoint best on validation."""
         best = self.store.best_step()
         best = self.step if best is None else best
         params = self.state.params
         if best != self.step:
             watchdog.at("restoring", best, slow=True)
             try:
-                params = load_params(
-                    self.store.directory / str(best), self.program.abstract.params
-                )[0]
+                path = self.store.directory / str(best)
+                params = load_params(path, self.program.abstract.params)[0]
             except CheckpointDamaged as error:
                 raise RunError(
-                    f"{error}; it is the best on validation: delete it, and the same command tests with the next best, or give "
-                    "--config.eval.test=false"
+                    f"{error}; it is the best on validation: delete it, and the same command tests "
+                    "with the next best, or give --config.eval.test=false"
                 ) from error
         found, _ = evaluate(
             self.program,
@@ -176,32 +190,29 @@ class Run:
             self.config,
             step=self.step,
             seen=self.seen,
-            stop=signal.due,
+            stop=signal.should_stop,
             name="test",
+            progress=self.progress,
         )
         self.writer.write(self.step, {**found, "test/step": best})
         self.writer.flush()
-        self.progress.say(f"test, with the checkpoint of step {best}: {self.said(found, 'test')}")
+        text = measures_text(found, "test", self.config)
+        self.progress.print(f"test, with the checkpoint of step {best}: {text}")
 
     def is_tested(self) -> bool:
         """Whether this run has measured the test split."""
         workdir = self.store.directory.parent
         return on_process_zero(lambda: any("test/loss" in line for line in read_metrics(workdir)))
 
-    def said(self, found: dict[str, Any], prefix: str) -> str:
-        """An evaluation in words."""
-        own = _own(found, prefix)
-        return f"loss {own['loss']:.4f}, {task_of(self.config).said(own)} ({own['rows']} rows)"
-
     def save(self, owed: bool = False, always: bool = False) -> None:
-        """Starts to save the current state; every line of metrics up to it is on the disk first.
+        """Starts to save the current state, after flushing the metrics up to it.
 
-        always: within a stretch of bad steps as well, whose state is that from before it.
+        always: also within bad steps, whose state is that from before them.
         """
         self.log_pending()
         if self.step in self.store.steps() or (self.in_a_row and not always):
             return
-        self.store.hold = self.before(self.step - self.in_a_row) if self.in_a_row else None
+        self.store.pinned = self.newest(self.step - self.in_a_row) if self.in_a_row else None
         watchdog.at("saving", self.step, slow=True)
         with self.clock.paused():
             self.writer.flush()
@@ -211,21 +222,17 @@ class Run:
                 "processes": jax.process_count(),
                 "devices": describe_devices(),
             }
-            kept = {
+            metadata = {
                 "config": to_dict(self.config),
                 "data": self.data.record,
                 "mesh": mesh,
                 "evaluation_owed": owed,
             }
             with jax.transfer_guard("allow"):  # Orbax copies to the host as it sees fit
-                self.store.save(self.step, self.state, metrics, kept)
+                self.store.save(self.step, self.state, metrics, metadata)
 
     def log_pending(self) -> None:
-        """Looks at the step dispatched before this one, and logs it; so the host is one step ahead of the devices.
-
-        Raises:
-          BadStretch: it was bad, and so were those before it.
-        """
+        """Reads and logs the step dispatched before; TooManyBadSteps if it was one too many."""
         if self.pending is None:
             return
         (step, on_device), self.pending = self.pending, None
@@ -237,129 +244,72 @@ class Run:
         if due or step == self.start + 1:
             self.log(step, jax.device_get(on_device), due)
         if self.in_a_row >= c.guard.max_bad_steps:
-            raise BadStretch(step, self.in_a_row)
+            raise TooManyBadSteps(step, self.in_a_row)
 
     def log(self, step: int, host: dict[str, Any], due: bool) -> None:
-        """Writes and shows the measures of a step; due: they belong into metrics.jsonl."""
+        """Shows the measures of a step, and writes them to metrics.jsonl where that is `due`."""
         found = measures(host["sums"], self.config, "train")
         found["train/grad_norm"] = float(host["grad_norm"])
         found["train/learning_rate"] = float(host["learning_rate"])
         found["train/tokens"] = int(host["sums"].tokens)
         found["train/skipped"] = int(host["guard"].skipped)
         found["train/rollbacks"] = int(host["guard"].rollbacks)
-        speed = self.clock.read(step)
-        if speed is not None:
-            seconds = speed.seconds_per_step
-            flops = train_flops(self.config.model, self.config.train.batch_size) / seconds
-            peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-            alike = self.config.data.buckets <= 1  # else steps are of several lengths
-            found["perf/seconds_per_step"] = seconds
-            found["perf/tokens_per_second"] = speed.tokens_per_second
-            found["perf/model_flops_per_second"] = flops if alike else "n/a"
-            found["perf/mfu"] = flops / peak / jax.device_count() if peak and alike else "n/a"
-        found |= peak_bytes()
+        found |= speed_measures(self.clock.read(step), self.config) | peak_bytes()
         if due:
             self.writer.write(step, found)
         if self.in_a_row:
             text = f"loss {found['train/loss']:.4g}, gradient norm {found['train/grad_norm']:.4g}"
-            self.progress.say(
-                f"step {step} skipped: {text} ({self.in_a_row} in a row, {found['train/skipped']} in all)"
-            )
-        told = task_of(self.config).said(_own(found, "train"))
-        self.progress.update(step, found["train/loss"], told, found.get("perf/tokens_per_second"))
+            count = f"{self.in_a_row} in a row, {found['train/skipped']} in all"
+            self.progress.print(f"step {step} skipped: {text} ({count})")
+        text = task_of(self.config).summary(without_prefix(found, "train"))
+        self.progress.update(step, found["train/loss"], text, found.get("perf/tokens_per_second"))
 
-    def before(self, step: int) -> int | None:
+    def newest(self, step: int) -> int | None:
         """The newest checkpoint of `step` or earlier."""
         return max((s for s in self.store.steps() if s <= step), default=None)
 
-    def roll_back(self, bad: BadStretch) -> None:
-        """Goes back to the newest checkpoint from before a stretch of bad steps; the batches since then are left out.
+    def roll_back(self, bad: TooManyBadSteps) -> None:
+        """Goes back to the newest checkpoint before the bad steps; the batches since are skipped.
 
-        Raises:
-          BadNumbers: no rollback is left (guard.rollbacks), or no such checkpoint.
+        BadNumbers where no rollback is left (guard.rollbacks), or no such checkpoint.
         """
         self.store.wait()
-        target = self.before(bad.step - bad.in_a_row)
-        limit, done = self.config.guard.rollbacks, int(jax.device_get(self.state.guard.rollbacks))
-        if done >= limit or target is None:
-            which = (
-                "there is no checkpoint"
-                if target is None
-                else f"the checkpoint of step {target} is"
-            )
+        target = self.newest(bad.step - bad.in_a_row)
+        c, done = self.config.guard, int(jax.device_get(self.state.guard.rollbacks))
+        if done >= c.rollbacks or target is None:
+            found = f"the checkpoint of step {target} is"
+            found = "there is no checkpoint" if target is None else found
             raise BadNumbers(
-                f"config.guard.max_bad_steps={self.config.guard.max_bad_steps}: {bad.in_a_row} steps in a row, up to step "
-                f"{bad.step}, had numbers that are not finite or jumped, and were skipped; lower optimizer.learning_rate in a "
-                f"new --workdir, or look at the data of these steps ({which} from before them)"
+                f"config.guard.max_bad_steps={c.max_bad_steps}: {bad.in_a_row} steps in a row, up "
+                f"to step {bad.step}, had numbers that are not finite or jumped, and were skipped; "
+                "lower optimizer.learning_rate in a new --workdir, or look at the data of these "
+                f"steps ({found} from before them)"
             )
         watchdog.at("going back", bad.step, slow=True)
-        taken = bad.step + int(jax.device_get(self.state.guard.offset))
+        position = bad.step + int(jax.device_get(self.state.guard.offset))
         state = self.store.restore(target, self.program.abstract)
-        self.store.drop_after(
-            target
-        )  # saved by a stop within the stretch: the same state, and no place to go on from
+        self.store.delete_after(target)  # saved by a stop within the bad steps: the same state
         guard = state.guard
-        told = (np.int32(taken - target), np.int32(done + 1))
-        offset, rollbacks = jax.device_put(told, (guard.offset.sharding, guard.rollbacks.sharding))
+        offset, rollbacks = jax.device_put(
+            (np.int32(position - target), np.int32(done + 1)),
+            (guard.offset.sharding, guard.rollbacks.sharding),
+        )
         self.state = state._replace(guard=guard._replace(offset=offset, rollbacks=rollbacks))
         self.step = self.start = target
         self.in_a_row, self.pending, self.ranking_loss = 0, None, None
         self.writer.close()
         self.writer = self.open_writer(target)
-        self.progress.say(
-            f"{bad.in_a_row} bad steps in a row: back to step {target}, leaving out the data of the steps up to {bad.step}"
-        )
-
-    def welcome(self, workdir: str) -> str:
-        c, n = self.config, sum(x.size for x in jax.tree.leaves(self.program.abstract.params))
-        where = f"resuming at step {self.start}" if self.start else "starting"
-        if self.start >= c.train.steps:
-            where = f"nothing left to train, {self.start} of {c.train.steps} steps are done,"
-        return (
-            f"{where} in {workdir}: {c.model.attention} + {c.model.mlp}, {c.model.n_layers} layers, D={c.model.d_model}, "
-            f"{n / 1e6:.2f}M parameters, {c.train.steps} steps of {c.train.batch_size} x {c.model.context_length} tokens "
-            f"on {describe_devices()}{f'; deterministic: {cost_of_determinism()}' if c.train.deterministic else ''}\n"
-            f"data: {c.data.source}, {self.data.described()}"
-        )
-
-    def farewell(self, workdir: str, exit_code: int, sample: str, report: str = "") -> str:
-        if exit_code == EXIT_STOPPED:
-            return f"stopped at step {self.step} with everything saved; the same command goes on from there"
-        if self.step < self.config.train.steps:
-            return f"step {self.step} of {self.config.train.steps} reached and saved; the same command goes on from there"
-        lines = read_metrics(workdir)
-        told = []
-        for prefix, name in (("eval", "validation"), ("test", "test")):
-            for line in [line for line in lines if f"{prefix}/loss" in line][-1:]:
-                then = f" of a run of {line['step']}, and not measured again" * (
-                    prefix == "test" and line["step"] != self.step
-                )
-                told.append(
-                    f"{name} at step {line.get('test/step', line['step'])}{then}: {self.said(line, prefix)}"
-                )
-        if sample:
-            told += ["a sample:", *("  | " + line for line in sample.splitlines())]
-        told += [f"report: {report}"] * bool(report)
-        here = shlex.quote(f"--workdir={workdir}")
-        following = [] if self.config.eval.test else [f"  uoe eval {here} --split=test"]
-        following += [
-            f"  uoe generate {here} --prompt={shlex.quote(self.config.generate.prompt)}"
-        ] * bool(sample)
-        return "\n".join(told + ["next:", *following] * bool(following))
+        done_text = f"back to step {target}, leaving out the data of the steps up to {bad.step}"
+        self.progress.print(f"{bad.in_a_row} bad steps in a row: {done_text}")
 
 
 def peak_bytes() -> dict[str, Any]:
-    """The most memory that was held so far by this process: of its first device ("n/a" on CPUs, whose memory is the host's), and of the host."""
+    """Peak memory of this process: of its first device ("n/a" on CPUs), and of the host."""
     device = jax.local_devices()[0].memory_stats() or {}
     return {
         "perf/device_peak_bytes": device.get("peak_bytes_in_use", "n/a"),
         "perf/host_peak_bytes": host_peak_bytes(),
     }
-
-
-def _own(found: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Measures by the names their task gives them."""
-    return {name.removeprefix(f"{prefix}/"): value for name, value in found.items()}
 
 
 def _due(step: int, every: int) -> bool:
@@ -373,8 +323,23 @@ class Speed(NamedTuple):
     tokens_per_second: float
 
 
+def speed_measures(speed: Speed | None, config: Config) -> dict[str, Any]:
+    """Measures `perf/…` of a speed; FLOPs are "n/a" where steps have several lengths."""
+    if speed is None:
+        return {}
+    flops = train_flops(config.model, config.train.batch_size) / speed.seconds_per_step
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    one_length = config.data.buckets <= 1
+    return {
+        "perf/seconds_per_step": speed.seconds_per_step,
+        "perf/tokens_per_second": speed.tokens_per_second,
+        "perf/model_flops_per_second": flops if one_length else "n/a",
+        "perf/mfu": flops / peak / jax.device_count() if peak and one_length else "n/a",
+    }
+
+
 class Clock:
-    """How fast steps are between two readings, evaluations and saves left out."""
+    """The speed of steps between two readings, evaluations and saves left out."""
 
     def __init__(self) -> None:
         self._last: tuple[int, float] | None = None
@@ -382,7 +347,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside does not count."""
+        """The time of the block does not count."""
         since = time.perf_counter()
         try:
             yield
@@ -390,11 +355,11 @@ class Clock:
             self._pause += time.perf_counter() - since
 
     def count(self, tokens: int) -> None:
-        """Of a step, before a reading at it."""
+        """Counts the tokens of a step, before a reading at it."""
         self._tokens += tokens
 
     def read(self, step: int) -> Speed | None:
-        """Since the last reading; None at the first, which only waited for the compiler."""
+        """Since the last reading; None at the first, which waited for the compiler."""
         now, last = time.perf_counter(), self._last
         self._last = (step, now)
         (pause, self._pause), (tokens, self._tokens) = (self._pause, 0.0), (self._tokens, 0)

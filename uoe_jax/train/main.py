@@ -1,11 +1,13 @@
-"""`uoe train`: the run from its first line to its last."""
+"""`uoe train`: the order of a run. `loop` has the steps."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from etils import epath
@@ -19,125 +21,132 @@ from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed.coordination import is_process_zero, on_process_zero
 from uoe_jax.errors import EXIT_DONE, RunError
-from uoe_jax.runtime_env import tell
+from uoe_jax.runtime_env import print_result
+from uoe_jax.train import summary
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.loop import Run
-from uoe_jax.train.metrics import MetricsWriter, Progress, Silent
-from uoe_jax.train.saved import listed
+from uoe_jax.train.metadata import list_checkpoints
+from uoe_jax.train.metrics import MetricsWriter, NullWriter
+from uoe_jax.train.progress import Progress
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.start import check_init_from, first_state
 from uoe_jax.train.step import Params, Program, build
 from uoe_jax.workdir import check_record, enter_workdir, locate, release
 
+Sample = Callable[[Config, Program, Params, Tokenizer], str]
+Report = Callable[[Config, Program, Params, DataBundle, epath.Path, int], str]
+
+
+def train(config: Config, workdir_name: str, sample: Sample, report: Report | None = None) -> int:
+    """Trains the configured model in a workdir, or continues the run there; returns the exit code.
+
+    A metrics line of step s, a checkpoint s and `state.step` = s all mean the state after s steps.
+
+    Args:
+      sample: generates the text shown at the end.
+      report: writes the report of the run (train.report) and returns its path, "" where that
+        failed; it raises nothing.
+    """
+    with StopSignal() as signal, contextlib.ExitStack() as stack:
+        # 1. Data, mesh and program. Nothing is written before all of them are accepted.
+        watchdog.at("preparing the data", slow=True)
+        config, data = agreed_data(config, workdir_name)
+        mesh = mesh_lib.make_mesh(config.mesh)
+        checkpoints = locate(workdir_name) / "checkpoints"
+        if config.train.init_from and not on_process_zero(lambda: [*list_checkpoints(checkpoints)]):
+            check_init_from(config, data.record.get("tokenizer"), notice)
+        stack.enter_context(jax.set_mesh(mesh))
+        program = build(config, mesh)
+
+        # 2. The workdir: locked, with configuration, record of the data and tokenizer.
+        workdir = enter_workdir(workdir_name, config)
+        stack.callback(release, workdir)
+        on_process_zero(lambda: check_record(workdir, data.record))
+        on_process_zero(lambda: keep_tokenizer(workdir, data.tokenizer))
+        keep = config.checkpoint
+        store = CheckpointStore(workdir, keep.keep_latest, keep.keep_best)
+        stack.enter_context(store)
+
+        # 3. Resume from the newest good checkpoint; else start from init_from; else initialise.
+        watchdog.at("restoring", slow=True)
+        state, start, owed = first_state(program, store, config, notice)
+
+        # 4. Per step: evaluate if due (the state about to be trained) -> save if due -> stop if
+        #    asked -> fetch batch(step) -> dispatch the step -> read the previous step -> log.
+        #    At the end: evaluate, save, and measure the test split if that is due.
+        progress = Progress(config.train.steps, start, silent=not is_process_zero())
+        writer = functools.partial(open_writer, workdir)
+        run = Run(config, data, program, store, writer, progress, state, start, owed)
+        try:
+            progress.print(summary.start_text(config, program, data, workdir_name, start))
+            exit_code = run.go(signal)
+            run.writer.close()
+        finally:
+            progress.close()
+            with contextlib.suppress(RunError):  # an error under way matters more
+                run.writer.close()
+
+        # 5. What came of it: a sample, the report, the last measures.
+        text = finish(run, exit_code, workdir_name, sample, report)
+        if is_process_zero():
+            print_result(text)
+    return exit_code
+
+
+def finish(run: Run, exit_code: int, workdir: str, sample: Sample, report: Report | None) -> str:
+    """Makes the sample and the report of a run that ended; returns the text to show."""
+    config, data, params = run.config, run.data, run.state.params
+    stopped, done = exit_code != EXIT_DONE, run.step == config.train.steps
+    watchdog.at("generating", slow=True)
+    prompt = text = place = ""
+    if done and not stopped and config.model.task == "language" and data.tokenizer:
+        notice("generating a sample …")
+        prompt = summary.sample_prompt(config, data)
+        generate = dataclasses.replace(config.generate, prompt=prompt)
+        asked = dataclasses.replace(config, generate=generate)
+        text = sample(asked, run.program, params, data.tokenizer)
+    if report is not None and config.train.report and not stopped:
+        watchdog.at("reporting", slow=True)
+        notice("writing the report …")
+        root = run.store.directory.parent
+        place = report(config, run.program, params, data, root, run.step)
+    if stopped or not done:
+        return summary.stop_text(config, run.step, stopped)
+    return summary.end_text(config, workdir, run.step, prompt, text, place)
+
 
 def load_data(config: Config, workdir: str | None = None) -> tuple[Config, DataBundle]:
-    """The data, and the configuration with what they settle filled in; workdir: of a run that may hold its tokenizer."""
+    """The data, and the configuration with the sizes that follow from them.
+
+    workdir: of a run, which may hold its tokenizer.
+    """
     tokenizer = read_tokenizer(workdir) if workdir else None
     bundle = load(config, default_cache_dir(), tokenizer)
     return with_vocabulary(config, bundle.vocab_size), bundle
 
 
-def train(
-    config: Config,
-    workdir_name: str,
-    sample: Callable[[Config, Program, Params, Tokenizer], str],
-    report: Callable[[Config, Program, Params, DataBundle, epath.Path, int], str] | None = None,
-) -> int:
-    """Trains the configured model in a workdir, or goes on with the run that is there; returns the exit code.
-
-    sample: makes the text shown at the end. report: writes the report of the run (train.report) and gives its
-    place, "" where that failed; it raises nothing.
-
-    Order of a run:
-
-      1. resume from the newest good checkpoint of the workdir; else start from `init_from`; else initialise;
-      2. per step: evaluate if due (the state about to be trained) -> save if due -> stop if asked -> fetch batch(step)
-         -> dispatch the step -> read the previous step's guard -> log;
-      3. at the end: evaluate, save, measure the test split if that is due, and show what came of it.
-
-    A metrics line of step s, a checkpoint s and `state.step` = s all speak of the state after s steps.
-    """
-    with StopSignal() as signal, contextlib.ExitStack() as held:
-        watchdog.at("preparing the data", slow=True)
-        config, data = agreed_data(config, workdir_name)
-        mesh = mesh_lib.make_mesh(config.mesh)
-        if config.train.init_from and not on_process_zero(
-            lambda: bool(listed(locate(workdir_name) / "checkpoints"))
-        ):
-            check_init_from(config, data.record.get("tokenizer"), say_early)
-        with jax.set_mesh(mesh):
-            program = build(config, mesh)
-        workdir = enter_workdir(workdir_name, config)  # from here on something is left behind
-        held.callback(release, workdir)
-        on_process_zero(lambda: check_record(workdir, data.record))
-        on_process_zero(lambda: keep_tokenizer(workdir, data.tokenizer))
-        keep = config.checkpoint
-        with (
-            jax.set_mesh(mesh),
-            CheckpointStore(workdir, keep.keep_latest, keep.keep_best) as store,
-        ):
-            watchdog.at("restoring", slow=True)
-            state, start, owed = first_state(program, store, config, say_early)
-            progress = Progress(config.train.steps, start) if is_process_zero() else Silent()
-            run = Run(
-                config,
-                data,
-                program,
-                store,
-                functools.partial(open_writer, workdir),
-                progress,
-                state,
-                start,
-                owed,
-            )
-            try:
-                progress.say(run.welcome(workdir_name))
-                exit_code = run.go(signal)
-                run.writer.close()
-            finally:
-                progress.close()
-                with contextlib.suppress(RunError):  # where an error is on its way it matters more
-                    run.writer.close()
-            watchdog.at("generating", slow=True)
-            speaks = run.step == config.train.steps and config.model.task == "language"
-            text = (
-                sample(config, program, run.state.params, data.tokenizer)
-                if speaks and data.tokenizer
-                else ""
-            )
-            place = ""
-            if report is not None and config.train.report and exit_code == EXIT_DONE:
-                watchdog.at("reporting", slow=True)
-                place = report(config, program, run.state.params, data, workdir, run.step)
-            if is_process_zero():
-                tell(run.farewell(workdir_name, exit_code, text, place))
-    return exit_code
-
-
 def agreed_data(config: Config, workdir: str | None, **options: Any) -> tuple[Config, DataBundle]:
-    """`load_data`, in every process the same, as are the options; what goes wrong in one is the error of all."""
+    """`load_data`, checked to be the same in every process, as are the options."""
     coordination.same_command(config, **options)
-    mesh_lib.make_mesh(config.mesh)  # refused, where it is to be, before the data take long
+    mesh_lib.make_mesh(config.mesh)  # a bad mesh is refused before the data take long
     config, data = coordination.on_all(lambda: load_data(config, workdir))
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
     coordination.assert_same(found, "give every machine the same data and the same interpreter")
-    if "bits_per_byte" in data.record:
-        say_early(
-            f"uoe: bits_per_byte is {data.record['bits_per_byte']}, so they cannot be told with this tokenizer"
-        )
+    if why := data.record.get("bits_per_byte"):
+        notice(f"uoe: bits_per_byte is {why}")
     return config, data
 
 
-def say_early(text: str) -> None:
-    """Shows a line before there is a progress bar."""
+def notice(text: str) -> None:
+    """Prints a line on stderr in process 0, before there is a progress bar."""
     if is_process_zero():
         print(text, file=sys.stderr, flush=True)
 
 
-def open_writer(workdir: epath.Path, start: int, owed: bool = False) -> MetricsWriter | Silent:
-    """The writer of metrics in process 0; its errors are those of all. owed: the evaluation of `start` is done again."""
+def open_writer(workdir: epath.Path, start: int, owed: bool = False) -> MetricsWriter | NullWriter:
+    """The writer of metrics in process 0; its errors are those of all processes."""
     made: list[MetricsWriter] = []
     on_process_zero(
         lambda: made.append(MetricsWriter(workdir, resume_step=start or None, owed=owed))
     )
-    return made[0] if made else Silent()
+    return made[0] if made else NullWriter()

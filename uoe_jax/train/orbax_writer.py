@@ -10,7 +10,6 @@ from typing import Any
 
 from etils import epath
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint.checkpoint_manager import CheckpointManager
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +17,9 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _drop_orbax_tracebacks(record: logging.LogRecord) -> bool:
-    """Orbax logs a failed save a dozen times over, a thousand lines in all, and then raises it: that is enough."""
-    return log.isEnabledFor(logging.DEBUG) or not (
-        record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname
-    )
+    """Drops the thousand log lines of a failed save, which Orbax then raises as well."""
+    from_orbax = record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname
+    return log.isEnabledFor(logging.DEBUG) or not from_orbax
 
 
 class _Unlisted:
@@ -39,31 +37,34 @@ class _Unlisted:
 def open_writer(
     directory: epath.Path, read_only: bool, write_bytes: int | None
 ) -> ocp.training.Checkpointer:
-    """Orbax's checkpointer for a directory, which must exist; arguments as of CheckpointStore."""
+    """Orbax's checkpointer for an existing directory; arguments as of CheckpointStore."""
     logging.getLogger("absl").addFilter(_drop_orbax_tracebacks)
-    # Orbax asks JAX in every save, with the step, whether to stop. JAX expects such questions to count up, and takes the answer for
-    # given: a SIGTERM in a save was then passed over by `processes.preempted`, which asks the same with its own numbers.
-    CheckpointManager.reached_preemption = lambda self, step: False
     context = ocp.Context()
     context.memory.write_concurrent_bytes = write_bytes
     with context:
-        return ocp.training.Checkpointer(
+        writer = ocp.training.Checkpointer(
             directory,
-            preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # the store decides
+            # The store decides what stays.
+            preservation_policy=ocp.training.preservation_policies.PreserveAll(),
             step_name_format=_Unlisted(),
-            # A process killed while it saved or deleted leaves `*.orbax-checkpoint-tmp*`, which nobody else removes.
+            # A process killed in a save or deletion leaves `*.orbax-checkpoint-tmp*`.
             cleanup_tmp_directories=not read_only,
         )
+    # In every save Orbax asks JAX, with the step, whether to stop. JAX expects ascending numbers in
+    # such calls, so that `coordination.preempted`, which has its own, missed a SIGTERM in a save.
+    writer._manager.reached_preemption = lambda step: False
+    return writer
 
 
 def is_no_space(error: BaseException) -> bool:
-    """Whether an error or one it came from says that the disk, the quota or the file size limit is used up. The writer
-    of the arrays (TensorStore) gives the reason as text only."""
+    """Whether an error or its cause says that disk, quota or file size limit is used up.
+
+    TensorStore, which writes the arrays, gives the reason as text only.
+    """
+    texts = [os.strerror(code) for code in _NO_SPACE]
     link: BaseException | None = error
     while link is not None:
-        if getattr(link, "errno", None) in _NO_SPACE or any(
-            os.strerror(code) in str(link) for code in _NO_SPACE
-        ):
+        if getattr(link, "errno", None) in _NO_SPACE or any(text in str(link) for text in texts):
             return True
         link = link.__cause__ or link.__context__
     return False

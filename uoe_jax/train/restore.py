@@ -1,16 +1,17 @@
-"""A trained run brought back for evaluation, generation and export."""
+"""A trained run, restored for evaluation, generation and export."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 
 from uoe_jax.config.schema import Config
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import UserError
+from uoe_jax.runtime_env import notice
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.step import Params, Program, build
 
@@ -25,9 +26,9 @@ class Restored(NamedTuple):
 
 @contextlib.contextmanager
 def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Restored]:
-    """Restores the checkpoint `which` (latest, best, or a step) of a run, on the configured mesh; touches nothing there.
+    """Restores a checkpoint (latest, best, or a step) of a run on the configured mesh.
 
-    For `latest`, damaged checkpoints are passed over, with a sentence on stderr.
+    Changes nothing in the workdir. For `latest`, damaged checkpoints are passed over with a notice.
 
     Raises:
       UserError: no such checkpoint.
@@ -38,17 +39,11 @@ def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Re
     with jax.set_mesh(mesh), CheckpointStore(workdir, read_only=True) as store:
         step = _step(store, which)
         program = build(config, mesh)
-        abstract = {
-            "params": program.abstract.params
-        }  # the optimizer's two thirds of a checkpoint stay on the disk
-        if which == "latest" and (newest := store.restore_newest(abstract, _say, partial=True)):
+        abstract = {"params": program.abstract.params}  # the optimizer's state is not read
+        if which == "latest" and (newest := store.restore_newest(abstract, notice, partial=True)):
             yield Restored(program, newest[0]["params"], newest[1])
         else:
             yield Restored(program, store.restore(step, abstract, partial=True)["params"], step)
-
-
-def _say(sentence: str) -> None:
-    print(f"uoe: {sentence}", file=sys.stderr, flush=True)
 
 
 def _step(store: CheckpointStore, which: str) -> int:

@@ -1,4 +1,4 @@
-"""A wish to stop, noticed between two steps."""
+"""Signals that ask a run to stop, noticed between two steps."""
 
 from __future__ import annotations
 
@@ -6,44 +6,46 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, Callable
+from typing import Any
 
 from uoe_jax.distributed import coordination
 
 
 class StopSignal:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested` instead of ending the process.
+    """In its `with` block, SIGINT, SIGTERM and SIGUSR1 set `requested` and do not end the process.
 
-    `due()` says whether to stop now, and is to be asked at every step and every batch of an evaluation; the run then saves
-    and leaves with EXIT_STOPPED. A second SIGINT raises KeyboardInterrupt at once, for who does not want to wait; more of
-    the others change nothing. The old handlers come back on exit. Outside the main thread Python allows no handlers: there
-    it does nothing.
+    Call `should_stop()` at every step and every batch of an evaluation; the run then saves and ends
+    with EXIT_STOPPED. A second SIGINT raises KeyboardInterrupt at once; repeated other signals
+    change nothing. The old handlers come back at the end. Outside the main thread Python allows no
+    handlers, and this does nothing.
 
-    Of several processes one is signalled, and all must stop at the same point. That is what JAX's preemption service is
-    for: it waits for SIGTERM, and a handler for it would silently end the service. So there the others are turned to it.
+    Of several processes one is signalled, and all must stop at the same step. JAX's preemption
+    service does that: it waits for SIGTERM, and a handler for it would silently end the service. So
+    there the other signals are turned into SIGTERM.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None  # the name of the first signal
         self._shared = coordination.are_several()
-        self._asked = 0  # a number that is the same in all processes
-        self._due = False
+        self._calls = 0  # the same in all processes
+        self._stop = False
         self._interrupts = 0
         self._old: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
-    def due(self) -> bool:
-        """Whether to stop here; of several processes, all say so in the same one of their calls, and from then on."""
-        if self._shared and not self._due:
-            self._due = coordination.preempted(self._asked)
-            self._asked += 1
-        return self._due if self._shared else self.requested is not None
+    def should_stop(self) -> bool:
+        """Whether to stop here; several processes return True from the same call on."""
+        if not self._shared:
+            return self.requested is not None
+        if not self._stop:
+            self._stop = coordination.preempted(self._calls)
+            self._calls += 1
+        return self._stop
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, self.requested = (
-            self.requested is None,
-            self.requested or signal.Signals(number).name,
-        )
+        first = self.requested is None
+        self.requested = self.requested or signal.Signals(number).name
         if self._shared and first:
             os.kill(os.getpid(), signal.SIGTERM)
         if number == signal.SIGINT:
@@ -52,7 +54,7 @@ class StopSignal:
                 raise KeyboardInterrupt
         if first:  # not print, which may be what was interrupted
             again = " (again: at once)" if number == signal.SIGINT else ""
-            with contextlib.suppress(OSError):  # nobody may be there to read it
+            with contextlib.suppress(OSError):  # stderr may be closed
                 os.write(2, f"uoe: {self.requested}: saving, then stopping{again}\n".encode())
 
     def __enter__(self) -> StopSignal:
@@ -65,6 +67,6 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
-            # None: the old handler was not Python's and cannot be put back from here.
+            # None: the old handler was not Python's and cannot be restored from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._old.clear()

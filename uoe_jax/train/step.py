@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from uoe_jax.config.baselines import MoEConfig
@@ -23,11 +24,12 @@ from uoe_jax.train.task import TASKS, Batch, Sums, task_of
 
 Params = dict[str, Any]  # nested, by module and weight name
 
-HALF_SCALE = 4096.0  # of the loss in float16, in which a token's share of the mean of millions is nothing; float32 and bfloat16 need none
+# Of the loss in float16, where a token's share of a mean over millions underflows.
+HALF_SCALE = 4096.0
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint holds. `step` is the number of steps done, skipped ones too, int32."""
+    """All that a checkpoint holds. step: the number of steps done, with skipped ones, int32."""
 
     step: jax.Array
     params: Params
@@ -36,7 +38,7 @@ class TrainState(NamedTuple):
 
 
 class TrainStep(Protocol):
-    """What `jax.jit` makes of a train step: a function that can be lowered from shapes, too."""
+    """A jitted train step, which can also be lowered from shapes."""
 
     def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, dict[str, Any]]: ...
     def lower(self, *args: Any) -> jax.stages.Lowered: ...
@@ -46,10 +48,10 @@ class Program(NamedTuple):
     """A configuration compiled for a mesh.
 
     Attributes:
-      init: key -> TrainState, born with its shardings.
+      init: key -> TrainState, with its shardings.
       train_step: (state, batch) -> (state, metrics on device); donates the state.
       eval_step: (params, batch) -> Sums.
-      abstract, abstract_batch: TrainState and batch of a train step as ShapeDtypeStructs with shardings.
+      abstract, abstract_batch: TrainState and batch of a train step as ShapeDtypeStructs.
       model: params -> the model (Transformer or Classifier).
     """
 
@@ -63,56 +65,44 @@ class Program(NamedTuple):
 
     @property
     def devices(self) -> Mesh:
-        """The mesh of what is to be run; one that is only planned may be abstract."""
+        """The mesh of a program that runs; that of a planned one may be abstract."""
         assert isinstance(self.mesh, Mesh), self.mesh
         return self.mesh
 
 
 def learning_rate(c: OptimizerConfig, decay_steps: int) -> optax.Schedule:
-    """Linear warmup from the first step, then a cosine or a line to `final_fraction` of the peak at `decay_steps`."""
+    """Linear warmup, then a cosine or linear decay to `final_fraction` of the peak."""
     end = max(decay_steps, c.warmup_steps + 1)  # a run shorter than its warmup ends inside it
     peak, last = c.learning_rate, c.learning_rate * c.final_fraction
     if c.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(0.0, peak, c.warmup_steps, end, last)
     else:
-        rise, fall = (
-            optax.linear_schedule(0.0, peak, c.warmup_steps),
-            optax.linear_schedule(peak, last, end - c.warmup_steps),
-        )
-        schedule = optax.join_schedules([rise, fall], [c.warmup_steps])
+        warmup = optax.linear_schedule(0.0, peak, c.warmup_steps)
+        decay = optax.linear_schedule(peak, last, end - c.warmup_steps)
+        schedule = optax.join_schedules([warmup, decay], [c.warmup_steps])
     return lambda count: schedule(count + 1)
 
 
 def make_optimizer(
     c: OptimizerConfig, decay_steps: int, decayed: Params
 ) -> optax.GradientTransformation:
-    """AdamW with clipping by global norm; `decayed` is a tree of bool, True where weight decay applies."""
+    """AdamW with clipping by global norm; decayed: a tree of bool, where weight decay applies."""
     clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
-    adam = optax.adamw(
-        learning_rate(c, decay_steps),
-        c.b1,
-        c.b2,
-        c.eps,
-        weight_decay=c.weight_decay,
-        mask=lambda _: decayed,
-    )
-    return optax.chain(
-        clip,
-        adam
-        if c.moment_dtype == "float32"
-        else cast_optimizer_state(jnp.dtype(c.moment_dtype), adam),
-    )
+    rate, mask = learning_rate(c, decay_steps), lambda _: decayed
+    adam = optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=mask)
+    if c.moment_dtype != "float32":
+        adam = cast_optimizer_state(jnp.dtype(c.moment_dtype), adam)
+    return optax.chain(clip, adam)
 
 
 def cast_optimizer_state(
     dtype: jnp.dtype, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """An optimizer whose float state is held in `dtype` between steps and computed with in float32."""
+    """The optimizer with its float state in `dtype` between steps, and in float32 in a step."""
 
     def cast(state: optax.OptState, to: Any) -> optax.OptState:
-        return jax.tree.map(
-            lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, state
-        )
+        is_float = lambda a: jnp.issubdtype(a.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda a: a.astype(to) if is_float(a) else a, state)
 
     def update(
         grads: Params, state: optax.OptState, params: Params
@@ -126,7 +116,7 @@ def cast_optimizer_state(
 def functional(
     c: ModelConfig,
 ) -> tuple[Callable[[jax.Array], Params], Callable[[Params], Stack], nnx.State]:
-    """(key -> params, params -> module, abstract state with the weights' declarations)."""
+    """(Key -> params, params -> module, abstract state with the weights' declarations)."""
     model = TASKS[c.task].model
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: model(c, rngs=nnx.Rngs(0))))
 
@@ -144,98 +134,92 @@ def functional(
 def declared(abstract: nnx.State, read: Callable[[nnx.Param, tuple[int, ...]], Any]) -> Params:
     """A tree shaped like the parameters holding `read(weight's declaration, its stacked shape)`."""
     flat = {path: read(v, v.get_value().shape) for path, v in nnx.to_flat_state(abstract)}
-    out: Params = {}
-    for path, value in flat.items():
-        *modules, name = map(str, path)  # which they are
-        node = out
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[name] = value
-    return out
+    return unflatten_dict({tuple(map(str, path)): value for path, value in flat.items()})
 
 
 def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     """Derives everything compiled from the configuration; nothing is allocated."""
     check_sizes(config, mesh.shape)
     init_params, rebuild, declarations = functional(config.model)
-    shardings = declared(
-        declarations, lambda w, shape: mesh_lib.weight_sharding(mesh, w.logical_axes, shape)
-    )
-    optimizer = make_optimizer(
-        config.optimizer, config.decay_steps, declared(declarations, lambda w, _: w.decay)
-    )
-    rate = learning_rate(config.optimizer, config.decay_steps)
-    everywhere = mesh_lib.replicated(mesh)
+    place = lambda w, shape: mesh_lib.weight_sharding(mesh, w.logical_axes, shape)  # noqa: E731
+    shardings = declared(declarations, place)
+    decayed = declared(declarations, lambda w, _: w.decay)
+    optimizer = make_optimizer(config.optimizer, config.decay_steps, decayed)
+    replicated, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
 
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
-        return TrainState(
-            jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.fresh()
-        )
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, optimizer.init(params), guard_lib.fresh())
+
+    def eval_step(params: Params, batch: Batch) -> Sums:
+        return task_of(config).sums(rebuild(params), batch, config)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
-    # Optimizer moments have the tree of the parameters and lie as they do; scalars are everywhere.
-    like_params = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, shapes.opt, shardings, transform_non_params=lambda _: everywhere
+    # Optimizer moments are sharded as their parameters; scalars are replicated.
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, s: s, shapes.opt, shardings, transform_non_params=lambda _: replicated
     )
-    everything = jax.tree.map(lambda _: everywhere, shapes.guard)
-    placed = TrainState._make(
-        (everywhere, shardings, like_params, everything)
-    )  # shardings in the places of arrays
-    abstract = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed
+    guard_shardings = jax.tree.map(lambda _: replicated, shapes.guard)
+    placed = TrainState._make((replicated, shardings, opt_shardings, guard_shardings))
+    struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+    return Program(
+        mesh=mesh,
+        init=jax.jit(init, out_shardings=placed),
+        train_step=jax.jit(
+            _on_mesh(_train_step(config, rebuild, optimizer), mesh, config),
+            donate_argnums=0,
+            in_shardings=(placed, rows),
+            out_shardings=(placed, replicated),
+        ),
+        eval_step=jax.jit(
+            _on_mesh(eval_step, mesh, config),
+            in_shardings=(shardings, rows),
+            out_shardings=replicated,
+        ),
+        abstract=jax.tree.map(struct, shapes, placed),
+        abstract_batch=abstract_batch(config, rows),
+        model=rebuild,
     )
 
-    def sharing(f: Callable[..., Any]) -> Callable[..., Any]:
-        """f on the mesh, whether or not the caller has made it current, with activations between blocks as configured."""
 
-        @functools.wraps(f)
-        def wrapped(*args: Any) -> Any:
-            with (
-                jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
-                mesh_lib.sequence_parallel(config.mesh.sequence_parallel),
-            ):
-                return f(*args)
-
-        return wrapped
+def _train_step(
+    config: Config, rebuild: Callable[[Params], Stack], optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    rate = learning_rate(config.optimizer, config.decay_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         batch = {**batch, "keys": row_keys(config, state.step + state.guard.offset)}
         grads, sums = accumulated_gradients(config, rebuild, state.params, batch)
         grad_norm = optax.global_norm(grads)
-        bad, guard = guard_lib.judge(
-            config.guard, state.guard, sums.nll / jnp.maximum(sums.count, 1), grad_norm
-        )
-        with jax.numpy_dtype_promotion(
-            "standard"
-        ):  # optax mixes float constants with integer counts
+        mean_nll = sums.nll / jnp.maximum(sums.count, 1)
+        bad, guard = guard_lib.judge(config.guard, state.guard, mean_nll, grad_norm)
+        # optax mixes float constants with integer counts.
+        with jax.numpy_dtype_promotion("standard"):
             updates, opt = optimizer.update(grads, state.opt, state.params)
             used_rate = jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32)
         params = rebalance(config.model, optax.apply_updates(state.params, updates), sums.routing)
         params, opt = guard_lib.select_state(bad, (params, opt), (state.params, state.opt))
-        told = {"sums": sums, "grad_norm": grad_norm, "learning_rate": used_rate, "guard": guard}
-        return TrainState(state.step + 1, params, opt, guard), told
+        found = {"sums": sums, "grad_norm": grad_norm, "learning_rate": used_rate, "guard": guard}
+        return TrainState(state.step + 1, params, opt, guard), found
 
-    def eval_step(params: Params, batch: Batch) -> Sums:
-        return task_of(config).sums(rebuild(params), batch, config)
+    return train_step
 
-    rows = mesh_lib.batch_sharding(mesh)
-    return Program(
-        mesh=mesh,
-        init=jax.jit(init, out_shardings=placed),
-        train_step=jax.jit(
-            sharing(train_step),
-            donate_argnums=0,
-            in_shardings=(placed, rows),
-            out_shardings=(placed, everywhere),
-        ),
-        eval_step=jax.jit(
-            sharing(eval_step), in_shardings=(shardings, rows), out_shardings=everywhere
-        ),
-        abstract=abstract,
-        abstract_batch=abstract_batch(config, rows),
-        model=rebuild,
-    )
+
+def _on_mesh(
+    f: Callable[..., Any], mesh: Mesh | AbstractMesh, config: Config
+) -> Callable[..., Any]:
+    """f on the mesh, also where the caller has not set it, with sequence_parallel as configured."""
+
+    @functools.wraps(f)
+    def wrapped(*args: Any) -> Any:
+        with (
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            mesh_lib.sequence_parallel(config.mesh.sequence_parallel),
+        ):
+            return f(*args)
+
+    return wrapped
 
 
 def abstract_batch(config: Config, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
@@ -248,24 +232,22 @@ def abstract_batch(config: Config, sharding: NamedSharding) -> dict[str, jax.Sha
 
 
 def row_keys(config: Config, step: jax.Array) -> jax.Array:
-    """A random key for each global row of a step's batch; layers and experts fold their own number in."""
-    root = jax.random.fold_in(
-        jax.random.key(config.train.seed), 0x726F7773
-    )  # far from those of the initialisation
+    """A random key for each global row of a batch; layers and experts fold in their number."""
+    # Far from the keys of the initialisation.
+    root = jax.random.fold_in(jax.random.key(config.train.seed), 0x726F7773)
     key = jax.random.fold_in(root, step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(config.train.batch_size))
 
 
 def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
-    """Moves what balances the experts of every layer by the load of the whole batch: biases, and balance weights that adapt."""
+    """Updates load-balancing biases and adaptive balance weights from the global expert load."""
     layers = dict(params["layers"])
     for name, r in c.routed().items():
         place = c.place_of(name)
         router = dict(layers[place].get("router", {}))
         if r.bias_rate:
-            router["load_bias"] = rebalanced(
-                router["load_bias"], routing[name].chosen_N, r.bias_rate
-            )
+            chosen_N = routing[name].chosen_N
+            router["load_bias"] = rebalanced(router["load_bias"], chosen_N, r.bias_rate)
         if "balance_weight" in router:
             router["balance_weight"] = adapted(router["balance_weight"], routing[name], c.moe)
         if router:
@@ -274,20 +256,18 @@ def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
 
 
 def adapted(weight_T1: jax.Array, stats: RoutingStats, c: MoEConfig) -> jax.Array:
-    """The balance weights after a step: they follow the share of choices that were dropped (Skywork-MoE, section 4.2)."""
+    """Balance weights after a step, by the share of dropped choices (Skywork-MoE, section 4.2)."""
     dropped_T = 1 - stats.kept_N.sum(axis=-1) / jnp.maximum(stats.chosen_N.sum(axis=-1), 1)
     wanted_T = jnp.minimum(c.adaptive_rate * dropped_T, c.adaptive_most)
     return c.adaptive_decay * weight_T1 + (1 - c.adaptive_decay) * wanted_T[:, None]
 
 
 def routing_loss(c: ModelConfig, params: Params, routing: Stats) -> jax.Array:
-    """Balance and z losses of all layers, summed over rows."""
+    """Load-balancing and z losses of all layers, summed over rows."""
     total = jnp.zeros(())
     for name, r in c.routed().items():
-        stats, adaptive = (
-            routing[name],
-            params["layers"][c.place_of(name)].get("router", {}).get("balance_weight"),
-        )
+        stats, router = routing[name], params["layers"][c.place_of(name)].get("router", {})
+        adaptive = router.get("balance_weight")
         weight = r.balance_weight if adaptive is None else jax.lax.stop_gradient(adaptive)[:, 0]
         total += (weight * stats.balance).sum() + r.z_weight * stats.z.sum()
     return total
@@ -296,45 +276,41 @@ def routing_loss(c: ModelConfig, params: Params, routing: Stats) -> jax.Array:
 def accumulated_gradients(
     config: Config, rebuild: Callable[[Params], Stack], params: Params, batch: Batch
 ) -> tuple[Params, Sums]:
-    """Gradient of the mean loss plus balance losses over the whole batch, `accumulation` microbatches at a time.
+    """Gradient of the mean loss plus routing losses of the batch, over `accumulation` microbatches.
 
-    Every microbatch divides by the global number of targets and rows, so that the sum of their gradients is the
-    gradient of the whole batch however it is cut.
+    Every microbatch divides by the global number of targets and rows, so that the sum of their
+    gradients is the gradient of the whole batch.
     """
     task = task_of(config)
     scale = HALF_SCALE if config.model.dtype == "float16" else 1.0
     count, rows = (jnp.maximum(n, 1) for n in task.counts(batch))
 
-    def loss(params: Params, part: Batch) -> tuple[jax.Array, Sums]:
-        sums = task.sums(rebuild(params), part, config)
-        return scale * (
-            sums.nll / count + routing_loss(config.model, params, sums.routing) / rows
-        ), sums
+    def loss(params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
+        sums = task.sums(rebuild(params), batch, config)
+        routing = routing_loss(config.model, params, sums.routing)
+        return scale * (sums.nll / count + routing / rows), sums
 
-    def gradient(params: Params, part: Batch) -> tuple[Params, Sums]:
-        found, sums = jax.grad(loss, has_aux=True)(params, part)
+    def gradient(params: Params, batch: Batch) -> tuple[Params, Sums]:
+        found, sums = jax.grad(loss, has_aux=True)(params, batch)
         return found if scale == 1 else jax.tree.map(lambda a: a / scale, found), sums
 
-    parts = config.train.accumulation
-    if parts == 1:
+    n = config.train.accumulation
+    if n == 1:
         return gradient(params, batch)
-    # Microbatch i takes groups of rows i, i + parts, …: every device keeps its own rows, and no group is torn.
-    group = math.lcm(
-        *(r.sequence_group for r in config.model.routed().values() if r.sequence_capacity_factor), 1
-    )
+    # Microbatch i takes groups of rows i, i + n, …: every device keeps its own rows, and no
+    # sequence group is split.
+    bounded = [r for r in config.model.routed().values() if r.sequence_capacity_factor]
+    group = math.lcm(*(r.sequence_group for r in bounded), 1)
 
     def microbatches(a: jax.Array) -> jax.Array:
-        return (
-            a.reshape(-1, parts, group, *a.shape[1:])
-            .swapaxes(0, 1)
-            .reshape(parts, -1, *a.shape[1:])
-        )
+        grouped = a.reshape(-1, n, group, *a.shape[1:]).swapaxes(0, 1)
+        return grouped.reshape(n, -1, *a.shape[1:])
 
-    cut = jax.tree.map(microbatches, batch)
-    first = jax.tree.map(lambda a: a[0], cut)
-    zero = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, first)
-    )
-    return jax.lax.scan(
-        lambda acc, part: (jax.tree.map(jnp.add, acc, gradient(params, part)), None), zero, cut
-    )[0]
+    def add(total: Any, batch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, batch)), None
+
+    batches = jax.tree.map(microbatches, batch)
+    first = jax.tree.map(lambda a: a[0], batches)
+    shapes = jax.eval_shape(gradient, params, first)
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return jax.lax.scan(add, zero, batches)[0]

@@ -1,4 +1,4 @@
-"""What differs between learning a language and learning classes: the model, its batch, its losses, its measures."""
+"""The tasks, language modeling and classification: model, batch, losses and measures of each."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ Batch = dict[str, jax.Array]
 
 
 class Sums(NamedTuple):
-    """Sums over rows of a batch, so that microbatches and batches add up: float32, routing statistics per layer.
+    """Sums over the rows of a batch, which add up over batches; float32.
 
-    `nll` is over `count` targets: valid tokens, or examples. `tokens` of the rows the blocks see, `rows` these.
+    Attributes:
+      nll: negative log-likelihood in nats over `count` targets, which are valid tokens or examples.
+      tokens, rows: what the blocks compute on.
+      routing: statistics per layer.
     """
 
     nll: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # over the method of tuples, which nobody asks of sums
+    count: jax.Array  # type: ignore[assignment]  # hides a method of tuples
     correct: jax.Array
     tokens: jax.Array
     n_bytes: jax.Array
@@ -38,11 +41,11 @@ class Task(NamedTuple):
     Attributes:
       model: its class.
       shapes: config -> {name: (shape, dtype)} of a train step's batch.
-      sums: (model, batch, config) -> Sums; the batch of a train step has `keys` as well, a random key for each row.
-      counts: batch -> (targets, rows the blocks see), float32.
-      measures: (sums on the host, config) -> what a person reads of them.
-      ranking: its measures -> what ranks checkpoints, the lowest first.
-      said: its measures -> the same in words.
+      sums: (model, batch, config) -> Sums; a training batch also has a random key a row, `keys`.
+      counts: batch -> (targets, rows the blocks compute on), float32.
+      measures: (sums on the host, config) -> measures by name.
+      ranking: measures -> what ranks checkpoints, the lowest first.
+      summary: measures -> the same as text.
     """
 
     model: type[Stack]
@@ -51,21 +54,20 @@ class Task(NamedTuple):
     counts: Callable[[Batch], tuple[jax.Array, jax.Array]]
     measures: Callable[[Sums, Config], dict[str, float]]
     ranking: Callable[[dict[str, float]], float]
-    said: Callable[[dict[str, float]], str]
+    summary: Callable[[dict[str, float]], str]
 
 
 def task_of(c: Config) -> Task:
     return TASKS[c.model.task]
 
 
-# --- the next token ---------------------------------------------------------------------------------------------
+# --- language modeling ----------------------------------------------------------------------------
 
 
 def _text_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
     rows = c.train.batch_size
-    by_token = dict.fromkeys(
-        ("tokens", "targets", "segments", "positions"), ((rows, c.model.context_length), jnp.int32)
-    )
+    names = ("tokens", "targets", "segments", "positions")
+    by_token = dict.fromkeys(names, ((rows, c.model.context_length), jnp.int32))
     return by_token | {"n_bytes": ((rows,), jnp.int32)}
 
 
@@ -93,26 +95,30 @@ def _text_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _text_measures(sums: Sums, c: Config) -> dict[str, float]:
-    """`loss` in nats per token; `bits_per_byte` of the documents, where their bytes are known; `word_perplexity` where tokens are words."""
+    """`loss` in nats per token; `bits_per_byte`, where bytes are known; `word_perplexity`.
+
+    The last where tokens are words.
+    """
     nll = float(sums.nll)
     loss = nll / max(float(sums.count), 1.0)
     found = {"loss": loss}
     if sums.n_bytes > 0:
         found["bits_per_byte"] = nll / math.log(2) / float(sums.n_bytes)
-    return found | ({"word_perplexity": float(np.exp(loss))} if c.data.tokenizer == "words" else {})
+    if c.data.tokenizer == "words":
+        found["word_perplexity"] = float(np.exp(loss))
+    return found
 
 
-def _text_said(found: dict[str, float]) -> str:
-    parts = [f"{found['bits_per_byte']:.4f} bits per byte"] if "bits_per_byte" in found else []
-    parts += (
-        [f"perplexity {found['word_perplexity']:.2f} per word"]
-        if "word_perplexity" in found
-        else []
-    )
+def _text_summary(found: dict[str, float]) -> str:
+    parts = []
+    if "bits_per_byte" in found:
+        parts.append(f"{found['bits_per_byte']:.4f} bits per byte")
+    if "word_perplexity" in found:
+        parts.append(f"perplexity {found['word_perplexity']:.2f} per word")
     return ", ".join(parts) or f"perplexity {math.exp(min(found['loss'], 700)):.2f} per token"
 
 
-# --- classes ----------------------------------------------------------------------------------------------------
+# --- classification -------------------------------------------------------------------------------
 
 
 def _class_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -124,14 +130,16 @@ def _class_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
     return {
         "inputs": ((rows, *inputs[0]), inputs[1]),
         "segments": ((rows, *pair, m.context_length), jnp.int32),
-        "label": ((rows,), jnp.int32), "other": ((rows,), jnp.int32), "share": ((rows,), jnp.float32),
-    }  # fmt: skip
+        "label": ((rows,), jnp.int32),
+        "other": ((rows,), jnp.int32),
+        "share": ((rows,), jnp.float32),
+    }
 
 
 def _class_sums(model: Classifier, batch: Batch, c: Config) -> Sums:
-    """Cross entropy with the class, in nats, over examples; in training smoothed as configured."""
+    """Cross entropy in nats over examples; in training with label smoothing as configured."""
     inputs = batch["inputs"]
-    if c.model.stem == "image":  # a byte a pixel goes to the device
+    if c.model.stem == "image":  # pixels reach the device as bytes
         inputs = as_floats(inputs, c.model.image.bound)
     logits_BC, routing = model(inputs, batch["segments"], batch.get("keys"))
     n_classes = c.model.classifier.n_classes
@@ -144,9 +152,8 @@ def _class_sums(model: Classifier, batch: Batch, c: Config) -> Sums:
     nll_B = -(target_BC * jax.nn.log_softmax(logits_BC)).sum(axis=-1)
     examples, rows = _class_counts(batch)
     found_B = logits_BC.argmax(axis=-1)
-    right_B = jnp.where(found_B == batch["label"], batch["share"], 0) + jnp.where(
-        found_B == batch["other"], 1 - batch["share"], 0
-    )
+    right_B = jnp.where(found_B == batch["label"], batch["share"], 0)
+    right_B += jnp.where(found_B == batch["other"], 1 - batch["share"], 0)
     return Sums(
         nll=jnp.where(valid_B, nll_B, 0).sum(),
         count=examples,
@@ -164,15 +171,15 @@ def _class_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _class_measures(sums: Sums, c: Config) -> dict[str, float]:
-    """`loss` in nats per example; `accuracy`, the share of examples whose highest score is that of their class (of a mixed
-    image: as much of it as is of that class)."""
+    """`loss` in nats per example, and `accuracy`; a mixed image counts by its share of a class."""
     examples = max(float(sums.count), 1.0)
     return {"loss": float(sums.nll) / examples, "accuracy": float(sums.correct) / examples}
 
 
 TASKS = {
     "language": Task(
-        Transformer, _text_shapes, _text_sums, _text_counts, _text_measures, lambda found: found["loss"], _text_said
+        Transformer, _text_shapes, _text_sums, _text_counts, _text_measures,
+        lambda found: found["loss"], _text_summary,
     ),
     "classify": Task(
         Classifier, _class_shapes, _class_sums, _class_counts, _class_measures,

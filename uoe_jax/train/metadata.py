@@ -1,0 +1,219 @@
+"""The files of a checkpoint besides its arrays: metadata, ranking loss, the list of steps.
+
+Metadata are read by process 0 alone and carry a digest, so that no damage goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from uoe_jax.distributed.coordination import on_process_zero
+from uoe_jax.errors import RunError, UserError
+from uoe_jax.train.fingerprint import leaf_name
+from uoe_jax.workdir import is_remote, write_json
+
+FORMAT_VERSION = 2  # of what this module adds to a checkpoint
+# Top-level metadata keys that a caller may not use.
+RESERVED = ("format_version", "versions", "leaves", "loss", "digest")
+COMMITTED = "commit_success.txt"  # Orbax's; without a rename, what lacks it is no checkpoint
+STATE = "state"  # the directory of a checkpoint's arrays
+METADATA, _LOSS = "_CHECKPOINT_METADATA", "uoe_loss.json"
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
+# Signs that reading failed though the checkpoint may be good. The names are TensorStore's.
+_TRANSIENT = "RESOURCE_EXHAUSTED PERMISSION_DENIED UNAUTHENTICATED UNAVAILABLE DEADLINE_EXCEEDED"
+_TRANSIENT_CODES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ESTALE)
+_SECRET = re.compile(
+    r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE
+)
+_USER_IN_URL = re.compile(r"(\w[\w+.-]*://)[^/\s:@]*:[^/\s]*@")
+_REDACTED = "…redacted…"
+
+
+class CheckpointDamaged(RunError):
+    """A checkpoint cannot be read back as it was saved; an older one may still be good."""
+
+    def __init__(self, path: epath.Path, reason: str) -> None:
+        super().__init__(f"{path}: this checkpoint is damaged ({reason}); use another one")
+        self.reason = reason
+
+
+# --- metadata -------------------------------------------------------------------------------------
+
+
+def describe(tree: Any) -> dict[str, dict[str, Any]]:
+    """{leaf name: {"dtype", "shape"}} of a tree of arrays or ShapeDtypeStructs.
+
+    Orbax's own record has plain uint32 for a typed PRNG key, and a list or dict for a named tuple.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = leaf_name(path)
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise ValueError(f"{name}: leaves must be arrays, not {type(leaf).__name__}")
+        if name in found:
+            raise ValueError(f"{name}: two leaves have this name")
+        found[name] = {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+    return found
+
+
+def kind(leaf: Mapping[str, Any]) -> str:
+    """Dtype and shape of a described leaf, such as `float32[3, 4]`."""
+    return f"{leaf['dtype']}{list(leaf['shape'])}"
+
+
+def sealed(
+    metadata: Mapping[str, Any], leaves: Mapping[str, Any], loss: float | None
+) -> dict[str, Any]:
+    """The metadata to store: the caller's without secrets, ours, and the digest of both."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    ours = {"format_version": FORMAT_VERSION, "versions": versions, "leaves": leaves, "loss": loss}
+    return _with_digest({**redacted(metadata), **ours})
+
+
+def redacted(value: Any, key: str = "") -> Any:
+    """A JSON value without secrets: values of keys that name one, and passwords in addresses."""
+    if _SECRET.search(re.split(r"[./]", key)[-1]) and value not in (None, ""):
+        return _REDACTED
+    if isinstance(value, Mapping):
+        return {k: redacted(v, str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(v) for v in value]
+    return _USER_IN_URL.sub(rf"\1{_REDACTED}@", value) if isinstance(value, str) else value
+
+
+def read_metadata(path: epath.Path) -> dict[str, Any]:
+    """The metadata of a checkpoint as process 0 reads them, in every process.
+
+    UserError for a newer format; CheckpointDamaged where they are not as they were written.
+    """
+    found = on_process_zero(lambda: metadata_or_fault(path))
+    if isinstance(found, str):
+        raise CheckpointDamaged(path, found)
+    if (version := found["format_version"]) > FORMAT_VERSION:
+        problem = f"is newer than {FORMAT_VERSION}, the newest that this uoe_jax reads"
+        raise UserError(f"{path}: format_version={version} {problem}; update uoe_jax")
+    return found
+
+
+def metadata_or_fault(path: epath.Path) -> dict[str, Any] | str:
+    """The metadata, or what is wrong with them; called in process 0."""
+    try:
+        found = json.loads((path / METADATA).read_bytes())["custom_metadata"]
+        found["format_version"]
+        # Before the version is trusted: every later format keeps this digest.
+        return found if _has_digest(found) else f"{METADATA} is not as it was written"
+    except Exception as error:
+        raise_if_transient(path, error)
+        return f"{METADATA} has lost its content: {first_line(error)}"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
+    content = json.loads(json.dumps(content))  # as a reader finds it: string keys, no tuples
+    return {**content, "digest": _digest(content)}
+
+
+def _has_digest(found: Mapping[str, Any]) -> bool:
+    content = {name: value for name, value in found.items() if name != "digest"}
+    return found["digest"] == _digest(content)
+
+
+# --- the list of checkpoints and their losses -----------------------------------------------------
+
+
+def list_checkpoints(directory: epath.Path) -> dict[int, float | None]:
+    """{step: ranking loss} of the checkpoints here, damaged ones too; called in process 0."""
+    found = {}
+    for path in directory.iterdir() if directory.is_dir() else ():  # gs:// has no empty directory
+        is_step = re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
+        if is_step and (not is_remote(path) or (path / COMMITTED).exists()):
+            found[int(path.name)] = _read_loss(path)
+    return found
+
+
+def ranking_loss(metrics: Mapping[str, Any] | None) -> float | None:
+    """The loss that ranks a checkpoint; None where there is none or it is not finite."""
+    loss = math.nan if not metrics else float(metrics.get("loss", math.nan))
+    return loss if math.isfinite(loss) else None
+
+
+def _read_loss(path: epath.Path) -> float | None:
+    for name in (_LOSS, METADATA):
+        # A checkpoint with an unreadable loss is never the best, but can be resumed.
+        with contextlib.suppress(Exception):
+            found = json.loads((path / name).read_bytes())
+            found = found["custom_metadata"] if name == METADATA else found
+            if _has_digest(found):
+                return found["loss"]
+    return None
+
+
+def write_loss(path: epath.Path, loss: float) -> None:
+    """Sets the ranking loss of a checkpoint after it was written, in a file of its own."""
+    write_json(path / _LOSS, _with_digest({"loss": loss}))
+
+
+# --- damaged checkpoints --------------------------------------------------------------------------
+
+
+def quarantine(path: epath.Path, directory: epath.Path) -> epath.Path:
+    """Moves a damaged checkpoint into `directory`, under a free name; called in process 0."""
+    names = itertools.chain([path.name], (f"{path.name}.{i}" for i in itertools.count(2)))
+    target = next(directory / name for name in names if not (directory / name).exists())
+    try:
+        directory.mkdir(exist_ok=True)
+        if is_remote(path):  # no rename there; if interrupted, the original is still whole
+            _copy_tree(path, target)
+            path.rmtree()
+        else:
+            path.rename(target)
+    except OSError as error:
+        problem = f"this checkpoint is damaged and cannot be moved to {target}"
+        remedy = "move it away by hand and run the same command again"
+        raise RunError(f"{path}: {problem} ({first_line(error)}); {remedy}") from error
+    return target
+
+
+def _copy_tree(source: epath.Path, target: epath.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        _copy_tree(path, target / path.name) if path.is_dir() else path.copy(target / path.name)
+
+
+def quarantined(directory: epath.Path) -> list[str]:
+    """The names of the checkpoints moved there; called in process 0."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(name for name in names if name.split(".")[0].isdecimal())
+
+
+def raise_if_transient(path: epath.Path, error: Exception) -> None:
+    """RunError where reading failed for a reason that may pass, such as the network."""
+    kinds = (MemoryError, PermissionError, ConnectionError, TimeoutError)
+    transient = isinstance(error, kinds) or getattr(error, "errno", None) in _TRANSIENT_CODES
+    if transient or any(sign in str(error) for sign in _TRANSIENT.split()):
+        remedy = "fix that and run the same command again"
+        raise RunError(f"{path}: cannot be read now ({first_line(error)}); {remedy}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first cause of an error in one line; Orbax's messages have many."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:300]}"
