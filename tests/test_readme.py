@@ -7,7 +7,7 @@ import re
 import pytest
 from helpers import ROOT
 
-from uoe_jax import cli
+from uoe_jax import cli, config
 
 README = (ROOT / "README.md").read_text()
 DOCS = [p for p in (ROOT / "docs").rglob("*.md") if "api" not in p.parts]
@@ -47,6 +47,6 @@ def test_links_lead_somewhere(path):
 
 def test_every_key_named_exists():
     for name in re.findall(r"`--config\.([a-z_.]+)=", README):
-        cli.config_lib.parse_value(name, "1")
+        config.parse_value(name, "1")
     for command in re.findall(r"uoe (train|eval|generate)", README):
         assert command in cli._parser().format_help()
