@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Runs a program as P processes of M devices each on this machine. Needs Python 3.11 alone; --platform=gpu also P x M GPUs.
+"""Runs a program as P processes of M devices each on this machine.
 
-    python launch/local.py --processes=2 --devices=4 -- uoe train --config=quickstart --workdir=runs/a
+    python launch/local.py --processes=2 --devices=4 -- uoe train --config=digits --workdir=runs/a
 
-Each process is told its place through UOE_COORDINATOR, UOE_PROCESSES and UOE_PROCESS_ID (uoe_jax/distributed/coordination.py). Process 0
-writes to the terminal as it would alone; lines of the others begin with their number, "[1] ". SIGINT, SIGTERM and
-SIGUSR1 are passed on to all of them, SIGHUP as SIGTERM. Exit code: 0 where all end with 0; 75 where all end with 0 or 75;
-else that of the first process that failed (128 + n where signal n ended it), after which the others are ended too.
+Needs Python 3.11 alone; --platform=gpu also P x M GPUs. Each process gets its place through
+UOE_COORDINATOR, UOE_PROCESSES and UOE_PROCESS_ID (docs/launch.md). Process 0 writes to the
+terminal as it would alone; lines of the others begin with their number, "[1] ". SIGINT, SIGTERM
+and SIGUSR1 are passed on to all of them, SIGHUP as SIGTERM. Exit code: 0 if all end with 0; 75 if
+all end with 0 or 75; else that of the first process that failed (128 + n if signal n ended it),
+after which the others are ended too.
 """
 
 from __future__ import annotations
@@ -196,7 +198,7 @@ class Launch:
         self.signals: list[int] = []  # not passed on yet
 
     def run(self) -> int:
-        """Starts all, waits for all; returns the exit code. Nothing it started is left when it returns."""
+        """Starts all and waits for all; returns the exit code. Leaves no process behind."""
         for name in FORWARDED:
             signal.signal(getattr(signal, name), lambda number, frame: self.signals.append(number))
         try:
@@ -221,7 +223,7 @@ class Launch:
     def start(self, i: int, env: dict[str, str]) -> subprocess.Popen:
         """Process 0 inherits our output; that of another is read and marked.
 
-        Each gets a session of its own: a Ctrl-C in the terminal reaches only us, so they do not get it twice.
+        Each gets a session of its own: a Ctrl-C in the terminal reaches only us, not them twice.
         """
         streams = {} if i == 0 else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(
@@ -243,7 +245,7 @@ class Launch:
                     self.readers[-1].start()
 
     def wait(self) -> int:
-        """Until all have ended; where one fails, the others get `grace` seconds, then SIGTERM, then SIGKILL."""
+        """Waits for all. After a failure the others get `grace` seconds, then SIGTERM, SIGKILL."""
         running = dict(enumerate(self.children))
         codes: dict[int, int] = {}
         failed: int | None = None
@@ -303,7 +305,7 @@ def send(child: subprocess.Popen, number: int) -> None:
 
 
 def copy_lines(source: BinaryIO, sink: BinaryIO, mark: bytes) -> None:
-    """Copies whole lines, marked; reads on where nobody takes them any more, or the child would block."""
+    """Copies whole lines, marked; reads on when the sink is closed, or the child would block."""
     for line in source:
         try:
             sink.write(
@@ -315,7 +317,7 @@ def copy_lines(source: BinaryIO, sink: BinaryIO, mark: bytes) -> None:
 
 
 def _die_with(parent: int):
-    """For the child, before its program starts: be killed when the launcher is, even by SIGKILL (Linux; its threads too)."""
+    """For the child before its program starts: die with the launcher, even by SIGKILL (Linux)."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)

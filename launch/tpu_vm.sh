@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice of Google Cloud. Needs: gcloud, logged in, with the TPU API and quota; bash 4.4; an ssh key in the
-# agent (ssh-add ~/.ssh/google_compute_engine); a bucket for the workdir, since the disks of a slice go with it.
+# Trains on a TPU slice of Google Cloud. Needs: gcloud, logged in, with the TPU API and quota;
+# bash 4.4; an ssh key in the agent (ssh-add ~/.ssh/google_compute_engine); a bucket for the
+# workdir, since the disks of a slice go with it.
 #
-#   launch/tpu_vm.sh run --name=a --zone=us-west4-a --type=v5litepod-16 --runtime=v2-alpha-tpuv5-lite --spot \
-#     -- --config=quickstart --workdir=gs://BUCKET/runs/a
+#   launch/tpu_vm.sh run --name=a --zone=us-west4-a --type=v5litepod-16 \
+#     --runtime=v2-alpha-tpuv5-lite --spot -- --config=quickstart --workdir=gs://BUCKET/runs/a
 #
-# run      makes the slice where there is none, again where it was preempted, installs this checkout on its workers, trains
-#          until the end and leaves the slice as it is. The same command goes on where it stopped. Ctrl-C stops the run
-#          with everything saved; a connection that breaks, or the end of this machine, does not.
-# create, status, ssh (after --, arguments for gcloud), delete: what they say. --dry-run prints every gcloud command
-# and runs none. --gcloud-create=FLAG and --gcloud-ssh=FLAG are handed on, such as --gcloud-ssh=--internal-ip.
+# run      makes the slice where there is none, again where it was preempted, installs this
+#          checkout on its workers, trains until the end and leaves the slice as it is. The same
+#          command resumes. Ctrl-C stops the run with everything saved; a broken connection, or
+#          the end of this machine, does not.
+# create, status, ssh (after --, arguments for gcloud), delete: what they say. --dry-run prints
+# every gcloud command and runs none. --gcloud-create=FLAG and --gcloud-ssh=FLAG are handed on,
+# such as --gcloud-ssh=--internal-ip.
 set -euo pipefail
 
 poll=${UOE_POLL_S:-30}  # seconds between two looks at a state
@@ -28,7 +31,7 @@ install_here() {
   ~/.local/bin/uv pip install --quiet --python ~/uoe-env/bin/python "$HOME/uoe-src[tpu,gs]"
 }
 
-end_here() {  # what is left of earlier runs stops and saves
+end_here() {  # processes of earlier runs save and stop
   local file pid
   for file in ~/.uoe-run/*.pid; do
     [[ -e $file ]] || continue
@@ -46,7 +49,7 @@ train_here() {  # RUN COORDINATOR PROCESSES PROCESS_ID ARGUMENTS…
   export UOE_COORDINATOR=$2 UOE_PROCESSES=$3 UOE_PROCESS_ID=$4
   shift 4
   mkdir -p ~/.uoe-run
-  # gcloud repeats a command whose connection broke: the second time it only follows the run that goes on.
+  # gcloud repeats a command whose connection broke: the second time it only follows the run.
   if [[ ! -e $run.pid ]]; then
     end_here
     cd ~/uoe-src
@@ -218,7 +221,7 @@ attempt() {  # One run on all workers; sets `code`, and `stopping` where it was 
       wait "${pids[i]}" || one=$?
       if [[ $before == "$stopping" ]]; then break; fi  # else a signal ended `wait`, but not what it waits for
     done
-    # As uoe means them: 2 and 76 are the cause wherever they are, 77 only follows from another's failure.
+    # 2 and 76 are the cause in whichever process they occur; 77 only follows from a failure.
     case $code:$one in
       *:0 | 2:* | 76:* | 77:75) ;;
       0:* | 75:* | 77:* | *:2 | *:76) code=$one ;;

@@ -72,6 +72,12 @@ INSTEAD = {
     "uoe plan --config=FILE [--mesh=data=8,fsdp=8,expert=4] [--devices=N] [--hardware=h100|h200|b200|v5p|v6e|cpu] [--json]": [
         "uoe plan --config=quickstart --mesh=data=2,fsdp=2,expert=2 --hardware=v5p --json",
     ],
+    "uoe plan --config=uoe_1b --mesh=data=1 --hardware=h100 --config.train.accumulation=32": [
+        "uoe plan --config=quickstart --mesh=data=1 --hardware=h100 --config.train.accumulation=2",
+    ],
+    "uoe plan --config=uoe_1b --mesh=fsdp=4,expert=2 --hardware=h100": [
+        "uoe plan --config=quickstart --mesh=fsdp=4,expert=2 --hardware=h100",
+    ],
     "python -m benchmarks.loader": ["python -m benchmarks.loader --config=quickstart:tiny --rounds=2"],
     "uoe compare --config=compare/digits --workdir=runs/digits_table": [
         "uoe compare --config=compare/digits:tiny --workdir=runs/digits_table --config.rows=uoe,full_attention",
@@ -242,10 +248,9 @@ def test_options_named_in_a_line_exist(path):
             words = span.content.replace("[", " ").replace("]", " ").split()
             options = None
             if len(words) > 1 and words[0] == "uoe" and re.fullmatch("[a-z]+", words[1]):
-                assert words[1] in parsers, span.content
-                options = {
-                    name for action in parsers[words[1]]._actions for name in action.option_strings
-                }
+                assert words[1] in {*parsers, "config"}, span.content
+                actions = parsers[words[1]]._actions if words[1] in parsers else ()
+                options = {name for action in actions for name in action.option_strings}
             for word in words:
                 name = word.partition("=")[0]
                 if re.fullmatch(r"--config(\.[a-z0-9_]+)+", name):
@@ -279,6 +284,7 @@ def test_the_examples_of_config_files(tmp_path):
     for name, variant, key, value in (
         ("configs", ":wide", "d_hidden", 1024),
         ("getting-started", "", "d_model", 128),
+        ("moe", "", "d_hidden", 768),
     ):
         (tmp_path / f"{name}.py").write_text(python_of(name)[-1])
         assert getattr(cli.load_config(f"{tmp_path}/{name}.py{variant}", {}).model, key) == value
@@ -392,6 +398,12 @@ def small_text(folder: pathlib.Path) -> None:
         file.rename(file.with_suffix(".txt"))
 
 
+def small_notes(folder: pathlib.Path) -> None:
+    """`notes`: text files."""
+    small_text(folder)
+    (folder / "DIR").rename(folder / "notes")
+
+
 def small_run(folder: pathlib.Path) -> None:
     """`DIR`: the workdir of a run."""
     assert cli.main(made_small(["train", "--config=quickstart", "--workdir=DIR"], folder)) == 0
@@ -403,7 +415,7 @@ def own_config(folder: pathlib.Path) -> None:
 
 BEFORE = {
     "docs/exchange.md": small_model, "docs/data.md": small_text, "docs/getting-started.md": own_config,
-    "docs/generate.md": small_run, "docs/report.md": small_run,
+    "docs/generate.md": small_run, "docs/report.md": small_run, "docs/tutorial-own-text.md": small_notes,
 }  # fmt: skip
 
 
