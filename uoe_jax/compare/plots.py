@@ -6,11 +6,8 @@ import itertools
 import statistics
 from typing import Any, NamedTuple, Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display
-import matplotlib.pyplot as plt
 from etils import epath
+from matplotlib.figure import Figure
 
 from uoe_jax.compare.results import Result, measure_of
 
@@ -69,7 +66,8 @@ def _over_seeds(r: Result, scale: float) -> Line:
 def _draw(
     workdir: epath.Path, file: str, x_name: str, y_name: str, lines: Sequence[Line], log: bool
 ) -> None:
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for i, (line, marker) in enumerate(zip(lines, itertools.cycle(MARKERS))):
         look: dict[str, Any] = dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--")
         axes.plot(line.x, line.y, label=line.name, marker=marker, markersize=4, **look)
@@ -83,4 +81,3 @@ def _draw(
     axes.legend(fontsize=8, ncols=2)
     with (workdir / file).open("wb") as out:
         figure.savefig(out, format="png", dpi=120)
-    plt.close(figure)
