@@ -16,7 +16,7 @@ from uoe_jax import RoutingConfig
 from uoe_jax.layers import attention, smha, tiles
 from uoe_jax.layers import fused as fused_lib
 from uoe_jax.layers.attention import attend, group_keys
-from uoe_jax.layers.chunked import words_nll
+from uoe_jax.layers.chunked import chunked_nll
 from uoe_jax.layers.common import tokens_like
 from uoe_jax.layers.fused import fused
 
@@ -337,7 +337,7 @@ def test_losses_of_a_vocabulary(monkeypatch, n, start, stop, dtype):
         return jnp.where(inside, nll, 0)
 
     found = jax.jit(
-        lambda *a: pulled(lambda x, table: words_nll(x, table, target, start, stop), a, d)
+        lambda *a: pulled(lambda x, table: chunked_nll(x, table, target, start, stop), a, d)
     )(x, table)
     assert reference.error(found, pulled(wanted, (x, table), d)) < (
         1e-5 if dtype == "float32" else 1e-2

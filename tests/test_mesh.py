@@ -26,7 +26,7 @@ from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import tokens_like
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.models.classifier import Classifier
-from uoe_jax.models.decoder import Block, make_attention, make_mlp
+from uoe_jax.models.decoder import Layer, make_attention, make_mlp
 from uoe_jax.plan.hlo import Collective, collectives
 from uoe_jax.train.step import build
 
@@ -195,7 +195,7 @@ def make(kind: str):
         "smha": lambda: SMHA(D, 8, routing, rngs=rngs),
         "mlp": lambda: MLP(D, 64, bias=True, rngs=rngs),
         "attention": lambda: Attention(D, 8, rngs=rngs),
-        "layer": lambda: Block(
+        "layer": lambda: Layer(
             ModelConfig(d_model=D, n_heads=8, d_hidden=64, bias=True, smha=routing, uome=routing),
             rngs=rngs,
         ),

@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from uoe_jax.config.schema import ModelConfig, RoutingConfig
+from uoe_jax.config.schema import GATED_ACTIVATIONS, ModelConfig, RoutingConfig
 from uoe_jax.config.validate import divisors
 from uoe_jax.errors import ConfigError, UserError
-from uoe_jax.layers.common import GATED
 
 Weights = dict[str, Any]
 
@@ -203,7 +202,7 @@ def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
     """The leaves the block has in a model of this configuration."""
     absent = set() if c.bias else {name for name in AXES[block] if name.startswith("b")}
     absent -= {"b_q", "b_k", "b_v"} if c.qkv_bias else set()
-    absent |= set() if c.activation in GATED else {"w_gate", "b_gate"}
+    absent |= set() if c.activation in GATED_ACTIVATIONS else {"w_gate", "b_gate"}
     absent |= set() if c.qk_norm else {"q_scale", "k_scale"}
     return tuple(name for name in AXES[block] if name not in absent)
 
