@@ -12,18 +12,9 @@ import dataclasses
 from typing import NamedTuple
 
 from uoe_jax.config.schema import Config
-from uoe_jax.costs.memory import (
-    ITEM_SIZE,
-    bias_parameters,
-    classifier_parameters,
-    ends_parameters,
-    kept_bytes,
-    layer_parameters,
-    norm_parameters,
-    router_parameters,
-    vocabulary_parameters,
-)
+from uoe_jax.costs.memory import ITEM_SIZE, kept_bytes
 from uoe_jax.layers.tiles import chunk, tile
+from uoe_jax.models.count import parameters_per_device, vocabulary_parameters
 from uoe_jax.plan.predict import Shape, examples, rows, scored_here, words_parts
 
 
@@ -78,16 +69,7 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     attention = weight * 2 * d * dh * (m.n_heads + m.kv_heads)
     attention += 2 * slots["smha"] + 4 * heads + carried + 4 * scores + 9 * stream
     mlp = weight * (m.n_into + 1) * d * m.d_hidden + 2.5 * slots["uome"] + 4 * hidden + 13 * stream
-    # Norms and biases of sums are whole on every device, routers are cut over `fsdp` alone, other biases over `expert` alone.
-    routers = sum(router_parameters(r, d) for r in m.routed().values())
-    into, out = bias_parameters(m)
-    whole = 2 * norm_parameters(m) + out
-    cut = (layer_parameters(m) - routers - whole - into) / e + routers
-    held: float = m.n_layers * (cut / shape["fsdp"] + into / e + whole) + norm_parameters(m)
-    held += (
-        ends_parameters(m) / words_parts(m, e) + (length * d if m.position == "learned" else 0)
-    ) / shape["fsdp"]
-    held += classifier_parameters(m)
+    held = parameters_per_device(m, shape)
 
     stored = dataclasses.replace(m, remat="slots") if m.remat in ("none", "dots") else m
     kept: float = kept_bytes(stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1)
@@ -99,7 +81,7 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     if m.remat == "none" and (
         shape["fsdp"] > 1 or item < 4
     ):  # weights as they are used, gathered or cast
-        kept += item * cut
+        kept += item * parameters_per_device(m, {**shape, "fsdp": 1}, "layers") / m.n_layers
     return Peak(
         parameters=4 * held,
         optimizer=2 * ITEM_SIZE[c.optimizer.moment_dtype] * held,

@@ -20,14 +20,14 @@ from uoe_jax.costs.flops import (
     scored_pieces,
     train_flops,
 )
-from uoe_jax.costs.memory import (
-    ITEM_SIZE,
+from uoe_jax.costs.memory import ITEM_SIZE
+from uoe_jax.layers.tiles import chunk
+from uoe_jax.models.count import (
     classifier_parameters,
     layer_parameters,
     parameters,
     vocabulary_parameters,
 )
-from uoe_jax.layers.tiles import chunk
 from uoe_jax.plan.hardware import Hardware, Range
 from uoe_jax.plan.hlo import Array, Collective
 
