@@ -26,7 +26,7 @@ from uoe_jax.layers.tiles import computed_scores
 from uoe_jax.layers.uome import UoME
 from uoe_jax.models.decoder import make_attention, make_mlp
 from uoe_jax.moe.dispatch import backend_for, combine_slots, gather_slots
-from uoe_jax.moe.routing import select
+from uoe_jax.moe.routing import decide
 
 
 class Sizes(NamedTuple):
@@ -220,7 +220,7 @@ def moving(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], float]]:
         jax.random.normal(jax.random.key(0), (b, length, sizes.n)),
         jnp.ones((b, length), bool),
     )
-    selection = jax.jit(lambda logits: select(logits, valid, r)[0])(logits)
+    selection = jax.jit(lambda logits: decide(logits, valid, r)[0].pack())(logits)
     how = backend_for("auto", jnp.dtype(sizes.dtype), 1, False)
     x = jax.random.normal(jax.random.key(1), (b, length, d), sizes.dtype)
     gather, combine = (

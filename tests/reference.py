@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from uoe_jax.moe import routing
+
 # --- handling modules -------------------------------------------------------------------------------------------
 
 
@@ -28,6 +30,12 @@ def build(
     return graphdef, jax.tree.unflatten(
         tree, [jnp.asarray(scale * rng.normal(size=a.shape), a.dtype) for a in leaves]
     )
+
+
+def selected(*args, **kwargs) -> tuple[routing.Selection, routing.RoutingStats]:
+    """The library's decision, listed by slot, and its statistics."""
+    decision, stats = routing.decide(*args, **kwargs)
+    return decision.pack(), stats
 
 
 def weights_of(state: nnx.State) -> dict:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.schema import ModelConfig
@@ -30,21 +31,17 @@ class EncoderAttention(Attention):
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
 
-    def mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
-    ) -> jax.Array:
+    def mix(self, q: Array, k: Array, v: Array, x_BLD: Array, valid_BL: Array) -> Array:
         """[B,L,h,k] from q, k, v [B,L,h,k], the block's input, and which tokens are not padding."""
         raise NotImplementedError
 
-    def _mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, tokens: Tokens, _: Region
-    ) -> jax.Array:
+    def _mix(self, q: Array, k: Array, v: Array, x_BLD: Array, tokens: Tokens, _: Region) -> Array:
         k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
         mixed = self.mix(q, k, v, x_BLD, valid_tokens(tokens.segments_BL, q))
         return checkpoint_name(mixed.astype(q.dtype), "heads")
 
 
-def softmax_over(scores: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
+def softmax_over(scores: Array, allowed: Array | None = None) -> Array:
     """float32 softmax over the last axis, of what is allowed (bool, broadcast; None: all).
 
     Uniform where nothing is allowed.
@@ -53,12 +50,12 @@ def softmax_over(scores: jax.Array, allowed: jax.Array | None = None) -> jax.Arr
     return jax.nn.softmax(scores if allowed is None else jnp.where(allowed, scores, -1e30))
 
 
-def exact_einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
+def exact_einsum(subscripts: str, *operands: Array) -> Array:
     """`jnp.einsum` of float32 values at full precision on every device."""
     return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
-def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def einsum(subscripts: str, a: Array, b: Array) -> Array:
     """`jnp.einsum` in the dtype of a, summed in float32."""
     return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
 
@@ -78,9 +75,7 @@ class Linformer(EncoderAttention):
         self.w_keys = weight(rngs, shape, (None, None), init)
         self.w_values = weight(rngs, shape, (None, None), init)
 
-    def mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
-    ) -> jax.Array:
+    def mix(self, q: Array, k: Array, v: Array, x_BLD: Array, valid_BL: Array) -> Array:
         valid, length = valid_BL[..., None, None].astype(k.dtype), q.shape[1]
         few_k, few_v = (
             jnp.einsum("blhk,lj->bjhk", a * valid, w[...][:length].astype(a.dtype))
@@ -108,9 +103,7 @@ class Nystromformer(EncoderAttention):
         shape, init = (c.n_heads, n.kernel), scaled_normal(max(n.kernel, 1))
         self.w_conv = weight_if(n.kernel, rngs, shape, ("heads", None), init)
 
-    def mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
-    ) -> jax.Array:
+    def mix(self, q: Array, k: Array, v: Array, x_BLD: Array, valid_BL: Array) -> Array:
         scale = q.shape[-1] ** -0.5  # on the scores, which are float32
         means_BJL, full_BJ = landmark_means(valid_BL, self.landmarks)
         few_q, few_k = (einsum("blhk,bjl->bjhk", a, means_BJL).astype(a.dtype) for a in (q, k))
@@ -130,7 +123,7 @@ class Nystromformer(EncoderAttention):
         return y_BLhk + convolved(v * valid_BL[..., None, None].astype(v.dtype), self.w_conv)
 
 
-def convolved(v: jax.Array, w_conv: nnx.Param) -> jax.Array:
+def convolved(v: Array, w_conv: nnx.Param) -> Array:
     """v convolved over the tokens, each head with its own kernel: float32 [B,L,h,k]."""
     b, length, h, dh = v.shape
     rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
@@ -142,7 +135,7 @@ def convolved(v: jax.Array, w_conv: nnx.Param) -> jax.Array:
     return y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
 
 
-def landmark_means(valid_BL: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+def landmark_means(valid_BL: Array, n: int) -> tuple[Array, Array]:
     """(float32 [B,J,L] share of a token in each of n landmarks, bool [B,J] which have tokens)."""
     count_B = valid_BL.sum(axis=1, dtype=jnp.int32)
     edges = jnp.arange(n + 1, dtype=jnp.int32)[None] * count_B[:, None] // n
@@ -153,7 +146,7 @@ def landmark_means(valid_BL: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
     return member_BJL.astype(jnp.float32) / at_least_1, size_BJ > 0
 
 
-def pseudo_inverse(a: jax.Array, iterations: int) -> jax.Array:
+def pseudo_inverse(a: Array, iterations: int) -> Array:
     """Of matrices [...,J,J] whose rows sum to 1, by the authors' third-order iteration, float32."""
     one = jnp.eye(a.shape[-1])[(None,) * (a.ndim - 2)]
     z = a.swapaxes(-1, -2) / a.sum(axis=-2).max(axis=-1)[..., None, None]
@@ -180,9 +173,7 @@ class Performer(EncoderAttention):
         shape, drawn = (c.performer.features, c.head_dim), dict(exact=True, trained=False)
         self.directions = weight(rngs, shape, (None, None), orthogonal_normal, **drawn)
 
-    def mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
-    ) -> jax.Array:
+    def mix(self, q: Array, k: Array, v: Array, x_BLD: Array, valid_BL: Array) -> Array:
         valid = valid_BL[..., None, None]
         w_Jk = jax.lax.stop_gradient(self.directions[...])
         q, k = (a.astype(jnp.float32) * a.shape[-1] ** -0.25 for a in (q, k))
@@ -201,7 +192,7 @@ class Performer(EncoderAttention):
         return exact_einsum("blhj,bhjk->blhk", phi_q, summed) / total
 
 
-def orthogonal_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def orthogonal_normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """[J,Dh]: rows orthogonal in blocks of Dh, each with the length of a normal vector."""
     j, dh = shape
     directions, lengths = jax.random.split(key)
@@ -236,9 +227,7 @@ class LongShort(EncoderAttention):
             for init in (ones, ones, zeros, zeros)
         )
 
-    def mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
-    ) -> jax.Array:
+    def mix(self, q: Array, k: Array, v: Array, x_BLD: Array, valid_BL: Array) -> Array:
         b, length, h, dh = q.shape
         w, more = self.window, -length % self.window
         scores_BLhJ = linear(x_BLD, self.w_p[...].astype(x_BLD.dtype))
@@ -259,7 +248,7 @@ class LongShort(EncoderAttention):
         y = y + einsum("bjhk,bshqj->bsqhk", far_v, far_weights)
         return y.reshape(b, -1, h, dh)[:, :length]
 
-    def _norm(self, x: jax.Array, scale: nnx.Param, bias: nnx.Param, dtype: Any) -> jax.Array:
+    def _norm(self, x: Array, scale: nnx.Param, bias: nnx.Param, dtype: Any) -> Array:
         """LayerNorm over the last axis of [...,h,k], each head with its own scale and bias."""
         y = x.astype(jnp.float32)
         y = y - y.mean(axis=-1, keepdims=True)
@@ -267,7 +256,7 @@ class LongShort(EncoderAttention):
         return (y * scale[...][None, None] + bias[...][None, None]).astype(dtype)
 
 
-def around(a_BL: jax.Array, window: int) -> jax.Array:
+def around(a_BL: Array, window: int) -> Array:
     """What each segment of w tokens of [B,L,…] sees: [B,L/w,2·w,…], zeros beyond the ends."""
     half, rest = window // 2, ((0, 0),) * (a_BL.ndim - 2)
     padded = jnp.pad(a_BL, ((0, 0), (half, half), *rest))
@@ -300,14 +289,12 @@ class Reformer(EncoderAttention):
         axes, init = ("heads", None, None, None), nnx.initializers.normal(1.0)
         self.rotations = weight(rngs, shape, axes, init, exact=True, trained=False)
 
-    def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x: Array, rotary: Any) -> tuple[Array, Array, Array]:
         qk, v = self._heads(x, self.w_q, self.b_q), self._heads(x, self.w_v, self.b_v)
         # What is hashed is not rotated: equal tokens fall into one bucket wherever they are.
         return rotate(qk, rotary), qk, v
 
-    def mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, x_BLD: jax.Array, valid_BL: jax.Array
-    ) -> jax.Array:
+    def mix(self, q: Array, k: Array, v: Array, x_BLD: Array, valid_BL: Array) -> Array:
         b, length, h, dh = q.shape  # k: the same as q, as it is hashed
         more = -length % self.chunk
         q, hashed, v, valid_BL = (pad_sequence(a, more) for a in (q, k, v, valid_BL))
@@ -316,7 +303,7 @@ class Reformer(EncoderAttention):
         u, l = order_BhUL.shape[2:]
         chunks = (b, h, u, -1, self.chunk)
 
-        def at(a_BhLX: jax.Array) -> jax.Array:
+        def at(a_BhLX: Array) -> Array:
             """[B,h,L,X] in sorted order, cut in chunks: [B,h,U,chunks,chunk,X]."""
             index = order_BhUL.reshape(b, h, u * l, 1)
             sorted_rows = jnp.take_along_axis(a_BhLX, index, axis=2)
@@ -341,7 +328,7 @@ class Reformer(EncoderAttention):
         mixed, total = mixed.reshape(b, h, u, l, dh), total.reshape(b, h, u, l)
         return combined(mixed, total, place_BhUL).transpose(0, 2, 1, 3)[:, :length]
 
-    def _sorted(self, hashed_BhLk: jax.Array, valid_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _sorted(self, hashed_BhLk: Array, valid_BL: Array) -> tuple[Array, Array]:
         """(int32 [B,h,U,L] every round's tokens in the order of their buckets, the inverse).
 
         Padding comes last.
@@ -355,21 +342,21 @@ class Reformer(EncoderAttention):
         return order_BhUL, jnp.argsort(order_BhUL, axis=-1).astype(jnp.int32)
 
 
-def combined(mixed_BhULk: jax.Array, total_BhUL: jax.Array, place_BhUL: jax.Array) -> jax.Array:
+def combined(mixed_BhULk: Array, total_BhUL: Array, place_BhUL: Array) -> Array:
     """[B,h,L,k]: the rounds' values in the tokens' order, weighed by a softmax of their totals."""
     total_BhUL = jnp.take_along_axis(total_BhUL, place_BhUL, axis=-1)
     mixed_BhULk = jnp.take_along_axis(mixed_BhULk, place_BhUL[..., None], axis=3)
     return (mixed_BhULk * jax.nn.softmax(total_BhUL, axis=2)[..., None]).sum(axis=2)
 
 
-def unit(x: jax.Array) -> jax.Array:
+def unit(x: Array) -> Array:
     """x [...,k] with length 1."""
     y, width = x.astype(jnp.float32), x.shape[-1]
     y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + 1e-6) * width**-0.5
     return y.astype(x.dtype)
 
 
-def before(a: jax.Array, last_B: jax.Array) -> jax.Array:
+def before(a: Array, last_B: Array) -> Array:
     """The chunk before each of [B,h,U,chunks,…].
 
     Before a round's first, that is the last one with tokens of the round before.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed.manual import Region
@@ -55,7 +56,7 @@ class MoH(Attention):
         self.w_shared = weight_if(s > 1, rngs, (d, s), axes, init, exact=True)
         self.w_kinds = weight_if(s, rngs, (d, 2), axes, init, exact=True)
 
-    def weights(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def weights(self, x_BLD: Array) -> tuple[Array, Array, Array]:
         """Of the heads.
 
         Returns:
@@ -69,7 +70,7 @@ class MoH(Attention):
         routed = rescaled(scores, chosen, self.k)
         if self.w_kinds is None:
             return routed, logits, chosen
-        shared: jax.Array | float = 1.0
+        shared: Array | float = 1.0
         if self.w_shared is not None:
             shared = self.n_shared * jax.nn.softmax(_scores(x, self.w_shared))
         kinds = 2 * jax.nn.softmax(_scores(x, self.w_kinds))
@@ -77,8 +78,8 @@ class MoH(Attention):
         return weights, logits, chosen
 
     def _weighed(
-        self, o: jax.Array, x_BLD: jax.Array, segments_BL: jax.Array | None, region: Region
-    ) -> tuple[jax.Array, RoutingStats]:
+        self, o: Array, x_BLD: Array, segments_BL: Array | None, region: Region
+    ) -> tuple[Array, RoutingStats]:
         weights_BLH, logits, chosen = self.weights(x_BLD)
         h, weights_BLH = o.shape[2], region.as_varying(weights_BLH)
         own_BLh = jax.lax.dynamic_slice_in_dim(weights_BLH, h * region.shard_index, h, axis=2)
@@ -87,5 +88,5 @@ class MoH(Attention):
         return o * own_BLh[..., None].astype(o.dtype), statistics(logits, chosen, chosen, valid_BL)
 
 
-def _scores(x: jax.Array, kernel: nnx.Param) -> jax.Array:
+def _scores(x: Array, kernel: nnx.Param) -> Array:
     return jnp.matmul(x, kernel[...], precision=jax.lax.Precision.HIGHEST)

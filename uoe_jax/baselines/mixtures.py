@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.layers.mlp import MLP, mlp_options
@@ -42,7 +43,7 @@ class Mixture(UoME):
         options, hidden = mlp_options(c) | {"bias": False}, moe.n_shared * width
         self.shared = MLP(c.d_model, hidden, rngs=rngs, **options) if hidden else None
 
-    def _shared_experts(self, x: jax.Array) -> jax.Array | None:
+    def _shared_experts(self, x: Array) -> Array | None:
         return None if self.shared is None else self.shared.partial(x)
 
 
@@ -114,7 +115,7 @@ class XMoE(Mixture):
         super().__init__(c, rule, rngs=rngs)
 
 
-def until(scores: jax.Array, valid: jax.Array, threshold: float) -> jax.Array:
+def until(scores: Array, valid: Array, threshold: float) -> Array:
     """bool [...,N]: each valid token's best experts until their scores sum to the threshold.
 
     An expert is chosen if the better ones alone stay below it; the lower index wins a tie.
@@ -150,7 +151,7 @@ class SkyworkMoE(Mixture):
             self.router.balance_weight = weight(rngs, (1,), (None,), start, exact=True)
 
 
-def normalised(logits: jax.Array, scale: float) -> jax.Array:
+def normalised(logits: Array, scale: float) -> Array:
     """Logits [...,N] with mean 0 and standard deviation `scale` over the experts."""
     centred = logits - logits.mean(axis=-1, keepdims=True)
     # Not jnp.std, whose gradient is infinite where all logits are alike.

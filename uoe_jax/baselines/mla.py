@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.schema import ModelConfig
@@ -27,8 +28,8 @@ from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
 class MLACache(NamedTuple):
     """Latents [B,context,J] and rotated shared keys [B,context,d_rope]."""
 
-    latent: jax.Array
-    rotary: jax.Array
+    latent: Array
+    rotary: Array
 
 
 class MLA(Block):
@@ -54,8 +55,8 @@ class MLA(Block):
         self.bias_out = weight_if(c.bias, rngs, (d,), (None,), zeros)
 
     def _forward(
-        self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[jax.Array, None, tuple[jax.Array, jax.Array]]:
+        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
+    ) -> tuple[Array, None, tuple[Array, Array]]:
         shared_BLD, x_BLD = region.gather_inputs(x_BLD.astype(self.dtype))
         latent_BLJ, rotary_BLk = self._latent(shared_BLD, tokens.rotary)
         if self.w_down is not None:
@@ -73,31 +74,31 @@ class MLA(Block):
         bias_D = region.weight_for_local_tokens(self.bias_out)
         return add_bias(y_BLD, bias_D), None, (latent_BLJ, rotary_BLk)
 
-    def _latent(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:
+    def _latent(self, x: Array, rotary: Any) -> tuple[Array, Array]:
         """(normalised latent [...,J], rotated shared key [...,d_rope])."""
         both, j = self._matmul(x, self.w_latent), self.latent_scale.shape[0]
         latent = rms_norm(both[..., :j], self.latent_scale[...], self.eps).astype(self.dtype)
         return latent, rotate(both[..., None, j:], rotary)[..., 0, :]
 
-    def _narrow(self, x: jax.Array) -> jax.Array:
+    def _narrow(self, x: Array) -> Array:
         assert self.w_down is not None and self.q_scale is not None  # there is a q_rank
         narrow = self._matmul(x, self.w_down)
         return rms_norm(narrow, self.q_scale[...], self.eps).astype(self.dtype)
 
-    def _queries(self, x: jax.Array, rotary: Any) -> jax.Array:
+    def _queries(self, x: Array, rotary: Any) -> Array:
         """[...,H,Dh + d_rope], the latter rotated, from x or its narrow form."""
         q, dh = checkpoint_name(self._matmul(x, self.w_q), "qkv"), self.w_k.shape[-1]
         return jnp.concatenate([q[..., :dh], rotate(q[..., dh:], rotary)], axis=-1)
 
-    def _matmul(self, x: jax.Array, w: nnx.Param, axes: int = 1) -> jax.Array:
+    def _matmul(self, x: Array, w: nnx.Param, axes: int = 1) -> Array:
         return linear(x, w[...].astype(self.dtype), axes)
 
     def _start_cache(self, state: Any, tokens: Tokens, context: int) -> MLACache:
         return MLACache(*(pad_sequence(a, context - a.shape[1]) for a in state))
 
     def decode_step(
-        self, x_BD: jax.Array, cache: MLACache, t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, MLACache]:
+        self, x_BD: Array, cache: MLACache, t_B: Array, rotary: Any
+    ) -> tuple[Array, MLACache]:
         x_BD = x_BD.astype(self.dtype)
         latent_BJ, rotary_Bk = self._latent(x_BD, rotary)
         at, dh = (jnp.arange(x_BD.shape[0]), t_B), self.w_k.shape[-1]

@@ -15,6 +15,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.sharding import PartitionSpec
 
 from uoe_jax.distributed import mesh as mesh_lib
@@ -32,10 +33,10 @@ class Region(NamedTuple):
     sequence_parallel: bool = False
 
     @property
-    def shard_index(self) -> jax.Array | int:
+    def shard_index(self) -> Array | int:
         return jax.lax.axis_index("expert") if self.num_shards else 0
 
-    def gather_inputs(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def gather_inputs(self, x_BLD: Array) -> tuple[Array, Array]:
         """All tokens of the rows, twice: for what every shard computes alike, and for what each
         computes for itself.
 
@@ -45,18 +46,18 @@ class Region(NamedTuple):
             return _gather_tokens(x_BLD)
         return x_BLD, self.as_varying(x_BLD)
 
-    def as_varying(self, a: jax.Array) -> jax.Array:
+    def as_varying(self, a: Array) -> Array:
         """A value that all shards have alike, for use by each on its own: its gradient is summed
         over the shards here."""
         return jax.lax.pcast(a, "expert", to="varying") if self.num_shards else a
 
-    def reduce_outputs(self, y_BLD: jax.Array) -> jax.Array:
+    def reduce_outputs(self, y_BLD: Array) -> Array:
         """The sum over the shards: the one reduction of a block."""
         if self.sequence_parallel:
             return jax.lax.psum_scatter(y_BLD, "expert", scatter_dimension=1, tiled=True)
         return jax.lax.psum(y_BLD, "expert") if self.num_shards else y_BLD
 
-    def local_tokens(self, a_BL: jax.Array) -> jax.Array:
+    def local_tokens(self, a_BL: Array) -> Array:
         """Values [B,L,…] of all tokens, reduced to the tokens whose activations this shard holds
         between blocks."""
         if not self.sequence_parallel:
@@ -65,7 +66,7 @@ class Region(NamedTuple):
         assert not rest, (a_BL.shape, self.num_shards)
         return jax.lax.dynamic_slice_in_dim(a_BL, self.shard_index * l, l, axis=1)
 
-    def weight_for_local_tokens(self, w: nnx.Variable | None) -> jax.Array | None:
+    def weight_for_local_tokens(self, w: nnx.Variable | None) -> Array | None:
         """A weight that all shards hold, for use on local tokens: its gradient is summed at the
         size of the weight."""
         if w is None:
@@ -77,16 +78,16 @@ WHOLE = Region()
 
 
 def run(
-    f: Callable[[Any, jax.Array, Any, Region], tuple[jax.Array, Any]],
+    f: Callable[[Any, Array, Any, Region], tuple[Array, Any]],
     weights: Any,
-    x: jax.Array,
+    x: Array,
     tokens: Any = None,
     *,
     dtype: Any,
     ids: bool = False,
     shard_last: bool = False,
     on_local_tokens: bool = False,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Array, Any]:
     """`f(weights, x, tokens, region)` on every device's shard, or on everything where there is one
     device.
 
@@ -112,7 +113,7 @@ def run(
     specs = [mesh_lib.weight_spec(mesh, w.logical_axes, w.shape) for w in leaves]
     over = ("expert",) if on_local_tokens and region.sequence_parallel else ()
 
-    def on_shard(shards: list[jax.Array], x: jax.Array, tokens: Any) -> tuple[jax.Array, Any]:
+    def on_shard(shards: list[Array], x: Array, tokens: Any) -> tuple[Array, Any]:
         whole = [
             w.replace(_gathered(a, spec, a.dtype if w.exact else dtype, over))
             for w, a, spec in zip(leaves, shards, specs)
@@ -127,7 +128,7 @@ def run(
     return sharded([w[...] for w in leaves], x, tokens)
 
 
-def _gathered(w: jax.Array, spec: PartitionSpec, dtype: Any, over: tuple[str, ...]) -> jax.Array:
+def _gathered(w: Array, spec: PartitionSpec, dtype: Any, over: tuple[str, ...]) -> Array:
     """Inside the region: a weight all-gathered over `fsdp` in `dtype`.
 
     Cast to varying over the other batch axes (and `over`) first: the gradient is then
@@ -140,11 +141,11 @@ def _gathered(w: jax.Array, spec: PartitionSpec, dtype: Any, over: tuple[str, ..
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_weight(w: jax.Array, axis: int, dtype: Any) -> jax.Array:
+def _gather_weight(w: Array, axis: int, dtype: Any) -> Array:
     return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _scatter_gradient(axis: int, dtype: Any, _: None, d: jax.Array) -> tuple[jax.Array]:
+def _scatter_gradient(axis: int, dtype: Any, _: None, d: Array) -> tuple[Array]:
     d = d.astype(jnp.float32)
     return (jax.lax.psum_scatter(d, "fsdp", scatter_dimension=axis, tiled=True),)
 
@@ -153,14 +154,14 @@ _gather_weight.defvjp(lambda *args: (_gather_weight(*args), None), _scatter_grad
 
 
 @jax.custom_vjp
-def _gather_tokens(x_BlD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gather_tokens(x_BlD: Array) -> tuple[Array, Array]:
     """`Region.gather_inputs` of tokens sharded over `expert`: one all-gather, and one
     reduce-scatter backward."""
     shared_BLD = jax.lax.all_gather(x_BlD, "expert", axis=1, tiled=True, to="invarying")
     return shared_BLD, jax.lax.pcast(shared_BLD, "expert", to="varying")
 
 
-def _scatter_tokens(_: None, d: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
+def _scatter_tokens(_: None, d: tuple[Array, Array]) -> tuple[Array]:
     d_shared_BLD, d_own_BLD = d
     l = d_own_BLD.shape[1] // jax.lax.axis_size("expert")
     start = l * jax.lax.axis_index("expert")

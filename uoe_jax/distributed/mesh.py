@@ -12,6 +12,7 @@ from typing import Any, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -146,13 +147,13 @@ def is_sequence_parallel(mesh: AbstractMesh) -> bool:
     return bool(_sequence_parallel.value) and mesh.shape["expert"] > 1
 
 
-def constrain_activations(x_BLD: jax.Array) -> jax.Array:
+def constrain_activations(x_BLD: Array) -> Array:
     """The same activations, constrained to their sharding between blocks."""
     mesh = current()
     return x_BLD if mesh is None else jax.lax.with_sharding_constraint(x_BLD, activations(mesh))
 
 
-def everywhere(x: jax.Array) -> jax.Array:
+def everywhere(x: Array) -> Array:
     """The same values, constrained to be whole on every device, so that every process can read."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -214,12 +215,12 @@ def _rows_of(index: tuple[slice, ...] | None) -> slice:
     return index[0]
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     """Global arrays from the rows that this process holds (`local_rows`)."""
     shards = batch_shards(mesh)
     own_shards = len(local_rows(mesh, shards))
 
-    def put(own: np.ndarray) -> jax.Array:
+    def put(own: np.ndarray) -> Array:
         rows = len(own) // own_shards * shards
         held = local_rows(mesh, rows)
 

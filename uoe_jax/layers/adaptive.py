@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed import mesh as mesh_lib
@@ -26,7 +27,7 @@ from uoe_jax.layers.common import linear
 from uoe_jax.layers.vocabulary import lookup
 from uoe_jax.layers.weights import scaled_normal, weight
 
-Piece = tuple[jax.Array, jax.Array | None]  # (table [v,d], projection [D,d] where d < D)
+Piece = tuple[Array, Array | None]  # (table [v,d], projection [D,d] where d < D)
 
 
 class Pieces(nnx.Module):
@@ -42,12 +43,10 @@ class Pieces(nnx.Module):
                 w = weight(rngs, (c.d_model, width), ("embed", None), scaled_normal(c.d_model))
                 setattr(self, f"projection_{i}", w)
 
-    def lookup(self, ids_BL: jax.Array, dtype: Any) -> jax.Array:
+    def lookup(self, ids_BL: Array, dtype: Any) -> Array:
         """Embeddings of ids, [B,L,D] in `dtype`, sharded as between blocks; also of ids [B]."""
 
-        def on_shard(
-            pieces: Pieces, ids_BL: jax.Array, _: Any, region: Region
-        ) -> tuple[jax.Array, None]:
+        def on_shard(pieces: Pieces, ids_BL: Array, _: Any, region: Region) -> tuple[Array, None]:
             own_BL, found, start = region.local_tokens(ids_BL), [], 0
             # In float32, and rounded then, for the sums of the gradient (`vocabulary.lookup`).
             for table_vd, projection_Dd in split(pieces, jnp.float32, self.cutoffs):
@@ -73,24 +72,26 @@ def make_vocabulary(c: ModelConfig, *, rngs: nnx.Rngs) -> Vocabulary:
     return weight(rngs, (c.vocab_size, c.d_model), (None, "embed"), scaled_normal(c.d_model))
 
 
-def embed(words: Vocabulary, ids_BL: jax.Array, dtype: Any) -> jax.Array:
+def embed(vocabulary: Vocabulary, ids_BL: Array, dtype: Any) -> Array:
     """Embeddings of ids, [B,L,D] in `dtype`, sharded as between blocks."""
-    if isinstance(words, Pieces):
-        return words.lookup(ids_BL, dtype)
-    return lookup(words, ids_BL, dtype)
+    if isinstance(vocabulary, Pieces):
+        return vocabulary.lookup(ids_BL, dtype)
+    return lookup(vocabulary, ids_BL, dtype)
 
 
-def split(words: Vocabulary, dtype: Any, cutoffs: tuple[int, ...]) -> list[Piece]:
+def split(vocabulary: Vocabulary, dtype: Any, cutoffs: tuple[int, ...]) -> list[Piece]:
     """All pieces in `dtype` (None: as they are)."""
 
-    def cast(w: nnx.Param) -> jax.Array:
+    def cast(w: nnx.Param) -> Array:
         return w[...].astype(dtype or w.dtype)
 
-    if not isinstance(words, Pieces):
-        return [(table_vD, None) for table_vD in jnp.split(cast(words), cutoffs)]
+    if not isinstance(vocabulary, Pieces):
+        return [(table_vD, None) for table_vD in jnp.split(cast(vocabulary), cutoffs)]
     tails = range(1, len(cutoffs) + 1)
-    pieces = ((getattr(words, f"table_{i}"), getattr(words, f"projection_{i}")) for i in tails)
-    return [(cast(words.table_0), None), *((cast(table), cast(w)) for table, w in pieces)]
+    pieces = (
+        (getattr(vocabulary, f"table_{i}"), getattr(vocabulary, f"projection_{i}")) for i in tails
+    )
+    return [(cast(vocabulary.table_0), None), *((cast(table), cast(w)) for table, w in pieces)]
 
 
 class AdaptiveHead(nnx.Module):
@@ -102,13 +103,13 @@ class AdaptiveHead(nnx.Module):
         self.tails = weight(rngs, shape, (None, "embed"), scaled_normal(c.d_model))
         self.words = None if c.tie_embeddings else make_vocabulary(c, rngs=rngs)
 
-    def __call__(self, x: jax.Array, embedding: Vocabulary) -> jax.Array:
+    def __call__(self, x: Array, embedding: Vocabulary) -> Array:
         """log p of every entry, float32 [B,L,V] (or [B,V]), of hidden states x [B,L,D] (or [B,D]).
 
         Scores every tail for every token.
         """
 
-        def on_shard(weights: Any, x: jax.Array, _: Any, region: Region) -> tuple[jax.Array, None]:
+        def on_shard(weights: Any, x: Array, _: Any, region: Region) -> tuple[Array, None]:
             first, *tails = self._pieces(weights, x.dtype)
             head = jax.nn.log_softmax(entry_scores(x, first[0]), axis=-1)
             out = [head[..., : self.cutoffs[0]]]
@@ -120,12 +121,12 @@ class AdaptiveHead(nnx.Module):
         weights = self._weights(embedding)
         return run(on_shard, weights, x, dtype=x.dtype, on_local_tokens=True)[0]
 
-    def nll(self, x_BLD: jax.Array, targets_BL: jax.Array, embedding: Vocabulary) -> jax.Array:
+    def nll(self, x_BLD: Array, targets_BL: Array, embedding: Vocabulary) -> Array:
         """-log p of the targets, float32 [B,L]; the scores of all tokens never exist at once."""
 
         def on_shard(
-            weights: Any, x: jax.Array, targets_BL: jax.Array, region: Region
-        ) -> tuple[jax.Array, None]:
+            weights: Any, x: Array, targets_BL: Array, region: Region
+        ) -> tuple[Array, None]:
             target_T = region.local_tokens(targets_BL).reshape(-1)
             pieces, x_TD = self._pieces(weights, None), x.reshape(-1, x.shape[-1])
             return _nll(pieces, self.cutoffs, x_TD, target_T).reshape(x.shape[:-1]), None
@@ -145,18 +146,16 @@ class AdaptiveHead(nnx.Module):
 
     def _pieces(self, weights: tuple[Vocabulary, nnx.Param], dtype: Any) -> list[Piece]:
         """The pieces; the vectors of the tails follow the first piece's own."""
-        words, tails = weights
-        (first_vD, _), *others = split(words, dtype, self.cutoffs)
+        vocabulary, tails = weights
+        (first_vD, _), *others = split(vocabulary, dtype, self.cutoffs)
         return [(jnp.concatenate([first_vD, tails[...].astype(first_vD.dtype)]), None), *others]
 
 
-def _narrow(x: jax.Array, projection_Dd: jax.Array | None) -> jax.Array:
+def _narrow(x: Array, projection_Dd: Array | None) -> Array:
     return x if projection_Dd is None else x @ projection_Dd.astype(x.dtype)
 
 
-def _nll(
-    pieces: list[Piece], cutoffs: tuple[int, ...], x_TD: jax.Array, target_T: jax.Array
-) -> jax.Array:
+def _nll(pieces: list[Piece], cutoffs: tuple[int, ...], x_TD: Array, target_T: Array) -> Array:
     """-log p of the targets, float32 [T]."""
     after_T = target_T[:, None] >= jnp.array(cutoffs, jnp.int32)[None]
     piece_T = after_T.sum(axis=-1, dtype=jnp.int32)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.schema import ModelConfig
@@ -29,15 +30,15 @@ from uoe_jax.moe.routing import RoutingStats
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
     causal: bool,
     drop_rate: float = 0.0,
-    keys_RG: jax.Array | None = None,
-    lengths: jax.Array | None = None,
-) -> jax.Array:
+    keys_RG: Array | None = None,
+    lengths: Array | None = None,
+) -> Array:
     """Softmax attention [R,S,H,e] over k [R,S,G,k] and v [R,S,G,e], scale 1/sqrt(k).
 
     Softmax in float32. G divides H. On NVIDIA GPUs in 16 bits this is cuDNN's kernel where it takes
@@ -69,12 +70,12 @@ def attend(
     return o_AQSe.reshape(r, g, h // g, s, dv).transpose(0, 3, 1, 2, 4).reshape(r, s, h, dv)
 
 
-def group_keys(keys_B: jax.Array, g: int, shard: int | jax.Array = 0) -> jax.Array:
+def group_keys(keys_B: Array, g: int, shard: int | Array = 0) -> Array:
     """A key for each row and each of the g key/value heads of a shard, [B,G]."""
     return jax.vmap(lambda i: fold(keys_B, i), out_axes=1)(g * shard + jnp.arange(g))
 
 
-def attend_one(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
+def attend_one(q: Array, k: Array, v: Array, last: Array) -> Array:
     """One query [...,H,k] of each row over the cached k, v [...,G,S,k] at places 0..last [...].
 
     A CPU reads this cache layout in order: [S,G,k] was 7 to 10 times slower.
@@ -90,13 +91,13 @@ def attend_one(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax
     return o_GQk.reshape(q.shape).astype(q.dtype)
 
 
-def cache_of(k_SGk: jax.Array, places: int) -> jax.Array:
+def cache_of(k_SGk: Array, places: int) -> Array:
     """Keys or values [...,S,G,k] as a cache holds them, [...,G,places,k]."""
     k_GSk = k_SGk.swapaxes(-3, -2)
     return jnp.pad(k_GSk, (*((0, 0),) * (k_GSk.ndim - 2), (0, places - k_GSk.shape[-2]), (0, 0)))
 
 
-def put(cache_GSk: jax.Array, k_Gk: jax.Array, at: jax.Array) -> jax.Array:
+def put(cache_GSk: Array, k_Gk: Array, at: Array) -> Array:
     """A cache [...,G,S,k] with the keys or values [...,G,k] of one token of each row at its place.
 
     at: int32 [...]; a place past the end writes nothing.
@@ -106,7 +107,7 @@ def put(cache_GSk: jax.Array, k_Gk: jax.Array, at: jax.Array) -> jax.Array:
     return cache_GSk.at[(*grid, at[..., None])].set(k_Gk, mode="drop", unique_indices=True)
 
 
-def placed(x: jax.Array, scale: nnx.Param | None, eps: float | None, rotary: Any) -> jax.Array:
+def placed(x: Array, scale: nnx.Param | None, eps: float | None, rotary: Any) -> Array:
     """Queries or keys [...,heads,k] after QK-norm (where the block has it) and rotary positions."""
     if scale is not None and eps is not None:
         x = rms_norm(x, scale[...], eps).astype(x.dtype)
@@ -116,8 +117,8 @@ def placed(x: jax.Array, scale: nnx.Param | None, eps: float | None, rotary: Any
 class DenseCache(NamedTuple):
     """Keys and values [B,G,context,k]."""
 
-    k: jax.Array
-    v: jax.Array
+    k: Array
+    v: Array
 
 
 class Options(TypedDict):
@@ -182,8 +183,8 @@ class Attention(Block):
         self.bias_out = weight_if(bias, rngs, (d,), (None,), zeros)
 
     def _forward(
-        self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[jax.Array, RoutingStats | None, tuple[jax.Array, jax.Array]]:
+        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
+    ) -> tuple[Array, RoutingStats | None, tuple[Array, Array]]:
         shared_BLD, x_BLD = region.gather_inputs(x_BLD.astype(self.dtype))
         q, k, v = self._project(x_BLD, tokens.rotary)
         o = self._mix(q, k, v, x_BLD, tokens, region)
@@ -192,37 +193,31 @@ class Attention(Block):
         return add_bias(y_BLD, region.weight_for_local_tokens(self.bias_out)), stats, (k, v)
 
     def _weighed(
-        self, o: jax.Array, x_BLD: jax.Array, segments_BL: jax.Array | None, region: Region
-    ) -> tuple[jax.Array, RoutingStats | None]:
+        self, o: Array, x_BLD: Array, segments_BL: Array | None, region: Region
+    ) -> tuple[Array, RoutingStats | None]:
         """The heads' values as they are summed; statistics where heads are routed."""
         return o, None
 
     def _mix(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        x_BLD: jax.Array,
-        tokens: Tokens,
-        region: Region,
-    ) -> jax.Array:
+        self, q: Array, k: Array, v: Array, x_BLD: Array, tokens: Tokens, region: Region
+    ) -> Array:
         """The heads' values [B,L,H,k] from q [B,L,H,k], k and v [B,L,G,k] and the block's input."""
         keys_BG = tokens.keys_B
         if keys_BG is not None:
             keys_BG = group_keys(keys_BG, k.shape[2], region.shard_index)
         return attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
 
-    def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x: Array, rotary: Any) -> tuple[Array, Array, Array]:
         assert self.w_k is not None  # only Reformer has none, and overrides this
         q, k = self._heads(x, self.w_q, self.b_q), self._heads(x, self.w_k, self.b_k)
         v = self._heads(x, self.w_v, self.b_v)
         q = placed(q, self.q_scale, self.qk_norm_eps, rotary)
         return q, placed(k, self.k_scale, self.qk_norm_eps, rotary), v
 
-    def _heads(self, x: jax.Array, w: nnx.Param, b: nnx.Param | None) -> jax.Array:
+    def _heads(self, x: Array, w: nnx.Param, b: nnx.Param | None) -> Array:
         return checkpoint_name(add_bias(linear(x, w[...].astype(self.dtype)), b), "qkv")
 
-    def _out(self, o: jax.Array) -> jax.Array:
+    def _out(self, o: Array) -> Array:
         return linear(o, self.w_o[...].astype(self.dtype), axes=2)
 
     def _start_cache(self, state: Any, tokens: Tokens, context: int) -> DenseCache:
@@ -230,8 +225,8 @@ class Attention(Block):
         return DenseCache(cache_of(k, context), cache_of(v, context))
 
     def decode_step(
-        self, x_BD: jax.Array, cache: DenseCache, t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, DenseCache]:
+        self, x_BD: Array, cache: DenseCache, t_B: Array, rotary: Any
+    ) -> tuple[Array, DenseCache]:
         x_BD = x_BD.astype(self.dtype)
         q, k, v = self._project(x_BD, rotary)
         cache = DenseCache(put(cache.k, k, t_B), put(cache.v, v, t_B))

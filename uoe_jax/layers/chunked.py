@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from uoe_jax.layers import tiles
 
-Bound = jax.Array | int  # a position among the tokens
+Bound = Array | int  # a position among the tokens
 
 
-def chunked_nll(
-    x_Td: jax.Array, table_vd: jax.Array, target_T: jax.Array, start: Bound, stop: Bound
-) -> jax.Array:
+def chunked_nll(x_Td: Array, table_vd: Array, target_T: Array, start: Bound, stop: Bound) -> Array:
     """-log softmax(x · table) at the targets of tokens start … stop-1, 0 elsewhere; float32 [T]."""
     log_sum_T, hit_T = chunked_sums(x_Td, table_vd, target_T, start, stop)
     return log_sum_T - hit_T
@@ -24,8 +23,8 @@ def chunked_nll(
 
 @jax.custom_vjp
 def chunked_sums(
-    x_Td: jax.Array, table_vd: jax.Array, target_T: jax.Array, start: Bound, stop: Bound
-) -> tuple[jax.Array, jax.Array]:
+    x_Td: Array, table_vd: Array, target_T: Array, start: Bound, stop: Bound
+) -> tuple[Array, Array]:
     """(log-sum-exp of the scores, the target's score) of tokens start … stop-1; float32 [T].
 
     Zeros for other tokens, and a score of 0 for a target that is not in the table. Differentiable
@@ -35,7 +34,7 @@ def chunked_sums(
     return _forward(x_Td, table_vd, target_T, start, stop)[0]
 
 
-def entry_scores(x: jax.Array, table_vd: jax.Array) -> jax.Array:
+def entry_scores(x: Array, table_vd: Array) -> Array:
     """float32 scores [...,v] of hidden states [...,d] against the entries of a table."""
     return jnp.matmul(x, table_vd.T, preferred_element_type=jnp.float32)
 
@@ -44,7 +43,7 @@ def _forward(x_Td, table_vd, target_T, start, stop):
     kernel_vd, n = table_vd.astype(x_Td.dtype), x_Td.shape[0]
     size = tiles.chunk(n, table_vd.shape[0])
 
-    def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         at, own_t = _chunk(i, size, n, start, stop)
         x_td, target_t, log_sum_t, hit_t = (_rows(a, at, size) for a in (x_Td, target_T, *sums))
         scores_tv = entry_scores(x_td, kernel_vd)
@@ -67,7 +66,7 @@ def _backward(kept, d):
     largest = jnp.maximum(jnp.abs(d[0]).max(), jnp.abs(d[1]).max())
     scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
 
-    def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         at, own_t = _chunk(i, size, n, start, stop)
         by_token = (x_Td, target_T, log_sum_T, d[0] / scale, d[1] / scale, sums[0])
         x_td, target_t, log_sum_t, d_log_sum_t, d_hit_t, dx_td = (
@@ -90,9 +89,7 @@ def _backward(kept, d):
 chunked_sums.defvjp(_forward, _backward)
 
 
-def _chunk(
-    i: jax.Array, size: int, n: int, start: Bound, stop: Bound
-) -> tuple[jax.Array, jax.Array]:
+def _chunk(i: Array, size: int, n: int, start: Bound, stop: Bound) -> tuple[Array, Array]:
     """(start of chunk i, bool [t] which of its tokens are its own): the last one may overlap."""
     first = start + i * size
     at = jnp.minimum(first, n - size)
@@ -100,13 +97,13 @@ def _chunk(
     return at, (token_t >= first) & (token_t < stop)
 
 
-def _rows(a: jax.Array, at: jax.Array, size: int) -> jax.Array:
+def _rows(a: Array, at: Array, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(a, at, size, axis=0)
 
 
-def _put(a: jax.Array, rows: jax.Array, at: jax.Array) -> jax.Array:
+def _put(a: Array, rows: Array, at: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(a, rows, at, axis=0)
 
 
-def _hits(target_t: jax.Array, scores_tv: jax.Array) -> jax.Array:
+def _hits(target_t: Array, scores_tv: Array) -> Array:
     return jnp.arange(scores_tv.shape[-1], dtype=jnp.int32)[None] == target_t[:, None]

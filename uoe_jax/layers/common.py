@@ -28,6 +28,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from uoe_jax.config.schema import GATED_ACTIVATIONS
 from uoe_jax.distributed.manual import WHOLE, Region, run
@@ -39,7 +40,7 @@ from uoe_jax.moe.routing import RoutingStats
 SAVED_NAMES = ("selection", "qkv", "heads", "hidden", "block_out")
 
 
-def linear(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
+def linear(x: Array, w: Array, axes: int = 1) -> Array:
     """Contracts the last `axes` axes of x with the first of w: [...,X] and [X,Y] to [...,Y].
 
     Computed as a product of two matrices, whatever axes tokens and heads have: with more axes XLA
@@ -57,7 +58,7 @@ class Norm(nnx.Module):
         self.scale = weight(rngs, (d,), (None,), ones, exact=True)
         self.bias = weight_if(kind == "layernorm", rngs, (d,), (None,), zeros, exact=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - y.mean(-1, keepdims=True)
@@ -67,19 +68,19 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """float32 x / rms(x) * scale over the last axis."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
     return y * along_last(scale, y)
 
 
-def along_last(v: jax.Array, like: jax.Array) -> jax.Array:
+def along_last(v: Array, like: Array) -> Array:
     """v with leading axes of size 1, to broadcast over the last axes of `like`."""
     return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
-def add_bias(y: jax.Array, bias: nnx.Param | jax.Array | None) -> jax.Array:
+def add_bias(y: Array, bias: nnx.Param | Array | None) -> Array:
     """y [...,X] plus a bias along its last axes, or of as many axes; None: y.
 
     Added in float32 and then rounded: the gradient of a bias sums over all tokens, and a running
@@ -89,7 +90,7 @@ def add_bias(y: jax.Array, bias: nnx.Param | jax.Array | None) -> jax.Array:
 
 
 @jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Array) -> Array:
     """Exact GELU, x·Φ(x), with its derivative written out.
 
     The derivative of erf fails in a manual region on jax 0.12.0.
@@ -105,16 +106,16 @@ def _gelu_jvp(primals, tangents):
     return gelu(x), t * (cdf + x * pdf)
 
 
-GATED: dict[str, Callable[[jax.Array], jax.Array]] = {"swiglu": jax.nn.silu, "geglu": gelu}
+GATED: dict[str, Callable[[Array], Array]] = {"swiglu": jax.nn.silu, "geglu": gelu}
 assert tuple(GATED) == GATED_ACTIVATIONS
-PLAIN: dict[str, Callable[[jax.Array], jax.Array]] = {
+PLAIN: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
 
 
-def activate(name: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+def activate(name: str, up: Array, gate: Array | None) -> Array:
     """The MLP's hidden values: act(up), or act(gate) * up for the gated kinds."""
     return PLAIN[name](up) if gate is None else GATED[name](gate) * up
 
@@ -129,12 +130,12 @@ class Tokens(NamedTuple):
       keys_B: in training, a random key per row for dropout and router noise; None: evaluation.
     """
 
-    segments_BL: jax.Array | None
-    positions_BL: jax.Array
-    rotary: tuple[jax.Array, jax.Array] | None = None
-    keys_B: jax.Array | None = None
+    segments_BL: Array | None
+    positions_BL: Array
+    rotary: tuple[Array, Array] | None = None
+    keys_B: Array | None = None
 
-    def folded(self, i: int | jax.Array) -> Tokens:
+    def folded(self, i: int | Array) -> Tokens:
         """The same tokens with `i` folded into their keys, for the i-th place that draws."""
         return self if self.keys_B is None else self._replace(keys_B=fold(self.keys_B, i))
 
@@ -158,8 +159,8 @@ class Block(nnx.Module):
     dtype: Any  # compute dtype
 
     def __call__(
-        self, x_BLD: jax.Array, tokens: Tokens | None = None
-    ) -> tuple[jax.Array, RoutingStats | None]:
+        self, x_BLD: Array, tokens: Tokens | None = None
+    ) -> tuple[Array, RoutingStats | None]:
         """(y_BLD, routing statistics where something is routed)."""
         tokens = tokens_like(x_BLD) if tokens is None else tokens
         return run(
@@ -167,12 +168,12 @@ class Block(nnx.Module):
         )
 
     def _forward(
-        self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[jax.Array, RoutingStats | None, Any]:
+        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
+    ) -> tuple[Array, RoutingStats | None, Any]:
         """What `__call__` returns, and what `_start_cache` needs, from the shard's own weights."""
         raise NotImplementedError
 
-    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, Any]:
+    def prefill(self, x_BLD: Array, tokens: Tokens, context: int) -> tuple[Array, Any]:
         """(y_BLD of the whole prompt, the block's own cache with room for `context` tokens)."""
         y_BLD, _, state = self._forward(x_BLD, tokens)
         return y_BLD, self._start_cache(state, tokens, context)
@@ -180,26 +181,22 @@ class Block(nnx.Module):
     def _start_cache(self, state: Any, tokens: Tokens, context: int) -> Any:
         raise NotImplementedError
 
-    def decode_step(
-        self, x_BD: jax.Array, cache: Any, t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, Any]:
+    def decode_step(self, x_BD: Array, cache: Any, t_B: Array, rotary: Any) -> tuple[Array, Any]:
         """(y_BD of token `t_B` of each row, the cache with it); rotary tables are [B,Dh/2]."""
         raise NotImplementedError
 
 
-def pad_sequence(a_BL: jax.Array, more: int) -> jax.Array:
+def pad_sequence(a_BL: Array, more: int) -> Array:
     """[B,L,…] with `more` zeros at the end of every row."""
     return jnp.pad(a_BL, ((0, 0), (0, more), *((0, 0),) * (a_BL.ndim - 2))) if more else a_BL
 
 
-def valid_tokens(segments_BL: jax.Array | None, like: jax.Array) -> jax.Array:
+def valid_tokens(segments_BL: Array | None, like: Array) -> Array:
     """bool [B,L], which tokens of `like` [B,L,…] are not padding."""
     return jnp.ones(like.shape[:2], bool) if segments_BL is None else segments_BL > 0
 
 
-def mask_empty_segments(
-    segments_RS: jax.Array | None, lengths_R: jax.Array | None, s: int
-) -> jax.Array | None:
+def mask_empty_segments(segments_RS: Array | None, lengths_R: Array | None, s: int) -> Array | None:
     """Segments of rows of s tokens, with the empty places from `lengths_R` on as segment -1."""
     if lengths_R is None:
         return segments_RS
@@ -207,18 +204,18 @@ def mask_empty_segments(
     return jnp.where(filled_RS, 1 if segments_RS is None else segments_RS, -1)
 
 
-def valid_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+def valid_mean(x: Array, valid: Array) -> Array:
     """float32 mean of x [...,L,D] over its valid tokens (bool [...,L]), 0 where there are none."""
     total = jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum(axis=-2)
     return total / jnp.maximum(valid.sum(axis=-1, dtype=jnp.float32), 1)[..., None]
 
 
-def fold(keys_B: jax.Array, i: int | jax.Array) -> jax.Array:
+def fold(keys_B: Array, i: int | Array) -> Array:
     """`jax.random.fold_in` for each of several keys."""
     return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys_B)
 
 
-def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+def dropout(x: Array, rate: float, keys_B: Array | None) -> Array:
     """Dropout of x [B,…] at `rate`; each row draws from its own key, None: no dropout."""
     if not rate or keys_B is None:
         return x
@@ -226,23 +223,23 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-def positions_like(ids_BL: jax.Array) -> jax.Array:
+def positions_like(ids_BL: Array) -> Array:
     """int32 [B,L], counted from the start of every row of [B,L,…]."""
     b, l = ids_BL.shape[:2]
     return jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
 
 
-def tokens_like(x_BLD: jax.Array) -> Tokens:
+def tokens_like(x_BLD: Array) -> Tokens:
     """One unpadded document per row."""
     return Tokens(None, positions_like(x_BLD))
 
 
 def rotary_tables(
-    positions_BL: jax.Array,
+    positions_BL: Array,
     head_dim: int,
     theta: float,
     stretch: tuple[float, float, float, float] | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """cos and sin of the rotary angles, float32 [...,Dh/2] for positions [...].
 
     stretch: (factor, low, high, length) for contexts longer than the `length` of training, as in
@@ -260,7 +257,7 @@ def rotary_tables(
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+def rotate(x: Array, tables: tuple[Array, Array] | None) -> Array:
     """Applies rotary tables [...,Dh/2] to x [...,heads,Dh]: first half with second, as in Llama."""
     if tables is None:
         return x

@@ -13,6 +13,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.layers import tiles
@@ -41,19 +42,19 @@ class Tiling(NamedTuple):
 class Masks(NamedTuple):
     """segments_AS: int32, a token attends to its own segment only; keys_A: of dropout; or None."""
 
-    segments_AS: jax.Array | None
-    keys_A: jax.Array | None
+    segments_AS: Array | None
+    keys_A: Array | None
 
 
 def flash_attention(
-    q_AQSk: jax.Array,
-    k_ASk: jax.Array,
-    v_ASe: jax.Array,
+    q_AQSk: Array,
+    k_ASk: Array,
+    v_ASe: Array,
     masks: Masks,
     causal: bool,
     drop_rate: float = 0.0,
     scale: float = 1.0,
-) -> jax.Array:
+) -> Array:
     """softmax(scale·q·kᵀ)·v in the dtype of the queries, [A,Q,S,e]; computed in float32.
 
     Every query must attend to something: under a causal mask and in a segment it attends to itself.
@@ -78,7 +79,7 @@ def _attention(q, k, v, masks, tiling):
 
 
 def _forward(q, k, v, masks, tiling):
-    def add(sums: tuple[jax.Array, ...], pair: Pair) -> tuple[jax.Array, ...]:
+    def add(sums: tuple[Array, ...], pair: Pair) -> tuple[Array, ...]:
         """Adds a tile to the sums, rescaled to the new largest score."""
         o, top, total = (_part(a, pair[0], tiling, 2) for a in sums)
         scores = _scores(q, k, masks, tiling, pair)
@@ -105,7 +106,7 @@ def _backward(tiling, kept, d_o):
     exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     shift = jnp.einsum("aqte,aqte->aqt", d_o, o, **exact)
 
-    def add(sums: tuple[jax.Array, ...], pair: Pair) -> tuple[jax.Array, ...]:
+    def add(sums: tuple[Array, ...], pair: Pair) -> tuple[Array, ...]:
         i, j = pair
         q_t, d_t, shift_t, log_t = (_part(a, i, tiling, 2) for a in (q, d_o, shift, log_total))
         k_s, v_s = (_part(a, j, tiling, 1) for a in (k, v))
@@ -141,7 +142,7 @@ def _over_pairs(add: Callable[[Any, Pair], Any], start: Any, tiling: Tiling) -> 
     return jax.lax.scan(step, start, np.array(pairs, np.int32))[0]
 
 
-def _scores(q: jax.Array, k: jax.Array, masks: Masks, tiling: Tiling, pair: Pair) -> jax.Array:
+def _scores(q: Array, k: Array, masks: Masks, tiling: Tiling, pair: Pair) -> Array:
     """float32 [A,Q,t,t], MASKED where a query may not attend."""
     q_t, k_s = _part(q, pair[0], tiling, 2), _part(k, pair[1], tiling, 1)
     scores = _product("aqtk,ask->aqts", q_t, k_s) * tiling.scale
@@ -159,7 +160,7 @@ def _scores(q: jax.Array, k: jax.Array, masks: Masks, tiling: Tiling, pair: Pair
     return scores if allowed is None else jnp.where(allowed[:, None], scores, MASKED)
 
 
-def _dropped(weight: jax.Array, masks: Masks, tiling: Tiling, pair: Pair) -> jax.Array:
+def _dropped(weight: Array, masks: Masks, tiling: Tiling, pair: Pair) -> Array:
     """Dropout of a tile's weights, or of their gradient: the same forward and backward."""
     if not tiling.drop_rate or masks.keys_A is None:
         return weight
@@ -167,7 +168,7 @@ def _dropped(weight: jax.Array, masks: Masks, tiling: Tiling, pair: Pair) -> jax
     return dropout(weight, tiling.drop_rate, fold(masks.keys_A, tile))
 
 
-def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _product(subscripts: str, a: Array, b: Array) -> Array:
     """A batched product over A, summed in float32; `subscripts` are those of an einsum.
 
     Q and the tokens of a tile are merged in one axis: a plain batched matmul is fastest on CPUs.
@@ -178,9 +179,9 @@ def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return y.reshape(x, q, t, -1) if "q" in subscripts.split("->")[1] else y
 
 
-def _part(a: jax.Array, i: Any, tiling: Tiling, axis: int) -> jax.Array:
+def _part(a: Array, i: Any, tiling: Tiling, axis: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(a, i * tiling.side, tiling.side, axis)
 
 
-def _put(a: jax.Array, part: jax.Array, i: Any, tiling: Tiling, axis: int) -> jax.Array:
+def _put(a: Array, part: Array, i: Any, tiling: Tiling, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(a, part, i * tiling.side, axis)

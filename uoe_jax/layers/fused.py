@@ -15,6 +15,7 @@ from typing import Any, Callable, Literal
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.layers.common import mask_empty_segments
@@ -23,7 +24,7 @@ MOST = 16  # documents of a row that the packed form is compiled for
 Kernel = Literal["cudnn", "xla"]
 
 
-def fits_cudnn(q: jax.Array, v: jax.Array, drop_rate: float) -> bool:
+def fits_cudnn(q: Array, v: Array, drop_rate: float) -> bool:
     """Whether cuDNN takes these: 16 bits, an even length, heads of one width, at most 128."""
     dh, even = q.shape[-1], q.shape[1] % 2 == 0
     sizes = dh == v.shape[-1] and dh % 8 == 0 and dh <= 128 and even
@@ -56,14 +57,14 @@ def _packed_form(grouped: bool) -> Any:
 
 
 def fused(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
     causal: bool,
-    lengths: jax.Array | None,
+    lengths: Array | None,
     kernel: Kernel,
-) -> jax.Array:
+) -> Array:
     """`attention.attend` by `jax.nn.dot_product_attention`; kernel "xla" runs on any device."""
     if segments is None:
         sizes = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
@@ -95,16 +96,16 @@ _of_documents.defvjp(_forward, _backward)
 
 
 def _packed_or_masked(
-    use: Callable[[Callable[..., jax.Array]], Any],
+    use: Callable[[Callable[..., Array]], Any],
     grouped: bool,
-    segments: jax.Array,
+    segments: Array,
     causal: bool,
     kernel: Kernel,
 ) -> Any:
     """`use` of the attention of q, k, v in the fastest form that the rows allow."""
     plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=kernel)
 
-    def masked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def masked(q: Array, k: Array, v: Array) -> Array:
         return plain(q, k, v, mask=(segments[:, :, None] == segments[:, None, :])[:, None])
 
     form = _packed_form(grouped)
@@ -114,7 +115,7 @@ def _packed_or_masked(
     kind = form.MaskType.PADDING_CAUSAL if causal else form.MaskType.PADDING
     sizes = dict(q_seqlen=lengths, kv_seqlen=lengths, q_offsets=firsts, kv_offsets=firsts)
 
-    def packed(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def packed(q: Array, k: Array, v: Array) -> Array:
         scale = q.shape[-1] ** -0.5
         return form.dot_product_attention(q, k, v, scale=scale, mask_type=kind, **sizes)
 
@@ -122,7 +123,7 @@ def _packed_or_masked(
     return jax.lax.switch(which, [lambda: use(plain), lambda: use(packed), lambda: use(masked)])
 
 
-def runs(segments: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def runs(segments: Array, n: int) -> tuple[Array, Array, Array]:
     """Where the runs of equal numbers (documents) of each row of `segments` [B,S] are.
 
     Returns:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.schema import ModelConfig
@@ -53,13 +53,13 @@ class MLP(Block):
         self.bias_out = weight_if(bias, rngs, (d,), (None,), zeros)
 
     def _forward(
-        self, x_BLD: jax.Array, tokens: Tokens | None = None, region: Region = WHOLE
-    ) -> tuple[jax.Array, None, None]:
+        self, x_BLD: Array, tokens: Tokens | None = None, region: Region = WHOLE
+    ) -> tuple[Array, None, None]:
         _, x_BLD = region.gather_inputs(x_BLD.astype(self.dtype))
         y_BLD = region.reduce_outputs(self.partial(x_BLD))
         return add_bias(y_BLD, region.weight_for_local_tokens(self.bias_out)), None, None
 
-    def partial(self, x: jax.Array) -> jax.Array:
+    def partial(self, x: Array) -> Array:
         """This shard's hidden units' part of the output for x [...,D], without the output bias."""
         up = checkpoint_name(self._linear(x, self.w_up, self.b_up), "hidden")
         gate = None
@@ -67,13 +67,13 @@ class MLP(Block):
             gate = checkpoint_name(self._linear(x, self.w_gate, self.b_gate), "hidden")
         return self._linear(activate(self.activation, up, gate), self.w_down, None)
 
-    def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+    def _linear(self, x: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
         return add_bias(linear(x, kernel[...].astype(self.dtype)), bias)
 
     def _start_cache(self, state: None, tokens: Tokens, context: int) -> tuple[()]:
         return ()
 
     def decode_step(
-        self, x_BD: jax.Array, cache: tuple[()], t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, tuple[()]]:
+        self, x_BD: Array, cache: tuple[()], t_B: Array, rotary: Any
+    ) -> tuple[Array, tuple[()]]:
         return self._forward(x_BD[:, None])[0][:, 0], cache

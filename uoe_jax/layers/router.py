@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
@@ -27,10 +28,10 @@ class RouterCache(NamedTuple):
       weight_BN: float32, the combine weight of the current patch.
     """
 
-    taken_BN: jax.Array
-    filled_BN: jax.Array
-    kept_BN: jax.Array
-    weight_BN: jax.Array
+    taken_BN: Array
+    filled_BN: Array
+    kept_BN: Array
+    weight_BN: Array
 
 
 class Router(nnx.Module):
@@ -64,7 +65,7 @@ class Router(nnx.Module):
         self.sequence_kernel, self.sequence_bias = linear(routing.unit != "patch")
 
     def __call__(
-        self, x_BMPD: jax.Array, valid_BMP: jax.Array, keys_B: jax.Array | None = None
+        self, x_BMPD: Array, valid_BMP: Array, keys_B: Array | None = None
     ) -> tuple[Decision, RoutingStats]:
         """Routes whole rows; valid_BMP is False for padding tokens, keys_B is given in training."""
         if self.causal:
@@ -84,10 +85,10 @@ class Router(nnx.Module):
             logits, valid_BM, self.routing, sequence_logits, load_bias, keys_B, self.rule
         )
 
-    def _load_bias(self) -> jax.Array | None:
+    def _load_bias(self) -> Array | None:
         return None if self.load_bias is None else jax.lax.stop_gradient(self.load_bias[...])
 
-    def start_cache(self, selection: Selection, length_B: jax.Array) -> RouterCache:
+    def start_cache(self, selection: Selection, length_B: Array) -> RouterCache:
         """The cache after a prefill of `length_B` tokens, at least one in each row."""
         kept_BMN = selection.kept_BMN
         last_B = (length_B - 1) // self.routing.patch_size
@@ -104,7 +105,7 @@ class Router(nnx.Module):
             weight_BN=jnp.where(kept_BN, weight_BN, 0),
         )
 
-    def decode_step(self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array) -> RouterCache:
+    def decode_step(self, x_BD: Array, cache: RouterCache, t_B: Array) -> RouterCache:
         """Routes token `t_B` of each row: the first token of a patch chooses for all of it."""
         r = self.routing
         first_B1 = (t_B % r.patch_size == 0)[:, None]
@@ -127,13 +128,13 @@ class Router(nnx.Module):
         )
 
 
-def _logits(summary: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+def _logits(summary: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
     # Not BF16_BF16_F32_X6, faster on a GPU: for a single row it was wrong by 0.03 (jax 0.11.2).
     logits = jnp.matmul(summary, kernel[...], precision=jax.lax.Precision.HIGHEST)
     return logits if bias is None else logits + along_last(bias[...], logits)
 
 
-def patches(x_BLD: jax.Array, p: int) -> jax.Array:
+def patches(x_BLD: Array, p: int) -> Array:
     """[B,L,…] as patches [B,M,P,…], the last one padded with zeros."""
     x_BLD = pad_sequence(x_BLD, -x_BLD.shape[1] % p)
     return x_BLD.reshape(x_BLD.shape[0], -1, p, *x_BLD.shape[2:])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
@@ -21,8 +22,8 @@ from uoe_jax.moe.routing import UNION, RoutingRule
 class SMHACache(NamedTuple):
     """Keys and values of the tokens that each expert took, [N,B,g,S,k], and the routing state."""
 
-    k: jax.Array
-    v: jax.Array
+    k: Array
+    v: Array
     router: RouterCache
 
 
@@ -80,7 +81,7 @@ class SMHA(Union):
         self.k_scale = weight_if(qk_norm_eps, rngs, (dh,), (None,), ones)
         self.bias_out = weight_if(bias, rngs, (d,), (None,), zeros)
 
-    def _project(self, x_NRSD: jax.Array) -> tuple[jax.Array, ...]:
+    def _project(self, x_NRSD: Array) -> tuple[Array, ...]:
         n, d, _, dh = self.w_q.shape
         kernels = [
             w[...].astype(self.dtype).reshape(n, d, -1) for w in (self.w_q, self.w_k, self.w_v)
@@ -92,8 +93,8 @@ class SMHA(Union):
         return tuple(add_bias(y, b) for y, b in zip(heads, biases))
 
     def _experts(
-        self, projected: tuple[jax.Array, ...], slots: Slots
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        self, projected: tuple[Array, ...], slots: Slots
+    ) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = (checkpoint_name(a, "qkv") for a in projected)
         q, k = self._placed(q, k, slots.rotary)
 
@@ -110,11 +111,11 @@ class SMHA(Union):
             o = jnp.where(slots.filled_NRS[..., None, None], o, 0)
         return self._out(o, slots.weight_NRS), (k, v)
 
-    def _placed(self, q: jax.Array, k: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array]:
+    def _placed(self, q: Array, k: Array, rotary: Any) -> tuple[Array, Array]:
         q = placed(q, self.q_scale, self.qk_norm_eps, rotary)
         return q, placed(k, self.k_scale, self.qk_norm_eps, rotary)
 
-    def _out(self, o: jax.Array, weight_NRS: jax.Array) -> jax.Array:
+    def _out(self, o: Array, weight_NRS: Array) -> Array:
         # Weights go on the heads' values, which are narrower than the outputs: the same sum, and no
         # outputs kept for the gradient.
         o = o * weight_NRS[..., None, None].astype(self.dtype)
@@ -130,8 +131,8 @@ class SMHA(Union):
         return SMHACache(cache_of(k, places), cache_of(v, places), router)
 
     def decode_step(
-        self, x_BD: jax.Array, cache: SMHACache, t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, SMHACache]:
+        self, x_BD: Array, cache: SMHACache, t_B: Array, rotary: Any
+    ) -> tuple[Array, SMHACache]:
         x_BD = x_BD.astype(self.dtype)
         router = self.router.decode_step(x_BD, cache.router, t_B)
         q, k, v = self._project(x_BD[None, :, None])

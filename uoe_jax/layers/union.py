@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from uoe_jax.config.fields import check_declared
 from uoe_jax.config.routing import RoutingConfig
@@ -29,14 +30,14 @@ class Slots(NamedTuple):
       keys_NR: in training, a random key per expert and row; None: evaluation.
     """
 
-    weight_NRS: jax.Array
-    filled_NRS: jax.Array
-    segments_NRS: jax.Array | None
-    rotary: tuple[jax.Array, jax.Array] | None
-    keys_NR: jax.Array | None
+    weight_NRS: Array
+    filled_NRS: Array
+    segments_NRS: Array | None
+    rotary: tuple[Array, Array] | None
+    keys_NR: Array | None
 
 
-def per_expert(x_NRSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
+def per_expert(x_NRSX: Array, w_NXY: Array) -> Array:
     """Every expert's rows times its matrix, [N,R,S,Y]; x [1,R,S,X]: the same rows for all experts.
 
     One batched matmul over [N,R·S,X], the fastest form. Rows that all experts share are not copied,
@@ -51,7 +52,7 @@ def per_expert(x_NRSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
     return jnp.einsum("ntx,nxy->nty", x_NRSX.reshape(n, r * s, x), w_NXY).reshape(n, r, s, -1)
 
 
-def per_expert_each(x_NRSX: jax.Array, ws_NXY: Sequence[jax.Array]) -> list[jax.Array]:
+def per_expert_each(x_NRSX: Array, ws_NXY: Sequence[Array]) -> list[Array]:
     """`per_expert` for several matrices of the same rows.
 
     Concatenated they are one matmul, which reads the rows once. For single tokens, reading the rows
@@ -103,21 +104,21 @@ class Union(Block):
         self.bias_out: nnx.Param | None
         self.router = Router(d_model, routing, causal=causal, rule=rule, rngs=rngs)
 
-    def _project(self, x_NRSD: jax.Array) -> tuple[jax.Array, ...]:
+    def _project(self, x_NRSD: Array) -> tuple[Array, ...]:
         """Every expert's projections of its tokens, [N,R,S,…]; x [1,R,S,D]: the same tokens."""
         raise NotImplementedError
 
-    def _experts(self, projected: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, Any]:
+    def _experts(self, projected: tuple[Array, ...], slots: Slots) -> tuple[Array, Any]:
         """From projections at the slots to ([N,R,S,D] weighted outputs, what a prefill keeps)."""
         raise NotImplementedError
 
-    def _shared_experts(self, x: jax.Array) -> jax.Array | None:
+    def _shared_experts(self, x: Array) -> Array | None:
         """The output [...,D] of experts that take every token; None where there are none."""
         return None
 
     def _forward(
-        self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[jax.Array, RoutingStats, tuple[Selection, Any]]:
+        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
+    ) -> tuple[Array, RoutingStats, tuple[Selection, Any]]:
         p, length = self.routing.patch_size, tokens.positions_BL.shape[1]
         tokens = tokens.padded(length + -length % p)
         shared_BMPD, x_BMPD = (
@@ -155,7 +156,7 @@ class Union(Block):
         return y_BLD, stats, (selection, kept)
 
     def _select(
-        self, x_BMPD: jax.Array, valid_BMP: jax.Array, tokens: Tokens, region: Region
+        self, x_BMPD: Array, valid_BMP: Array, tokens: Tokens, region: Region
     ) -> tuple[Selection, RoutingStats]:
         """The selection of the shard's own experts, and the statistics of all."""
         decision, stats = self.router(x_BMPD, valid_BMP, tokens.folded(0).keys_B)
@@ -167,13 +168,13 @@ class Union(Block):
         return decision.pack(), stats
 
     def _slots(
-        self, selection: Selection, tokens: Tokens, valid_BL: jax.Array, first: int | jax.Array
+        self, selection: Selection, tokens: Tokens, valid_BL: Array, first: int | Array
     ) -> Slots:
         """What the experts from `first` on know of the tokens in their slots."""
         p, (n, r, c) = self.routing.patch_size, selection.slots_NRC.shape
         b, m, _ = selection.slot_of_BMN.shape
 
-        def at_slots(values_BLX: jax.Array) -> jax.Array:
+        def at_slots(values_BLX: Array) -> Array:
             """[B,L,…] to [N,R,S,…]; nothing is differentiated."""
             rows = gather_rows(values_BLX.reshape(b, m, -1), selection.patch_NRC)
             return rows.reshape(n, r, c * p, *values_BLX.shape[2:])
@@ -191,7 +192,7 @@ class Union(Block):
             keys_NR=keys_NR,
         )
 
-    def routed(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    def routed(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, Array]:
         """(y_BLD, float32 [B,M,N] combine weight of a patch in each expert, -1 if not taken).
 
         For inspection: all experts and rows on one device, whatever the mesh.
@@ -204,14 +205,14 @@ class Union(Block):
         taken_XN = jnp.take_along_axis(weights_XN, index_XN, axis=0, mode="fill", fill_value=-1)
         return y_BLD, taken_XN.reshape(place_BMN.shape)
 
-    def all_expert_outputs(self, x_BLD: jax.Array, tokens: Tokens) -> jax.Array:
+    def all_expert_outputs(self, x_BLD: Array, tokens: Tokens) -> Array:
         """[N,B,L,D], every expert's output for every token at weight 1.
 
         Their sum is the union with K = N and nothing dropped.
         """
         n, (b, l) = self.routing.n_experts, x_BLD.shape[:2]
 
-        def for_each(a: jax.Array) -> jax.Array:
+        def for_each(a: Array) -> Array:
             return jnp.broadcast_to(a[None], (n, *a.shape))
 
         slots = Slots(
@@ -227,11 +228,11 @@ class Union(Block):
         valid_BL = valid_tokens(tokens.segments_BL, tokens.positions_BL)
         return self.router.start_cache(selection, valid_BL.sum(axis=1))
 
-    def _sum_experts(self, y_NR1D: jax.Array, x_BD: jax.Array) -> jax.Array:
+    def _sum_experts(self, y_NR1D: Array, x_BD: Array) -> Array:
         """The block's output [B,D] for one token of each row, from its experts' outputs."""
         y_BD = _add(y_NR1D.sum(axis=0)[:, 0], self._shared_experts(x_BD))
         return add_bias(y_BD, self.bias_out)
 
 
-def _add(y: jax.Array, more: jax.Array | None) -> jax.Array:
+def _add(y: Array, more: Array | None) -> Array:
     return y if more is None else y + more

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
@@ -65,7 +65,7 @@ class UoME(Union):
         self.b_gate = weight_if(bias and gated, rngs, (n, f), ("expert", None), zeros)
         self.bias_out = weight_if(bias, rngs, (d,), (None,), zeros)
 
-    def _project(self, x_NRSD: jax.Array) -> tuple[jax.Array, ...]:
+    def _project(self, x_NRSD: Array) -> tuple[Array, ...]:
         found = []
         for kernel, bias in ((self.w_up, self.b_up), (self.w_gate, self.b_gate)):
             if kernel is not None:
@@ -73,10 +73,10 @@ class UoME(Union):
                 found.append(add_bias(y_NRSf, None if bias is None else bias[...][:, None, None]))
         return tuple(found)
 
-    def _experts(self, projected: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, None]:
+    def _experts(self, projected: tuple[Array, ...], slots: Slots) -> tuple[Array, None]:
         return self._out(projected, slots.weight_NRS), None
 
-    def _out(self, projected: tuple[jax.Array, ...], weight_NRS: jax.Array) -> jax.Array:
+    def _out(self, projected: tuple[Array, ...], weight_NRS: Array) -> Array:
         up, gate = (*(checkpoint_name(a, "hidden") for a in projected), None)[:2]
         # Weights go on the hidden values: the same sum, and no outputs kept for the gradient.
         hidden_NRSf = activate(self.activation, up, gate) * weight_NRS[..., None].astype(self.dtype)
@@ -86,8 +86,8 @@ class UoME(Union):
         return self._router_cache(state[0], tokens)
 
     def decode_step(
-        self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, RouterCache]:
+        self, x_BD: Array, cache: RouterCache, t_B: Array, rotary: Any
+    ) -> tuple[Array, RouterCache]:
         x_BD = x_BD.astype(self.dtype)
         cache = self.router.decode_step(x_BD, cache, t_B)
         y_NB1D = self._out(self._project(x_BD[None, :, None]), cache.weight_BN.T[..., None])

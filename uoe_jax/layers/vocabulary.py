@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed.manual import Region, run
 from uoe_jax.layers.chunked import chunked_nll, chunked_sums
 
 
-def lookup(table: nnx.Param, ids_BL: jax.Array, dtype: Any) -> jax.Array:
+def lookup(table: nnx.Param, ids_BL: Array, dtype: Any) -> Array:
     """Rows of a table [V,D] at ids, [B,L,D] in `dtype`, sharded as between blocks.
 
     Looked up in float32 and then rounded: a row's gradient sums over all places of its id, and a
@@ -26,9 +27,7 @@ def lookup(table: nnx.Param, ids_BL: jax.Array, dtype: Any) -> jax.Array:
     """
     whole = table.shape[0]
 
-    def on_shard(
-        table: nnx.Param, ids_BL: jax.Array, _: Any, region: Region
-    ) -> tuple[jax.Array, None]:
+    def on_shard(table: nnx.Param, ids_BL: Array, _: Any, region: Region) -> tuple[Array, None]:
         table_vD = table[...].astype(jnp.float32)
         v = table_vD.shape[0]
         if v == whole:
@@ -42,13 +41,11 @@ def lookup(table: nnx.Param, ids_BL: jax.Array, dtype: Any) -> jax.Array:
     return run(on_shard, table, ids_BL, dtype=dtype, ids=True, on_local_tokens=not sharded)[0]
 
 
-def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: jax.Array) -> jax.Array:
+def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: Array) -> Array:
     """float32 logits [B,L,V] of all tokens; head [D,V], or (tied) the embedding [V,D]."""
     sharded = mesh_lib.is_sharded("vocab", head.shape[0 if tied else 1])
 
-    def on_shard(
-        head: nnx.Param, x_BLD: jax.Array, _: Any, region: Region
-    ) -> tuple[jax.Array, None]:
+    def on_shard(head: nnx.Param, x_BLD: Array, _: Any, region: Region) -> tuple[Array, None]:
         x_BLD = region.gather_inputs(x_BLD)[1] if sharded else x_BLD
         kernel_Dv = (head[...].T if tied else head[...]).astype(x_BLD.dtype)
         return jnp.matmul(x_BLD, kernel_Dv, preferred_element_type=jnp.float32), None
@@ -57,9 +54,7 @@ def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: jax.Array) -> jax.Arra
     return run(on_shard, head, x_BLD, dtype=x_BLD.dtype, **where)[0]
 
 
-def vocabulary_nll(
-    head: nnx.Param, tied: bool, x_BLD: jax.Array, targets_BL: jax.Array
-) -> jax.Array:
+def vocabulary_nll(head: nnx.Param, tied: bool, x_BLD: Array, targets_BL: Array) -> Array:
     """-log softmax(logits) at the targets, float32 [B,L], sharded as between blocks.
 
     The logits of all tokens never exist. Over a sharded vocabulary every shard sums its own
@@ -68,8 +63,8 @@ def vocabulary_nll(
     sharded = mesh_lib.is_sharded("vocab", head.shape[0 if tied else 1])
 
     def on_shard(
-        head: nnx.Param, x_BLD: jax.Array, targets_BL: jax.Array, region: Region
-    ) -> tuple[jax.Array, None]:
+        head: nnx.Param, x_BLD: Array, targets_BL: Array, region: Region
+    ) -> tuple[Array, None]:
         kernel_vD = head[...] if tied else head[...].T
         x_BLD = region.gather_inputs(x_BLD)[1] if sharded else x_BLD
         target_T = (targets_BL if sharded else region.local_tokens(targets_BL)).reshape(-1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Initializer = Callable[[Array, tuple[int, ...], Any], Array]
 zeros = nnx.initializers.zeros
 ones = nnx.initializers.ones
 

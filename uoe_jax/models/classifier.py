@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.layers.common import (
@@ -27,11 +27,11 @@ class Linear(nnx.Module):
         self.kernel = weight(rngs, (n_in, n_out), (None, None), scaled_normal(n_in))
         self.bias = weight(rngs, (n_out,), (None,), zeros)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         return add_bias(x @ self.kernel[...].astype(x.dtype), self.bias)
 
 
-def squares(images: jax.Array, patch: int) -> jax.Array:
+def squares(images: Array, patch: int) -> Array:
     """Images [B,height,width,channels] as [B,L,patch·patch·channels]: squares, row by row."""
     b, height, width, channels = images.shape
     cut = images.reshape(b, height // patch, patch, width // patch, patch, channels)
@@ -60,8 +60,8 @@ class Classifier(Stack):
         self.classes = Linear(head.d_head or c.d_pooled, head.n_classes, rngs=rngs)
 
     def __call__(
-        self, inputs: jax.Array, segments: jax.Array | None = None, keys_B: jax.Array | None = None
-    ) -> tuple[jax.Array, Stats]:
+        self, inputs: Array, segments: Array | None = None, keys_B: Array | None = None
+    ) -> tuple[Array, Stats]:
         """Scores of the classes.
 
         Args:
@@ -84,8 +84,8 @@ class Classifier(Stack):
         return self._score(pooled_BD.reshape(-1, n_inputs, pooled_BD.shape[-1])), stats
 
     def embed_inputs(
-        self, inputs: jax.Array, segments: jax.Array | None = None, keys_B: jax.Array | None = None
-    ) -> tuple[jax.Array, Tokens]:
+        self, inputs: Array, segments: Array | None = None, keys_B: Array | None = None
+    ) -> tuple[Array, Tokens]:
         """The input of the first layer [B·I,L,D], and its tokens; arguments as of `__call__`."""
         n_inputs = self.config.classifier.n_inputs
         if n_inputs > 1:  # every input is a row of its own
@@ -100,7 +100,7 @@ class Classifier(Stack):
         tokens = Tokens(segments, positions_BL, self.rotary(positions_BL), keys_B)
         return self.positioned(x_BLD, positions_BL), tokens
 
-    def _embed(self, inputs: jax.Array) -> jax.Array:
+    def _embed(self, inputs: Array) -> Array:
         if self.project is None:
             assert self.embedding is not None  # a stem of tokens
             x_BLD = self._lookup(self.embedding, inputs)
@@ -112,7 +112,7 @@ class Classifier(Stack):
         cls_B1D = cls_B1D.astype(x_BLD.dtype)  # rounded last, as in add_bias
         return jnp.concatenate([cls_B1D, x_BLD], axis=1)
 
-    def _score(self, pooled_BID: jax.Array) -> jax.Array:
+    def _score(self, pooled_BID: Array) -> Array:
         u_BD = features = pooled_BID[:, 0]
         if pooled_BID.shape[1] == 2:
             v_BD = pooled_BID[:, 1]

@@ -11,6 +11,7 @@ from typing import Any, Callable, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.baselines import ATTENTIONS, MLPS
@@ -47,7 +48,7 @@ class Cache(NamedTuple):
 
     attention: tuple[Any, ...]
     mlp: tuple[Any, ...]
-    next_B: jax.Array
+    next_B: Array
 
 
 def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -81,7 +82,7 @@ class Layer(nnx.Module):
     def _blocks(self) -> tuple[tuple[Norm, Block], tuple[Norm, Block]]:
         return (self.attention_norm, self.attention), (self.mlp_norm, self.mlp)
 
-    def __call__(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
+    def __call__(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, Stats]:
         found = {}
         for i, (norm, block) in enumerate(self._blocks()):
             y_BLD, stats = block(norm(x_BLD), tokens.folded(2 * i))
@@ -92,7 +93,7 @@ class Layer(nnx.Module):
                 found[self.names[i]] = stats
         return x_BLD, found
 
-    def routes(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def routes(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, dict[str, Array]]:
         """(x_BLD after the layer in evaluation, `Union.routed`'s weights by the union's name)."""
         found = {}
         for name, (norm, block) in zip(self.names, self._blocks()):
@@ -103,9 +104,7 @@ class Layer(nnx.Module):
             x_BLD = x_BLD + y_BLD
         return x_BLD, found
 
-    def prefill(
-        self, x_BLD: jax.Array, tokens: Tokens, context: int
-    ) -> tuple[jax.Array, tuple[Any, ...]]:
+    def prefill(self, x_BLD: Array, tokens: Tokens, context: int) -> tuple[Array, tuple[Any, ...]]:
         caches = []
         for norm, block in self._blocks():
             y_BLD, cache = block.prefill(norm(x_BLD), tokens, context)
@@ -114,8 +113,8 @@ class Layer(nnx.Module):
         return x_BLD, tuple(caches)
 
     def decode_step(
-        self, x_BD: jax.Array, caches: tuple[Any, ...], t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        self, x_BD: Array, caches: tuple[Any, ...], t_B: Array, rotary: Any
+    ) -> tuple[Array, tuple[Any, ...]]:
         new = []
         for (norm, block), cache in zip(self._blocks(), caches):
             y_BD, cache = block.decode_step(norm(x_BD), cache, t_B, rotary)
@@ -149,12 +148,12 @@ class Stack(nnx.Module):
         self.layers = _stack(lambda r: Layer(c, rngs=r), c.n_layers, rngs.params())
         self.norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
 
-    def _scan(self, f: Callable[[Layer, Any], tuple[Any, Any]], x: jax.Array) -> tuple[Any, Any]:
+    def _scan(self, f: Callable[[Layer, Any], tuple[Any, Any]], x: Array) -> tuple[Any, Any]:
         """(x after `f(layer, x)` for all layers in turn, the other results stacked over layers)."""
         graphdef, stacked = nnx.split(self.layers)
         return jax.lax.scan(lambda x, weights: f(nnx.merge(graphdef, weights), x), x, stacked)
 
-    def run(self, x_BLD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
+    def run(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, Stats]:
         """All layers; returns (x_BLD before the last norm, statistics by block, over layers)."""
         graphdef, stacked = nnx.split(self.layers)
 
@@ -165,21 +164,21 @@ class Stack(nnx.Module):
         layers = jnp.arange(self.config.n_layers)
         return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, (stacked, layers))
 
-    def routes(self, x_BLD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+    def routes(self, x_BLD: Array, tokens: Tokens) -> dict[str, Array]:
         """[layers,B,M,N] by routed block: its experts' weights of each patch (`Union.routed`).
 
         Takes what `embed_inputs` gives; on a mesh, within `mesh.by_partitioner()`.
         """
         return self._scan(lambda layer, x_BLD: layer.routes(x_BLD, tokens), x_BLD)[1]
 
-    def positioned(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def positioned(self, x: Array, positions: Array) -> Array:
         """x [...,D] plus the learned positions, where the model has them."""
         return x if self.positions is None else x + self._lookup(self.positions, positions)
 
-    def _lookup(self, table: nnx.Param, ids: jax.Array) -> jax.Array:
+    def _lookup(self, table: nnx.Param, ids: Array) -> Array:
         return lookup(table, ids, self.config.dtype)
 
-    def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    def rotary(self, positions: Array) -> tuple[Array, Array] | None:
         """Rotary tables, where the model has them."""
         c = self.config
         if c.position != "rope":
@@ -210,11 +209,11 @@ class Transformer(Stack):
 
     def __call__(
         self,
-        tokens_BL: jax.Array,
-        segments_BL: jax.Array | None = None,
-        positions_BL: jax.Array | None = None,
-        keys_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, Stats]:
+        tokens_BL: Array,
+        segments_BL: Array | None = None,
+        positions_BL: Array | None = None,
+        keys_B: Array | None = None,
+    ) -> tuple[Array, Stats]:
         """Logits of the next token; of an adaptive softmax, its log-probabilities.
 
         Args:
@@ -231,12 +230,12 @@ class Transformer(Stack):
 
     def nll(
         self,
-        tokens_BL: jax.Array,
-        targets_BL: jax.Array,
-        segments_BL: jax.Array | None = None,
-        positions_BL: jax.Array | None = None,
-        keys_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, Stats]:
+        tokens_BL: Array,
+        targets_BL: Array,
+        segments_BL: Array | None = None,
+        positions_BL: Array | None = None,
+        keys_B: Array | None = None,
+    ) -> tuple[Array, Stats]:
         """(-log p of the targets in nats, float32 [B,L], routing statistics).
 
         The other arguments are those of `__call__`. The logits of all tokens never exist at once.
@@ -248,20 +247,18 @@ class Transformer(Stack):
 
     def embed_inputs(
         self,
-        tokens_BL: jax.Array,
-        segments_BL: jax.Array | None = None,
-        positions_BL: jax.Array | None = None,
-        keys_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, Tokens]:
+        tokens_BL: Array,
+        segments_BL: Array | None = None,
+        positions_BL: Array | None = None,
+        keys_B: Array | None = None,
+    ) -> tuple[Array, Tokens]:
         """The input of the first layer [B,L,D], and its tokens; arguments as of `__call__`."""
         if positions_BL is None:
             positions_BL = positions_like(tokens_BL)
         tokens = Tokens(segments_BL, positions_BL, self.rotary(positions_BL), keys_B)
         return self.embedded(tokens_BL, positions_BL), tokens
 
-    def prefill(
-        self, tokens_BL: jax.Array, length_B: jax.Array, context: int
-    ) -> tuple[jax.Array, Cache]:
+    def prefill(self, tokens_BL: Array, length_B: Array, context: int) -> tuple[Array, Cache]:
         """Runs prompts padded on the right.
 
         Returns:
@@ -277,8 +274,8 @@ class Transformer(Stack):
             return self._logits(last_BD), Cache(attention, mlp, length_B.astype(jnp.int32))
 
     def decode_step(
-        self, tokens_B: jax.Array, cache: Cache, layers: Layers | None = None
-    ) -> tuple[jax.Array, Cache]:
+        self, tokens_B: Array, cache: Cache, layers: Layers | None = None
+    ) -> tuple[Array, Cache]:
         """Appends one token to each row; returns (logits float32 [B,V] of the next one, cache).
 
         Layers are unrolled, so that a donated cache is updated in place. layers: from `each_layer`,
@@ -303,11 +300,11 @@ class Transformer(Stack):
     def _unstack(self, stacked: Any) -> tuple[Any, ...]:
         return tuple(jax.tree.map(lambda a: a[i], stacked) for i in range(self.config.n_layers))
 
-    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def embedded(self, tokens: Array, positions: Array) -> Array:
         """The input of the first layer, from int32 [B,L] or [B]."""
         return self.positioned(embed(self.embedding, tokens, self.config.dtype), positions)
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def _logits(self, x: Array) -> Array:
         if isinstance(self.head, AdaptiveHead):
             return self.head(self.norm(x), self.embedding)
         return vocabulary_scores(*self._head(), self.norm(x))
@@ -319,7 +316,7 @@ class Transformer(Stack):
         return head, self.head is None
 
 
-def _stack(make: Callable[[nnx.Rngs], M], n: int, key: jax.Array) -> M:
+def _stack(make: Callable[[nnx.Rngs], M], n: int, key: Array) -> M:
     """One module with the weights of `n` separately initialised ones on a leading layer axis."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     states = jax.vmap(lambda k: nnx.split(make(nnx.Rngs(params=k)))[1])(jax.random.split(key, n))

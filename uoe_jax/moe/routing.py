@@ -11,6 +11,7 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
@@ -30,18 +31,18 @@ class RoutingStats(NamedTuple):
       chosen_4, kept_4: the same by quarter of the row.
     """
 
-    balance: jax.Array
-    z: jax.Array
-    patches: jax.Array
-    untouched: jax.Array
-    entropy: jax.Array
-    chosen_N: jax.Array
-    kept_N: jax.Array
-    chosen_4: jax.Array
-    kept_4: jax.Array
+    balance: Array
+    z: Array
+    patches: Array
+    untouched: Array
+    entropy: Array
+    chosen_N: Array
+    kept_N: Array
+    chosen_4: Array
+    kept_4: Array
 
 
-def choose_experts(scores_BMN: jax.Array, valid_BM: jax.Array, k: int) -> jax.Array:
+def choose_experts(scores_BMN: Array, valid_BM: Array, k: int) -> Array:
     """Expert selection: bool [B,M,N], the top K of each valid patch; the lower index wins a tie."""
     n = scores_BMN.shape[-1]
     if k == n:
@@ -51,14 +52,14 @@ def choose_experts(scores_BMN: jax.Array, valid_BM: jax.Array, k: int) -> jax.Ar
     return chosen_BMN & valid_BM[..., None]
 
 
-def biased(scores: jax.Array, load_bias_N: jax.Array | None) -> jax.Array:
+def biased(scores: Array, load_bias_N: Array | None) -> Array:
     """The scores [...,N] that experts are chosen by: those with little load are raised."""
     if load_bias_N is None:
         return scores
     return scores + load_bias_N.reshape((1,) * (scores.ndim - 1) + (-1,))
 
 
-def rebalanced(load_bias_N: jax.Array, chosen_N: jax.Array, rate: float) -> jax.Array:
+def rebalanced(load_bias_N: Array, chosen_N: Array, rate: float) -> Array:
     """The load-balancing bias after a step with `chosen_N` choices: up where below the mean.
 
     Leading axes, of both alike, are layers.
@@ -66,7 +67,7 @@ def rebalanced(load_bias_N: jax.Array, chosen_N: jax.Array, rate: float) -> jax.
     return load_bias_N + rate * jnp.sign(chosen_N.mean(axis=-1, keepdims=True) - chosen_N)
 
 
-def keep_by_position(chosen_BMN: jax.Array, window: int, capacity: int) -> jax.Array:
+def keep_by_position(chosen_BMN: Array, window: int, capacity: int) -> Array:
     """Data selection by position: bool [B,M,N], an expert's first `capacity` choices per window."""
     b, m, n = chosen_BMN.shape
     window = min(window, m)  # or a short row would be padded to a long window
@@ -81,9 +82,7 @@ def keep_by_position(chosen_BMN: jax.Array, window: int, capacity: int) -> jax.A
 MANY = 1024  # patches from which counting is faster than sorting, but on GPUs (docs/performance.md)
 
 
-def keep_by_score(
-    chosen_BMN: jax.Array, scores_BMN: jax.Array, capacity_B: jax.Array, slots: int
-) -> jax.Array:
+def keep_by_score(chosen_BMN: Array, scores_BMN: Array, capacity_B: Array, slots: int) -> Array:
     """Data selection by score: bool [B,M,N], the `capacity_B` best choices of each expert.
 
     At most `slots`; the lower index wins a tie.
@@ -94,7 +93,7 @@ def keep_by_score(
     return best(offered_BNM, capacity_B, slots).swapaxes(1, 2)
 
 
-def by_sorting(offered_BNM: jax.Array, capacity_B: jax.Array, slots: int) -> jax.Array:
+def by_sorting(offered_BNM: Array, capacity_B: Array, slots: int) -> Array:
     """bool [B,N,M], the `capacity_B` largest non-negative values; the lower index wins a tie."""
     b, n, m = offered_BNM.shape
     best_BNC, patch_BNC = jax.lax.top_k(offered_BNM, slots)
@@ -104,13 +103,13 @@ def by_sorting(offered_BNM: jax.Array, capacity_B: jax.Array, slots: int) -> jax
     return kept.reshape(b, n, m)
 
 
-def by_counting(offered_BNM: jax.Array, capacity_B: jax.Array, slots: int) -> jax.Array:
+def by_counting(offered_BNM: Array, capacity_B: Array, slots: int) -> Array:
     """`by_sorting` without a sort: finds the bits of the smallest kept value, each by counting."""
     # The bits of non-negative floats are in their order; those of the others are negative.
     bits_BNM = jax.lax.bitcast_convert_type(offered_BNM, jnp.int32)
     wanted_BN1 = jnp.minimum(capacity_B, slots)[:, None, None]
 
-    def lower(i: jax.Array, least_BN1: jax.Array) -> jax.Array:
+    def lower(i: Array, least_BN1: Array) -> Array:
         higher_BN1 = least_BN1 | (1 << (30 - i))
         reach_BN1 = (bits_BNM >= higher_BN1).sum(axis=-1, keepdims=True, dtype=jnp.int32)
         return jnp.where(reach_BN1 >= wanted_BN1, higher_BN1, least_BN1)
@@ -122,15 +121,13 @@ def by_counting(offered_BNM: jax.Array, capacity_B: jax.Array, slots: int) -> ja
     return above_BNM | (level_BNM & (jnp.cumsum(level_BNM, axis=-1, dtype=jnp.int32) <= left_BN1))
 
 
-def rescaled(scores: jax.Array, chosen: jax.Array, total: float = 1.0) -> jax.Array:
+def rescaled(scores: Array, chosen: Array, total: float = 1.0) -> Array:
     """The scores [...,N] of the chosen experts, rescaled to sum to `total`; 0 for the others."""
     kept = jnp.where(chosen, scores, 0)
     return total * kept / jnp.maximum(kept.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
-def gate(
-    name: str, logits_BMN: jax.Array, scores_BMN: jax.Array, chosen_BMN: jax.Array, k: int
-) -> jax.Array:
+def gate(name: str, logits_BMN: Array, scores_BMN: Array, chosen_BMN: Array, k: int) -> Array:
     """Combine weights float32 [B,M,N]; each gate gives 1 where the router is undecided."""
     if name == "sigmoid":
         return 2 * jax.nn.sigmoid(logits_BMN)
@@ -153,10 +150,10 @@ class RoutingRule(NamedTuple):
       weigh: (routing, logits, scores, chosen) -> combine weights float32 [B,M,N].
     """
 
-    log_shares: Callable[[jax.Array], jax.Array]
-    scores: Callable[[jax.Array], jax.Array]
-    choose: Callable[[jax.Array, jax.Array, int], jax.Array]
-    weigh: Callable[[RoutingConfig, jax.Array, jax.Array, jax.Array], jax.Array]
+    log_shares: Callable[[Array], Array]
+    scores: Callable[[Array], Array]
+    choose: Callable[[Array, Array, int], Array]
+    weigh: Callable[[RoutingConfig, Array, Array, Array], Array]
 
 
 UNION = RoutingRule(
@@ -168,8 +165,8 @@ UNION = RoutingRule(
 
 
 def bound_sequences(
-    chosen_BN: jax.Array, scores_BN: jax.Array, group: int, capacity: int
-) -> tuple[jax.Array, jax.Array]:
+    chosen_BN: Array, scores_BN: Array, group: int, capacity: int
+) -> tuple[Array, Array]:
     """For each expert at most `capacity` of every `group` consecutive rows, the best scores.
 
     Returns:
@@ -200,42 +197,29 @@ class Decision(NamedTuple):
       rows: (sequence_NR, row_of_BN) of a `Selection` under `sequence_capacity_factor`; None: all.
     """
 
-    kept_BMN: jax.Array
-    weights_BMN: jax.Array
+    kept_BMN: Array
+    weights_BMN: Array
     slots: int
-    rows: tuple[jax.Array, jax.Array] | None
+    rows: tuple[Array, Array] | None
 
     def pack(self) -> Selection:
         """The slots of every expert."""
         return pack(self.kept_BMN, self.weights_BMN, self.slots, self.rows)
 
-    def of_experts(self, first: jax.Array | int, n: int) -> Decision:
+    def of_experts(self, first: Array | int, n: int) -> Decision:
         """The decision of the experts [first, first + n)."""
         own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n)
         rows = None if self.rows is None else (own(self.rows[0], axis=0), own(self.rows[1], axis=1))
         return Decision(own(self.kept_BMN, axis=2), own(self.weights_BMN, axis=2), self.slots, rows)
 
 
-def select(
-    logits_BMN: jax.Array | None,
-    valid_BM: jax.Array,
-    routing: RoutingConfig,
-    sequence_logits_BN: jax.Array | None = None,
-    load_bias_N: jax.Array | None = None,
-    keys_B: jax.Array | None = None,
-) -> tuple[Selection, RoutingStats]:
-    """`decide`, and the decision listed by slot."""
-    decision, stats = decide(logits_BMN, valid_BM, routing, sequence_logits_BN, load_bias_N, keys_B)
-    return decision.pack(), stats
-
-
 def decide(
-    logits_BMN: jax.Array | None,
-    valid_BM: jax.Array,
+    logits_BMN: Array | None,
+    valid_BM: Array,
     routing: RoutingConfig,
-    sequence_logits_BN: jax.Array | None = None,
-    load_bias_N: jax.Array | None = None,
-    keys_B: jax.Array | None = None,
+    sequence_logits_BN: Array | None = None,
+    load_bias_N: Array | None = None,
+    keys_B: Array | None = None,
     rule: RoutingRule = UNION,
 ) -> tuple[Decision, RoutingStats]:
     """Routes every patch; rows do not depend on each other, but under `sequence_capacity_factor`.
@@ -285,9 +269,7 @@ def decide(
     ), stats
 
 
-def _keep(
-    offered_BMN: jax.Array, scores_BMN: jax.Array, valid_BM: jax.Array, r: RoutingConfig
-) -> jax.Array:
+def _keep(offered_BMN: Array, scores_BMN: Array, valid_BM: Array, r: RoutingConfig) -> Array:
     """Data selection: bool [B,M,N], the offered patches that get a slot."""
     if r.priority == "position":
         return keep_by_position(offered_BMN, r.capacity_window, r.window_capacity())
@@ -299,19 +281,15 @@ def _keep(
     return keep_by_score(offered_BMN, scores_BMN, capacity_B, r.slots(m))
 
 
-def _given(logits: jax.Array | None) -> jax.Array:
+def _given(logits: Array | None) -> Array:
     """Logits that the unit asks for; `layers.router.Router` has their router then."""
     assert logits is not None
     return logits
 
 
 def _noisy(
-    logits: jax.Array,
-    scores: jax.Array,
-    r: RoutingConfig,
-    keys_B: jax.Array | None,
-    rule: RoutingRule,
-) -> jax.Array:
+    logits: Array, scores: Array, r: RoutingConfig, keys_B: Array | None, rule: RoutingRule
+) -> Array:
     """The scores experts are chosen by: in training of logits with normal noise."""
     if keys_B is None or not r.router_noise:
         return scores
@@ -319,18 +297,14 @@ def _noisy(
     return rule.scores(logits + r.router_noise * noise)
 
 
-def _z(logits_BMN: jax.Array, valid_BM: jax.Array) -> jax.Array:
+def _z(logits_BMN: Array, valid_BM: Array) -> Array:
     """Mean squared logsumexp over the valid patches of each row, [B]."""
     z_BM = jnp.where(valid_BM, jnp.square(jax.nn.logsumexp(logits_BMN, axis=-1)), 0)
     return z_BM.sum(axis=1) / jnp.maximum(valid_BM.sum(axis=1, dtype=jnp.float32), 1)
 
 
 def statistics(
-    logits: jax.Array,
-    chosen_BMN: jax.Array,
-    kept_BMN: jax.Array,
-    valid_BM: jax.Array,
-    rule: RoutingRule = UNION,
+    logits: Array, chosen_BMN: Array, kept_BMN: Array, valid_BM: Array, rule: RoutingRule = UNION
 ) -> RoutingStats:
     """Sums over a batch; logits [B,M,N], or [B,1,N] where all patches of a row have the same."""
     m, n = chosen_BMN.shape[1:]
