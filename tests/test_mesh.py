@@ -170,14 +170,14 @@ def test_text_is_the_same_on_a_mesh():
 
 # --- contract 7 -------------------------------------------------------------------------------------------------
 
-PEERS = (*ATTENTIONS, *MLPS)
+BASELINES = (*ATTENTIONS, *MLPS)
 MESHES = [(1, 2, 1, 4), (1, 1, 2, 4), (1, 2, 2, 2), (1, 1, 1, 8), (2, 1, 2, 2)]
 B, L, D, N = 8, 16, 32, 8
 
 
 def make(kind: str):
     routing, rngs = RoutingConfig(n_experts=N, k=4, capacity_window=8), nnx.Rngs(0)
-    if kind in PEERS:
+    if kind in BASELINES:
         own = dict(
             mla=dict(q_rank=8, kv_rank=8),
             reformer=dict(chunk=4),
@@ -266,7 +266,7 @@ def over_expert(found: list[Collective]) -> list[tuple[str, tuple[int, ...]]]:
         "attention",
         "mla",
         "deepseek_moe",
-        *(slow(p) for p in PEERS if p not in ("mla", "deepseek_moe")),
+        *(slow(p) for p in BASELINES if p not in ("mla", "deepseek_moe")),
     ],
 )
 @pytest.mark.parametrize(

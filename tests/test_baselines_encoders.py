@@ -12,7 +12,7 @@ import pytest
 import reference
 from flax import nnx
 from test_mesh import over_expert
-from test_peers import GOLDEN, load, make, split, under
+from test_baselines import GOLDEN, load, make, split, under
 
 from uoe_jax import config as config_lib
 from uoe_jax.config import MeshConfig, ModelConfig

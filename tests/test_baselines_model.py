@@ -1,4 +1,4 @@
-"""Whole models of compared architectures: causality, decoding, independence, meshes, balance, refusals, accounting."""
+"""Whole models of baselines: causality, decoding, independence, meshes, balance, refusals, accounting."""
 
 from __future__ import annotations
 
