@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from test_mesh import over_expert
 from test_baselines import GOLDEN, load, make, split, under
+from test_mesh import over_expert
 
 from uoe_jax import config as config_lib
 from uoe_jax.config import MeshConfig, ModelConfig

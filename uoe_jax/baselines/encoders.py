@@ -128,10 +128,8 @@ def convolved(v: Array, w_conv: nnx.Param) -> Array:
     b, length, h, dh = v.shape
     rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
     kernel = w_conv[...].T[:, None].astype(v.dtype)  # [width,1,h]
-    y = jax.lax.conv_general_dilated(
-        rows, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=h,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    form = dict(dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=jnp.float32)
+    y = jax.lax.conv_general_dilated(rows, kernel, (1,), "SAME", feature_group_count=h, **form)
     return y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
 
 

@@ -36,12 +36,11 @@ class Mixture(UoME):
 
     def __init__(self, c: ModelConfig, rule: RoutingRule, *, rngs: nnx.Rngs) -> None:
         moe, width = c.moe, c.d_expert
-        super().__init__(
-            c.d_model, moe.n_experts * width, moe.routing(c.mlp), causal=c.causal, fan_in=width,
-            rule=rule, rngs=rngs, **mlp_options(c),
-        )  # fmt: skip
-        options, hidden = mlp_options(c) | {"bias": False}, moe.n_shared * width
-        self.shared = MLP(c.d_model, hidden, rngs=rngs, **options) if hidden else None
+        routed, shared = moe.n_experts * width, moe.n_shared * width
+        of_experts = dict(causal=c.causal, fan_in=width, rule=rule, rngs=rngs, **mlp_options(c))
+        super().__init__(c.d_model, routed, moe.routing(c.mlp), **of_experts)
+        options = mlp_options(c) | {"bias": False}
+        self.shared = MLP(c.d_model, shared, rngs=rngs, **options) if shared else None
 
     def _shared_experts(self, x: Array) -> Array | None:
         return None if self.shared is None else self.shared.partial(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,28 +121,12 @@ class DenseCache(NamedTuple):
     v: Array
 
 
-class Options(TypedDict):
-    """Arguments that all attention blocks have in common."""
-
-    bias: bool
-    qkv_bias: bool
-    causal: bool
-    drop_rate: float
-    qk_norm_eps: float | None
-    dtype: Any
-    out_scale: float
-
-
-def options(c: ModelConfig) -> Options:
-    return Options(
-        bias=c.bias,
-        qkv_bias=c.qkv_bias,
-        causal=c.causal,
-        drop_rate=c.attention_dropout,
-        qk_norm_eps=c.norm_eps if c.qk_norm else None,
-        dtype=c.dtype,
-        out_scale=c.out_scale,
-    )
+def options(c: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments that all attention blocks have in common."""
+    eps = c.norm_eps if c.qk_norm else None
+    biases = dict(bias=c.bias, qkv_bias=c.qkv_bias)
+    core = dict(causal=c.causal, drop_rate=c.attention_dropout, qk_norm_eps=eps)
+    return dict(dtype=c.dtype, out_scale=c.out_scale, **biases, **core)
 
 
 class Attention(Block):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,17 +15,9 @@ from uoe_jax.layers.common import GATED, Block, Tokens, activate, add_bias, line
 from uoe_jax.layers.weights import scaled_normal, weight, weight_if, zeros
 
 
-class MLPOptions(TypedDict):
-    """Arguments that all MLP blocks have in common."""
-
-    activation: str
-    bias: bool
-    dtype: Any
-    out_scale: float
-
-
-def mlp_options(c: ModelConfig) -> MLPOptions:
-    return MLPOptions(activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=c.out_scale)
+def mlp_options(c: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments that all MLP blocks have in common."""
+    return dict(activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=c.out_scale)
 
 
 class MLP(Block):

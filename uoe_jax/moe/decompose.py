@@ -42,36 +42,23 @@ REQUIRED = {"mlp": ("w_up", "w_down"), "attention": ("w_q", "w_k", "w_v", "w_o")
 BLOCKS = {"smha": "attention", "uome": "mlp"}  # a section of the configuration: the block it routes
 
 
-def split_mlp(dense: Weights, n: int) -> Weights:
-    """The weights of an MLP as those of N experts; w_gate and biases may be absent.
+def split_block(block: str, dense: Weights, n: int, key: str = "n_experts") -> Weights:
+    """The weights of a dense block, "mlp" or "attention", as those of N experts.
+
+    w_gate, biases and scales may be absent. `key` names n in errors.
 
     Raises:
-      ConfigError: n does not divide F.
+      ConfigError: n does not divide F, or H and G.
       UserError: a leaf is missing, unknown or of a shape that does not fit.
     """
-    return _split("mlp", dense, n, _read("mlp", dense))
+    _check_even(block, _read(block, dense), n, key)
+    return {name: _cut(a, AXES[block][name].split(), n) for name, a in dense.items()}
 
 
-def merge_mlp(experts: Weights) -> Weights:
-    """The inverse of `split_mlp`; raises UserError for leaves as it does."""
-    _read("mlp", experts, experts=True)
-    return _merge("mlp", experts)
-
-
-def split_attention(dense: Weights, n: int) -> Weights:
-    """The weights of an attention block as those of N groups of heads; biases may be absent.
-
-    Raises:
-      ConfigError: n does not divide H and G.
-      UserError: a leaf is missing, unknown or of a shape that does not fit.
-    """
-    return _split("attention", dense, n, _read("attention", dense))
-
-
-def merge_attention(experts: Weights) -> Weights:
-    """The inverse of `split_attention`; raises UserError for leaves as it does."""
-    _read("attention", experts, experts=True)
-    return _merge("attention", experts)
+def merge_block(block: str, experts: Weights) -> Weights:
+    """The inverse of `split_block`; raises UserError for leaves as it does."""
+    _read(block, experts, experts=True)
+    return {name: _join(a, AXES[block][name].split()) for name, a in experts.items()}
 
 
 def dense_config(config: ModelConfig) -> ModelConfig:
@@ -104,7 +91,7 @@ def split(
         block, n, sizes = BLOCKS[section], routing.n_experts, _sizes(config)
         dense = _block(layers, block)
         _read(block, dense, sizes=sizes, names=_names(block, config))
-        experts = _split(block, dense, n, sizes, f"config.model.{section}.n_experts")
+        experts = split_block(block, dense, n, f"config.model.{section}.n_experts")
         if routers is None:
             xp = next(iter(dense.values())).__array_namespace__()
             shapes = router_shapes(config, routing)
@@ -137,7 +124,7 @@ def merge(params: Weights, config: ModelConfig) -> Weights:
         sizes = {a: size for a, size in dense.items() if a not in CUT}
         sizes |= {a.lower(): dense[a] // n for a in CUT} | {"N": n}
         _read(block, experts, True, sizes, _names(block, config))
-        layers[block] = _merge(block, experts)
+        layers[block] = merge_block(block, experts)
     return {**params, "layers": layers}
 
 
@@ -238,17 +225,6 @@ def _check_even(block: str, sizes: dict[str, Any], n: int, key: str) -> None:
             if a == "G":
                 fits += " (each expert owns its key/value heads: copies of one would diverge)"
             raise ConfigError(key, n, f"must divide {CUT[a]}={size}; {fits}")
-
-
-def _split(
-    block: str, dense: Weights, n: int, sizes: dict[str, Any], key: str = "n_experts"
-) -> Weights:
-    _check_even(block, sizes, n, key)
-    return {name: _cut(a, AXES[block][name].split(), n) for name, a in dense.items()}
-
-
-def _merge(block: str, experts: Weights) -> Weights:
-    return {name: _join(a, AXES[block][name].split()) for name, a in experts.items()}
 
 
 def _cut(a: Any, axes: list[str], n: int) -> Any:
