@@ -110,10 +110,9 @@ def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
         )
     except (NotImplementedError, ValueError) as error:
         largest = max(AXES, key=lambda a: shape[a])
-        remedy = f"the network of these devices cannot be cut as {_written(shape)} ({error})"
-        raise ConfigError(
-            f"config.mesh.{largest}", shape[largest], f"{remedy}; choose other sizes"
-        ) from error
+        cut = f"the network of these devices cannot be cut as {_written(shape)} ({error})"
+        remedy = f"{cut}; choose other sizes"
+        raise ConfigError(f"config.mesh.{largest}", shape[largest], remedy) from error
 
 
 def current() -> AbstractMesh | None:

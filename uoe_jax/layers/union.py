@@ -76,6 +76,7 @@ class Union(Block):
     6. The output bias is added once. Padding tokens get zeros.
 
     A subclass sets `bias_out` and writes `_project` (into every expert) and `_experts` (the rest).
+    In training, `sequence_group` must divide the rows of a device (else ValueError).
     """
 
     def __init__(
@@ -92,9 +93,7 @@ class Union(Block):
             check_declared("routing", routing)
         n, k, unit, priority = routing.n_experts, routing.k, routing.unit, routing.priority
         if k > n:
-            raise ValueError(
-                f"routing.k={k}: a patch cannot choose more than n_experts={n} experts"
-            )
+            raise ValueError(f"routing.k={k}: a patch chooses at most n_experts={n} experts")
         future = "in a causal block depends on later patches; use"
         if causal and unit != "patch":
             raise ValueError(f"unit={unit!r} {future} 'patch'")
