@@ -23,7 +23,7 @@ from uoe_jax.moe import routing
 def build(
     make: Callable[[], nnx.Module], seed: int = 0, scale: float = 0.3
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """The module that `make` describes, split, with every parameter (biases and scales too) drawn so that none is 0 or 1."""
+    """The module that `make` describes, split, with random parameters, biases and scales too: none is 0 or 1."""
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     leaves, tree = jax.tree.flatten(abstract)
     rng = np.random.default_rng(seed)

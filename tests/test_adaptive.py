@@ -54,7 +54,7 @@ def short_chunks(monkeypatch):
 
 
 class Ends(nnx.Module):
-    """Words, and the head that scores them."""
+    """An embedding, and the adaptive head on it."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs) -> None:
         self.words, self.head = make_vocabulary(c, rngs=rngs), AdaptiveHead(c, rngs=rngs)
@@ -65,7 +65,7 @@ def ends(c: ModelConfig):
 
 
 def dense_words(words, width: int) -> jax.Array:
-    """The vectors of all words, [V,D], narrow ones widened by their projections."""
+    """The vectors of all entries, [V,D], narrow ones through their projections."""
     if not isinstance(words, dict):
         return words
     wide = [words[f"table_{i}"] @ words[f"projection_{i}"].T for i in range(1, len(CUTOFFS) + 1)]
@@ -134,7 +134,7 @@ def test_probabilities_are_those_of_the_dense_reference_and_sum_to_one(kind):
 
 
 @pytest.mark.parametrize("div", [1, 2])
-def test_words_are_looked_up_in_their_piece(div):
+def test_ids_are_looked_up_in_their_piece(div):
     c = dataclasses.replace(BASE, cutoff_div=div)
     graphdef, state = ends(c)
     every = jnp.arange(V, dtype=jnp.int32)[::-1]
@@ -196,7 +196,7 @@ def test_a_short_dtype_is_close(dtype):
 
 @pytest.mark.parametrize("kind", ["one table", "cut over expert", "pieces"])
 def test_the_gradient_of_a_frequent_word_is_summed_in_float32(kind):
-    """4096 places, nine of ten the same word: in bfloat16 a sum stands still after 256 of them."""
+    """4096 tokens, nine of ten alike: in bfloat16 a sum stops growing after 256 of them."""
     c = dataclasses.replace(BASE, cutoff_div=2 if kind == "pieces" else 1)
     words = (
         make_vocabulary(c, rngs=nnx.Rngs(0))
@@ -229,7 +229,7 @@ def test_the_gradient_of_a_frequent_word_is_summed_in_float32(kind):
 
 
 def test_the_scores_of_all_tokens_never_exist_at_once(monkeypatch):
-    """Temporary memory of loss and gradients of 8192 tokens over 50,000 words: a quarter of one array of their scores."""
+    """Temporary memory of a loss and its gradients: a quarter of the logits of 8192 tokens x 50,000."""
     monkeypatch.setattr(tiles, "LEAST_CHUNK", 512)
     c = dataclasses.replace(BASE, vocab_size=50_000, d_model=64, cutoffs="4000,20000")
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Ends(c, nnx.Rngs(0))))
@@ -403,7 +403,7 @@ def test_operations_of_all_scores_are_the_compilers(div):
     assert counted == pytest.approx(vocabulary_flops(c, 128, shares=(1, 1)), rel=0.05)
 
 
-def test_tails_have_the_words_that_zipfs_law_gives_them():
+def test_tails_have_the_shares_of_zipfs_law():
     c = dataclasses.replace(BASE, vocab_size=267_735, cutoffs="20000,40000,200000", n_layers=2)
     share = 1 / np.arange(1, c.vocab_size + 1)
     share /= share.sum()
@@ -446,7 +446,7 @@ def test_what_makes_no_pieces_is_refused(changes, sentence):
 
 
 def test_a_vocabulary_that_is_known_later_is_checked_then():
-    """With model.vocab_size=0 the words are counted first; spaces between the numbers are no matter."""
+    """With model.vocab_size=0 the vocabulary is counted first; spaces between the numbers are allowed."""
     c = from_dict({"model": {**MODEL, "vocab_size": 0, "cutoffs": "10, 40"}, "mesh": ONE}).model
     assert c.cutoff_list == (10, 40)
     check_cutoffs(c, 41)

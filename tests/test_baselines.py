@@ -1,4 +1,4 @@
-"""The baselines against code that is not ours (tests/golden/baselines/make.py), and against the contracts."""
+"""The baselines against independent code (tests/golden/baselines/make.py), and against the contracts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense weights <-> expert weights: exact both ways, the same function and gradients, and refusals in words."""
+"""Dense weights <-> expert weights: exact both ways, the same function and gradients, and refusals."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def shapes_of(c: ModelConfig) -> dict:
 
 
 def filled(tree, seed: int = 0, xp=jnp) -> dict:
-    """A tree of shapes with every leaf drawn, so that no bias is 0 and no scale 1."""
+    """A tree of shapes with random leaves, so that no bias is 0 and no scale 1."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: xp.asarray(0.4 * rng.normal(size=a.shape), a.dtype), tree)
 

@@ -189,7 +189,7 @@ SLOW = pytest.param("bounded sequences", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("name", ["everything random", SLOW])
 def test_training_draws_the_same_on_every_mesh(name):
-    """Two steps on one device, on eight, and in two microbatches; what is drawn and bound is so in training only."""
+    """Two steps on one device, on eight, and in two microbatches; noise, dropout and bounds are of training only."""
 
     def losses(model: dict, sizes: dict, parts: int) -> tuple[list[float], float]:
         values = {
