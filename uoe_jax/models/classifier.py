@@ -75,11 +75,7 @@ class Classifier(Stack):
         """
         x_BLD, tokens = self.embed_inputs(inputs, segments, keys_B)
         x_BLD, stats = self.run(x_BLD, tokens)
-        x_BLD = self.norm(x_BLD)
-        if self.cls is not None:
-            pooled_BD = x_BLD[:, 0].astype(jnp.float32)
-        else:  # zeros for a row of padding only
-            pooled_BD = valid_mean(x_BLD, valid_tokens(tokens.segments_BL, x_BLD))
+        pooled_BD = self._pool(self.norm(x_BLD), tokens.segments_BL)
         n_inputs = self.config.classifier.n_inputs
         return self._score(pooled_BD.reshape(-1, n_inputs, pooled_BD.shape[-1])), stats
 
@@ -111,6 +107,12 @@ class Classifier(Stack):
         cls_B1D = jnp.broadcast_to(self.cls[...], (x_BLD.shape[0], 1, x_BLD.shape[-1]))
         cls_B1D = cls_B1D.astype(x_BLD.dtype)  # rounded last, as in add_bias
         return jnp.concatenate([cls_B1D, x_BLD], axis=1)
+
+    def _pool(self, x_BLD: Array, segments_BL: Array | None) -> Array:
+        """float32 [B,D]; zeros for a row of padding only."""
+        if self.cls is not None:
+            return x_BLD[:, 0].astype(jnp.float32)
+        return valid_mean(x_BLD, valid_tokens(segments_BL, x_BLD))
 
     def _score(self, pooled_BID: Array) -> Array:
         u_BD = features = pooled_BID[:, 0]
