@@ -15,7 +15,7 @@ from uoe_jax.layers.common import along_last, pad_sequence, valid_mean
 from uoe_jax.layers.weights import scaled_normal, weight_if, zeros
 from uoe_jax.moe import routing as routing_lib
 from uoe_jax.moe.dispatch import Selection
-from uoe_jax.moe.routing import UNION, Decision, RoutingRule, RoutingStats
+from uoe_jax.moe.routing import Decision, RoutingRule, RoutingStats
 
 
 class RouterCache(NamedTuple):
@@ -42,13 +42,7 @@ class Router(nnx.Module):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        routing: RoutingConfig,
-        *,
-        causal: bool,
-        rule: RoutingRule = UNION,
-        rngs: nnx.Rngs,
+        self, d_model: int, routing: RoutingConfig, causal: bool, rule: RoutingRule, rngs: nnx.Rngs
     ) -> None:
         self.routing, self.causal, self.rule = routing, causal, rule
         n, biased = routing.n_experts, routing.router_bias

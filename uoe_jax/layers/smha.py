@@ -66,7 +66,7 @@ class SMHA(Union):
             heads = f"n_heads={n_heads} and n_kv_heads={kv_heads}"
             raise ValueError(f"{heads} must both be multiples of n_experts={n}")
         h, g, dh = n_heads // n, kv_heads // n, d // n_heads
-        super().__init__(d, routing, causal=causal, dtype=dtype, rule=rule, rngs=rngs)
+        super().__init__(d, routing, causal, dtype, rule, rngs)
         self.drop_rate, self.qk_norm_eps = drop_rate, qk_norm_eps
         into, out = ("expert", "embed", None, None), ("expert", None, None, "embed")
         self.w_q = weight(rngs, (n, d, h, dh), into, scaled_normal(d))

@@ -80,18 +80,11 @@ class Union(Block):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        routing: RoutingConfig,
-        *,
-        causal: bool,
-        dtype: Any,
-        rule: RoutingRule = UNION,
-        rngs: nnx.Rngs,
+        self, d: int, r: RoutingConfig, causal: bool, dtype: Any, rule: RoutingRule, rngs: nnx.Rngs
     ) -> None:
         if rule is UNION:  # baselines make their routing from a section that is checked already
-            check_declared("routing", routing)
-        n, k, unit, priority = routing.n_experts, routing.k, routing.unit, routing.priority
+            check_declared("routing", r)
+        n, k, unit, priority = r.n_experts, r.k, r.unit, r.priority
         if k > n:
             raise ValueError(f"routing.k={k}: a patch chooses at most n_experts={n} experts")
         future = "in a causal block depends on later patches; use"
@@ -99,9 +92,9 @@ class Union(Block):
             raise ValueError(f"unit={unit!r} {future} 'patch'")
         if causal and priority != "position":
             raise ValueError(f"priority={priority!r} {future} 'position'")
-        self.routing, self.causal, self.dtype = routing, causal, dtype
+        self.routing, self.causal, self.dtype = r, causal, dtype
         self.bias_out: nnx.Param | None
-        self.router = Router(d_model, routing, causal=causal, rule=rule, rngs=rngs)
+        self.router = Router(d, r, causal, rule, rngs)
 
     def _project(self, x_NRSD: Array) -> tuple[Array, ...]:
         """Every expert's projections of its tokens, [N,R,S,…]; x [1,R,S,D]: the same tokens."""

@@ -54,7 +54,7 @@ class UoME(Union):
         f, rest = divmod(d_hidden, n)
         if rest:
             raise ValueError(f"d_hidden={d_hidden} cannot be cut in n_experts={n} equal partitions")
-        super().__init__(d, routing, causal=causal, dtype=dtype, rule=rule, rngs=rngs)
+        super().__init__(d, routing, causal, dtype, rule, rngs)
         self.activation = activation
         into, out = ("expert", "embed", None), ("expert", None, "embed")
         down = scaled_normal(fan_in or d_hidden, out_scale)
