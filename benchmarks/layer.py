@@ -26,7 +26,7 @@ from uoe_jax.layers.tiles import computed_scores
 from uoe_jax.layers.uome import UoME
 from uoe_jax.models.decoder import make_attention, make_mlp
 from uoe_jax.moe.dispatch import backend_for, combine_slots, gather_slots
-from uoe_jax.moe.routing import select
+from uoe_jax.moe.routing import decide
 
 
 class Sizes(NamedTuple):
@@ -50,20 +50,19 @@ BARS = {
 
 
 class RaggedUoME(UoME):
-    """The same block with `jax.lax.ragged_dot` for the experts' products, as in mixtures whose groups differ in size."""
+    """The same block, its products by `jax.lax.ragged_dot`: as mixtures with groups of any size."""
 
-    def _into(self, x_NBSD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        return _ragged(x_NBSD, kernel[...].astype(self.dtype))
+    def _project(self, x_NRSD: jax.Array) -> tuple[jax.Array, ...]:
+        return (_ragged(x_NRSD, self.w_up[...].astype(self.dtype)),)
 
-    def _leave(self, entered: tuple[jax.Array, ...], weight_NBS: jax.Array) -> jax.Array:
-        hidden = jax.nn.gelu(entered[0], approximate=False) * weight_NBS[..., None].astype(
-            self.dtype
-        )
+    def _out(self, projected: tuple[jax.Array, ...], weight_NRS: jax.Array) -> jax.Array:
+        weight_NRS1 = weight_NRS[..., None].astype(self.dtype)
+        hidden = jax.nn.gelu(projected[0], approximate=False) * weight_NRS1
         return _ragged(hidden, self.w_down[...].astype(self.dtype))
 
 
 class WholeSquares(Attention):
-    """The dense block with every score of a row held at once, as XLA computes what is written down in two products."""
+    """The dense block in two plain matmuls: XLA then holds every score of a row at once."""
 
     def _mix(
         self,
@@ -96,10 +95,10 @@ def whole_flops(c: ModelConfig, b: int) -> float:
     )
 
 
-def _ragged(x_NBSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
-    n, b, s, x = x_NBSX.shape
-    y = jax.lax.ragged_dot(x_NBSX.reshape(n * b * s, x), w_NXY, jnp.full((n,), b * s, jnp.int32))
-    return y.reshape(n, b, s, -1)
+def _ragged(x_NRSX: jax.Array, w_NXY: jax.Array) -> jax.Array:
+    n, r, s, x = x_NRSX.shape
+    y = jax.lax.ragged_dot(x_NRSX.reshape(n * r * s, x), w_NXY, jnp.full((n,), r * s, jnp.int32))
+    return y.reshape(n, r, s, -1)
 
 
 class Variant(NamedTuple):
@@ -220,7 +219,7 @@ def moving(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], float]]:
         jax.random.normal(jax.random.key(0), (b, length, sizes.n)),
         jnp.ones((b, length), bool),
     )
-    selection = jax.jit(lambda logits: select(logits, valid, r)[0])(logits)
+    selection = jax.jit(lambda logits: decide(logits, valid, r)[0].pack())(logits)
     how = backend_for("auto", jnp.dtype(sizes.dtype), 1, False)
     x = jax.random.normal(jax.random.key(1), (b, length, d), sizes.dtype)
     gather, combine = (

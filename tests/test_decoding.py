@@ -154,7 +154,7 @@ def test_decoding_gives_the_full_pass(name):
 
 
 def test_a_row_decodes_alone():
-    """What the other rows of a decoding batch hold, and what stands after a prompt, changes nothing."""
+    """Neither other rows of a decoding batch nor what follows a prompt changes anything."""
     _, prefill, step = build(model_config(**DECODING["smha P=4, uome P=1"]))
     rows, lengths = draw(1, 5, CONTEXT), np.array([16, 13, 12, 7, 1], np.int32)
     others = np.where(np.arange(5)[:, None] == 3, rows, draw(2, 5, CONTEXT))

@@ -1,4 +1,4 @@
-"""Dense weights <-> expert weights: exact both ways, the same function and gradients, and refusals in words."""
+"""Dense weights <-> expert weights: exact both ways, the same function and gradients, and refusals."""
 
 from __future__ import annotations
 
@@ -17,15 +17,7 @@ from hypothesis import strategies as st
 from uoe_jax.config import ModelConfig, RoutingConfig
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.moe import decompose
-from uoe_jax.moe.decompose import (
-    dense_config,
-    merge,
-    merge_attention,
-    merge_mlp,
-    split,
-    split_attention,
-    split_mlp,
-)
+from uoe_jax.moe.decompose import dense_config, merge, merge_block, split, split_block
 from uoe_jax.train.step import functional
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu", "geglu")
@@ -61,8 +53,9 @@ def assert_same_bits(a, b) -> None:
         assert np.asarray(u).tobytes() == np.asarray(v).tobytes()
 
 
-def there_and_back(dense: dict, cut, join, n: int) -> None:
+def there_and_back(block: str, dense: dict, n: int) -> None:
     """Both directions, bit for bit; the expert weights are also checked against new ones of their own."""
+    cut, join = functools.partial(split_block, block), functools.partial(merge_block, block)
     experts = cut(dense, n)
     assert_same_bits(join(experts), dense)
     rng = np.random.default_rng(1)
@@ -79,7 +72,7 @@ experts, seeds = st.integers(1, 4), st.integers(0, 99)
 @settings(max_examples=60, deadline=None)
 def test_mlp_there_and_back_is_exact(n, f, d, lead, gated, bias, seed):
     make = functools.partial(any_bits, np.random.default_rng(seed))
-    there_and_back(dense_mlp(make, lead, d, n * f, gated, bias), split_mlp, merge_mlp, n)
+    there_and_back("mlp", dense_mlp(make, lead, d, n * f, gated, bias), n)
 
 
 @given(
@@ -89,12 +82,8 @@ def test_mlp_there_and_back_is_exact(n, f, d, lead, gated, bias, seed):
 def test_attention_there_and_back_is_exact(n, g, group, d, dh, lead, bias, seed):
     """MHA (group 1), GQA, and MQA (n = g = 1)."""
     make = functools.partial(any_bits, np.random.default_rng(seed))
-    there_and_back(
-        dense_attention(make, lead, d, n * g * group, n * g, dh, bias),
-        split_attention,
-        merge_attention,
-        n,
-    )
+    dense = dense_attention(make, lead, d, n * g * group, n * g, dh, bias)
+    there_and_back("attention", dense, n)
 
 
 def test_the_cut_is_contiguous():
@@ -102,14 +91,14 @@ def test_the_cut_is_contiguous():
     make = functools.partial(any_bits, np.random.default_rng(0))
     n, f, h, g = 2, 4, 4, 2  # per expert: an MLP of 8, GQA of 8 heads and 4 key/value heads
     w = dense_mlp(make, f=n * f)
-    experts = split_mlp(w, n)
+    experts = split_block("mlp", w, n)
     for i in range(n):
         at = slice(i * f, (i + 1) * f)
         wanted = {name: w[name][:, at] for name in ("w_up", "w_gate")}
         wanted |= {name: w[name][at] for name in ("w_down", "b_up", "b_gate")}
         assert_same_bits({name: experts[name][i] for name in wanted}, wanted)
     w = dense_attention(make, h=n * h, g=n * g)
-    experts = split_attention(w, n)
+    experts = split_block("attention", w, n)
     assert experts["bias_out"] is w["bias_out"]
     for i in range(n):
         for j in range(h):
@@ -127,7 +116,7 @@ def test_the_cut_is_contiguous():
 
 def test_numpy_arrays_are_not_copied_where_a_view_will_do():
     w = dense_mlp(functools.partial(any_bits, np.random.default_rng(0)), (2,))
-    assert all(np.shares_memory(a, w[name]) for name, a in split_mlp(w, 4).items())
+    assert all(np.shares_memory(a, w[name]) for name, a in split_block("mlp", w, 4).items())
 
 
 # --- whole models -----------------------------------------------------------------------------------------------
@@ -154,7 +143,7 @@ def shapes_of(c: ModelConfig) -> dict:
 
 
 def filled(tree, seed: int = 0, xp=jnp) -> dict:
-    """A tree of shapes with every leaf drawn, so that no bias is 0 and no scale 1."""
+    """A tree of shapes with random leaves, so that no bias is 0 and no scale 1."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: xp.asarray(0.4 * rng.normal(size=a.shape), a.dtype), tree)
 
@@ -316,23 +305,23 @@ def zeros(*shape: int) -> np.ndarray:
     "cut, sentence",
     [
         (
-            lambda: split_mlp(dense_mlp(zeros, f=12), 5),
+            lambda: split_block("mlp", dense_mlp(zeros, f=12), 5),
             "n_experts=5: .* d_hidden=12; .* are 1, 2, 3, 4, 6, 12$",
         ),
         (
-            lambda: split_mlp(dense_mlp(zeros), 0),
+            lambda: split_block("mlp", dense_mlp(zeros), 0),
             "n_experts=0: must divide d_hidden=8; .* are 1, 2, 4, 8$",
         ),
         (
-            lambda: split_attention(dense_attention(zeros, h=8, g=4), 3),
+            lambda: split_block("attention", dense_attention(zeros, h=8, g=4), 3),
             "n_experts=3: .* n_heads=8; .* are 1, 2, 4$",
         ),
         (
-            lambda: split_attention(dense_attention(zeros, h=8, g=2), 4),
+            lambda: split_block("attention", dense_attention(zeros, h=8, g=2), 4),
             "n_kv_heads=2; .* are 1, 2 .each expert owns",
         ),
         (
-            lambda: split_attention(dense_attention(zeros, h=4, g=1), 4),
+            lambda: split_block("attention", dense_attention(zeros, h=4, g=1), 4),
             "n_kv_heads=1; .* are 1 .each expert owns",
         ),
         (
@@ -416,18 +405,18 @@ def test_wrong_leaves_of_one_block_are_refused():
 
     w = dense_mlp(zeros, (2,))
     with refused("mlp.w_down has shape (2, 9, 3), which does not fit […=(2,), F=8, D=3]"):
-        split_mlp(w | {"w_down": zeros(2, 9, 3)}, 2)
+        split_block("mlp", w | {"w_down": zeros(2, 9, 3)}, 2)
     with refused("mlp.w_up has shape (8,), which does not fit […, D, F]"):
-        split_mlp({"w_up": zeros(8), "w_down": zeros(8)}, 2)
+        split_block("mlp", {"w_up": zeros(8), "w_down": zeros(8)}, 2)
     with refused("mlp.w_up is missing"):
-        split_mlp({"w_down": zeros(8, 3)}, 2)
-    experts = split_attention(dense_attention(zeros), 2)
+        split_block("mlp", {"w_down": zeros(8, 3)}, 2)
+    experts = split_block("attention", dense_attention(zeros), 2)
     with refused(
         "attention.w_o has shape (4, 1, 2, 3), which does not fit […=(), N=2, h=2, Dh=2, D=3]"
     ):
-        merge_attention(experts | {"w_o": zeros(4, 1, 2, 3)})
+        merge_block("attention", experts | {"w_o": zeros(4, 1, 2, 3)})
     with refused("attention.router is not a weight of this block"):
-        merge_attention(experts | {"router": zeros(3, 2)})
+        merge_block("attention", experts | {"router": zeros(3, 2)})
     for tree in ({}, {"layers": {"attention": zeros(3)}}):
         with refused(
             "layers.attention is missing: give the parameters of a whole model, as nested dicts"

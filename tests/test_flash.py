@@ -16,7 +16,7 @@ from uoe_jax import RoutingConfig
 from uoe_jax.layers import attention, smha, tiles
 from uoe_jax.layers import fused as fused_lib
 from uoe_jax.layers.attention import attend, group_keys
-from uoe_jax.layers.chunked import words_nll
+from uoe_jax.layers.chunked import chunked_nll
 from uoe_jax.layers.common import tokens_like
 from uoe_jax.layers.fused import fused
 
@@ -139,7 +139,7 @@ def test_the_fused_kernel_is_asked_for_the_same(causal, documents):
 
 
 class Packed:
-    """cuDNN's packed form as JAX describes it, by plain attention: documents are told by their first tokens and lengths."""
+    """cuDNN's packed form as JAX describes it, by plain attention: documents are given by their first tokens and lengths."""
 
     class MaskType:
         PADDING, PADDING_CAUSAL = "padding", "causal"
@@ -160,7 +160,7 @@ class Packed:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("documents, most", [(1, 3), (3, 3), (3, 2)])
-def test_documents_are_told_by_where_they_stand(monkeypatch, causal, documents, most):
+def test_documents_are_given_by_offsets_and_lengths(monkeypatch, causal, documents, most):
     """Rows of three documents, one of them with empty places behind, or of one each: masked only where they are more than `most`."""
     monkeypatch.setattr(fused_lib, "_packed_form", lambda grouped: Packed)
     monkeypatch.setattr(fused_lib, "MOST", most)
@@ -206,7 +206,7 @@ def test_key_heads_that_are_shared_are_packed_where_jax_knows_where_they_begin(
     assert (fused_lib._packed_form.__wrapped__(True) is Packed) == (version >= (0, 11, 1))
 
 
-def test_what_a_kernel_leaves_in_empty_places_reaches_nothing(monkeypatch):
+def test_nan_in_empty_slots_reaches_nothing(monkeypatch):
     """Not causal, rows of one token and of none: attention that leaves NaN behind a row's length gives finite gradients."""
     whole = smha.attend
 
@@ -337,7 +337,7 @@ def test_losses_of_a_vocabulary(monkeypatch, n, start, stop, dtype):
         return jnp.where(inside, nll, 0)
 
     found = jax.jit(
-        lambda *a: pulled(lambda x, table: words_nll(x, table, target, start, stop), a, d)
+        lambda *a: pulled(lambda x, table: chunked_nll(x, table, target, start, stop), a, d)
     )(x, table)
     assert reference.error(found, pulled(wanted, (x, table), d)) < (
         1e-5 if dtype == "float32" else 1e-2

@@ -68,7 +68,7 @@ def compilers_count(module, config: ModelConfig, *args, **kwargs) -> float:
 
 
 def test_stem_and_head_alone():
-    """What is before and after the blocks is too small beside them to show in the whole: the difference of two models."""
+    """The ends of a model are too small to show in its total: the difference of two models."""
     few = CLASSIFIERS["two images, cls, last patch not full"]
     wide = dataclasses.replace(few, classifier=dataclasses.replace(few.classifier, d_head=4096))
     deep = dataclasses.replace(few, image=dataclasses.replace(few.image, channels=300))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ from test_classifier import MODELS as CLASSIFIERS
 from test_classifier import config_of
 
 from uoe_jax import RoutingConfig
-from uoe_jax.config import ModelConfig
-from uoe_jax.costs.memory import cache_bytes, kept_bytes, parameters
+from uoe_jax.config import MeshConfig, ModelConfig
+from uoe_jax.costs.memory import cache_bytes, kept_bytes
+from uoe_jax.distributed.mesh import make_mesh, weight_sharding
+from uoe_jax.models import count
 from uoe_jax.models.classifier import Classifier
 from uoe_jax.models.decoder import Transformer
 
@@ -43,13 +46,33 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*MODELS, *(f"classifier, {name}" for name in CLASSIFIERS)])
-def test_parameters_are_the_arrays(name):
-    classifier = name.removeprefix("classifier, ")
-    config = config_of(classifier) if classifier != name else MODELS[name]
-    module = Classifier if classifier != name else Transformer
-    state = nnx.state(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
-    assert parameters(config) == sum(a.size for a in jax.tree.leaves(state))
+def test_parameters_of_a_model_known_by_hand():
+    c = MODELS["dense, dense"]
+    layer = 4 * 64 * 64 + 2 * 64 * 256 + 2 * 64
+    assert count.layer_parameters(c) == layer
+    assert count.vocabulary_parameters(c) == 64 * 64
+    assert count.parameters(c) == 2 * layer + 64 * 64 + 64
+    assert count.classifier_parameters(c) == 0
+    untied = dataclasses.replace(c, tie_embeddings=False, position="learned")
+    assert count.parameters(untied) - count.parameters(c) == 64 * 64 + c.context_length * 64
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_has_its_own_beside_those_of_the_layers(name):
+    c = config_of(name)
+    model = Classifier(c, rngs=nnx.Rngs(0))
+    shared = jax.tree.leaves((model.embedding, model.positions, model.layers, model.norm))
+    own = count.parameters(c) - sum(a.size for a in shared)
+    assert count.classifier_parameters(c) == own > 0
+
+
+def test_parameters_of_a_device_are_those_of_its_shards():
+    c, shape = MODELS["swiglu, grouped, biases"], dict(replica=1, data=1, fsdp=4, expert=2)
+    mesh, held = make_mesh(MeshConfig(**shape)), 0
+    for w in count.abstract_weights(c).values():
+        sharding = weight_sharding(mesh, w.logical_axes, w.shape)
+        held += math.prod(sharding.shard_shape(w.shape))
+    assert count.parameters_per_device(c, shape) == held < count.parameters(c) / 4
 
 
 def abstract(config: ModelConfig):

@@ -26,7 +26,7 @@ from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import tokens_like
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.models.classifier import Classifier
-from uoe_jax.models.decoder import Block, make_attention, make_mlp
+from uoe_jax.models.decoder import Layer, make_attention, make_mlp
 from uoe_jax.plan.hlo import Collective, collectives
 from uoe_jax.train.step import build
 
@@ -170,14 +170,14 @@ def test_text_is_the_same_on_a_mesh():
 
 # --- contract 7 -------------------------------------------------------------------------------------------------
 
-PEERS = (*ATTENTIONS, *MLPS)
+BASELINES = (*ATTENTIONS, *MLPS)
 MESHES = [(1, 2, 1, 4), (1, 1, 2, 4), (1, 2, 2, 2), (1, 1, 1, 8), (2, 1, 2, 2)]
 B, L, D, N = 8, 16, 32, 8
 
 
 def make(kind: str):
     routing, rngs = RoutingConfig(n_experts=N, k=4, capacity_window=8), nnx.Rngs(0)
-    if kind in PEERS:
+    if kind in BASELINES:
         own = dict(
             mla=dict(q_rank=8, kv_rank=8),
             reformer=dict(chunk=4),
@@ -195,7 +195,7 @@ def make(kind: str):
         "smha": lambda: SMHA(D, 8, routing, rngs=rngs),
         "mlp": lambda: MLP(D, 64, bias=True, rngs=rngs),
         "attention": lambda: Attention(D, 8, rngs=rngs),
-        "layer": lambda: Block(
+        "layer": lambda: Layer(
             ModelConfig(d_model=D, n_heads=8, d_hidden=64, bias=True, smha=routing, uome=routing),
             rngs=rngs,
         ),
@@ -266,7 +266,7 @@ def over_expert(found: list[Collective]) -> list[tuple[str, tuple[int, ...]]]:
         "attention",
         "mla",
         "deepseek_moe",
-        *(slow(p) for p in PEERS if p not in ("mla", "deepseek_moe")),
+        *(slow(p) for p in BASELINES if p not in ("mla", "deepseek_moe")),
     ],
 )
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The golden vectors of the compared architectures, made anew by torch and transformers (the extra `parity`)."""
+"""The golden vectors of the baselines, made anew by torch and transformers (the extra `parity`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "peers"
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "baselines"
 
 
 @pytest.mark.parity

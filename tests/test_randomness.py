@@ -111,8 +111,8 @@ def test_layers_and_places_draw_differently():
 def test_router_noise_chooses_and_does_not_weigh():
     r = RoutingConfig(n_experts=N, k=2, capacity_factor=2.0, router_noise=1.0)
     logits, valid = reference.normal(0, B, L, N), jnp.ones((B, L), bool)
-    quiet, _ = routing.select(logits, valid, r)
-    noisy, _ = routing.select(logits, valid, r, keys_B=KEYS)
+    quiet, _ = reference.selected(logits, valid, r)
+    noisy, _ = reference.selected(logits, valid, r, keys_B=KEYS)
     both = np.asarray(quiet.kept_BMN & noisy.kept_BMN)
     assert 0.2 < (np.asarray(quiet.kept_BMN) & both).sum() / np.asarray(quiet.kept_BMN).sum() < 0.95
     weight = 2 / (1 + np.exp(-np.asarray(logits)))
@@ -128,8 +128,8 @@ def test_where_sequences_choose_the_noise_is_the_sequence_s():
     """All patches of a sequence follow it, in training too."""
     r = RoutingConfig(n_experts=N, k=2, unit="sequence", capacity_factor=1.0, router_noise=2.0)
     valid, logits = jnp.ones((B, L), bool), reference.normal(0, B, N)
-    noisy, _ = routing.select(None, valid, r, logits, keys_B=KEYS)
-    quiet, _ = routing.select(None, valid, r, logits)
+    noisy, _ = reference.selected(None, valid, r, logits, keys_B=KEYS)
+    quiet, _ = reference.selected(None, valid, r, logits)
     kept = np.asarray(noisy.kept_BMN)
     assert (kept == kept[:, :1]).all() and (kept[:, 0].sum(-1) == 2).all()
     assert (kept != np.asarray(quiet.kept_BMN)).any()
@@ -187,7 +187,7 @@ TRAINED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_draws_the_same_on_every_mesh(name):
-    """Two steps on one device, on eight, and in two microbatches; what is drawn and bound is so in training only."""
+    """Two steps on one device, on eight, and in two microbatches; noise, dropout and bounds are of training only."""
 
     def losses(model: dict, sizes: dict, parts: int) -> tuple[list[float], float]:
         values = {

@@ -27,11 +27,12 @@ from uoe_jax.compare.table import numbers
 from uoe_jax.config.load import from_dict, to_dict, with_vocabulary
 from uoe_jax.config.schema import Config
 from uoe_jax.costs.flops import forward_flops_per_token, train_flops
-from uoe_jax.costs.memory import active_parameters, kept_bytes, parameters
+from uoe_jax.costs.memory import idle_parameters, kept_bytes
 from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed import setup
 from uoe_jax.errors import EXIT_DONE, ConfigError, UserError
+from uoe_jax.models.count import parameters
 from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of
 from uoe_jax.workdir import locate, read_config, write_json
@@ -156,7 +157,7 @@ def counts(config: Config, lengths: collections.Counter[int]) -> dict[str, float
     trained = sum(n * train_flops(m, batch, length) for length, n in lengths.items())
     return {
         "parameters": parameters(m),
-        "active_parameters": active_parameters(m),
+        "active_parameters": parameters(m) - idle_parameters(m),
         "forward_flops_per_token": forward_flops_per_token(m),
         "train_flops_per_step": trained / lengths.total(),
         "kept_bytes_per_row": m.n_layers * kept_bytes(replace(m, remat="slots"), 1),

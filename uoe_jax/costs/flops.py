@@ -1,8 +1,9 @@
-"""Floating-point operations of the model, counted from its configuration: what the compiled program executes.
+"""Floating-point operations of the model, as the compiled program executes them.
 
-A multiply-add counts 2. Attention is counted as computed, in whole tiles (`tiles`): all of a row of one tile, and of longer
-ones under a causal mask about half; routed blocks are counted by their slots, filled or not. Elementwise work is left out, and
-so is moving tokens to slots and back, which is a product only with routing.dispatch='onehot'.
+Counted from the configuration; a multiply-add counts 2. Attention is counted in whole tiles
+(`layers.tiles`): a row of one tile fully, a longer one under a causal mask about half. Routed
+blocks are counted by their slots, filled or not. Elementwise work and dispatch are left out, though
+with routing.dispatch='onehot' the latter is a product too.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ def routing_flops(r: RoutingConfig, d_model: int, length: int) -> float:
     return 2 * routed * d_model * r.n_experts
 
 
+def _slot_tokens(r: RoutingConfig, length: int, training: bool) -> tuple[float, float]:
+    """Tokens of a row that an expert (works on, projects)."""
+    s = r.slot_tokens(length) * (r.row_share() if training else 1)
+    return s, s if r.order == "gather" else r.patches(length) * r.patch_size
+
+
 def attention_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     """Forward pass of one attention block over one row of `length` tokens."""
     if c.attention not in ON_SLOTS:
         return ATTENTIONS[c.attention](c, length).flops
-    r = c.routed()[c.attention]
-    d, dh, h, g = c.d_model, c.head_dim, c.n_heads, c.kv_heads
-    s = r.slot_tokens(length) * (r.row_share() if training else 1)
-    entering = s if r.order == "gather" else r.patches(length) * r.patch_size
-    core = core_flops(c, length, training)
-    return (
-        routing_flops(r, d, length)
-        + 2 * entering * d * dh * (h + 2 * g)
-        + 2 * s * d * dh * h
-        + core
-    )
+    r, h, g = c.routed()[c.attention], c.n_heads, c.kv_heads
+    s, projected = _slot_tokens(r, length, training)
+    products = 2 * projected * (h + 2 * g) + 2 * s * h
+    routing = routing_flops(r, c.d_model, length)
+    return routing + products * c.d_model * c.head_dim + core_flops(c, length, training)
 
 
 def core_flops(c: ModelConfig, length: int, training: bool = False) -> float:
@@ -57,13 +58,8 @@ def core_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     if c.attention not in ON_SLOTS:
         return ATTENTIONS[c.attention](c, length).core
     r = c.routed()[c.attention]
-    return (
-        (r.row_share() if training else 1)
-        * 4
-        * c.n_heads
-        * c.head_dim
-        * computed_scores(r.slot_tokens(length), c.causal)
-    )
+    scores = computed_scores(r.slot_tokens(length), c.causal)
+    return (r.row_share() if training else 1) * 4 * c.n_heads * c.head_dim * scores
 
 
 def mlp_flops(c: ModelConfig, length: int, training: bool = False) -> float:
@@ -72,14 +68,14 @@ def mlp_flops(c: ModelConfig, length: int, training: bool = False) -> float:
     whole = 2 * (c.n_into + 1) * length * c.d_model * c.whole_hidden
     if r is None:
         return whole
-    s = r.slot_tokens(length) * (r.row_share() if training else 1)
-    entering = s if r.order == "gather" else r.patches(length) * r.patch_size
-    experts = 2 * (c.n_into * entering + s) * c.d_model * c.routed_hidden
+    s, projected = _slot_tokens(r, length, training)
+    experts = 2 * (c.n_into * projected + s) * c.d_model * c.routed_hidden
     return routing_flops(r, c.d_model, length) + experts + whole
 
 
 def tail_shares(c: ModelConfig) -> tuple[float, ...]:
-    """The share of the words of a text in each tail of an adaptive softmax, by Zipf's law: the word of rank r comes ~ 1/r."""
+    """The share of a text's tokens in each tail of an adaptive softmax, by Zipf's law: rank r ~
+    1/r."""
     edges = (*c.cutoff_list, c.vocab_size)
     up_to = [math.log(n + 0.5) + 0.57722 for n in edges]  # the harmonic number of n
     return tuple((end - start) / up_to[-1] for start, end in zip(up_to, up_to[1:]))
@@ -88,10 +84,11 @@ def tail_shares(c: ModelConfig) -> tuple[float, ...]:
 def scored_pieces(
     c: ModelConfig, shares: Sequence[float] | None = None
 ) -> list[tuple[float, int, int]]:
-    """(share of the tokens that it is scored for, scores of such a token, width) of every piece of the vocabulary.
+    """(share of tokens it is scored for, scores of such a token, width) of every vocabulary piece.
 
-    shares: those of the tails of an adaptive softmax; None: the tokens whose word is in them, by Zipf's law
-    (`tail_shares`), as in losses. Log-probabilities of all words score every tail for every token.
+    shares: those of an adaptive softmax's tails. None: the tokens whose target is in them
+    (`tail_shares`), as in losses. Log-probabilities of all entries score every tail for every
+    token.
     """
     (first, width), *tails = c.vocabulary_pieces
     shares = tail_shares(c) if shares is None else shares
@@ -99,25 +96,19 @@ def scored_pieces(
 
 
 def score_flops(c: ModelConfig, length: int, shares: Sequence[float] | None = None) -> float:
-    """The scores of the words over one row; shares as in `scored_pieces`."""
-    return (
-        2
-        * length
-        * sum(share * scores * width for share, scores, width in scored_pieces(c, shares))
-    )
+    """The vocabulary's scores over one row; shares as in `scored_pieces`."""
+    pieces = scored_pieces(c, shares)
+    return 2 * length * sum(share * scores * width for share, scores, width in pieces)
 
 
 def vocabulary_flops(c: ModelConfig, length: int, shares: Sequence[float] | None = None) -> float:
-    """The language model's head, and the projections of an adaptive embedding; shares as in `scored_pieces`."""
-    narrow = [width for _, width in c.vocabulary_pieces if width < c.d_model]
-    projected = 2 * sum(
-        c.d_model * width for width in narrow
-    )  # into the embedding, and for the head
-    return score_flops(c, length, shares) + 2 * length * projected
+    """The language model's head, and the projections of an adaptive embedding and head."""
+    narrow = sum(c.d_model * width for _, width in c.vocabulary_pieces if width < c.d_model)
+    return score_flops(c, length, shares) + 2 * length * 2 * narrow
 
 
 def ends_flops(c: ModelConfig, length: int) -> float:
-    """What is before and after the blocks: the language model's vocabulary, or the classifier's stem and head."""
+    """What is before and after the layers: the vocabulary, or the classifier's stem and head."""
     if c.task == "language":
         return vocabulary_flops(c, length)
     head = c.classifier
@@ -127,9 +118,9 @@ def ends_flops(c: ModelConfig, length: int) -> float:
 
 
 def forward_flops(c: ModelConfig, length: int | None = None, training: bool = False) -> float:
-    """Forward pass of the whole model over one row (example) of `length` tokens, by default as many as blocks see.
+    """Forward pass of the model over one example of `length` tokens, by default the context.
 
-    training: `sequence_capacity_factor` bounds the rows of an expert, which it never does in evaluation.
+    training: `sequence_capacity_factor` bounds an expert's rows; in evaluation it never does.
     """
     length = length or c.block_length
     per_layer = attention_flops(c, length, training) + mlp_flops(c, length, training)
@@ -142,8 +133,8 @@ def forward_flops_per_token(c: ModelConfig) -> float:
 
 
 def train_flops(c: ModelConfig, rows: int, length: int | None = None) -> float:
-    """One optimizer step over `rows` rows: forward and a backward of twice that; recomputation is not counted.
+    """One optimizer step over `rows` examples: the backward pass is twice the forward, no remat.
 
-    length: tokens of a row as blocks see them, where batches are padded to less than the context (data.buckets).
+    length: tokens of a row, where batches are padded to less than the context (data.buckets).
     """
     return 3 * rows * forward_flops(c, length, training=True)

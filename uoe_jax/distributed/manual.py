@@ -1,9 +1,10 @@
-"""The manual region of a block: what one device does of it, and the collectives around that.
+"""The manual region of a block: what one device computes, and the collectives around it.
 
-`run` cuts a block's work by `jax.shard_map` over all mesh axes: rows over the batch axes, experts (or heads, hidden units,
-vocabulary) over `expert`. Inside, weights are gathered over `fsdp`, inputs are gathered, and partial outputs are reduced
-by the one reduction over `expert`. Nothing is left to the compiler's partitioner, which would gather activations over the
-data axes. On one device there is no region, and the same code runs on everything.
+`run` shards a block by `jax.shard_map` over all mesh axes: rows over the batch axes; experts,
+heads, hidden units or vocabulary entries over `expert`. Inside, weights are all-gathered over
+`fsdp`, and partial outputs are summed by the one reduction over `expert`. Nothing is left to the
+compiler's partitioner, which would all-gather activations over the data axes. On one device there
+is no region, and the same code runs on everything. Letters in `layers.common`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.sharding import PartitionSpec
 
 from uoe_jax.distributed import mesh as mesh_lib
@@ -21,54 +23,52 @@ from uoe_jax.distributed.mesh import BATCH_AXES, EVERYWHERE, ROWS
 
 
 class Region(NamedTuple):
-    """Where the code of a block runs: one shard of `num_shards` over `expert` in a manual region, or (num_shards=0) outside of any.
+    """Where a block's code runs: a shard of `num_shards` over `expert`, or (num_shards=0) outside
+    of any region.
 
-    sequence_parallel: activations come and go cut along L over `expert`.
+    sequence_parallel: between blocks, activations are sharded along L over `expert`.
     """
 
     num_shards: int = 0
     sequence_parallel: bool = False
 
     @property
-    def shard_index(self) -> jax.Array | int:
-        """Which part this is."""
+    def shard_index(self) -> Array | int:
         return jax.lax.axis_index("expert") if self.num_shards else 0
 
-    def gather_inputs(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """All tokens of the rows: (for what every part computes alike, for what each computes for itself).
+    def gather_inputs(self, x_BLD: Array) -> tuple[Array, Array]:
+        """All tokens of the rows, twice: for what every shard computes alike, and for what each
+        computes for itself.
 
-        Both have the same values. They differ in their gradients: those of the second are added over the parts, once.
+        The values are the same. The gradient of the second is summed over the shards, once.
         """
-        if not self.num_shards:
-            return x_BLD, x_BLD
         if self.sequence_parallel:
             return _gather_tokens(x_BLD)
         return x_BLD, self.as_varying(x_BLD)
 
-    def as_varying(self, a: jax.Array) -> jax.Array:
-        """What all parts have alike, for what each computes for itself: its gradient is added over the parts, once and
-        as small as it is here."""
+    def as_varying(self, a: Array) -> Array:
+        """A value that all shards have alike, for use by each on its own: its gradient is summed
+        over the shards here."""
         return jax.lax.pcast(a, "expert", to="varying") if self.num_shards else a
 
-    def reduce_outputs(self, y_BLD: jax.Array) -> jax.Array:
-        """The sum over the parts: the one reduction of a block."""
-        if not self.num_shards:
-            return y_BLD
+    def reduce_outputs(self, y_BLD: Array) -> Array:
+        """The sum over the shards: the one reduction of a block."""
         if self.sequence_parallel:
             return jax.lax.psum_scatter(y_BLD, "expert", scatter_dimension=1, tiled=True)
-        return jax.lax.psum(y_BLD, "expert")
+        return jax.lax.psum(y_BLD, "expert") if self.num_shards else y_BLD
 
-    def local_tokens(self, a_BL: jax.Array) -> jax.Array:
-        """Of values [B,L,…] known for all tokens, those whose activations this part has between blocks."""
+    def local_tokens(self, a_BL: Array) -> Array:
+        """Values [B,L,…] of all tokens, reduced to the tokens whose activations this shard holds
+        between blocks."""
         if not self.sequence_parallel:
             return a_BL
         l, rest = divmod(a_BL.shape[1], self.num_shards)
         assert not rest, (a_BL.shape, self.num_shards)
         return jax.lax.dynamic_slice_in_dim(a_BL, self.shard_index * l, l, axis=1)
 
-    def weight_for_local_tokens(self, w: nnx.Variable | None) -> jax.Array | None:
-        """A weight that all parts have, if there is one, for use after they left: its gradient is then added over the
-        parts as it is here, and not broadcast over tokens."""
+    def weight_for_local_tokens(self, w: nnx.Variable | None) -> Array | None:
+        """A weight that all shards hold, for use on local tokens: its gradient is summed at the
+        size of the weight."""
         if w is None:
             return None
         return self.as_varying(w[...]) if self.sequence_parallel else w[...]
@@ -78,26 +78,29 @@ WHOLE = Region()
 
 
 def run(
-    f: Callable[..., tuple[jax.Array, Any]],
+    f: Callable[[Any, Array, Any, Region], tuple[Array, Any]],
     weights: Any,
-    x: jax.Array,
+    x: Array,
     tokens: Any = None,
     *,
     dtype: Any,
-    enters: bool = True,
-    cut_last: bool = False,
+    ids: bool = False,
+    shard_last: bool = False,
     on_local_tokens: bool = False,
-) -> tuple[jax.Array, Any]:
-    """`f(weights, x, tokens, region)` on every device's share, or on everything where there is one device.
+) -> tuple[Array, Any]:
+    """`f(weights, x, tokens, region)` on every device's shard, or on everything where there is one
+    device.
 
     Args:
-      f: returns (activations of this share, sums over its rows or None).
-      weights: a tree of `nnx.Variable` (layers.common.weight); `f` gets them whole but for what lies on `expert`.
-      x: activations [B,L,D] as they lie between blocks, or (enters=False) values [B,L] of all tokens.
-      tokens: a tree of arrays with rows in front.
-      dtype: of the computation, in which weights cross `fsdp` unless they are `exact`.
-      cut_last: the result [B,L,X] has all tokens and is cut over `expert` along X.
-      on_local_tokens: the weights are not cut over `expert` and are used on a part's own tokens.
+      f: returns (activations of this shard, sums over its rows or None).
+      weights: a module, or a tree of `nnx.Variable`; `f` gets them whole but for what is sharded
+        over `expert`.
+      x: activations [B,L,D], sharded as between blocks; or (ids) values [B,L] of all tokens.
+      tokens: a tree of arrays whose first axis is rows.
+      dtype: compute dtype, in which weights are gathered over `fsdp` unless they are `exact`.
+      shard_last: the result [B,L,X] has all tokens and is sharded over `expert` along X.
+      on_local_tokens: the weights are not sharded over `expert` and are used on a shard's own
+        tokens.
 
     Returns:
       (what `f` returned for all rows, its sums over all rows).
@@ -110,65 +113,60 @@ def run(
     specs = [mesh_lib.weight_spec(mesh, w.logical_axes, w.shape) for w in leaves]
     over = ("expert",) if on_local_tokens and region.sequence_parallel else ()
 
-    def share(parts: list[jax.Array], x: jax.Array, tokens: Any) -> tuple[jax.Array, Any]:
+    def on_shard(shards: list[Array], x: Array, tokens: Any) -> tuple[Array, Any]:
         whole = [
-            w.replace(gathered(a, spec, a.dtype if w.exact else dtype, over))
-            for w, a, spec in zip(leaves, parts, specs)
+            w.replace(_gathered(a, spec, a.dtype if w.exact else dtype, over))
+            for w, a, spec in zip(leaves, shards, specs)
         ]
         y, sums = f(jax.tree.unflatten(tree, whole), x, tokens, region)
         return y, jax.tree.map(lambda a: jax.lax.psum(a, BATCH_AXES), sums)
 
     between = mesh_lib.activations(mesh)
-    out = PartitionSpec(BATCH_AXES, None, "expert") if cut_last else between
-    shares = jax.shard_map(
-        share, in_specs=(specs, between if enters else ROWS, ROWS), out_specs=(out, EVERYWHERE)
-    )
-    return shares([w[...] for w in leaves], x, tokens)
+    out = PartitionSpec(BATCH_AXES, None, "expert") if shard_last else between
+    specs_in = (specs, ROWS if ids else between, ROWS)
+    sharded = jax.shard_map(on_shard, in_specs=specs_in, out_specs=(out, EVERYWHERE))
+    return sharded([w[...] for w in leaves], x, tokens)
 
 
-def gathered(w: jax.Array, spec: PartitionSpec, dtype: Any, over: tuple[str, ...]) -> jax.Array:
-    """Inside the region: this device's part of a weight, whole over `fsdp`, which it crosses in `dtype`.
+def _gathered(w: Array, spec: PartitionSpec, dtype: Any, over: tuple[str, ...]) -> Array:
+    """Inside the region: a weight all-gathered over `fsdp` in `dtype`.
 
-    Cast to varying over the other batch axes (and those of `over`) first: the gradient is then scattered over `fsdp`, in
-    the weight's own dtype, before it crosses them.
+    Cast to varying over the other batch axes (and `over`) first: the gradient is then
+    reduce-scattered over `fsdp`, in the weight's own dtype, before it crosses them.
     """
     if "fsdp" not in spec:
         return jax.lax.pcast(w, (*BATCH_AXES, *over), to="varying")
-    return _gather_weight(
-        jax.lax.pcast(w, ("replica", "data", *over), to="varying"), spec.index("fsdp"), dtype
-    )
+    w = jax.lax.pcast(w, ("replica", "data", *over), to="varying")
+    return _gather_weight(w, spec.index("fsdp"), dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_weight(w: jax.Array, axis: int, dtype: Any) -> jax.Array:
+def _gather_weight(w: Array, axis: int, dtype: Any) -> Array:
     return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _scatter_gradient(axis: int, dtype: Any, _: None, d: jax.Array) -> tuple[jax.Array]:
-    return (
-        jax.lax.psum_scatter(d.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True),
-    )
+def _scatter_gradient(axis: int, dtype: Any, _: None, d: Array) -> tuple[Array]:
+    d = d.astype(jnp.float32)
+    return (jax.lax.psum_scatter(d, "fsdp", scatter_dimension=axis, tiled=True),)
 
 
-_gather_weight.defvjp(
-    lambda w, axis, dtype: (_gather_weight(w, axis, dtype), None), _scatter_gradient
-)
+_gather_weight.defvjp(lambda *args: (_gather_weight(*args), None), _scatter_gradient)
 
 
 @jax.custom_vjp
-def _gather_tokens(x_BlD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`Region.gather_inputs` from tokens that are cut over `expert`: one all-gather for both, and back one reduce-scatter."""
+def _gather_tokens(x_BlD: Array) -> tuple[Array, Array]:
+    """`Region.gather_inputs` of tokens sharded over `expert`: one all-gather, and one
+    reduce-scatter backward."""
     shared_BLD = jax.lax.all_gather(x_BlD, "expert", axis=1, tiled=True, to="invarying")
     return shared_BLD, jax.lax.pcast(shared_BLD, "expert", to="varying")
 
 
-def _scatter_tokens(_: None, d: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
+def _scatter_tokens(_: None, d: tuple[Array, Array]) -> tuple[Array]:
     d_shared_BLD, d_own_BLD = d
     l = d_own_BLD.shape[1] // jax.lax.axis_size("expert")
-    mine_BlD = jax.lax.dynamic_slice_in_dim(
-        d_shared_BLD, l * jax.lax.axis_index("expert"), l, axis=1
-    )
-    return (mine_BlD + jax.lax.psum_scatter(d_own_BLD, "expert", scatter_dimension=1, tiled=True),)
+    start = l * jax.lax.axis_index("expert")
+    d_BlD = jax.lax.dynamic_slice_in_dim(d_shared_BLD, start, l, axis=1)
+    return (d_BlD + jax.lax.psum_scatter(d_own_BLD, "expert", scatter_dimension=1, tiled=True),)
 
 
 _gather_tokens.defvjp(lambda x: (_gather_tokens(x), None), _scatter_tokens)

@@ -1,194 +1,139 @@
-"""The attention core shared by every head, and the dense attention block: the one an SMHA decomposes."""
+"""The attention core of every head, and the dense attention block: the one an SMHA decomposes."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.schema import ModelConfig
-from uoe_jax.distributed.manual import WHOLE, Region, run
+from uoe_jax.distributed.manual import WHOLE, Region
 from uoe_jax.layers.common import (
+    Block,
     Tokens,
     add_bias,
     along_last,
     fold,
     linear,
     mask_empty_segments,
-    ones,
     rms_norm,
     rotate,
-    scaled_normal,
-    tokens_like,
-    weight,
-    zeros,
 )
-from uoe_jax.layers.flash import Marks, flash_attention
+from uoe_jax.layers.flash import Masks, flash_attention
 from uoe_jax.layers.fused import fits_cudnn, fused
+from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
 from uoe_jax.moe.routing import RoutingStats
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
     causal: bool,
     drop_rate: float = 0.0,
-    keys_BG: jax.Array | None = None,
-    lengths: jax.Array | None = None,
-) -> jax.Array:
-    """Softmax attention [B,S,H,Dv] over k [B,S,G,Dh], v [B,S,G,Dv] (G divides H), scale 1/sqrt(Dh), softmax in float32.
+    keys_RG: Array | None = None,
+    lengths: Array | None = None,
+) -> Array:
+    """Softmax attention [R,S,H,e] over k [R,S,G,k] and v [R,S,G,e], scale 1/sqrt(k).
 
-    On NVIDIA GPUs in 16 bits this is cuDNN's kernel where it takes what is asked (`fits_cudnn`), else `flash_attention`.
+    Softmax in float32. G divides H. On NVIDIA GPUs in 16 bits this is cuDNN's kernel where it takes
+    the shapes (`fits_cudnn`), else `flash_attention`.
 
     Args:
-      segments: int32 [B,S]; a token attends to tokens of its own segment only. None: no restriction.
+      segments: int32 [R,S]; a token attends to its own segment only. None: no restriction.
       causal: a token attends to itself and those before it in the order given.
-      drop_rate: dropout of the attention weights, drawn for each row and key head from its key (`group_keys`); None: no dropout.
-      lengths: int32 [B], of rows whose last places are empty; what an empty place gives is unspecified, but finite.
+      drop_rate: dropout of the attention weights, drawn for each row and key/value head from
+        its key (`group_keys`); None: no dropout.
+      lengths: int32 [R], of rows whose last places are empty; the output of an empty place is
+        unspecified, but finite.
     """
-    b, s, h, dh = q.shape
+    r, s, h, dh = q.shape
     g, dv = v.shape[2:]
-    if fits_cudnn(q, v, drop_rate if keys_BG is not None else 0.0):
+    if fits_cudnn(q, v, drop_rate if keys_RG is not None else 0.0):
         return fused(q, k, v, segments, causal, lengths, "cudnn")
     segments = mask_empty_segments(segments, lengths, s)
-    # The heads of all rows in front, and the h/g queries of a key head beside each other.
-    q_XRSk = q.reshape(b, s, g, h // g, dh).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g, s, dh)
-    # In 16 bits a factor that is no power of two rounds every query once more: there it is put on the scores, in float32. (On
-    # queries in float32 it costs less, as scores are more.)
-    in_queries, on_scores = (dh**-0.5, 1.0) if q.dtype.itemsize == 4 else (1.0, dh**-0.5)
-    k_XSk, v_XSv = (a.transpose(0, 2, 1, 3).reshape(b * g, s, a.shape[-1]) for a in (k, v))
-    marks = Marks(
+    q_AQSk = q.reshape(r, s, g, h // g, dh).transpose(0, 2, 3, 1, 4).reshape(r * g, h // g, s, dh)
+    k_ASk, v_ASe = (a.transpose(0, 2, 1, 3).reshape(r * g, s, a.shape[-1]) for a in (k, v))
+    # In 16 bits a scale that is no power of two would round the queries again: there it goes on the
+    # float32 scores. In float32 it goes on the queries, which are fewer.
+    q_scale, scale = (dh**-0.5, 1.0) if q.dtype.itemsize == 4 else (1.0, dh**-0.5)
+    masks = Masks(
         None if segments is None else jnp.repeat(segments, g, axis=0),
-        None if keys_BG is None else keys_BG.reshape(-1),
+        None if keys_RG is None else keys_RG.reshape(-1),
     )
-    o_XRSv = flash_attention(q_XRSk * in_queries, k_XSk, v_XSv, marks, causal, drop_rate, on_scores)
-    return o_XRSv.reshape(b, g, h // g, s, dv).transpose(0, 3, 1, 2, 4).reshape(b, s, h, dv)
+    o_AQSe = flash_attention(q_AQSk * q_scale, k_ASk, v_ASe, masks, causal, drop_rate, scale)
+    return o_AQSe.reshape(r, g, h // g, s, dv).transpose(0, 3, 1, 2, 4).reshape(r, s, h, dv)
 
 
-def group_keys(keys_B: jax.Array, g: int, part: int | jax.Array = 0) -> jax.Array:
-    """A key for each row and each of g key heads, [B,G]: those of one part of the block, if there are several."""
-    return jax.vmap(lambda i: fold(keys_B, i), out_axes=1)(g * part + jnp.arange(g))
+def group_keys(keys_B: Array, g: int, shard: int | Array = 0) -> Array:
+    """A key for each row and each of the g key/value heads of a shard, [B,G]."""
+    return jax.vmap(lambda i: fold(keys_B, i), out_axes=1)(g * shard + jnp.arange(g))
 
 
-def attend_one(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
-    """One query [...,H,Dh] of each row over the cached k, v [...,G,S,Dh] at places 0..last (int32 [...]).
+def attend_one(q: Array, k: Array, v: Array, last: Array) -> Array:
+    """One query [...,H,k] of each row over the cached k, v [...,G,S,k] at places 0..last [...].
 
-    With the places of a head one behind the other a CPU reads a cache where it lies: [S,G,Dh] was 7 to 10 times slower.
+    A CPU reads this cache layout in order: [S,G,k] was 7 to 10 times slower.
     """
-    # Not jax.nn.dot_product_attention, which asks CPUs for a product in bf16 or float16 that they do not have (0.10.2).
+    # Not jax.nn.dot_product_attention: it asks CPUs for 16-bit products they do not have (0.10.2).
     *rows, h, dh = q.shape
     g, s = k.shape[-3:-1]
-    q_GRk = q.reshape(*rows, g, h // g, dh)
-    scores_GRS = (
-        jnp.einsum("...grk,...gsk->...grs", q_GRk, k, preferred_element_type=jnp.float32) * dh**-0.5
-    )
-    seen_S = along_last(jnp.arange(s), scores_GRS) <= last[..., None, None, None]
-    weights_GRS = jax.nn.softmax(jnp.where(seen_S, scores_GRS, -1e30))
-    o_GRk = jnp.einsum(
-        "...grs,...gsk->...grk", weights_GRS.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    return o_GRk.reshape(q.shape).astype(q.dtype)
+    q_GQk, f32 = q.reshape(*rows, g, h // g, dh), jnp.float32
+    scores_GQS = jnp.einsum("...gqk,...gsk->...gqs", q_GQk, k, preferred_element_type=f32)
+    seen_S = along_last(jnp.arange(s), scores_GQS) <= last[..., None, None, None]
+    weights_GQS = jax.nn.softmax(jnp.where(seen_S, scores_GQS * dh**-0.5, -1e30)).astype(v.dtype)
+    o_GQk = jnp.einsum("...gqs,...gsk->...gqk", weights_GQS, v, preferred_element_type=f32)
+    return o_GQk.reshape(q.shape).astype(q.dtype)
 
 
-def cache_of(k_BSGk: jax.Array, places: int) -> jax.Array:
-    """Keys or values [...,S,G,Dh] as a cache holds them, [...,G,places,Dh]."""
-    k_BGSk = k_BSGk.swapaxes(-3, -2)
-    return jnp.pad(k_BGSk, (*((0, 0),) * (k_BGSk.ndim - 2), (0, places - k_BGSk.shape[-2]), (0, 0)))
+def cache_of(k_SGk: Array, places: int) -> Array:
+    """Keys or values [...,S,G,k] as a cache holds them, [...,G,places,k]."""
+    k_GSk = k_SGk.swapaxes(-3, -2)
+    return jnp.pad(k_GSk, (*((0, 0),) * (k_GSk.ndim - 2), (0, places - k_GSk.shape[-2]), (0, 0)))
 
 
-def put(cache_GSk: jax.Array, k_Gk: jax.Array, at: jax.Array) -> jax.Array:
-    """A cache [...,G,S,Dh] with the keys or values [...,G,Dh] of one token of each row at its place (int32 [...]); none where
-    that is past the end."""
+def put(cache_GSk: Array, k_Gk: Array, at: Array) -> Array:
+    """A cache [...,G,S,k] with the keys or values [...,G,k] of one token of each row at its place.
+
+    at: int32 [...]; a place past the end writes nothing.
+    """
     *rows, g, _ = k_Gk.shape
     grid = jnp.meshgrid(*map(jnp.arange, (*rows, g)), indexing="ij", sparse=True)
     return cache_GSk.at[(*grid, at[..., None])].set(k_Gk, mode="drop", unique_indices=True)
 
 
-def placed(x: jax.Array, scale: nnx.Param | None, eps: float | None, rotary: Any) -> jax.Array:
-    """Queries or keys [...,heads,Dh] ready to be compared: QK-norm where the block has it, then their rotary positions."""
-    return rotate(
-        x if scale is None or eps is None else rms_norm(x, scale[...], eps).astype(x.dtype), rotary
-    )
+def placed(x: Array, scale: nnx.Param | None, eps: float | None, rotary: Any) -> Array:
+    """Queries or keys [...,heads,k] after QK-norm (where the block has it) and rotary positions."""
+    if scale is not None and eps is not None:
+        x = rms_norm(x, scale[...], eps).astype(x.dtype)
+    return rotate(x, rotary)
 
 
 class DenseCache(NamedTuple):
-    """Keys and values [B,G,context,Dh]."""
+    """Keys and values [B,G,context,k]."""
 
-    k: jax.Array
-    v: jax.Array
-
-
-class Options(TypedDict):
-    """Arguments that all attention blocks have in common."""
-
-    bias: bool
-    qkv_bias: bool
-    causal: bool
-    drop_rate: float
-    qk_norm_eps: float | None
-    dtype: Any
-    out_scale: float
+    k: Array
+    v: Array
 
 
-def options(c: ModelConfig) -> Options:
-    """What every attention block is told of the model's configuration beside its sizes."""
-    return Options(
-        bias=c.bias,
-        qkv_bias=c.qkv_bias,
-        causal=c.causal,
-        drop_rate=c.attention_dropout,
-        qk_norm_eps=c.norm_eps if c.qk_norm else None,
-        dtype=c.dtype,
-        out_scale=c.out_scale,
-    )
+def options(c: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments that all attention blocks have in common."""
+    eps = c.norm_eps if c.qk_norm else None
+    biases = dict(bias=c.bias, qkv_bias=c.qkv_bias)
+    core = dict(causal=c.causal, drop_rate=c.attention_dropout, qk_norm_eps=eps)
+    return dict(dtype=c.dtype, out_scale=c.out_scale, **biases, **core)
 
 
-class Heads(nnx.Module):
-    """The frame of a block whose heads see all tokens: the region around it, and the way out of the heads."""
+class Attention(Block):
+    """Multi-head attention with grouped key/value heads. On a mesh, heads are over `expert`.
 
-    dtype: Any
-    w_o: nnx.Param
-    bias_out: nnx.Param | None
-
-    def __call__(
-        self, x_BLD: jax.Array, tokens: Tokens | None = None
-    ) -> tuple[jax.Array, RoutingStats | None]:
-        """Returns (y_BLD, None: nothing is routed). On a mesh, heads lie on `expert`."""
-        graphdef, weights = nnx.split(self)
-
-        def share(
-            weights: nnx.State, x_BLD: jax.Array, tokens: Tokens, region: Region
-        ) -> tuple[jax.Array, RoutingStats | None]:
-            return nnx.merge(graphdef, weights)._forward(x_BLD, tokens, region)[:2]
-
-        return run(
-            share,
-            weights,
-            x_BLD,
-            tokens_like(x_BLD) if tokens is None else tokens,
-            dtype=self.dtype,
-        )
-
-    def _forward(
-        self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[jax.Array, RoutingStats | None, jax.Array, jax.Array]:
-        """(y_BLD, statistics where something is routed, and the two arrays that a prefill keeps)."""
-        raise NotImplementedError
-
-    def _out(self, o: jax.Array) -> jax.Array:
-        return linear(o, self.w_o[...].astype(self.dtype), axes=2)
-
-
-class Attention(Heads):
-    """Multi-head attention with grouped key/value heads; letters in `layers.common`.
-
-    bias: of all projections; qkv_bias: of those into the heads alone.
-    qk_norm_eps: RMSNorm over every query and key, with a scale that all heads share (as in Qwen3); None: none.
+    bias: of all projections; qkv_bias: of queries, keys and values alone.
+    qk_norm_eps: RMSNorm over every query and key, with one scale for all heads; None: none.
     """
 
     def __init__(
@@ -207,93 +152,68 @@ class Attention(Heads):
         rngs: nnx.Rngs,
     ) -> None:
         d, h, g, dh = d_model, n_heads, n_kv_heads or n_heads, d_model // n_heads
-        self.causal, self.drop_rate, self.qk_norm_eps, self.dtype = (
-            causal,
-            drop_rate,
-            qk_norm_eps,
-            dtype,
-        )
-        self.w_q = weight(rngs, (d, h, dh), ("embed", "heads", None), scaled_normal(d))
-        self.w_k: nnx.Param | None = weight(
-            rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d)
-        )
-        self.w_v = weight(rngs, (d, g, dh), ("embed", "heads", None), scaled_normal(d))
+        self.causal, self.drop_rate, self.dtype = causal, drop_rate, dtype
+        self.qk_norm_eps = qk_norm_eps
+        into, biased = ("embed", "heads", None), bias or qkv_bias
+        self.w_q = weight(rngs, (d, h, dh), into, scaled_normal(d))
+        self.w_k: nnx.Param | None = weight(rngs, (d, g, dh), into, scaled_normal(d))
+        self.w_v = weight(rngs, (d, g, dh), into, scaled_normal(d))
         self.w_o = weight(rngs, (h, dh, d), ("heads", None, "embed"), scaled_normal(d, out_scale))
-        self.b_q = weight(rngs, (h, dh), ("heads", None), zeros) if bias or qkv_bias else None
-        self.b_k = weight(rngs, (g, dh), ("heads", None), zeros) if bias or qkv_bias else None
-        self.b_v = weight(rngs, (g, dh), ("heads", None), zeros) if bias or qkv_bias else None
-        self.q_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
-        self.k_scale = weight(rngs, (dh,), (None,), ones) if qk_norm_eps else None
-        self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
+        self.b_q = weight_if(biased, rngs, (h, dh), ("heads", None), zeros)
+        self.b_k = weight_if(biased, rngs, (g, dh), ("heads", None), zeros)
+        self.b_v = weight_if(biased, rngs, (g, dh), ("heads", None), zeros)
+        self.q_scale = weight_if(qk_norm_eps, rngs, (dh,), (None,), ones)
+        self.k_scale = weight_if(qk_norm_eps, rngs, (dh,), (None,), ones)
+        self.bias_out = weight_if(bias, rngs, (d,), (None,), zeros)
 
     def _forward(
-        self, x_BLD: jax.Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[jax.Array, RoutingStats | None, jax.Array, jax.Array]:
+        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
+    ) -> tuple[Array, RoutingStats | None, tuple[Array, Array]]:
         shared_BLD, x_BLD = region.gather_inputs(x_BLD.astype(self.dtype))
         q, k, v = self._project(x_BLD, tokens.rotary)
         o = self._mix(q, k, v, x_BLD, tokens, region)
         o, stats = self._weighed(o, shared_BLD, tokens.segments_BL, region)
-        return (
-            add_bias(
-                region.reduce_outputs(self._out(o)), region.weight_for_local_tokens(self.bias_out)
-            ),
-            stats,
-            k,
-            v,
-        )
+        y_BLD = region.reduce_outputs(self._out(o))
+        return add_bias(y_BLD, region.weight_for_local_tokens(self.bias_out)), stats, (k, v)
 
     def _weighed(
-        self, o: jax.Array, x_BLD: jax.Array, segments_BL: jax.Array | None, region: Region
-    ) -> tuple[jax.Array, RoutingStats | None]:
-        """The heads' values as they are added up, and statistics where something is routed; x_BLD as all parts have it."""
+        self, o: Array, x_BLD: Array, segments_BL: Array | None, region: Region
+    ) -> tuple[Array, RoutingStats | None]:
+        """The heads' values as they are summed; statistics where heads are routed."""
         return o, None
 
     def _mix(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        x_BLD: jax.Array,
-        tokens: Tokens,
-        region: Region,
-    ) -> jax.Array:
-        """The heads' values [B,L,H,Dh] from queries [B,L,H,Dh], keys and values [B,L,G,Dh], and what they were made of."""
-        keys_BG = (
-            None
-            if tokens.keys_B is None
-            else group_keys(tokens.keys_B, k.shape[2], region.shard_index)
-        )
+        self, q: Array, k: Array, v: Array, x_BLD: Array, tokens: Tokens, region: Region
+    ) -> Array:
+        """The heads' values [B,L,H,k] from q [B,L,H,k], k and v [B,L,G,k] and the block's input."""
+        keys_BG = tokens.keys_B
+        if keys_BG is not None:
+            keys_BG = group_keys(keys_BG, k.shape[2], region.shard_index)
         return attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
 
-    def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        assert self.w_k is not None  # only Reformer has none, and projects in its own way
-        q, k, v = (
-            checkpoint_name(add_bias(linear(x, w[...].astype(self.dtype)), b), "qkv")
-            for w, b in ((self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v))
-        )
-        q, k = (
-            placed(q, self.q_scale, self.qk_norm_eps, rotary),
-            placed(k, self.k_scale, self.qk_norm_eps, rotary),
-        )
-        return q, k, v
+    def _project(self, x: Array, rotary: Any) -> tuple[Array, Array, Array]:
+        assert self.w_k is not None  # only Reformer has none, and overrides this
+        q, k = self._heads(x, self.w_q, self.b_q), self._heads(x, self.w_k, self.b_k)
+        v = self._heads(x, self.w_v, self.b_v)
+        q = placed(q, self.q_scale, self.qk_norm_eps, rotary)
+        return q, placed(k, self.k_scale, self.qk_norm_eps, rotary), v
 
-    def prefill(
-        self, x_BLD: jax.Array, tokens: Tokens, context: int
-    ) -> tuple[jax.Array, DenseCache]:
-        """The whole prompt, and its keys and values with room for `context` tokens."""
-        y_BLD, _, k, v = self._forward(x_BLD, tokens)
-        return y_BLD, DenseCache(cache_of(k, context), cache_of(v, context))
+    def _heads(self, x: Array, w: nnx.Param, b: nnx.Param | None) -> Array:
+        return checkpoint_name(add_bias(linear(x, w[...].astype(self.dtype)), b), "qkv")
+
+    def _out(self, o: Array) -> Array:
+        return linear(o, self.w_o[...].astype(self.dtype), axes=2)
+
+    def _start_cache(self, state: Any, tokens: Tokens, context: int) -> DenseCache:
+        k, v = state
+        return DenseCache(cache_of(k, context), cache_of(v, context))
 
     def decode_step(
-        self, x_BD: jax.Array, cache: DenseCache, t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, DenseCache]:
-        """Token `t_B` of each sequence; rotary tables are [B,Dh/2]."""
-        q, k, v = self._project(x_BD.astype(self.dtype), rotary)
+        self, x_BD: Array, cache: DenseCache, t_B: Array, rotary: Any
+    ) -> tuple[Array, DenseCache]:
+        x_BD = x_BD.astype(self.dtype)
+        q, k, v = self._project(x_BD, rotary)
         cache = DenseCache(put(cache.k, k, t_B), put(cache.v, v, t_B))
-        o, _ = self._weighed(
-            attend_one(q, cache.k, cache.v, t_B)[:, None],
-            x_BD.astype(self.dtype)[:, None],
-            None,
-            WHOLE,
-        )
+        o = attend_one(q, cache.k, cache.v, t_B)
+        o, _ = self._weighed(o[:, None], x_BD[:, None], None, WHOLE)
         return add_bias(self._out(o[:, 0]), self.bias_out), cache

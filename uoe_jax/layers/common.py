@@ -1,78 +1,64 @@
-"""What every block uses: the declaration of a weight, norms, activations, and the description of a batch of tokens.
+"""What all blocks share: the legend of letters, norms, activations, tokens and the base class.
 
-Letters: B batch, L length, M patches, P tokens per patch, D model width, N experts, C slots, S = C·P,
-F hidden width (f = F/N per expert), H heads (h = H/N), G key/value heads (g = G/N), Dh head width.
+The name of an array ends with its axes, as in `x_BLD`. A letter means the same in every module:
+
+    B  rows of the batch               L  tokens of a row
+    M  patches of a row                P  tokens of a patch; L = M·P
+    D  model width                     F  hidden width of the MLP
+    N  experts of a block              K  experts that a patch chooses
+    C  slots of an expert for one row  S  tokens in slots, C·P; in dense attention those of a row
+    R  rows in an expert's buffer: B, or fewer under `sequence_capacity_factor`
+    H  heads                           G  key/value heads
+    Q  query heads of a key/value head, H/G       A  key/value heads of all rows, B·G
+    k  width of a query or key, Dh     e  width of a value, Dh
+    V  vocabulary entries              T  tokens of all rows, B·L
+    J  rank, landmarks or features of a low-rank attention; MLA's latent width
+    U  hash rounds (Reformer)          I  inputs of an example (classifier)
+    X, Y  any other axis
+
+Other lower-case letters are a part of the capital: n, f, h, g, v of one device or expert, l tokens
+of a row on one device, t tokens of a tile or chunk, d the width of a piece of the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, NamedTuple, Protocol
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from uoe_jax.config.schema import GATED_ACTIVATIONS
+from uoe_jax.distributed.manual import WHOLE, Region, run
+from uoe_jax.layers.weights import ones, weight, weight_if, zeros
 from uoe_jax.moe.routing import RoutingStats
 
-# Names of the activations the default remat policy keeps for the backward pass (`model.REMAT`): the narrow ones.
-# Gathered slots, attention scores and activations are made again from these.
-KEPT = ("selection", "qkv", "heads", "hidden", "block_out")
-
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-zeros = nnx.initializers.zeros
-ones = nnx.initializers.ones
+# Checkpoint names that the remat policy "slots" saves (`models.decoder.REMAT`): narrow activations,
+# from which gathered slots, attention scores and activated hidden values are recomputed.
+SAVED_NAMES = ("selection", "qkv", "heads", "hidden", "block_out")
 
 
-def weight(
-    rngs: nnx.Rngs,
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-    init: Initializer,
-    exact: bool = False,
-    trained: bool = True,
-) -> nnx.Param:
-    """The one declaration of a weight, float32: shape, logical axes (from which shardings follow) and initialiser.
+def linear(x: Array, w: Array, axes: int = 1) -> Array:
+    """Contracts the last `axes` axes of x with the first of w: [...,X] and [X,Y] to [...,Y].
 
-    exact: used in float32 whatever the compute dtype. trained: False for what is drawn once; stop its gradient where it is
-    used. Weight decay applies to matrices: not to vectors, nor to the scales and biases of several experts or heads.
+    Computed as a product of two matrices, whatever axes tokens and heads have: with more axes XLA
+    transposes their gradient on CPUs, slower than an MLP's matmuls (docs/performance.md).
     """
-    assert len(shape) == len(axes), (shape, axes)
-    decay = trained and init not in (zeros, ones) and len(shape) > 1
-    return nnx.Param(
-        init(rngs.params(), shape, jnp.float32), logical_axes=axes, decay=decay, exact=exact
-    )
-
-
-def scaled_normal(fan_in: int, scale: float = 1.0) -> Initializer:
-    """Normal with standard deviation scale / sqrt(fan_in)."""
-    return nnx.initializers.normal(scale / fan_in**0.5)
-
-
-def linear(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
-    """Tokens times a matrix: the last `axes` axes of x with the first of w, [...,X] and [X,Y] to [...,Y]; both in their dtype.
-
-    As a product of two matrices, whatever axes tokens and heads have: of more axes XLA makes a transposed copy of their
-    gradient on CPUs, which took more time than the products of an MLP (docs/performance.md).
-    """
-    tokens, rows = x.shape[: x.ndim - axes], math.prod(w.shape[:axes])
-    return (x.reshape(-1, rows) @ w.reshape(rows, -1)).reshape(*tokens, *w.shape[axes:])
+    lead, rows = x.shape[: x.ndim - axes], math.prod(w.shape[:axes])
+    return (x.reshape(-1, rows) @ w.reshape(rows, -1)).reshape(*lead, *w.shape[axes:])
 
 
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last axis, computed in float32."""
 
-    def __init__(
-        self, d_model: int, *, kind: str = "rmsnorm", eps: float = 1e-6, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, d: int, *, kind: str = "rmsnorm", eps: float = 1e-6, rngs: nnx.Rngs) -> None:
         self.kind, self.eps = kind, eps
-        self.scale = weight(rngs, (d_model,), (None,), ones, exact=True)
-        self.bias = (
-            weight(rngs, (d_model,), (None,), zeros, exact=True) if kind == "layernorm" else None
-        )
+        self.scale = weight(rngs, (d,), (None,), ones, exact=True)
+        self.bias = weight_if(kind == "layernorm", rngs, (d,), (None,), zeros, exact=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - y.mean(-1, keepdims=True)
@@ -82,30 +68,33 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """float32 x / rms(x) * scale over the last axis."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
     return y * along_last(scale, y)
 
 
-def along_last(v: jax.Array, like: jax.Array) -> jax.Array:
-    """v with leading axes of size 1, to broadcast over the last axes of `like` (rank promotion is never implicit)."""
+def along_last(v: Array, like: Array) -> Array:
+    """v with leading axes of size 1, to broadcast over the last axes of `like`."""
     return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
-def add_bias(y: jax.Array, bias: nnx.Param | jax.Array | None) -> jax.Array:
-    """y [...,X] with a bias along its last axes, or of as many axes; None: none.
+def add_bias(y: Array, bias: nnx.Param | Array | None) -> Array:
+    """y [...,X] plus a bias along its last axes, or of as many axes; None: y.
 
-    Added in float32 and then rounded: the gradient of a bias is a sum over all tokens, and one that is rounded to 16 bits
-    on the way stands still once it is a few hundred times a term.
+    Added in float32 and then rounded: the gradient of a bias sums over all tokens, and a running
+    sum in 16 bits stops growing once it is a few hundred times a term.
     """
     return y if bias is None else (y.astype(jnp.float32) + along_last(bias[...], y)).astype(y.dtype)
 
 
 @jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, x·Φ(x). Its derivative Φ(x) + x·φ(x) is written out: that of erf fails in a manual region on jax 0.12.0."""
+def gelu(x: Array) -> Array:
+    """Exact GELU, x·Φ(x), with its derivative written out.
+
+    The derivative of erf fails in a manual region on jax 0.12.0.
+    """
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -117,145 +106,161 @@ def _gelu_jvp(primals, tangents):
     return gelu(x), t * (cdf + x * pdf)
 
 
-GATED: dict[str, Callable[[jax.Array], jax.Array]] = {"swiglu": jax.nn.silu, "geglu": gelu}
+GATED: dict[str, Callable[[Array], Array]] = {"swiglu": jax.nn.silu, "geglu": gelu}
 assert tuple(GATED) == GATED_ACTIVATIONS
-PLAIN: dict[str, Callable[[jax.Array], jax.Array]] = {
+PLAIN: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
 
 
-def activate(name: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+def activate(name: str, up: Array, gate: Array | None) -> Array:
     """The MLP's hidden values: act(up), or act(gate) * up for the gated kinds."""
     return PLAIN[name](up) if gate is None else GATED[name](gate) * up
 
 
-class Part(Protocol):
-    """What a block is made of: an attention or an MLP, dense, routed or compared; called by position but for `tokens`."""
-
-    def __call__(
-        self, x_BLD: jax.Array, tokens: Tokens | None = None
-    ) -> tuple[jax.Array, RoutingStats | None]:
-        """(y_BLD, statistics where something is routed)."""
-
-    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, Any]:
-        """(y_BLD of the whole prompt, a cache of its own kind with room for `context` tokens)."""
-
-    def decode_step(
-        self, x_BD: jax.Array, cache: Any, t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, Any]:
-        """(y_BD of token `t_B` of each sequence, the cache with it)."""
-
-
 class Tokens(NamedTuple):
-    """What a block must know of its tokens beside their vectors.
+    """What a block knows of its tokens beside their activations.
 
     Attributes:
-      segments_BL: int32, the document of a token, 0 for padding; None means one document without padding.
+      segments_BL: int32, the document of a token, 0 for padding; None: one document, no padding.
       positions_BL: int32, counted inside the document.
-      rotary: (cos, sin), each float32 [B,L,Dh/2], or None without rotary positions.
-      keys_B: in training, a random key for each row, from which dropout and router noise draw; None: evaluation.
+      rotary: (cos, sin), each float32 [B,L,Dh/2]; None: no rotary positions.
+      keys_B: in training, a random key per row for dropout and router noise; None: evaluation.
     """
 
-    segments_BL: jax.Array | None
-    positions_BL: jax.Array
-    rotary: tuple[jax.Array, jax.Array] | None = None
-    keys_B: jax.Array | None = None
+    segments_BL: Array | None
+    positions_BL: Array
+    rotary: tuple[Array, Array] | None = None
+    keys_B: Array | None = None
 
-    def folded(self, i: int | jax.Array) -> Tokens:
-        """The same tokens for the i-th of several places that draw, so that each draws its own."""
+    def folded(self, i: int | Array) -> Tokens:
+        """The same tokens with `i` folded into their keys, for the i-th place that draws."""
         return self if self.keys_B is None else self._replace(keys_B=fold(self.keys_B, i))
 
     def padded(self, to: int) -> Tokens:
-        """The same rows with padding behind them, `to` tokens long."""
+        """The same rows, padded on the right to `to` tokens."""
         b, l = self.positions_BL.shape
         if l == to:
             return self
         segments_BL = jnp.ones((b, l), jnp.int32) if self.segments_BL is None else self.segments_BL
-        by_token = self._replace(segments_BL=segments_BL, keys_B=None)
-        return jax.tree.map(lambda a: pad_sequence(a, to - l), by_token)._replace(
-            keys_B=self.keys_B
+        arrays = self._replace(segments_BL=segments_BL, keys_B=None)
+        padded = jax.tree.map(lambda a: pad_sequence(a, to - l), arrays)
+        return padded._replace(keys_B=self.keys_B)
+
+
+class Block(nnx.Module):
+    """An attention or MLP block: dense, routed or a baseline. Subclasses write the shard's forward.
+
+    Called on a mesh of several devices (`jax.set_mesh`), it is one fully manual region.
+    """
+
+    dtype: Any  # compute dtype
+
+    def __call__(
+        self, x_BLD: Array, tokens: Tokens | None = None
+    ) -> tuple[Array, RoutingStats | None]:
+        """(y_BLD, routing statistics where something is routed)."""
+        tokens = tokens_like(x_BLD) if tokens is None else tokens
+        return run(
+            lambda block, *args: block._forward(*args)[:2], self, x_BLD, tokens, dtype=self.dtype
         )
 
+    def _forward(
+        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
+    ) -> tuple[Array, RoutingStats | None, Any]:
+        """What `__call__` returns, and what `_start_cache` needs, from the shard's own weights."""
+        raise NotImplementedError
 
-def pad_sequence(a_BL: jax.Array, more: int) -> jax.Array:
-    """[B,L,…] with `more` zeros behind every row."""
+    def prefill(self, x_BLD: Array, tokens: Tokens, context: int) -> tuple[Array, Any]:
+        """(y_BLD of the whole prompt, the block's own cache with room for `context` tokens)."""
+        y_BLD, _, state = self._forward(x_BLD, tokens)
+        return y_BLD, self._start_cache(state, tokens, context)
+
+    def _start_cache(self, state: Any, tokens: Tokens, context: int) -> Any:
+        raise NotImplementedError
+
+    def decode_step(self, x_BD: Array, cache: Any, t_B: Array, rotary: Any) -> tuple[Array, Any]:
+        """(y_BD of token `t_B` of each row, the cache with it); rotary tables are [B,Dh/2]."""
+        raise NotImplementedError
+
+
+def pad_sequence(a_BL: Array, more: int) -> Array:
+    """[B,L,…] with `more` zeros at the end of every row."""
     return jnp.pad(a_BL, ((0, 0), (0, more), *((0, 0),) * (a_BL.ndim - 2))) if more else a_BL
 
 
-def valid_tokens(segments_BL: jax.Array | None, like: jax.Array) -> jax.Array:
-    """bool [B,L], which tokens of `like` [B,L,…] are no padding."""
+def valid_tokens(segments_BL: Array | None, like: Array) -> Array:
+    """bool [B,L], which tokens of `like` [B,L,…] are not padding."""
     return jnp.ones(like.shape[:2], bool) if segments_BL is None else segments_BL > 0
 
 
-def mask_empty_segments(
-    segments_BS: jax.Array | None, lengths_B: jax.Array | None, s: int
-) -> jax.Array | None:
-    """Segments of rows of s places in which those from each row's length on, empty ones, are a segment of their own."""
-    if lengths_B is None:
-        return segments_BS
-    return jnp.where(
-        jnp.arange(s)[None] < lengths_B[:, None], 1 if segments_BS is None else segments_BS, -1
-    )
+def mask_empty_segments(segments_RS: Array | None, lengths_R: Array | None, s: int) -> Array | None:
+    """Segments of rows of s tokens, with the empty places from `lengths_R` on as segment -1."""
+    if lengths_R is None:
+        return segments_RS
+    filled_RS = jnp.arange(s)[None] < lengths_R[:, None]
+    return jnp.where(filled_RS, 1 if segments_RS is None else segments_RS, -1)
 
 
-def valid_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+def valid_mean(x: Array, valid: Array) -> Array:
     """float32 mean of x [...,L,D] over its valid tokens (bool [...,L]), 0 where there are none."""
     total = jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum(axis=-2)
     return total / jnp.maximum(valid.sum(axis=-1, dtype=jnp.float32), 1)[..., None]
 
 
-def fold(keys_B: jax.Array, i: int | jax.Array) -> jax.Array:
+def fold(keys_B: Array, i: int | Array) -> Array:
     """`jax.random.fold_in` for each of several keys."""
     return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys_B)
 
 
-def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
-    """x [B,…] with a share `rate` of its values zeroed and the others scaled to keep the mean; a row draws from its key."""
+def dropout(x: Array, rate: float, keys_B: Array | None) -> Array:
+    """Dropout of x [B,…] at `rate`; each row draws from its own key, None: no dropout."""
     if not rate or keys_B is None:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-def tokens_like(x_BLD: jax.Array) -> Tokens:
+def positions_like(ids_BL: Array) -> Array:
+    """int32 [B,L], counted from the start of every row of [B,L,…]."""
+    b, l = ids_BL.shape[:2]
+    return jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
+
+
+def tokens_like(x_BLD: Array) -> Tokens:
     """One unpadded document per row."""
-    b, l = x_BLD.shape[:2]
-    return Tokens(None, jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l)))
+    return Tokens(None, positions_like(x_BLD))
 
 
 def rotary_tables(
-    positions_BL: jax.Array,
+    positions_BL: Array,
     head_dim: int,
     theta: float,
     stretch: tuple[float, float, float, float] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, float32 [..., Dh/2] for positions [...]; stretch: see `stretched`."""
+) -> tuple[Array, Array]:
+    """cos and sin of the rotary angles, float32 [...,Dh/2] for positions [...].
+
+    stretch: (factor, low, high, length) for contexts longer than the `length` of training, as in
+    Llama 3.1: a frequency is divided by `factor` if it turns fewer than `low` times in `length`,
+    kept if more than `high` times, and blended in between.
+    """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    frequency = frequency if stretch is None else stretched(frequency, *stretch)
-    angle = along_last(frequency, positions_BL[..., None]) * positions_BL[..., None].astype(
-        jnp.float32
-    )
+    if stretch is not None:
+        factor, low, high, length = stretch
+        turns = length * frequency / (2 * math.pi)
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    positions = positions_BL[..., None].astype(jnp.float32)
+    angle = along_last(frequency, positions) * positions
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def stretched(
-    frequency: jax.Array, factor: float, low: float, high: float, length: float
-) -> jax.Array:
-    """Rotary frequencies for contexts longer than the `length` they were trained with, as in Llama 3.1: divided by `factor`
-    where they turn fewer than `low` times in it, kept where more than `high` times, and in between blended."""
-    turns = length * frequency / (2 * math.pi)
-    kept = jnp.clip((turns - low) / (high - low), 0, 1)
-    return frequency * (kept + (1 - kept) / factor)
-
-
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-    """Applies rotary tables [..., Dh/2] to x [..., heads, Dh] (first half paired with second half, as in Llama)."""
+def rotate(x: Array, tables: tuple[Array, Array] | None) -> Array:
+    """Applies rotary tables [...,Dh/2] to x [...,heads,Dh]: first half with second, as in Llama."""
     if tables is None:
         return x
     cos, sin = (t[..., None, :] for t in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,10 +1,8 @@
-"""Attention one tile of scores at a time, in plain XLA operations: FlashAttention (Dao et al. 2022, arXiv 2205.14135).
+"""FlashAttention (Dao et al. 2022, arXiv 2205.14135) in plain XLA operations.
 
-What is held beside queries, keys and values is one tile for every head, forward and backward, so that memory grows with the
-length of a row and not with its square. Tiles behind a causal mask are not computed. The backward pass keeps the result and
-the logarithm of each query's sum, and makes the tiles again.
-
-Letters: X key heads of all rows, R queries heads that share one, S tokens, t tokens of a tile, k, v widths.
+Scores exist one tile at a time, forward and backward, so memory grows with a row's length and not
+with its square. Tiles behind a causal mask are not computed. The backward pass keeps the output and
+each query's log-sum-exp, and recomputes the tiles.
 """
 
 from __future__ import annotations
@@ -15,21 +13,22 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.layers import tiles
 from uoe_jax.layers.common import dropout, fold
 
-HIDDEN = -1e30  # the score of what a query may not attend to
+MASKED = -1e30  # the score of a key that a query may not attend to
 Pair = tuple[Any, Any]  # tile of queries, tile of keys
 
 
-class Rule(NamedTuple):
-    """What a tile must know beside its queries and keys; hashable, so that a compilation is found again.
+class Tiling(NamedTuple):
+    """What is static of a call; hashable, so that its compilation is found again.
 
     Attributes:
       causal: a token attends to itself and those before it.
-      side: tokens of a tile. length: of a row; the tokens behind it fill up the last tile.
+      side: tokens of a tile. length: of a row; padding fills up its last tile.
       drop_rate: dropout of the attention weights. scale: of the scores.
     """
 
@@ -40,163 +39,149 @@ class Rule(NamedTuple):
     scale: float
 
 
-class Marks(NamedTuple):
-    """segments_XS: int32, a token attends to its own segment only; keys_X: random keys of dropout; None: neither."""
+class Masks(NamedTuple):
+    """segments_AS: int32, a token attends to its own segment only; keys_A: of dropout; or None."""
 
-    segments_XS: jax.Array | None
-    keys_X: jax.Array | None
+    segments_AS: Array | None
+    keys_A: Array | None
 
 
 def flash_attention(
-    q_XRSk: jax.Array,
-    k_XSk: jax.Array,
-    v_XSv: jax.Array,
-    marks: Marks,
+    q_AQSk: Array,
+    k_ASk: Array,
+    v_ASe: Array,
+    masks: Masks,
     causal: bool,
     drop_rate: float = 0.0,
     scale: float = 1.0,
-) -> jax.Array:
-    """softmax(scale·q·kᵀ)·v in the dtype of the queries, [X,R,S,v]; sums, scale and softmax in float32.
+) -> Array:
+    """softmax(scale·q·kᵀ)·v in the dtype of the queries, [A,Q,S,e]; computed in float32.
 
-    Every query must be allowed to attend to something: under a causal mask and in a segment it attends to itself.
+    Every query must attend to something: under a causal mask and in a segment it attends to itself.
     """
-    s = q_XRSk.shape[2]
-    rule = Rule(causal, tiles.tile(s), s, drop_rate if marks.keys_X is not None else 0.0, scale)
-    more = -s % rule.side
-    if more:
-        q_XRSk, k_XSk, v_XSv = (
+    s = q_AQSk.shape[2]
+    if masks.keys_A is None:
+        drop_rate = 0.0
+    tiling = Tiling(causal, tiles.tile(s), s, drop_rate, scale)
+    if more := -s % tiling.side:
+        q_AQSk, k_ASk, v_ASe = (
             jnp.pad(a, (*((0, 0),) * (a.ndim - 2), (0, more), (0, 0)))
-            for a in (q_XRSk, k_XSk, v_XSv)
+            for a in (q_AQSk, k_ASk, v_ASe)
         )
-        if marks.segments_XS is not None:
-            marks = marks._replace(segments_XS=jnp.pad(marks.segments_XS, ((0, 0), (0, more))))
-    return _attention(q_XRSk, k_XSk, v_XSv, marks, rule)[:, :, :s]
+        if masks.segments_AS is not None:
+            masks = masks._replace(segments_AS=jnp.pad(masks.segments_AS, ((0, 0), (0, more))))
+    return _attention(q_AQSk, k_ASk, v_ASe, masks, tiling)[:, :, :s]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(
-    q_XRSk: jax.Array, k_XSk: jax.Array, v_XSv: jax.Array, marks: Marks, rule: Rule
-) -> jax.Array:
-    return _forward(q_XRSk, k_XSk, v_XSv, marks, rule)[0]
+def _attention(q, k, v, masks, tiling):
+    return _forward(q, k, v, masks, tiling)[0]
 
 
-def _forward(q, k, v, marks, rule):
-    def add(sums: tuple[jax.Array, ...], pair: Pair) -> tuple[jax.Array, ...]:
-        """The tile's share, and the sums so far at the new largest score."""
-        o, top, total = (_part(a, pair[0], rule, 2) for a in sums)
-        scores = _scores(q, k, marks, rule, pair)
+def _forward(q, k, v, masks, tiling):
+    def add(sums: tuple[Array, ...], pair: Pair) -> tuple[Array, ...]:
+        """Adds a tile to the sums, rescaled to the new largest score."""
+        o, top, total = (_part(a, pair[0], tiling, 2) for a in sums)
+        scores = _scores(q, k, masks, tiling, pair)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         weight, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-        mixed = _product(
-            "xrts,xsv->xrtv",
-            _dropped(weight, marks, rule, pair).astype(v.dtype),
-            _part(v, pair[1], rule, 1),
-        )
+        dropped = _dropped(weight, masks, tiling, pair).astype(v.dtype)
+        mixed = _product("aqts,ase->aqte", dropped, _part(v, pair[1], tiling, 1))
         new = o * shrink[..., None] + mixed, new_top, total * shrink + weight.sum(axis=-1)
-        return tuple(_put(a, b, pair[0], rule, 2) for a, b in zip(sums, new))
+        return tuple(_put(a, b, pair[0], tiling, 2) for a, b in zip(sums, new))
 
     rows = q.shape[:3]
     # Made like q, sums vary over the same axes of a mesh as what is added to them.
     zero = jnp.zeros_like(q, jnp.float32, shape=rows)
-    start = jnp.zeros_like(q, jnp.float32, shape=(*rows, v.shape[-1])), zero + HIDDEN, zero
-    o, top, total = _over_pairs(add, start, rule)
+    start = jnp.zeros_like(q, jnp.float32, shape=(*rows, v.shape[-1])), zero + MASKED, zero
+    o, top, total = _over_pairs(add, start, tiling)
     o = checkpoint_name((o / total[..., None]).astype(q.dtype), "heads")
     log_total = checkpoint_name(top + jnp.log(total), "heads")
-    return o, (q, k, v, marks, o, log_total)
+    return o, (q, k, v, masks, o, log_total)
 
 
-def _backward(rule, kept, d_o):
-    q, k, v, marks, o, log_total = kept
+def _backward(tiling, kept, d_o):
+    q, k, v, masks, o, log_total = kept
     # As a product: a sum over so few values was 12 times as slow on CPUs.
-    shift = jnp.einsum(
-        "xrtv,xrtv->xrt",
-        d_o,
-        o,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    shift = jnp.einsum("aqte,aqte->aqt", d_o, o, **exact)
 
-    def add(sums: tuple[jax.Array, ...], pair: Pair) -> tuple[jax.Array, ...]:
+    def add(sums: tuple[Array, ...], pair: Pair) -> tuple[Array, ...]:
         i, j = pair
-        q_t, d_t, shift_t, log_t = (_part(a, i, rule, 2) for a in (q, d_o, shift, log_total))
-        k_s, v_s = (_part(a, j, rule, 1) for a in (k, v))
-        weight = jnp.exp(_scores(q, k, marks, rule, pair) - log_t[..., None])
-        d_v = _product("xrts,xrtv->xsv", _dropped(weight, marks, rule, pair).astype(v.dtype), d_t)
-        d_weight = _dropped(_product("xrtv,xsv->xrts", d_t, v_s), marks, rule, pair)
+        q_t, d_t, shift_t, log_t = (_part(a, i, tiling, 2) for a in (q, d_o, shift, log_total))
+        k_s, v_s = (_part(a, j, tiling, 1) for a in (k, v))
+        weight = jnp.exp(_scores(q, k, masks, tiling, pair) - log_t[..., None])
+        dropped = _dropped(weight, masks, tiling, pair).astype(v.dtype)
+        d_weight = _dropped(_product("aqte,ase->aqts", d_t, v_s), masks, tiling, pair)
         d_scores = (weight * (d_weight - shift_t[..., None])).astype(q.dtype)
-        # The scale goes on the sums: on what is rounded to 16 bits it would push small values of float16 below its least one.
-        d_q, d_k = (
-            _product("xrts,xsk->xrtk", d_scores, k_s),
-            _product("xrts,xrtk->xsk", d_scores, q_t),
+        # The scale goes on the sums: on 16-bit values it would make small ones of float16 zero.
+        new = (
+            _product("aqts,ask->aqtk", d_scores, k_s) * tiling.scale,
+            _product("aqts,aqtk->ask", d_scores, q_t) * tiling.scale,
+            _product("aqts,aqte->ase", dropped, d_t),
         )
-        new = d_q * rule.scale, d_k * rule.scale, d_v
-        places = ((i, 2), (j, 1), (j, 1))
         return tuple(
-            _put(a, _part(a, at, rule, axis) + b, at, rule, axis)
-            for a, b, (at, axis) in zip(sums, new, places)
+            _put(a, _part(a, at, tiling, axis) + b, at, tiling, axis)
+            for a, b, (at, axis) in zip(sums, new, ((i, 2), (j, 1), (j, 1)))
         )
 
     zeros = tuple(jnp.zeros_like(a, jnp.float32) for a in (q, k, v))
-    found = _over_pairs(add, zeros, rule)
+    found = _over_pairs(add, zeros, tiling)
     return (*(a.astype(b.dtype) for a, b in zip(found, (q, k, v))), None)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _over_pairs(add: Callable[[Any, Pair], Any], start: Any, rule: Rule) -> Any:
+def _over_pairs(add: Callable[[Any, Pair], Any], start: Any, tiling: Tiling) -> Any:
     """Every tile in turn; a row of one tile needs no loop."""
-    pairs = tiles.pairs(rule.length, rule.causal)
+    pairs = tiles.pairs(tiling.length, tiling.causal)
     if len(pairs) == 1:
         return add(start, pairs[0])
-    return jax.lax.scan(
-        lambda sums, pair: (add(sums, (pair[0], pair[1])), None), start, np.array(pairs, np.int32)
-    )[0]
+    step = lambda sums, pair: (add(sums, (pair[0], pair[1])), None)  # noqa: E731
+    return jax.lax.scan(step, start, np.array(pairs, np.int32))[0]
 
 
-def _scores(q: jax.Array, k: jax.Array, marks: Marks, rule: Rule, pair: Pair) -> jax.Array:
-    """float32 [X,R,t,t], HIDDEN where a query may not attend."""
-    scores = (
-        _product("xrtk,xsk->xrts", _part(q, pair[0], rule, 2), _part(k, pair[1], rule, 1))
-        * rule.scale
-    )
-    query_t1, key_1t = (at * rule.side + jnp.arange(rule.side) for at in pair)
+def _scores(q: Array, k: Array, masks: Masks, tiling: Tiling, pair: Pair) -> Array:
+    """float32 [A,Q,t,t], MASKED where a query may not attend."""
+    q_t, k_s = _part(q, pair[0], tiling, 2), _part(k, pair[1], tiling, 1)
+    scores = _product("aqtk,ask->aqts", q_t, k_s) * tiling.scale
+    query_t1, key_1t = (at * tiling.side + jnp.arange(tiling.side) for at in pair)
     query_t1, key_1t = query_t1[:, None], key_1t[None]
     allowed = None
-    if rule.causal:
+    if tiling.causal:
         allowed = (key_1t <= query_t1)[None]
-    elif rule.length % rule.side:
-        allowed = (key_1t < rule.length)[None]
-    if marks.segments_XS is not None:
-        query_Xt, key_Xt = (_part(marks.segments_XS, at, rule, 1) for at in pair)
-        same = query_Xt[:, :, None] == key_Xt[:, None]
+    elif tiling.length % tiling.side:
+        allowed = (key_1t < tiling.length)[None]
+    if masks.segments_AS is not None:
+        query_At, key_At = (_part(masks.segments_AS, at, tiling, 1) for at in pair)
+        same = query_At[:, :, None] == key_At[:, None]
         allowed = same if allowed is None else same & allowed
-    return scores if allowed is None else jnp.where(allowed[:, None], scores, HIDDEN)
+    return scores if allowed is None else jnp.where(allowed[:, None], scores, MASKED)
 
 
-def _dropped(weight: jax.Array, marks: Marks, rule: Rule, pair: Pair) -> jax.Array:
-    """Weights, or their gradient, after the dropout of a tile: the same forward and backward."""
-    if not rule.drop_rate or marks.keys_X is None:
+def _dropped(weight: Array, masks: Masks, tiling: Tiling, pair: Pair) -> Array:
+    """Dropout of a tile's weights, or of their gradient: the same forward and backward."""
+    if not tiling.drop_rate or masks.keys_A is None:
         return weight
-    tile = pair[0] * -(-rule.length // rule.side) + pair[1]
-    return dropout(weight, rule.drop_rate, fold(marks.keys_X, tile))
+    tile = pair[0] * -(-tiling.length // tiling.side) + pair[1]
+    return dropout(weight, tiling.drop_rate, fold(masks.keys_A, tile))
 
 
-def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A batched product of one operand with X, R and tokens by one with X and tokens, summed in float32.
+def _product(subscripts: str, a: Array, b: Array) -> Array:
+    """A batched product over A, summed in float32; `subscripts` are those of an einsum.
 
-    R and the tokens of a tile are one axis of it: a plain batched product, the form that runs fastest on CPUs.
+    Q and the tokens of a tile are merged in one axis: a plain batched matmul is fastest on CPUs.
     """
-    x, r, t = a.shape[:3]
-    folded = subscripts.replace("r", "")
-    flat = [o.reshape(x, r * t, o.shape[-1]) if o.ndim == 4 else o for o in (a, b)]
-    y = jnp.einsum(folded, *flat, preferred_element_type=jnp.float32)
-    return y.reshape(x, r, t, -1) if "r" in subscripts.split("->")[1] else y
+    x, q, t = a.shape[:3]
+    flat = [o.reshape(x, q * t, o.shape[-1]) if o.ndim == 4 else o for o in (a, b)]
+    y = jnp.einsum(subscripts.replace("q", ""), *flat, preferred_element_type=jnp.float32)
+    return y.reshape(x, q, t, -1) if "q" in subscripts.split("->")[1] else y
 
 
-def _part(a: jax.Array, i: Any, rule: Rule, axis: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(a, i * rule.side, rule.side, axis)
+def _part(a: Array, i: Any, tiling: Tiling, axis: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a, i * tiling.side, tiling.side, axis)
 
 
-def _put(a: jax.Array, part: jax.Array, i: Any, rule: Rule, axis: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(a, part, i * rule.side, axis)
+def _put(a: Array, part: Array, i: Any, tiling: Tiling, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(a, part, i * tiling.side, axis)

@@ -1,11 +1,9 @@
-"""Attention by cuDNN, on NVIDIA GPUs in 16 bits: `jax.nn.dot_product_attention`, and its packed form for rows of documents.
+"""cuDNN attention on NVIDIA GPUs in 16 bits: `jax.nn.dot_product_attention` and its packed form.
 
-RemoteProcessError by a mask which tokens share a document, cuDNN computes every score and reads a number for each; told where documents
-begin and end, it computes those within a document alone (docs/performance.md has both measured). That form is not in JAX's
-public interface yet: where it is missing, and for rows of more documents than it is compiled for, the mask is used. Rows of
-one document each, as of long texts, need neither.
-
-Letters: B rows, S tokens, r documents of a row.
+With a mask for packed documents, cuDNN computes every score and reads the mask for each. Given
+where documents begin and end, it computes the scores within documents alone (docs/performance.md).
+That packed form is not public in JAX yet: where it is missing, and for rows of more documents than
+it is compiled for, the mask is used. Rows of one document each need neither.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import Any, Callable, Literal
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.layers.common import mask_empty_segments
@@ -25,8 +24,8 @@ MOST = 16  # documents of a row that the packed form is compiled for
 Kernel = Literal["cudnn", "xla"]
 
 
-def fits_cudnn(q: jax.Array, v: jax.Array, drop_rate: float) -> bool:
-    """Whether cuDNN's fused attention takes these: 16 bits, heads of at most 128 numbers, alike for keys and values."""
+def fits_cudnn(q: Array, v: Array, drop_rate: float) -> bool:
+    """Whether cuDNN takes these: 16 bits, an even length, heads of one width, at most 128."""
     dh, even = q.shape[-1], q.shape[1] % 2 == 0
     sizes = dh == v.shape[-1] and dh % 8 == 0 and dh <= 128 and even
     return q.dtype.itemsize == 2 and sizes and not drop_rate and _on_nvidia()
@@ -34,18 +33,17 @@ def fits_cudnn(q: jax.Array, v: jax.Array, drop_rate: float) -> bool:
 
 @functools.cache
 def _on_nvidia() -> bool:
-    return (
-        jax.default_backend() == "gpu"
-        and "cuda" in jax.extend.backend.get_backend().platform_version.lower()
-    )
+    if jax.default_backend() != "gpu":
+        return False
+    return "cuda" in jax.extend.backend.get_backend().platform_version.lower()
 
 
 @functools.cache
 def _packed_form(grouped: bool) -> Any:
-    """The module of JAX that has the packed form, which needs Hopper GPUs or newer; None: neither here.
+    """JAX's module with the packed form, which needs Hopper GPUs or newer; None: neither here.
 
-    grouped: several queries share a key head. Before 0.11.1 JAX told cuDNN where keys begin as if they did not, so that
-    others' keys were read (jax-ml/jax #39521).
+    grouped: several queries share a key head. Before 0.11.1 JAX gave cuDNN the key offsets of
+    ungrouped heads, so that keys of other heads were read (jax-ml/jax #39521).
     """
     if grouped and jax.__version_info__ < (0, 11, 1):
         return None
@@ -59,105 +57,85 @@ def _packed_form(grouped: bool) -> Any:
 
 
 def fused(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
     causal: bool,
-    lengths: jax.Array | None,
+    lengths: Array | None,
     kernel: Kernel,
-) -> jax.Array:
-    """`attention.attend` by `jax.nn.dot_product_attention` ("cudnn", or "xla" to try the same on any device)."""
+) -> Array:
+    """`attention.attend` by `jax.nn.dot_product_attention`; kernel "xla" runs on any device."""
     if segments is None:
-        o = jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=causal,
-            query_seq_lengths=lengths,
-            key_value_seq_lengths=lengths,
-            implementation=kernel,
-        )
+        sizes = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+        attention = functools.partial(jax.nn.dot_product_attention, implementation=kernel, **sizes)
+        o = attention(q, k, v, is_causal=causal)
     else:
-        o = _of_documents(
-            q, k, v, mask_empty_segments(segments, lengths, q.shape[1]), causal, kernel
-        )
+        segments = mask_empty_segments(segments, lengths, q.shape[1])
+        o = _of_documents(q, k, v, segments, causal, kernel)
     return checkpoint_name(o, "heads")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _of_documents(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments_BS: jax.Array, causal: bool, kernel: Kernel
-) -> jax.Array:
-    return _packed_or_masked(lambda f: f(q, k, v), q.shape != k.shape, segments_BS, causal, kernel)
+def _of_documents(q, k, v, segments, causal, kernel):
+    return _packed_or_masked(lambda f: f(q, k, v), q.shape != k.shape, segments, causal, kernel)
 
 
-def _forward(q, k, v, segments_BS, causal, kernel):
-    return _of_documents(q, k, v, segments_BS, causal, kernel), (q, k, v, segments_BS)
+def _forward(q, k, v, segments, causal, kernel):
+    return _of_documents(q, k, v, segments, causal, kernel), (q, k, v, segments)
 
 
 def _backward(causal, kernel, kept, d_o):
-    # The choice stands around the whole of it: what either form keeps for its gradient never leaves a branch.
-    *qkv, segments_BS = kept
-    grouped = qkv[0].shape != qkv[1].shape
-    return *_packed_or_masked(
-        lambda f: jax.vjp(f, *qkv)[1](d_o), grouped, segments_BS, causal, kernel
-    ), None
+    # The switch is around the whole vjp: residuals of either form cannot leave a branch.
+    q, k, v, segments = kept
+    pull_back = lambda f: jax.vjp(f, q, k, v)[1](d_o)  # noqa: E731
+    return *_packed_or_masked(pull_back, q.shape != k.shape, segments, causal, kernel), None
 
 
 _of_documents.defvjp(_forward, _backward)
 
 
 def _packed_or_masked(
-    use: Callable[[Callable[..., jax.Array]], Any],
+    use: Callable[[Callable[..., Array]], Any],
     grouped: bool,
-    segments_BS: jax.Array,
+    segments: Array,
     causal: bool,
     kernel: Kernel,
 ) -> Any:
-    """What `use` makes of the attention of q, k, v by the form that the rows allow."""
+    """`use` of the attention of q, k, v in the fastest form that the rows allow."""
+    plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=kernel)
 
-    def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=causal, implementation=kernel
-        )
-
-    def masked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return plain(q, k, v, (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None])
+    def masked(q: Array, k: Array, v: Array) -> Array:
+        return plain(q, k, v, mask=(segments[:, :, None] == segments[:, None, :])[:, None])
 
     form = _packed_form(grouped)
     if form is None or kernel != "cudnn":
         return use(masked)
-    firsts, lengths, most = runs(segments_BS, MOST)
+    firsts, lengths, most = runs(segments, MOST)
+    kind = form.MaskType.PADDING_CAUSAL if causal else form.MaskType.PADDING
+    sizes = dict(q_seqlen=lengths, kv_seqlen=lengths, q_offsets=firsts, kv_offsets=firsts)
 
-    def packed(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return form.dot_product_attention(
-            q, k, v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=firsts, kv_offsets=firsts, scale=q.shape[-1] ** -0.5,
-            mask_type=form.MaskType.PADDING_CAUSAL if causal else form.MaskType.PADDING,
-        )  # fmt: skip
+    def packed(q: Array, k: Array, v: Array) -> Array:
+        scale = q.shape[-1] ** -0.5
+        return form.dot_product_attention(q, k, v, scale=scale, mask_type=kind, **sizes)
 
     which = (most > 1).astype(jnp.int32) + (most > MOST).astype(jnp.int32)
     return jax.lax.switch(which, [lambda: use(plain), lambda: use(packed), lambda: use(masked)])
 
 
-def runs(segments_BS: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where the documents of each row are, which stand in one piece each.
+def runs(segments: Array, n: int) -> tuple[Array, Array, Array]:
+    """Where the runs of equal numbers (documents) of each row of `segments` [B,S] are.
 
     Returns:
-      (int32 [B,n+1] the first token of each run of equal numbers, int32 [B,n] their lengths, both -1 behind the last run of
-      a row; int32, the most runs of a row). Where they are more than n, only that is of use.
+      (int32 [B,n+1] the first token of each run, int32 [B,n] its length, both -1 behind a row's
+      last run; int32, the most runs of a row). With more than n runs only the last is valid.
     """
-    b, s = segments_BS.shape
-    begins_BS = jnp.concatenate(
-        [jnp.ones((b, 1), bool), segments_BS[:, 1:] != segments_BS[:, :-1]], axis=1
-    )
-    run_BS = jnp.cumsum(begins_BS, axis=1, dtype=jnp.int32) - 1
-    each_r = jnp.arange(n, dtype=jnp.int32)
-    length_Br = (run_BS[..., None] == each_r[None, None]).sum(axis=1, dtype=jnp.int32)
-    there_Br = each_r[None] <= run_BS[:, -1:]
-    first_Br = jnp.where(there_Br, jnp.cumsum(length_Br, axis=1, dtype=jnp.int32) - length_Br, -1)
-    return (
-        jnp.pad(first_Br, ((0, 0), (0, 1)), constant_values=-1),
-        jnp.where(there_Br, length_Br, -1),
-        run_BS[:, -1].max() + 1,
-    )
+    first_of_row = jnp.ones((segments.shape[0], 1), bool)
+    begins = jnp.concatenate([first_of_row, segments[:, 1:] != segments[:, :-1]], axis=1)
+    run = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1
+    each = jnp.arange(n, dtype=jnp.int32)
+    length = (run[..., None] == each[None, None]).sum(axis=1, dtype=jnp.int32)
+    exists = each[None] <= run[:, -1:]
+    first = jnp.where(exists, jnp.cumsum(length, axis=1, dtype=jnp.int32) - length, -1)
+    first = jnp.pad(first, ((0, 0), (0, 1)), constant_values=-1)
+    return first, jnp.where(exists, length, -1), run[:, -1].max() + 1

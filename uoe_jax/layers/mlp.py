@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from uoe_jax.distributed.manual import WHOLE, Region, run
-from uoe_jax.layers.common import (
-    GATED,
-    Tokens,
-    activate,
-    add_bias,
-    linear,
-    scaled_normal,
-    weight,
-    zeros,
-)
+from uoe_jax.config.schema import ModelConfig
+from uoe_jax.distributed.manual import WHOLE, Region
+from uoe_jax.layers.common import GATED, Block, Tokens, activate, add_bias, linear
+from uoe_jax.layers.weights import scaled_normal, weight, weight_if, zeros
 
 
-class MLP(nnx.Module):
-    """y = act(x·W_up [, x·W_gate])·W_down, with biases where asked; letters in `layers.common`."""
+def mlp_options(c: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments that all MLP blocks have in common."""
+    return dict(activation=c.activation, bias=c.bias, dtype=c.dtype, out_scale=c.out_scale)
+
+
+class MLP(Block):
+    """y = act(x·W_up [, x·W_gate])·W_down. On a mesh, hidden units are sharded over `expert`."""
 
     def __init__(
         self,
@@ -37,54 +35,37 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.activation, self.dtype = activation, dtype
-        d, f = d_model, d_hidden
-        self.w_up = weight(rngs, (d, f), ("embed", "hidden"), scaled_normal(d))
-        self.w_gate = (
-            weight(rngs, (d, f), ("embed", "hidden"), scaled_normal(d))
-            if activation in GATED
-            else None
-        )
+        d, f, gated = d_model, d_hidden, activation in GATED
+        into = ("embed", "hidden")
+        self.w_up = weight(rngs, (d, f), into, scaled_normal(d))
+        self.w_gate = weight_if(gated, rngs, (d, f), into, scaled_normal(d))
         self.w_down = weight(rngs, (f, d), ("hidden", "embed"), scaled_normal(f, out_scale))
-        self.b_up = weight(rngs, (f,), ("hidden",), zeros) if bias else None
-        self.b_gate = (
-            weight(rngs, (f,), ("hidden",), zeros) if bias and self.w_gate is not None else None
-        )
-        self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
+        self.b_up = weight_if(bias, rngs, (f,), ("hidden",), zeros)
+        self.b_gate = weight_if(bias and gated, rngs, (f,), ("hidden",), zeros)
+        self.bias_out = weight_if(bias, rngs, (d,), (None,), zeros)
 
-    def __call__(self, x_BLD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, None]:
-        """Every token by itself; returns (y_BLD, None: nothing is routed). On a mesh, hidden units lie on `expert`."""
-        graphdef, weights = nnx.split(self)
+    def _forward(
+        self, x_BLD: Array, tokens: Tokens | None = None, region: Region = WHOLE
+    ) -> tuple[Array, None, None]:
+        _, x_BLD = region.gather_inputs(x_BLD.astype(self.dtype))
+        y_BLD = region.reduce_outputs(self.partial(x_BLD))
+        return add_bias(y_BLD, region.weight_for_local_tokens(self.bias_out)), None, None
 
-        def share(
-            weights: nnx.State, x_BLD: jax.Array, _: None, region: Region
-        ) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, weights)._forward(x_BLD, region), None
-
-        return run(share, weights, x_BLD, dtype=self.dtype)
-
-    def _forward(self, x_BLD: jax.Array, region: Region = WHOLE) -> jax.Array:
-        y = region.reduce_outputs(self.partial(region.gather_inputs(x_BLD.astype(self.dtype))[1]))
-        return add_bias(y, region.weight_for_local_tokens(self.bias_out))
-
-    def partial(self, x: jax.Array) -> jax.Array:
-        """What the hidden units held here give for tokens [...,D], without the output bias."""
+    def partial(self, x: Array) -> Array:
+        """This shard's hidden units' part of the output for x [...,D], without the output bias."""
         up = checkpoint_name(self._linear(x, self.w_up, self.b_up), "hidden")
-        gate = (
-            None
-            if self.w_gate is None
-            else checkpoint_name(self._linear(x, self.w_gate, self.b_gate), "hidden")
-        )
+        gate = None
+        if self.w_gate is not None:
+            gate = checkpoint_name(self._linear(x, self.w_gate, self.b_gate), "hidden")
         return self._linear(activate(self.activation, up, gate), self.w_down, None)
 
-    def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+    def _linear(self, x: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
         return add_bias(linear(x, kernel[...].astype(self.dtype)), bias)
 
-    def prefill(self, x_BLD: jax.Array, tokens: Tokens, context: int) -> tuple[jax.Array, tuple]:
-        """The whole prompt; a dense MLP needs no cache."""
-        return self._forward(x_BLD), ()
+    def _start_cache(self, state: None, tokens: Tokens, context: int) -> tuple[()]:
+        return ()
 
     def decode_step(
-        self, x_BD: jax.Array, cache: tuple, t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, tuple]:
-        """One token of each sequence."""
-        return self._forward(x_BD[:, None])[:, 0], cache
+        self, x_BD: Array, cache: tuple[()], t_B: Array, rotary: Any
+    ) -> tuple[Array, tuple[()]]:
+        return self._forward(x_BD[:, None])[0][:, 0], cache

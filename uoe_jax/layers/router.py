@@ -7,105 +7,83 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
-from uoe_jax.layers.common import along_last, pad_sequence, scaled_normal, valid_mean, weight, zeros
+from uoe_jax.layers.common import along_last, pad_sequence, valid_mean
+from uoe_jax.layers.weights import scaled_normal, weight_if, zeros
 from uoe_jax.moe import routing as routing_lib
 from uoe_jax.moe.dispatch import Selection
-from uoe_jax.moe.routing import UNION, Decision, RoutingStats, Rule
+from uoe_jax.moe.routing import Decision, RoutingRule, RoutingStats
 
 
 class RouterCache(NamedTuple):
-    """What decoding must remember of the routing of each sequence and expert.
+    """What decoding keeps of the routing of each row and expert.
 
     Attributes:
       taken_BN: int32, slots taken in the current capacity window.
       filled_BN: int32, slots taken in all; the current patch, where kept, is in slot filled - 1.
-      kept_BN: bool, whether the expert took the current patch. weight_BN: float32, with which combine weight.
+      kept_BN: bool, whether the expert took the current patch.
+      weight_BN: float32, the combine weight of the current patch.
     """
 
-    taken_BN: jax.Array
-    filled_BN: jax.Array
-    kept_BN: jax.Array
-    weight_BN: jax.Array
+    taken_BN: Array
+    filled_BN: Array
+    kept_BN: Array
+    weight_BN: Array
 
 
 class Router(nnx.Module):
-    """s = softmax(summary·W_g + b_g) in float32; the summary of a patch is its first token if causal, else its mean.
+    """softmax(summary·W_g + b_g) in float32, of the patch's mean, or its first token if causal.
 
-    `kernel` and `bias` route patches, `sequence_kernel` and `sequence_bias` whole sequences, by the mean of their valid
-    tokens; `routing.unit` says which of the two there are. What logits mean is the rule's to say.
+    `kernel` and `bias` route patches, `sequence_kernel` and `sequence_bias` whole sequences, by the
+    mean of their valid tokens; `routing.unit` says which exist. `rule` says what logits mean.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        routing: RoutingConfig,
-        *,
-        causal: bool,
-        rule: Rule = UNION,
-        rngs: nnx.Rngs,
+        self, d_model: int, routing: RoutingConfig, causal: bool, rule: RoutingRule, rngs: nnx.Rngs
     ) -> None:
         self.routing, self.causal, self.rule = routing, causal, rule
-        n, unit = routing.n_experts, routing.unit
+        n, biased = routing.n_experts, routing.router_bias
 
-        def kernel() -> nnx.Param:
-            return weight(
-                rngs, (d_model, n), ("embed", None), scaled_normal(d_model, 0.3), exact=True
-            )
+        def linear(present: bool) -> tuple[nnx.Param | None, nnx.Param | None]:
+            init, axes = scaled_normal(d_model, 0.3), ("embed", None)
+            kernel = weight_if(present, rngs, (d_model, n), axes, init, exact=True)
+            return kernel, weight_if(present and biased, rngs, (n,), (None,), zeros, exact=True)
 
-        def bias() -> nnx.Param | None:
-            return weight(rngs, (n,), (None,), zeros, exact=True) if routing.router_bias else None
-
-        # Not trained: no gradient reaches it, and the train step moves it by the load (`routing.rebalanced`).
-        self.load_bias = (
-            weight(rngs, (n,), (None,), zeros, exact=True) if routing.bias_rate else None
-        )
-        self.kernel: nnx.Param | None
-        self.bias: nnx.Param | None
-        self.sequence_kernel: nnx.Param | None
-        self.sequence_bias: nnx.Param | None
-        self.balance_weight: nnx.Param  # where a block gives it one (peers.skywork_moe)
-        self.kernel, self.bias = (None, None) if unit == "sequence" else (kernel(), bias())
-        self.sequence_kernel, self.sequence_bias = (
-            (None, None) if unit == "patch" else (kernel(), bias())
-        )
+        # Not trained: its gradient is stopped, and the train step moves it (`routing.rebalanced`).
+        self.load_bias = weight_if(routing.bias_rate, rngs, (n,), (None,), zeros, exact=True)
+        self.balance_weight: nnx.Param  # where a baseline sets it (baselines.mixtures.SkyworkMoE)
+        self.kernel, self.bias = linear(routing.unit != "sequence")
+        self.sequence_kernel, self.sequence_bias = linear(routing.unit != "patch")
 
     def __call__(
-        self, x_BMPD: jax.Array, valid_BMP: jax.Array, keys_B: jax.Array | None = None
+        self, x_BMPD: Array, valid_BMP: Array, keys_B: Array | None = None
     ) -> tuple[Decision, RoutingStats]:
-        """Routes whole rows. Args: x_BMPD patches; valid_BMP bool, False for padding tokens; keys_B in training."""
+        """Routes whole rows; valid_BMP is False for padding tokens, keys_B is given in training."""
         if self.causal:
             summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32)
         else:
             summary_BMD = valid_mean(x_BMPD, valid_BMP)
-        patch_logits = None
+        logits = sequence_logits = None
         if self.kernel is not None:  # kept for the backward pass, as few as they are
-            patch_logits = checkpoint_name(
-                _logits(summary_BMD, self.kernel, self.bias), "selection"
-            )
-        sequence_logits = None
+            logits = _logits(summary_BMD, self.kernel, self.bias)
+            logits = checkpoint_name(logits, "selection")
         if self.sequence_kernel is not None:
             b, m, p, d = x_BMPD.shape
             summary_BD = valid_mean(x_BMPD.reshape(b, m * p, d), valid_BMP.reshape(b, m * p))
             sequence_logits = _logits(summary_BD, self.sequence_kernel, self.sequence_bias)
-        valid_BM = valid_BMP.any(axis=2)
+        valid_BM, load_bias = valid_BMP.any(axis=2), self._load_bias()
         return routing_lib.decide(
-            patch_logits,
-            valid_BM,
-            self.routing,
-            sequence_logits,
-            self._load_bias(),
-            keys_B,
-            self.rule,
+            logits, valid_BM, self.routing, sequence_logits, load_bias, keys_B, self.rule
         )
 
-    def _load_bias(self) -> jax.Array | None:
+    def _load_bias(self) -> Array | None:
         return None if self.load_bias is None else jax.lax.stop_gradient(self.load_bias[...])
 
-    def start_cache(self, selection: Selection, length_B: jax.Array) -> RouterCache:
-        """The cache after a prefill of `length_B` tokens, at least one in each sequence."""
+    def start_cache(self, selection: Selection, length_B: Array) -> RouterCache:
+        """The cache after a prefill of `length_B` tokens, at least one in each row."""
         kept_BMN = selection.kept_BMN
         last_B = (length_B - 1) // self.routing.patch_size
         window_M = jnp.arange(kept_BMN.shape[1]) // self.routing.capacity_window
@@ -121,12 +99,12 @@ class Router(nnx.Module):
             weight_BN=jnp.where(kept_BN, weight_BN, 0),
         )
 
-    def decode_step(self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array) -> RouterCache:
-        """Routes token `t_B` of each sequence: the first token of a patch chooses, the others follow it."""
+    def decode_step(self, x_BD: Array, cache: RouterCache, t_B: Array) -> RouterCache:
+        """Routes token `t_B` of each row: the first token of a patch chooses for all of it."""
         r = self.routing
         first_B1 = (t_B % r.patch_size == 0)[:, None]
         opens_window_B1 = first_B1 & (t_B // r.patch_size % r.capacity_window == 0)[:, None]
-        assert self.kernel is not None  # what decodes is causal, and routes patches
+        assert self.kernel is not None  # a causal model routes patches
         logits_BN = _logits(x_BD.astype(jnp.float32), self.kernel, self.bias)
         scores_BN = self.rule.scores(logits_BN)
         everyone = jnp.ones((x_BD.shape[0], 1), bool)
@@ -144,13 +122,13 @@ class Router(nnx.Module):
         )
 
 
-def _logits(summary: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-    # Not by six products in bfloat16 (BF16_BF16_F32_X6), faster on a GPU: of a single row it was wrong by 0.03 (jax 0.11.2).
+def _logits(summary: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
+    # Not BF16_BF16_F32_X6, faster on a GPU: for a single row it was wrong by 0.03 (jax 0.11.2).
     logits = jnp.matmul(summary, kernel[...], precision=jax.lax.Precision.HIGHEST)
     return logits if bias is None else logits + along_last(bias[...], logits)
 
 
-def patches(x_BLD: jax.Array, p: int) -> jax.Array:
-    """[B,L,…] cut in patches [B,M,P,…], the last one filled up with zeros."""
+def patches(x_BLD: Array, p: int) -> Array:
+    """[B,L,…] as patches [B,M,P,…], the last one padded with zeros."""
     x_BLD = pad_sequence(x_BLD, -x_BLD.shape[1] % p)
     return x_BLD.reshape(x_BLD.shape[0], -1, p, *x_BLD.shape[2:])

@@ -1,43 +1,38 @@
-"""UoME: a union of MLP experts. The dense MLP cut in N equal partitions of its hidden width, each working on its slots."""
+"""UoME, a union of MLP experts: a dense MLP cut in N equal parts of its hidden width."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
-from uoe_jax.layers.common import (
-    GATED,
-    Tokens,
-    activate,
-    add_bias,
-    scaled_normal,
-    valid_tokens,
-    weight,
-    zeros,
-)
+from uoe_jax.layers.common import GATED, Tokens, activate, add_bias
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert
-from uoe_jax.moe.routing import UNION, Rule
+from uoe_jax.layers.weights import scaled_normal, weight, weight_if, zeros
+from uoe_jax.moe.routing import UNION, RoutingRule
 
 
 class UoME(Union):
     """Union-of-MLP-Experts.
 
     Args:
-      d_model, d_hidden: D and F of the whole MLP; every expert has f = F/N hidden columns and rows.
+      d_model, d_hidden: D and F of the whole MLP; an expert has F/N hidden units.
       routing: N, K, capacity, patch size, gate.
-      activation: gelu, gelu_tanh, relu, swiglu or geglu. bias: hidden biases per expert, one output bias for the union.
-      causal: admit only what cannot see the future. dtype: of the computation; weights are float32.
-      fan_in: of the output projection's initialisation; 0: the whole F. rule: what the router's logits mean.
+      activation: gelu, gelu_tanh, relu, swiglu or geglu.
+      bias: hidden biases per expert, and one output bias.
+      causal: refuse routing that depends on later tokens.
+      dtype: compute dtype; weights are float32.
+      fan_in: of the output projection's initialisation; 0: F. rule: what the router's logits mean.
 
     Raises:
-      ValueError: N does not divide F; K above N; causal with a unit or priority that sees the future. ConfigError: a value of
-        `routing` that its declaration does not allow.
+      ValueError: N does not divide F; K > N; causal with a unit or priority that depends on later
+        tokens.
+      ConfigError: a value of `routing` that its declaration does not allow.
     """
 
     def __init__(
@@ -52,62 +47,48 @@ class UoME(Union):
         dtype: Any = jnp.float32,
         out_scale: float = 1.0,
         fan_in: int = 0,
-        rule: Rule = UNION,
+        rule: RoutingRule = UNION,
         rngs: nnx.Rngs,
     ) -> None:
-        d, n = d_model, routing.n_experts
+        d, n, gated = d_model, routing.n_experts, activation in GATED
         f, rest = divmod(d_hidden, n)
         if rest:
             raise ValueError(f"d_hidden={d_hidden} cannot be cut in n_experts={n} equal partitions")
-        super().__init__(d, routing, causal=causal, dtype=dtype, rule=rule, rngs=rngs)
+        super().__init__(d, routing, causal, dtype, rule, rngs)
         self.activation = activation
         into, out = ("expert", "embed", None), ("expert", None, "embed")
+        down = scaled_normal(fan_in or d_hidden, out_scale)
         self.w_up = weight(rngs, (n, d, f), into, scaled_normal(d))
-        self.w_gate = (
-            weight(rngs, (n, d, f), into, scaled_normal(d)) if activation in GATED else None
-        )
-        self.w_down = weight(rngs, (n, f, d), out, scaled_normal(fan_in or d_hidden, out_scale))
-        self.b_up = weight(rngs, (n, f), ("expert", None), zeros) if bias else None
-        self.b_gate = (
-            weight(rngs, (n, f), ("expert", None), zeros)
-            if bias and self.w_gate is not None
-            else None
-        )
-        self.bias_out = weight(rngs, (d,), (None,), zeros) if bias else None
+        self.w_gate = weight_if(gated, rngs, (n, d, f), into, scaled_normal(d))
+        self.w_down = weight(rngs, (n, f, d), out, down)
+        self.b_up = weight_if(bias, rngs, (n, f), ("expert", None), zeros)
+        self.b_gate = weight_if(bias and gated, rngs, (n, f), ("expert", None), zeros)
+        self.bias_out = weight_if(bias, rngs, (d,), (None,), zeros)
 
-    def _enter(self, x_NBSD: jax.Array) -> tuple[jax.Array, ...]:
-        into = ((self.w_up, self.b_up), (self.w_gate, self.b_gate))
-        return tuple(
-            self._into(x_NBSD, kernel, bias) for kernel, bias in into if kernel is not None
-        )
+    def _project(self, x_NRSD: Array) -> tuple[Array, ...]:
+        found = []
+        for kernel, bias in ((self.w_up, self.b_up), (self.w_gate, self.b_gate)):
+            if kernel is not None:
+                y_NRSf = per_expert(x_NRSD, kernel[...].astype(self.dtype))
+                found.append(add_bias(y_NRSf, None if bias is None else bias[...][:, None, None]))
+        return tuple(found)
 
-    def _experts(self, entered: tuple[jax.Array, ...], slots: Slots) -> tuple[jax.Array, tuple]:
-        return self._leave(entered, slots.weight_NBS), ()
+    def _experts(self, projected: tuple[Array, ...], slots: Slots) -> tuple[Array, None]:
+        return self._out(projected, slots.weight_NRS), None
 
-    def _leave(self, entered: tuple[jax.Array, ...], weight_NBS: jax.Array) -> jax.Array:
-        up, gate = (*(checkpoint_name(a, "hidden") for a in entered), None)[:2]
-        # The combine weight goes on the hidden values: the same sum, and no need to keep the outputs for its gradient.
-        hidden_NBSf = activate(self.activation, up, gate) * weight_NBS[..., None].astype(self.dtype)
-        return per_expert(hidden_NBSf, self.w_down[...].astype(self.dtype))
+    def _out(self, projected: tuple[Array, ...], weight_NRS: Array) -> Array:
+        up, gate = (*(checkpoint_name(a, "hidden") for a in projected), None)[:2]
+        # Weights go on the hidden values: the same sum, and no outputs kept for the gradient.
+        hidden_NRSf = activate(self.activation, up, gate) * weight_NRS[..., None].astype(self.dtype)
+        return per_expert(hidden_NRSf, self.w_down[...].astype(self.dtype))
 
-    def _into(self, x_NBSD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        y_NBSf = per_expert(x_NBSD, kernel[...].astype(self.dtype))
-        return add_bias(y_NBSf, None if bias is None else bias[...][:, None, None])
-
-    def prefill(
-        self, x_BLD: jax.Array, tokens: Tokens, context: int
-    ) -> tuple[jax.Array, RouterCache]:
-        """The whole prompt, and the cache for the tokens after it."""
-        y_BLD, _, selection, _ = self._forward(x_BLD, tokens)
-        return y_BLD, self.router.start_cache(
-            selection, valid_tokens(tokens.segments_BL, x_BLD).sum(axis=1)
-        )
+    def _start_cache(self, state: Any, tokens: Tokens, context: int) -> RouterCache:
+        return self._router_cache(state[0], tokens)
 
     def decode_step(
-        self, x_BD: jax.Array, cache: RouterCache, t_B: jax.Array, rotary: Any
-    ) -> tuple[jax.Array, RouterCache]:
-        """Token `t_B` of each sequence."""
+        self, x_BD: Array, cache: RouterCache, t_B: Array, rotary: Any
+    ) -> tuple[Array, RouterCache]:
         x_BD = x_BD.astype(self.dtype)
         cache = self.router.decode_step(x_BD, cache, t_B)
-        y_NB1D = self._leave(self._enter(x_BD[None, :, None]), cache.weight_BN.T[..., None])
-        return self._union(y_NB1D, x_BD), cache
+        y_NB1D = self._out(self._project(x_BD[None, :, None]), cache.weight_BN.T[..., None])
+        return self._sum_experts(y_NB1D, x_BD), cache

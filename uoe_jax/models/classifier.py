@@ -1,81 +1,74 @@
-"""The classifier on the same blocks: token ids or images in, one row of class scores out.
-
-Letters in `layers.common`; I is the number of inputs of an example (`classifier.n_inputs`).
-"""
+"""The classifier on the same layers: token ids or images in, one row of class scores out."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.layers.common import (
-    PLAIN,
     Tokens,
     add_bias,
     fold,
-    scaled_normal,
+    gelu,
+    positions_like,
     valid_mean,
     valid_tokens,
-    weight,
-    zeros,
 )
+from uoe_jax.layers.weights import scaled_normal, weight, weight_if, zeros
 from uoe_jax.models.decoder import Stack, Stats
 
 
 class Linear(nnx.Module):
-    """x·W + b over the last axis. Small, so whole on every device: no part of it is the partitioner's to move."""
+    """x·W + b over the last axis. Small, so whole on every device."""
 
     def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs) -> None:
         self.kernel = weight(rngs, (n_in, n_out), (None, None), scaled_normal(n_in))
         self.bias = weight(rngs, (n_out,), (None,), zeros)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         return add_bias(x @ self.kernel[...].astype(x.dtype), self.bias)
 
 
-def squares(images: jax.Array, patch: int) -> jax.Array:
-    """Images [B,height,width,channels] as tokens [B,L,patch·patch·channels]: squares of pixels, row by row."""
+def squares(images: Array, patch: int) -> Array:
+    """Images [B,height,width,channels] as [B,L,patch·patch·channels]: squares, row by row."""
     b, height, width, channels = images.shape
     cut = images.reshape(b, height // patch, patch, width // patch, patch, channels)
     return cut.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * channels)
 
 
 class Classifier(Stack):
-    """Blocks between a stem and a head.
+    """Layers between a stem and a head.
 
-    The stem embeds token ids, or projects squares of pixels. The head pools the normed state of every input (mean of
-    its valid tokens, or the learned token in front) and scores the classes; of two inputs u and v it sees
-    [u, v, u·v, u−v], as Long Range Arena's retrieval task compares two texts.
+    The stem embeds token ids, or projects squares of pixels. The head pools the normed state of
+    every input (mean of its valid tokens, or the learned token in front) and scores the classes; of
+    two inputs u and v it sees [u, v, u·v, u−v], as in Long Range Arena's retrieval task.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        c, d = config, config.d_model
-        head, small = config.classifier, scaled_normal(config.d_model)
-        if c.stem == "tokens" and c.vocab_size < 1:
+        c, d, head = config, config.d_model, config.classifier
+        image, cls, small = c.stem == "image", head.pooling == "cls", scaled_normal(d)
+        if not image and c.vocab_size < 1:
             raise ValueError("vocab_size must be set before the model is built")
-        self.project = Linear(c.image.values, d, rngs=rngs) if c.stem == "image" else None
-        self.embedding = (
-            weight(rngs, (c.vocab_size, d), ("vocab", "embed"), small)
-            if c.stem == "tokens"
-            else None
-        )
+        self.project = Linear(c.image.values, d, rngs=rngs) if image else None
+        shape, axes = (c.vocab_size, d), ("vocab", "embed")
+        self.embedding = weight_if(not image, rngs, shape, axes, small)
         super().__init__(c, rngs=rngs)
-        self.cls = weight(rngs, (d,), (None,), small) if head.pooling == "cls" else None
-        width = c.d_pooled
-        self.hidden = Linear(width, head.d_head, rngs=rngs) if head.d_head else None
-        self.classes = Linear(head.d_head or width, head.n_classes, rngs=rngs)
+        self.cls = weight_if(cls, rngs, (d,), (None,), small)
+        self.hidden = Linear(c.d_pooled, head.d_head, rngs=rngs) if head.d_head else None
+        self.classes = Linear(head.d_head or c.d_pooled, head.n_classes, rngs=rngs)
 
     def __call__(
-        self, inputs: jax.Array, segments: jax.Array | None = None, keys_B: jax.Array | None = None
-    ) -> tuple[jax.Array, Stats]:
+        self, inputs: Array, segments: Array | None = None, keys_B: Array | None = None
+    ) -> tuple[Array, Stats]:
         """Scores of the classes.
 
         Args:
-          inputs: int32 token ids [B,L], or images float32 [B,height,width,channels]; with two inputs [B,2,…].
-          segments: int32 [B,L] or [B,2,L], 1 at tokens and 0 at padding, which comes last; None: no padding.
-          keys_B: in training, a random key for each example; None: evaluation.
+          inputs: int32 token ids [B,L], or images float32 [B,height,width,channels]; with two
+            inputs [B,2,…].
+          segments: int32 [B,L] or [B,2,L], 1 at tokens, 0 at padding, which comes last; None: none.
+          keys_B: in training, a random key per example; None: evaluation.
 
         Returns:
           (logits float32 [B,n_classes], routing statistics by block, stacked over layers).
@@ -83,32 +76,27 @@ class Classifier(Stack):
         x_BLD, tokens = self.embed_inputs(inputs, segments, keys_B)
         x_BLD, stats = self.run(x_BLD, tokens)
         pooled_BD = self._pool(self.norm(x_BLD), tokens.segments_BL)
-        return self._score(
-            pooled_BD.reshape(-1, self.config.classifier.n_inputs, pooled_BD.shape[-1])
-        ), stats
+        n_inputs = self.config.classifier.n_inputs
+        return self._score(pooled_BD.reshape(-1, n_inputs, pooled_BD.shape[-1])), stats
 
     def embed_inputs(
-        self, inputs: jax.Array, segments: jax.Array | None = None, keys_B: jax.Array | None = None
-    ) -> tuple[jax.Array, Tokens]:
-        """What enters the first layer, [B,L,D], a row for every input of every example, and what the blocks must know of it;
-        the arguments are those of `__call__`."""
+        self, inputs: Array, segments: Array | None = None, keys_B: Array | None = None
+    ) -> tuple[Array, Tokens]:
+        """The input of the first layer [B·I,L,D], and its tokens; arguments as of `__call__`."""
         n_inputs = self.config.classifier.n_inputs
         if n_inputs > 1:  # every input is a row of its own
             inputs = inputs.reshape(-1, *inputs.shape[2:])
             segments = None if segments is None else segments.reshape(-1, segments.shape[-1])
             if keys_B is not None:
                 keys_B = jnp.stack([fold(keys_B, i) for i in range(n_inputs)], axis=1).reshape(-1)
-        x_BLD = self._enter(inputs)
-        b, l, _ = x_BLD.shape
-        if self.cls is not None:
-            segments = (
-                None if segments is None else jnp.pad(segments, ((0, 0), (1, 0)), constant_values=1)
-            )
-        positions_BL = jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
+        x_BLD = self._embed(inputs)
+        if self.cls is not None and segments is not None:
+            segments = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=1)
+        positions_BL = positions_like(x_BLD)
         tokens = Tokens(segments, positions_BL, self.rotary(positions_BL), keys_B)
         return self.positioned(x_BLD, positions_BL), tokens
 
-    def _enter(self, inputs: jax.Array) -> jax.Array:
+    def _embed(self, inputs: Array) -> Array:
         if self.project is None:
             assert self.embedding is not None  # a stem of tokens
             x_BLD = self._lookup(self.embedding, inputs)
@@ -116,22 +104,19 @@ class Classifier(Stack):
             x_BLD = self.project(squares(inputs, self.config.image.patch).astype(self.config.dtype))
         if self.cls is None:
             return x_BLD
-        cls_B1D = jnp.broadcast_to(self.cls[...], (x_BLD.shape[0], 1, x_BLD.shape[-1])).astype(
-            x_BLD.dtype
-        )  # rounded last, as in add_bias
+        cls_B1D = jnp.broadcast_to(self.cls[...], (x_BLD.shape[0], 1, x_BLD.shape[-1]))
+        cls_B1D = cls_B1D.astype(x_BLD.dtype)  # rounded last, as in add_bias
         return jnp.concatenate([cls_B1D, x_BLD], axis=1)
 
-    def _pool(self, x_BLD: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
+    def _pool(self, x_BLD: Array, segments_BL: Array | None) -> Array:
         """float32 [B,D]; zeros for a row of padding only."""
         if self.cls is not None:
             return x_BLD[:, 0].astype(jnp.float32)
         return valid_mean(x_BLD, valid_tokens(segments_BL, x_BLD))
 
-    def _score(self, pooled_BID: jax.Array) -> jax.Array:
+    def _score(self, pooled_BID: Array) -> Array:
         u_BD = features = pooled_BID[:, 0]
         if pooled_BID.shape[1] == 2:
             v_BD = pooled_BID[:, 1]
             features = jnp.concatenate([u_BD, v_BD, u_BD * v_BD, u_BD - v_BD], axis=-1)
-        if self.hidden is not None:
-            features = PLAIN["gelu"](self.hidden(features))
-        return self.classes(features)
+        return self.classes(features if self.hidden is None else gelu(self.hidden(features)))

@@ -1,17 +1,17 @@
-"""Dense weights to expert weights and back: arrays are cut, moved and joined, never computed with, so both are exact.
+"""Dense weights to expert weights and back: lossless reshapes and transposes, both ways.
 
-Weights are plain dicts of numpy or jax arrays, with any leading axes (the layers of a model), written "…" here. A
-model's abstract tree goes through `jax.eval_shape`. Arrays are taken one at a time and those that need no cut are
-passed on as they are; of numpy arrays, the results are views wherever numpy can make one.
+Weights are dicts of numpy or jax arrays, with any leading axes (a model's layers), written "…"
+here. Arrays are taken one at a time; of numpy arrays, results are views where numpy can make one. A
+model's abstract tree goes through `jax.eval_shape`.
 
-    MLP         w_up, w_gate […,D,F]      w_down […,F,D]      b_up, b_gate […,F]              bias_out […,D]
-    UoME        w_up, w_gate […,N,D,f]    w_down […,N,f,D]    b_up, b_gate […,N,f]            bias_out […,D]
-    Attention   w_q […,D,H,Dh]     w_k, w_v […,D,G,Dh]     w_o […,H,Dh,D]     b_q […,H,Dh]     b_k, b_v […,G,Dh]
-    SMHA        w_q […,N,D,h,Dh]   w_k, w_v […,N,D,g,Dh]   w_o […,N,h,Dh,D]   b_q […,N,h,Dh]   b_k, b_v […,N,g,Dh]
+    MLP        w_up, w_gate […,D,F]     w_down […,F,D]     b_up, b_gate […,F]     bias_out […,D]
+    UoME       w_up, w_gate […,N,D,f]   w_down […,N,f,D]   b_up, b_gate […,N,f]   bias_out […,D]
+    Attention  w_q […,D,H,Dh]    w_k, w_v […,D,G,Dh]    w_o […,H,Dh,D]    b_q […,H,Dh]    bias_out
+    SMHA       w_q […,N,D,h,Dh]  w_k, w_v […,N,D,g,Dh]  w_o […,N,h,Dh,D]  b_q […,N,h,Dh]  bias_out
 
-and, shared by all heads of either, q_scale, k_scale […,Dh].
-
-Expert i holds hidden units [i·f, (i+1)·f), or heads [i·h, (i+1)·h) with the key/value heads those use, [i·g, (i+1)·g).
+and b_k, b_v as b_q; q_scale, k_scale […,Dh] are shared by all heads of either. Expert i holds
+hidden units [i·f, (i+1)·f), or heads [i·h, (i+1)·h) with the key/value heads they use, [i·g,
+(i+1)·g).
 """
 
 from __future__ import annotations
@@ -28,51 +28,37 @@ from uoe_jax.errors import ConfigError, UserError
 
 Weights = dict[str, Any]
 
-# The dense layouts; "…" is in front of each. The expert layouts follow: N in front, and the axis in CUT is 1/N of it.
+# The dense layouts. The expert layouts follow: N in front, and the axis in CUT is 1/N of it.
 AXES = {
-    "mlp": {"w_up": "D F", "w_gate": "D F", "w_down": "F D", "b_up": "F", "b_gate": "F", "bias_out": "D"},
-    "attention": {
-        "w_q": "D H Dh", "w_k": "D G Dh", "w_v": "D G Dh", "w_o": "H Dh D",
-        "b_q": "H Dh", "b_k": "G Dh", "b_v": "G Dh", "bias_out": "D", "q_scale": "Dh", "k_scale": "Dh",
-    },
-    "router": {"kernel": "D N", "bias": "N", "sequence_kernel": "D N", "sequence_bias": "N", "load_bias": "N"},
+    "mlp": dict(w_up="D F", w_gate="D F", w_down="F D", b_up="F", b_gate="F", bias_out="D"),
+    "attention": dict(
+        w_q="D H Dh", w_k="D G Dh", w_v="D G Dh", w_o="H Dh D",
+        b_q="H Dh", b_k="G Dh", b_v="G Dh", bias_out="D", q_scale="Dh", k_scale="Dh",
+    ),
+    "router": dict(kernel="D N", bias="N", sequence_kernel="D N", sequence_bias="N", load_bias="N"),
 }  # fmt: skip
 CUT = {"F": "d_hidden", "H": "n_heads", "G": "n_kv_heads"}
 REQUIRED = {"mlp": ("w_up", "w_down"), "attention": ("w_q", "w_k", "w_v", "w_o")}
-BLOCKS = {
-    "smha": "attention",
-    "uome": "mlp",
-}  # a section of the configuration and the block it routes
+BLOCKS = {"smha": "attention", "uome": "mlp"}  # a section of the configuration: the block it routes
 
 
-def split_mlp(dense: Weights, n: int) -> Weights:
-    """The weights of an MLP as those of N experts; w_gate and biases may be absent.
+def split_block(block: str, dense: Weights, n: int, key: str = "n_experts") -> Weights:
+    """The weights of a dense block, "mlp" or "attention", as those of N experts.
 
-    Raises:
-      ConfigError: n does not divide F. UserError: a leaf is missing, unknown or of a shape that does not fit.
-    """
-    return _split("mlp", dense, n, _read("mlp", dense))
-
-
-def merge_mlp(experts: Weights) -> Weights:
-    """The inverse of `split_mlp`; raises UserError for leaves as it does."""
-    _read("mlp", experts, experts=True)
-    return _merge("mlp", experts)
-
-
-def split_attention(dense: Weights, n: int) -> Weights:
-    """The weights of an attention block (any H and G) as those of N groups of heads; biases may be absent.
+    w_gate, biases and scales may be absent. `key` names n in errors.
 
     Raises:
-      ConfigError: n does not divide H and G. UserError: a leaf is missing, unknown or of a shape that does not fit.
+      ConfigError: n does not divide F, or H and G.
+      UserError: a leaf is missing, unknown or of a shape that does not fit.
     """
-    return _split("attention", dense, n, _read("attention", dense))
+    _check_even(block, _read(block, dense), n, key)
+    return {name: _cut(a, AXES[block][name].split(), n) for name, a in dense.items()}
 
 
-def merge_attention(experts: Weights) -> Weights:
-    """The inverse of `split_attention`; raises UserError for leaves as it does."""
-    _read("attention", experts, experts=True)
-    return _merge("attention", experts)
+def merge_block(block: str, experts: Weights) -> Weights:
+    """The inverse of `split_block`; raises UserError for leaves as it does."""
+    _read(block, experts, experts=True)
+    return {name: _join(a, AXES[block][name].split()) for name, a in experts.items()}
 
 
 def dense_config(config: ModelConfig) -> ModelConfig:
@@ -83,54 +69,46 @@ def dense_config(config: ModelConfig) -> ModelConfig:
 def split(
     params: Weights, config: ModelConfig, routers: dict[str, Weights] | None = None
 ) -> Weights:
-    """The parameters of the dense model as those of `config`, whose routed blocks are cut in experts.
+    """The parameters of the dense model as those of `config`, whose routed blocks are cut in
+    experts.
 
     Args:
       params: of `dense_config(config)`, or of a model that is dense where `config` routes.
-      routers: {"smha" or "uome": {"kernel": float32 […,D,N], …}}, for every routed block, what its router has: kernel and,
-        with router_bias, bias […,N] for patches; sequence_kernel, sequence_bias where sequences choose; load_bias […,N].
-        None: zeros, with which every gate gives weight 1; with K = N and nothing dropped this is the dense model's
-        function. To train with K < N give drawn ones: at zero all experts tie, and every patch chooses the first K.
+      routers: {"smha" or "uome": {"kernel": float32 […,D,N], …}} with all leaves of
+        `router_shapes`. None: zeros, with which every gate gives weight 1; with K = N and nothing
+        dropped this is the dense model's function. To train with K < N give random ones: at zero
+        all experts tie, and every patch chooses the first K.
 
     Raises:
       ConfigError: N does not divide what it must.
-      UserError: a leaf of a routed block or router is missing, unknown or not of the shape `config` gives it.
+      UserError: a leaf of a routed block or router is missing, unknown or of another shape.
     """
     routed, layers = config.unions(), dict(params.get("layers", {}))
     if routers is not None and set(routers) != set(routed):
-        raise UserError(
-            f"routers={sorted(routers)}: give one for each routed block of the model, {sorted(routed)}"
-        )
+        wanted = f"give one for each routed block of the model, {sorted(routed)}"
+        raise UserError(f"routers={sorted(routers)}: {wanted}")
     for section, routing in routed.items():
-        block, n = BLOCKS[section], routing.n_experts
-        dense, sizes = _block(layers, block), _sizes(config)
+        block, n, sizes = BLOCKS[section], routing.n_experts, _sizes(config)
+        dense = _block(layers, block)
         _read(block, dense, sizes=sizes, names=_names(block, config))
-        experts = _split(block, dense, n, sizes, f"config.model.{section}.n_experts")
+        experts = split_block(block, dense, n, f"config.model.{section}.n_experts")
         if routers is None:
-            # Float32 whatever the weights are: scores always are.
             xp = next(iter(dense.values())).__array_namespace__()
-            router = {
-                name: xp.zeros(shape, np.float32)
-                for name, shape in router_shapes(config, routing).items()
-            }
+            shapes = router_shapes(config, routing)
+            router = {name: xp.zeros(shape, np.float32) for name, shape in shapes.items()}
         else:
-            router = dict(routers[section])
-            _read(
-                "router",
-                router,
-                sizes=sizes | {"N": n},
-                names=_router_names(routing),
-                where=f"routers.{section}",
-            )
+            router, names = dict(routers[section]), _router_names(routing)
+            _read("router", router, False, sizes | {"N": n}, names, f"routers.{section}")
         layers[block] = experts | {"router": router}
     return {**params, "layers": layers}
 
 
 def merge(params: Weights, config: ModelConfig) -> Weights:
-    """The parameters of `config` as those of `dense_config(config)`: all experts joined, their routers dropped.
+    """The parameters of `config` as those of `dense_config(config)`: experts joined, routers
+    dropped.
 
-    The inverse of `split` for given routers. The dense model computes what the routed one would with every patch in
-    every expert at weight 1; a trained router that chooses or weighs computes something else.
+    The inverse of `split` for given routers. The dense model computes what the routed one would
+    with every patch in every expert at weight 1.
 
     Raises:
       ConfigError, UserError: as `split`.
@@ -138,25 +116,20 @@ def merge(params: Weights, config: ModelConfig) -> Weights:
     layers = dict(params.get("layers", {}))
     for section, routing in config.unions().items():
         block, n = BLOCKS[section], routing.n_experts
-        experts, dense = _block(layers, block), _sizes(config)
-        if "router" not in experts:
-            raise UserError(
-                f"layers.{block}.router is missing: the block is not one of experts, as config.model says"
-            )
+        experts, dense = dict(_block(layers, block)), _sizes(config)
+        if experts.pop("router", None) is None:
+            routed = "the block has no experts, as config.model says it has"
+            raise UserError(f"layers.{block}.router is missing: {routed}")
         _check_even(block, dense, n, f"config.model.{section}.n_experts")
         sizes = {a: size for a, size in dense.items() if a not in CUT}
         sizes |= {a.lower(): dense[a] // n for a in CUT} | {"N": n}
-        experts = {name: a for name, a in experts.items() if name != "router"}
         _read(block, experts, True, sizes, _names(block, config))
-        layers[block] = _merge(block, experts)
+        layers[block] = merge_block(block, experts)
     return {**params, "layers": layers}
 
 
 def cut_leaf(path: str, a: Any, config: ModelConfig) -> Any:
-    """One leaf of the dense model, by its dotted path, as `config` has it: cut in experts where its block routes.
-
-    What `split` does to a whole tree, for who cannot hold two of them.
-    """
+    """One leaf of the dense model, by its dotted path, as `config` has it: `split` leaf by leaf."""
     block, name, n = _routed_leaf(path, config)
     return _cut(a, AXES[block][name].split(), n) if n else a
 
@@ -170,32 +143,21 @@ def join_leaf(path: str, a: Any, config: ModelConfig) -> Any:
 def _routed_leaf(path: str, config: ModelConfig) -> tuple[str, str, int]:
     """(block, name of the leaf, experts of the block, 0 where it does not route)."""
     block, _, name = path.removeprefix("layers.").partition(".")
-    sections = {BLOCKS[section]: routing for section, routing in config.unions().items()}
-    return (
-        block,
-        name,
-        sections[block].n_experts if block in sections and name in AXES[block] else 0,
-    )
+    experts = {BLOCKS[section]: routing.n_experts for section, routing in config.unions().items()}
+    return block, name, experts.get(block, 0) if name in AXES.get(block, {}) else 0
 
 
 def _block(layers: Weights, block: str) -> Weights:
     if not isinstance(layers.get(block), dict):
-        raise UserError(
-            f"layers.{block} is missing: give the parameters of a whole model, as nested dicts"
-        )
+        remedy = "give the parameters of a whole model, as nested dicts"
+        raise UserError(f"layers.{block} is missing: {remedy}")
     return layers[block]
 
 
 def _sizes(c: ModelConfig) -> dict[str, Any]:
     """The dense sizes by axis; "…" is the layer axis."""
-    return {
-        "…": (c.n_layers,),
-        "D": c.d_model,
-        "F": c.d_hidden,
-        "H": c.n_heads,
-        "G": c.kv_heads,
-        "Dh": c.head_dim,
-    }
+    sizes = {"D": c.d_model, "F": c.d_hidden, "H": c.n_heads, "G": c.kv_heads, "Dh": c.head_dim}
+    return {"…": (c.n_layers,), **sizes}
 
 
 def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
@@ -209,28 +171,17 @@ def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
 
 def router_shapes(config: ModelConfig, routing: RoutingConfig) -> dict[str, tuple[int, ...]]:
     """The leaves of a block's router and their shapes, layers in front."""
-    sizes = _sizes(config) | {"N": routing.n_experts}
-    return {
-        name: (*sizes["…"], *(sizes[a] for a in AXES["router"][name].split()))
-        for name in _router_names(routing)
-    }
+    sizes, axes = _sizes(config) | {"N": routing.n_experts}, AXES["router"]
+    names = _router_names(routing)
+    return {name: (*sizes["…"], *(sizes[a] for a in axes[name].split())) for name in names}
 
 
 def _router_names(r: RoutingConfig) -> tuple[str, ...]:
     """The leaves the router of a block has."""
     patch, sequence = r.unit != "sequence", r.unit != "patch"
-    there = dict(kernel=patch, bias=patch and r.router_bias, sequence_kernel=sequence)
-    there |= dict(sequence_bias=sequence and r.router_bias, load_bias=r.bias_rate > 0)
-    return tuple(name for name, is_there in there.items() if is_there)
-
-
-def _layout(block: str, name: str, experts: bool) -> list[str]:
-    axes = AXES[block][name].split()
-    return (
-        ["N", *(a.lower() if a in CUT else a for a in axes)]
-        if experts and set(axes) & set(CUT)
-        else axes
-    )
+    present = dict(kernel=patch, bias=patch and r.router_bias, sequence_kernel=sequence)
+    present |= dict(sequence_bias=sequence and r.router_bias, load_bias=r.bias_rate > 0)
+    return tuple(name for name, is_present in present.items() if is_present)
 
 
 def _read(
@@ -241,51 +192,39 @@ def _read(
     names: tuple[str, ...] | None = None,
     where: str = "",
 ) -> dict[str, Any]:
-    """Sizes by axis, "…" for the leading ones; refuses leaves that are missing, unknown or do not fit.
+    """Sizes by axis, "…" for the leading ones; refuses leaves that are missing, unknown or do not
+    fit.
 
-    Given `sizes` and `names` the leaves must be exactly these; without, they need only fit each other.
+    Given `sizes` and `names` the leaves must be exactly these; without, they must fit each other.
     """
     where = where or (f"layers.{block}" if names else block)
-    allowed = names or tuple(AXES[block])
+    allowed, sizes = names or tuple(AXES[block]), dict(sizes or {})
     for name in names or REQUIRED[block]:
         if name not in weights:
             raise UserError(f"{where}.{name} is missing; the block has {', '.join(allowed)}")
-    sizes = dict(sizes or {})
     for name, a in weights.items():
         if name not in allowed:
-            raise UserError(
-                f"{where}.{name} is not a weight of this block, which has {', '.join(allowed)}"
-            )
-        axes, shape = _layout(block, name, experts), np.shape(a)
+            has = f"which has {', '.join(allowed)}"
+            raise UserError(f"{where}.{name} is not a weight of this block, {has}")
+        axes, shape = AXES[block][name].split(), np.shape(a)
+        if experts and set(axes) & set(CUT):
+            axes = ["N", *(axis.lower() if axis in CUT else axis for axis in axes)]
         lead = len(shape) - len(axes)
         for axis, size in zip(("…", *axes), (shape[: max(lead, 0)], *shape[max(lead, 0) :])):
             if lead < 0 or sizes.setdefault(axis, size) != size:
-                wanted = [f"{x}={sizes[x]}" if x in sizes else x for x in ("…", *axes)]
-                raise UserError(
-                    f"{where}.{name} has shape {shape}, which does not fit [{', '.join(wanted)}]"
-                )
+                fit = ", ".join(f"{x}={sizes[x]}" if x in sizes else x for x in ("…", *axes))
+                raise UserError(f"{where}.{name} has shape {shape}, which does not fit [{fit}]")
     return sizes
 
 
 def _check_even(block: str, sizes: dict[str, Any], n: int, key: str) -> None:
     cut = {a: sizes[a] for a in CUT if any(a in axes.split() for axes in AXES[block].values())}
+    fits = f"the numbers of experts that work are {divisors(math.gcd(*cut.values()))}"
     for a, size in cut.items():
         if n < 1 or size % n:
-            fits = f"the numbers of experts that work are {divisors(math.gcd(*cut.values()))}"
             if a == "G":
-                fits += " (each expert owns its key/value heads: copies of a shared one would part in training)"
+                fits += " (each expert owns its key/value heads: copies of one would diverge)"
             raise ConfigError(key, n, f"must divide {CUT[a]}={size}; {fits}")
-
-
-def _split(
-    block: str, dense: Weights, n: int, sizes: dict[str, Any], key: str = "n_experts"
-) -> Weights:
-    _check_even(block, sizes, n, key)
-    return {name: _cut(a, AXES[block][name].split(), n) for name, a in dense.items()}
-
-
-def _merge(block: str, experts: Weights) -> Weights:
-    return {name: _join(a, AXES[block][name].split()) for name, a in experts.items()}
 
 
 def _cut(a: Any, axes: list[str], n: int) -> Any:
@@ -305,6 +244,5 @@ def _join(a: Any, axes: list[str]) -> Any:
     lead = a.ndim - len(axes) - 1
     cut = lead + at[0]
     parts = a.__array_namespace__().moveaxis(a, lead, cut)
-    return parts.reshape(
-        *parts.shape[:cut], parts.shape[cut] * parts.shape[cut + 1], *parts.shape[cut + 2 :]
-    )
+    shape = parts.shape
+    return parts.reshape(*shape[:cut], shape[cut] * shape[cut + 1], *shape[cut + 2 :])

@@ -1,13 +1,14 @@
-"""Slots: which patch lies where (`Selection`), and how patches are moved to slots and results back.
+"""Slots: which patch is where (`Selection`), and moving patches to slots and results back.
 
-`gather_slots` and `combine_slots` are each the transpose of the other. Backends: `inverse` only gathers, forward and
-backward, through the inverse slot map of the `Selection`: no atomics, deterministic, accumulation in float32.
-`scatter` lets autodiff turn the gather into a scatter-add and back. `onehot` is a product with a matrix of zeros and ones,
-for devices that multiply faster than they gather: 2·N·C·M·F operations each way and a matrix of [N,B,C,M], so for patches of
-many tokens, which are few. `backend_for` chooses.
+`gather_slots` and `combine_slots` are each the transpose of the other. Backends:
 
-Letters: B sequences, M patches per sequence, N experts, C slots per expert and sequence, F values of one patch (P·D);
-R rows in an expert's buffer, one for each sequence it works on: R = B but where `sequence_capacity_factor` bounds it.
+- `inverse` only gathers, forward and backward, through the inverse slot map of the `Selection`: no
+  atomics, deterministic, summed in float32.
+- `scatter` lets autodiff turn the gather into a scatter-add and back.
+- `onehot` multiplies by a matrix of zeros and ones, for devices whose gathers are slow: 2·N·C·M·X
+  operations each way and a matrix [N,B,C,M], so for large patches, which are few.
+
+`backend_for` chooses. Letters in `layers.common`; X is the P·D values of a patch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 BACKENDS = ("inverse", "scatter", "onehot")
@@ -25,71 +27,68 @@ class Selection(NamedTuple):
     """Which patches each expert works on.
 
     Attributes:
-      slots_NRC: int32, the patch in each slot, ascending; an empty slot holds 0 and comes after the filled ones.
+      slots_NRC: int32, the patch in each slot, ascending; empty slots hold 0 and come last.
       valid_NRC: bool, whether the slot is filled.
       weights_NRC: float32 combine weight, 0 in empty slots.
-      slot_of_BMN: int32, the inverse: the slot a patch has in each expert, C where the expert did not take it.
-      sequence_NR: int32, the sequence in each row of an expert's buffer; 0 in rows without one, whose slots are empty.
-      row_of_BN: int32, the inverse: the row of a sequence in each expert, R where the expert has none for it.
+      slot_of_BMN: int32, the inverse: a patch's slot in each expert, C if it has none.
+      sequence_NR: int32, the row of the batch in each row of an expert's buffer; 0 in unused rows.
+      row_of_BN: int32, the inverse: a batch row's buffer row in each expert, R if it has none.
     """
 
-    slots_NRC: jax.Array
-    valid_NRC: jax.Array
-    weights_NRC: jax.Array
-    slot_of_BMN: jax.Array
-    sequence_NR: jax.Array
-    row_of_BN: jax.Array
+    slots_NRC: Array
+    valid_NRC: Array
+    weights_NRC: Array
+    slot_of_BMN: Array
+    sequence_NR: Array
+    row_of_BN: Array
 
     @property
-    def kept_BMN(self) -> jax.Array:
+    def kept_BMN(self) -> Array:
         """bool, whether an expert took a patch."""
         return self.slot_of_BMN < self.slots_NRC.shape[-1]
 
     @property
-    def patch_NRC(self) -> jax.Array:
-        """int32, the patch in each slot, counted over all sequences: an index into [B·M]."""
+    def patch_NRC(self) -> Array:
+        """int32, the patch in each slot, as an index into [B·M]."""
         return _patches(self.slots_NRC, self.sequence_NR, self.slot_of_BMN.shape[1])
 
     @property
-    def place_BMN(self) -> jax.Array:
-        """int32, the slot of each patch counted over all rows of an expert: an index into [R·C], R·C where it has none."""
+    def place_BMN(self) -> Array:
+        """int32, the slot of each patch, as an index into [R·C]; R·C where it has none."""
         return _places(self.slot_of_BMN, self.row_of_BN, *self.slots_NRC.shape[1:])
 
 
-def _patches(slots_NRC: jax.Array, sequence_NR: jax.Array, m: int) -> jax.Array:
+def _patches(slots_NRC: Array, sequence_NR: Array, m: int) -> Array:
     return sequence_NR[..., None] * m + slots_NRC
 
 
-def _places(slot_of_BMN: jax.Array, row_of_BN: jax.Array, r: int, c: int) -> jax.Array:
+def _places(slot_of_BMN: Array, row_of_BN: Array, r: int, c: int) -> Array:
     return jnp.where(slot_of_BMN < c, row_of_BN[:, None] * c + slot_of_BMN, r * c)
 
 
-def all_sequences(b: int, n: int) -> tuple[jax.Array, jax.Array]:
-    """(sequence_NR, row_of_BN) where every expert has a row for every sequence, in their order."""
+def all_sequences(b: int, n: int) -> tuple[Array, Array]:
+    """(sequence_NR, row_of_BN) where every expert's buffer has all rows of the batch, in order."""
     rows = jnp.arange(b, dtype=jnp.int32)
     return jnp.broadcast_to(rows[None], (n, b)), jnp.broadcast_to(rows[:, None], (b, n))
 
 
 def pack(
-    kept_BMN: jax.Array,
-    weights_BMN: jax.Array,
-    c: int,
-    rows: tuple[jax.Array, jax.Array] | None = None,
+    kept_BMN: Array, weights_BMN: Array, c: int, rows: tuple[Array, Array] | None = None
 ) -> Selection:
     """Numbers the kept patches of each expert in ascending order and lists them by slot.
 
     Args:
-      kept_BMN: at most `c` patches of a sequence for each expert, and none where it has no row for the sequence.
-      rows: (sequence_NR, row_of_BN); None: all sequences in their order.
+      kept_BMN: at most `c` patches of a row for each expert, and none where it has no buffer row.
+      rows: (sequence_NR, row_of_BN); None: all rows in order (`all_sequences`).
     """
     b, m, n = kept_BMN.shape
     sequence_NR, row_of_BN = all_sequences(b, n) if rows is None else rows
     r = sequence_NR.shape[1]
     slot_of_BMN = jnp.where(kept_BMN, jnp.cumsum(kept_BMN, axis=1, dtype=jnp.int32) - 1, c)
     filled_BN = kept_BMN.sum(axis=1, dtype=jnp.int32)
-    # A row without a sequence names sequence 0, which is in another row of this expert or in none.
-    sequences_R = jnp.arange(r, dtype=jnp.int32)[None]
-    held_NR = jnp.take_along_axis(row_of_BN.T, sequence_NR, axis=1) == sequences_R
+    # An unused buffer row names batch row 0, which is in another row of this expert or in none.
+    rows_1R = jnp.arange(r, dtype=jnp.int32)[None]
+    held_NR = jnp.take_along_axis(row_of_BN.T, sequence_NR, axis=1) == rows_1R
     filled_NR = jnp.where(held_NR, jnp.take_along_axis(filled_BN.T, sequence_NR, axis=1), 0)
     valid_NRC = jnp.arange(c, dtype=jnp.int32)[None, None] < filled_NR[..., None]
     # Every kept patch writes its own slot; the others write past the end and are dropped.
@@ -97,23 +96,23 @@ def pack(
     patch_BMN = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32)[None, :, None], (b, m, n))
     slots = jnp.zeros((n * r, c), jnp.int32).at[rows_BMN, slot_of_BMN].set(patch_BMN, mode="drop")
     maps = (slots.reshape(n, r, c), valid_NRC, slot_of_BMN, sequence_NR, row_of_BN)
-    # Kept for the backward pass: decided again, a near tie might fall otherwise there than it did forward.
+    # Saved for the backward pass: recomputed, a near tie might fall the other way there.
     slots_NRC, valid_NRC, slot_of_BMN, sequence_NR, row_of_BN = (
         checkpoint_name(a, "selection") for a in maps
     )
     weights_NBM1 = jnp.transpose(weights_BMN, (2, 0, 1))[..., None]
-    own_NRC1 = _gather_own(
-        weights_NBM1, _patches(slots_NRC, sequence_NR, m), _places(slot_of_BMN, row_of_BN, r, c)
-    )
-    weights_NRC = checkpoint_name(jnp.where(valid_NRC, own_NRC1[..., 0], 0), "selection")
+    index = _patches(slots_NRC, sequence_NR, m), _places(slot_of_BMN, row_of_BN, r, c)
+    own_NRC = _gather_own(weights_NBM1, *index)[..., 0]
+    weights_NRC = checkpoint_name(jnp.where(valid_NRC, own_NRC, 0), "selection")
     return Selection(slots_NRC, valid_NRC, weights_NRC, slot_of_BMN, sequence_NR, row_of_BN)
 
 
 def backend_for(name: str, dtype: jnp.dtype, patch_size: int, bounded: bool) -> str:
-    """Resolves `auto`, for the device that jax runs on.
+    """Resolves `auto` for the device that jax runs on.
 
-    Scatter-add was measured faster only for 16-bit values on CPUs, where gathers convert one by one. On TPUs, whose gathers
-    are slow, patches of 16 tokens make the one-hot product cheap (not measured), but not where sequences are bounded.
+    Scatter-add was measured faster only for 16-bit values on CPUs, where gathers convert one by
+    one. On TPUs, whose gathers are slow, patches of 16 tokens make the one-hot product cheap (not
+    measured), unless `bounded` by sequence_capacity_factor.
     """
     if name != "auto":
         return name
@@ -123,49 +122,49 @@ def backend_for(name: str, dtype: jnp.dtype, patch_size: int, bounded: bool) -> 
     return "scatter" if platform == "cpu" and jnp.dtype(dtype).itemsize == 2 else "inverse"
 
 
-def gather_slots(x_BMF: jax.Array, selection: Selection, backend: str) -> jax.Array:
-    """The patches each expert selected, [N,R,C,F]. What an empty slot holds is unspecified, but finite."""
+def gather_slots(x_BMX: Array, selection: Selection, backend: str) -> Array:
+    """The patches in each expert's slots, [N,R,C,X]; empty slots are unspecified, but finite."""
     if backend == "inverse":
-        return _gather(x_BMF, selection.patch_NRC, selection.place_BMN)
+        return _gather(x_BMX, selection.patch_NRC, selection.place_BMN)
     if backend == "onehot":
-        return _one_hot_product("nbcm,bmf->nbcf", selection, x_BMF)
-    b, m, f = x_BMF.shape
-    return x_BMF.reshape(b * m, f).at[_patch_or_none(selection)].get(mode="fill", fill_value=0)
+        return _one_hot_product("nbcm,bmf->nbcf", selection, x_BMX)
+    b, m, f = x_BMX.shape
+    return x_BMX.reshape(b * m, f).at[_patch_or_none(selection)].get(mode="fill", fill_value=0)
 
 
-def gather_own(f_NBMF: jax.Array, selection: Selection, backend: str) -> jax.Array:
-    """Every expert's own values of its patches at its slots, [N,B,M,F] to [N,R,C,F]; empty slots are unspecified."""
+def gather_own(a_NBMX: Array, selection: Selection, backend: str) -> Array:
+    """Every expert's own values of its patches, [N,B,M,X] to [N,R,C,X]; empty slots unspecified."""
     if backend == "inverse":
-        return _gather_own(f_NBMF, selection.patch_NRC, selection.place_BMN)
+        return _gather_own(a_NBMX, selection.patch_NRC, selection.place_BMN)
     if backend == "onehot":
-        return _one_hot_product("nbcm,nbmf->nbcf", selection, f_NBMF)
-    n, b, m, f = f_NBMF.shape
-    rows = jax.vmap(lambda f_XF, patch_RC: f_XF.at[patch_RC].get(mode="fill", fill_value=0))
-    return rows(f_NBMF.reshape(n, b * m, f), _patch_or_none(selection))
+        return _one_hot_product("nbcm,nbmf->nbcf", selection, a_NBMX)
+    n, b, m, f = a_NBMX.shape
+    rows = jax.vmap(lambda a_XY, patch_RC: a_XY.at[patch_RC].get(mode="fill", fill_value=0))
+    return rows(a_NBMX.reshape(n, b * m, f), _patch_or_none(selection))
 
 
-def combine_slots(y_NRCF: jax.Array, selection: Selection, backend: str) -> jax.Array:
-    """Sums the experts' results at their patches, [B,M,F]; empty slots and patches nobody took add nothing."""
+def combine_slots(y_NRCX: Array, selection: Selection, backend: str) -> Array:
+    """Sums the experts' results at their patches, [B,M,X]; empty slots add nothing."""
     if backend == "inverse":
-        return _combine(y_NRCF, selection.patch_NRC, selection.place_BMN)
+        return _combine(y_NRCX, selection.patch_NRC, selection.place_BMN)
     if backend == "onehot":
-        return _one_hot_product("nbcm,nbcf->bmf", selection, y_NRCF)
-    f = y_NRCF.shape[-1]
+        return _one_hot_product("nbcm,nbcf->bmf", selection, y_NRCX)
+    f = y_NRCX.shape[-1]
     b, m, _ = selection.slot_of_BMN.shape
-    out = jnp.zeros((b * m, f), y_NRCF.dtype).at[_patch_or_none(selection)].add(y_NRCF, mode="drop")
+    out = jnp.zeros((b * m, f), y_NRCX.dtype).at[_patch_or_none(selection)].add(y_NRCX, mode="drop")
     return out.reshape(b, m, f)
 
 
-def _patch_or_none(selection: Selection) -> jax.Array:
-    """[N,R,C] index of each slot's patch in [B·M]; past the end for empty slots, so that they are dropped."""
+def _patch_or_none(selection: Selection) -> Array:
+    """[N,R,C] index of each slot's patch in [B·M], past the end for empty slots."""
     b, m, _ = selection.slot_of_BMN.shape
     return jnp.where(selection.valid_NRC, selection.patch_NRC, b * m)
 
 
-def _one_hot_product(subscripts: str, selection: Selection, values: jax.Array) -> jax.Array:
-    """Values times the [N,B,C,M] zeros and ones of which slot holds which patch: sums of one value, so exact.
+def _one_hot_product(subscripts: str, selection: Selection, values: Array) -> Array:
+    """Values times the [N,B,C,M] zeros and ones of which slot holds which patch: exact.
 
-    A value that is not finite spreads over its sequence; those of empty slots, and of their gradients, are left out.
+    A value that is not finite spreads over its row; those of empty slots are left out.
     """
     valid_NRC1 = selection.valid_NRC[..., None]
     patch_M = jnp.arange(selection.slot_of_BMN.shape[1], dtype=jnp.int32)
@@ -178,75 +177,74 @@ def _one_hot_product(subscripts: str, selection: Selection, values: jax.Array) -
     return y if of_slots else jnp.where(valid_NRC1, y, 0)
 
 
-def gather_rows(x_BMF: jax.Array, patch_NRC: jax.Array) -> jax.Array:
-    """Rows of patches, [N,R,C,F], at indices into [B·M]; for values that are not differentiated (masks, positions)."""
-    b, m, f = x_BMF.shape
-    return jnp.asarray(x_BMF).reshape(b * m, f).at[patch_NRC].get(mode="promise_in_bounds")
+def gather_rows(x_BMX: Array, patch_NRC: Array) -> Array:
+    """Rows of patches, [N,R,C,X], at indices into [B·M]; for values without a gradient."""
+    b, m, f = x_BMX.shape
+    return jnp.asarray(x_BMX).reshape(b * m, f).at[patch_NRC].get(mode="promise_in_bounds")
 
 
-def _sum_slots(y_NRCF, place_BMN):
-    n, r, c, f = y_NRCF.shape
-    y = y_NRCF.reshape(n * r * c, f)
+def _sum_slots(y_NRCX: Array, place_BMN: Array) -> Array:
+    n, r, c, f = y_NRCX.shape
+    y = y_NRCX.reshape(n * r * c, f)
     total = jnp.zeros((*place_BMN.shape[:2], f), jnp.float32 if y.dtype.itemsize < 4 else y.dtype)
-    # Unrolled over experts: one fused loop of gathers. A single gather would materialise [N,B,M,F].
+    # Unrolled over experts: one fused loop of gathers. A single gather would materialise [N,B,M,X].
     for i in range(n):
         place_BM = place_BMN[..., i]
-        row_BMF = y.at[jnp.minimum(place_BM, r * c - 1) + i * r * c].get(mode="promise_in_bounds")
-        total = total + jnp.where((place_BM < r * c)[..., None], row_BMF, 0).astype(total.dtype)
-    return total.astype(y_NRCF.dtype)
+        row_BMX = y.at[jnp.minimum(place_BM, r * c - 1) + i * r * c].get(mode="promise_in_bounds")
+        total = total + jnp.where((place_BM < r * c)[..., None], row_BMX, 0).astype(total.dtype)
+    return total.astype(y_NRCX.dtype)
 
 
-def _by_pairs(x_BMF: jax.Array, patch_NRC: jax.Array) -> jax.Array:
-    """`gather_rows`; on GPUs two 16-bit values at a time, which was measured 1.3 times as fast."""
-    if jax.default_backend() != "gpu" or x_BMF.dtype.itemsize != 2 or x_BMF.shape[-1] % 2:
-        return gather_rows(x_BMF, patch_NRC)
-    pairs = jax.lax.bitcast_convert_type(x_BMF.reshape(*x_BMF.shape[:-1], -1, 2), jnp.uint32)
-    return jax.lax.bitcast_convert_type(gather_rows(pairs, patch_NRC), x_BMF.dtype).reshape(
-        *patch_NRC.shape, -1
-    )
-
-
-@jax.custom_vjp
-def _gather(x_BMF, patch_NRC, place_BMN):
-    return _by_pairs(x_BMF, patch_NRC)
+def _by_pairs(x_BMX: Array, patch_NRC: Array) -> Array:
+    """`gather_rows`; on GPUs two 16-bit values at a time, measured 1.3 times as fast."""
+    if jax.default_backend() != "gpu" or x_BMX.dtype.itemsize != 2 or x_BMX.shape[-1] % 2:
+        return gather_rows(x_BMX, patch_NRC)
+    pairs = jax.lax.bitcast_convert_type(x_BMX.reshape(*x_BMX.shape[:-1], -1, 2), jnp.uint32)
+    rows = jax.lax.bitcast_convert_type(gather_rows(pairs, patch_NRC), x_BMX.dtype)
+    return rows.reshape(*patch_NRC.shape, -1)
 
 
 @jax.custom_vjp
-def _combine(y_NRCF, patch_NRC, place_BMN):
-    return _sum_slots(y_NRCF, place_BMN)
+def _gather(x_BMX, patch_NRC, place_BMN):
+    return _by_pairs(x_BMX, patch_NRC)
 
 
-# Only the integer maps are saved. The gradient of an empty slot is a copy of some patch's: harmless, because its
-# combine weight is 0, and cheaper than a mask.
+@jax.custom_vjp
+def _combine(y_NRCX, patch_NRC, place_BMN):
+    return _sum_slots(y_NRCX, place_BMN)
+
+
+# Only the integer maps are saved. The gradient of an empty slot is a copy of some patch's:
+# harmless, because its combine weight is 0, and cheaper than a mask.
 _gather.defvjp(
     lambda x, patch, place: (_by_pairs(x, patch), place),
-    lambda place, d_NRCF: (_sum_slots(d_NRCF, place), None, None),
+    lambda place, d_NRCX: (_sum_slots(d_NRCX, place), None, None),
 )
 _combine.defvjp(
     lambda y, patch, place: (_sum_slots(y, place), patch),
-    lambda patch, d_BMF: (_by_pairs(d_BMF, patch), None, None),
+    lambda patch, d_BMX: (_by_pairs(d_BMX, patch), None, None),
 )
 
 
-def _own_rows(f_NXF: jax.Array, index_NY: jax.Array) -> jax.Array:
-    """Values [N,X,F] of each expert at its own indices [N,…] into X."""
-    n, x, f = f_NXF.shape
+def _own_rows(a_NXY: Array, index_NY: Array) -> Array:
+    """Values [N,X,X] of each expert at its own indices [N,…] into X."""
+    n, x, f = a_NXY.shape
     first_N = x * jnp.arange(n, dtype=jnp.int32).reshape(n, *(1,) * (index_NY.ndim - 1))
-    return f_NXF.reshape(n * x, f).at[index_NY + first_N].get(mode="promise_in_bounds")
+    return a_NXY.reshape(n * x, f).at[index_NY + first_N].get(mode="promise_in_bounds")
 
 
 @jax.custom_vjp
-def _gather_own(f_NBMF, patch_NRC, place_BMN):
-    n, b, m, f = f_NBMF.shape
-    return _own_rows(f_NBMF.reshape(n, b * m, f), patch_NRC)
+def _gather_own(a_NBMX, patch_NRC, place_BMN):
+    n, b, m, f = a_NBMX.shape
+    return _own_rows(a_NBMX.reshape(n, b * m, f), patch_NRC)
 
 
-def _gather_own_bwd(place_BMN, d_NRCF):
-    """No sum over experts: each patch takes the gradient of its own slot in each expert, or none."""
-    n, r, c, f = d_NRCF.shape
+def _gather_own_bwd(place_BMN, d_NRCX):
+    """No sum over experts: a patch takes the gradient of its own slot in each expert, or 0."""
+    n, r, c, f = d_NRCX.shape
     place_NBM = jnp.transpose(place_BMN, (2, 0, 1))
-    d_NBMF = _own_rows(d_NRCF.reshape(n, r * c, f), jnp.minimum(place_NBM, r * c - 1))
-    return jnp.where((place_NBM < r * c)[..., None], d_NBMF, 0).astype(d_NRCF.dtype), None, None
+    d_NBMX = _own_rows(d_NRCX.reshape(n, r * c, f), jnp.minimum(place_NBM, r * c - 1))
+    return jnp.where((place_NBM < r * c)[..., None], d_NBMX, 0).astype(d_NRCX.dtype), None, None
 
 
 _gather_own.defvjp(lambda f, patch, place: (_gather_own(f, patch, place), place), _gather_own_bwd)

@@ -13,10 +13,10 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from uoe_jax.config.schema import Config, ModelConfig
-from uoe_jax.costs import memory
-from uoe_jax.costs.memory import ITEM_SIZE
+from uoe_jax.config.schema import Config
+from uoe_jax.costs.memory import ITEM_SIZE, kept_bytes
 from uoe_jax.layers.tiles import chunk, tile
+from uoe_jax.models.count import parameters_per_device, vocabulary_parameters
 from uoe_jax.plan.network import Shape
 from uoe_jax.plan.predict import examples, rows, scored_here, vocabulary_shards
 
@@ -69,16 +69,14 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
     attention = weight * 2 * d * dh * (m.n_heads + m.kv_heads)
     attention += 2 * slots["smha"] + 4 * heads + carried + 4 * scores + 9 * stream
     mlp = weight * (m.n_into + 1) * d * m.d_hidden + 2.5 * slots["uome"] + 4 * hidden + 13 * stream
-    cut, held = _held(m, e, shape["fsdp"])
+    held = parameters_per_device(m, shape)
 
     stored = dataclasses.replace(m, remat="slots") if m.remat in ("none", "dots") else m
-    kept: float = memory.kept_bytes(
-        stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1
-    )
+    kept: float = kept_bytes(stored, examples(c, shape), e, e if c.mesh.sequence_parallel else 1)
     if m.remat in ("none", "dots"):  # results of products too; 'none': and what is made from them
         kept += sum(slots.values()) + (m.remat == "none") * (4 * stream + hidden)
     if m.remat == "none" and (shape["fsdp"] > 1 or item < 4):  # and weights gathered or cast
-        kept += item * cut
+        kept += item * parameters_per_device(m, {**shape, "fsdp": 1}, "layers") / m.n_layers
     return Peak(
         parameters=4 * held,
         optimizer=2 * ITEM_SIZE[c.optimizer.moment_dtype] * held,
@@ -88,22 +86,6 @@ def peak(c: Config, shape: Shape, flash: bool) -> Peak:
         layer=max(attention, mlp),
         ends=_ends(c, shape) + 5 * stream,
     )
-
-
-def _held(m: ModelConfig, expert: int, fsdp: int) -> tuple[float, float]:
-    """(weights of a layer that are sharded over fsdp, all weights of one device).
-
-    Norms and output biases are replicated, routers sharded over `fsdp` alone, other biases over
-    `expert` alone.
-    """
-    routers = sum(memory.router_parameters(r, m.d_model) for r in m.routed().values())
-    into, out = memory.bias_parameters(m)
-    whole = 2 * memory.norm_parameters(m) + out
-    cut = (memory.layer_parameters(m) - routers - whole - into) / expert + routers
-    held: float = m.n_layers * (cut / fsdp + into / expert + whole) + memory.norm_parameters(m)
-    positions = m.block_length * m.d_model if m.position == "learned" else 0
-    held += (memory.ends_parameters(m) / vocabulary_shards(m, expert) + positions) / fsdp
-    return cut, held + memory.classifier_parameters(m)
 
 
 def _batch(c: Config, shape: Shape) -> float:
@@ -120,7 +102,7 @@ def _ends(c: Config, shape: Shape) -> float:
     """Bytes of a chunk's scores and of the vocabulary's gradient, or of images becoming tokens."""
     m, e, item = c.model, shape["expert"], ITEM_SIZE[c.model.dtype]
     tokens = rows(c, shape) * m.context_length
-    entries = memory.vocabulary_parameters(m) / vocabulary_shards(m, e)
+    entries = vocabulary_parameters(m) / vocabulary_shards(m, e)
     if m.task == "classify":
         return tokens * m.image.values * (4 + item) if m.stem == "image" else 4 * entries
     # An adaptive softmax's is gathered as a layer's weights are.

@@ -10,7 +10,6 @@ import math
 from typing import Iterable, Iterator, NamedTuple
 
 from uoe_jax.config.schema import Config, ModelConfig
-from uoe_jax.costs import memory
 from uoe_jax.costs.flops import (
     attention_flops,
     core_flops,
@@ -20,8 +19,10 @@ from uoe_jax.costs.flops import (
     scored_pieces,
     train_flops,
 )
-from uoe_jax.costs.memory import ITEM_SIZE, layer_parameters, parameters
+from uoe_jax.costs.memory import ITEM_SIZE
 from uoe_jax.layers.tiles import chunk
+from uoe_jax.models import count
+from uoe_jax.models.count import layer_parameters, parameters
 from uoe_jax.plan.hardware import Hardware, Range
 from uoe_jax.plan.hlo import Array, Collective
 from uoe_jax.plan.network import Shape, devices, network_seconds
@@ -234,7 +235,7 @@ def _moves(c: Config, shape: Shape) -> Iterator[tuple[str, float, tuple[str, ...
     scored = ("expert",) if m.cutoffs and scoring_replicas(c, e) == 1 else read
     if scored and not sequence_parallel:
         yield "all-gather", stream, ("expert",), 1  # of the gradient
-    entries, learned = memory.vocabulary_parameters(m) / shards, m.position == "learned"
+    entries, learned = count.vocabulary_parameters(m) / shards, m.position == "learned"
     for elements, gathers, gradients, over in (
         (layer, (1 if m.remat == "none" else 2) * m.n_layers, m.n_layers, ()),
         (entries, min(uses, 1) if m.tie_embeddings else uses, uses > 0, read),
@@ -244,7 +245,7 @@ def _moves(c: Config, shape: Shape) -> Iterator[tuple[str, float, tuple[str, ...
         yield "all-gather", elements, ("fsdp",), gathers
         yield "reduce-scatter", elements, ("fsdp",), gradients
         yield "all-reduce", elements / shape["fsdp"], _used(shape, *over), gradients
-    yield "all-reduce", memory.classifier_parameters(m), _used(shape, "fsdp"), 1
+    yield "all-reduce", count.classifier_parameters(m), _used(shape, "fsdp"), 1
 
 
 def _used(shape: Shape, *more: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Iterator
 
-from uoe_jax.costs.memory import parameters
+from uoe_jax.models.count import parameters
 from uoe_jax.plan.hardware import CPU, HARDWARE, Hardware, Range
 from uoe_jax.plan.make import Plan
 from uoe_jax.plan.predict import rows

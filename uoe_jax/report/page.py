@@ -20,7 +20,7 @@ from bokeh.resources import Resources
 from PIL import Image
 
 from uoe_jax.costs.flops import forward_flops_per_token
-from uoe_jax.costs.memory import parameters
+from uoe_jax.models.count import parameters
 from uoe_jax.report import charts
 from uoe_jax.report.sample import RoutingSample
 from uoe_jax.report.series import PER_LAYER, RunLog

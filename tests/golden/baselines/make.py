@@ -1,4 +1,4 @@
-"""Makes the golden vectors of the compared architectures: `python tests/golden/peers/make.py`, with torch and transformers.
+"""Makes the golden vectors of the baselines: `python tests/golden/baselines/make.py`, with torch and transformers.
 
 tests/test_parity.py makes them again and compares. Each file holds a small block's weights in uoe_jax's layout, an input x, a cotangent r, the output y, and the gradients of
 sum(y·r), all from code that is not uoe_jax's: the modules of `transformers` where it has them, and otherwise the published

@@ -1,4 +1,4 @@
-"""The efficient attentions of encoders as blocks: others' values and gradients beside padding, limits, meshes, bfloat16."""
+"""The efficient attentions of encoders as blocks: golden values and gradients next to padding, limits, meshes, bfloat16."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from test_baselines import GOLDEN, load, make, split, under
 from test_mesh import over_expert
-from test_peers import GOLDEN, load, make, split, under
 
 from uoe_jax import config as config_lib
 from uoe_jax.config import MeshConfig, ModelConfig
@@ -93,8 +93,8 @@ def random(seed: int, *shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_golden_rows_beside_padding_and_others(name):
-    """Theirs, when rows are longer by 8 tokens of padding and stand beside a short row and one of padding only."""
+def test_golden_rows_next_to_padding_and_others(name):
+    """The golden values, with 8 tokens of padding, a shorter row and a row of padding in the batch."""
     c, g = load(name)
     b, length, d = g["x"].shape
     w, wanted, longer = under(g, "w/"), under(g, "d/"), length + 8

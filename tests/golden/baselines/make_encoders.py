@@ -3,7 +3,7 @@
 Nyströmformer and Reformer are the modules of `transformers`; Linformer, Performer and Long-Short the published equations,
 head by head in float64, without the tricks that make them fast. So are Nyströmformer and Reformer where landmarks or chunks
 do not divide a row (uneven/), which the modules refuse or pad. Those stored were made with torch 2.13.0 and transformers
-5.24.0 on a CPU, which every file says in `made`. Rows are full: what padding does is in tests/test_peers_encoders.py.
+5.24.0 on a CPU, which every file says in `made`. Rows are full: what padding does is in tests/test_baselines_encoders.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The compared architectures against code that is not ours (tests/golden/peers/make.py), and against the contracts."""
+"""The baselines against independent code (tests/golden/baselines/make.py), and against the contracts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from uoe_jax.config.baselines import ATTENTIONS, MLPS
 from uoe_jax.layers.common import Tokens, rotary_tables, tokens_like
 from uoe_jax.models.decoder import make_attention, make_mlp
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "peers"
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "baselines"
 FILES = sorted(p.stem for p in GOLDEN.glob("*.npz"))
 
 
