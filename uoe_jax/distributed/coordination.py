@@ -89,15 +89,8 @@ def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int,
 def join(stops_itself: bool) -> None:
     """Connects to the other processes, if there are any; before the first use of a device.
 
-    JAX ends the process without an exception where the others do not come, so a notice says before
-    what is waited for.
-
-    Args:
-      stops_itself: the command calls `preempted` at every step; others end by SIGTERM at once.
-
-    Raises:
-      UserError: process 0 has no such address or port.
-      LostPeer: process 0's name has no address here.
+    stops_itself: the command calls `preempted` at every step; others end by SIGTERM at once.
+    UserError where process 0 has no such address or port, LostPeer where others do not find it.
     """
     cluster = cluster_from_env()
     if cluster is None:
@@ -105,6 +98,7 @@ def join(stops_itself: bool) -> None:
     import jax
 
     coordinator, count, me = cluster
+    # First a notice: JAX ends the process without an exception where the others do not come.
     notice(f"process {me} of {count}: meeting the others at {coordinator}")
     _redirect_native_stdout()
     _await_name(coordinator, me)

@@ -21,13 +21,10 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 def start(config: Config, stops_itself: bool = False) -> None:
     """Connects to the other processes (`coordination.join`), watches them and sets up jax.
 
-    The persistent compilation cache is in a directory that only its owner can read, one for each
-    number of cores: XLA divides loops among the cores it finds when it compiles, and JAX's cache
-    key does not contain them. A program compiled on one core ran up to 1.2 times as long on two as
-    one compiled there. JAX_COMPILATION_CACHE_DIR takes precedence.
-
-    Raises:
-      UserError: variables that XLA or jax reject, no device, or no directory for the cache.
+    The persistent compilation cache has a directory for each number of cores: XLA divides loops
+    among the cores it finds, and JAX's cache key does not contain them. A program compiled on one
+    core ran up to 1.2 times as long on two as one compiled there. JAX_COMPILATION_CACHE_DIR takes
+    precedence. UserError for variables that XLA or jax reject, no device, or no cache directory.
     """
     coordination.join(stops_itself)
     watchdog.start(config.guard)

@@ -221,10 +221,7 @@ class Watchdog:
             _exit(code)
 
     def _aborted(self, number: int) -> None:
-        """Handles SIGABRT, by which JAX ends this process once process 0 is gone.
-
-        Other reasons for it are a crash.
-        """
+        """Handles SIGABRT: JAX ends this process by it once process 0 is gone, or it is a crash."""
         host, _, port = self._coordinator.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
@@ -241,10 +238,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _on_abort(handle: Any) -> None:
-    """Sets a handler that runs at once in the aborting thread.
-
-    Python's own handlers would wait for the main thread, which never wakes.
-    """
+    """Sets a handler for the aborting thread; Python's would wait for a main thread that hangs."""
     global _abort_handler
     _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)  # must stay alive
     libc = ctypes.CDLL(None)
@@ -305,10 +299,7 @@ def finish() -> None:
 
 
 def abort(exit_code: int, why: str = "") -> None:
-    """Ends one of several processes after an error, and lets the others know.
-
-    Returns where there is one process.
-    """
+    """Ends one of several processes after an error, and lets the others know; one alone returns."""
     if _watchdog is not None:
         _watchdog.abort(exit_code, why)
     elif coordination.are_several():

@@ -109,22 +109,19 @@ class CheckpointStore:
     ) -> bool:
         """Starts to write `state` as the checkpoint of `step`; waits for the save before this one.
 
-        Returns once the buffers are copied and may be donated.
+        Returns once the buffers are copied and may be donated; False, with a warning, where there
+        is a checkpoint of this step already.
 
         Args:
-          step: 0 or more.
           state: a pytree of jax.Array (typed PRNG keys too), none of size 0.
           metrics: a finite metrics["loss"] makes this checkpoint a candidate for the best.
           metadata: JSON values to keep, such as the configuration; secrets are left out.
-
-        Returns:
-          False, with a warning, where there is a checkpoint of this step already; it stays.
 
         Raises:
           BadNumbers: a floating leaf is not finite; nothing was written.
           RunError: no space for this checkpoint, or the save before this one failed.
           UserError: an array of size 0.
-          ValueError: a leaf that is not a jax.Array, a bad step, a reserved metadata key.
+          ValueError: a leaf that is no jax.Array, a negative step, a reserved metadata key.
         """
         self._check_writable()
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:

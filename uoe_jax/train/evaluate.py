@@ -47,10 +47,7 @@ def evaluate(
 
     Returns:
       (`<name>/…` measures, the loss that ranks checkpoints). The latter is of the first `limit`
-      batches, so of the same rows at every evaluation.
-
-    Raises:
-      Interrupted: `stop` returned True.
+      batches, so of the same rows at every evaluation. Interrupted if `stop` returned True.
     """
     size = config.eval_batch_size
     local_rows = mesh_lib.local_rows(program.devices, size)

@@ -42,10 +42,7 @@ def routing_measures(stats: RoutingStats, k: int, rows: float) -> dict[str, list
 
 
 def measures(sums: Sums, config: Config, prefix: str) -> dict[str, Any]:
-    """All measures of some batches: `<prefix>/loss`, `<prefix>/smha/dropped`, …
-
-    sums: on the host.
-    """
+    """All measures of sums on the host: `<prefix>/loss`, `<prefix>/smha/dropped`, …"""
     found: dict[str, Any] = {**task_of(config).measures(sums, config)}
     routed = config.model.routed()
     for block, stats in sums.routing.items():

@@ -31,20 +31,16 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class MetricsWriter:
     """Appends to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard/`; in process 0 only.
 
-    A line reaches the operating system before write() returns, so a killed process tears only the
-    line that it is writing; flush() makes lines survive a power cut. On gs:// the whole object is
-    uploaded, with flush() and otherwise once a minute. Before a checkpoint of step s is saved, the
-    metrics up to s must have been written and flushed: a resume never writes them again.
+    A line reaches the operating system before write() returns; flush() makes it survive a power
+    cut. On gs:// the whole object is uploaded, with flush() and otherwise once a minute. Before a
+    checkpoint of step s is saved, the metrics up to s must have been written and flushed: a resume
+    never writes them again.
 
     Args:
-      workdir: the run's directory; created if it is not there.
       resume_step: the step of the checkpoint the run goes on from; lines of later steps and a torn
         last line are cut off (atomically). None for a fresh run: the file is emptied.
       owed: the evaluation of `resume_step` is cut off as well, as it is done again.
       tensorboard: whether to write TensorBoard files; if they fail, the run goes on.
-
-    Raises:
-      UserError: the file cannot be read or written.
     """
 
     def __init__(

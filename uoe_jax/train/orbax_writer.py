@@ -57,10 +57,8 @@ def open_writer(
 
 
 def is_no_space(error: BaseException) -> bool:
-    """Whether an error or its cause says that disk, quota or file size limit is used up.
-
-    TensorStore, which writes the arrays, gives the reason as text only.
-    """
+    """Whether an error or its cause says that disk, quota or file size limit is used up."""
+    # TensorStore, which writes the arrays, has the reason as text only.
     texts = [os.strerror(code) for code in _NO_SPACE]
     link: BaseException | None = error
     while link is not None:

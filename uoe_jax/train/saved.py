@@ -39,10 +39,7 @@ _TREE, _INIT_FROM = "_METADATA", "config.train.init_from"
 
 
 def restore(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any, dict[str, Any]]:
-    """(The state of a checkpoint, or the `partial` one asked for; its metadata).
-
-    See CheckpointStore.restore.
-    """
+    """(State or `partial` state of a checkpoint, its metadata); see CheckpointStore.restore."""
     _check_placed(abstract)
     metadata, expected = read_metadata(path), describe(abstract)
     stored = {n: leaf for n, leaf in metadata["leaves"].items() if n in expected or not partial}
@@ -130,10 +127,7 @@ def _params_of(
 
 
 def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: bool = False) -> Any:
-    """Reads a tree onto its shardings and compares it with the fingerprints in `leaves`.
-
-    CheckpointDamaged in every process where it fails in one.
-    """
+    """Reads a tree onto its shardings, and compares it with the fingerprints in `leaves`."""
 
     def check_there() -> None:
         if not (path / STATE / _TREE).exists():
@@ -173,10 +167,7 @@ def _without_barriers(partial: bool) -> ocp.Context:
 
 
 def _in_each(path: epath.Path, do: Callable[[], T]) -> T:
-    """The result of `do` in this process, once it worked in all; CheckpointDamaged in all if not.
-
-    RunError in all for a reason that may pass.
-    """
+    """The result of `do` here, once it worked in all; else CheckpointDamaged or RunError in all."""
     values: list[T] = []
     reasons: list[str] = []
 

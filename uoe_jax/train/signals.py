@@ -16,14 +16,11 @@ from uoe_jax.distributed import coordination
 class StopSignal:
     """In its `with` block, SIGINT, SIGTERM and SIGUSR1 set `requested` and do not end the process.
 
-    Call `should_stop()` at every step and every batch of an evaluation; the run then saves and ends
-    with EXIT_STOPPED. A second SIGINT raises KeyboardInterrupt at once; repeated other signals
-    change nothing. The old handlers come back at the end. Outside the main thread Python allows no
-    handlers, and this does nothing.
-
-    Of several processes one is signalled, and all must stop at the same step. JAX's preemption
-    service does that: it waits for SIGTERM, and a handler for it would silently end the service. So
-    there the other signals are turned into SIGTERM.
+    Call `should_stop()` at every step and every batch of an evaluation. A second SIGINT raises
+    KeyboardInterrupt at once. Outside the main thread Python allows no handlers, and this does
+    nothing. Of several processes one is signalled, and all must stop at the same step. JAX's
+    preemption service does that: it waits for SIGTERM, and a handler for it would silently end the
+    service. So there the other signals are turned into SIGTERM.
     """
 
     def __init__(self) -> None:

@@ -75,10 +75,7 @@ def end_text(config: Config, workdir: str, step: int, prompt: str, sample: str, 
 
 
 def sample_prompt(config: Config, data: DataBundle) -> str:
-    """generate.prompt; where that is the default, which is Python code, words of other data.
-
-    They are the first ones of the validation split.
-    """
+    """generate.prompt; of data other than Python code, first words instead of its default."""
     default = config.generate.prompt
     if default != GenerateConfig().prompt or config.data.source == "stdlib":
         return default

@@ -95,10 +95,7 @@ def _text_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _text_measures(sums: Sums, c: Config) -> dict[str, float]:
-    """`loss` in nats per token; `bits_per_byte`, where bytes are known; `word_perplexity`.
-
-    The last where tokens are words.
-    """
+    """`loss` in nats per token, and where known `bits_per_byte` and `word_perplexity`."""
     nll = float(sums.nll)
     loss = nll / max(float(sums.count), 1.0)
     found = {"loss": loss}
