@@ -141,10 +141,10 @@ def routes(
             inputs = batch["inputs"]
             if config.model.stem == "image":
                 inputs = as_floats(inputs, config.model.image.bound)
-            entered = model.embed_inputs(inputs, batch["segments"])
+            embedded = model.embed_inputs(inputs, batch["segments"])
         else:
-            entered = model.embed_inputs(batch["tokens"], batch["segments"], batch["positions"])
-        return jax.tree.map(everywhere, model.routes(*entered))
+            embedded = model.embed_inputs(batch["tokens"], batch["segments"], batch["positions"])
+        return jax.tree.map(everywhere, model.routes(*embedded))
 
     with by_partitioner():
         host = jax.device_get(found(params, sample.batch))
