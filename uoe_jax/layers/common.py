@@ -44,7 +44,7 @@ def linear(x: Array, w: Array, axes: int = 1) -> Array:
     """Contracts the last `axes` axes of x with the first of w: [...,X] and [X,Y] to [...,Y].
 
     Computed as a product of two matrices, whatever axes tokens and heads have: with more axes XLA
-    transposes their gradient on CPUs, slower than an MLP's matmuls (docs/performance.md).
+    transposes their gradient on CPUs, slower than an MLP's matmuls (docs/appendix).
     """
     lead, rows = x.shape[: x.ndim - axes], math.prod(w.shape[:axes])
     return (x.reshape(-1, rows) @ w.reshape(rows, -1)).reshape(*lead, *w.shape[axes:])

@@ -79,7 +79,7 @@ def keep_by_position(chosen_BMN: Array, window: int, capacity: int) -> Array:
     return (windows & (place <= capacity)).reshape(b, -1, n)[:, :m]
 
 
-MANY = 1024  # patches from which counting is faster than sorting, but on GPUs (docs/performance.md)
+MANY = 1024  # patches from which counting is faster than sorting, but on GPUs (docs/appendix)
 
 
 def keep_by_score(chosen_BMN: Array, scores_BMN: Array, capacity_B: Array, slots: int) -> Array:
