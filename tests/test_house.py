@@ -71,3 +71,26 @@ def test_every_contract_has_its_tests():
             file, _, function = test.partition("::")
             text = (ROOT / "tests" / file).read_text(encoding="utf-8")
             assert not function or re.search(rf"^def {function}\(", text, re.MULTILINE), test
+
+
+STANDARD = (
+    "load.balancing", "KV cache", "remat policy", "gradient accumulation", "expert.parallel", "capacity factor", "top.k",
+)  # fmt: skip
+REPLACED = (
+    r"first_come|best_first|by_first|lengthened|empty_apart|held_in|of_every_expert|own_tokens|\.drawn\(|"
+    r"\b[Tt]old\b|\bmend(ed|s)?\b|turn them round|stands still|left of a row|frame of a block|[Cc]ompared architectures|"
+    r"\bpeers\b"
+)  # fmt: skip
+
+
+def test_words_are_those_of_the_field():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    library = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
+    docs = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    for term in STANDARD:
+        assert re.search(term, docs, re.IGNORECASE) and re.search(term, library, re.IGNORECASE), (
+            term
+        )
+    for path in (*FILES, *pages):
+        found = re.findall(rf".*(?:{REPLACED}).*", path.read_text(encoding="utf-8"))
+        assert not found, (name(path), found)
