@@ -17,7 +17,7 @@ from uoe_jax.config.fields import leaves, printable
 from uoe_jax.config.schema import GenerateConfig
 from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
-from uoe_jax.exchange.transfer import DTYPES, FORMATS
+from uoe_jax.exchange.transfer import DTYPES, FORMATS, run_import
 
 __all__ = ["console", "load_config", "main"]
 
@@ -109,7 +109,7 @@ COMMANDS = {
         ],
     ),
     "import": _Command(
-        commands.import_model,
+        run_import,
         "decompose a dense Hugging Face model into experts, as a workdir to train from",
         "workdir [config]",
         [

@@ -1,4 +1,4 @@
-"""The commands of `uoe`: each checks its input before it imports jax.
+"""The commands of `uoe`: each checks its input, then imports the modules that need jax.
 
 A command takes the parsed options and the overrides {key: text}, and returns an exit code or None.
 """
@@ -14,13 +14,22 @@ from typing import Any
 
 from uoe_jax import config as config_lib
 from uoe_jax import runtime_env
+from uoe_jax.compare.table import TableConfig, load_table
 from uoe_jax.config import listing
 from uoe_jax.config.baselines import ATTENTIONS, MLPS
 from uoe_jax.config.data import sources_of
 from uoe_jax.config.load import resolve
 from uoe_jax.config.schema import Config
 from uoe_jax.config.validate import check_training
+from uoe_jax.data.registry import known_vocabulary, text_source
+from uoe_jax.data.tokenizers.hf import HFTokenizer
+from uoe_jax.data.tokenizers.workdir import check_tokenizer
 from uoe_jax.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, ConfigError, UserError
+from uoe_jax.exchange.transfer import run_export
+from uoe_jax.infer.command import run_generate
+from uoe_jax.infer.experts import choices
+from uoe_jax.runtime_env import default_cache_dir
+from uoe_jax.workdir import checkpoint_path, is_remote, locate, os_errors, read_config, write_json
 
 KEYS_PAGE = """\
 # All keys
@@ -52,16 +61,11 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
       UserError: the file cannot be read or run, an unknown key, or a value that cannot be used.
     """
     config = resolve(name, overrides)
-    from uoe_jax.data.registry import known_vocabulary
-
     check_training(config, *known_vocabulary(config))
     return config
 
 
 def train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from uoe_jax.data.tokenizers.workdir import check_tokenizer
-    from uoe_jax.workdir import checkpoint_path
-
     config = load_config(options.config, overrides)
     _check_workdir(options.workdir)
     if config.train.init_from:
@@ -79,8 +83,6 @@ def show_config(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     if options.markdown:
         if options.config or options.pattern or options.changed or options.json or overrides:
             raise UserError("--markdown: prints the reference of all keys; give it alone")
-        from uoe_jax.compare.table import TableConfig
-
         page = KEYS_PAGE + listing.as_markdown(Config()) + "\n" + TABLE_KEYS
         print(page + listing.as_markdown(TableConfig()).rstrip())
         return
@@ -90,8 +92,7 @@ def show_config(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from uoe_jax.data.registry import known_vocabulary
-    from uoe_jax.plan import hardware, make, report
+    from uoe_jax.plan import hardware
 
     config = load_config(options.config, overrides)
     for key, blocks in (("attention", ATTENTIONS), ("mlp", MLPS)):
@@ -102,6 +103,8 @@ def plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     devices = options.devices
     if devices is not None and not (devices.isdecimal() and int(devices)):
         raise UserError(f"--devices={devices}: give a whole number from 1 on")
+    from uoe_jax.plan import make, report
+
     mesh = make.read_mesh(options.mesh, None if devices is None else int(devices), config.mesh)
     config = dataclasses.replace(config, mesh=mesh)
     config = config_lib.with_vocabulary(config, known_vocabulary(config)[0])
@@ -114,8 +117,6 @@ def plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from uoe_jax.compare.table import load_table
-
     table = load_table(options.config, overrides)
     _check_workdir(options.workdir)
     from uoe_jax.compare.run import compare
@@ -123,16 +124,13 @@ def compare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     exit_code = compare(table, options.workdir)
     if exit_code == EXIT_DONE:
         from uoe_jax.compare.report import write
-        from uoe_jax.workdir import locate
 
         runtime_env.print_result(write(table, locate(options.workdir)))
     return exit_code
 
 
 def evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.infer.experts import choices
-
-    config = _stored_config(options)
+    config = read_config(options.workdir)
     if options.experts is not None:
         choices(config, options.experts)
     _start(config)
@@ -142,31 +140,17 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.infer.command import run_generate
-
-    run_generate(options, _stored_config(options))
-
-
-def import_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.exchange.transfer import run_import
-
-    run_import(options, overrides)
+    run_generate(options, read_config(options.workdir))
 
 
 def export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.exchange.transfer import run_export
-
-    run_export(options, _stored_config(options))
+    run_export(options, read_config(options.workdir))
 
 
 def report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.workdir import read_config
-
     runs = options.workdirs
     if options.out is None and len(runs) > 1:
-        raise UserError(
-            f"--workdir: {len(runs)} runs are compared; give the report's file by --out"
-        )
+        raise UserError(f"--workdir: {len(runs)} runs are compared; name the report by --out=FILE")
     configs = [read_config(workdir) for workdir in runs]
     _start(configs[0])
     from uoe_jax.report.build import run_report
@@ -175,11 +159,6 @@ def report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def train_tokenizer(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from uoe_jax.data.registry import text_source
-    from uoe_jax.data.tokenizers.hf import HFTokenizer
-    from uoe_jax.runtime_env import default_cache_dir
-    from uoe_jax.workdir import is_remote, locate
-
     given, out = options.vocab, locate(options.out, "--out")
     number = given.isascii() and given.isdecimal() and len(given) < 8
     if not (number and 257 <= int(given) <= 1_000_000):
@@ -215,8 +194,6 @@ def train_tokenizer(options: argparse.Namespace, overrides: dict[str, str]) -> N
 
 def _write_once(out: Any, content: Any, shown: str) -> None:
     """Writes a JSON file, or leaves it if it is the same; UserError if it holds anything else."""
-    from uoe_jax.workdir import os_errors, write_json
-
     try:
         with os_errors(out):
             if not out.exists():
@@ -229,16 +206,8 @@ def _write_once(out: Any, content: Any, shown: str) -> None:
         raise UserError(f"--out={shown}: {why}; fix that, or give another file") from error
 
 
-def _stored_config(options: argparse.Namespace) -> Config:
-    from uoe_jax.workdir import read_config
-
-    return read_config(options.workdir)
-
-
 def _check_workdir(path: str) -> None:
     """Refuses an impossible workdir before jax is imported."""
-    from uoe_jax.workdir import checkpoint_path, is_remote
-
     found = checkpoint_path(path)
     if not is_remote(path) and found.exists() and not found.is_dir():
         raise UserError(f"--workdir={path}: is a file; give a directory")
