@@ -76,7 +76,6 @@ class Union(Block):
     6. The output bias is added once. Padding tokens get zeros.
 
     A subclass sets `bias_out` and writes `_project` (into every expert) and `_experts` (the rest).
-    In training, `sequence_group` must divide the rows of a device (else ValueError).
     """
 
     def __init__(
@@ -95,6 +94,16 @@ class Union(Block):
         self.routing, self.causal, self.dtype = r, causal, dtype
         self.bias_out: nnx.Param | None
         self.router = Router(d, r, causal, rule, rngs)
+
+    def __call__(self, x_BLD: Array, tokens: Tokens | None = None) -> tuple[Array, RoutingStats]:
+        """(y_BLD, routing statistics). The last patch is padded where P does not divide L.
+
+        Raises:
+          ValueError: in training, `sequence_group` does not divide the rows of a device.
+        """
+        y_BLD, stats = super().__call__(x_BLD, tokens)
+        assert stats is not None  # a union routes
+        return y_BLD, stats
 
     def _project(self, x_NRSD: Array) -> tuple[Array, ...]:
         """Every expert's projections of its tokens, [N,R,S,…]; x [1,R,S,D]: the same tokens."""
