@@ -26,7 +26,7 @@ from uoe_jax.compare.results import results
 from uoe_jax.compare.run import claim, planned_runs, search_rates
 from uoe_jax.compare.table import load_table
 from uoe_jax.compare.workspace import best_rates, is_finished
-from uoe_jax.config import to_dict
+from uoe_jax.config import to_dict, with_vocabulary
 from uoe_jax.costs.flops import attention_flops, ends_flops, mlp_flops, train_flops
 from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
 from uoe_jax.workdir import locate, wait_for_writer
@@ -516,8 +516,8 @@ def test_training_is_counted_by_the_lengths_of_its_batches():
     )
     c = found.reference.config
     assert c.data.buckets > 1
-    rows = load(c, default_cache_dir()).train
-    batches = TrainBatches(rows, c.train.batch_size, 0, window=c.data.sort_window)
+    data = load(c, default_cache_dir())
+    batches = TrainBatches(data.train, c.train.batch_size, 0, window=c.data.sort_window)
     widths = [batches[i]["inputs"].shape[1] for i in range(c.train.steps)]
     assert len(set(widths)) > 1
     lengths = measuring.batch_lengths(c)
@@ -526,7 +526,8 @@ def test_training_is_counted_by_the_lengths_of_its_batches():
         want = sum(
             train_flops(row.config.model, c.train.batch_size, w + in_front) for w in widths
         ) / len(widths)
-        counted = measuring.counts(row.config, lengths)["train_flops_per_step"]
+        sized = with_vocabulary(row.config, data.vocab_size)
+        counted = measuring.counts(sized, lengths)["train_flops_per_step"]
         assert counted == pytest.approx(want) and counted < train_flops(
             row.config.model, c.train.batch_size
         )
