@@ -325,8 +325,8 @@ MESHED = {
         cutoffs="5", cutoff_div=2, context_length=30, vocab_size=33
     ),
 }
-QUICK = [("rows that the axis does not divide", sized(1, 1, 2, 4))]
-SLOW = [
+MESHES = [
+    ("rows that the axis does not divide", sized(1, 1, 2, 4)),
     *(("tied", s) for s in (sized(1, 1, 1, 8), sized(1, 2, 4, 1), sized(2, 2, 1, 2, True))),
     *(("narrow, untied", s) for s in (sized(1, 1, 2, 4, True), sized(1, 1, 8), sized(2, 1, 2, 2))),
 ]
@@ -349,7 +349,8 @@ def train(name: str, sizes: dict):
 on_one_device = functools.cache(lambda name: train(name, ONE))
 
 
-@pytest.mark.parametrize("name, sizes", [*QUICK, *(slow(*case) for case in SLOW)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, sizes", MESHES, ids=str)
 def test_every_mesh_gives_the_same_run(name, sizes):
     """The same initial parameters bit for bit, losses and gradient norms to 1e-5."""
     assert_same(on_one_device(name), train(name, sizes))

@@ -269,14 +269,9 @@ def test_every_mesh_gives_the_same_run(name, sequence_parallel):
     assert_same(run(ONE, 3, **changes), run(sized(1, 2, 2, 2, sequence_parallel), 3, **changes))
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "reformer" else pytest.param(name, marks=pytest.mark.slow)
-        for name in EFFICIENT
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("name", EFFICIENT)
 def test_encoders_on_every_mesh(name, sequence_parallel):
     """Loss and gradient norm of two steps, rows padded differently; heads lie on `expert`."""
     rng = np.random.default_rng(0)

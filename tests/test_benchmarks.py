@@ -80,6 +80,7 @@ def test_freed_memory_is_kept():
 SMALL = layer.Sizes("float32", (2, 128, 32, 64), (2, 128, 32, 8), 8)
 
 
+@pytest.mark.slow
 def test_variants_of_a_layer_compute_the_same():
     """The rivals give the gradients of ours with the same weights; the dense block with whole squares those in tiles."""
     made = layer.mlp_variants(SMALL._replace(), 0.5, 4)

@@ -287,6 +287,14 @@ LONGER = (
     "uome none, swiglu, biases",
     "uome straight through, not causal",
     "smha none, not causal, grouped",
+    "uome scatter, P=4, biases",
+    "uome one expert",
+    "uome one slot",
+    "uome project, scatter, P=4",
+    "smha project, biases",
+    "smha sigmoid, biases",
+    "smha one slot",
+    "smha one expert",
 )
 
 

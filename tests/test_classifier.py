@@ -96,7 +96,12 @@ def test_every_example_is_classified_alone(name):
         assert reference.error(f(state, *longer), y) < 1e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("mean", "two inputs, cls", "image")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+)
 def test_every_weight_learns(name):
     config, graphdef, state, _ = built(name)
     x, ok = inputs_of(config), padding(config)

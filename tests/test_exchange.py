@@ -117,6 +117,7 @@ def test_out_in_and_out_again(model, tmp_path):
     assert old.keys() == new.keys() and all(old[key].tobytes() == new[key].tobytes() for key in old)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_imported_model(hf, tmp_path, capsys):
     """The command that `uoe import` names; training in the workdir itself is refused with it."""
     write_source(tmp_path / "text")
@@ -247,6 +248,7 @@ def test_shards_views_and_what_is_read_back(tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_a_fitted_router_chooses_the_experts_that_give_most():
     """Of every patch, the norm of what the chosen experts give, against that of drawn routers; all experts give what they gave."""
     cut = dict(n_experts=4, k=1, gate="straight_through", capacity_factor=4.0)
@@ -274,6 +276,7 @@ def test_a_fitted_router_chooses_the_experts_that_give_most():
         assert far_from_dense(fitted) < 0.9 * far_from_dense(params)
 
 
+@pytest.mark.slow
 def test_every_expert_together_is_the_union():
     cut = dict(n_experts=4, k=4, gate="none")
     config = config_of(**{**GPT2, "attention": "smha", "mlp": "uome"}, smha=cut, uome=cut)

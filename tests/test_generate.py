@@ -103,6 +103,7 @@ class _Endless(ByteTokenizer):
         return "".join(chr(0x100 + i) for i in ids)
 
 
+@pytest.mark.slow
 def test_a_text_does_not_depend_on_what_is_beside_it(run):
     found = sampler(run, max_tokens=24, temperature=1.0)
     prompts = ["a", "def f(x):\n    return x", "x" * 100, "é", "class A:"]

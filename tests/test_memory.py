@@ -102,8 +102,18 @@ def test_what_a_layer_keeps_is_what_the_gradient_is_given(name):
     assert kept_bytes(MODELS[name], ROWS) == pytest.approx((handed(6) - handed(2)) / 4, rel=0.01)
 
 
+QUICK = ("smha, uome", "dense, dense", "whole blocks again")
+
+
 # Not bfloat16, whose products the CPU compiler does in float32.
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "bfloat16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+        if name != "bfloat16"
+    ],
+)
 def test_what_a_layer_keeps_is_the_compilers(name):
     """The temporary memory of the gradient grows by `kept_bytes` with every layer."""
 

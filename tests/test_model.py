@@ -128,6 +128,7 @@ def test_mesh_errors_name_the_numbers():
         build(config(train={"batch_size": 4}), mesh)
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one():
     """The step on a mesh of data, fsdp and expert gives the losses of one device (contract 6 in small)."""
     c = config(train={"batch_size": 8})

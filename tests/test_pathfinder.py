@@ -225,6 +225,7 @@ def best_threshold(values: np.ndarray, labels: np.ndarray) -> float:
     return max(max(accuracies), 1 - min(accuracies))
 
 
+@pytest.mark.slow
 def test_brightness_and_distance_of_the_dots_do_not_tell_the_label(default):
     images, labels = default
     distances = np.array([np.linalg.norm(np.subtract(*dots(image))) for image in images])

@@ -231,6 +231,7 @@ def data_of(file):
     )
 
 
+@pytest.mark.slow
 def test_training_writes_it(trained):
     (run,) = data_of(trained / "report.html")
     assert run["step"] == 6 and not run["why"]

@@ -231,6 +231,7 @@ def test_prepared_data_may_move(tmp_path, as_commands_run):
         train(cli.load_config("cifar10:tiny", {"data.path": str(tmp_path / "other")}), *args)
 
 
+@pytest.mark.slow
 def test_a_lost_tokenizer_is_not_replaced_by_another(tmp_path, as_commands_run):
     overrides = NEEDS["wikitext103"](tmp_path / "data")
     workdir = tmp_path / "run"
@@ -240,6 +241,7 @@ def test_a_lost_tokenizer_is_not_replaced_by_another(tmp_path, as_commands_run):
     assert (code, out) == (2, "") and "tokenizer.json: is gone" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_named_and_not_passed_over(tmp_path, capsys, as_commands_run):
     overrides = {"eval.every": "1", "checkpoint.every": "1", "checkpoint.keep_best": "5"}
     workdir = tmp_path / "run"

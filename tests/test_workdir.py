@@ -63,6 +63,7 @@ def refusal(path) -> str:
 # --- one writer -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_workdir_is_refused(source, tmp_path):
     """The first goes on undisturbed, readers are let in, and what SIGKILL leaves behind keeps nobody out."""
     run = tmp_path / "run"
