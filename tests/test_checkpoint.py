@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import resource
@@ -267,6 +268,20 @@ def test_a_newer_format_is_refused(tmp_path, monkeypatch):
             store.save(0, bits_state(0))
             store.wait()
         with pytest.raises(UserError, match="format_version=99.*update uoe_jax"):
+            store.restore(0, abstract(bits_state(0)))
+
+
+def test_an_older_format_is_refused(tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        store.save(0, bits_state(0))
+        store.wait()
+    path = tmp_path / "checkpoints" / "0" / metadata.METADATA
+    content = json.loads(path.read_text())
+    del content["custom_metadata"]["digest"]
+    content["custom_metadata"]["format_version"] = 1
+    path.write_text(json.dumps(content))
+    with CheckpointStore(tmp_path) as store:
+        with pytest.raises(UserError, match="format_version=1 is of an older uoe_jax"):
             store.restore(0, abstract(bits_state(0)))
 
 

@@ -179,7 +179,12 @@ def test_command_line_mistakes(capsys):
 def test_errors_and_config_come_fast_and_without_jax():
     """A wrong key is refused, and keys are listed, within a second of start-up, jax unimported."""
     code = "import sys; from uoe_jax.cli import main; c = main(sys.argv[1:]); sys.exit(99 if 'jax' in sys.modules else c)"
-    for args, expected in ((train("--config.model.uome.k=99"), 2), (("config", "train"), 0)):
+    plan = ("plan", "--config=quickstart", "--mesh=rows=2")
+    for args, expected in (
+        (train("--config.model.uome.k=99"), 2),
+        (("config", "train"), 0),
+        (plan, 2),
+    ):
         start = time.monotonic()
         command = [sys.executable, "-c", code, *args]
         done = subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL, timeout=60)
@@ -354,6 +359,8 @@ def test_config_selects_by_part_or_glob(capsys):
         "key": "train.steps", "type": "int", "value": 1000, "default": 1000, "low": 1, "above": None,
         "high": 2**31 - 1, "choices": [], "free": False, "doc": "",
     }  # fmt: skip
+    (source,) = [json.loads(line) for line in listed(capsys, "--json", "data.source").splitlines()]
+    assert {"stdlib", "listops"} < set(source["choices"])
     assert "optimizer.learning_rate" in sentence(capsys, "config", "lr")
     assert "model.n_layers" in sentence(capsys, "config", "nlayers")
 

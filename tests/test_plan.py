@@ -22,7 +22,8 @@ from uoe_jax.errors import EXIT_DOES_NOT_FIT, UserError
 from uoe_jax.plan import make as make_lib
 from uoe_jax.plan.compiled import Compiled, compile_step
 from uoe_jax.plan.hardware import HARDWARE
-from uoe_jax.plan.make import make, read_mesh
+from uoe_jax.plan.make import make
+from uoe_jax.plan.mesh_option import read_mesh
 from uoe_jax.plan.network import ring
 from uoe_jax.plan.peak import peak
 from uoe_jax.plan.predict import executed_flops, expected_collectives, predict

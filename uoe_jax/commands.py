@@ -92,7 +92,7 @@ def show_config(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from uoe_jax.plan import hardware
+    from uoe_jax.plan import hardware, mesh_option
 
     config = load_config(options.config, overrides)
     for key, blocks in (("attention", ATTENTIONS), ("mlp", MLPS)):
@@ -103,14 +103,15 @@ def plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     devices = options.devices
     if devices is not None and not (devices.isdecimal() and int(devices)):
         raise UserError(f"--devices={devices}: give a whole number from 1 on")
-    from uoe_jax.plan import make, report
-
-    mesh = make.read_mesh(options.mesh, None if devices is None else int(devices), config.mesh)
+    count = None if devices is None else int(devices)
+    mesh = mesh_option.read_mesh(options.mesh, count, config.mesh)
     config = dataclasses.replace(config, mesh=mesh)
     config = config_lib.with_vocabulary(config, known_vocabulary(config)[0])
     if config.model.stem == "tokens" and not config.model.vocab_size:
         remedy = "words are counted when training starts; give their number for a plan"
         raise ConfigError("config.model.vocab_size", 0, remedy)
+    from uoe_jax.plan import make, report
+
     found = make.make(config, options.hardware)
     print(json.dumps(report.as_json(found)) if options.json else report.text(found, options.config))
     return EXIT_DONE if found.least is None else EXIT_DOES_NOT_FIT

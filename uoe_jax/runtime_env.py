@@ -209,7 +209,7 @@ def _temporary_cache() -> Path:
     """
     with os_error_as(
         UserError,
-        "UOE_CACHE: is not set, and no directory can be made for it",
+        f"UOE_CACHE: is not set, and no directory can be made for it in {tempfile.gettempdir()}",
         "set it to one that can be written",
     ):
         directory = Path(tempfile.gettempdir(), f"uoe_jax-{os.getuid()}")

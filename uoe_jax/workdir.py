@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -205,7 +206,8 @@ def _refuse_other_run(path: str, old: Config, new: Config) -> None:
 
 
 def _elsewhere(path: str) -> str:
-    return f"continue from its weights in another --workdir with --config.train.init_from={path}"
+    option = f"--config.train.init_from={shlex.quote(path)}"
+    return f"continue from its weights in another --workdir with {option}"
 
 
 def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = True) -> None:
@@ -223,14 +225,14 @@ def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = 
         problem = f"{path}: cannot be written"
         with os_error_as(UserError, problem, "fix that and run again"), os_errors(path):
             return write_json(path, {"data": record})
-    old = found.get("data")
+    old, more = found.get("data"), f", or {_elsewhere(os.fspath(workdir))}" if store else ""
     for name in ("sha256", "tokenizer"):
         if not isinstance(old, dict) or old.get(name) != record.get(name):
             before = repr(old.get(name)) if isinstance(old, dict) else "'something unknown'"
             raise UserError(
                 f"data.{name}={record.get(name)!r}: the run in {workdir} was trained on {before}; "
-                "use the data it was started with (of the standard library: the same interpreter), "
-                f"or {_elsewhere(os.fspath(workdir))}"
+                "use the data it was started with (of the standard library: the same interpreter)"
+                f"{more}"
             )
 
 

@@ -44,7 +44,8 @@ class Key(NamedTuple):
         """For JSON; bounds that a key does not have are null."""
         names = ("default", "low", "above", "high", "choices", "free", "doc")
         given = {"key": self.name, "type": self.kind.__name__, "value": self.value}
-        return given | {name: self.meta[name] for name in names}
+        declared = {name: self.meta[name] for name in names}
+        return given | declared | {"choices": list(self.meta["choices"])}
 
 
 class Section(NamedTuple):

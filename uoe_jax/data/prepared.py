@@ -266,10 +266,15 @@ class RawFiles:
             raise changed(file)
 
     def _remembered(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError):  # damaged: files are hashed again
+        try:
             memo = json.loads(self._memo.read_text(encoding="utf-8"))
             if isinstance(memo, dict):
                 return memo
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            pass
+        log.warning("%s: is damaged; files are hashed again", self._memo)
         return {}
 
     def _remember(self, new: Mapping[str, list[Any] | None]) -> None:
@@ -283,18 +288,25 @@ class RawFiles:
             log.warning(what, self._memo, error)
 
 
-class _HashedFile(io.FileIO):
-    """digest: of all that was read into buffers, as by an io.BufferedReader."""
+class _HashedFile(io.RawIOBase):
+    """A file, read from its start. digest: of all that was read."""
 
     def __init__(self, file: Path) -> None:
-        super().__init__(file)
+        self._file = open(file, "rb", buffering=0)
         self.digest = hashlib.sha256()
 
+    def readable(self) -> bool:
+        return True
+
     def readinto(self, buffer: Any) -> int:
-        n = super().readinto(buffer) or 0
+        n = self._file.readinto(buffer) or 0
         self.digest.update(memoryview(buffer)[:n])
         tick()
         return n
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 @contextlib.contextmanager

@@ -95,7 +95,8 @@ def describe(config: Config) -> Compiled:
         program = build(config, mesh)
         compiled = program.train_step.lower(program.abstract, program.abstract_batch).compile()
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    assert memory and cost and text  # every program of a CPU has them
+    # Every program of a CPU has them.
+    assert memory is not None and cost is not None and text is not None
 
     def held(tree: Any) -> int:
         arrays = jax.tree.leaves(tree)

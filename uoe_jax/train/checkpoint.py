@@ -201,8 +201,13 @@ class CheckpointStore:
         path, found = self._path(step), metadata_lib.ranking_loss({"loss": loss})
         if found is None:
             return
-        with os_error_as(RunError, f"{path}: the validation loss cannot be written here", _AGAIN):
-            on_process_zero(lambda: metadata_lib.write_loss(path, found))
+
+        def write() -> None:
+            problem = f"{path}: the validation loss cannot be written here"
+            with os_error_as(RunError, problem, _AGAIN):
+                metadata_lib.write_loss(path, found)
+
+        on_process_zero(write)
         self._losses[step] = found
 
     def metadata(self, step: int) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def train(config: Config, workdir_name: str, sample: Sample, report: Report | No
         mesh = mesh_lib.make_mesh(config.mesh)
         checkpoints = locate(workdir_name) / "checkpoints"
         if config.train.init_from and not on_process_zero(lambda: [*list_checkpoints(checkpoints)]):
-            check_init_from(config, data.record.get("tokenizer"), notice)
+            check_init_from(config, data.record.get("tokenizer"), print_status)
         stack.enter_context(jax.set_mesh(mesh))
         program = build(config, mesh)
 
@@ -69,7 +69,7 @@ def train(config: Config, workdir_name: str, sample: Sample, report: Report | No
 
         # 3. Resume from the newest good checkpoint; else start from init_from; else initialise.
         watchdog.at("restoring", slow=True)
-        state, start, owed = first_state(program, store, config, notice)
+        state, start, owed = first_state(program, store, config, print_status)
 
         # 4. Per step: evaluate if due (the state about to be trained) -> save if due -> stop if
         #    asked -> fetch batch(step) -> dispatch the step -> read the previous step -> log.
@@ -94,22 +94,24 @@ def train(config: Config, workdir_name: str, sample: Sample, report: Report | No
 
 
 def finish(run: Run, exit_code: int, workdir: str, sample: Sample, report: Report | None) -> str:
-    """Makes the sample and the report of a run that ended; returns the text to show."""
+    """Makes the sample and the report of a run that ended; returns what process 0 shows."""
     config, data, params = run.config, run.data, run.state.params
     stopped, done = exit_code != EXIT_DONE, run.step == config.train.steps
     watchdog.at("generating", slow=True)
     prompt = text = place = ""
     if done and not stopped and config.model.task == "language" and data.tokenizer:
-        notice("generating a sample …")
+        print_status("generating a sample …")
         prompt = summary.sample_prompt(config, data)
         generate = dataclasses.replace(config.generate, prompt=prompt)
         asked = dataclasses.replace(config, generate=generate)
         text = sample(asked, run.program, params, data.tokenizer)
     if report is not None and config.train.report and not stopped:
         watchdog.at("reporting", slow=True)
-        notice("writing the report …")
+        print_status("writing the report …")
         root = run.store.directory.parent
         place = report(config, run.program, params, data, root, run.step)
+    if not is_process_zero():
+        return ""
     if stopped or not done:
         return summary.stop_text(config, run.step, stopped)
     return summary.end_text(config, workdir, run.step, prompt, text, place)
@@ -133,11 +135,11 @@ def agreed_data(config: Config, workdir: str | None, **options: Any) -> tuple[Co
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
     coordination.assert_same(found, "give every machine the same data and the same interpreter")
     if why := data.record.get("bits_per_byte"):
-        notice(f"uoe: bits_per_byte is {why}")
+        print_status(f"uoe: bits_per_byte is {why}")
     return config, data
 
 
-def notice(text: str) -> None:
+def print_status(text: str) -> None:
     """Prints a line on stderr in process 0, before there is a progress bar."""
     if is_process_zero():
         print(text, file=sys.stderr, flush=True)

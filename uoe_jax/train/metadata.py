@@ -111,12 +111,14 @@ def metadata_or_fault(path: epath.Path) -> dict[str, Any] | str:
     """The metadata, or what is wrong with them; called in process 0."""
     try:
         found = json.loads((path / METADATA).read_bytes())["custom_metadata"]
-        found["format_version"]
-        # Before the version is trusted: every later format keeps this digest.
-        return found if _has_digest(found) else f"{METADATA} is not as it was written"
+        is_old = found["format_version"] == 1 and "leaves" in found  # which had no digest
+        if not is_old:  # before the version is trusted: every later format keeps this digest
+            return found if _has_digest(found) else f"{METADATA} is not as it was written"
     except Exception as error:
         raise_if_transient(path, error)
         return f"{METADATA} has lost its content: {first_line(error)}"
+    problem = "format_version=1 is of an older uoe_jax and is not read any more"
+    raise UserError(f"{path}: {problem}; start in a new --workdir")
 
 
 def _digest(content: Mapping[str, Any]) -> str:

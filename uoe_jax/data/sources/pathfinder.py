@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from uoe_jax.config.data import PathfinderConfig
 from uoe_jax.data.examples import SPLITS, Example, Indexed, LabelledSource
@@ -100,6 +99,8 @@ def _size(file: Path, i: int) -> int:
 
 def read_png(file: Path, what: str) -> np.ndarray:
     """uint8 [height, width, 1] in grey. Raises UserError, with `what` it is, for a damaged PNG."""
+    from PIL import Image  # only here: commands that read no images start without it
+
     try:
         data = file.read_bytes()
         with Image.open(BytesIO(data), formats=["PNG"]) as image:
