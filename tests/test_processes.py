@@ -157,29 +157,40 @@ def test_two_processes_are_one_and_stop_together(source, tmp_path):
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.expert=2")
 
 
-CUTS = [(1, 8), (2, 4), (4, 2)]
+CUTS = [(2, 4), (4, 2)]  # processes and their devices
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """The run of one process with all devices."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    trained(1, 8, source, folder, *MESH)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_every_cut_into_processes_gives_the_same_numbers(sequence_parallel, source, tmp_path):
+def test_every_cut_into_processes_gives_the_same_numbers(
+    sequence_parallel, whole, source, tmp_path
+):
     """Every logged value and all of the checkpoint, bit for bit; a canary, too, for Gloo's reduce-scatter."""
-    mesh = (*MESH, f"--config.mesh.sequence_parallel={sequence_parallel}")
-    for n, devices in CUTS:
+    mesh, one = (*MESH, f"--config.mesh.sequence_parallel={sequence_parallel}"), whole
+    if sequence_parallel:
+        one = tmp_path / "1"
+        trained(1, 8, source, one, *mesh)
+    for n, devices in CUTS if sequence_parallel else CUTS[:1]:
         trained(n, devices, source, tmp_path / f"{n}", *mesh)
-    for n, _ in CUTS[1:]:
-        assert_same_run(tmp_path / "1", tmp_path / f"{n}", 20)
+        assert_same_run(one, tmp_path / f"{n}", 20)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_continued_by_any_number_of_processes(source, tmp_path):
+def test_a_checkpoint_is_continued_by_any_number_of_processes(whole, source, tmp_path):
     """Stopped at steps 7 and 13, by 2, 1 and 4 processes in turn: every metric and the last checkpoint bit for bit those of
     a run that was not stopped. On other meshes in turn, losses to 1e-5."""
-    trained(1, 8, source, tmp_path / "whole", *MESH)
     stops = [f"--config.train.stop_after={stop}" for stop in (7, 13, 20)]
     for stop, (n, devices) in zip(stops, ((2, 4), (1, 8), (4, 2))):
         trained(n, devices, source, tmp_path / "chain", *MESH, stop)
-    assert_same_run(tmp_path / "whole", tmp_path / "chain", 20)
+    assert_same_run(whole, tmp_path / "chain", 20)
     meshes = (
         MESH,
         ("--config.mesh.data=8",),
@@ -187,9 +198,7 @@ def test_a_checkpoint_is_continued_by_any_number_of_processes(source, tmp_path):
     )
     for stop, mesh, (n, devices) in zip(stops, meshes, ((2, 4), (1, 8), (4, 2))):
         trained(n, devices, source, tmp_path / "meshes", *mesh, stop)
-    for one, other in zip(
-        metric_lines(tmp_path / "whole"), metric_lines(tmp_path / "meshes"), strict=True
-    ):
+    for one, other in zip(metric_lines(whole), metric_lines(tmp_path / "meshes"), strict=True):
         for key in {"train/loss", "eval/loss"} & one.keys():
             assert one[key] == pytest.approx(other[key], rel=1e-5), (one["step"], key)
 

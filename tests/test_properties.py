@@ -306,7 +306,7 @@ def check_causality(case: Case) -> None:
         np.testing.assert_array_equal(np.asarray(f(x.at[:, t].set(other[:, t])))[:, :t], y[:, :t])
 
 
-FEW, MANY = 4, 20
+FEW, MANY = 4, 10
 
 
 @examples(max_examples=FEW)
