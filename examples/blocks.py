@@ -1,7 +1,6 @@
-"""A block of two unions of experts in a model of your own: no trainer, no config file, no mesh. `python examples/blocks.py`
+"""A block of two unions of experts in a model of your own: run it with `python examples/blocks.py`.
 
-Two unions make one pre-norm block; a batch is routed, and a few steps of plain Flax and optax teach it to repeat the token
-of four places ago, which the attention must find.
+Plain Flax and optax teach it to repeat the token of four places ago, which the attention must find.
 """
 
 import jax
@@ -17,27 +16,26 @@ D, HEADS, HIDDEN, VOCABULARY, LENGTH = 64, 8, 256, 16, 32
 class Model(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         routing = RoutingConfig(n_experts=4, k=2, capacity_factor=1.25, capacity_window=16)
-        self.words = nnx.Embed(VOCABULARY, D, rngs=rngs)
-        self.places = nnx.Embed(LENGTH, D, rngs=rngs)
+        self.embed = nnx.Embed(VOCABULARY, D, rngs=rngs)
+        self.positions = nnx.Embed(LENGTH, D, rngs=rngs)
         self.attention = SMHA(D, HEADS, routing, causal=True, rngs=rngs)  # 4 experts of 2 heads
         self.mlp = UoME(D, HIDDEN, routing, causal=True, rngs=rngs)  # 4 experts of 64 hidden units
         self.norms = nnx.List([nnx.LayerNorm(D, rngs=rngs) for _ in range(3)])
 
     def __call__(self, tokens_BL):
-        x_BLD = self.words(tokens_BL) + self.places(jnp.arange(LENGTH))
+        x_BLD = self.embed(tokens_BL) + self.positions(jnp.arange(LENGTH))
         y_BLD, attention = self.attention(self.norms[0](x_BLD))
         x_BLD += y_BLD
         y_BLD, mlp = self.mlp(self.norms[1](x_BLD))
-        return self.words.attend(self.norms[2](x_BLD + y_BLD)), (attention, mlp)
+        return self.embed.attend(self.norms[2](x_BLD + y_BLD)), (attention, mlp)
 
 
 @nnx.jit
 def train_step(model, optimizer, tokens_BL):
     def loss_of(model):
         logits_BLV, stats = model(tokens_BL)
-        nll_BL = optax.softmax_cross_entropy_with_integer_labels(
-            logits_BLV[:, 4:], tokens_BL[:, :-4]
-        )
+        score = optax.softmax_cross_entropy_with_integer_labels
+        nll_BL = score(logits_BLV[:, 4:], tokens_BL[:, :-4])
         balance = sum(s.balance for s in stats) / len(tokens_BL)  # 1 each where the load is even
         return nll_BL.mean() + 0.01 * balance, (nll_BL.mean(), stats)
 
@@ -54,9 +52,8 @@ def main():
         loss, stats = train_step(model, optimizer, tokens_BL)
         if step % 50 == 0:
             loads = [[round(float(n)) for n in s.chosen_N] for s in stats]
-            print(
-                f"step {step}: loss {loss:.3f}, tokens by expert: attention {loads[0]}, MLP {loads[1]}"
-            )
+            shown = f"tokens by expert: attention {loads[0]}, MLP {loads[1]}"
+            print(f"step {step}: loss {loss:.3f}, {shown}")
     return float(loss)
 
 

@@ -130,8 +130,12 @@ def test_every_config_is_here():
 QUICK = ("cifar10",)
 
 
+ALIKE = ("quickstart", "lm1b", "uoe_7b", "lra_image")  # other tests or other names train these
+
+
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NEEDS]
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NEEDS if n not in ALIKE],
 )
 def test_tiny_trains_five_steps_and_evaluates(name, tmp_path, capsys, as_commands_run):
     overrides = NEEDS[name](tmp_path / "data")
