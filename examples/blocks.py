@@ -52,8 +52,7 @@ def main():
         loss, stats = train_step(model, optimizer, tokens_BL)
         if step % 50 == 0:
             loads = [[round(float(n)) for n in s.chosen_N] for s in stats]
-            shown = f"tokens by expert: attention {loads[0]}, MLP {loads[1]}"
-            print(f"step {step}: loss {loss:.3f}, {shown}")
+            print(f"step {step}: loss {loss:.3f}, tokens by expert (attention, MLP):", *loads)
     return float(loss)
 
 
