@@ -633,12 +633,12 @@ def test_operations_are_matched_on_a_mesh_too():
 def test_a_table_from_nothing_to_the_end_with_a_stop_in_between(tmp_path):
     """Real processes: SIGTERM while a row trains gives 75, the same command goes on, and a third time trains nothing."""
     args = [
-        "compare", "--config=compare/digits:tiny", f"--workdir={tmp_path / 'table'}", "--config.rows=full_attention,deepseek_v3,uoe",
+        "compare", "--config=compare/digits:tiny", f"--workdir={tmp_path / 'table'}", "--config.rows=full_attention,uoe",
         "--config.base.train.steps=30", "--config.learning_rates=0.001,0.003",
     ]  # fmt: skip
     env = environment(UOE_CACHE=str(tmp_path / "cache"))
     process = uoe_process(*args, env=env)
-    first = tmp_path / "table" / "rows" / "deepseek-v3" / "seed_0" / "metrics.jsonl"
+    first = tmp_path / "table" / "rows" / "uoe" / "seed_0" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not first.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
@@ -654,7 +654,7 @@ def test_a_table_from_nothing_to_the_end_with_a_stop_in_between(tmp_path):
     )  # what was finished is not started again
     assert "| uoe " in out and (tmp_path / "table" / "table.md").exists()
     measured = json.loads((tmp_path / "table" / "measured.json").read_text())
-    assert set(measured["rows"]) == {"full-attention", "deepseek-v3", "uoe"}
+    assert set(measured["rows"]) == {"full-attention", "uoe"}
     assert all(row["ratio"] > 0 and row["bytes"] > 0 for row in measured["rows"].values())
     rates = json.loads((tmp_path / "table" / "rates.json").read_text())
     assert all(set(tried) == {"0.001", "0.003"} for tried in rates.values())

@@ -65,14 +65,8 @@ def whole_pair(source, tmp_path_factory):
     "fault, stops_at",
     [
         ("term@evaluation@7@0", 7),
-        pytest.param(
-            "term@training@0@0", 1, marks=pytest.mark.slow
-        ),  # comes before the first step, which then compiles
         pytest.param("term@restoring@None@0", 0, marks=pytest.mark.slow),
         pytest.param("term@saving@10@0", 10, marks=pytest.mark.slow),
-        pytest.param(
-            "term@evaluation@20@0", 20, marks=pytest.mark.slow
-        ),  # the last one, of the whole split
         pytest.param(
             "term@training@8@0,term@saving@9@0", 9, marks=pytest.mark.slow
         ),  # twice, the second while it saves
