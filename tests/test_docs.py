@@ -356,7 +356,7 @@ def test_pages_have_every_key_and_what_the_docstrings_say(pages):
         "n_heads: int, routing: RoutingConfig",
         "Raises",
         "[source]",
-        "[N,B,g,S,Dh]",
+        "[N,B,g,S,k]",
     ):  # arguments, errors, source, shapes
         assert said in layers, said
 

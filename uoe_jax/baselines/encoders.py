@@ -159,7 +159,7 @@ class Performer(EncoderAttention):
     """model.attention='performer': positive orthogonal random features, FAVOR+.
 
     Choromanski et al. 2020, arXiv 2009.14794. exp(q·k) is the mean of φ(q)·φ(k) over J random
-    directions w, with φ(x) = exp(w·x − x·x/2); keys and values are then summed once for all
+    directions w, with φ(x) = exp(w·x − ‖x‖²/2); keys and values are then summed once for all
     queries. Directions are orthogonal in blocks of Dh, with the length of normal vectors, drawn
     once with the weights and shared by the heads of a layer (the authors can redraw them in
     training). Padding has no features φ(k), and the maximum subtracted in the exponents is of a

@@ -102,7 +102,9 @@ class ModelConfig:
     dtype: str = key("float32", "compute dtype; parameters are float32", choices=DTYPES)
     # Under fsdp, "none" also keeps the gathered weights for the backward pass.
     remat: str = free_key(
-        "slots", "remat policy: nothing, slots, all but matmuls, or whole blocks", choices=REMAT
+        "slots",
+        "remat policy: recompute nothing, slots and scores, all but matmuls, or whole layers",
+        choices=REMAT,
     )
     smha: RoutingConfig = RoutingConfig()
     uome: RoutingConfig = RoutingConfig()
@@ -257,7 +259,7 @@ class TrainConfig:
     label_smoothing: float = key(0.0, "label smoothing of a classifier", low=0, high=0.99)
     init_from: str = key("", "workdir or checkpoint whose matching parameters to start from")
     init_from_any: bool = free_key(False, "allow init_from a run with another tokenizer")
-    deterministic: bool = free_key(False, "bit-identical runs on GPUs too, which is slower")
+    deterministic: bool = free_key(False, "bit-identical runs on GPUs too; may be slower")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,10 @@ from uoe_jax.errors import UserError
 class LabelledRows:
     """One split, by index. `rows[i]` is a dict of arrays:
 
-    - inputs: int32 [L] token ids, 0 at padding ([2,L] of pairs), or an image
-      uint8 [height,width,channels].
-    - segments: int32 [L] ([2,L] of pairs), 1 at tokens, 0 at padding; of images [tokens].
-    - label, other: int32 [], classes; -1 in a row of padding.
-    - share: float32 [], the weight of `label` in the target; `other` has the rest (mixed images).
+    inputs: int32 [L] ids, 0 at padding ([2,L] of pairs); images uint8 [height,width,channels].
+    segments: int32 [L] ([2,L] of pairs), 1 at tokens, 0 at padding; of images [tokens].
+    label, other: int32 [], classes; -1 in a row of padding.
+    share: float32 [], the weight of `label` in the target; `other` has the rest (mixed images).
     """
 
     def __init__(

@@ -47,10 +47,10 @@ def attend(
     Args:
       segments: int32 [R,S]; a token attends to its own segment only. None: no restriction.
       causal: a token attends to itself and those before it in the order given.
-      drop_rate: dropout of the attention weights, drawn for each row and key/value head from
-        its key (`group_keys`); None: no dropout.
-      lengths: int32 [R], of rows whose last places are empty; the output of an empty place is
-        unspecified, but finite.
+      drop_rate: dropout of the attention weights, where there are keys.
+      keys_RG: a random key for each row and key/value head (`group_keys`); None: no dropout.
+      lengths: int32 [R], the filled places of each row; the others come last, and nothing attends
+        to them. The output of an empty place is unspecified; a kernel may leave NaN there.
     """
     r, s, h, dh = q.shape
     g, dv = v.shape[2:]

@@ -81,7 +81,7 @@ def along_last(v: Array, like: Array) -> Array:
 
 
 def add_bias(y: Array, bias: nnx.Param | Array | None) -> Array:
-    """y [...,X] plus a bias along its last axes, or of as many axes; None: y.
+    """y plus a bias that has the last axes of y, or as many axes with some of size 1; None: y.
 
     Added in float32 and then rounded: the gradient of a bias sums over all tokens, and a running
     sum in 16 bits stops growing once it is a few hundred times a term.

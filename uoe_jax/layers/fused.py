@@ -25,7 +25,9 @@ Kernel = Literal["cudnn", "xla"]
 
 
 def fits_cudnn(q: Array, v: Array, drop_rate: float) -> bool:
-    """Whether cuDNN takes these: 16 bits, an even length, heads of one width, at most 128."""
+    """Whether cuDNN's kernel can be used: on an NVIDIA GPU, in 16 bits, without dropout, for rows
+    of even length and heads whose keys and values have one width, a multiple of 8 up to 128.
+    """
     dh, even = q.shape[-1], q.shape[1] % 2 == 0
     sizes = dh == v.shape[-1] and dh % 8 == 0 and dh <= 128 and even
     return q.dtype.itemsize == 2 and sizes and not drop_rate and _on_nvidia()

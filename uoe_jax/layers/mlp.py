@@ -21,7 +21,10 @@ def mlp_options(c: ModelConfig) -> dict[str, Any]:
 
 
 class MLP(Block):
-    """y = act(x·W_up [, x·W_gate])·W_down. On a mesh, hidden units are sharded over `expert`."""
+    """y = act(x·W_up)·W_down; gated, y = (act(x·W_gate) * (x·W_up))·W_down. Biases are optional.
+
+    On a mesh, hidden units are sharded over `expert`.
+    """
 
     def __init__(
         self,

@@ -35,10 +35,12 @@ class RouterCache(NamedTuple):
 
 
 class Router(nnx.Module):
-    """softmax(summary·W_g + b_g) in float32, of the patch's mean, or its first token if causal.
+    """Logits summary·W_g + b_g in float32 for patches and whole sequences, and what follows.
 
-    `kernel` and `bias` route patches, `sequence_kernel` and `sequence_bias` whole sequences, by the
-    mean of their valid tokens; `routing.unit` says which exist. `rule` says what logits mean.
+    The summary of a patch is the mean of its valid tokens, or its first token if causal; that of a
+    sequence is the mean of its valid tokens. `kernel` and `bias` are for patches, `sequence_kernel`
+    and `sequence_bias` for sequences; `routing.unit` says which exist. `rule` turns logits into
+    scores, choices and combine weights; that of unions takes the softmax.
     """
 
     def __init__(

@@ -34,9 +34,13 @@ class SMHA(Union):
       d_model, n_heads, n_kv_heads: D, H and G of the whole block; an expert has H/N and G/N heads.
       routing: N, K, capacity, patch size, gate.
       bias: biases of q, k, v per expert, and one output bias. qkv_bias: the former alone.
-      causal: refuse routing that depends on later tokens. drop_rate: dropout of attention weights.
+      causal: a token sees no later one, the first token of a patch chooses for all of it, and
+        routing that depends on later tokens is refused.
+      drop_rate: dropout of attention weights.
       qk_norm_eps: RMSNorm over every query and key, with one scale for all experts; None: none.
-      dtype: compute dtype; weights are float32. rule: what the router's logits mean.
+      dtype: compute dtype; weights are float32.
+      out_scale: factor on the initial standard deviation of the output projection.
+      rule: what the router's logits mean.
 
     Raises:
       ValueError: N does not divide H or G; K > N; causal with a unit or priority that depends on

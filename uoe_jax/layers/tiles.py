@@ -14,7 +14,7 @@ def tile(length: int) -> int:
 
 
 def pairs(length: int, causal: bool) -> list[tuple[int, int]]:
-    """(tile of queries, tile of keys) of all tiles that are computed: none behind a causal mask."""
+    """(tile of queries, tile of keys) of all that are computed; causal: no tile of later keys."""
     n = -(-length // tile(length))
     return [(i, j) for i in range(n) for j in range(i + 1 if causal else n)]
 

@@ -20,7 +20,7 @@ from uoe_jax.moe.routing import UNION, RoutingRule, RoutingStats, Selection
 
 
 class Slots(NamedTuple):
-    """What the experts know of the tokens in their slots.
+    """What the experts get beside the activations: the tokens in their slots, by expert and row.
 
     Attributes:
       weight_NRS: float32 combine weight, 0 for padding tokens and empty slots.
@@ -71,11 +71,12 @@ class Union(Block):
     2. Each of the shard's experts lists its patches by slot (`Selection`).
     3. Dispatch: the tokens are gathered to the slots, then projected into the experts; or, with
        routing.order='project', projected first. The values are the same, the costs are not.
-    4. The experts work on their slots, and weigh their outputs.
+    4. Each expert works on its slots. Its values are multiplied by their combine weights.
     5. Combine: the outputs are added at the tokens' places, and over `expert` by one reduction.
     6. The output bias is added once. Padding tokens get zeros.
 
-    A subclass sets `bias_out` and writes `_project` (into every expert) and `_experts` (the rest).
+    A subclass sets `bias_out` and writes `_project` (tokens to every expert's first projections)
+    and `_experts` (from these to weighted outputs); to decode, `_start_cache` and `decode_step`.
     """
 
     def __init__(

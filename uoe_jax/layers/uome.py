@@ -25,9 +25,12 @@ class UoME(Union):
       routing: N, K, capacity, patch size, gate.
       activation: gelu, gelu_tanh, relu, swiglu or geglu.
       bias: hidden biases per expert, and one output bias.
-      causal: refuse routing that depends on later tokens.
+      causal: the first token of a patch chooses for all of it, and routing that depends on later
+        tokens is refused.
       dtype: compute dtype; weights are float32.
-      fan_in: of the output projection's initialisation; 0: F. rule: what the router's logits mean.
+      out_scale, fan_in: the output projection starts with standard deviation
+        out_scale / sqrt(fan_in); fan_in=0 stands for F.
+      rule: what the router's logits mean.
 
     Raises:
       ValueError: N does not divide F; K > N; causal with a unit or priority that depends on later

@@ -28,7 +28,7 @@ def abstract_weights(c: ModelConfig) -> dict[str, nnx.Variable]:
 
 
 def parameters(c: ModelConfig, *within: str) -> int:
-    """Parameters of the model, or of those of its attributes that are named."""
+    """Parameters of the model; within: only those of its attributes of these names."""
     weights = abstract_weights(c).items()
     return sum(math.prod(w.shape) for path, w in weights if not within or _top(path) in within)
 

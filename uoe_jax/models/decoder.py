@@ -40,7 +40,7 @@ from uoe_jax.moe.routing import RoutingStats
 
 Layers = tuple[nnx.State, ...]  # the weights of every layer
 M = TypeVar("M", bound=nnx.Module)
-Stats = dict[str, RoutingStats]  # by block ("smha", "uome"); leaves stacked over layers
+Stats = dict[str, RoutingStats]  # by name of the routed block; leaves stacked over layers
 
 
 class Cache(NamedTuple):

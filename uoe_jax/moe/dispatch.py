@@ -78,7 +78,8 @@ def pack(
     """Numbers the kept patches of each expert in ascending order and lists them by slot.
 
     Args:
-      kept_BMN: at most `c` patches of a row for each expert, and none where it has no buffer row.
+      kept_BMN: bool, whether an expert takes a patch: at most `c` of a row, and none of a row for
+        which it has no buffer row.
       rows: (sequence_NR, row_of_BN); None: all rows in order (`all_sequences`).
     """
     b, m, n = kept_BMN.shape
@@ -227,7 +228,7 @@ _combine.defvjp(
 
 
 def _own_rows(a_NXY: Array, index_NY: Array) -> Array:
-    """Values [N,X,X] of each expert at its own indices [N,…] into X."""
+    """[N,…,Y]: of each expert's rows [N,X,Y], those at its own indices [N,…] into X."""
     n, x, f = a_NXY.shape
     first_N = x * jnp.arange(n, dtype=jnp.int32).reshape(n, *(1,) * (index_NY.ndim - 1))
     return a_NXY.reshape(n * x, f).at[index_NY + first_N].get(mode="promise_in_bounds")

@@ -1,6 +1,6 @@
-"""Routing: scores in, `Selection` out. Pure functions; no parameters, no mesh.
+"""Routing: logits in, `Decision` out (`decide`); its `pack` lists it by slot as a `Selection`.
 
-Letters in `layers.common`. A sequence is a row of the batch.
+Pure functions; no parameters, no mesh. Letters in `layers.common`; a sequence is a batch row.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def by_sorting(offered_BNM: Array, capacity_B: Array, slots: int) -> Array:
 
 
 def by_counting(offered_BNM: Array, capacity_B: Array, slots: int) -> Array:
-    """`by_sorting` without a sort: finds the bits of the smallest kept value, each by counting."""
+    """`by_sorting` without a sort: counts values to find the smallest kept one, bit by bit."""
     # The bits of non-negative floats are in their order; those of the others are negative.
     bits_BNM = jax.lax.bitcast_convert_type(offered_BNM, jnp.int32)
     wanted_BN1 = jnp.minimum(capacity_B, slots)[:, None, None]
@@ -222,7 +222,9 @@ def decide(
     keys_B: Array | None = None,
     rule: RoutingRule = UNION,
 ) -> tuple[Decision, RoutingStats]:
-    """Routes every patch; rows do not depend on each other, but under `sequence_capacity_factor`.
+    """Decides which experts take each patch, and the combine weights.
+
+    A row depends on others only under `sequence_capacity_factor`, in training.
 
     Args:
       logits_BMN: float32 logits of the patches' router; None with unit="sequence".
