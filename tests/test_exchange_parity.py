@@ -311,7 +311,7 @@ def test_the_documented_example_gives_the_text_of_uoe_generate(start, majors, tm
         (ROOT / "docs" / "exchange.md")
         .read_text()
         .split("## A model tuned on text of your own")[1]
-        .split("## Out")[0]
+        .split("\n## ")[0]
     )
     commands = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("    uoe ")]
     program = re.search("```python\n(.*?)```", page, re.DOTALL)[1]
