@@ -97,10 +97,7 @@ def test_a_checkpoint_evaluated_after_a_stop_can_be_the_best(source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault, code",
-    [("term@testing@20@0", 75), ("kill@testing@20@0", -9), ("kill@generating@None@0", -9)],
-)
+@pytest.mark.parametrize("fault, code", [("kill@testing@20@0", -9)])
 def test_the_test_split_is_read_once_whatever_happens(fault, code, source, tmp_path):
     args = train_args(source, tmp_path / "run", "--config.eval.test=true")
     assert run(*args, faults=fault)[0] == code
@@ -125,15 +122,9 @@ def test_an_evaluation_made_up_for_is_logged_once(whole, source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "term@evaluation@7@1",
-        "term@saving@10@1,term@training@10@1",  # twice, on the one that is not the coordinator
-        "term@training@3@0,term@training@3@1",
-    ],
-)
-def test_sigterm_to_one_of_two_processes(fault, whole_pair, source, tmp_path):
+def test_sigterm_to_one_of_two_processes(whole_pair, source, tmp_path):
+    """Twice, while it saves, and it is not the coordinator."""
+    fault = "term@saving@10@1,term@training@10@1"
     args = train_args(source, tmp_path / "run")
     # JAX looks for the signal once a second, and longer on a busy machine: time to agree on a step before the last one.
     later = "".join(f",slow@training@{i}@0" for i in range(12, 20))
@@ -153,18 +144,13 @@ LOST = {
         [77, 1],
         "process 1 ended at step 5 (training) with exit code 1: ValueError: boom",
     ),
-    "kill@training@8@1": ([77, -9], "process 1 was lost at step"),
     "hang@training@8@1": (
         [77, 77],
         "process 1 hangs at step 8 (training): nothing has happened there for 3 s",
     ),
     "kill@training@8@0": ([-9, 77], "process 0 was lost at step"),
-    "spin@training@8@1": ([77, 77], "process 1 hangs at step 8 (training)"),
     "stop@training@8@1": ([77, None], "process 1 was lost at step"),
-    "stop@training@8@0": ([None, 77], "process 0 was lost at step"),
-    "kill@evaluation@7@0": ([-9, 77], "process 0 was lost at step"),
     "kill@saving@10@1": ([77, -9], "process 1 was lost at step"),
-    "raise@saving@10@0": ([1, 77], "process 0 ended at step 10 (saving)"),
 }
 QUICK = ("kill@training@8@0",)
 
@@ -210,7 +196,6 @@ def test_no_process_waits_for_one_that_is_gone(fault, source, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, code, sentence", [
-    ("raise", 1, "process 2 ended at step 5 (training) with exit code 1: ValueError: boom"),
     ("kill", -9, "process 2 was lost at step"),
 ])  # fmt: skip
 def test_four_processes_all_hear_of_it(kind, code, sentence, source, tmp_path):

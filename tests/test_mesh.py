@@ -256,21 +256,17 @@ def over_expert(found: list[Collective]) -> list[tuple[str, tuple[int, ...]]]:
     )
 
 
+CUT_KINDS = ("uome", "smha", "mlp", "attention", "mla", "deepseek_moe")
+KINDS = [
+    *((kind, MESHES[2]) for kind in CUT_KINDS),
+    *(slow(kind, MESHES[2]) for kind in BASELINES if kind not in CUT_KINDS),
+    *(slow(kind, shape) for kind in CUT_KINDS for shape in MESHES[:2] + MESHES[3:]),
+]
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize(
-    "kind",
-    [
-        "uome",
-        "smha",
-        "mlp",
-        "attention",
-        "mla",
-        "deepseek_moe",
-        *(slow(p) for p in BASELINES if p not in ("mla", "deepseek_moe")),
-    ],
-)
-@pytest.mark.parametrize(
-    "shape", [MESHES[2], *map(slow, MESHES[:2] + MESHES[3:])], ids=lambda s: "x".join(map(str, s))
+    "kind, shape", KINDS, ids=lambda v: v if isinstance(v, str) else "x".join(map(str, v))
 )
 def test_one_reduction_over_expert(kind, shape, sequence_parallel):
     """Forward: one all-reduce of the device's activations; or one all-gather and one reduce-scatter."""
