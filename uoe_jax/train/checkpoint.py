@@ -201,13 +201,9 @@ class CheckpointStore:
         path, found = self._path(step), metadata_lib.ranking_loss({"loss": loss})
         if found is None:
             return
-
-        def write() -> None:
-            problem = f"{path}: the validation loss cannot be written here"
-            with os_error_as(RunError, problem, _AGAIN):
-                metadata_lib.write_loss(path, found)
-
-        on_process_zero(write)
+        problem = f"{path}: the validation loss cannot be written here"
+        guarded = os_error_as(RunError, problem, _AGAIN)(metadata_lib.write_loss)
+        on_process_zero(lambda: guarded(path, found))
         self._losses[step] = found
 
     def metadata(self, step: int) -> dict[str, Any]:
