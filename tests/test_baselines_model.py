@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -253,7 +252,6 @@ def test_gradients_of_biases_are_summed_in_float32(blocks):
         assert reference.norm_error(found[name], wanted[name]) < 0.02, name
 
 
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 ON_MESH = {
     "mla, deepseek_moe as V3": {**CAUSAL["mla, deepseek_moe as V3"], "n_heads": 8, "d_model": 32},
     "moh, skywork_moe": dict(
@@ -263,7 +261,8 @@ ON_MESH = {
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["mla, deepseek_moe as V3", slow("moh, skywork_moe")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_MESH)
 def test_every_mesh_gives_the_same_run(name, sequence_parallel):
     changes = dict(model=ON_MESH[name])
     assert_same(run(ONE, 3, **changes), run(sized(1, 2, 2, 2, sequence_parallel), 3, **changes))

@@ -64,7 +64,7 @@ def whole_pair(source, tmp_path_factory):
 @pytest.mark.parametrize(
     "fault, stops_at",
     [
-        ("term@evaluation@7@0", 7),
+        pytest.param("term@evaluation@7@0", 7, marks=pytest.mark.slow),
         pytest.param("term@restoring@None@0", 0, marks=pytest.mark.slow),
         pytest.param("term@saving@10@0", 10, marks=pytest.mark.slow),
         pytest.param(

@@ -257,6 +257,7 @@ def test_the_label_says_whether_one_path_joins_the_dots(keys):
         assert one and other and (one == other) == label
 
 
+@pytest.mark.slow
 def test_images_hold_two_long_paths_and_distractors(default):
     images, labels = default
     assert images.dtype == np.uint8 and images.shape == (2000, 32, 32)

@@ -241,6 +241,7 @@ def test_training_writes_it(trained):
     assert "return x" in text or "def f" in text
 
 
+@pytest.mark.slow
 def test_it_needs_nothing_else(trained):
     """No script, style, picture or font comes from elsewhere."""
     page = (trained / "report.html").read_text()

@@ -218,6 +218,7 @@ def test_a_classifier_gives_no_text(tmp_path, as_commands_run):
     )
 
 
+@pytest.mark.slow
 def test_prepared_data_may_move(tmp_path, as_commands_run):
     first, second = cifar(tmp_path / "first"), tmp_path / "second"
     args = (str(tmp_path / "run"), sample)

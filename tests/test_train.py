@@ -216,6 +216,7 @@ def test_eval_counts_every_row_once(finished, source):
     assert code == 0 and json.loads(out)["step"] == 15
 
 
+@pytest.mark.slow
 def test_generate(finished):
     workdir = finished[0]
     args = ("generate", f"--workdir={workdir}", "--prompt=def f1_1(x):", "--max_tokens=12")
