@@ -61,15 +61,14 @@ def whole_pair(source, tmp_path_factory):
 # --- asked to stop ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, stops_at",
     [
-        pytest.param("term@evaluation@7@0", 7, marks=pytest.mark.slow),
-        pytest.param("term@restoring@None@0", 0, marks=pytest.mark.slow),
-        pytest.param("term@saving@10@0", 10, marks=pytest.mark.slow),
-        pytest.param(
-            "term@training@8@0,term@saving@9@0", 9, marks=pytest.mark.slow
-        ),  # twice, the second while it saves
+        ("term@evaluation@7@0", 7),
+        ("term@restoring@None@0", 0),
+        ("term@saving@10@0", 10),
+        ("term@training@8@0,term@saving@9@0", 9),  # twice, the second while it saves
     ],
 )
 def test_sigterm_wherever_it_comes(fault, stops_at, whole, source, tmp_path):
