@@ -138,7 +138,7 @@ def source(tmp_path_factory):
     return write_source(tmp_path_factory.mktemp("source") / "files", 90)
 
 
-WHOLE_RUNS, STEPS_ALONE = (3, 7, 11), range(12, 18)  # 11: float16, two sittings
+WHOLE_RUNS, STEPS_ALONE = (7, 11), range(12, 16)  # 11: float16, two sittings
 
 
 @pytest.mark.slow

@@ -167,13 +167,8 @@ def test_a_checkpoint_is_continued_by_any_number_of_processes(source, tmp_path):
     for stop, (n, devices) in zip(stops, ((2, 4), (1, 8), (4, 2))):
         trained(n, devices, source, tmp_path / "chain", *parallel, stop)
     assert_same_run(whole, tmp_path / "chain", 20)
-    meshes = (
-        MESH,
-        ("--config.mesh.data=8",),
-        ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.mesh.sequence_parallel=True"),
-    )
-    for stop, mesh, (n, devices) in zip(stops, meshes, ((2, 4), (1, 8), (4, 2))):
-        trained(n, devices, source, tmp_path / "meshes", *mesh, stop)
+    for stop, mesh in ((stops[0], MESH), (stops[2], ("--config.mesh.fsdp=4",))):
+        trained(1, 8, source, tmp_path / "meshes", *mesh, stop)
     for one, other in zip(metric_lines(whole), metric_lines(tmp_path / "meshes"), strict=True):
         for key in {"train/loss", "eval/loss"} & one.keys():
             assert one[key] == pytest.approx(other[key], rel=1e-5), (one["step"], key)

@@ -130,7 +130,14 @@ def test_every_config_is_here():
 QUICK = ("cifar10",)
 
 
-ALIKE = ("quickstart", "lm1b", "uoe_7b", "lra_image")  # other tests or other names train these
+ALIKE = (
+    "quickstart",
+    "lm1b",
+    "uoe_7b",
+    "lra_image",
+    "lra_text",
+    "digits",
+)  # other tests or other names train these
 
 
 @pytest.mark.parametrize(
