@@ -24,7 +24,7 @@ from uoe_jax.config.validate import check_training
 from uoe_jax.data.registry import known_vocabulary, text_source
 from uoe_jax.data.tokenizers.hf import HFTokenizer
 from uoe_jax.data.tokenizers.workdir import check_tokenizer
-from uoe_jax.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, ConfigError, UserError
+from uoe_jax.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, ConfigError, UserError, os_error_as
 from uoe_jax.exchange.transfer import run_export
 from uoe_jax.infer.command import run_generate
 from uoe_jax.infer.experts import choices
@@ -195,16 +195,13 @@ def train_tokenizer(options: argparse.Namespace, overrides: dict[str, str]) -> N
 
 def _write_once(out: Any, content: Any, shown: str) -> None:
     """Writes a JSON file, or leaves it if it is the same; UserError if it holds anything else."""
-    try:
-        with os_errors(out):
-            if not out.exists():
-                write_json(out, content)
-            elif out.read_bytes() != (json.dumps(content, indent=2) + "\n").encode():
-                remedy = "holds something else already; remove it, or give another file"
-                raise UserError(f"--out={shown}: {remedy}")
-    except OSError as error:
-        why = f"cannot be written ({error.strerror or error})"
-        raise UserError(f"--out={shown}: {why}; fix that, or give another file") from error
+    problem, remedy = f"--out={shown}: cannot be written", "fix that, or give another file"
+    with os_error_as(UserError, problem, remedy), os_errors(out):
+        if not out.exists():
+            write_json(out, content)
+        elif out.read_bytes() != (json.dumps(content, indent=2) + "\n").encode():
+            why = "holds something else already; remove it, or give another file"
+            raise UserError(f"--out={shown}: {why}")
 
 
 def _check_workdir(path: str) -> None:

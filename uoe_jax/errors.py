@@ -41,6 +41,9 @@ class BadNumbers(UserError):
     exit_code = EXIT_BAD_NUMBERS
 
 
+AGAIN = "fix that and run the same command again"  # the remedy where a cause outside was removed
+
+
 def reason(error: BaseException) -> str:
     """What an error says: of an OSError the system's text, without path and number."""
     return getattr(error, "strerror", None) or str(error)

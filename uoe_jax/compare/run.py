@@ -100,7 +100,8 @@ def compare(table: Table, workdir_name: str) -> int:
 
 def _prepare(table: Table, name: str, workdir: epath.Path) -> None:
     """Makes, locks and claims the workdir; a new one only after devices and data were checked."""
-    try:
+    problem = f"--workdir={name}: cannot be written"
+    with errors.os_error_as(UserError, problem, "give a directory you may write to"):
         with os_errors(name):
             is_new = not (workdir / files.TABLE).exists()
         default_cache_dir()  # puts it in the environment of the runs, where it is not the usual one
@@ -112,9 +113,6 @@ def _prepare(table: Table, name: str, workdir: epath.Path) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             lock(name, workdir)
             claim(table, workdir)
-    except OSError as error:
-        why = f"cannot be written ({error.strerror or error})"
-        raise UserError(f"--workdir={name}: {why}; give a directory you may write to") from error
 
 
 def claim(table: Table, workdir: epath.Path) -> None:
@@ -273,8 +271,7 @@ class Children:
         if code == errors.EXIT_BAD_INPUT:
             raise Refused
         if code != errors.EXIT_DONE and code not in accepted:
-            remedy = "fix that and run the same command again"
-            raise RunError(f"{what}: ended with exit code {code} (above); {remedy}")
+            raise RunError(f"{what}: ended with exit code {code} (above); {errors.AGAIN}")
         return code
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NoReturn, Protocol
 import numpy as np
 
 from uoe_jax.distributed.watchdog import tick, ticking
-from uoe_jax.errors import RunError, UserError
+from uoe_jax.errors import RunError, UserError, reason
 from uoe_jax.runtime_env import expanded
 from uoe_jax.workdir import write_json
 
@@ -320,9 +320,8 @@ def readable(file: Path) -> Iterator[None]:
 
 def refuse(file: Path | str, error: Exception) -> NoReturn:
     """Raises the UserError that `file` cannot be read."""
-    reason = getattr(error, "strerror", None) or error
     remedy = "fix or remove it, or set data.path to other data."
-    raise UserError(f"{file}: cannot be read ({reason}): {remedy}") from error
+    raise UserError(f"{file}: cannot be read ({reason(error)}): {remedy}") from error
 
 
 def changed(file: Path) -> UserError:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from uoe_jax.errors import UserError
+from uoe_jax.errors import UserError, os_error_as
 from uoe_jax.workdir import LiteralPath, is_remote, locate
 
 
@@ -28,13 +28,12 @@ def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
     if os.path.lexists(out):
         raise UserError(f"{option}={path}: exists already; remove it, or give another directory")
     temporary = out.parent / f".{out.name}.{os.getpid()}"
+    problem, remedy = f"{option}={path}: cannot be written", "fix that, or give another directory"
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(out)
-    except OSError as error:
-        why = f"cannot be written ({error.strerror or error})"
-        raise UserError(f"{option}={path}: {why}; fix that, or give another directory") from error
+        with os_error_as(UserError, problem, remedy):
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(out)
     finally:
         if temporary.exists():
             temporary.rmtree()

@@ -22,7 +22,7 @@ import jax
 from etils import epath
 
 from uoe_jax.distributed.coordination import is_process_zero, on_all, on_process_zero
-from uoe_jax.errors import BadNumbers, ConfigError, RunError, UserError, os_error_as
+from uoe_jax.errors import AGAIN, BadNumbers, ConfigError, RunError, UserError, os_error_as
 from uoe_jax.train import metadata as metadata_lib
 from uoe_jax.train import saved, verify
 from uoe_jax.train.fingerprint import fingerprints
@@ -33,7 +33,6 @@ from uoe_jax.workdir import checkpoint_path, is_remote
 log = logging.getLogger(__name__)
 
 SPACE_MARGIN = 1.1  # file metadata and chunk padding; the state itself hardly compresses
-_AGAIN = "fix that and run the same command again"
 
 
 class CheckpointStore:
@@ -202,7 +201,7 @@ class CheckpointStore:
         if found is None:
             return
         problem = f"{path}: the validation loss cannot be written here"
-        guarded = os_error_as(RunError, problem, _AGAIN)(metadata_lib.write_loss)
+        guarded = os_error_as(RunError, problem, AGAIN)(metadata_lib.write_loss)
         on_process_zero(lambda: guarded(path, found))
         self._losses[step] = found
 
@@ -391,7 +390,7 @@ class CheckpointStore:
         if is_no_space(error):
             return self._no_space(step, nbytes)
         problem = f"the checkpoint of step {step} could not be written ({first_line(error)})"
-        return RunError(f"{self.directory}: {problem}; {_AGAIN} ({self._resumes_from()})")
+        return RunError(f"{self.directory}: {problem}; {AGAIN} ({self._resumes_from()})")
 
 
 def _free_bytes(directory: epath.Path) -> int:

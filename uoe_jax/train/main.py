@@ -87,14 +87,12 @@ def train(config: Config, workdir_name: str, sample: Sample, report: Report | No
                 run.writer.close()
 
         # 5. What came of it: a sample, the report, the last measures.
-        text = finish(run, exit_code, workdir_name, sample, report)
-        if is_process_zero():
-            print_result(text)
+        finish(run, exit_code, workdir_name, sample, report)
     return exit_code
 
 
-def finish(run: Run, exit_code: int, workdir: str, sample: Sample, report: Report | None) -> str:
-    """Makes the sample and the report of a run that ended; returns what process 0 shows."""
+def finish(run: Run, exit_code: int, workdir: str, sample: Sample, report: Report | None) -> None:
+    """Makes the sample and the report of a run that ended; process 0 says what came of it."""
     config, data, params = run.config, run.data, run.state.params
     stopped, done = exit_code != EXIT_DONE, run.step == config.train.steps
     watchdog.at("generating", slow=True)
@@ -111,10 +109,11 @@ def finish(run: Run, exit_code: int, workdir: str, sample: Sample, report: Repor
         root = run.store.directory.parent
         place = report(config, run.program, params, data, root, run.step)
     if not is_process_zero():
-        return ""
+        return  # metrics.jsonl is read in process 0 alone
     if stopped or not done:
-        return summary.stop_text(config, run.step, stopped)
-    return summary.end_text(config, workdir, run.step, prompt, text, place)
+        print_result(summary.stop_text(config, run.step, stopped))
+    else:
+        print_result(summary.end_text(config, workdir, run.step, prompt, text, place))
 
 
 def load_data(config: Config, workdir: str | None = None) -> tuple[Config, DataBundle]:

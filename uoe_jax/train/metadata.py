@@ -20,7 +20,7 @@ import jax
 from etils import epath
 
 from uoe_jax.distributed.coordination import on_process_zero
-from uoe_jax.errors import RunError, UserError
+from uoe_jax.errors import AGAIN, RunError, UserError
 from uoe_jax.train.fingerprint import leaf_name
 from uoe_jax.workdir import is_remote, write_json
 
@@ -209,8 +209,7 @@ def raise_if_transient(path: epath.Path, error: Exception) -> None:
     kinds = (MemoryError, PermissionError, ConnectionError, TimeoutError)
     transient = isinstance(error, kinds) or getattr(error, "errno", None) in _TRANSIENT_CODES
     if transient or any(sign in str(error) for sign in _TRANSIENT.split()):
-        remedy = "fix that and run the same command again"
-        raise RunError(f"{path}: cannot be read now ({first_line(error)}); {remedy}") from error
+        raise RunError(f"{path}: cannot be read now ({first_line(error)}); {AGAIN}") from error
 
 
 def first_line(error: BaseException) -> str:

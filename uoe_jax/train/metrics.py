@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from uoe_jax.errors import RunError, UserError, os_error_as
+from uoe_jax.errors import AGAIN, RunError, UserError, os_error_as
 from uoe_jax.train.tensorboard import TensorBoardWriter
 from uoe_jax.workdir import is_remote, locate, os_errors
 
@@ -94,8 +94,7 @@ class MetricsWriter:
                 self._tensorboard.close()
 
     def _run_errors(self) -> contextlib.AbstractContextManager[None]:
-        remedy = "fix that and run the same command again"
-        return os_error_as(RunError, f"{self.path}: a line could not be written", remedy)
+        return os_error_as(RunError, f"{self.path}: a line could not be written", AGAIN)
 
 
 class NullWriter:

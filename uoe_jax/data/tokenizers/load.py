@@ -37,8 +37,8 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
         path = epath.Path(expanded(file, _KEY))
         versions = tuple(_version(path.parent / name) for name in (path.name, *FILES))
         # A file on this machine is read again only where it has changed. Others have no inode.
-        opened = _opened if versions[0] else _opened.__wrapped__
-        return opened(kind, file, path, separator, start, versions)
+        args = (kind, file, path, separator, start)
+        return _read_cached(*args, versions) if versions[0] else _read(*args)
     for key, value in (("tokenizer_file", file), ("separator", separator), ("start", start)):
         if value:
             remedy = f"is of no use with data.tokenizer={kind!r}; give 'bpe' or 'library' there"
@@ -54,9 +54,13 @@ def _version(file: epath.Path) -> tuple[int, ...] | None:
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(
-    kind: str, shown: str, file: epath.Path, separator: str, start: str, _: object
+def _read_cached(
+    kind: str, shown: str, file: epath.Path, separator: str, start: str, versions: object
 ) -> HFTokenizer:
+    return _read(kind, shown, file, separator, start)
+
+
+def _read(kind: str, shown: str, file: epath.Path, separator: str, start: str) -> HFTokenizer:
     """shown: data.tokenizer_file as it was written, for errors."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
