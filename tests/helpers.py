@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
 # Machine code of tiny programs takes much longer to make than it runs: it is not optimised, and made the short way where
@@ -21,6 +23,11 @@ QUICK_CODE = "--xla_backend_optimization_level=0" + (
     if importlib.metadata.version("jaxlib").startswith("0.10.")
     else ""
 )
+
+
+def slow(*values):
+    """A row of a table of tests that has the mark `slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def write_source(folder: pathlib.Path, n_files: int = 200) -> pathlib.Path:

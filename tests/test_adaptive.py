@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from test_mesh import ONE, assert_same, program_on, sized, slow
+from helpers import slow
+from test_mesh import ONE, assert_same, program_on, sized
 from test_model import MODEL, batch
 
 from uoe_jax import RoutingConfig

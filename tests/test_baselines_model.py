@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from helpers import slow
 from test_decoding import CONTEXT, V, build, draw
 from test_flops import compilers_count
 from test_mesh import ONE, assert_same, run, sized
@@ -55,7 +56,7 @@ def model_of(**changes) -> ModelConfig:
 # --- contract 2 -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_no_output_depends_on_a_later_token(name, dtype):
     full, _, _ = build(model_of(**CAUSAL[name], dtype=dtype))
@@ -260,7 +261,7 @@ ON_MESH = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sequence_parallel", [False, slow(True)])
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_MESH)
 def test_every_mesh_gives_the_same_run(name, sequence_parallel):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from helpers import slow
 
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import ModelConfig
@@ -30,10 +31,6 @@ GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
 # second; position counts inside the document.
 SEGMENTS = np.array([[1] * 8 + [2] * 6 + [0] * 2, [1] * 16], np.int32)
 POSITIONS = np.array([[*range(8), *range(8)], [*range(16)]], np.int32)
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def tokens_of(segments: np.ndarray | None, positions: np.ndarray, head_dim: int = D // H) -> Tokens:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from helpers import slow
 
 from uoe_jax.config import from_dict
 from uoe_jax.errors import ConfigError
@@ -99,9 +100,7 @@ def test_every_example_is_classified_alone(name):
 QUICK = ("mean", "two inputs, cls", "image")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
-)
+@pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in MODELS])
 def test_every_weight_learns(name):
     config, graphdef, state, _ = built(name)
     x, ok = inputs_of(config), padding(config)

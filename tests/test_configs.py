@@ -7,7 +7,7 @@ import math
 
 import jax
 import pytest
-from helpers import ROOT
+from helpers import ROOT, slow
 
 from uoe_jax import cli
 from uoe_jax.compare.table import load_table
@@ -72,11 +72,7 @@ def test_the_train_step_lowers_for_every_platform(path):
 
 @pytest.mark.parametrize(
     "path",
-    [
-        p if p.stem in AT_ONCE else pytest.param(p, marks=pytest.mark.slow)
-        for p in FILES
-        if p.stem in KINDS
-    ],
+    [p if p.stem in AT_ONCE else slow(p) for p in FILES if p.stem in KINDS],
     ids=lambda p: p.stem,
 )
 def test_it_lowers_on_every_axis_at_once(path):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import environment, finish
+from helpers import environment, finish, slow
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_checkpoint import REPOSITORY, abstract, assert_same, bits_state
 
@@ -259,7 +259,7 @@ def outcome(workdir: Path) -> str:
     return "detected" if said else "harmless"
 
 
-@pytest.mark.parametrize("n", [16, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [16, slow(200)])
 def test_single_bit_flips(good, tmp_path, n):
     """Half of them anywhere in the bytes, half in any file, so that small files get theirs."""
     rng, files = random.Random(n), [f for f in files_of(good) if (good / f).stat().st_size]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from helpers import slow
 
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import ConfigError, ModelConfig, check_model
@@ -58,10 +59,6 @@ def draw(seed: int, *shape: int) -> np.ndarray:
 
 
 # --- causality --------------------------------------------------------------------------------------------------
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

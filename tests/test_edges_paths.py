@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from gcs_server import GcsServer
-from helpers import TINY, write_source
+from helpers import TINY, slow, write_source
 from orbax.checkpoint._src.serialization import ocdbt_utils
 from test_exchange import LLAMA, config_of, exported, run_of
 
@@ -42,7 +42,7 @@ REFUSED = {  # and what the sentence names
 
 def some(names, quick: tuple[str, ...]) -> list:
     """All names, of which those that are not quick are left to the slow tests."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [name if name in quick else slow(name) for name in names]
 
 
 def state(value: float = 1.0) -> dict[str, jax.Array]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import reference
 from etils import epath
-from helpers import environment, write_source
+from helpers import environment, slow, write_source
 from safetensors.numpy import load_file, save_file
 
 from uoe_jax import cli
@@ -101,11 +101,7 @@ def hf(tmp_path_factory):
     return place, params
 
 
-@pytest.mark.parametrize(
-    "model",
-    [LLAMA, pytest.param(QWEN2, marks=pytest.mark.slow), GPT2],
-    ids=["llama", "qwen2", "gpt2"],
-)
+@pytest.mark.parametrize("model", [LLAMA, slow(QWEN2), GPT2], ids=["llama", "qwen2", "gpt2"])
 def test_out_in_and_out_again(model, tmp_path):
     run_of(config_of(**model), tmp_path / "run")
     assert exported(tmp_path / "run", tmp_path / "hf") == 0

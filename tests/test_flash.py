@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from helpers import slow
 
 from uoe_jax import RoutingConfig
 from uoe_jax.layers import attention, smha, tiles
@@ -52,7 +53,7 @@ def pulled(f, args, d):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("s, side", [(24, 24), (48, 16), (50, 16), (17, 16)])
-@pytest.mark.parametrize("documents", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("documents", [slow(1), 3])
 def test_value_and_gradients(monkeypatch, s, side, causal, documents):
     monkeypatch.setattr(tiles, "LARGEST", side)
     args, d = drawn(s, dv=6)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from helpers import slow
 from test_classifier import MODELS as CLASSIFIERS
 from test_classifier import config_of
 
@@ -107,12 +108,7 @@ QUICK = ("smha, uome", "dense, dense", "whole blocks again")
 
 # Not bfloat16, whose products the CPU compiler does in float32.
 @pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in MODELS
-        if name != "bfloat16"
-    ],
+    "name", [name if name in QUICK else slow(name) for name in MODELS if name != "bfloat16"]
 )
 def test_what_a_layer_keeps_is_the_compilers(name):
     """The temporary memory of the gradient grows by `kept_bytes` with every layer."""

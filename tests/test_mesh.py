@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 from test_model import MODEL, batch
 
 from uoe_jax import SMHA, RoutingConfig, UoME
@@ -34,10 +35,6 @@ ROUTING = dict(n_experts=8, k=4, capacity_window=16, bias_rate=0.01)
 QUICK = {**MODEL, "n_heads": 8, "smha": ROUTING, "uome": ROUTING}  # the quickstart's blocks, small
 ONE = dict(data=1)
 SHAPES = [(d, f, e) for d, f, e in itertools.product((1, 2, 4, 8), repeat=3) if d * f * e == 8]
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def sized(replica=1, data=1, fsdp=1, expert=1, sequence_parallel=False) -> dict:

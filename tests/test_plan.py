@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, uoe
+from helpers import ROOT, slow, uoe
 from test_cli import sentence
 from test_model import batch
 
@@ -112,15 +112,7 @@ def really_run(config: Config) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "routed, fsdp",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in (*SMALL, *TASKS)
-            if name != "routed, fsdp"
-        ),
-    ],
+    "name", ["routed, fsdp", *(slow(name) for name in (*SMALL, *TASKS) if name != "routed, fsdp")]
 )
 def test_peak_memory_is_what_a_run_takes(name):
     """Within 15 %: from the compilation in a process of its own, and from the counted sizes alone."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from helpers import slow
 from test_model import MODEL, batch
 
 from uoe_jax import SMHA, RoutingConfig, UoME
@@ -135,7 +136,7 @@ def test_where_sequences_choose_the_noise_is_the_sequence_s():
     assert (kept != np.asarray(quiet.kept_BMN)).any()
 
 
-@pytest.mark.parametrize("order", [pytest.param("gather", marks=pytest.mark.slow), "project"])
+@pytest.mark.parametrize("order", [slow("gather"), "project"])
 def test_attention_dropout_against_masks_by_hand(order):
     """Two experts of one head take everything: softmax weights, some of them zeroed, times the values."""
     r = RoutingConfig(n_experts=2, k=2, gate="none", order=order)
@@ -275,7 +276,7 @@ def test_the_number_of_sequences_is_exact():
     "kind, order, dispatch",
     [("uome", "gather", "inverse"), ("smha", "project", "scatter"), ("smha", "gather", "inverse")],
 )
-@pytest.mark.parametrize("unit", ["sequence", pytest.param("hierarchical", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("unit", ["sequence", slow("hierarchical")])
 def test_bounded_blocks(kind, order, dispatch, unit):
     """In training, values and gradients of the reference in which a sequence too many is not taken; evaluation takes all."""
     r = dataclasses.replace(BOUND, unit=unit, order=order, dispatch=dispatch, patch_size=2)

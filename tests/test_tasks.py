@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 import test_named
 import test_sources
-from helpers import ROOT, metric_lines, uoe, write_source
+from helpers import ROOT, metric_lines, slow, uoe, write_source
 
 from uoe_jax import cli
 from uoe_jax.data.tokenizers.hf import HFTokenizer
@@ -140,10 +140,7 @@ ALIKE = (
 )  # other tests or other names train these
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NEEDS if n not in ALIKE],
-)
+@pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in NEEDS if n not in ALIKE])
 def test_tiny_trains_five_steps_and_evaluates(name, tmp_path, capsys, as_commands_run):
     overrides = NEEDS[name](tmp_path / "data")
     workdir = tmp_path / "run"

@@ -13,7 +13,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import TINY, environment, metric_lines, uoe, uoe_process, wait_for_step, write_source
+from helpers import (
+    TINY,
+    environment,
+    metric_lines,
+    slow,
+    uoe,
+    uoe_process,
+    wait_for_step,
+    write_source,
+)
 
 from uoe_jax.config import from_dict
 from uoe_jax.data.tokenizers.load import ByteTokenizer
@@ -144,12 +153,7 @@ def test_a_finished_run_says_so(finished, source):
 
 
 @pytest.mark.parametrize(
-    "sig,expected",
-    [
-        (signal.SIGKILL, -9),
-        pytest.param(signal.SIGINT, 75, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow),
-    ],
+    "sig,expected", [(signal.SIGKILL, -9), slow(signal.SIGINT, 75), slow(signal.SIGTERM, 75)]
 )
 def test_stopped_and_resumed_is_bit_for_bit_the_same(finished, source, tmp_path, sig, expected):
     args = (

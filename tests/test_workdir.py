@@ -23,6 +23,7 @@ from helpers import (
     environment,
     finish,
     metric_lines,
+    slow,
     uoe_process,
     wait_for_step,
     write_source,
@@ -341,9 +342,7 @@ def test_a_read_only_workdir(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "often",
-    [("1", "0"), pytest.param(("100000", "3"), marks=pytest.mark.slow)],
-    ids=["at a line", "at a checkpoint"],
+    "often", [("1", "0"), slow(("100000", "3"))], ids=["at a line", "at a checkpoint"]
 )
 def test_a_workdir_deleted_while_a_run_writes_there(source, tmp_path, often):
     run = tmp_path / "run"
