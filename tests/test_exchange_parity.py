@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import CACHE
+from filelock import FileLock
 from helpers import ROOT, environment, write_source
 from test_exchange import CUT, config_of, run_of
 
@@ -200,36 +201,27 @@ def test_text_with_a_tokenizer_out_of_the_command_line(tmp_path, monkeypatch):
 OLDER = "4.57.6"  # the last of transformers 4
 
 
+def make_environment(place) -> None:
+    """A virtual environment with the older transformers; torch and the rest come from this environment."""
+    venv.create(place, clear=True, symlinks=True)
+    python = str(place / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    subprocess.run([*pip, f"transformers=={OLDER}"], check=True, timeout=600)
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    own = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    with open(os.path.join(own, "shared.pth"), "w") as file:  # after its own packages
+        file.write(sysconfig.get_path("purelib") + "\n")
+    (place / "done").touch()
+
+
 @pytest.fixture(scope="module")
 def majors():
-    """{major: interpreter} of transformers 5, which this runs with, and of 4; torch and the rest are shared."""
+    """{major: interpreter} of transformers 5, which this runs with, and of 4."""
     place = CACHE / f"transformers-{OLDER}"
-    python = place / "bin" / "python"
-    if not (place / "done").exists():
-        venv.create(place, clear=True, symlinks=True)
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            str(python),
-            "install",
-            "--quiet",
-            f"transformers=={OLDER}",
-        ]
-        subprocess.run(pip, check=True, timeout=600)
-        own = subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        with open(
-            os.path.join(own.stdout.strip(), "shared.pth"), "w"
-        ) as file:  # behind its own packages
-            file.write(sysconfig.get_path("purelib") + "\n")
-        (place / "done").touch()
-    return {"4": str(python), "5": sys.executable}
+    with FileLock(f"{place}.lock"):  # two workers run this file's tests
+        if not (place / "done").exists():
+            make_environment(place)
+    return {"4": str(place / "bin" / "python"), "5": sys.executable}
 
 
 def ran(python: str, place, *args: str) -> str:
