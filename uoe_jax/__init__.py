@@ -1,7 +1,5 @@
 """uoe_jax: pretrain transformers whose blocks are unions of experts."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """The `uoe` command: parses the command line, runs a command, and turns errors into exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

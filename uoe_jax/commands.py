@@ -3,8 +3,6 @@
 A command takes the parsed options and the overrides {key: text}, and returns an exit code or None.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

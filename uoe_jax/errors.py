@@ -1,7 +1,5 @@
 """Errors that a user can fix: one sentence, and the exit code that goes with it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

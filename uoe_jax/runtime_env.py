@@ -4,8 +4,6 @@ Imports no jax. `prepare_process` comes first of all; `check_variables` before t
 device.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import io

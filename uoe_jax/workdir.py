@@ -4,8 +4,6 @@ A workdir is a local directory or `gs://bucket/name`. Objects on gs:// are writt
 all: they cannot be locked, renamed, appended to or measured for free space.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import errno
@@ -52,7 +50,7 @@ class LiteralPath(gpath.PosixGPath):
     another one. Orbax keeps the class of a path that it is given.
     """
 
-    def glob(self, pattern: str) -> Iterator[LiteralPath]:
+    def glob(self, pattern: str) -> "Iterator[LiteralPath]":
         """The paths below this one whose names match the pattern's, part by part."""
         first, _, rest = pattern.partition("/")
         for path in self.iterdir() if self.is_dir() else ():

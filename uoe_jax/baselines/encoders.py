@@ -4,8 +4,6 @@ None of them can be causal here. A row's padding comes last and changes nothing:
 cut the padded length in pieces, the row's own number of tokens is cut.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

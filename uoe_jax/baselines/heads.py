@@ -1,7 +1,5 @@
 """Attentions whose heads are routed: MoSA and MoH."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

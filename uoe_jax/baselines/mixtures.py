@@ -6,8 +6,6 @@ is counted inside a row, and the balance loss is of each row by itself, so that 
 depend on the rest of the batch; the authors count both over the batch.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

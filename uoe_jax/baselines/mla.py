@@ -7,8 +7,6 @@ Decoding makes no keys or values of earlier tokens: the projections out of the l
 the query and to the weighted sum of latents.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -7,8 +7,6 @@ own, because the one that makes a table must leave the devices to the runs, whic
 data prepared.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -8,8 +8,6 @@ rounds of the ratio within a round. Memory is what the compiler needs for the st
 arguments and temporary buffers.
 """
 
-from __future__ import annotations
-
 import collections
 import statistics
 import sys

@@ -1,7 +1,5 @@
 """Plots of a table as PNG files: curves over steps and FLOPs; time and memory over length."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from typing import Any, NamedTuple, Sequence

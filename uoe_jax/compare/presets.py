@@ -7,8 +7,6 @@ Skywork-MoE: 2 of 4; XMoE: many small ones); the others are small ones chosen he
 No jax is imported.
 """
 
-from __future__ import annotations
-
 import math
 from types import MappingProxyType
 from typing import Any, Mapping

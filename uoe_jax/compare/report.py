@@ -1,7 +1,5 @@
 """A finished table as Markdown, CSV and plots, with the rules that make its rows comparable."""
 
-from __future__ import annotations
-
 import csv
 import datetime
 import io

@@ -1,7 +1,5 @@
 """The results of a table's rows, read from the workdirs of their runs."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from etils import epath

@@ -9,8 +9,6 @@ started again. `workspace` lists the files.
     3. in one process, interleaved: time, memory and FLOPs of a step of every row
 """
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import json
@@ -20,7 +18,7 @@ import signal
 import subprocess
 import sys
 from types import FrameType
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Self, Sequence
 
 from etils import epath
 
@@ -163,7 +161,9 @@ def planned_runs(
                 yield PlannedRun(row, config, files.seed_dir(workdir, row.slug, seed), what)
 
 
-def search_rates(table: Table, workdir: epath.Path, children: Children) -> dict[str, float | None]:
+def search_rates(
+    table: Table, workdir: epath.Path, children: "Children"
+) -> dict[str, float | None]:
     """The learning rate of every row that is best on validation in a short run; None: all diverged.
 
     Raises:
@@ -201,7 +201,7 @@ def _with(config: Config, rate: float | None, seed: int = 0, steps: int = 0) -> 
     )
 
 
-def train(run: PlannedRun, children: Children) -> None:
+def train(run: PlannedRun, children: "Children") -> None:
     """Trains a run to its end. One whose numbers went bad is marked, and done.
 
     Raises:
@@ -219,7 +219,7 @@ def train(run: PlannedRun, children: Children) -> None:
         write_text(run.workdir / files.DIVERGED, "bad numbers\n")
 
 
-def measure(table: Table, workdir: epath.Path, children: Children) -> None:
+def measure(table: Table, workdir: epath.Path, children: "Children") -> None:
     """Measures all trained rows anew: figures of another machine or version do not mix with these.
 
     Raises:
@@ -279,7 +279,7 @@ class Children:
         if self._child is not None:
             self._child.send_signal(number)
 
-    def __enter__(self) -> Children:
+    def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._old[number] = signal.signal(number, self._handle)
         return self

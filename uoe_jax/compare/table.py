@@ -9,8 +9,6 @@ A config file under configs/compare/ returns `table(base, rows, …)`. A row is 
 No jax is imported.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

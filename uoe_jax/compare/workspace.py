@@ -10,8 +10,6 @@ The files are these; `rates.json` is of the learning-rate search::
     table.md, table.csv and plots (.png)
 """
 
-from __future__ import annotations
-
 from typing import Any, Iterator
 
 from etils import epath

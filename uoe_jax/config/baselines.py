@@ -3,8 +3,6 @@
 A block's section has the block's name; all mixtures of experts share `model.moe`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from uoe_jax.config.fields import key

@@ -1,7 +1,5 @@
 """Sections of the configuration for data: sources, tokenizers and image augmentation."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,7 +37,7 @@ class Source(NamedTuple):
     """
 
     facts: Facts | None = None
-    open: Callable[[DataConfig], Any] | None = None
+    open: Callable[["DataConfig"], Any] | None = None
 
 
 SOURCES = {  # `data.registry.add_source` adds to these

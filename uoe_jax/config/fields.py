@@ -1,7 +1,5 @@
 """Declaration of configuration keys: type, default, range and one sentence of documentation."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

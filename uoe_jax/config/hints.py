@@ -1,7 +1,5 @@
 """What a user may have meant by an unknown key: names from other trainers, and close spellings."""
 
-from __future__ import annotations
-
 import difflib
 
 from uoe_jax.config.fields import leaves, printable

@@ -1,7 +1,5 @@
 """Lists of keys with values, ranges and meaning: for a terminal, as JSON lines, as Markdown."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import difflib

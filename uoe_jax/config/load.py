@@ -1,7 +1,5 @@
 """Reads a configuration: from a config file, from the `config.json` of a run, or from dicts."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json

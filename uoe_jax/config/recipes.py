@@ -1,7 +1,5 @@
 """Shared parts of config files: settings of the paper's released code, and the `tiny` variants."""
 
-from __future__ import annotations
-
 from typing import Any
 
 LENGTHS = "64,128,256,512,1024,2048,4096"  # in the paper's figures of time and memory

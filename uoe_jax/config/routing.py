@@ -1,7 +1,5 @@
 """The section of the configuration for a routed block, and the sizes that follow from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from fractions import Fraction

@@ -4,8 +4,6 @@ From a declaration (`key`) come the `ConfigDict` that a config file edits, the c
 messages, `uoe config` and the list of keys that may change when a run is resumed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -3,8 +3,6 @@
 The generators yield (key, remedy) for every check that fails; the first one is raised.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sized
 from typing import Protocol
 

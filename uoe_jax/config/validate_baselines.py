@@ -1,7 +1,5 @@
 """Checks of the baselines' keys: what `validate` refuses, with the numbers and the remedy."""
 
-from __future__ import annotations
-
 from typing import Iterator
 
 from uoe_jax.config.baselines import ATTENTIONS, MLPS, NOT_CAUSAL, SECTIONS, UNIONS

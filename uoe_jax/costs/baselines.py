@@ -4,8 +4,6 @@ Mixtures of experts and MoSA are counted as unions of experts (`costs.flops`, `c
 multiply-add counts 2; elementwise work is left out. Letters in `layers.common`.
 """
 
-from __future__ import annotations
-
 from typing import Callable, NamedTuple
 
 from uoe_jax.config.schema import ModelConfig

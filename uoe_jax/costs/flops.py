@@ -6,8 +6,6 @@ blocks are counted by their slots, filled or not. Elementwise work and dispatch 
 with routing.dispatch='onehot' the latter is a product too.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Sequence
 

@@ -5,8 +5,6 @@ Counted from the configuration, for one device that holds everything. Working me
 is not counted. `models.count` counts parameters.
 """
 
-from __future__ import annotations
-
 from uoe_jax.config.schema import ModelConfig, RoutingConfig
 from uoe_jax.costs.baselines import ATTENTIONS
 from uoe_jax.costs.flops import ON_SLOTS

@@ -4,8 +4,6 @@ The draws are part of batch = f(seed, step). A function draws in the order of th
 docstring; a step that the configuration turns off draws nothing. Pillow resamples.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar

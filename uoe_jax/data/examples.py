@@ -1,7 +1,5 @@
 """What sources provide: documents for a language model, labelled examples for a classifier."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol

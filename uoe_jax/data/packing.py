@@ -7,8 +7,6 @@ positions. P divides both, so no patch holds two documents, and a patch that is 
 begins with a valid token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

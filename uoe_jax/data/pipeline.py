@@ -4,8 +4,6 @@ Row r of step s is entry s * B + r of one endless shuffled order. A process read
 of the global batch, so the number of processes or devices changes neither a row nor its place.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -1,11 +1,9 @@
 """Prefetch: a thread computes the next batches while the device works."""
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -61,7 +59,7 @@ class Prefetcher(Generic[T]):
         if self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
-    def __enter__(self) -> Prefetcher[T]:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

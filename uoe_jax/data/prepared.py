@@ -6,8 +6,6 @@ only to write or read. `SequentialWriter` writes, in our order: a `GeneratorBase
 first collect a whole split, beyond 1 GB through TensorFlow.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Labelled examples as rows of a batch: token ids padded to the context, or images, and a class."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """A tokenised split on disk: one flat memory-mapped array of ids and the start of each document."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -11,6 +9,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -56,7 +55,7 @@ class TokenStore:
         return self.tokens_T[self.offsets[d] : self.offsets[d + 1]]
 
     @classmethod
-    def open(cls, directory: Path) -> TokenStore:
+    def open(cls, directory: Path) -> Self:
         """Opens a store. Raises DamagedStore where a file is missing, cut short or altered."""
         arrays = {}
         try:
@@ -142,7 +141,7 @@ class _GrowingArray:
         np.lib.format.write_array_header_1_0(self._file, header)
         return self._file.tell()
 
-    def __enter__(self) -> _GrowingArray:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

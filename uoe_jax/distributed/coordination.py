@@ -10,8 +10,6 @@ and no device, so they work before the first device is touched and name the proc
 Every process must make these calls in the same order.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -7,8 +7,6 @@ compiler's partitioner, which would all-gather activations over the data axes. O
 is no region, and the same code runs on everything. Letters in `layers.common`.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, Callable, NamedTuple
 

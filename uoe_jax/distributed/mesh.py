@@ -4,8 +4,6 @@ All four axes always exist, of size 1 where unused: `replica` (slow network), `d
 and weights), `expert` (partitions of a block). The batch is sharded over the first three.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from typing import Any, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Setup of jax for a command: the other processes, the compilation cache, the devices."""
 
-from __future__ import annotations
-
 import os
 import resource
 import sys

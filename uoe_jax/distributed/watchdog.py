@@ -8,8 +8,6 @@ messages a second. It is done by daemon threads, which die with the process: a p
 run Python any more falls silent and counts as lost.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import dataclasses

@@ -11,8 +11,6 @@ the attention alone 2.747 and 1.827; in the MLP alone 2.164 and 1.883; in both w
 attention (2.279).
 """
 
-from __future__ import annotations
-
 from typing import Any, Iterable, Mapping, NamedTuple
 
 import jax

@@ -5,8 +5,6 @@ class has anyway (`DEFAULTS`). Any other key is refused. The lists are of `trans
 5.24 and of files published with them.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -153,7 +151,7 @@ class Keys:
             raise self.wrong(key, value, f"for which there is no block here ({known} work)")
         return names[value]
 
-    def section(self, key: str) -> Keys | None:
+    def section(self, key: str) -> "Keys | None":
         """The keys of an object inside; None where it is missing or null."""
         value = self.get(key)
         if value is None or value == {}:

@@ -1,7 +1,5 @@
 """The files beside the weights of an exported model: tokenizer, generation, image processor."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """`uoe export`: weights as safetensors, or as a dense or routed model for `transformers`."""
 
-from __future__ import annotations
-
 import functools
 import json
 import sys

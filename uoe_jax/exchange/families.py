@@ -5,8 +5,6 @@ mapping it to a config.json and back gives the same model. Layouts: the `modelin
 `transformers` 5.24.
 """
 
-from __future__ import annotations
-
 from typing import Any, Iterator, Mapping
 
 from uoe_jax.config.load import to_dict

@@ -4,8 +4,6 @@ With all experts chosen the model computes what the dense one does, to rounding.
 one at a time and put on the device before the next, so the host never holds the model twice.
 """
 
-from __future__ import annotations
-
 import itertools
 import shutil
 import sys

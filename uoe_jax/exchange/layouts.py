@@ -4,8 +4,6 @@ Letters as in `layers.common`. Our leaves are those of the dense model (`decompo
 one layer of them where a name has `{i}`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Callable, Iterator, Mapping, NamedTuple
 

@@ -1,7 +1,5 @@
 """What `uoe import` makes of a directory: the configuration and the tokenizer. Imports no jax."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any, Mapping, NamedTuple
 

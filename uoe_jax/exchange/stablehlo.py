@@ -7,8 +7,6 @@ runs the model without this package. StableHLO is promised to be readable for ha
 running a model elsewhere, and the checkpoint is what lasts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

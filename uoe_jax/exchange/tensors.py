@@ -3,8 +3,6 @@
 Tensors are read one at a time and written one shard at a time, so a model is never held twice.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any, Callable, Iterable, NamedTuple
 

@@ -1,7 +1,5 @@
 """The commands `uoe import` and `uoe export`, from their options on."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """`uoe generate`: prompts from the command line, a file or a terminal, and their continuations."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """`uoe eval`: one JSON line of measures, or one for every number of experts asked for."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

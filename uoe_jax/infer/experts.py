@@ -1,7 +1,5 @@
 """`--experts` of `uoe generate` and `uoe eval`: another K than the run's. Imports no jax."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

@@ -1,7 +1,5 @@
 """Text that grows token by token: what may be shown already, and where it ends."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from uoe_jax.data.tokenizers.base import Tokenizer

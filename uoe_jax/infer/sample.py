@@ -1,7 +1,5 @@
 """Text from a language model: prefill, then cached decoding token by token."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -10,8 +10,6 @@ On a mesh the tables are sharded over `fsdp` like other weights and whole over `
 the tokens are sharded instead (where the axis divides L; else every shard scores all its rows).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

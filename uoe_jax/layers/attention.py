@@ -1,7 +1,5 @@
 """The attention core of every head, and the dense attention block: the one an SMHA decomposes."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -4,8 +4,6 @@ The scores of all tokens never exist at once. The backward pass recomputes them:
 the head for memory that does not grow with tokens x vocabulary. T counts one device's tokens.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import Array

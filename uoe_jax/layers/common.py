@@ -20,8 +20,6 @@ Other lower-case letters are a part of the capital: n, f, h, g, v of one device 
 of a row on one device, t tokens of a tile or chunk, d the width of a piece of the vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Callable, NamedTuple
 
@@ -135,11 +133,11 @@ class Tokens(NamedTuple):
     rotary: tuple[Array, Array] | None = None
     keys_B: Array | None = None
 
-    def folded(self, i: int | Array) -> Tokens:
+    def folded(self, i: int | Array) -> "Tokens":
         """The same tokens with `i` folded into their keys, for the i-th place that draws."""
         return self if self.keys_B is None else self._replace(keys_B=fold(self.keys_B, i))
 
-    def padded(self, to: int) -> Tokens:
+    def padded(self, to: int) -> "Tokens":
         """The same rows, padded on the right to `to` tokens."""
         b, l = self.positions_BL.shape
         if l == to:

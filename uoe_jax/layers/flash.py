@@ -5,8 +5,6 @@ with its square. Tiles behind a causal mask are not computed. The backward pass 
 each query's log-sum-exp, and recomputes the tiles.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, Callable, NamedTuple
 

@@ -6,8 +6,6 @@ That packed form is not public in JAX yet: where it is missing, and for rows of 
 it is compiled for, the mask is used. Rows of one document each need neither.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 from typing import Any, Callable, Literal

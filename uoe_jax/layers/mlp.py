@@ -1,7 +1,5 @@
 """The dense MLP block: the one a UoME decomposes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax.numpy as jnp

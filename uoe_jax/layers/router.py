@@ -1,7 +1,5 @@
 """The router of one block: patch summaries to a decision, for whole rows and token by token."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

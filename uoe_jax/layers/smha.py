@@ -1,7 +1,5 @@
 """SMHA, selective multi-head attention: dense attention cut in N groups of heads with own slots."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """Sizes of attention's tiles (`layers.flash`) and of the chunks of tokens of `layers.chunked`."""
 
-from __future__ import annotations
-
 LARGEST = 256  # tokens: of 128, 256 and 512 the fastest on CPUs (docs/appendix)
 LEAST_CHUNK = 1024  # tokens: enough matmul to outweigh summing the table's gradient (ibid.)
 CHUNK_SCORES = 1 << 22  # 16 MiB of float32

@@ -1,7 +1,5 @@
 """What SMHA and UoME share: a routed block, whose experts work on the patches in their slots."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any, NamedTuple, Sequence
 

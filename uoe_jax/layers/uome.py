@@ -1,7 +1,5 @@
 """UoME, a union of MLP experts: a dense MLP cut in N equal parts of its hidden width."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax.numpy as jnp

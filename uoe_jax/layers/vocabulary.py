@@ -5,8 +5,6 @@ it holds, and the reduction that ends a block combines them; scores stay sharded
 vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

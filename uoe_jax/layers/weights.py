@@ -1,7 +1,5 @@
 """How a weight is declared: shape, logical axes and initialiser in one place."""
 
-from __future__ import annotations
-
 from typing import Any, Callable
 
 import jax.numpy as jnp

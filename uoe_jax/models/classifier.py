@@ -1,7 +1,5 @@
 """The classifier on the same layers: token ids or images in, one row of class scores out."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array

@@ -1,7 +1,5 @@
 """Parameters of a model, counted on its abstract weights: nothing is allocated or compiled."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Mapping

@@ -4,8 +4,6 @@ Letters in `layers.common`. The stack is one `Layer` whose weights have a leadin
 scanned over, so that compile time does not grow with depth.
 """
 
-from __future__ import annotations
-
 from typing import Any, Callable, NamedTuple, TypeVar
 
 import jax

@@ -14,8 +14,6 @@ hidden units [i·f, (i+1)·f), or heads [i·h, (i+1)·h) with the key/value head
 (i+1)·g).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

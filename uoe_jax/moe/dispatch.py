@@ -11,8 +11,6 @@
 `backend_for` chooses. Letters in `layers.common`; X is the P·D values of a patch.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -3,8 +3,6 @@
 Pure functions; no parameters, no mesh. Letters in `layers.common`; a sequence is a batch row.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Callable, NamedTuple
 
@@ -206,7 +204,7 @@ class Decision(NamedTuple):
         """The slots of every expert."""
         return pack(self.kept_BMN, self.weights_BMN, self.slots, self.rows)
 
-    def of_experts(self, first: Array | int, n: int) -> Decision:
+    def of_experts(self, first: Array | int, n: int) -> "Decision":
         """The decision of the experts [first, first + n)."""
         own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n)
         rows = None if self.rows is None else (own(self.rows[0], axis=0), own(self.rows[1], axis=1))

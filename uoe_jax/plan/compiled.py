@@ -5,8 +5,6 @@ in (JSON), a `Compiled` out. Nothing of the model is allocated: the step is lowe
 process of its own, because the number of devices is settled when jax starts.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -5,8 +5,6 @@ many; what makers call bidirectional is twice that. Shares are ranges (low, high
 measured by us: a large bf16 product at 790e12 FLOP/s, a copy at 4.3e12 B/s.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from uoe_jax.costs.flops import PEAK_FLOPS

@@ -5,8 +5,6 @@ fastest. Replica groups are read in every form that jax 0.10 to 0.12 prints: `{{
 `[2,4]<=[4,2]T(1,0)` and `mesh['x'=2,'y'=4] {'x'}`.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -1,7 +1,5 @@
 """A plan: the compiled step, the counted memory, the predicted time, and a better mesh."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from typing import Iterator, NamedTuple

@@ -1,7 +1,5 @@
 """`--mesh` of `uoe plan`, read before jax is imported."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Collectives of a step: how long a network takes for them, and which a mesh needs by its sizes."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Iterable, Mapping, NamedTuple

@@ -8,8 +8,6 @@ needs the count for 16 bits and flash attention, which the CPU compiler does not
 meshes that are not compiled. Letters as in `layers.common`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import NamedTuple
 

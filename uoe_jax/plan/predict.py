@@ -4,8 +4,6 @@ Letters as in `layers.common`. All figures are of one device and one optimizer s
 kernel launches are not counted, so small models are predicted too fast.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Iterable, Iterator, NamedTuple
 

@@ -1,7 +1,5 @@
 """A plan as text for the user, and as JSON values."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Iterator
 

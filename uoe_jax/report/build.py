@@ -1,7 +1,5 @@
 """The command `uoe report`, and the report that `uoe train` writes at its end."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

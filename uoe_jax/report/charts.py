@@ -1,7 +1,5 @@
 """The charts of a report in Bokeh: curves of all runs, and a routed block's, filled by page.js."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The report as one self-contained HTML file: Bokeh's script, the charts, the data, page.js."""
 
-from __future__ import annotations
-
 import base64
 import datetime
 import html

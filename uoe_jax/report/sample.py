@@ -1,7 +1,5 @@
 """The rows whose routing a report shows, and which experts took which of their patches."""
 
-from __future__ import annotations
-
 import codecs
 import math
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What a run logged, downsampled for drawing: means over intervals of steps, with their ranges."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence

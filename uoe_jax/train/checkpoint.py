@@ -6,8 +6,6 @@ save only at the next one, to fail to open for one garbled metadata file, and to
 displace the best checkpoint.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import logging
@@ -16,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 from etils import epath
@@ -301,7 +299,7 @@ class CheckpointStore:
             with contextlib.suppress(Exception):  # Orbax raises what wait() has just reported
                 self._orbax.close()
 
-    def __enter__(self) -> CheckpointStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -1,7 +1,5 @@
 """Evaluation: every row of a split counted once, whatever the batch size."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -4,8 +4,6 @@ A checkpoint stores those of its leaves, as nothing else would notice a flipped 
 neither Orbax nor TensorStore keeps a checksum of array data.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ recent ones. It then changes only the counters here: parameters, optimizer state
 biases and running moments stay.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """The loop of `uoe train`: train, evaluate, save, stop, go back. `main` has the order of a run."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """`uoe train`: the order of a run. `loop` has the steps."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """From sums on the device to measures for the user: the task's, and those of routing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 Metadata are read by process 0 alone and carry a digest, so that no damage goes unnoticed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -5,8 +5,6 @@ entry a layer. JSON has no NaN: non-finite floats are the strings "nan", "inf" a
 `read_metrics` restores. Finite floats are written as Python's repr, so equal files mean equal bits.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Orbax's writer of checkpoints, set up as `checkpoint` needs it, and what its errors mean."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

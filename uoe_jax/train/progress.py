@@ -1,7 +1,5 @@
 """What a command shows on stderr while it works: a bar in a terminal, lines anywhere else."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

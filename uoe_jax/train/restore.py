@@ -1,7 +1,5 @@
 """A trained run, restored for evaluation, generation and export."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple

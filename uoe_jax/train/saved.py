@@ -5,8 +5,6 @@ waits in a barrier for a process that has failed. So each process reads its arra
 all agree that it worked, and each leaf is compared with its fingerprint.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping

@@ -1,14 +1,12 @@
 """Signals that ask a run to stop, noticed between two steps."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from uoe_jax.distributed import coordination
 
@@ -54,7 +52,7 @@ class StopSignal:
             with contextlib.suppress(OSError):  # stderr may be closed
                 os.write(2, f"uoe: {self.requested}: saving, then stopping{again}\n".encode())
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGUSR1") if self._shared else ("SIGINT", "SIGTERM", "SIGUSR1"):
                 if hasattr(signal, name):  # Windows has no SIGUSR1

@@ -1,7 +1,5 @@
 """What a run starts from: its newest good checkpoint, another run's parameters, or new ones."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

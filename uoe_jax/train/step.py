@@ -1,7 +1,5 @@
 """The compiled part of training: state, optimizer, the train step and the evaluation step."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any, Callable, NamedTuple, Protocol

@@ -1,7 +1,5 @@
 """What `uoe train` prints when it starts and when it ends."""
 
-from __future__ import annotations
-
 import shlex
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The tasks, language modeling and classification: model, batch, losses and measures of each."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Callable, NamedTuple
 

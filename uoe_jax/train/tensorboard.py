@@ -1,7 +1,5 @@
 """TensorBoard files, a copy of metrics.jsonl for looking at."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -4,8 +4,6 @@ Orbax only warns where it merges nothing, and a file system may lose what it has
 data are not read back here: a restore compares their fingerprints.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -5,8 +5,6 @@ reads them (lra_benchmarks/matching/input_pipeline.py): no header, fields betwee
 marks and backslashes kept.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """scikit-learn's handwritten digits: 1797 real images, a part of the installed package."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -3,8 +3,6 @@
 Text is UTF-8, as it is or gzipped. Other formats are recognised to refuse them by name.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import gzip

@@ -11,8 +11,6 @@ LRA draws one set and cuts it into splits. Here each example is drawn from (seed
 an expression's checksum says which split it may be in: none is in two, however short they are.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import zlib
 from typing import NamedTuple

@@ -5,8 +5,6 @@ Range Arena released it (google-research/long-range-arena, lra_benchmarks/data/p
 Images are uint8 [size, size, 1]; label 1 means one path.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

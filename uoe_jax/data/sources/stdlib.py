@@ -3,8 +3,6 @@
 The hash of the directory's content (some 50 ms for 11 MB) says whether the dataset exists already.
 """
 
-from __future__ import annotations
-
 import codecs
 import dataclasses
 import functools

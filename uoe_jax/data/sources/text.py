@@ -1,7 +1,5 @@
 """The user's own text: files of plain text or JSON lines, read as a stream and never whole."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fnmatch

@@ -5,8 +5,6 @@ training examples are held out by the rules below. Nothing is downloaded or prep
 dataset is refused with the command that prepares it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """WikiText-103 (Merity et al., 2016, arXiv:1609.07843), raw: articles byte for byte."""
 
-from __future__ import annotations
-
 import codecs
 import io
 import itertools

@@ -1,7 +1,5 @@
 """What every tokenizer provides, and the byte tokenizer."""
 
-from __future__ import annotations
-
 import abc
 import json
 from collections.abc import Iterable

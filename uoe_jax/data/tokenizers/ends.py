@@ -7,8 +7,6 @@ post-processor). Where it prepends nothing, a document begins with the separator
 were trained.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,12 +1,10 @@
 """Tokenizers in the file format of Hugging Face's `tokenizers` library (tokenizer.json)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -85,7 +83,7 @@ class HFTokenizer(Tokenizer):
         self.fingerprint = f"{kind}-{self.vocab_size}-{digest}"
 
     @classmethod
-    def train(cls, documents: Iterable[bytes], vocab_size: int) -> HFTokenizer:
+    def train(cls, documents: Iterable[bytes], vocab_size: int) -> Self:
         """Byte-level BPE of at most `vocab_size` tokens: separator, 256 bytes, commonest pairs.
 
         A pair must occur twice to become a token.

@@ -1,7 +1,5 @@
 """Opens the tokenizer that the configuration, a run or the cache names."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

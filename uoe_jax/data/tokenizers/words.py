@@ -1,13 +1,12 @@
 """Words as tokens, most frequent first, as in the corpora of word-level language models."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -56,7 +55,7 @@ class WordTokenizer(Tokenizer):
         self.fingerprint = f"words-{self.vocab_size}-{digest}"
 
     @classmethod
-    def train(cls, documents: Iterable[bytes], min_count: int) -> WordTokenizer:
+    def train(cls, documents: Iterable[bytes], min_count: int) -> Self:
         """The words that occur at least `min_count` times. Raises ConfigError where none does."""
         counts: Counter[bytes] = Counter()
         n_documents = n_bytes = 0
@@ -104,7 +103,7 @@ class WordTokenizer(Tokenizer):
         return json.dumps(found, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> WordTokenizer:
+    def from_json(cls, text: str) -> Self:
         """Raises UserError for what `to_json` did not write."""
         try:
             found = json.loads(text)

@@ -1,7 +1,5 @@
 """The tokenizer kept in a run's workdir: its file or data may have changed since the run began."""
 
-from __future__ import annotations
-
 import os
 
 from etils import epath
