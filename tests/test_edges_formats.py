@@ -446,7 +446,7 @@ def test_an_odd_locale_changes_no_text(tmp_path):
 
 def test_no_data_of_a_report_begin_a_tag_or_a_comment(tmp_path):
     import numpy as np
-    from test_report import write_run
+    from report_runs import write_run
 
     from uoe_jax.report.page import page
     from uoe_jax.report.sample import RoutingSample, Sample

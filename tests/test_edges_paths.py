@@ -11,10 +11,10 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from exchange_runs import LLAMA, config_of, exported, run_of
 from gcs_server import GcsServer
 from helpers import TINY, slow, write_source
 from orbax.checkpoint._src.serialization import ocdbt_utils
-from test_exchange import LLAMA, config_of, exported, run_of
 
 from uoe_jax import cli
 from uoe_jax.data.sources import stdlib, text
