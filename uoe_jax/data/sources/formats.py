@@ -4,19 +4,17 @@ Text is UTF-8, as it is or gzipped. Other formats are recognised to refuse them 
 """
 
 import codecs
-import contextlib
 import gzip
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from uoe_jax.data.prepared import LINE_BYTES, Reader, readable, refuse
 from uoe_jax.errors import ConfigError
 
 BOM = codecs.BOM_UTF8
-GZIP = b"\x1f\x8b"
 HEAD_BYTES = 4096
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 _NO_WORD = rb"(?![\s!-/:-@])"  # behind a mark of letters, which may begin a text, too
@@ -50,11 +48,16 @@ _OTHERS = (
 
 
 class Format(NamedTuple):
-    """How a file is read: gzipped, as JSON lines, behind a byte-order mark."""
+    """How a file is read."""
 
-    packed: bool
+    packed: bool  # by gzip
     json_lines: bool
-    bom: bool
+    bom: bool  # it begins with a byte-order mark
+
+
+def unpacked(file: BinaryIO, packed: bool) -> Any:
+    """The file as a `Reader`."""
+    return gzip.GzipFile(fileobj=file) if packed else file
 
 
 def look(file: Path) -> Format:
@@ -63,21 +66,19 @@ def look(file: Path) -> Format:
     Raises UserError where it is unreadable, of another format, or JSON without the key "text".
     """
     name = file.name.lower()
-    with readable(file), open(file, "rb") as opened, contextlib.ExitStack() as stack:
-        head = opened.read(HEAD_BYTES)
-        packed = head.startswith(GZIP)
+    bare = name.removesuffix(".gz")
+    with readable(file), open(file, "rb") as opened:
+        packed = opened.read(2) == b"\x1f\x8b"
         opened.seek(0)
-        reader: Any = stack.enter_context(gzip.GzipFile(fileobj=opened)) if packed else opened
-        if packed:
-            head = reader.read(HEAD_BYTES)
+        reader = unpacked(opened, packed)
+        head = reader.read(HEAD_BYTES)
         if other := other_format(head):
             raise ConfigError("data.path", str(file), f"{other}, or take it out of data.path.")
-        if name.endswith(".gz") and not packed:
+        if name != bare and not packed:
             refuse(file, ValueError("it is named .gz and is not a gzip file"))
         bom = head.startswith(BOM)
         reader.seek(len(BOM) if bom else 0)
         start = head.removeprefix(BOM).lstrip()[:1]
-        bare = name.removesuffix(".gz")
         if start == b"[" and bare.endswith(".json"):
             _refuse_array(file)
         # Lines are only read where they may be JSON: a file may be one line of any length.
@@ -119,14 +120,13 @@ def json_of(text: str | bytes) -> Any:
 def _are_json_lines(reader: Reader, file: Path) -> bool:
     """Whether the lines are JSON objects with a text. Raises ConfigError for ones without."""
     line = _next_line(reader)
-    first = json_of(line)
     if line.lstrip().startswith(b"[") and _begins_with_text(line):
         _refuse_array(file)
+    first = json_of(line)
     if not isinstance(first, dict):
         return False
     line = _next_line(reader)
-    if isinstance(first.get("text"), str):
-        # Else it is text that begins with an object.
+    if isinstance(first.get("text"), str):  # else it is text that begins with an object
         return not line or line.lstrip().startswith(b"{")
     if isinstance(json_of(line), dict):
         remedy = (

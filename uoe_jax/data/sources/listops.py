@@ -12,8 +12,10 @@ an expression's checksum says which split it may be in: none is in two, however 
 """
 
 import dataclasses
+import itertools
+import statistics
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,33 +26,19 @@ from uoe_jax.errors import ConfigError
 
 VERSION = 1  # of the rules below: raise it when a (seed, split, index) means another example
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
+FUNCTIONS: tuple[Callable[[list[int]], int], ...] = (
+    min,
+    max,
+    lambda args: int(statistics.median(args)),
+    lambda args: sum(args) % 10,
+)
 SYMBOLS = ("<pad>", *"0123456789", *OPERATORS, "]")  # by id
 DIGIT, OPERATOR, CLOSE = SYMBOLS.index("0"), SYMBOLS.index(OPERATORS[0]), SYMBOLS.index("]")
 
 OPERATOR_SHARE = 0.25  # VALUE_P of LRA
 CHECKSUMS = ((0, 1), (2,), (3,))  # of each split: crc32 of the ids, modulo 4
-# Allowed max_length: trees grow exponentially with depth, and each is drawn up to this length.
-LONGEST = 1 << 15
-# Allowed share of trees within the limits: if rarer, an example takes a tenth of a second.
-RAREST = 1e-3
-
-
-class _Level(NamedTuple):
-    """The N nodes at one depth of a tree, left to right, O of them operators.
-
-    Attributes:
-      n_args: int [O], arguments of each operator.
-      ops: int [O], which nodes are operators.
-      first: int [O], each operator's first argument among the nodes of the next level.
-      at: int [N], each node's place in the sequence of tokens.
-      size: int [N], tokens of each node and all below it.
-    """
-
-    n_args: np.ndarray
-    ops: np.ndarray
-    first: np.ndarray
-    at: np.ndarray
-    size: np.ndarray
+LONGEST = 1 << 15  # allowed max_length: each tree is drawn up to it, and they grow exponentially
+RAREST = 1e-3  # allowed share of trees within the limits: below, an example takes 0.1 s
 
 
 def open_listops(c: ListopsConfig) -> LabelledSource:
@@ -89,13 +77,15 @@ def open_listops(c: ListopsConfig) -> LabelledSource:
 def _example(c: ListopsConfig, number: int, i: int) -> Example:
     """number: of the split."""
     rng = np.random.default_rng([c.seed, number, i])
-    while (n_args := _draw_tree(rng, c)) is None:
+    while (tree := _draw_tree(rng, c)) is None:
         pass  # ends: `share_within_limits` is not tiny
-    levels = _lay_out(n_args)
-    # Only digits and operators are redrawn, so all splits have one distribution of shapes.
-    while zlib.crc32((ids_T := _fill(rng, levels)).data) % 4 not in CHECKSUMS[number]:
-        pass
-    return Example((ids_T,), _evaluate(ids_T, levels))
+    opened, closed = _places(tree)
+    while True:  # only symbols are redrawn, so all splits have one distribution of shapes
+        ids_T = rng.integers(DIGIT, DIGIT + 10, closed[0] + 1).astype(np.uint8)
+        ids_T[opened] = rng.integers(OPERATOR, OPERATOR + len(OPERATORS), len(opened))
+        ids_T[closed] = CLOSE
+        if zlib.crc32(ids_T.data) % 4 in CHECKSUMS[number]:
+            return Example((ids_T,), _evaluate(ids_T))
 
 
 def to_text(ids: ArrayLike) -> str:
@@ -148,53 +138,33 @@ def _draw_tree(rng: np.random.Generator, c: ListopsConfig) -> list[np.ndarray] |
     return levels if c.min_length < length < c.max_length else None
 
 
-def _lay_out(tree: list[np.ndarray]) -> list[_Level]:
-    """Each node's place in the sequence: sizes from the leaves up, then places from the root."""
-    parts = []
-    size = np.zeros(0, np.int64)  # of the level below
-    for args in reversed(tree):
-        ops = np.flatnonzero(args)
-        n_args = args[ops]
-        first = np.cumsum(n_args) - n_args
-        below, size = size, np.ones(len(args), np.int64)
-        if len(ops):
-            size[ops] = 2 + np.add.reduceat(below, first)
-        parts.append((n_args, ops, first, size))
-    parts.reverse()
-    levels = []
-    at = np.zeros(1, np.int64)
-    for depth, (n_args, ops, first, size) in enumerate(parts, 1):
-        levels.append(_Level(n_args, ops, first, at, size))
-        if depth < len(parts):
-            below = parts[depth][-1]
-            before = np.cumsum(below) - below
-            at = before + np.repeat(at[ops] + 1 - before[first], n_args)
-    return levels
+def _places(tree: list[np.ndarray]) -> tuple[list[int], list[int]]:
+    """Where in the sequence each operator and its bracket are, depth by depth, left to right."""
+    levels = [iter(n_args.tolist()) for n_args in tree]  # depth first, each is visited in order
+    place = itertools.count()
+    opened: list[list[int]] = [[] for _ in tree]
+    closed: list[list[int]] = [[] for _ in tree]
+
+    def visit(depth: int) -> None:
+        n_args, at = next(levels[depth]), next(place)
+        if n_args:
+            opened[depth].append(at)
+            for _ in range(n_args):
+                visit(depth + 1)
+            closed[depth].append(next(place))
+
+    visit(0)
+    return sum(opened, []), sum(closed, [])
 
 
-def _fill(rng: np.random.Generator, levels: list[_Level]) -> np.ndarray:
-    """uint8 [T]: the expression with drawn digits and operators, each equally likely."""
-    ids_T = rng.integers(DIGIT, DIGIT + 10, int(levels[0].size[0])).astype(np.uint8)
-    at = np.concatenate([level.at[level.ops] for level in levels])
-    size = np.concatenate([level.size[level.ops] for level in levels])
-    ids_T[at] = rng.integers(OPERATOR, OPERATOR + len(OPERATORS), len(at))
-    ids_T[at + size - 1] = CLOSE
-    return ids_T
-
-
-def _evaluate(ids_T: np.ndarray, levels: list[_Level]) -> int:
-    """The value of the expression, level by level from the leaves."""
-    values = np.zeros(0, np.int64)
-    for n_args, ops, first, at, _ in reversed(levels):
-        below, values = values, ids_T[at].astype(np.int64) - DIGIT
-        if not len(ops):
-            continue
-        ranked = below[np.argsort(np.repeat(10 * np.arange(len(ops)), n_args) + below)]
-        results = [
-            np.minimum.reduceat(below, first),
-            np.maximum.reduceat(below, first),
-            (ranked[first + (n_args - 1) // 2] + ranked[first + n_args // 2]) // 2,
-            np.add.reduceat(below, first) % 10,
-        ]
-        values[ops] = np.choose(ids_T[at[ops]] - OPERATOR, results)
-    return int(values[0])
+def _evaluate(ids_T: np.ndarray) -> int:
+    stack: list[list[int]] = [[]]  # of each open operator: itself, and its arguments so far
+    for i in ids_T.tolist():
+        if i == CLOSE:
+            operator, *args = stack.pop()
+            stack[-1].append(FUNCTIONS[operator - OPERATOR](args))
+        elif i >= OPERATOR:
+            stack.append([i])
+        else:
+            stack[-1].append(i - DIGIT)
+    return stack[0][0]

@@ -8,10 +8,10 @@ Images are uint8 [size, size, 1]; label 1 means one path.
 import dataclasses
 import functools
 import hashlib
+import io
 import re
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,8 +54,14 @@ def read_pathfinder(path: str) -> LabelledSource:
     root = _find(Path(expanded(path, "config.data.path")), path)
     content = hashlib.sha256()
     names, labels = _read_metadata(root, content)
-    sizes = np.array([_size(root / name, i) for i, name in enumerate(ticking(names))])
-    content.update(sizes.astype("<i8").tobytes())
+    sizes = np.zeros(len(names), "<i8")
+    for i, name in enumerate(ticking(names)):
+        try:
+            sizes[i] = (root / name).stat().st_size
+        except OSError as error:
+            what = f"image {i} of the metadata cannot be read ({error.strerror})"
+            raise UserError(f"{root / name}: {what}: {REMEDY}") from error
+    content.update(sizes.tobytes())
     ends = [0, len(names) * 8 // 10, len(names) * 9 // 10, len(names)]
     kept, n_empty = {}, {}
     for split, begin, end in zip(SPLITS, ends[:-1], ends[1:]):
@@ -68,12 +74,11 @@ def read_pathfinder(path: str) -> LabelledSource:
 
     def read(split: str, i: int) -> Example:
         at, what = kept[split][i], f"example {i} of {split} in {root}"
-        file = root / names[at]
-        image_YX1 = read_png(file, what)
+        image_YX1 = read_png(root / names[at], what)
         if image_YX1.shape != (size, size, 1):
             height, width, _ = image_YX1.shape
             found = f"{height} x {width} pixels where the first has {size} x {size}"
-            raise UserError(f"{file}: {what} has {found}: unpack the archive again.")
+            raise UserError(f"{root / names[at]}: {what} has {found}: unpack the archive again.")
         return Example((image_YX1,), int(labels[at]))
 
     facts = {
@@ -87,23 +92,15 @@ def read_pathfinder(path: str) -> LabelledSource:
     return LabelledSource(2, lambda s: Indexed(len(kept[s]), functools.partial(read, s)), facts)
 
 
-def _size(file: Path, i: int) -> int:
-    try:
-        return file.stat().st_size
-    except OSError as error:
-        what = f"image {i} of the metadata cannot be read ({error.strerror})"
-        raise UserError(f"{file}: {what}: {REMEDY}") from error
-
-
 def read_png(file: Path, what: str) -> np.ndarray:
     """uint8 [height, width, 1] in grey. Raises UserError, with `what` it is, for a damaged PNG."""
     from PIL import Image  # only here: commands that read no images start without it
 
     try:
         data = file.read_bytes()
-        with Image.open(BytesIO(data), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.verify()  # all checksums, which decoding does not look at
-        with Image.open(BytesIO(data), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             return np.array(image.convert("L"))[:, :, None]
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
         bad = f"{what} is not a readable PNG image ({error})"
@@ -160,8 +157,7 @@ MARGIN = 2.5  # from the middle of a line to the border
 APART = 3.0  # between the middles of lines of different paths, and of non-consecutive dashes
 APART_DOT = 4.0  # between the end of a long path and the lines of others
 NEAR = 9.0  # how far apart the two long paths may begin
-# How far the two distances may differ between which the label chooses, per squared length.
-MATCH = 1 / 72
+MATCH = 1 / 72  # how far the dots' distances of the two labels may differ, per squared length
 TURN = 0.8  # radians a path turns at most from dash to dash
 CELLS = 2  # of the map of taken places, to a unit
 GREY = 190  # of dashes; dots are 255, the ground 0
@@ -195,19 +191,12 @@ def draw_pathfinder(c: PathfinderConfig) -> LabelledSource:
     return LabelledSource(2, examples, {"version": VERSION, **dataclasses.asdict(c), **drawn})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scene:
-    """A picture without its dots: dashes by their beginnings and ends (x, y), in units.
+class _Scene(NamedTuple):
+    """A picture without its dots: dashes by their beginnings and ends (x, y), in units."""
 
-    Attributes:
-      side: of the image.
-      long: float [2, 2·length, 2], the long paths; a dot marks the beginning of the first.
-      short: float [2·dashes, 2] each, the distractors.
-    """
-
-    side: float
-    long: np.ndarray
-    short: list[np.ndarray]
+    side: float  # of the image
+    long: np.ndarray  # [2, 2·length, 2]; a dot marks the beginning of the first path
+    short: list[np.ndarray]  # [2·dashes, 2] each, the distractors
 
 
 def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _Scene:
@@ -216,25 +205,26 @@ def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _S
     for _ in range(tries):
         taken = _Taken(side)
         first = _grow(rng, rng.uniform(MARGIN, side - MARGIN, (WALKERS, 2)), c.length, taken)
-        if first is None:
+        if not len(first):
             continue
         taken.add(first[0])
         angle_W, far_W = rng.uniform(0, 2 * np.pi, WALKERS), rng.uniform(APART_DOT, NEAR, WALKERS)
         near_W2 = first[0, 0] + far_W[:, None] * np.stack([np.cos(angle_W), np.sin(angle_W)], 1)
         second = _grow(rng, near_W2, c.length, taken)
-        long = None if second is None else _matching(rng, first[0], second)
+        long = _matching(rng, first[0], second) if len(second) else None
         if long is None:
             continue
-        taken.add(long[0])
-        taken.add(long[1])
+        taken.add(long)
         taken.add(long[:, [0, 0, -1, -1]], APART_DOT)
         starts = rng.uniform(MARGIN, side - MARGIN, (WALKERS + 16 * c.distractors, 2))
         short: list[np.ndarray] = []
-        found = _grow(rng, starts, max(1, c.length // 3), taken) if c.distractors else None
-        while found is not None and len(found) and len(short) < c.distractors:
+        found = _grow(rng, starts, max(1, c.length // 3), taken)
+        while len(found) and len(short) < c.distractors:
             short.append(found[0])
             taken.add(found[0])
-            found = found[taken.free(_points(found)).all(1)]
+            begin, end = found[:, ::2], found[:, 1::2]
+            points = np.concatenate([begin, (begin + end) / 2, end], 1)
+            found = found[taken.free(points).all(1)]
         return _Scene(side, long, short)
     what = f"two paths of so many dashes find no room in {c.size} x {c.size} pixels"
     raise ConfigError("data.pathfinder.length", c.length, f"{what}: give fewer, or a larger size.")
@@ -259,12 +249,6 @@ def _matching(
         if good_n.any():
             return pairs[np.argmax(good_n), order]
     return None
-
-
-def _points(paths: np.ndarray) -> np.ndarray:
-    """float [n, 3·d, 2]: three points on each dash of the paths [n, 2·d, 2]."""
-    begin, end = paths[:, ::2], paths[:, 1::2]
-    return np.concatenate([begin, (begin + end) / 2, end], 1)
 
 
 def _nearest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -295,34 +279,32 @@ class _Taken:
         return self._map[y, x] < 0.5
 
 
-def _grow(
-    rng: np.random.Generator, starts_W2: np.ndarray, dashes: int, taken: _Taken
-) -> np.ndarray | None:
-    """Paths from `starts_W2`, float [W, 2·dashes, 2], clear of what is taken and of themselves.
+def _grow(rng: np.random.Generator, at_W2: np.ndarray, dashes: int, taken: _Taken) -> np.ndarray:
+    """Paths from `at_W2`, float [W, 2·dashes, 2], clear of what is taken and of themselves.
 
     All W grow at once, dash by dash. One without room is replaced by a copy of one that has room,
-    so that twisted paths in a narrow place are found as well as straight ones. None: none is left.
+    so that twisted paths in a narrow place are found as well as straight ones. Where none has room,
+    there are 0 paths.
     """
-    walkers = len(starts_W2)
+    walkers = len(at_W2)
     dots = np.array([0, DASH / 2, DASH])[:, None]  # points that stand for a dash
-    paths, points = np.zeros((walkers, 2 * dashes, 2)), np.zeros((walkers, 3 * dashes, 2))
+    points = np.zeros((walkers, dashes, 3, 2))
     heading_W = rng.uniform(0, 2 * np.pi, walkers)
-    at_W2 = starts_W2
     for d in range(dashes):
         along_W12 = np.stack([np.cos(heading_W), np.sin(heading_W)], 1)[:, None]
         new = at_W2[:, None] + dots * along_W12
         room_W = taken.free(new).all(1)
         if d > 1:
-            room_W &= _nearest(new, points[:, : 3 * (d - 1)]) > APART
+            room_W &= _nearest(new, points[:, : d - 1].reshape(walkers, -1, 2)) > APART
         good = np.flatnonzero(room_W)
         if not len(good):
-            return None
-        paths[:, 2 * d : 2 * d + 2], points[:, 3 * d : 3 * d + 3] = new[:, ::2], new
+            return np.zeros((0, 2 * dashes, 2))
+        points[:, d] = new
         source = np.concatenate([good, rng.choice(good, walkers - len(good))])
-        paths, points = paths[source], points[source]
+        points = points[source]
         at_W2 = (at_W2 + STEP * along_W12[:, 0])[source]
         heading_W = heading_W[source] + rng.uniform(-TURN, TURN, walkers)
-    return paths[rng.permutation(walkers)]
+    return points[rng.permutation(walkers), :, ::2].reshape(walkers, -1, 2)
 
 
 def _render(scene: _Scene, label: int, size: int) -> np.ndarray:

@@ -5,18 +5,17 @@ training examples are held out by the rules below. Nothing is downloaded or prep
 dataset is refused with the command that prepares it.
 """
 
-import dataclasses
 import difflib
-import functools
 import hashlib
 import json
 import shlex
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
-from uoe_jax.data.examples import SPLITS, Documents, Example, Indexed, LabelledSource
+from uoe_jax.data.examples import SPLITS, Documents, Example, Indexed, Input, LabelledSource
 from uoe_jax.data.prepared import Records, one_line
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
@@ -26,42 +25,26 @@ CHUNK = 256  # records read at a time from a whole split
 _INSTALLED = "where tensorflow-datasets and tensorflow-cpu are installed"
 
 
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """How a dataset of labelled examples is used.
+class Labelled(NamedTuple):
+    """How a dataset of labelled examples is used; the feature of the label is 'label'."""
 
-    Attributes:
-      name: in TensorFlow Datasets.
-      n_classes: labels are below it.
-      feature: 'text' or 'image', the input; the label is 'label'.
-      shape: of every image, 0 where images differ; empty for text.
-      test: the split that is the test.
-      one_in: one of so many training examples is held out as validation.
-      last: the held-out ones are the last, as in Long Range Arena; else by `hash_order`.
-      manual: what must be downloaded by hand before it can be prepared.
-    """
-
-    name: str
+    name: str  # in TensorFlow Datasets
     n_classes: int
-    feature: str
-    shape: tuple[int, ...] = ()
+    feature: str  # of the input: 'text' or 'image'
+    shape: tuple[int, ...] = ()  # of every image, 0 where images differ
     test: str = "test"
-    one_in: int = 10
-    last: bool = False
-    manual: str = ""
+    one_in: int = 10  # one of so many training examples is held out as validation
+    last: bool = False  # the last are held out, as in Long Range Arena; else by `hash_order`
+    manual: str = ""  # what must be downloaded by hand before it can be prepared
 
 
-_ILSVRC = (
-    "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org into its "
-    "downloads/manual"
-)
+_ILSVRC = "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org"
+IMAGENET = Labelled("imagenet2012", 1000, "image", (0, 0, 3), "validation", 100, manual=_ILSVRC)
 LABELLED = {
     "imdb": Labelled("imdb_reviews/plain_text", 2, "text"),
     "cifar10": Labelled("cifar10", 10, "image", (32, 32, 3), last=True),
     "cifar100": Labelled("cifar100", 100, "image", (32, 32, 3), last=True),  # fine labels
-    "imagenet2012": Labelled(
-        "imagenet2012", 1000, "image", (0, 0, 3), "validation", 100, manual=_ILSVRC
-    ),
+    "imagenet2012": IMAGENET,
 }
 
 
@@ -82,8 +65,7 @@ def open_named(source: str, path: str) -> LabelledSource:
     n = len(train)
     n_held = max(1, n // spec.one_in)
     if n_held >= n:
-        few = f"one training example of {name} leaves none to hold out as validation"
-        raise dataset.damaged(few)
+        raise dataset.damaged(f"one training example of {name} leaves none to hold out")
     held = np.arange(n - n_held, n) if spec.last else np.sort(hash_order(spec.name, n, n_held))
     kept = np.setdiff1d(np.arange(n), held, assume_unique=True)
     every = np.arange(len(test))
@@ -97,7 +79,7 @@ def open_named(source: str, path: str) -> LabelledSource:
         "dataset": name,
         "directory": dataset.directory,
         "from": {"train": "train", "validation": "held out of train", "test": spec.test},
-        "n_examples": {split: len(examples(split)) for split in SPLITS},
+        "n_examples": {split: len(at) for split, (_, at) in splits.items()},
     }
     return LabelledSource(spec.n_classes, examples, facts)
 
@@ -116,9 +98,9 @@ def open_tfds_text(name: str, path: str) -> Documents:
         raise ConfigError("data.name", name, remedy)
     dataset = NamedDataset("data.name", name, name, path)
     feature, names = _text_feature(dataset), {"train": "train"}
-    if dataset.has("test"):
+    if "test" in dataset.splits:
         names["test"] = "test"
-    if dataset.has("validation"):
+    if "validation" in dataset.splits:
         names["validation" if "test" in names else "test"] = "validation"
     records = {split: dataset.records(name) for split, name in names.items()}
     missing = [split for split in ("validation", "test") if split not in names]
@@ -143,7 +125,8 @@ def open_tfds_text(name: str, path: str) -> Documents:
                 yield _text(of_split, i, record[feature], feature)
 
     origin = {split: names.get(split, "held out of train") for split in SPLITS}
-    sizes = {split: (len(r), dataset.n_bytes(names[split])) for split, r in records.items()}
+    n_bytes = {s: getattr(dataset.splits.get(name), "num_bytes", 0) for s, name in names.items()}
+    sizes = {split: (len(r), n_bytes[split]) for split, r in records.items()}
     content = json.dumps([VERSION, dataset.full_name, feature, sizes, origin], sort_keys=True)
     n_examples = {s: len(held[s] if s in held else records[s]) for s in SPLITS}
     n_examples["train"] -= len(order)
@@ -197,18 +180,14 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 class NamedDataset:
     """A dataset in a directory of TensorFlow Datasets (imports it, half a second).
 
-    Attributes:
-      full_name: with configuration and version.
-      directory: where its files are.
-      features: what it says of them, by name.
+    Its `full_name` has configuration and version; `features` and `splits` are by name.
     """
 
     def __init__(self, key: str, value: str, name: str, path: str, manual: str = "") -> None:
         """key, value: of the configuration, for errors. name, path: as in `open_tfds_text`."""
         import tensorflow_datasets as tfds
-        from etils import epath
 
-        self.key, self.value, self._name, self._manual = key, value, name, manual
+        self._key, self._value, self._manual = key, value, manual
         where = path or "TensorFlow Datasets' own directory"
         data_dir = f" --data_dir={shlex.quote(path)}" if path else ""
         build = f"tfds build {name} --file_format=array_record{data_dir}"
@@ -237,20 +216,13 @@ class NamedDataset:
                 self._builder = tfds.builder_from_directory(self.directory)
             except Exception as error:
                 raise self._unreadable(error) from error
-        self.full_name = self._builder.info.full_name
-        self.features = dict(self._builder.info.features)
-
-    def has(self, split: str) -> bool:
-        return split in self._builder.info.splits
-
-    def n_bytes(self, split: str) -> int:
-        return self._builder.info.splits[split].num_bytes if self.has(split) else 0
+        info = self._builder.info
+        self.full_name, self.features, self.splits = info.full_name, info.features, info.splits
 
     def records(self, split: str) -> Records:
         """Raises UserError where the split is missing, empty, or not array_record."""
-        splits = self._builder.info.splits
-        if splits and split not in splits:
-            has = f"{self.full_name} has no split {split!r}, only {', '.join(splits)}"
+        if self.splits and split not in self.splits:
+            has = f"{self.full_name} has no split {split!r}, only {', '.join(self.splits)}"
             raise self.refusal(f"{has}: {self._choose}")
         try:
             source = self._builder.as_data_source(split=split)
@@ -267,13 +239,13 @@ class NamedDataset:
         return UserError(f"{self.directory}: {what}: {remedy}")
 
     def refusal(self, remedy: str) -> ConfigError:
-        return ConfigError(self.key, self.value, remedy)
+        return ConfigError(self._key, self._value, remedy)
 
     def _unreadable(self, error: Exception) -> UserError:
         if not self._exists:
-            first = f"put {self._manual}, then " if self._manual else ""
-            remedy = f"{first}prepare it {self._prepare}."
-            return self.refusal(f"is not prepared in {self.directory}: {remedy}")
+            manual = f"put {self._manual} into its downloads/manual, then " if self._manual else ""
+            missing = f"is not prepared in {self.directory}"
+            return self.refusal(f"{missing}: {manual}prepare it {self._prepare}.")
         if isinstance(error, NotImplementedError):
             place = f"--dataset_version_dir={shlex.quote(self.directory)}"
             return self.refusal(
@@ -287,9 +259,11 @@ class NamedDataset:
 def _example(records: Records, i: int, spec: Labelled) -> Example:
     """Raises UserError for a record that is damaged or not what the dataset promises."""
     record = records[i]
-    read = functools.partial(_image, shape=spec.shape) if spec.shape else _text
-    data = read(records, i, record[spec.feature], spec.feature)
-    label = np.asarray(record["label"])
+    value, label = record[spec.feature], np.asarray(record["label"])
+    if spec.shape:
+        data: Input = _image(records, i, value, spec)
+    else:
+        data = _text(records, i, value, spec.feature)
     is_label = not label.ndim and label.dtype.kind in "iu"
     if not (is_label and 0 <= label < spec.n_classes):
         wanted = f"where 0 to {spec.n_classes - 1} is expected"
@@ -297,15 +271,13 @@ def _example(records: Records, i: int, spec: Labelled) -> Example:
     return Example((data,), int(label))
 
 
-def _image(
-    records: Records, i: int, value: Any, feature: str, shape: tuple[int, ...]
-) -> np.ndarray:
+def _image(records: Records, i: int, value: Any, spec: Labelled) -> np.ndarray:
     image = np.asarray(value)
-    fits = all(want in (0, got) for want, got in zip(shape, image.shape))
-    if image.ndim != len(shape) or not fits or image.dtype != np.uint8 or not image.size:
-        wanted = f"uint8 [{','.join(str(size or 'any') for size in shape)}]"
+    fits = all(want in (0, got) for want, got in zip(spec.shape, image.shape))
+    if image.ndim != len(spec.shape) or not fits or image.dtype != np.uint8 or not image.size:
+        wanted = f"uint8 [{','.join(str(size or 'any') for size in spec.shape)}]"
         found = f"{image.dtype} {list(image.shape)}"
-        raise records.wrong(i, f"has {found} where {wanted} is expected in {feature!r}")
+        raise records.wrong(i, f"has {found} where {wanted} is expected in {spec.feature!r}")
     return image
 
 
@@ -313,8 +285,8 @@ def _text(records: Records, i: int, value: Any, feature: str) -> bytes:
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")
     if not isinstance(value, bytes):
-        found = f"has {type(value).__name__} where text is expected in {feature!r}"
-        raise records.wrong(i, found)
+        kind = type(value).__name__
+        raise records.wrong(i, f"has {kind} where text is expected in {feature!r}")
     return value
 
 
