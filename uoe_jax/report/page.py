@@ -95,25 +95,24 @@ def _facts(run: RunLog) -> dict[str, str]:
 
 def _run(run: RunLog, shown: RoutingSample) -> dict[str, Any]:
     """What page.js needs of a run."""
-    m, s, blocks = run.config.model, shown.sample, {}
-    sample: dict[str, Any] | None = None
+    m, s, sample = run.config.model, shown.sample, None
+    blocks: dict[str, dict[str, Any]] = {}
     for name, r in m.routed().items():
         heads = m.n_heads // r.n_experts if name == "smha" else 0
-        found: dict[str, Any] = {"n": r.n_experts, "patch": r.patch_size, "heads": heads}
-        own = run.routing.get(name)
-        if own is not None:
+        blocks[name] = {"n": r.n_experts, "patch": r.patch_size, "heads": heads}
+        if own := run.routing.get(name):
             lines = {line: _packed(own.lines[key]) for key, line in PER_LAYER.items()}
-            found |= {"edges": own.edges.tolist(), "lines": lines, "even": math.log(r.n_experts)}
-            found |= {"load": _packed(own.load), "quarters": _packed(own.quarters)}
-        if s is not None and name in shown.routes:
-            found["routes"] = _packed(shown.routes[name])
-        blocks[name] = found
+            even = math.log(r.n_experts)
+            blocks[name] |= {"edges": own.edges.tolist(), "lines": lines, "even": even}
+            blocks[name] |= {"load": _packed(own.load), "quarters": _packed(own.quarters)}
+        if name in shown.routes:
+            blocks[name]["routes"] = _packed(shown.routes[name])
     if s is not None:
         pictures = None if s.pictures is None else [_png(picture) for picture in s.pictures]
-        sample = {"texts": s.texts, "pictures": pictures, "grid": s.grid}
-        sample |= {"before": s.before, "titles": s.titles}
-    what = {"name": run.name, "layers": m.n_layers, "blocks": blocks}
-    return {**what, "sample": sample, "why": shown.why, "step": shown.step}
+        sample = {"texts": s.texts, "pictures": pictures, "grid": s.grid, "before": s.before}
+        sample["titles"] = s.titles
+    facts = {"name": run.name, "layers": m.n_layers, "blocks": blocks}
+    return {**facts, "sample": sample, "why": shown.why, "step": shown.step}
 
 
 def _packed(array: np.ndarray) -> dict[str, Any]:

@@ -50,19 +50,15 @@ def open_listops(c: ListopsConfig) -> LabelledSource:
     if high > LONGEST:
         raise ConfigError("data.listops.max_length", high, f"give at most {LONGEST}.")
     if high - low < 2:
-        remedy = (
-            f"lengths lie strictly between min_length={low} and max_length={high}, as in Long "
-            f"Range Arena, and nothing does: give at least {low + 2}."
-        )
-        raise ConfigError("data.listops.max_length", high, remedy)
+        why = f"as in Long Range Arena, lengths are above min_length={low} and below max_length"
+        raise ConfigError("data.listops.max_length", high, f"{why}: give at least {low + 2}.")
     share = share_within_limits(c)
     if share < RAREST:
         often = f"one in {1 / share:,.0f}" if share > 1e-7 else "none"
         remedy = (
             f"of the expressions with max_depth={c.max_depth} and max_args={c.max_args}, {often} "
-            f"has more than {low} and fewer than {high} tokens, and at least one in "
-            f"{1 / RAREST:,.0f} should: widen data.listops.min_length … max_length, or change "
-            "max_depth or max_args."
+            f"has more than {low} and fewer than {high} tokens (at least one in {1 / RAREST:,.0f} "
+            "should): widen min_length … max_length, or change max_depth or max_args."
         )
         raise ConfigError("data.listops.min_length", low, remedy)
 
@@ -90,11 +86,10 @@ def _example(c: ListopsConfig, number: int, i: int) -> Example:
 
 def to_text(ids: ArrayLike) -> str:
     """Symbols with spaces between, without padding. Raises ValueError for an unknown id."""
-    ids_T = np.asarray(ids, np.int64).reshape(-1)
-    if ids_T.size and not (0 <= np.min(ids_T) and np.max(ids_T) < len(SYMBOLS)):
-        found = f"ids from {np.min(ids_T)} to {np.max(ids_T)}"
-        raise ValueError(f"{found} are not all in [0, {len(SYMBOLS)})")
-    return " ".join(SYMBOLS[i] for i in ids_T if i)
+    found = np.asarray(ids, np.int64).reshape(-1).tolist()
+    if unknown := [i for i in found if not 0 <= i < len(SYMBOLS)]:
+        raise ValueError(f"{unknown[0]} is no id in [0, {len(SYMBOLS)})")
+    return " ".join(SYMBOLS[i] for i in found if i)
 
 
 def share_within_limits(c: ListopsConfig) -> float:

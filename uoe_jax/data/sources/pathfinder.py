@@ -27,7 +27,8 @@ VERSION = 1  # of the drawing: raise it when a (seed, split, index) means anothe
 # ---- the released archive -----------------------------------------------------------------------
 
 TASK = "curv_contour_length_14"  # LRA's "hard", which is its Pathfinder task
-INSIDE = tuple(folder + TASK for folder in ("", *(folder + "pathfinder32/" for folder in ARENA)))
+INSIDE = ("", TASK, *(f"{folder}pathfinder32/{TASK}" for folder in ARENA))
+AGAIN = "unpack the archive again."
 REMEDY = (
     "download the Long Range Arena release (lra_release.gz, a tar archive, from the links in "
     "github.com/google-research/long-range-arena), unpack it, and give the directory in which "
@@ -36,7 +37,7 @@ REMEDY = (
 
 
 def open_pathfinder(path: str, c: PathfinderConfig) -> LabelledSource:
-    """The archive under `path`; generated images where it is empty. Raises UserError."""
+    """The archive under `path`; generated images where that is empty. Raises UserError."""
     return read_pathfinder(path) if path else draw_pathfinder(c)
 
 
@@ -51,7 +52,13 @@ def read_pathfinder(path: str) -> LabelledSource:
     Raises UserError without an archive, for unreadable metadata or a missing image; later, for an
     image that is damaged or of another size.
     """
-    root = _find(Path(expanded(path, "config.data.path")), path)
+    given = Path(expanded(path, "config.data.path"))
+    root = next((given / i for i in INSIDE if (given / i / "metadata").is_dir()), None)
+    if root is None:
+        found = (
+            "holds no Pathfinder images" if given.is_dir() else "is no directory on this machine"
+        )
+        raise ConfigError("data.path", path, f"{found}: {REMEDY}")
     content = hashlib.sha256()
     names, labels = _read_metadata(root, content)
     sizes = np.zeros(len(names), "<i8")
@@ -78,7 +85,7 @@ def read_pathfinder(path: str) -> LabelledSource:
         if image_YX1.shape != (size, size, 1):
             height, width, _ = image_YX1.shape
             found = f"{height} x {width} pixels where the first has {size} x {size}"
-            raise UserError(f"{root / names[at]}: {what} has {found}: unpack the archive again.")
+            raise UserError(f"{root / names[at]}: {what} has {found}: {AGAIN}")
         return Example((image_YX1,), int(labels[at]))
 
     facts = {
@@ -104,15 +111,7 @@ def read_png(file: Path, what: str) -> np.ndarray:
             return np.array(image.convert("L"))[:, :, None]
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
         bad = f"{what} is not a readable PNG image ({error})"
-        raise UserError(f"{file}: {bad}: unpack the archive again.") from error
-
-
-def _find(root: Path, path: str) -> Path:
-    for inside in ("", *INSIDE):
-        if (root / inside / "metadata").is_dir():
-            return root / inside
-    found = "holds no Pathfinder images" if root.is_dir() else "is not a directory on this machine"
-    raise ConfigError("data.path", path, f"{found}: {REMEDY}")
+        raise UserError(f"{file}: {bad}: {AGAIN}") from error
 
 
 def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
@@ -135,10 +134,8 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
         for number, line in enumerate(lines, 1):
             columns = line.split()
             if len(columns) < 4 or columns[3] not in ("0", "1"):
-                raise UserError(
-                    f"{file}: line {number} is {line[:80]!r} where a folder, a file, a number and "
-                    "a label 0 or 1 are expected: unpack the archive again."
-                )
+                wanted = "where a folder, a file, a number and a label 0 or 1 are expected"
+                raise UserError(f"{file}: line {number} is {line[:80]!r} {wanted}: {AGAIN}")
             names.append(f"{columns[0]}/{columns[1]}")
             labels.append(int(columns[3]))
     return names, np.array(labels, np.int8)
