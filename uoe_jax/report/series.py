@@ -62,8 +62,7 @@ def read_log(workdir: str, config: Config, name: str, points: int = POINTS) -> R
         for key, value in line.items():
             if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 found.setdefault(key, []).append((line["step"], value))
-    values = {key: np.array(found[key], np.float64) for key in sorted(found)}
-    curves = {key: _curve(value, steps, seen, points) for key, value in values.items()}
+    curves = {key: _curve(found[key], steps, seen, points) for key in sorted(found)}
     blocks = config.model.routed() if train else ()
     routing = {b: _routing(train, b, config) for b in blocks if f"train/{b}/load" in train[0]}
     last = {split: line for line in lines for split in ("eval", "test") if f"{split}/loss" in line}
@@ -81,8 +80,8 @@ def names(workdirs: Sequence[str]) -> list[str]:
     return [f"{name} ({i})" for i, name in enumerate(short)]
 
 
-def _curve(found: np.ndarray, logged: np.ndarray, seen: np.ndarray, points: int) -> Curve:
-    step, value = found.T
+def _curve(found: list[Any], logged: np.ndarray, seen: np.ndarray, points: int) -> Curve:
+    step, value = np.array(found, np.float64).T
     tokens = np.interp(step, np.append(0, logged), np.append(0, seen))
     starts = _starts(len(step), points)
     sizes = np.diff(starts, append=len(step))

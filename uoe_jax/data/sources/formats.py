@@ -119,13 +119,15 @@ def json_of(text: str | bytes) -> Any:
 
 def _are_json_lines(reader: Reader, file: Path) -> bool:
     """Whether the lines are JSON objects with a text. Raises ConfigError for ones without."""
-    line = _next_line(reader)
+    pieces = iter(lambda: reader.readline(LINE_BYTES), b"")  # lines, or pieces of ones too long
+    full = (piece for piece in pieces if not piece.isspace())
+    line = next(full, b"")
     if line.lstrip().startswith(b"[") and _begins_with_text(line):
         _refuse_array(file)
     first = json_of(line)
     if not isinstance(first, dict):
         return False
-    line = _next_line(reader)
+    line = next(full, b"")
     if isinstance(first.get("text"), str):  # else it is text that begins with an object
         return not line or line.lstrip().startswith(b"{")
     if isinstance(json_of(line), dict):
@@ -136,14 +138,6 @@ def _are_json_lines(reader: Reader, file: Path) -> bool:
         )
         raise ConfigError("data.path", str(file), remedy)
     return False
-
-
-def _next_line(reader: Reader) -> bytes:
-    """The next line that is not empty, or a piece of one that is too long; b"" at the end."""
-    while line := reader.readline(LINE_BYTES):
-        if not line.isspace():
-            return line
-    return b""
 
 
 def _begins_with_text(line: bytes) -> bool:

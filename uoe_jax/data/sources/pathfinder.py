@@ -30,9 +30,8 @@ TASK = "curv_contour_length_14"  # LRA's "hard", which is its Pathfinder task
 INSIDE = ("", TASK, *(f"{folder}pathfinder32/{TASK}" for folder in ARENA))
 AGAIN = "unpack the archive again."
 REMEDY = (
-    "download the Long Range Arena release (lra_release.gz, a tar archive, from the links in "
-    "github.com/google-research/long-range-arena), unpack it, and give the directory in which "
-    f"lra_release lies, or its {TASK} with metadata/ and imgs/."
+    "unpack lra_release.gz (a tar archive, linked at github.com/google-research/long-range-arena), "
+    f"and give the directory in which lra_release lies, or its {TASK} with metadata/ and imgs/."
 )
 
 
@@ -42,12 +41,11 @@ def open_pathfinder(path: str, c: PathfinderConfig) -> LabelledSource:
 
 
 def read_pathfinder(path: str) -> LabelledSource:
-    """The images of LRA's archive. At the start only file sizes are read.
+    """The images of LRA's archive. At the start only metadata and file sizes are read and hashed.
 
     As in LRA, the first 80 % are for training, 10 % each for validation and test, and then images
     of 0 bytes are dropped (lra_benchmarks/image/input_pipeline.py). LRA's order is a shuffle of
-    TensorFlow Datasets; ours is metadata/0.npy, 1.npy, … line by line. Labels are independent, so
-    order does not matter. The record's sha256 is over metadata and file sizes only.
+    TensorFlow Datasets; ours is metadata/0.npy, 1.npy, … line by line: labels are independent.
 
     Raises UserError without an archive, for unreadable metadata or a missing image; later, for an
     image that is damaged or of another size.
@@ -55,9 +53,7 @@ def read_pathfinder(path: str) -> LabelledSource:
     given = Path(expanded(path, "config.data.path"))
     root = next((given / i for i in INSIDE if (given / i / "metadata").is_dir()), None)
     if root is None:
-        found = (
-            "holds no Pathfinder images" if given.is_dir() else "is no directory on this machine"
-        )
+        found = "holds no Pathfinder images" if given.is_dir() else "is no directory here"
         raise ConfigError("data.path", path, f"{found}: {REMEDY}")
     content = hashlib.sha256()
     names, labels = _read_metadata(root, content)
@@ -101,7 +97,7 @@ def read_pathfinder(path: str) -> LabelledSource:
 
 def read_png(file: Path, what: str) -> np.ndarray:
     """uint8 [height, width, 1] in grey. Raises UserError, with `what` it is, for a damaged PNG."""
-    from PIL import Image  # only here: commands that read no images start without it
+    from PIL import Image  # only for commands that read images
 
     try:
         data = file.read_bytes()
@@ -110,15 +106,12 @@ def read_png(file: Path, what: str) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             return np.array(image.convert("L"))[:, :, None]
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
-        bad = f"{what} is not a readable PNG image ({error})"
-        raise UserError(f"{file}: {bad}: {AGAIN}") from error
+        raise UserError(f"{file}: {what} is not a readable PNG ({error}): {AGAIN}") from error
 
 
 def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
-    """Names relative to `root` and labels int8 [n]; the bytes read go into the hash `content`.
-
-    The .npy files are texts; a line is "imgs/0 sample_0.png 0 1 …": folder, file, number, label.
-    """
+    """Names relative to `root` and labels int8 [n]; the bytes read go into the hash `content`."""
+    # They are texts. A line is "imgs/0 sample_0.png 0 1 …": folder, file, number, label.
     files = [file for file in (root / "metadata").iterdir() if re.fullmatch(r"\d+\.npy", file.name)]
     if not files:
         raise UserError(f"{root / 'metadata'}: holds no 0.npy, 1.npy, …: {REMEDY}")
@@ -128,8 +121,8 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
             data = file.read_bytes()
             lines = data.decode("ascii").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            what = f"is not the text that Long Range Arena released ({error})"
-            raise UserError(f"{file}: {what}: {REMEDY}") from error
+            wrong = f"is not the text that Long Range Arena released ({error})"
+            raise UserError(f"{file}: {wrong}: {REMEDY}") from error
         content.update(data)
         for number, line in enumerate(lines, 1):
             columns = line.split()
@@ -143,10 +136,9 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
 
 # ---- drawn --------------------------------------------------------------------------------------
 
-# Lengths are in units. A dash and the gap behind it are 4 units: an eighth of the image, or as much
-# as lets a path of `length` dashes be 1.5 sides of the image long, but never less than 3 pixels, as
-# in LRA's images of 32 x 32.
-STEP = 4.0
+# Lengths are in units: 4 are an eighth of the image, or what lets a path of `length` dashes be 1.5
+# sides of the image long, but never less than 3 pixels, as in LRA's images of 32 x 32.
+STEP = 4.0  # a dash and the gap behind it
 DASH = 2.0
 WIDTH = 1.0
 DOT_RADIUS = 1.6
@@ -165,13 +157,13 @@ TRIES = 20 * TRIAL_TRIES  # that any other may take: where all trials succeed, n
 
 
 def draw_pathfinder(c: PathfinderConfig) -> LabelledSource:
-    """Pathfinder images drawn from (seed, split, index).
+    """Pathfinder images drawn from (seed, split, index). Labels alternate.
 
     Two long paths of `length` dashes begin near each other. One dot marks the beginning of one of
     them, another the end of the same (label 1) or of the other (label 0). Both ends are about as
     far from the marked beginning: neither brightness nor the dots' distance tells the label. Up to
-    `distractors` short paths of a third of the dashes are added where there is room. Labels
-    alternate. Raises ConfigError where such paths find no room in images of this size.
+    `distractors` short paths of a third of the dashes are added where there is room. Raises
+    ConfigError where such paths find no room in images of this size.
     """
     rngs = [np.random.default_rng([c.seed, len(SPLITS), i]) for i in range(TRIALS)]
     found = [len(_draw_scene(c, rng, TRIAL_TRIES).short) for rng in rngs]
@@ -270,8 +262,7 @@ class _Taken:
 
     def free(self, points: np.ndarray) -> np.ndarray:
         """bool […]: which of the points […, 2] are inside and not taken."""
-        cells = np.floor(points * CELLS).astype(np.int64)
-        # What is outside falls on the border, which is taken.
+        cells = np.floor(points * CELLS).astype(np.int64)  # outside: the border, which is taken
         x, y = np.moveaxis(np.clip(cells, 0, len(self._map) - 1), -1, 0)
         return self._map[y, x] < 0.5
 
@@ -280,8 +271,7 @@ def _grow(rng: np.random.Generator, at_W2: np.ndarray, dashes: int, taken: _Take
     """Paths from `at_W2`, float [W, 2·dashes, 2], clear of what is taken and of themselves.
 
     All W grow at once, dash by dash. One without room is replaced by a copy of one that has room,
-    so that twisted paths in a narrow place are found as well as straight ones. Where none has room,
-    there are 0 paths.
+    so that twisted paths in a narrow place are found too. Where none has room, W is 0.
     """
     walkers = len(at_W2)
     dots = np.array([0, DASH / 2, DASH])[:, None]  # points that stand for a dash

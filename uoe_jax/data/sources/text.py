@@ -50,12 +50,10 @@ def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False
     files move no document. About `held_out` percent are for validation, and as many for test. Files
     are read in the order of their hashes: names do not matter.
 
-    In a glob, `**` is any depth, and .json is JSON lines too. Hidden files and directories are
-    skipped; so are other files of a directory, which process 0 prints unless `quiet`.
-
-    Raises UserError where there is no file, all are empty, or one is unreadable or of another
-    format. While documents are read: where bytes are not UTF-8 or a line is no document (with file
-    and place), where a file cannot be read or changes, and at the end where the split is empty.
+    In a glob, `**` is any depth, and .json is JSON lines too. Hidden files are skipped; so are
+    other files of a directory, which process 0 prints unless `quiet`. Raises UserError where there
+    is no text or none for a split, a file is unreadable, changes or has another format, bytes are
+    not UTF-8 or a line is no document (with file and place).
     """
     sizes, skipped = find(path)
     full = [file for file, size in sizes.items() if size]
@@ -113,9 +111,7 @@ def split_of(document: bytes, held_out: int = 1) -> str:
 def find(path: str) -> tuple[dict[Path, int], list[str]]:
     """({file: size} of what data.path names, ordered by name; its directory's other files)."""
     if not path:
-        remedy = (
-            "set it to a directory of .txt or .jsonl files, or to a glob such as 'DIR/**/*.txt'."
-        )
+        remedy = "set it to a directory of .txt or .jsonl files, or a glob such as 'DIR/**/*.txt'."
         raise ConfigError("data.path", path, remedy)
     pattern = expanded(path, "config.data.path")
     names: list[str] = []
@@ -136,10 +132,7 @@ def find(path: str) -> tuple[dict[Path, int], list[str]]:
             list(_walk(os.path.join(".", head)))
         whole = os.path.join(glob.escape(head), rest)
         names = [pattern] if os.path.exists(pattern) else glob.glob(whole, recursive=True)
-        missing = (
-            "is neither a directory nor a glob of files on this machine: name one of text or JSON "
-            "lines."
-        )
+        missing = "is neither a directory nor a glob of files here: name one of text or JSON lines."
     files: dict[str, tuple[Path, int]] = {}  # each once, by its real path
     for name in ticking(sorted(names, key=os.fsencode)):
         file = Path(name)
@@ -159,10 +152,7 @@ def _few(names: list[str]) -> str:
 
 
 def _head(pattern: str) -> tuple[str, str]:
-    """(the directory that a glob begins with, the pattern below it).
-
-    A directory that is named `fold[1]` is no pattern.
-    """
+    """(the directory that a glob begins with, which may be named `fold[1]`; the pattern below)."""
     parts = Path(pattern).parts
     for n, part in enumerate(parts):
         # As `*` does, which then means others as well.

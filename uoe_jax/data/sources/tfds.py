@@ -1,8 +1,7 @@
 """Datasets by their name in TensorFlow Datasets, read from array_record without TensorFlow.
 
-The official test split is never used for validation: where a dataset has no validation split, some
-training examples are held out by the rules below. Nothing is downloaded or prepared here; a missing
-dataset is refused with the command that prepares it.
+The official test split is never used for validation: without a validation split, some training
+examples are held out. A missing dataset is refused with the command that prepares it.
 """
 
 import difflib
@@ -87,21 +86,19 @@ def open_named(source: str, path: str) -> LabelledSource:
 def open_tfds_text(name: str, path: str) -> Documents:
     """The documents of a text dataset by its name, such as 'lm1b' or 'c4/en:3.1.0'.
 
-    They are the feature 'text', or else the only feature of text, in the order of the dataset. The
-    test is the split 'test', or else 'validation' (as results on datasets without a test split are
-    reported). The validation is 'validation' where that is not the test. A missing one is held out
-    of 'train': 1 % of it, at most 100,000 documents. The key is a hash of the dataset's name,
-    version, sizes and of these rules, not of the content. Path and errors: `open_named`.
+    They are the feature 'text', or else the only feature of text. The test is the split 'test', or
+    else 'validation' (as results on datasets without a test split are reported). A split that is
+    missing then is held out of 'train': 1 % of it, at most 100,000 documents. The key is a hash of
+    name, version, sizes and these rules, not of the content. Path and errors: `open_named`.
     """
     if not name:
         remedy = "data.source='tfds_text' needs the name of a dataset, such as 'lm1b'."
         raise ConfigError("data.name", name, remedy)
     dataset = NamedDataset("data.name", name, name, path)
-    feature, names = _text_feature(dataset), {"train": "train"}
-    if "test" in dataset.splits:
-        names["test"] = "test"
-    if "validation" in dataset.splits:
-        names["validation" if "test" in names else "test"] = "validation"
+    feature = _text_feature(dataset)
+    names = {split: split for split in SPLITS if split == "train" or split in dataset.splits}
+    if "test" not in names and "validation" in names:
+        names["test"] = names.pop("validation")
     records = {split: dataset.records(name) for split, name in names.items()}
     missing = [split for split in ("validation", "test") if split not in names]
     n = len(records["train"])
@@ -126,7 +123,7 @@ def open_tfds_text(name: str, path: str) -> Documents:
 
     origin = {split: names.get(split, "held out of train") for split in SPLITS}
     n_bytes = {s: getattr(dataset.splits.get(name), "num_bytes", 0) for s, name in names.items()}
-    sizes = {split: (len(r), n_bytes[split]) for split, r in records.items()}
+    sizes = {split: (len(of_split), n_bytes[split]) for split, of_split in records.items()}
     content = json.dumps([VERSION, dataset.full_name, feature, sizes, origin], sort_keys=True)
     n_examples = {s: len(held[s] if s in held else records[s]) for s in SPLITS}
     n_examples["train"] -= len(order)
@@ -152,8 +149,8 @@ def _all_but(excluded: np.ndarray, n: int) -> Iterator[np.ndarray]:
 def hash_order(salt: str, n: int, k: int) -> np.ndarray:
     """int64 [k]: the first k of the indices 0 … n-1 in an order of `salt` and the index alone.
 
-    Index i is ordered by splitmix64 of i plus the first 64 bits of SHA-256 of the salt, which is
-    distinct for distinct i. Memory is O(k), where n may be hundreds of millions.
+    The order is that of splitmix64(i + the first 64 bits of SHA-256 of the salt). Memory is O(k),
+    where n may be hundreds of millions.
     """
     offset = np.uint64(int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big"))
     kept, hashes = np.zeros(0, np.int64), np.zeros(0, np.uint64)
@@ -170,7 +167,7 @@ def hash_order(salt: str, n: int, k: int) -> np.ndarray:
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """Vigna's mixing of uint64 (public domain), modulo 2^64."""
+    """Vigna's mixing of uint64 (public domain), modulo 2^64; distinct for distinct x."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -178,13 +175,10 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 class NamedDataset:
-    """A dataset in a directory of TensorFlow Datasets (imports it, half a second).
-
-    Its `full_name` has configuration and version; `features` and `splits` are by name.
-    """
+    """A dataset in a directory of TensorFlow Datasets (imports it, half a second)."""
 
     def __init__(self, key: str, value: str, name: str, path: str, manual: str = "") -> None:
-        """key, value: of the configuration, for errors. name, path: as in `open_tfds_text`."""
+        """key, value: of the configuration, for errors."""
         import tensorflow_datasets as tfds
 
         self._key, self._value, self._manual = key, value, manual
@@ -199,16 +193,13 @@ class NamedDataset:
             base = name.split("/")[0].split(":")[0]
             known = tfds.list_builders(with_community_datasets=False)
             near = difflib.get_close_matches(base, known, n=1, cutoff=0.0)[0]
-            raise self.refusal(
-                f"is not prepared in {where}, nor a dataset that can be known without TensorFlow: "
-                f"did you mean {near!r}? Else prepare it {self._prepare}."
-            ) from error
+            unknown = f"is not prepared in {where}, nor known without TensorFlow"
+            remedy = f"did you mean {near!r}? Else prepare it {self._prepare}."
+            raise self.refusal(f"{unknown}: {remedy}") from error
         except Exception as error:  # an unknown configuration or version, damaged files
-            raise self.refusal(
-                f"TensorFlow Datasets cannot open it in {where} ({one_line(error)}): "
-                f"{self._choose} Or, if its files there are damaged, delete them and prepare it "
-                f"again, {self._prepare}."
-            ) from error
+            bad = f"TensorFlow Datasets cannot open it in {where} ({one_line(error)})"
+            again = f"if its files are damaged, delete them and prepare it again, {self._prepare}."
+            raise self.refusal(f"{bad}: {self._choose} Or, {again}") from error
         self.directory = str(self._builder.data_dir)
         self._exists = epath.Path(self.directory).exists()
         if self._exists:  # its files may differ from what this release of tfds says of them
@@ -217,7 +208,8 @@ class NamedDataset:
             except Exception as error:
                 raise self._unreadable(error) from error
         info = self._builder.info
-        self.full_name, self.features, self.splits = info.full_name, info.features, info.splits
+        self.full_name = info.full_name  # with configuration and version
+        self.features, self.splits = info.features, info.splits  # by name
 
     def records(self, split: str) -> Records:
         """Raises UserError where the split is missing, empty, or not array_record."""
@@ -247,25 +239,21 @@ class NamedDataset:
             missing = f"is not prepared in {self.directory}"
             return self.refusal(f"{missing}: {manual}prepare it {self._prepare}.")
         if isinstance(error, NotImplementedError):
+            other = f"is prepared in {self.directory}, but not as array_record, for access by index"
             place = f"--dataset_version_dir={shlex.quote(self.directory)}"
-            return self.refusal(
-                f"is prepared in {self.directory}, but not as array_record, which reading by index "
-                f"takes: add that with `tfds convert_format {place} "
-                f"--out_file_format=array_record` {_INSTALLED}."
-            )
+            convert = f"`tfds convert_format {place} --out_file_format=array_record`"
+            return self.refusal(f"{other}: add that with {convert} {_INSTALLED}.")
         return self.damaged(f"the prepared dataset cannot be read ({one_line(error)})")
 
 
 def _example(records: Records, i: int, spec: Labelled) -> Example:
-    """Raises UserError for a record that is damaged or not what the dataset promises."""
     record = records[i]
     value, label = record[spec.feature], np.asarray(record["label"])
     if spec.shape:
         data: Input = _image(records, i, value, spec)
     else:
         data = _text(records, i, value, spec.feature)
-    is_label = not label.ndim and label.dtype.kind in "iu"
-    if not (is_label and 0 <= label < spec.n_classes):
+    if label.ndim or label.dtype.kind not in "iu" or not 0 <= label < spec.n_classes:
         wanted = f"where 0 to {spec.n_classes - 1} is expected"
         raise records.wrong(i, f"has the label {label.tolist()!r} {wanted}")
     return Example((data,), int(label))

@@ -23,8 +23,7 @@ def open_wikitext103(path: str, cache_dir: Path) -> Documents:
     """The articles of the archive in the directory `path`, or of its unpacked files there.
 
     Those of a split put together are its file (the paper counts 28,475, 60 and 60). Raises
-    UserError where something is missing or unreadable; while documents are read also where the file
-    changed, is damaged or has no article.
+    UserError where a file is missing, unreadable, changed or damaged, or has no article.
     """
     origin, raw = _locate(path), RawFiles(cache_dir)
     is_archive = origin.is_file()
@@ -106,10 +105,9 @@ def _articles(origin: Path, text: Iterable[tuple[int, bytes]]) -> Iterator[bytes
 def _locate(path: str) -> Path:
     """The archive, or the directory of the unpacked files."""
     root = manual_dir(path)
-    if root.is_file():
-        return root
-    if (root / ARCHIVE).is_file():
-        return root / ARCHIVE
+    for archive in (root, root / ARCHIVE):
+        if archive.is_file():
+            return archive
     for folder in (root, root / FOLDER):
         if any((folder / member).exists() for member in MEMBERS.values()):
             return folder
