@@ -727,7 +727,7 @@ def test_pairs_that_are_missing_are_answered_with_what_to_download(tmp_path, mon
         aan.open_aan("", tmp_path / "cache")
     write(tmp_path / "in", {name: data for name, data in TSV.items() if "eval" not in name})
     with pytest.raises(
-        ConfigError, match="data.path='.*': new_aan_pairs.eval.tsv is missing in .*in: download"
+        ConfigError, match="data.path='.*': new_aan_pairs.eval.tsv not in .*in: download"
     ):
         aan.open_aan(str(tmp_path / "in"), tmp_path / "cache")
     write(tmp_path / "in", {"new_aan_pairs.eval.tsv": b""})

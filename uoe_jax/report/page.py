@@ -5,6 +5,7 @@ import datetime
 import html
 import importlib.resources
 import io
+import itertools
 import json
 import math
 import string
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from bokeh.embed import components
-from bokeh.model import Model
 from bokeh.resources import Resources
 from PIL import Image
 
@@ -29,7 +29,7 @@ MEASURES = ("loss", "bits_per_byte", "word_perplexity", "accuracy")  # of the su
 def page(runs: Sequence[RunLog], samples: Sequence[RoutingSample]) -> str:
     """The file's text, for one run or several beside each other."""
     curves = charts.curves(runs)
-    figures: list[Model] = [*curves, *(charts.routing() if any(r.routing for r in runs) else [])]
+    figures: list[Any] = [*curves, *(charts.routing() if any(r.routing for r in runs) else [])]
     script, divs = components(figures) if figures else ("", ())
     own = importlib.resources.files("uoe_jax.report")
     kinds = ("html", "css", "js")
@@ -58,14 +58,12 @@ def _in_script(data: Any) -> str:
 
 def _summary(runs: Sequence[RunLog]) -> str:
     """A table with a column for each run."""
-    rows: dict[str, list[str]] = {}
-    for i, (run, colour) in enumerate(zip(runs, charts.colours(runs))):
+    columns, body = [], ""
+    for run, colour in zip(runs, charts.colours(runs)):
         first = f'<span style="color:{colour}">■</span> {html.escape(run.name)}'
-        for name, value in {"run": first, **_facts(run)}.items():
-            rows.setdefault(name, [""] * len(runs))[i] = value
-    body = ""
-    for name, values in rows.items():
-        cells = "".join(f"<td>{v}</td>" for v in values)
+        columns.append({"run": first, **_facts(run)})
+    for name in dict.fromkeys(itertools.chain(*columns)):
+        cells = "".join(f"<td>{facts.get(name, '')}</td>" for facts in columns)
         body += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
     return f'<table class="summary">{body}</table>'
 

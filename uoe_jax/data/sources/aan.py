@@ -35,7 +35,10 @@ def open_aan(path: str, cache_dir: Path) -> LabelledSource:
     has 147,086, 18,090 and 17,437 pairs. Raises UserError where a file is missing or unreadable, or
     a line is no pair (with file and line).
     """
-    origin = _locate(path)
+    root = prepared.manual_dir(path)
+    origin = min((root / below for below in BELOW), key=lambda folder: len(_missing(folder)))
+    if missing := ", ".join(_missing(origin)):
+        raise ConfigError("data.path", path, f"{missing} not in {origin}: {REMEDY}")
     files = {split: origin / name for split, name in FILES.items()}
     raw = prepared.RawFiles(cache_dir)
     hashes, sha256 = raw.hashes(files)
@@ -58,16 +61,8 @@ def open_aan(path: str, cache_dir: Path) -> LabelledSource:
     return LabelledSource(2, examples, facts)
 
 
-def _locate(path: str) -> Path:
-    root = prepared.manual_dir(path)
-    for folder in (root / below for below in BELOW):
-        missing = [name for name in FILES.values() if not (folder / name).is_file()]
-        if not missing:
-            return folder
-        if len(missing) < len(FILES):
-            what = f"{', '.join(missing)} is missing in {folder}"
-            raise ConfigError("data.path", path, f"{what}: {REMEDY}")
-    raise ConfigError("data.path", path, f"{', '.join(FILES.values())} are not in {root}: {REMEDY}")
+def _missing(folder: Path) -> list[str]:
+    return [name for name in FILES.values() if not (folder / name).is_file()]
 
 
 def _records(file: Path, sha256: str, raw: prepared.RawFiles) -> Iterator[dict[str, bytes | int]]:

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple
 
 from uoe_jax.data.prepared import LINE_BYTES, Reader, readable, refuse
 from uoe_jax.errors import ConfigError
@@ -79,11 +79,10 @@ def look(file: Path) -> Format:
         bom = head.startswith(BOM)
         reader.seek(len(BOM) if bom else 0)
         start = head.removeprefix(BOM).lstrip()[:1]
-        if start == b"[" and bare.endswith(".json"):
-            _refuse_array(file)
+        json_lines, is_array = bare.endswith(JSON_LINES), start == b"[" and bare.endswith(".json")
         # Lines are only read where they may be JSON: a file may be one line of any length.
-        may_be_json = not start or start in b"{["
-        json_lines = bare.endswith(JSON_LINES) or may_be_json and _are_json_lines(reader, file)
+        if is_array or not json_lines and (not start or start in b"{["):
+            json_lines = _are_json_lines(reader, file, is_array)
     return Format(packed, json_lines, bom)
 
 
@@ -117,13 +116,14 @@ def json_of(text: str | bytes) -> Any:
         return None
 
 
-def _are_json_lines(reader: Reader, file: Path) -> bool:
+def _are_json_lines(reader: Reader, file: Path, is_array: bool) -> bool:
     """Whether the lines are JSON objects with a text. Raises ConfigError for ones without."""
     pieces = iter(lambda: reader.readline(LINE_BYTES), b"")  # lines, or pieces of ones too long
     full = (piece for piece in pieces if not piece.isspace())
     line = next(full, b"")
-    if line.lstrip().startswith(b"[") and _begins_with_text(line):
-        _refuse_array(file)
+    if is_array or line.lstrip().startswith(b"[") and _begins_with_text(line):
+        remedy = "write its objects one a line (jq -c '.[]' does), or take it out of data.path."
+        raise ConfigError("data.path", str(file), f"is one JSON array: {remedy}")
     first = json_of(line)
     if not isinstance(first, dict):
         return False
@@ -131,12 +131,9 @@ def _are_json_lines(reader: Reader, file: Path) -> bool:
     if isinstance(first.get("text"), str):  # else it is text that begins with an object
         return not line or line.lstrip().startswith(b"{")
     if isinstance(json_of(line), dict):
-        remedy = (
-            f'its lines are JSON objects with {keys_of(first)} and no string "text": put the text '
-            'of every line under "text" (also to train on the lines as they stand), or take the '
-            "file out of data.path."
-        )
-        raise ConfigError("data.path", str(file), remedy)
+        found = f'its lines are JSON objects with {keys_of(first)} and no string "text"'
+        remedy = "put each line's text there, or the whole line, or take it out of data.path."
+        raise ConfigError("data.path", str(file), f"{found}: {remedy}")
     return False
 
 
@@ -147,8 +144,3 @@ def _begins_with_text(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and isinstance(first.get("text"), str)
-
-
-def _refuse_array(file: Path) -> NoReturn:
-    remedy = "write its objects one a line (jq -c '.[]' does), or take the file out of data.path."
-    raise ConfigError("data.path", str(file), f"is one JSON array: {remedy}")

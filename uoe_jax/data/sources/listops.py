@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import statistics
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,12 +24,6 @@ from uoe_jax.errors import ConfigError
 
 VERSION = 1  # of the rules below: raise it when a (seed, split, index) means another example
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
-FUNCTIONS: tuple[Callable[[list[int]], int], ...] = (
-    min,
-    max,
-    lambda args: int(statistics.median(args)),
-    lambda args: sum(args) % 10,
-)
 SYMBOLS = ("<pad>", *"0123456789", *OPERATORS, "]")  # by id
 DIGIT, OPERATOR, CLOSE = SYMBOLS.index("0"), SYMBOLS.index(OPERATORS[0]), SYMBOLS.index("]")
 
@@ -152,7 +145,8 @@ def _evaluate(ids_T: np.ndarray) -> int:
     for i in ids_T.tolist():
         if i == CLOSE:
             operator, *args = stack.pop()
-            stack[-1].append(FUNCTIONS[operator - OPERATOR](args))
+            results = min(args), max(args), int(statistics.median(args)), sum(args) % 10
+            stack[-1].append(results[operator - OPERATOR])
         elif i >= OPERATOR:
             stack.append([i])
         else:

@@ -35,11 +35,6 @@ REMEDY = (
 )
 
 
-def open_pathfinder(path: str, c: PathfinderConfig) -> LabelledSource:
-    """The archive under `path`; generated images where that is empty. Raises UserError."""
-    return read_pathfinder(path) if path else draw_pathfinder(c)
-
-
 def read_pathfinder(path: str) -> LabelledSource:
     """The images of LRA's archive. At the start only metadata and file sizes are read and hashed.
 
@@ -65,13 +60,12 @@ def read_pathfinder(path: str) -> LabelledSource:
             what = f"image {i} of the metadata cannot be read ({error.strerror})"
             raise UserError(f"{root / name}: {what}: {REMEDY}") from error
     content.update(sizes.tobytes())
-    ends = [0, len(names) * 8 // 10, len(names) * 9 // 10, len(names)]
-    kept, n_empty = {}, {}
-    for split, begin, end in zip(SPLITS, ends[:-1], ends[1:]):
-        kept[split] = begin + np.flatnonzero(sizes[begin:end])
-        n_empty[split] = end - begin - len(kept[split])
-        if not len(kept[split]):
-            remedy = f"its {len(names)} images leave the {split} split empty: {REMEDY}"
+    n = len(names)
+    every = dict(zip(SPLITS, np.split(np.arange(n), [n * 8 // 10, n * 9 // 10])))
+    kept = {split: at[sizes[at] > 0] for split, at in every.items()}
+    for split, at in kept.items():
+        if not len(at):
+            remedy = f"its {n} images leave the {split} split empty: {REMEDY}"
             raise ConfigError("data.path", path, remedy)
     size = len(read_png(root / names[kept["train"][0]], f"example 0 of train in {root}"))
 
@@ -89,7 +83,7 @@ def read_pathfinder(path: str) -> LabelledSource:
         "sha256": content.hexdigest(),
         "size": size,
         "n_examples": {split: len(at) for split, at in kept.items()},
-        "n_empty": n_empty,
+        "n_empty": {split: len(at) - len(kept[split]) for split, at in every.items()},
         "n_positive": {split: int(labels[at].sum()) for split, at in kept.items()},
     }
     return LabelledSource(2, lambda s: Indexed(len(kept[s]), functools.partial(read, s)), facts)
@@ -156,15 +150,17 @@ TRIAL_TRIES = 200  # pairs of long paths that each of these may take
 TRIES = 20 * TRIAL_TRIES  # that any other may take: where all trials succeed, none should fail
 
 
-def draw_pathfinder(c: PathfinderConfig) -> LabelledSource:
-    """Pathfinder images drawn from (seed, split, index). Labels alternate.
+def open_pathfinder(path: str, c: PathfinderConfig) -> LabelledSource:
+    """The archive under `path`. Where that is empty, images drawn from (seed, split, index).
 
     Two long paths of `length` dashes begin near each other. One dot marks the beginning of one of
     them, another the end of the same (label 1) or of the other (label 0). Both ends are about as
     far from the marked beginning: neither brightness nor the dots' distance tells the label. Up to
-    `distractors` short paths of a third of the dashes are added where there is room. Raises
-    ConfigError where such paths find no room in images of this size.
+    `distractors` short paths of a third of the dashes are added where there is room. Labels
+    alternate. Raises ConfigError where the long paths find no room in images of this size.
     """
+    if path:
+        return read_pathfinder(path)
     rngs = [np.random.default_rng([c.seed, len(SPLITS), i]) for i in range(TRIALS)]
     found = [len(_draw_scene(c, rng, TRIAL_TRIES).short) for rng in rngs]
 
@@ -200,7 +196,7 @@ def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _S
         angle_W, far_W = rng.uniform(0, 2 * np.pi, WALKERS), rng.uniform(APART_DOT, NEAR, WALKERS)
         near_W2 = first[0, 0] + far_W[:, None] * np.stack([np.cos(angle_W), np.sin(angle_W)], 1)
         second = _grow(rng, near_W2, c.length, taken)
-        long = _matching(rng, first[0], second) if len(second) else None
+        long = _pair(rng, first[0], second) if len(second) else None
         if long is None:
             continue
         taken.add(long)
@@ -219,9 +215,7 @@ def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _S
     raise ConfigError("data.pathfinder.length", c.length, f"{what}: give fewer, or a larger size.")
 
 
-def _matching(
-    rng: np.random.Generator, first: np.ndarray, seconds: np.ndarray
-) -> np.ndarray | None:
+def _pair(rng: np.random.Generator, first: np.ndarray, seconds: np.ndarray) -> np.ndarray | None:
     """Two paths, float [2, 2·length, 2], whose dots' distance does not tell the label, or None.
 
     seconds: float [n, 2·length, 2], the candidates for the second path.
@@ -257,8 +251,7 @@ class _Taken:
 
     def add(self, path: np.ndarray, distance: float = APART) -> None:
         """Takes all within `distance` of the dashes, float [… 2·n, 2]."""
-        dashes = CELLS * path.reshape(-1, 2, 2)
-        _stroke(self._map, dashes[:, 0], dashes[:, 1], CELLS * distance, 1.0)
+        _stroke(self._map, CELLS * path.reshape(-1, 2, 2), CELLS * distance, 1.0)
 
     def free(self, points: np.ndarray) -> np.ndarray:
         """bool […]: which of the points […, 2] are inside and not taken."""
@@ -298,18 +291,16 @@ def _render(scene: _Scene, label: int, size: int) -> np.ndarray:
     """uint8 [size, size, 1]: antialiased lines and dots; where they meet, the brighter counts."""
     unit = size / scene.side
     dashes = unit * np.concatenate([*scene.long, *scene.short]).reshape(-1, 2, 2)
-    dots = unit * np.stack([scene.long[0, 0], scene.long[0 if label else 1, -1]])
+    dots = unit * np.stack([scene.long[0, [0, 0]], scene.long[0 if label else 1, [-1, -1]]])
     image = np.zeros((size, size))
-    _stroke(image, dashes[:, 0], dashes[:, 1], max(1.0, WIDTH * unit) / 2, GREY)
-    _stroke(image, dots, dots, DOT_RADIUS * unit, 255)
+    _stroke(image, dashes, max(1.0, WIDTH * unit) / 2, GREY)
+    _stroke(image, dots, DOT_RADIUS * unit, 255)
     return np.rint(image).astype(np.uint8)[:, :, None]
 
 
-def _stroke(
-    image: np.ndarray, begin_N2: np.ndarray, end_N2: np.ndarray, radius: float, bright: float
-) -> None:
+def _stroke(image: np.ndarray, lines_N22: np.ndarray, radius: float, bright: float) -> None:
     """Draws lines with round ends into `image`, each in a window about its middle; in pixels."""
-    size = len(image)
+    size, begin_N2, end_N2 = len(image), lines_N22[:, 0], lines_N22[:, 1]
     along_N2 = end_N2 - begin_N2
     half = int(np.ceil(np.abs(along_N2).max() / 2 + radius + 1))
     window = np.arange(-half, half + 1)

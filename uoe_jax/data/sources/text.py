@@ -194,25 +194,18 @@ def _from_text(reader: Reader, file: Path, offset: int = 0) -> Iterator[bytes]:
     """offset: of the reader, in bytes."""
     rest = b""
     while rest := rest + reader.read(DOCUMENT_BYTES + 1 - len(rest)):
-        document = rest[: _cut(rest)]
+        end = len(rest)
+        if end > DOCUMENT_BYTES:
+            # Before the first byte of a character, which at most three bytes 10xxxxxx follow.
+            ends = (e for e in range(DOCUMENT_BYTES, DOCUMENT_BYTES - 4, -1) if rest[e] >> 6 != 2)
+            end = rest.rfind(b"\n", 0, DOCUMENT_BYTES) + 1 or next(ends, DOCUMENT_BYTES)
+        document, rest = rest[:end], rest[end:]
         try:
             document.decode()
         except UnicodeDecodeError as error:
             raise _not_utf8(f"{file}, byte {offset + error.start}") from error
         yield document
-        offset += len(document)
-        rest = rest[len(document) :]
-
-
-def _cut(data: bytes) -> int:
-    """Where the first document of `data` ends; data: the rest of a file, or over DOCUMENT_BYTES."""
-    if len(data) <= DOCUMENT_BYTES:
-        return len(data)
-    if end := data.rfind(b"\n", 0, DOCUMENT_BYTES) + 1:
-        return end
-    # The byte after a cut begins a character: in UTF-8 at most three bytes 10xxxxxx follow it.
-    ends = range(DOCUMENT_BYTES, DOCUMENT_BYTES - 4, -1)
-    return next((end for end in ends if data[end] & 0xC0 != 0x80), DOCUMENT_BYTES)
+        offset += end
 
 
 def _from_json_lines(reader: Reader, file: Path) -> Iterator[bytes]:

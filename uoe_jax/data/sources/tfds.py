@@ -155,15 +155,11 @@ def hash_order(salt: str, n: int, k: int) -> np.ndarray:
     offset = np.uint64(int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big"))
     kept, hashes = np.zeros(0, np.int64), np.zeros(0, np.uint64)
     for start in ticking(range(0, n, 1 << 20)):
-        fresh = np.arange(start, min(n, start + (1 << 20)))
-        fresh_hashes = _splitmix64(fresh.astype(np.uint64) + offset)
-        if len(kept) == k:  # sort only what can be among the first: a pass at memory speed
-            below = fresh_hashes < np.max(hashes, initial=0)
-            fresh, fresh_hashes = fresh[below], fresh_hashes[below]
-        kept, hashes = np.concatenate([kept, fresh]), np.concatenate([hashes, fresh_hashes])
-        first = np.argsort(hashes)[:k]
+        kept = np.append(kept, np.arange(start, min(n, start + (1 << 20))))
+        hashes = _splitmix64(kept.astype(np.uint64) + offset)
+        first = np.argpartition(hashes, min(k, len(kept) - 1))[:k]
         kept, hashes = kept[first], hashes[first]
-    return kept
+    return kept[np.argsort(hashes)]
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
@@ -270,12 +266,11 @@ def _image(records: Records, i: int, value: Any, spec: Labelled) -> np.ndarray:
 
 
 def _text(records: Records, i: int, value: Any, feature: str) -> bytes:
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")
-    if not isinstance(value, bytes):
-        kind = type(value).__name__
-        raise records.wrong(i, f"has {kind} where text is expected in {feature!r}")
-    return value
+    raise records.wrong(i, f"has {type(value).__name__} where text is expected in {feature!r}")
 
 
 def _text_feature(dataset: NamedDataset) -> str:

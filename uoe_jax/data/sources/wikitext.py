@@ -105,12 +105,10 @@ def _articles(origin: Path, text: Iterable[tuple[int, bytes]]) -> Iterator[bytes
 def _locate(path: str) -> Path:
     """The archive, or the directory of the unpacked files."""
     root = manual_dir(path)
-    for archive in (root, root / ARCHIVE):
-        if archive.is_file():
-            return archive
-    for folder in (root, root / FOLDER):
-        if any((folder / member).exists() for member in MEMBERS.values()):
-            return folder
+    found = [file for file in (root, root / ARCHIVE) if file.is_file()]
+    found += [f for f in (root, root / FOLDER) if any((f / m).exists() for m in MEMBERS.values())]
+    if found:
+        return found[0]
     remedy = (
         f"download {ARCHIVE} ({ARCHIVE_BYTES:,} bytes, from wikitext.smerity.com; not "
         "wikitext-103-v1.zip, which has <unk> for rare words), put it into "
