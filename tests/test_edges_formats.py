@@ -197,7 +197,7 @@ def test_documents_keys_and_records_are_those_they_were(tmp_path):
     assert b"one\n" in documents(tmp_path, tmp_path / "cache")
     # Its bytes gave another document once: the key of then must not be found.
     file = tmp_path / "a.txt"
-    assert text.TextFile(file, "0", text.look(file)).content == ("0", False, False, "bom")
+    assert text.TextFile(file, "0", *text.look(file)).content == ("0", False, False, "bom")
     (tmp_path / "b.jsonl").rename(tmp_path / "b.TXT")
     (tmp_path / "a.txt").write_bytes(b"one\n")
     assert text.open_text(str(tmp_path), tmp_path / "cache").key == before.key

@@ -427,7 +427,7 @@ def test_a_line_of_50_mb_is_streamed(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(line, 1) if name.endswith(".gz") else line)
     digest, size, largest = hashlib.sha256(), 0, 0
     file = tmp_path / name
-    of_file = text.TextFile(file, hashlib.sha256(file.read_bytes()).hexdigest(), text.look(file))
+    of_file = text.TextFile(file, hashlib.sha256(file.read_bytes()).hexdigest(), *text.look(file))
     tracemalloc.start()
     try:
         for document in text.read_text(of_file, prepared.RawFiles(tmp_path)):

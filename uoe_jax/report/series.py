@@ -92,7 +92,7 @@ def _curve(found: list[Any], logged: np.ndarray, seen: np.ndarray, points: int) 
 
 def _starts(n: int, most: int) -> np.ndarray:
     """Where at most `most` intervals of n readings begin."""
-    return np.unique(np.arange(min(n, most)) * n // min(n, most))
+    return np.arange(min(n, most)) * n // min(n, most)
 
 
 def _routing(train: Sequence[dict[str, Any]], block: str, config: Config) -> Routing:

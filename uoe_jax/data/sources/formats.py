@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from uoe_jax.data.prepared import LINE_BYTES, Reader, readable, refuse
 from uoe_jax.errors import ConfigError
@@ -47,21 +47,13 @@ _OTHERS = (
 )
 
 
-class Format(NamedTuple):
-    """How a file is read."""
-
-    packed: bool  # by gzip
-    json_lines: bool
-    bom: bool  # it begins with a byte-order mark
-
-
 def unpacked(file: BinaryIO, packed: bool) -> Any:
     """The file as a `Reader`."""
     return gzip.GzipFile(fileobj=file) if packed else file
 
 
-def look(file: Path) -> Format:
-    """How the documents of a file of text are read.
+def look(file: Path) -> tuple[bool, bool, bool]:
+    """How a file of text is read: (packed by gzip, as JSON lines, behind a byte-order mark).
 
     Raises UserError where it is unreadable, of another format, or JSON without the key "text".
     """
@@ -83,7 +75,7 @@ def look(file: Path) -> Format:
         # Lines are only read where they may be JSON: a file may be one line of any length.
         if is_array or not json_lines and (not start or start in b"{["):
             json_lines = _are_json_lines(reader, file, is_array)
-    return Format(packed, json_lines, bom)
+    return packed, json_lines, bom
 
 
 def other_format(head: bytes) -> str | None:

@@ -1,7 +1,6 @@
 """The Python standard library's sources as a TensorFlow Datasets dataset: always there."""
 
 import codecs
-import dataclasses
 import functools
 import hashlib
 import os
@@ -9,7 +8,7 @@ import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from uoe_jax.data.examples import SPLITS, Documents
 from uoe_jax.data.prepared import changed, dataset_directory, open_records, readable
@@ -24,8 +23,7 @@ EXCLUDED = frozenset([*_EXCLUDED.split(), "__pycache__"])
 EXCLUDED_PREFIXES = (".", "_sysconfigdata", "config-", "sitecustomize")
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
+class SourceFile(NamedTuple):
     """A file and its bytes on disk."""
 
     relative: str  # POSIX path below the directory
@@ -33,7 +31,7 @@ class SourceFile:
     sha256: str
     bom: bool = False  # begins with a byte-order mark, which is no part of its document
 
-    @functools.cached_property
+    @property
     def path_hash(self) -> bytes:
         return hashlib.sha256(os.fsencode(self.relative)).digest()
 

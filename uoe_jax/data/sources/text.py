@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from uoe_jax.data.examples import Documents
 from uoe_jax.data.prepared import RawFiles, Reader, lines, readable, refuse
-from uoe_jax.data.sources.formats import BOM, Format, keys_of, look, unpacked
+from uoe_jax.data.sources.formats import BOM, keys_of, look, unpacked
 from uoe_jax.distributed import coordination
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError
@@ -26,17 +26,18 @@ SHOWN = 3  # names of skipped files
 
 
 class TextFile(NamedTuple):
-    """One file; sha256: of its bytes on disk."""
+    """A file and how it is read (`look`)."""
 
     path: Path
-    sha256: str
-    format: Format
+    sha256: str  # of its bytes on disk
+    packed: bool
+    json_lines: bool
+    bom: bool
 
     @property
     def content(self) -> tuple[str | bool, ...]:
         """All that its documents depend on."""
-        bom = ["bom"] if self.format.bom else []
-        return self.sha256, self.format.packed, self.format.json_lines, *bom
+        return self.sha256, self.packed, self.json_lines, *(["bom"] if self.bom else [])
 
 
 def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False) -> Documents:
@@ -66,7 +67,9 @@ def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False
         read = ".txt, .jsonl and .ndjson are read, also gzipped; name others by a glob"
         notice(f"data.path={path}: {count}; {read}")
     raw = RawFiles(cache_dir)
-    files = sorted(map(TextFile, full, raw.sha256(full), formats), key=lambda file: file.content)
+    named = zip(full, raw.sha256(full), formats)
+    found = [TextFile(file, sha256, *how) for file, sha256, how in named]
+    files = sorted(found, key=lambda file: file.content)
     sha256 = hashlib.sha256(json.dumps([file.content for file in files]).encode()).hexdigest()
     facts = {
         "path": path,
@@ -182,9 +185,9 @@ def _walk(root: str) -> Iterator[str]:
 def read_text(file: TextFile, raw: RawFiles) -> Iterator[bytes]:
     """The documents of a file."""
     with raw.open(file.path, file.sha256) as opened:
-        reader = unpacked(opened, file.format.packed)
-        offset = len(reader.read(len(BOM))) if file.format.bom else 0
-        if file.format.json_lines:
+        reader = unpacked(opened, file.packed)
+        offset = len(reader.read(len(BOM))) if file.bom else 0
+        if file.json_lines:
             yield from _from_json_lines(reader, file.path)
         else:
             yield from _from_text(reader, file.path, offset)
