@@ -227,7 +227,8 @@ def every(source) -> Counter:
             for document in source.documents(split):
                 found[document] += 1
         except ConfigError as error:
-            assert "split empty" in str(error)
+            if "split empty" not in str(error):
+                raise
     return found
 
 
@@ -304,7 +305,7 @@ def test_which_files_are_taken(tmp_path, monkeypatch):
 
     def found(path: str) -> list[str]:
         return sorted(
-            Path(os.path.realpath(file)).relative_to(root).as_posix() for file in text.find(path)
+            Path(os.path.realpath(file)).relative_to(root).as_posix() for file in text.find(path)[0]
         )
 
     assert found(str(root)) == taken
@@ -418,10 +419,11 @@ def test_a_line_of_50_mb_is_streamed(tmp_path, name):
     line = "日本語🐍".encode() * 4_000_000  # no line end at all
     (tmp_path / name).write_bytes(gzip.compress(line, 1) if name.endswith(".gz") else line)
     digest, size, largest = hashlib.sha256(), 0, 0
-    source = text.open_text(str(tmp_path / name), tmp_path)
+    file = tmp_path / name
+    of_file = text.TextFile(file, hashlib.sha256(file.read_bytes()).hexdigest(), *text.look(file))
     tracemalloc.start()
     try:
-        for document in text._documents(source.files[0], source.raw):
+        for document in text.read_text(of_file, prepared.RawFiles(tmp_path)):
             digest.update(document)
             size += len(document)
             largest = max(largest, len(document))
@@ -475,7 +477,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(prepared, "SETTLED_NS", -(2**62))
     write(tmp_path / "in", {f"{i}.txt": f"document {i}".encode() for i in range(600)})
     source = text.open_text(str(tmp_path / "in"), tmp_path / "cache")
-    changing = source.files[300].path
+    changing = tmp_path / "in/300.txt"
     times = changing.stat()
     changing.write_bytes(changing.read_bytes()[::-1])
     os.utime(changing, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -666,7 +668,7 @@ def test_pairs_that_are_missing_are_answered_with_what_to_download(tmp_path, mon
         aan.open_aan("", tmp_path / "cache")
     write(tmp_path / "in", {name: data for name, data in TSV.items() if "eval" not in name})
     with pytest.raises(
-        ConfigError, match="data.path='.*': new_aan_pairs.eval.tsv is missing in .*in: download"
+        ConfigError, match="data.path='.*': new_aan_pairs.eval.tsv not in .*in: download"
     ):
         aan.open_aan(str(tmp_path / "in"), tmp_path / "cache")
     write(tmp_path / "in", {"new_aan_pairs.eval.tsv": b""})
