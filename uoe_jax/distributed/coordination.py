@@ -1,13 +1,12 @@
 """Several processes: how they find each other, and how they agree.
 
-A process gets its place from its launcher through three variables: UOE_COORDINATOR (host:port of
-process 0, the same for all), UOE_PROCESSES (how many) and UOE_PROCESS_ID (0, 1, …). Without them
-there is one process.
+A launcher sets three variables for a process: UOE_COORDINATOR (host:port of process 0, the same for
+all), UOE_PROCESSES (how many) and UOE_PROCESS_ID (0, 1, …). Without them there is one process.
 
-What only one process can see (a file, a disk, a clock, a signal) is decided in process 0 and sent
-to the others (`on_process_zero`), or compared (`assert_same`). Both use JAX's coordination service
-and no device, so they work before the first device is touched and name the process that is missing.
-Every process must make these calls in the same order.
+What only one process can see (a file, a disk, a clock) is decided in process 0 and sent to the
+others (`on_process_zero`), or compared (`assert_same`). Both use JAX's coordination service and no
+device, so they work before a device is touched and name the process that is missing. Every process
+must make these calls in the same order.
 """
 
 import itertools
@@ -55,7 +54,7 @@ class LostPeer(UserError):
 def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
     """(coordinator, number of processes, this one's id) from the environment; None for one process.
 
-    UserError for incomplete or invalid variables, or tasks that were started without them.
+    UserError for incomplete or invalid variables, or several tasks without them.
     """
     given = {name: environ[name] for name in NAMES if environ.get(name)}
     if not given:
@@ -98,15 +97,16 @@ def join(stops_itself: bool) -> None:
     coordinator, count, me = cluster
     # First a notice: JAX ends the process without an exception where the others do not come.
     notice(f"process {me} of {count}: meeting the others at {coordinator}")
-    _redirect_native_stdout()
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # native code prints on stderr: Gloo logs its connections to stdout
+    sys.stdout = Output(sys.stdout, open(stdout, "wb"))
     _await_name(coordinator, me)
     here = coordinator.rpartition(":")[0] in ("127.0.0.1", "localhost")
     if me == 0:
         _check_port(coordinator, here)
     jax.distributed.initialize(
-        coordinator,
-        count,
-        me,
+        *cluster,
         cluster_detection_method="deactivate",  # under SLURM it would take one device a task
         coordinator_bind_address=coordinator if here else None,  # else all interfaces
     )
@@ -117,18 +117,16 @@ def join(stops_itself: bool) -> None:
 def _await_name(coordinator: str, me: int) -> None:
     """Waits until the host of UOE_COORDINATOR resolves: its machine may just be starting."""
     host = coordinator.rpartition(":")[0].strip("[]")
-    seconds = _NAME_S if me else _OWN_NAME_S
-    deadline = time.monotonic() + seconds
-    if why := unknown_host(host):
-        wait = f"{host} has no address here ({why}); waiting for one, {seconds} s at most"
-        notice(f"{COORDINATOR}={coordinator}: {wait}")
-    while why and time.monotonic() < deadline:
+    if not (why := unknown_host(host)):
+        return
+    given, seconds = f"{COORDINATOR}={coordinator}", _NAME_S if me else _OWN_NAME_S
+    problem, deadline = f"{host} has no address here ({why})", time.monotonic() + seconds
+    notice(f"{given}: {problem}; waiting for one, {seconds} s at most")
+    while unknown_host(host):
+        if time.monotonic() > deadline:
+            kind = LostPeer if me else UserError
+            raise kind(f"{given}: {problem}; give a name or address of process 0's machine")
         time.sleep(0.5)
-        why = unknown_host(host)
-    if why:
-        kind = LostPeer if me else UserError
-        remedy = "give a name or address of process 0's machine"
-        raise kind(f"{COORDINATOR}={coordinator}: {host} has no address here ({why}); {remedy}")
 
 
 def _check_port(coordinator: str, here: bool) -> None:
@@ -136,17 +134,10 @@ def _check_port(coordinator: str, here: bool) -> None:
     host, _, port = coordinator.rpartition(":")
     problem = f"{COORDINATOR}={coordinator}: process 0 cannot listen at port {port}"
     with os_error_as(UserError, problem, "give another port"), socket.socket() as probe:
-        # Connections that were just closed do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # closed connections don't count
         probe.bind((host if here else "", int(port)))
-
-
-def _redirect_native_stdout() -> None:
-    """Sends stdout of native code to stderr: Gloo logs its connections to stdout."""
-    sys.stdout.flush()
-    ours = os.dup(1)
-    os.dup2(2, 1)
-    sys.stdout = Output(sys.stdout, open(ours, "wb"))
 
 
 def are_several() -> bool:
@@ -166,41 +157,25 @@ def on_process_zero(do: Callable[[], T]) -> T:
 
     The result must be JSON (lists, not tuples).
     """
-    service = client()
-    if service is None:
+    if not are_several():
         return do()
-    name = f"uoe/first/{next(_calls)}"
-    if is_process_zero():
-        return _publish(service, name, 0, do, with_value=True)
-    return _receive(service, name, 0)
+    found: T = _exchange(do, senders=1)[0]
+    return found
 
 
 def on_all(do: Callable[[], T]) -> T:
     """The result of `do` here, once it worked in all processes; an error is raised in all."""
-    service = client()
-    if service is None:
+    if not are_several():
         return do()
-    import jax
-
-    name = f"uoe/together/{next(_calls)}"
-    value = _publish(service, name, jax.process_index(), do, with_value=False)
-    for i in range(jax.process_count()):
-        _receive(service, name, i)
-    return value
+    result: list[T] = []
+    _exchange(lambda: result.append(do()))
+    return result[0]
 
 
 def assert_same(values: Mapping[str, Any], remedy: str) -> None:
     """UserError in every process for the first value (JSON) that differs from process 0's."""
-    service = client()
-    if service is None:
-        return
-    import jax
-
-    name = f"uoe/same/{next(_calls)}"
-    _publish(service, name, jax.process_index(), lambda: dict(values), with_value=True)
-    first = _receive(service, name, 0)
-    for i in range(1, jax.process_count()):
-        found = _receive(service, name, i)
+    first, *others = _exchange(lambda: dict(values)) if are_several() else [values]
+    for i, found in enumerate(others, 1):
         for key, value in first.items():
             if found.get(key) != value:
                 differs = f"{key}={found.get(key)!r} in process {i} and {value!r} in process 0"
@@ -214,17 +189,25 @@ def same_command(config: Config, **options: Any) -> None:
     assert_same(given, "start every process with the same command")
 
 
-def _publish(service: Any, name: str, me: int, do: Callable[[], T], with_value: bool) -> T:
-    """Returns the result of `do`, or raises its error, once the others can read it."""
-    try:
-        value = do()
-    except Exception as error:
-        code = error.exit_code if isinstance(error, UserError) else EXIT_FAILED
-        message = {"error": str(error)[:2000], "exit_code": code}
-        service.key_value_set(f"{name}/{me}", json.dumps(message))
-        raise
-    service.key_value_set(f"{name}/{me}", json.dumps({"value": value if with_value else None}))
-    return value
+def _exchange(do: Callable[[], Any], senders: int | None = None) -> list[Any]:
+    """The results (JSON) of `do` in the first `senders` processes (all), in every process.
+
+    Raises the first error of `do`: here the error itself, elsewhere a RemoteProcessError.
+    """
+    import jax
+
+    service, name, me = client(), f"uoe/call/{next(_calls)}", jax.process_index()
+    senders = senders or jax.process_count()
+    if me < senders:
+        try:
+            text = json.dumps({"value": do()})
+        except Exception as error:
+            code = error.exit_code if isinstance(error, UserError) else EXIT_FAILED
+            failure = {"error": str(error)[:2000], "exit_code": code}
+            service.key_value_set(f"{name}/{me}", json.dumps(failure))
+            raise
+        service.key_value_set(f"{name}/{me}", text)
+    return [_receive(service, name, i) for i in range(senders)]
 
 
 def _receive(service: Any, name: str, i: int) -> Any:
@@ -257,20 +240,16 @@ def preempted(step: int) -> bool:
 
 # What JAX says where another process is gone, seen with Gloo and the coordination service. In a
 # ValueError only names of collectives count: clients of storage fail with similar words.
-_COLLECTIVES = ("gloo", "nccl")
-_LOSSES = (
-    *("connection reset", "connection closed", "heartbeat", "coordination service"),
-    *("unavailable:", "deadline_exceeded"),
-)
-_SIGNS = {"JaxRuntimeError": (*_COLLECTIVES, *_LOSSES), "ValueError": _COLLECTIVES}
+_LOSSES = "connection (reset|closed)|heartbeat|coordination service|unavailable:|deadline_exceeded"
+_SIGNS = {"JaxRuntimeError": f"gloo|nccl|{_LOSSES}", "ValueError": "gloo|nccl"}
 
 
 def lost_peer(error: BaseException) -> str | None:
     """JAX's message, if an error of one of several processes, or its cause, is a lost process."""
     link: BaseException | None = error
     while link is not None and are_several():
-        signs = _SIGNS.get(type(link).__name__, ())
-        if any(sign in str(link).lower() for sign in signs):
+        signs = _SIGNS.get(type(link).__name__)
+        if signs and re.search(signs, str(link), re.IGNORECASE):
             return str(link).strip().partition("\n")[0][:200]
         link = link.__cause__ or link.__context__
     return None
