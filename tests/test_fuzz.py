@@ -366,10 +366,9 @@ def test_odd_but_clear_values_are_taken():
     for name, text, value in ODD_BUT_CLEAR:
         # the same value twice is no contradiction
         twice = [f"--config.{name}={text}", f"--config.{name}", text]
-        for args in (twice, cli._joined(twice)):
-            overrides = cli._overrides(args, argparse.Namespace(takes_config=True))
-            found = cli.load_config(TINY, overrides)
-            assert {key: v for key, v, _ in config.leaves(found)}[name] == value
+        overrides = cli._overrides(cli._joined(twice), argparse.Namespace(takes_config=True))
+        found = cli.load_config(TINY, overrides)
+        assert {key: v for key, v, _ in config.leaves(found)}[name] == value
 
 
 def test_config_names_that_cannot_be(capsys):

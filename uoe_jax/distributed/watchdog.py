@@ -62,10 +62,9 @@ class Heartbeat(NamedTuple):
 class Watchdog:
     """Publishes this process's heartbeat, and ends it when another one is lost, fails or hangs."""
 
-    def __init__(
-        self, client: Any, me: int, count: int, coordinator: str, guard: GuardConfig
-    ) -> None:
-        self._client, self._me, self._coordinator, self.guard = client, me, coordinator, guard
+    def __init__(self, client: Any, cluster: tuple[str, int, int], guard: GuardConfig) -> None:
+        self._coordinator, count, me = cluster
+        self._client, self._me, self.guard = client, me, guard
         self.status, self.progress = Status(timeout_s=guard.compile_timeout_s), 0
         self.max_silence = guard.peer_timeout_s * _SILENCE
         self._beats, self._ending, self.stopped = 0, threading.Lock(), False
@@ -186,9 +185,9 @@ class Watchdog:
             return
         again = "" if code in _FINAL_CODES else "; run the same command again"
         try:
-            with contextlib.suppress(Exception):  # stderr may be closed
-                notice(f"{why}{again}")
-                if culprit == self._me:
+            notice(f"{why}{again}")
+            if culprit == self._me:
+                with contextlib.suppress(Exception):  # stderr may be closed
                     faulthandler.dump_traceback(all_threads=True)
             if self._me == 0:
                 self._publish_verdict(code, culprit, why)
@@ -230,8 +229,7 @@ def start(guard: GuardConfig) -> None:
     global _watchdog
     client, cluster = coordination.client(), coordination.cluster_from_env()
     if client is not None and cluster is not None:
-        coordinator, count, me = cluster
-        _watchdog = Watchdog(client, me, count, coordinator, guard)
+        _watchdog = Watchdog(client, cluster, guard)
 
 
 def at(phase: str, step: int | None = None, slow: bool = False) -> None:
@@ -290,6 +288,5 @@ def abort_if_peer_lost(error: BaseException) -> None:
     _watchdog.max_silence = min(_watchdog.max_silence, timeout * _SUSPICION)
     time.sleep(timeout * 0.9)  # meanwhile the watchdog names the process that is gone, and ends us
     why = f"the connection to another process broke ({message})"
-    with contextlib.suppress(Exception):
-        notice(f"{why}; run the same command again")
+    notice(f"{why}; run the same command again")
     _watchdog.abort(EXIT_LOST_PEER, why)
