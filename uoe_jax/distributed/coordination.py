@@ -34,7 +34,7 @@ _RECEIVE_TIMEOUT_S = 7 * 24 * 3600  # the watchdog notices a process that is los
 # For the name of process 0 to resolve: for itself, and for others, which may start long before.
 _OWN_NAME_S, _NAME_S = 30, 120
 _calls = itertools.count()
-_waiting = False
+waiting = False  # for a message of another process
 
 
 class RemoteProcessError(UserError):
@@ -133,11 +133,8 @@ def _check_port(coordinator: str, here: bool) -> None:
     """Refuses a port that process 0 cannot listen at: JAX would crash."""
     host, _, port = coordinator.rpartition(":")
     problem = f"{COORDINATOR}={coordinator}: process 0 cannot listen at port {port}"
-    with os_error_as(UserError, problem, "give another port"), socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # closed connections don't count
-        probe.bind((host if here else "", int(port)))
+    with os_error_as(UserError, problem, "give another port"):
+        socket.create_server((host if here else "", int(port))).close()
 
 
 def are_several() -> bool:
@@ -159,8 +156,7 @@ def on_process_zero(do: Callable[[], T]) -> T:
     """
     if not are_several():
         return do()
-    found: T = _exchange(do, senders=1)[0]
-    return found
+    return _exchange(do, senders=1)[0]
 
 
 def on_all(do: Callable[[], T]) -> T:
@@ -189,7 +185,7 @@ def same_command(config: Config, **options: Any) -> None:
     assert_same(given, "start every process with the same command")
 
 
-def _exchange(do: Callable[[], Any], senders: int | None = None) -> list[Any]:
+def _exchange(do: Callable[[], T], senders: int | None = None) -> list[T]:
     """The results (JSON) of `do` in the first `senders` processes (all), in every process.
 
     Raises the first error of `do`: here the error itself, elsewhere a RemoteProcessError.
@@ -212,23 +208,18 @@ def _exchange(do: Callable[[], Any], senders: int | None = None) -> list[Any]:
 
 def _receive(service: Any, name: str, i: int) -> Any:
     """The value that process i published; raises its error, or LostPeer where nothing comes."""
-    global _waiting
-    _waiting = True
+    global waiting
+    waiting = True
     try:
         text = service.blocking_key_value_get(f"{name}/{i}", _RECEIVE_TIMEOUT_S * 1000)
     except Exception as error:
         raise LostPeer(f"process {i} cannot be heard; run the same command again") from error
     finally:
-        _waiting = False
+        waiting = False
     message = json.loads(text)
     if "error" in message:
         raise RemoteProcessError(message["error"], message["exit_code"])
     return message["value"]
-
-
-def is_waiting() -> bool:
-    """Whether this process waits for a message of another one."""
-    return _waiting
 
 
 def preempted(step: int) -> bool:

@@ -72,8 +72,8 @@ class Watchdog:
         self._own, self._others = ("uoe/lead", "uoe/rest") if me == 0 else ("uoe/rest", "uoe/lead")
         now, watched = time.monotonic(), range(1, count) if me == 0 else range(1)
         self._heartbeats = {i: Heartbeat(-1, self.status, now) for i in watched}
-        self._slowest, self._answered = (-1, now), now  # (its phases, since when), last answer
-        self._last_progress: dict[int, int] = {}  # by process
+        self._last: Any = None  # (phases of the slowest process, {process there: its progress})
+        self._since, self._answered = now, now
         for work in (self._exchange, self._judge):
             name = f"uoe{work.__name__}"
             threading.Thread(target=self._repeat, args=(work,), name=name, daemon=True).start()
@@ -95,7 +95,7 @@ class Watchdog:
             _exit(exit_code)
 
     def current(self) -> Status:
-        waiting = coordination.is_waiting()
+        waiting = coordination.waiting
         return dataclasses.replace(self.status, progress=self.progress, waiting=waiting)
 
     def _publish_verdict(self, code: int, culprit: int, sentence: str) -> None:
@@ -159,19 +159,14 @@ class Watchdog:
         suspicion = self.guard.peer_timeout_s * _SUSPICION
         if culprit != self._me and now - self._heartbeats[culprit].received > suspicion:
             return  # it is silent as well, so it does not hang: soon it is lost
-        status, (phases, since) = found[culprit], self._slowest
-        progressed = any(
-            s.phases == status.phases and s.progress > self._last_progress.get(i, 0)
-            for i, s in found.items()
-        )
-        self._last_progress = {i: s.progress for i, s in found.items()}
-        if status.phases != phases or progressed:
-            self._slowest = (status.phases, now)
-        elif status.timeout_s and now - since > status.timeout_s:
+        status = found[culprit]
+        there = {i: s.progress for i, s in found.items() if s.phases == status.phases}
+        if (status.phases, there) != self._last:
+            self._last, self._since = (status.phases, there), now
+        elif status.timeout_s and now - self._since > status.timeout_s:
             key = "compile" if status.timeout_s == self.guard.compile_timeout_s else "hang"
-            all_there = not any(s.phases > phases for s in found.values())
-            also = ", and no other process is further" * all_there
-            why = f"nothing has happened there for {now - since:.0f} s{also}"
+            also = ", and no other process is further" * (len(there) == len(found))
+            why = f"nothing has happened there for {now - self._since:.0f} s{also}"
             sentence = f"process {culprit} hangs {status}: {why} (config.guard.{key}_timeout_s)"
             self._end(EXIT_LOST_PEER, culprit, sentence)
 
@@ -281,8 +276,7 @@ def abort(exit_code: int, why: str = "") -> None:
 
 def abort_if_peer_lost(error: BaseException) -> None:
     """Ends one of several processes after an error that comes from another one's end."""
-    message = coordination.lost_peer(error)
-    if _watchdog is None or message is None:
+    if _watchdog is None or not (message := coordination.lost_peer(error)):
         return
     timeout = _watchdog.guard.peer_timeout_s
     _watchdog.max_silence = min(_watchdog.max_silence, timeout * _SUSPICION)
