@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from uoe_jax import commands, runtime_env
 from uoe_jax.commands import load_config
@@ -23,6 +23,7 @@ SPLITS = ("train", "validation", "test")
 
 # (usage, help, more arguments of `add_argument`); what is in brackets may be left out.
 Option = tuple[str, str, dict[str, Any]]
+Run = Callable[[argparse.Namespace, dict[str, str]], int | None]
 WORKDIR: Option = ("--workdir DIR", "directory of the run", {})
 CONFIG: Option = ("--config FILE[:VARIANT]", "a config file, or a shipped one by name", {})
 ANY_CONFIG: Option = (f"[{CONFIG[0]}]", CONFIG[1], {})
@@ -36,120 +37,100 @@ ANY_KEY = "Any key can be overridden: --config.train.steps=100"
 ROWS = "Any key can be overridden: --config.base.train.steps=100, --config.rows=uoe,full_attention"
 
 
-class _Command(NamedTuple):
-    """What runs a command, one line of help, its options, and the help's end where it has a config.
+class _Command:
+    """A command; with `CONFIG` or `ANY_CONFIG` among its options it takes overrides too."""
 
-    A command with `CONFIG` or `ANY_CONFIG` takes overrides too.
-    """
-
-    run: Callable[[argparse.Namespace, dict[str, str]], int | None]
-    about: str
-    options: Sequence[Option]
-    epilog: str = ANY_KEY
+    def __init__(self, run: Run, about: str, *options: Option, epilog: str = ANY_KEY) -> None:
+        self.run, self.about, self.options, self.epilog = run, about, options, epilog
 
 
 COMMANDS = {
     "train": _Command(
-        commands.train, "train; resumes if the workdir holds a checkpoint", [WORKDIR, CONFIG]
+        commands.train, "train; resumes if the workdir holds a checkpoint", WORKDIR, CONFIG
     ),
     "config": _Command(
         commands.show_config,
         "list the keys of a configuration: value, default, range and meaning",
-        [
-            ANY_CONFIG,
-            ("PATTERN", "part of a key, or a glob of one", {"nargs": "?"}),
-            ("[--changed]", "only keys that differ from their defaults", {}),
-            ("[--json]", "one JSON object per key", {}),
-            ("[--markdown]", "the reference of all keys, as a Markdown page", {}),
-        ],
+        ANY_CONFIG,
+        ("PATTERN", "part of a key, or a glob of one", {"nargs": "?"}),
+        ("[--changed]", "only keys that differ from their defaults", {}),
+        ("[--json]", "one JSON object per key", {}),
+        ("[--markdown]", "the reference of all keys, as a Markdown page", {}),
     ),
     "plan": _Command(
         commands.plan,
         "predict memory, FLOPs, traffic and time on accelerators; nothing is run",
-        [
-            CONFIG,
-            ("[--mesh AXIS=SIZE,…]", "in place of config.mesh, such as data=8,fsdp=8", {}),
-            ("[--devices N]", "number of devices, where an axis is -1", {}),
-            ("[--hardware NAME]", "h100, h200, b200, v5p, v6e, or cpu", {"default": "h100"}),
-            ("[--json]", "one JSON line", {}),
-        ],
+        CONFIG,
+        ("[--mesh AXIS=SIZE,…]", "in place of config.mesh, such as data=8,fsdp=8", {}),
+        ("[--devices N]", "number of devices, where an axis is -1", {}),
+        ("[--hardware NAME]", "h100, h200, b200, v5p, v6e, or cpu", {"default": "h100"}),
+        ("[--json]", "one JSON line", {}),
     ),
     "compare": _Command(
         commands.compare,
         "train the architectures of one comparison and write its table",
-        [WORKDIR, CONFIG],
-        ROWS,
+        WORKDIR,
+        CONFIG,
+        epilog=ROWS,
     ),
     "eval": _Command(
         commands.evaluate,
         "evaluate a run: one JSON line of metrics, every row counted once",
-        [
-            WORKDIR,
-            ("[--split SPLIT]", ", ".join(SPLITS), {"default": "validation", "choices": SPLITS}),
-            STEP,
-            ("[--experts K]", "K in place of the run's: 2, smha=3,uome=4, or 1..4", {}),
-        ],
+        WORKDIR,
+        ("[--split SPLIT]", ", ".join(SPLITS), {"default": "validation", "choices": SPLITS}),
+        STEP,
+        ("[--experts K]", "K in place of the run's: 2, smha=3,uome=4, or 1..4", {}),
     ),
     "generate": _Command(
         commands.generate,
         "generate text with a trained language model",
-        [
-            WORKDIR,
-            STEP,
-            ("[--prompts FILE]", 'prompts, one per line, or .jsonl of {"prompt": …}', {}),
-            ("[--out FILE]", "with --prompts: where to write the JSON lines", {}),
-            ("[--batch N]", "with --prompts: batch size", {"default": "8"}),
-            ("[--chat]", "continue lines from the terminal; an empty line ends", {}),
-            ("[--stop TEXT]", "end before TEXT; repeatable", {"action": "append", "default": []}),
-            ("[--no-stream]", "print the text only when it is complete", {}),
-            ("[--experts K]", "K in place of the run's: 2, or smha=3,uome=4", {}),
-            *TEXT_KEYS,
-        ],
+        WORKDIR,
+        STEP,
+        ("[--prompts FILE]", 'prompts, one per line, or .jsonl of {"prompt": …}', {}),
+        ("[--out FILE]", "with --prompts: where to write the JSON lines", {}),
+        ("[--batch N]", "with --prompts: batch size", {"default": "8"}),
+        ("[--chat]", "continue lines from the terminal; an empty line ends", {}),
+        ("[--stop TEXT]", "end before TEXT; repeatable", {"action": "append", "default": []}),
+        ("[--no-stream]", "print the text only when it is complete", {}),
+        ("[--experts K]", "K in place of the run's: 2, or smha=3,uome=4", {}),
+        *TEXT_KEYS,
     ),
     "import": _Command(
         run_import,
         "decompose a dense Hugging Face model into experts, as a workdir to train from",
-        [
-            WORKDIR,
-            ANY_CONFIG,
-            ("--from DIR", "config.json, safetensors, perhaps tokenizer.json", {"dest": "source"}),
-            ("--experts N", "experts per block", {}),
-            ("--k K", "experts that a patch chooses; N gives the dense model", {}),
-            ("[--capacity FACTOR]", "capacity_factor of both blocks", {}),
-        ],
+        WORKDIR,
+        ANY_CONFIG,
+        ("--from DIR", "config.json, safetensors, perhaps tokenizer.json", {"dest": "source"}),
+        ("--experts N", "experts per block", {}),
+        ("--k K", "experts that a patch chooses; N gives the dense model", {}),
+        ("[--capacity FACTOR]", "capacity_factor of both blocks", {}),
     ),
     "export": _Command(
         commands.export,
         "write the weights of a run for other programs, read them back and compare",
-        [
-            WORKDIR,
-            ("--format FORMAT", ", ".join(FORMATS), {"choices": FORMATS}),
-            ("--out DIR", "the directory to write", {}),
-            ("[--routed]", "with --format=hf: the routed model with its code", {}),
-            STEP,
-            ("[--dtype DTYPE]", ", ".join(DTYPES), {"default": "float32", "choices": DTYPES}),
-            ("[--lossy]", "allow weights that overflow or underflow in --dtype", {}),
-        ],
+        WORKDIR,
+        ("--format FORMAT", ", ".join(FORMATS), {"choices": FORMATS}),
+        ("--out DIR", "the directory to write", {}),
+        ("[--routed]", "with --format=hf: the routed model with its code", {}),
+        STEP,
+        ("[--dtype DTYPE]", ", ".join(DTYPES), {"default": "float32", "choices": DTYPES}),
+        ("[--lossy]", "allow weights that overflow or underflow in --dtype", {}),
     ),
     "report": _Command(
         commands.report,
         "write an HTML report: curves, expert load, and the routing of a sample",
-        [
-            ("--workdir DIR", "a run; repeatable", {"dest": "workdirs", "action": "append"}),
-            ("[--out FILE]", "file to write; for one run by default DIR/report.html", {}),
-            STEP,
-            ("[--text TEXT]", "show the routing of this text", {}),
-        ],
+        ("--workdir DIR", "a run; repeatable", {"dest": "workdirs", "action": "append"}),
+        ("[--out FILE]", "file to write; for one run by default DIR/report.html", {}),
+        STEP,
+        ("[--text TEXT]", "show the routing of this text", {}),
     ),
     "tokenizer": _Command(
         commands.train_tokenizer,
         "`uoe tokenizer train`: a BPE tokenizer of the training split of the config's data",
-        [
-            CONFIG,
-            ("ACTION", "train", {"choices": ("train",)}),
-            ("--vocab N", "vocabulary size, with the 256 bytes and a separator", {}),
-            ("--out FILE", "the tokenizer.json to write", {}),
-        ],
+        CONFIG,
+        ("ACTION", "train", {"choices": ("train",)}),
+        ("--vocab N", "vocabulary size, with the 256 bytes and a separator", {}),
+        ("--out FILE", "the tokenizer.json to write", {}),
     ),
 }
 
@@ -222,11 +203,7 @@ def console() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code (`uoe_jax.errors`).
-
-    0 done, 2 bad input, 75 stopped early and saved, 76 bad numbers, 77 lost process, 78 a plan
-    that does not fit, 1 anything else.
-    """
+    """Runs one command and returns its exit code (`uoe_jax.errors`)."""
     argv = _joined(sys.argv[1:] if argv is None else argv)
     options, why = None, ""
     try:
@@ -237,14 +214,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         watchdog.finish()
         return exit_code
-    except coordination.RemoteProcessError as error:
-        exit_code, why = error.exit_code, str(error)
     except UserError as error:
-        watchdog.abort_if_peer_lost(error)
-        if "--debug" in argv:
-            traceback.print_exc()
-        runtime_env.notice(str(error))
         exit_code, why = error.exit_code, str(error)
+        if not isinstance(error, coordination.RemoteProcessError):
+            watchdog.abort_if_peer_lost(error)
+            if "--debug" in argv:
+                traceback.print_exc()
+            runtime_env.notice(why)
     except KeyboardInterrupt:
         runtime_env.notice("interrupted at once; the same command resumes from the last checkpoint")
         exit_code, why = EXIT_FAILED, "interrupted"

@@ -1,11 +1,11 @@
 """The environment of a process: standard streams, home directory, variables of XLA and JAX.
 
-Imports no jax. `prepare_process` comes first of all; `check_variables` before the first use of a
-device.
+Imports no jax. `prepare_process` comes first, `check_variables` before the first use of a device.
 """
 
 import codecs
 import contextlib
+import functools
 import io
 import os
 import re
@@ -43,7 +43,7 @@ def prepare_process() -> None:
             os.fstat(number)
         except OSError:  # closed: a file opened later would get what C++ code writes to stderr
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
-    codecs.register_error(_ESCAPED, _Escape())
+    codecs.register_error(_ESCAPED, _escape)
     if sys.stdin is not None:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     for name in ("stdout", "stderr"):
@@ -65,17 +65,12 @@ class Output(io.TextIOWrapper):
     """stdout or stderr that accepts any text: characters its encoding lacks are escaped.
 
     A failed write (full device, closed pipe) is ignored on stderr, and raises OutputLost on stdout.
+    It replaces `old`, and writes to its buffer or another.
     """
 
     def __init__(self, old: Any, buffer: Any = None) -> None:
-        """old: the stream to replace. buffer: to write to, instead of old's."""
-        super().__init__(
-            old.buffer if buffer is None else buffer,
-            old.encoding,
-            errors=_ESCAPED,
-            line_buffering=old.line_buffering or buffer is not None,
-            write_through=old.write_through,
-        )
+        target, by_line = buffer or old.buffer, bool(buffer) or old.line_buffering
+        super().__init__(target, old.encoding, _ESCAPED, None, by_line, old.write_through)
         self._old, self._is_stdout = old, old is sys.stdout
 
     def write(self, text: str) -> int:
@@ -99,26 +94,25 @@ class Output(io.TextIOWrapper):
                 raise OutputLost(f"standard output: {problem}") from error
 
 
-class _Escape:
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
     """Error handler of `Output`: undecodable bytes of arguments are written as they came in.
 
     Other characters that the encoding lacks are escaped as in Python; a notice says so once.
     """
+    if isinstance(error, UnicodeEncodeError):
+        error.end = error.start + 1  # one character at a time
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError as lacking:
+        _notice_escapes(lacking.encoding)
+        return codecs.backslashreplace_errors(error)
 
-    noticed = False
 
-    def __call__(self, error: UnicodeError) -> tuple[str | bytes, int]:
-        if not isinstance(error, UnicodeEncodeError):
-            raise error
-        character, after = error.object[error.start], error.start + 1
-        if "\udc80" <= character <= "\udcff":
-            return bytes([ord(character) - 0xDC00]), after
-        if not self.noticed:
-            self.noticed = True
-            what = f"the output takes {error.encoding} alone: other characters are written as"
-            with contextlib.suppress(OSError):
-                os.write(2, f"uoe: {what} \\u2026 is; set PYTHONIOENCODING=utf-8\n".encode())
-        return character.encode("ascii", "backslashreplace").decode(), after
+@functools.cache
+def _notice_escapes(encoding: str) -> None:
+    what = f"the output takes {encoding} alone: other characters are written as \\u2026 is"
+    with contextlib.suppress(OSError):
+        os.write(2, f"uoe: {what}; set PYTHONIOENCODING=utf-8\n".encode())
 
 
 def notice(text: str) -> None:
@@ -147,7 +141,7 @@ def expanded(path: str | os.PathLike[str], option: str) -> str:
     """The path with ~ and ~user replaced; UserError, with the option, for an unknown home."""
     name = os.fspath(path)
     found = os.path.expanduser(name)
-    unknown = found == name or found == NO_HOME or found.startswith(f"{NO_HOME}/")
+    unknown = found in (name, NO_HOME) or found.startswith(f"{NO_HOME}/")
     if name.startswith("~") and unknown and not os.path.lexists(name):
         problem = f"{name.partition('/')[0]} is no home directory that is known here"
         raise UserError(f"{option}={name}: {problem}; give the whole path, or ./{name}")
@@ -155,10 +149,9 @@ def expanded(path: str | os.PathLike[str], option: str) -> str:
 
 
 def default_cache_dir() -> Path:
-    """$UOE_CACHE, else ~/.cache/uoe_jax; created readable by its owner alone.
+    """$UOE_CACHE, else ~/.cache/uoe_jax, else `_temporary_cache`; UserError if none can be written.
 
-    Where the home directory cannot be written: a private one in the system's temporary directory,
-    with a notice. Raises UserError if none can be written.
+    It is created readable by its owner alone.
     """
     given = os.environ.get("UOE_CACHE")
     remedy = "set UOE_CACHE to a directory that can be written"
@@ -181,7 +174,7 @@ def default_cache_dir() -> Path:
 
 
 def _temporary_cache() -> Path:
-    """A directory of this user in the system's temporary directory, also for child processes.
+    """A directory of this user in the system's temporary one, for child processes too.
 
     It holds native code, so one that others could have written to is not used: a new one is made.
     """
@@ -197,9 +190,8 @@ def _temporary_cache() -> Path:
             directory = Path(tempfile.mkdtemp(prefix=f"{directory.name}-"))
         directory.chmod(0o700)
     os.environ["UOE_CACHE"] = str(directory)
-    what = f"prepared data and compiled programs are kept in {directory}"
-    remedy = "set UOE_CACHE to keep them elsewhere"
-    notice(f"no home directory can be written, so {what}; {remedy}")
+    kept = f"prepared data and compiled programs are kept in {directory}"
+    notice(f"no home directory can be written, so {kept}; set UOE_CACHE to keep them elsewhere")
     return directory
 
 
@@ -249,14 +241,13 @@ def _flags() -> str:
         return name
     try:
         text = Path(name).read_text(encoding="utf-8")
+        if text.strip() and not text.lstrip().startswith("-"):
+            raise ValueError("it does not begin with a flag")
+        return text
     except (OSError, ValueError) as error:
-        problem = f"does not begin with --, and is no readable file of flags ({_one_line(error)})"
+        problem = f"does not begin with --, and is no file of flags ({_one_line(error)})"
         remedy = "give --xla_… flags, or a file of them"
         raise UserError(f"XLA_FLAGS={name}: {problem}; {remedy}") from error
-    if text.strip() and not text.lstrip().startswith("-"):
-        problem = "is a file that does not begin with a flag; write --xla_… flags in it"
-        raise UserError(f"XLA_FLAGS={name}: {problem}")
-    return text
 
 
 @contextlib.contextmanager

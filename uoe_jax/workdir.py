@@ -5,7 +5,6 @@ and cannot be locked, renamed, appended to or measured for free space.
 """
 
 import contextlib
-import datetime
 import errno
 import fcntl
 import fnmatch
@@ -227,10 +226,7 @@ def read_config(path: str) -> Config:
 
 
 def lock(path: str, workdir: epath.Path) -> None:
-    """Makes this process the only writer of a workdir, or says that nothing keeps others out.
-
-    UserError where another process writes there.
-    """
+    """Makes this process the only writer, or says why it cannot; UserError if there is another."""
     if is_remote(path):
         uploads = "metrics.jsonl is uploaded once a minute and at checkpoints"
         return notice(f"{path}: no lock against a second writer, no check of free space; {uploads}")
@@ -253,8 +249,7 @@ def lock(path: str, workdir: epath.Path) -> None:
         return notice(f"{path}: nothing keeps a second writer out, {why}")
     _locks[os.fspath(workdir)] = lock
     _release_in_children()
-    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    us = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+    us = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T%z")}
     os.ftruncate(lock, 0)
     os.pwrite(lock, json.dumps(us).encode(), 0)
 

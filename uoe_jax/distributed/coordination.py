@@ -1,12 +1,9 @@
 """Several processes: how they find each other, and how they agree.
 
-A launcher sets three variables for a process: UOE_COORDINATOR (host:port of process 0, the same for
-all), UOE_PROCESSES (how many) and UOE_PROCESS_ID (0, 1, …). Without them there is one process.
-
-What only one process can see (a file, a disk, a clock) is decided in process 0 and sent to the
-others (`on_process_zero`), or compared (`assert_same`). Both use JAX's coordination service and no
-device, so they work before a device is touched and name the process that is missing. Every process
-must make these calls in the same order.
+A launcher sets UOE_COORDINATOR (host:port of process 0), UOE_PROCESSES (how many) and
+UOE_PROCESS_ID (0, 1, …); without them there is one process. What only one can see (a file, a clock)
+is decided in process 0 and sent to the others (`on_process_zero`), or compared (`assert_same`), by
+JAX's coordination service: before a device is touched, in the same order in every process.
 """
 
 import itertools
@@ -28,11 +25,9 @@ from uoe_jax.runtime_env import Output, notice, unknown_host
 T = TypeVar("T")
 COORDINATOR, PROCESSES, PROCESS_ID = NAMES = ("UOE_COORDINATOR", "UOE_PROCESSES", "UOE_PROCESS_ID")
 
-# How launchers give the number of tasks; only to notice that our variables are missing.
-_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of launchers
 _RECEIVE_TIMEOUT_S = 7 * 24 * 3600  # the watchdog notices a process that is lost or hangs
-# For the name of process 0 to resolve: for itself, and for others, which may start long before.
-_OWN_NAME_S, _NAME_S = 30, 120
+_OWN_NAME_S, _NAME_S = 30, 120  # to resolve process 0's name: itself; others, which start earlier
 _calls = itertools.count()
 waiting = False  # for a message of another process
 
@@ -52,7 +47,7 @@ class LostPeer(UserError):
 
 
 def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
-    """(coordinator, number of processes, this one's id) from the environment; None for one process.
+    """(coordinator, number of processes, this one's id); None for one process.
 
     UserError for incomplete or invalid variables, or several tasks without them.
     """
@@ -83,7 +78,7 @@ def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int,
     return address, count, me
 
 
-def join(stops_itself: bool) -> None:
+def join(stops_itself: bool) -> tuple[str, int, int] | None:
     """Connects to the other processes, if there are any; before the first use of a device.
 
     stops_itself: the command calls `preempted` at every step; others end by SIGTERM at once.
@@ -91,7 +86,7 @@ def join(stops_itself: bool) -> None:
     """
     cluster = cluster_from_env()
     if cluster is None:
-        return
+        return None
     import jax
 
     coordinator, count, me = cluster
@@ -112,6 +107,7 @@ def join(stops_itself: bool) -> None:
     )
     if not stops_itself:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return cluster
 
 
 def _await_name(coordinator: str, me: int) -> None:
@@ -150,10 +146,7 @@ def is_process_zero() -> bool:
 
 
 def on_process_zero(do: Callable[[], T]) -> T:
-    """The result of `do` in process 0, in every process; what it raises is raised in every process.
-
-    The result must be JSON (lists, not tuples).
-    """
+    """The result (JSON: lists, not tuples) of `do` in process 0, or its error, in every process."""
     if not are_several():
         return do()
     return _exchange(do, senders=1)[0]
@@ -188,7 +181,7 @@ def same_command(config: Config, **options: Any) -> None:
 def _exchange(do: Callable[[], T], senders: int | None = None) -> list[T]:
     """The results (JSON) of `do` in the first `senders` processes (all), in every process.
 
-    Raises the first error of `do`: here the error itself, elsewhere a RemoteProcessError.
+    Raises the first error of `do`: the error itself here, a RemoteProcessError elsewhere.
     """
     import jax
 

@@ -21,13 +21,10 @@ from uoe_jax.distributed.mesh import BATCH_AXES, EVERYWHERE, ROWS
 
 
 class Region(NamedTuple):
-    """Where a block's code runs: a shard of `num_shards` over `expert`; 0: outside any region.
+    """Where a block's code runs: one shard of the manual region, or outside of it."""
 
-    sequence_parallel: between blocks, activations are sharded along L over `expert`.
-    """
-
-    num_shards: int = 0
-    sequence_parallel: bool = False
+    num_shards: int = 0  # over `expert`; 0: outside
+    sequence_parallel: bool = False  # between blocks, activations are sharded along L over `expert`
 
     @property
     def shard_index(self) -> Array | int:
@@ -98,7 +95,8 @@ def run(
     mesh = mesh_lib.current()
     if mesh is None:
         return f(weights, x, tokens, WHOLE)
-    region = Region(mesh.shape["expert"], mesh_lib.is_sequence_parallel(mesh))
+    between = mesh_lib.activations(mesh)
+    region = Region(mesh.shape["expert"], sequence_parallel="expert" in between)
     leaves, tree = jax.tree.flatten(weights, is_leaf=lambda w: isinstance(w, nnx.Variable))
     specs = [mesh_lib.weight_spec(mesh, w.logical_axes, w.shape) for w in leaves]
     over = ("expert",) if on_local_tokens and region.sequence_parallel else ()
@@ -111,7 +109,6 @@ def run(
         y, sums = f(jax.tree.unflatten(tree, whole), x, tokens, region)
         return y, jax.tree.map(lambda a: jax.lax.psum(a, BATCH_AXES), sums)
 
-    between = mesh_lib.activations(mesh)
     out = PartitionSpec(BATCH_AXES, None, "expert") if shard_last else between
     specs_in = (specs, ROWS if ids else between, ROWS)
     sharded = jax.shard_map(on_shard, in_specs=specs_in, out_specs=(out, EVERYWHERE))

@@ -4,8 +4,8 @@ All four axes always exist, of size 1 where unused: `replica` (slow network), `d
 and weights), `expert` (partitions of a block). The batch is sharded over the first three.
 """
 
-import contextlib
 import math
+from contextlib import AbstractContextManager
 from typing import Any, Mapping, Sequence
 
 import jax
@@ -67,9 +67,7 @@ def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
 
     Devices on one fast network share a `slice_index` (a TPU slice, the GPUs of one machine); on
     CPUs, a process. Several such groups are spread over the outermost axes whose size has a factor
-    in common with their number: `replica` first, `expert` only where all others are too small.
-
-    Raises ConfigError where the groups, or the network within one, do not fit the axes.
+    in common with their number. ConfigError where they, or the network within one, do not fit.
     """
     no_slice = (d.platform == "cpu" or getattr(d, "slice_index", None) is None for d in devices)
     by_process = any(no_slice)
@@ -104,7 +102,7 @@ def current() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 or _by_partitioner.value else mesh
 
 
-def by_partitioner() -> contextlib.AbstractContextManager[Any]:
+def by_partitioner() -> AbstractContextManager[Any]:
     """Within it, blocks are sharded by the compiler: decoding's few rows may not fit batch axes."""
     return _by_partitioner(True)
 
@@ -117,11 +115,8 @@ def is_sharded(logical: str, size: int) -> bool:
 
 def activations(mesh: AbstractMesh) -> PartitionSpec:
     """The sharding of activations [B,L,…] between blocks."""
-    return PartitionSpec(BATCH_AXES, "expert" if is_sequence_parallel(mesh) else None)
-
-
-def is_sequence_parallel(mesh: AbstractMesh) -> bool:
-    return bool(sequence_parallel.value) and mesh.shape["expert"] > 1
+    sequence = sequence_parallel.value and mesh.shape["expert"] > 1
+    return PartitionSpec(BATCH_AXES, "expert" if sequence else None)
 
 
 def constrain_activations(x_BLD: Array) -> Array:
@@ -152,12 +147,10 @@ def weight_spec(mesh: AnyMesh, axes: Axes, shape: tuple[int, ...]) -> PartitionS
         if axis is not None and axis in spec:
             raise ValueError(f"two axes of a weight with axes {axes} have the mesh axis {axis!r}")
         shards = 1 if axis is None else mesh.shape[axis]
-        if size % shards:
-            if logical not in MAY_STAY_WHOLE:
-                over = f"in {shards} over the mesh axis {axis!r}"
-                raise ValueError(f"axis {logical!r} of size {size} cannot be cut {over}")
-            shards = 1
-        spec.append(axis if shards > 1 else None)
+        if size % shards and logical not in MAY_STAY_WHOLE:
+            over = f"in {shards} over the mesh axis {axis!r}"
+            raise ValueError(f"axis {logical!r} of size {size} cannot be cut {over}")
+        spec.append(axis if shards > 1 and size % shards == 0 else None)
     return PartitionSpec(*spec)
 
 

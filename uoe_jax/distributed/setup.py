@@ -17,12 +17,9 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def start(config: Config, stops_itself: bool = False) -> None:
-    """Connects to the other processes (`coordination.join`), watches them and sets up jax.
-
-    UserError for variables that XLA or jax reject, no device, or no cache directory.
-    """
-    coordination.join(stops_itself)
-    watchdog.start(config.guard)
+    """Connects to the other processes, watches them and sets up jax; UserError where that fails."""
+    if cluster := coordination.join(stops_itself):
+        watchdog.start(cluster, config.guard)
     runtime_env.check_variables(jax.lib.__version__)
     if config.train.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()

@@ -81,10 +81,7 @@ class Watchdog:
             _on_abort(self._aborted)
 
     def abort(self, exit_code: int, why: str) -> NoReturn:
-        """Ends this process after an error, once the others can know of it.
-
-        Not through Python's exit: there JAX waits for the others, which wait for this process.
-        """
+        """Ends this process once the others can know why; Python's exit would wait for them."""
         self._ending.acquire(timeout=self.guard.peer_timeout_s)  # a verdict under way comes first
         code = exit_code if exit_code in _FINAL_CODES else EXIT_LOST_PEER
         detail = f": {why[:2000]}" if why else ""
@@ -219,12 +216,10 @@ _abort_handler: Any = None
 _watchdog: Watchdog | None = None
 
 
-def start(guard: GuardConfig) -> None:
-    """Starts the watchdog of several processes, once they have met."""
+def start(cluster: tuple[str, int, int], guard: GuardConfig) -> None:
+    """Starts the watchdog of several processes (`coordination.join`)."""
     global _watchdog
-    client, cluster = coordination.client(), coordination.cluster_from_env()
-    if client is not None and cluster is not None:
-        _watchdog = Watchdog(client, cluster, guard)
+    _watchdog = Watchdog(coordination.client(), cluster, guard)
 
 
 def at(phase: str, step: int | None = None, slow: bool = False) -> None:
@@ -240,10 +235,7 @@ def at(phase: str, step: int | None = None, slow: bool = False) -> None:
 
 
 def tick() -> None:
-    """Counts progress in the current phase: a document read, a block hashed, a tensor written.
-
-    For work that is done, never for waiting: a process that hangs must not tick. Costs nothing.
-    """
+    """Counts progress in the current phase: work that is done, never waiting. Costs nothing."""
     if _watchdog is not None:
         _watchdog.progress += 1
 
