@@ -5,7 +5,6 @@ What is wrong is known from the table of rules below, written from the documenta
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import random
@@ -366,7 +365,7 @@ def test_odd_but_clear_values_are_taken():
     for name, text, value in ODD_BUT_CLEAR:
         # the same value twice is no contradiction
         twice = [f"--config.{name}={text}", f"--config.{name}", text]
-        overrides = cli._overrides(cli._joined(twice), argparse.Namespace(takes_config=True))
+        overrides, _ = cli._overrides(twice)
         found = cli.load_config(TINY, overrides)
         assert {key: v for key, v, _ in config.leaves(found)}[name] == value
 

@@ -168,32 +168,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _joined(argv: Sequence[str]) -> list[str]:
-    """The arguments with `--config.key value` as one, so that no positional argument takes it."""
-    out: list[str] = []
-    for text in argv:
-        last = out[-1] if out else ""
-        if last.startswith("--config.") and "=" not in last and not text.startswith("--"):
-            out[-1] = f"{last}={text}"
-        else:
-            out.append(text)
-    return out
-
-
-def _overrides(rest: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
-    """{a.b: value} of `--config.a.b=value`; UserError for anything else."""
+def _overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """{a.b: value} of `--config.a.b=value` or `--config.a.b value`, and the other arguments."""
     found: dict[str, str] = {}
-    for argument in rest:
+    others, left = [], list(argv)
+    while left:
+        argument = left.pop(0)
         name, equals, text = argument.partition("=")
-        if not name.startswith("--config.") or not options.takes_config:
-            raise UserError(f"{printable(name)}: unknown argument; see uoe --help")
+        if not name.startswith("--config."):
+            others.append(argument)
+            continue
         if not equals:
-            raise UserError(f"{printable(name)}: give it a value: --config.train.steps=100")
+            if not left or left[0].startswith("--"):
+                raise UserError(f"{printable(name)}: give a value, as in --config.train.steps=100")
+            text = left.pop(0)
         key = name.removeprefix("--config.")
         if found.setdefault(key, text) != text:
             remedy = f"was given before as {found[key]!r}; give one value"
             raise ConfigError(f"config.{printable(key)}", text, remedy)
-    return found
+    return found, others
 
 
 def console() -> NoReturn:
@@ -204,11 +197,16 @@ def console() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (`uoe_jax.errors`)."""
-    argv = _joined(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     options, why = None, ""
     try:
-        options, rest = _parser().parse_known_args(argv)
-        overrides = _overrides(rest, options)
+        overrides, others = _overrides(argv)
+        options, unknown = _parser().parse_known_args(others)
+        if overrides and not options.takes_config:
+            unknown = [f"--config.{key}" for key in overrides]
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            raise UserError(f"{printable(name)}: unknown argument; see uoe --help")
         with runtime_env.jax_import_errors():
             exit_code = options.run(options, overrides) or EXIT_DONE
         sys.stdout.flush()
@@ -216,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code
     except UserError as error:
         exit_code, why = error.exit_code, str(error)
-        if not isinstance(error, coordination.RemoteProcessError):
+        if not isinstance(error, coordination.RemoteProcessError):  # shown by the other process
             watchdog.abort_if_peer_lost(error)
             if "--debug" in argv:
                 traceback.print_exc()
