@@ -66,8 +66,8 @@ def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPa
             problem = "is neither a local directory nor gs://bucket/name; give one of these"
             raise UserError(f"{option}={name}: {problem}")
         if importlib.util.find_spec("gcsfs") is None:
-            remedy = "pip install 'uoe-jax[gs]'"
-            raise UserError(f"{option}={name}: gs:// takes the package gcsfs; {remedy}")
+            remedy = "gs:// takes the package gcsfs; pip install 'uoe-jax[gs]'"
+            raise UserError(f"{option}={name}: {remedy}")
         import fsspec
 
         # By default listings are cached for ever, and miss what other processes write.
@@ -245,8 +245,8 @@ def lock(path: str, workdir: epath.Path) -> None:
             raise UserError(f"--workdir={path}: {holder}; {remedy}") from error
         if error.errno not in _NO_LOCKS:
             raise
-        why = f"as this file system has no locks ({error.strerror})"
-        return notice(f"{path}: nothing keeps a second writer out, {why}")
+        why = f"this file system has no locks ({error.strerror})"
+        return notice(f"{path}: nothing keeps a second writer out, as {why}")
     _locks[os.fspath(workdir)] = lock
     _release_in_children()
     us = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T%z")}

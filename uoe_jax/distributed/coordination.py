@@ -52,23 +52,22 @@ def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int,
     UserError for incomplete or invalid variables, or several tasks without them.
     """
     given = {name: environ[name] for name in NAMES if environ.get(name)}
+    names = ", ".join(NAMES)
     if not given:
         for name in _TASK_COUNTS:
             if environ.get(name, "1") not in ("", "1"):
                 problem = f"{environ[name]} tasks were started and none was given its place"
-                remedy = f"set {', '.join(NAMES)} as launch/slurm.sbatch does"
-                result = "so each would train alone in the same workdir"
-                raise UserError(f"{name}={environ[name]}: {problem}, {result}; {remedy}")
+                remedy = f"so each would train alone; set {names} as launch/slurm.sbatch does"
+                raise UserError(f"{name}={environ[name]}: {problem}, {remedy}")
         return None
     for name in NAMES:
         if name not in given:
-            remedy = f"give all of {', '.join(NAMES)}, or none"
-            raise UserError(f"{name}: is not set while {next(iter(given))} is; {remedy}")
+            problem = f"is not set while {next(iter(given))} is"
+            raise UserError(f"{name}: {problem}; give all of {names}, or none")
     address, n_processes, process_id = (given[name] for name in NAMES)
     port = re.fullmatch(r"(?:[\w.\-]+|\[[\w.:]+\]):([0-9]{1,5})", address, re.ASCII)
     if port is None or not 0 < int(port[1]) < 65536:
-        remedy = "give host:port of process 0, such as node1:8476"
-        raise UserError(f"{COORDINATOR}={address}: {remedy}")
+        raise UserError(f"{COORDINATOR}={address}: give host:port of process 0, as node1:8476")
     count, me = (int(v) if v.isdecimal() else -1 for v in (n_processes, process_id))
     if count < 1:
         raise UserError(f"{PROCESSES}={n_processes}: give the number of processes, 1 or more")
