@@ -213,8 +213,10 @@ def understood(words: list[str]) -> None:
 
 
 def arguments_of(words: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    options, rest = cli._parser().parse_known_args(words)
-    return options, cli._overrides(rest, options)
+    overrides, others = cli._overrides(words)
+    options = cli._parser().parse_args(others)
+    assert options.takes_config or not overrides
+    return options, overrides
 
 
 def test_the_extras_that_are_installed_exist():

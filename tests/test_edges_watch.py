@@ -23,7 +23,7 @@ class Judge(Watchdog):
     def __init__(self) -> None:
         self._me, self.guard = 0, GuardConfig(compile_timeout_s=LIMIT)
         self.status, self.progress = Status(timeout_s=LIMIT), 0
-        self._last_progress, self._slowest = {}, (-1, 0.0)
+        self._last, self._since = None, 0.0
         self.now, self.verdict = 0.0, ""
         self._heartbeats = {1: Heartbeat(0, self.status, self.now)}
 
@@ -79,7 +79,7 @@ def test_what_one_does_who_is_further_on_does_not_help_one_that_hangs(judge):
     "mine, theirs, culprit", [(True, False, 1), (False, True, 0), (False, False, 0)]
 )
 def test_the_one_that_waits_for_another_does_not_hang(mine, theirs, culprit, judge, monkeypatch):
-    monkeypatch.setattr(watchdog.coordination, "_waiting", mine)
+    monkeypatch.setattr(watchdog.coordination, "waiting", mine)
     assert judge.goes_on(2 * LIMIT, phases=1, waiting=theirs).startswith(f"process {culprit} hangs")
 
 
@@ -88,13 +88,13 @@ def test_a_heartbeat_says_that_a_process_waits():
 
     class Service:
         def blocking_key_value_get(self, name, timeout):
-            seen.append(watchdog.coordination.is_waiting())
+            seen.append(watchdog.coordination.waiting)
             return json.dumps({"value": 3})
 
     assert (
         watchdog.coordination._receive(Service(), "x", 1) == 3
         and seen == [True]
-        and not watchdog.coordination.is_waiting()
+        and not watchdog.coordination.waiting
     )
 
 

@@ -336,7 +336,7 @@ def test_a_classifier_exchanges_nothing_all_to_all(changes):
     inputs = jax.ShapeDtypeStruct(
         shape,
         jnp.float32 if config.stem == "image" else jnp.int32,
-        sharding=mesh_lib.batch_sharding(mesh),
+        sharding=jax.NamedSharding(mesh, mesh_lib.ROWS),
     )
     with jax.set_mesh(mesh):
         graphdef, state = nnx.split(nnx.eval_shape(lambda: Classifier(config, rngs=nnx.Rngs(0))))

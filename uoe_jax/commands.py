@@ -8,7 +8,6 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping
-from typing import Any
 
 from uoe_jax import config as config_lib
 from uoe_jax import runtime_env
@@ -27,7 +26,7 @@ from uoe_jax.exchange.transfer import run_export
 from uoe_jax.infer.command import run_generate
 from uoe_jax.infer.experts import choices
 from uoe_jax.runtime_env import default_cache_dir
-from uoe_jax.workdir import checkpoint_path, is_remote, locate, os_errors, read_config, write_json
+from uoe_jax.workdir import checkpoint_path, is_remote, locate, os_errors, read_config, write_text
 
 KEYS_PAGE = """\
 # All keys
@@ -53,11 +52,7 @@ TABLE_KEYS = (
 
 
 def load_config(name: str, overrides: Mapping[str, str]) -> Config:
-    """The configuration of `--config` with overrides, checked for `uoe train`.
-
-    Raises:
-      UserError: the file cannot be read or run, an unknown key, or a value that cannot be used.
-    """
+    """The configuration of `--config` with overrides, checked for `uoe train` (UserError)."""
     config = resolve(name, overrides)
     check_training(config, *known_vocabulary(config))
     return config
@@ -177,7 +172,14 @@ def train_tokenizer(options: argparse.Namespace, overrides: dict[str, str]) -> N
     n_bytes = n_tokens = 0
     for document in source.documents("validation"):
         n_bytes, n_tokens = n_bytes + len(document), n_tokens + len(tokenizer.encode(document))
-    _write_once(out, json.loads(tokenizer.to_json()), options.out)
+    content = json.dumps(json.loads(tokenizer.to_json()), indent=2) + "\n"
+    problem, remedy = f"--out={options.out}: cannot be written", "fix that, or give another file"
+    with os_error_as(UserError, problem, remedy), os_errors(out):
+        if not out.exists():
+            write_text(out, content)
+        elif out.read_bytes() != content.encode():
+            why = "holds something else already; remove it, or give another file"
+            raise UserError(f"--out={options.out}: {why}")
     size = f"{tokenizer.vocab_size} tokens"
     if tokenizer.vocab_size < int(given):
         size += f" (fewer than --vocab={given}: no pair left occurs twice)"
@@ -185,21 +187,8 @@ def train_tokenizer(options: argparse.Namespace, overrides: dict[str, str]) -> N
     next_keys = overrides | {"data.tokenizer": "bpe", "data.tokenizer_file": options.out}
     command = ["uoe", "train", f"--config={options.config}"]
     command += [f"--config.{key}={text}" for key, text in next_keys.items()]
-    print(
-        f"{options.out}: {size}, {rate} the validation split; "
-        f"next: {shlex.join(command)} --workdir=DIR"
-    )
-
-
-def _write_once(out: Any, content: Any, shown: str) -> None:
-    """Writes a JSON file, or leaves it if it is the same; UserError if it holds anything else."""
-    problem, remedy = f"--out={shown}: cannot be written", "fix that, or give another file"
-    with os_error_as(UserError, problem, remedy), os_errors(out):
-        if not out.exists():
-            write_json(out, content)
-        elif out.read_bytes() != (json.dumps(content, indent=2) + "\n").encode():
-            why = "holds something else already; remove it, or give another file"
-            raise UserError(f"--out={shown}: {why}")
+    following = f"next: {shlex.join(command)} --workdir=DIR"
+    print(f"{options.out}: {size}, {rate} the validation split; {following}")
 
 
 def _check_workdir(path: str) -> None:

@@ -1,11 +1,11 @@
 """The environment of a process: standard streams, home directory, variables of XLA and JAX.
 
-Imports no jax. `prepare_process` comes first of all; `check_variables` before the first use of a
-device.
+Imports no jax. `prepare_process` comes first, `check_variables` before the first use of a device.
 """
 
 import codecs
 import contextlib
+import functools
 import io
 import os
 import re
@@ -26,20 +26,24 @@ _ESCAPED = "uoe_escaped"  # the error handler of our streams
 _DEVICE_VARIABLES = re.compile(
     r"JAX_PLATFORM|JAX_NUM_CPU_DEVICES$|\w+_VISIBLE_DEVICES$|PJRT_|XLA_PYTHON_|TPU_LIBRARY_PATH$"
 )
-# Flags that every supported XLA accepts; others are tried in a process of their own.
-_KNOWN_FLAG = re.compile(
+# Flags that every supported XLA accepts, and one more of 0.10; others are tried in a process.
+_KNOWN_FLAG = (
     r"--xla_force_host_platform_device_count=[1-9][0-9]{0,4}|"
     r"--xla_backend_optimization_level=[0-3]|"
     r"--xla_(gpu_deterministic_ops|llvm_disable_expensive_passes|cpu_enable_fast_math)=(true|false)"
 )
-_KNOWN_TO_0_10 = re.compile(r"--xla_cpu_use_fusion_emitters=(true|false)")
+_KNOWN_TO_0_10 = r"|--xla_cpu_use_fusion_emitters=(true|false)"
 _JAX_HINT = r" \(set JAX_PLATFORMS='' .*"
 
 
 def prepare_process() -> None:
     """Sets up standard streams and HOME so that nothing fails for lack of them."""
-    _open_descriptors()
-    codecs.register_error(_ESCAPED, _Escape())
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: a file opened later would get what C++ code writes to stderr
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    codecs.register_error(_ESCAPED, _escape)
     if sys.stdin is not None:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     for name in ("stdout", "stderr"):
@@ -53,19 +57,6 @@ def prepare_process() -> None:
 # --- streams --------------------------------------------------------------------------------------
 
 
-def _open_descriptors() -> None:
-    """Opens /dev/null where descriptor 0, 1 or 2 is closed.
-
-    Otherwise the next file opened gets its number, and what C++ code writes to stderr would go into
-    a checkpoint or the lock file.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
-
-
 class OutputLost(RunError):
     """What was written to stdout could not be delivered."""
 
@@ -74,17 +65,12 @@ class Output(io.TextIOWrapper):
     """stdout or stderr that accepts any text: characters its encoding lacks are escaped.
 
     A failed write (full device, closed pipe) is ignored on stderr, and raises OutputLost on stdout.
+    It replaces `old`, and writes to its buffer or another.
     """
 
     def __init__(self, old: Any, buffer: Any = None) -> None:
-        """old: the stream to replace. buffer: to write to, instead of old's."""
-        super().__init__(
-            old.buffer if buffer is None else buffer,
-            old.encoding,
-            errors=_ESCAPED,
-            line_buffering=old.line_buffering or buffer is not None,
-            write_through=old.write_through,
-        )
+        target, by_line = buffer or old.buffer, bool(buffer) or old.line_buffering
+        super().__init__(target, old.encoding, _ESCAPED, None, by_line, old.write_through)
         self._old, self._is_stdout = old, old is sys.stdout
 
     def write(self, text: str) -> int:
@@ -108,32 +94,31 @@ class Output(io.TextIOWrapper):
                 raise OutputLost(f"standard output: {problem}") from error
 
 
-class _Escape:
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
     """Error handler of `Output`: undecodable bytes of arguments are written as they came in.
 
-    Other characters that the encoding lacks are escaped as Python escapes them; a notice says so
-    once.
+    Other characters that the encoding lacks are escaped as in Python; a notice says so once.
     """
+    if isinstance(error, UnicodeEncodeError):
+        error.end = error.start + 1  # one character at a time
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError as lacking:
+        _notice_escapes(lacking.encoding)
+        return codecs.backslashreplace_errors(error)
 
-    noticed = False
 
-    def __call__(self, error: UnicodeError) -> tuple[str | bytes, int]:
-        if not isinstance(error, UnicodeEncodeError):
-            raise error
-        character, after = error.object[error.start], error.start + 1
-        if "\udc80" <= character <= "\udcff":
-            return bytes([ord(character) - 0xDC00]), after
-        if not self.noticed:
-            self.noticed = True
-            what = f"the output takes {error.encoding} alone: other characters are written as"
-            with contextlib.suppress(OSError):
-                os.write(2, f"uoe: {what} \\u2026 is; set PYTHONIOENCODING=utf-8\n".encode())
-        return character.encode("ascii", "backslashreplace").decode(), after
+@functools.cache
+def _notice_escapes(encoding: str) -> None:
+    what = f"the output takes {encoding} alone: other characters are written as \\u2026 is"
+    with contextlib.suppress(OSError):
+        os.write(2, f"uoe: {what}; set PYTHONIOENCODING=utf-8\n".encode())
 
 
 def notice(text: str) -> None:
-    """Prints `uoe: text` on stderr."""
-    print(f"uoe: {text}", file=sys.stderr, flush=True)
+    """Prints `uoe: text` on stderr, where that is possible."""
+    with contextlib.suppress(OSError, ValueError):  # full, or closed
+        print(f"uoe: {text}", file=sys.stderr, flush=True)
 
 
 def print_result(text: str) -> None:
@@ -153,63 +138,49 @@ def takes_utf8(stream: TextIO) -> bool:
 
 
 def expanded(path: str | os.PathLike[str], option: str) -> str:
-    """The path with ~ and ~user replaced; UserError where no home directory is known.
-
-    option: where it was given, for errors.
-    """
+    """The path with ~ and ~user replaced; UserError, with the option, for an unknown home."""
     name = os.fspath(path)
     found = os.path.expanduser(name)
-    unknown = found == name or found == NO_HOME or found.startswith(f"{NO_HOME}/")
+    unknown = found in (name, NO_HOME) or found.startswith(f"{NO_HOME}/")
     if name.startswith("~") and unknown and not os.path.lexists(name):
         problem = f"{name.partition('/')[0]} is no home directory that is known here"
         raise UserError(f"{option}={name}: {problem}; give the whole path, or ./{name}")
     return found
 
 
-def check_encoding(path: str, option: str) -> None:
-    """Refuses a path that Python cannot decode: C++ libraries do not accept it (UserError)."""
-    if re.search("[\ud800-\udfff]", path):
-        encoding = sys.getfilesystemencoding()
-        more = "" if encoding == "utf-8" else ", or unset PYTHONUTF8 and set LC_ALL=C.UTF-8"
-        problem = f"is not {encoding}, the encoding of paths here; give another{more}"
-        raise UserError(f"{option}={path!r}: {problem}")
-
-
 def default_cache_dir() -> Path:
-    """$UOE_CACHE, else ~/.cache/uoe_jax; created readable by its owner alone.
+    """$UOE_CACHE, else ~/.cache/uoe_jax, else `_temporary_cache`; UserError if none can be written.
 
-    Where the home directory cannot be written: a private one in the system's temporary directory,
-    with a notice. Raises UserError if none can be written.
+    It is created readable by its owner alone.
     """
     given = os.environ.get("UOE_CACHE")
-    remedy = "set UOE_CACHE to a directory that can be written."
+    remedy = "set UOE_CACHE to a directory that can be written"
     try:
         directory = Path(expanded(given or "~/.cache/uoe_jax", "UOE_CACHE")).absolute()
-        check_encoding(str(directory), "UOE_CACHE")
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK | os.X_OK):
-            return directory
-        why = f"UOE_CACHE={directory}: the data cache cannot be written: {remedy}"
-    except OSError as error:
-        why = f"UOE_CACHE={given}: cannot make the data cache ({error.strerror}): {remedy}"
-    except UserError as error:
-        why = str(error)
-    if given:
-        raise UserError(why)
+        if re.search("[\ud800-\udfff]", str(directory)):  # C++ libraries do not accept it
+            encoding = sys.getfilesystemencoding()
+            more = "" if encoding == "utf-8" else ", or unset PYTHONUTF8 and set LC_ALL=C.UTF-8"
+            problem = f"is not {encoding}, the encoding of paths here; give another{more}"
+            raise UserError(f"UOE_CACHE={str(directory)!r}: {problem}")
+        with os_error_as(UserError, f"UOE_CACHE={given}: cannot make the data cache", remedy):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise UserError(f"UOE_CACHE={directory}: the data cache cannot be written; {remedy}")
+        return directory
+    except UserError:
+        if given:
+            raise
     return _temporary_cache()
 
 
 def _temporary_cache() -> Path:
-    """A directory of this user in the system's temporary directory.
+    """A directory of this user in the system's temporary one, for child processes too.
 
-    It is the same at the next call, and in child processes. It holds native code, so one that
-    others could have written to is not used: a new one is made.
+    It holds native code, so one that others could have written to is not used: a new one is made.
     """
-    with os_error_as(
-        UserError,
-        f"UOE_CACHE: is not set, and no directory can be made for it in {tempfile.gettempdir()}",
-        "set it to one that can be written",
-    ):
+    problem = f"is not set, and no directory can be made for it in {tempfile.gettempdir()}"
+    remedy = "set it to one that can be written"
+    with os_error_as(UserError, f"UOE_CACHE: {problem}", remedy):
         directory = Path(tempfile.gettempdir(), f"uoe_jax-{os.getuid()}")
         with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
@@ -219,9 +190,8 @@ def _temporary_cache() -> Path:
             directory = Path(tempfile.mkdtemp(prefix=f"{directory.name}-"))
         directory.chmod(0o700)
     os.environ["UOE_CACHE"] = str(directory)
-    what = f"prepared data and compiled programs are kept in {directory}"
-    remedy = "set UOE_CACHE to keep them elsewhere"
-    notice(f"no home directory can be written, so {what}; {remedy}")
+    kept = f"prepared data and compiled programs are kept in {directory}"
+    notice(f"no home directory can be written, so {kept}; set UOE_CACHE to keep them elsewhere")
     return directory
 
 
@@ -242,15 +212,13 @@ def check_variables(jaxlib_version: str) -> None:
 
 
 def _check_flags(jaxlib_version: str) -> None:
-    text = os.environ.get("XLA_FLAGS", "")
-    if text and not text.lstrip().startswith("-"):
-        text = _flags_of_file(text)
+    text = _flags()
     if not text.strip():
         os.environ.pop("XLA_FLAGS", None)  # XLA takes blanks for the name of a file
         return
     os.environ["XLA_FLAGS"] = text
-    known = [_KNOWN_FLAG, *([_KNOWN_TO_0_10] if jaxlib_version.startswith("0.10.") else [])]
-    if all(any(pattern.fullmatch(flag) for pattern in known) for flag in text.split()):
+    known = _KNOWN_FLAG + (_KNOWN_TO_0_10 if jaxlib_version.startswith("0.10.") else "")
+    if all(re.fullmatch(known, flag) for flag in text.split()):
         return
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "PJRT_"))}
     env |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}  # no accelerator, but messages
@@ -266,20 +234,20 @@ def _check_flags(jaxlib_version: str) -> None:
         raise UserError(f"{given}: XLA does not take this ({why}); correct it, or unset it")
 
 
-def _flags_of_file(name: str) -> str:
-    """The flags in the file that XLA_FLAGS names; they replace the name, so more can be added."""
-    if not name.strip():
-        return ""
+def _flags() -> str:
+    """XLA_FLAGS, or what is in the file that it names: so flags can be added."""
+    name = os.environ.get("XLA_FLAGS", "")
+    if not name.strip() or name.lstrip().startswith("-"):
+        return name
     try:
         text = Path(name).read_text(encoding="utf-8")
+        if text.strip() and not text.lstrip().startswith("-"):
+            raise ValueError("it does not begin with a flag")
+        return text
     except (OSError, ValueError) as error:
-        problem = f"does not begin with --, and is no readable file of flags ({_one_line(error)})"
+        problem = f"does not begin with --, and is no file of flags ({_one_line(error)})"
         remedy = "give --xla_… flags, or a file of them"
         raise UserError(f"XLA_FLAGS={name}: {problem}; {remedy}") from error
-    if text.strip() and not text.lstrip().startswith("-"):
-        problem = "is a file that does not begin with a flag; write --xla_… flags in it"
-        raise UserError(f"XLA_FLAGS={name}: {problem}")
-    return text
 
 
 @contextlib.contextmanager
@@ -306,10 +274,9 @@ def no_device(error: Exception) -> UserError:
     """The error for the user where jax finds no device."""
     why, host = re.sub(_JAX_HINT, "", _one_line(error)), socket.gethostname()
     if "gloo" in why and (unknown := unknown_host(host)):
-        return UserError(
-            f"the name of this machine, {host}, has no address ({unknown}), and Gloo, which joins "
-            "processes on CPUs, asks for it; add it to /etc/hosts"
-        )
+        problem = f"the name of this machine, {host}, has no address ({unknown})"
+        asks = "Gloo, which joins processes on CPUs, asks for it"
+        return UserError(f"{problem}, and {asks}; add it to /etc/hosts")
     found = {k: v for k, v in sorted(os.environ.items()) if _DEVICE_VARIABLES.match(k)}
     remedy = "give another value, or unset it" if found else "set it to cpu to do without"
     what = _listing(found) or "JAX_PLATFORMS"

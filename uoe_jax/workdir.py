@@ -1,11 +1,10 @@
 """The directory of a run: its lock, its configuration and the record of its data. Imports no jax.
 
-A workdir is a local directory or `gs://bucket/name`. Objects on gs:// are written whole or not at
-all: they cannot be locked, renamed, appended to or measured for free space.
+A workdir is a local directory or `gs://bucket/name`, where objects are written whole or not at all
+and cannot be locked, renamed, appended to or measured for free space.
 """
 
 import contextlib
-import datetime
 import errno
 import fcntl
 import fnmatch
@@ -45,13 +44,11 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 class LiteralPath(gpath.PosixGPath):
     """A path, local or gs://, whose own name is never read as a pattern.
 
-    The `glob` of etils reads `fold[1]` in the name of the directory itself as a pattern. Orbax
-    searches a checkpoint with it, and would miss the files of that directory or find those of
-    another one. Orbax keeps the class of a path that it is given.
+    The `glob` of etils takes `fold[1]` in the directory's own name for one: Orbax, which searches
+    checkpoints with it and keeps the class of a path, would miss files or find those of another.
     """
 
     def glob(self, pattern: str) -> "Iterator[LiteralPath]":
-        """The paths below this one whose names match the pattern's, part by part."""
         first, _, rest = pattern.partition("/")
         for path in self.iterdir() if self.is_dir() else ():
             if fnmatch.fnmatchcase(path.name, first):
@@ -61,7 +58,7 @@ class LiteralPath(gpath.PosixGPath):
 def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPath:
     """The path of a workdir; touches nothing. option: where it was given, for errors.
 
-    Raises UserError for an address that is not gs://, or without the package for gs://.
+    UserError for an address that is not gs://, or without the package for gs://.
     """
     name = os.fspath(path)
     if is_remote(name):
@@ -69,8 +66,8 @@ def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPa
             problem = "is neither a local directory nor gs://bucket/name; give one of these"
             raise UserError(f"{option}={name}: {problem}")
         if importlib.util.find_spec("gcsfs") is None:
-            remedy = "pip install 'uoe-jax[gs]'"
-            raise UserError(f"{option}={name}: gs:// takes the package gcsfs; {remedy}")
+            remedy = "gs:// takes the package gcsfs; pip install 'uoe-jax[gs]'"
+            raise UserError(f"{option}={name}: {remedy}")
         import fsspec
 
         # By default listings are cached for ever, and miss what other processes write.
@@ -85,10 +82,8 @@ def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPa
 def checkpoint_path(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPath:
     """The absolute path of a directory for checkpoints; touches nothing.
 
-    Symbolic links are resolved where only the resolved path can be used.
-
-    Raises:
-      UserError: as `locate`, or the path contains what Orbax does not take literally.
+    Symbolic links are resolved where only the resolved path can be used. UserError as `locate`, or
+    where the path contains what Orbax does not take literally.
     """
     name = os.fspath(locate(path, option))
     try:
@@ -99,42 +94,35 @@ def checkpoint_path(path: str | os.PathLike[str], option: str = "--workdir") -> 
     for name in names:
         if not (bad := _unusable_in(name)):
             return LiteralPath(name)
-    raise UserError(
-        f"{option}={printable(os.fspath(path))}: the path {printable(name)} holds {bad}, and no "
-        "checkpoint can be written or read below such a name; give a directory whose whole path "
-        "is without it"
-    )
+    problem = f"the path {printable(name)} holds {bad}, and no checkpoint can be written or read"
+    remedy = "below such a name; give a directory whose whole path is without it"
+    raise UserError(f"{option}={printable(os.fspath(path))}: {problem} {remedy}")
 
 
 def _unusable_in(name: str) -> str:
-    """What Orbax, TensorStore or the client of gs:// would misread in a path; "" for nothing.
-
-    TensorStore reads a backslash in a local path as `/`, and Orbax `gs:/` as `gs://`. A gs:// path
-    is part of a URL, which ends at `?` or `#`; its client reads `*`, `?` and `[` as patterns.
-    """
+    """What Orbax, TensorStore or the client of gs:// would misread in a path; "" for nothing."""
     rest = name.partition("://")[2] if is_remote(name) else name
     try:
         name.encode()
     except UnicodeEncodeError:
         return "bytes that are not UTF-8"
-    if "gs:/" in f"{rest}/":
+    if "gs:/" in f"{rest}/":  # Orbax reads it as gs://
         return "'gs:' at the end of a directory's name"
     if not is_remote(name):
         seen = LiteralPath(name)  # etils reads /gs/bucket as gs://bucket
         remote = f"what is taken for {seen}" if is_remote(seen) else ""
-        return "a backslash" if "\\" in rest else remote
+        return "a backslash" if "\\" in rest else remote  # TensorStore reads a backslash as /
     if ".." in rest.split("/"):
         return "'..'"
     if control := next((c for c in rest if ord(c) < 32 or ord(c) == 127), ""):
         return f"the control character {control!r}"
-    return next((repr(c) for c in rest if c in "*?[#"), "")
+    return next((repr(c) for c in rest if c in "*?[#"), "")  # patterns, or the end of a URL
 
 
 def open_workdir(path: str, config: Config) -> epath.Path:
     """Creates or enters a workdir, locks it and stores the configuration; returns the path.
 
-    Raises:
-      UserError: it holds other files or another run, is being written to, or cannot be written.
+    UserError where it holds other files or another run, is being written to or cannot be written.
     """
     workdir, remedy = checkpoint_path(path), "give a directory you may write to"
     with os_error_as(UserError, f"--workdir={path}: cannot be written", remedy), os_errors(path):
@@ -160,11 +148,7 @@ def _names(workdir: epath.Path) -> list[str]:
 
 
 def enter_workdir(path: str, config: Config) -> epath.Path:
-    """`open_workdir` by process 0; the same directory, absolute, in every process.
-
-    Raises:
-      UserError: as `open_workdir`, or another process does not see what process 0 wrote there.
-    """
+    """`open_workdir` by process 0; UserError where another process does not see what it wrote."""
 
     def opened() -> list[str]:
         workdir = open_workdir(path, config)
@@ -177,10 +161,9 @@ def enter_workdir(path: str, config: Config) -> epath.Path:
         deadline = time.monotonic() + SHOWS_UP_S
         while not ((workdir / CONFIG).exists() and read_text(workdir / CONFIG) == written):
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"--workdir={path}: this process does not find in {name} what process 0 wrote "
-                    "there; give a directory that all machines share"
-                )
+                problem = f"this process does not find in {name} what process 0 wrote there"
+                remedy = "give a directory that all machines share"
+                raise UserError(f"--workdir={path}: {problem}; {remedy}")
             time.sleep(0.1)
 
     coordination.on_all(check_visible)
@@ -188,9 +171,8 @@ def enter_workdir(path: str, config: Config) -> epath.Path:
 
 
 def _refuse_other_run(path: str, old: Config, new: Config) -> None:
-    """UserError where a key differs that may not change in a run; names all of them."""
-    changed = changed_keys(old, new)
-    if not changed:
+    """UserError where keys differ that may not change in a run; names all of them."""
+    if not (changed := changed_keys(old, new)):
         return
     given = ", ".join(f"config.{key}={now!r}" for key, _, now in changed)
     before = ", ".join(repr(value) for _, value, _ in changed)
@@ -198,9 +180,8 @@ def _refuse_other_run(path: str, old: Config, new: Config) -> None:
     if "train.steps" in (key for key, *_ in changed):
         remedy += "; a run started with optimizer.decay_steps may change train.steps"
     values = "the old value" if len(changed) == 1 else "the old values"
-    raise UserError(
-        f"{given}: the run in {path} was started with {before}; give {values}, or {remedy}"
-    )
+    problem = f"the run in {path} was started with {before}"
+    raise UserError(f"{given}: {problem}; give {values}, or {remedy}")
 
 
 def _elsewhere(path: str) -> str:
@@ -211,27 +192,24 @@ def _elsewhere(path: str) -> str:
 def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = True) -> None:
     """Compares the record of the data with the run's; if `store`, writes it where there is none.
 
-    Raises:
-      UserError: content hash or tokenizer differ, or the file cannot be read or written.
+    UserError where content hash or tokenizer differ, or the file cannot be read or written.
     """
     path = locate(workdir) / RECORD
     remedy = "remove it, where you are sure of the run's data, or start in another --workdir"
     found = read_json(path, remedy)
-    if found is None and not store:
-        return
     if found is None:
-        problem = f"{path}: cannot be written"
-        with os_error_as(UserError, problem, "fix that and run again"), os_errors(path):
-            return write_json(path, {"data": record})
-    old, more = found.get("data"), f", or {_elsewhere(os.fspath(workdir))}" if store else ""
+        if store:
+            problem, remedy = f"{path}: cannot be written", "fix that and run again"
+            with os_error_as(UserError, problem, remedy), os_errors(path):
+                write_json(path, {"data": record})
+        return
+    old = found["data"] if isinstance(found.get("data"), dict) else {}
     for name in ("sha256", "tokenizer"):
-        if not isinstance(old, dict) or old.get(name) != record.get(name):
-            before = repr(old.get(name)) if isinstance(old, dict) else "'something unknown'"
-            raise UserError(
-                f"data.{name}={record.get(name)!r}: the run in {workdir} was trained on {before}; "
-                "use the data it was started with (of the standard library: the same interpreter)"
-                f"{more}"
-            )
+        if old.get(name) != (new := record.get(name)):
+            before = f"the run in {workdir} was trained on {old.get(name, 'something unknown')!r}"
+            use = "use the data it was started with (of the standard library: the same interpreter)"
+            more = f", or {_elsewhere(os.fspath(workdir))}" if store else ""
+            raise UserError(f"data.{name}={new!r}: {before}; {use}{more}")
 
 
 def read_config(path: str) -> Config:
@@ -248,14 +226,10 @@ def read_config(path: str) -> Config:
 
 
 def lock(path: str, workdir: epath.Path) -> None:
-    """Makes this process the only writer of a workdir; UserError where another one writes there.
-
-    A notice says where nothing keeps others out.
-    """
+    """Makes this process the only writer, or says why it cannot; UserError if there is another."""
     if is_remote(path):
-        missing = "no lock against a second writer, no check of free space"
         uploads = "metrics.jsonl is uploaded once a minute and at checkpoints"
-        return notice(f"{path}: {missing}; {uploads}")
+        return notice(f"{path}: no lock against a second writer, no check of free space; {uploads}")
     file, held = workdir / LOCK, _locks.get(os.fspath(workdir))
     if held is not None and file.exists() and os.path.samestat(os.fstat(held), os.stat(file)):
         return
@@ -274,9 +248,8 @@ def lock(path: str, workdir: epath.Path) -> None:
         why = f"this file system has no locks ({error.strerror})"
         return notice(f"{path}: nothing keeps a second writer out, as {why}")
     _locks[os.fspath(workdir)] = lock
-    _forget_locks_in_children()
-    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    us = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+    _release_in_children()
+    us = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T%z")}
     os.ftruncate(lock, 0)
     os.pwrite(lock, json.dumps(us).encode(), 0)
 
@@ -289,8 +262,7 @@ def wait_for_writer(workdir: epath.Path, seconds: float, cancelled: Callable[[],
     with open(workdir / LOCK, "rb") as file:
         while time.monotonic() < deadline and not cancelled():
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return
+                return fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not noticed:
                     notice(f"{workdir}: {_holder(file.fileno())}; waiting for it")
@@ -317,12 +289,12 @@ def release(workdir: str | os.PathLike[str]) -> None:
 
 
 @functools.cache
-def _forget_locks_in_children() -> None:
+def _release_in_children() -> None:
     """Lets forked children close their copies of the locks, which would outlive the parent."""
 
     def forget() -> None:
-        while _locks:
-            os.close(_locks.popitem()[1])
+        for workdir in list(_locks):
+            release(workdir)
 
     os.register_at_fork(after_in_child=forget)
 
@@ -360,8 +332,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands there twice")
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} stands there twice")
     return found
 
 

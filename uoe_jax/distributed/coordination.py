@@ -1,13 +1,9 @@
 """Several processes: how they find each other, and how they agree.
 
-A process gets its place from its launcher through three variables: UOE_COORDINATOR (host:port of
-process 0, the same for all), UOE_PROCESSES (how many) and UOE_PROCESS_ID (0, 1, …). Without them
-there is one process.
-
-What only one process can see (a file, a disk, a clock, a signal) is decided in process 0 and sent
-to the others (`on_process_zero`), or compared (`assert_same`). Both use JAX's coordination service
-and no device, so they work before the first device is touched and name the process that is missing.
-Every process must make these calls in the same order.
+A launcher sets UOE_COORDINATOR (host:port of process 0), UOE_PROCESSES (how many) and
+UOE_PROCESS_ID (0, 1, …); without them there is one process. What only one can see (a file, a clock)
+is decided in process 0 and sent to the others (`on_process_zero`), or compared (`assert_same`), by
+JAX's coordination service: before a device is touched, in the same order in every process.
 """
 
 import itertools
@@ -29,13 +25,11 @@ from uoe_jax.runtime_env import Output, notice, unknown_host
 T = TypeVar("T")
 COORDINATOR, PROCESSES, PROCESS_ID = NAMES = ("UOE_COORDINATOR", "UOE_PROCESSES", "UOE_PROCESS_ID")
 
-# How launchers give the number of tasks; only to notice that our variables are missing.
-_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of launchers
 _RECEIVE_TIMEOUT_S = 7 * 24 * 3600  # the watchdog notices a process that is lost or hangs
-# For the name of process 0 to resolve: for itself, and for others, which may start long before.
-_OWN_NAME_S, _NAME_S = 30, 120
+_OWN_NAME_S, _NAME_S = 30, 120  # to resolve process 0's name: itself; others, which start earlier
 _calls = itertools.count()
-_waiting = False
+waiting = False  # for a message of another process
 
 
 class RemoteProcessError(UserError):
@@ -53,28 +47,27 @@ class LostPeer(UserError):
 
 
 def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
-    """(coordinator, number of processes, this one's id) from the environment; None for one process.
+    """(coordinator, number of processes, this one's id); None for one process.
 
-    UserError for incomplete or invalid variables, or tasks that were started without them.
+    UserError for incomplete or invalid variables, or several tasks without them.
     """
     given = {name: environ[name] for name in NAMES if environ.get(name)}
+    names = ", ".join(NAMES)
     if not given:
         for name in _TASK_COUNTS:
             if environ.get(name, "1") not in ("", "1"):
                 problem = f"{environ[name]} tasks were started and none was given its place"
-                remedy = f"set {', '.join(NAMES)} as launch/slurm.sbatch does"
-                result = "so each would train alone in the same workdir"
-                raise UserError(f"{name}={environ[name]}: {problem}, {result}; {remedy}")
+                remedy = f"so each would train alone; set {names} as launch/slurm.sbatch does"
+                raise UserError(f"{name}={environ[name]}: {problem}, {remedy}")
         return None
     for name in NAMES:
         if name not in given:
-            remedy = f"give all of {', '.join(NAMES)}, or none"
-            raise UserError(f"{name}: is not set while {next(iter(given))} is; {remedy}")
+            problem = f"is not set while {next(iter(given))} is"
+            raise UserError(f"{name}: {problem}; give all of {names}, or none")
     address, n_processes, process_id = (given[name] for name in NAMES)
     port = re.fullmatch(r"(?:[\w.\-]+|\[[\w.:]+\]):([0-9]{1,5})", address, re.ASCII)
     if port is None or not 0 < int(port[1]) < 65536:
-        remedy = "give host:port of process 0, such as node1:8476"
-        raise UserError(f"{COORDINATOR}={address}: {remedy}")
+        raise UserError(f"{COORDINATOR}={address}: give host:port of process 0, as node1:8476")
     count, me = (int(v) if v.isdecimal() else -1 for v in (n_processes, process_id))
     if count < 1:
         raise UserError(f"{PROCESSES}={n_processes}: give the number of processes, 1 or more")
@@ -84,7 +77,7 @@ def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int,
     return address, count, me
 
 
-def join(stops_itself: bool) -> None:
+def join(stops_itself: bool) -> tuple[str, int, int] | None:
     """Connects to the other processes, if there are any; before the first use of a device.
 
     stops_itself: the command calls `preempted` at every step; others end by SIGTERM at once.
@@ -92,61 +85,51 @@ def join(stops_itself: bool) -> None:
     """
     cluster = cluster_from_env()
     if cluster is None:
-        return
+        return None
     import jax
 
     coordinator, count, me = cluster
     # First a notice: JAX ends the process without an exception where the others do not come.
     notice(f"process {me} of {count}: meeting the others at {coordinator}")
-    _redirect_native_stdout()
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # native code prints on stderr: Gloo logs its connections to stdout
+    sys.stdout = Output(sys.stdout, open(stdout, "wb"))
     _await_name(coordinator, me)
     here = coordinator.rpartition(":")[0] in ("127.0.0.1", "localhost")
     if me == 0:
         _check_port(coordinator, here)
     jax.distributed.initialize(
-        coordinator,
-        count,
-        me,
+        *cluster,
         cluster_detection_method="deactivate",  # under SLURM it would take one device a task
         coordinator_bind_address=coordinator if here else None,  # else all interfaces
     )
     if not stops_itself:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return cluster
 
 
 def _await_name(coordinator: str, me: int) -> None:
     """Waits until the host of UOE_COORDINATOR resolves: its machine may just be starting."""
     host = coordinator.rpartition(":")[0].strip("[]")
-    seconds = _NAME_S if me else _OWN_NAME_S
-    deadline = time.monotonic() + seconds
-    if why := unknown_host(host):
-        wait = f"{host} has no address here ({why}); waiting for one, {seconds} s at most"
-        notice(f"{COORDINATOR}={coordinator}: {wait}")
-    while why and time.monotonic() < deadline:
+    if not (why := unknown_host(host)):
+        return
+    given, seconds = f"{COORDINATOR}={coordinator}", _NAME_S if me else _OWN_NAME_S
+    problem, deadline = f"{host} has no address here ({why})", time.monotonic() + seconds
+    notice(f"{given}: {problem}; waiting for one, {seconds} s at most")
+    while unknown_host(host):
+        if time.monotonic() > deadline:
+            kind = LostPeer if me else UserError
+            raise kind(f"{given}: {problem}; give a name or address of process 0's machine")
         time.sleep(0.5)
-        why = unknown_host(host)
-    if why:
-        kind = LostPeer if me else UserError
-        remedy = "give a name or address of process 0's machine"
-        raise kind(f"{COORDINATOR}={coordinator}: {host} has no address here ({why}); {remedy}")
 
 
 def _check_port(coordinator: str, here: bool) -> None:
     """Refuses a port that process 0 cannot listen at: JAX would crash."""
     host, _, port = coordinator.rpartition(":")
     problem = f"{COORDINATOR}={coordinator}: process 0 cannot listen at port {port}"
-    with os_error_as(UserError, problem, "give another port"), socket.socket() as probe:
-        # Connections that were just closed do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host if here else "", int(port)))
-
-
-def _redirect_native_stdout() -> None:
-    """Sends stdout of native code to stderr: Gloo logs its connections to stdout."""
-    sys.stdout.flush()
-    ours = os.dup(1)
-    os.dup2(2, 1)
-    sys.stdout = Output(sys.stdout, open(ours, "wb"))
+    with os_error_as(UserError, problem, "give another port"):
+        socket.create_server((host if here else "", int(port))).close()
 
 
 def are_several() -> bool:
@@ -162,45 +145,25 @@ def is_process_zero() -> bool:
 
 
 def on_process_zero(do: Callable[[], T]) -> T:
-    """The result of `do` in process 0, in every process; what it raises is raised in every process.
-
-    The result must be JSON (lists, not tuples).
-    """
-    service = client()
-    if service is None:
+    """The result (JSON: lists, not tuples) of `do` in process 0, or its error, in every process."""
+    if not are_several():
         return do()
-    name = f"uoe/first/{next(_calls)}"
-    if is_process_zero():
-        return _publish(service, name, 0, do, with_value=True)
-    return _receive(service, name, 0)
+    return _exchange(do, senders=1)[0]
 
 
 def on_all(do: Callable[[], T]) -> T:
     """The result of `do` here, once it worked in all processes; an error is raised in all."""
-    service = client()
-    if service is None:
+    if not are_several():
         return do()
-    import jax
-
-    name = f"uoe/together/{next(_calls)}"
-    value = _publish(service, name, jax.process_index(), do, with_value=False)
-    for i in range(jax.process_count()):
-        _receive(service, name, i)
-    return value
+    result: list[T] = []
+    _exchange(lambda: result.append(do()))
+    return result[0]
 
 
 def assert_same(values: Mapping[str, Any], remedy: str) -> None:
     """UserError in every process for the first value (JSON) that differs from process 0's."""
-    service = client()
-    if service is None:
-        return
-    import jax
-
-    name = f"uoe/same/{next(_calls)}"
-    _publish(service, name, jax.process_index(), lambda: dict(values), with_value=True)
-    first = _receive(service, name, 0)
-    for i in range(1, jax.process_count()):
-        found = _receive(service, name, i)
+    first, *others = _exchange(lambda: dict(values)) if are_several() else [values]
+    for i, found in enumerate(others, 1):
         for key, value in first.items():
             if found.get(key) != value:
                 differs = f"{key}={found.get(key)!r} in process {i} and {value!r} in process 0"
@@ -214,38 +177,41 @@ def same_command(config: Config, **options: Any) -> None:
     assert_same(given, "start every process with the same command")
 
 
-def _publish(service: Any, name: str, me: int, do: Callable[[], T], with_value: bool) -> T:
-    """Returns the result of `do`, or raises its error, once the others can read it."""
-    try:
-        value = do()
-    except Exception as error:
-        code = error.exit_code if isinstance(error, UserError) else EXIT_FAILED
-        message = {"error": str(error)[:2000], "exit_code": code}
-        service.key_value_set(f"{name}/{me}", json.dumps(message))
-        raise
-    service.key_value_set(f"{name}/{me}", json.dumps({"value": value if with_value else None}))
-    return value
+def _exchange(do: Callable[[], T], senders: int | None = None) -> list[T]:
+    """The results (JSON) of `do` in the first `senders` processes (all), in every process.
+
+    Raises the first error of `do`: the error itself here, a RemoteProcessError elsewhere.
+    """
+    import jax
+
+    service, name, me = client(), f"uoe/call/{next(_calls)}", jax.process_index()
+    senders = senders or jax.process_count()
+    if me < senders:
+        try:
+            text = json.dumps({"value": do()})
+        except Exception as error:
+            code = error.exit_code if isinstance(error, UserError) else EXIT_FAILED
+            failure = {"error": str(error)[:2000], "exit_code": code}
+            service.key_value_set(f"{name}/{me}", json.dumps(failure))
+            raise
+        service.key_value_set(f"{name}/{me}", text)
+    return [_receive(service, name, i) for i in range(senders)]
 
 
 def _receive(service: Any, name: str, i: int) -> Any:
     """The value that process i published; raises its error, or LostPeer where nothing comes."""
-    global _waiting
-    _waiting = True
+    global waiting
+    waiting = True
     try:
         text = service.blocking_key_value_get(f"{name}/{i}", _RECEIVE_TIMEOUT_S * 1000)
     except Exception as error:
         raise LostPeer(f"process {i} cannot be heard; run the same command again") from error
     finally:
-        _waiting = False
+        waiting = False
     message = json.loads(text)
     if "error" in message:
         raise RemoteProcessError(message["error"], message["exit_code"])
     return message["value"]
-
-
-def is_waiting() -> bool:
-    """Whether this process waits for a message of another one."""
-    return _waiting
 
 
 def preempted(step: int) -> bool:
@@ -257,20 +223,16 @@ def preempted(step: int) -> bool:
 
 # What JAX says where another process is gone, seen with Gloo and the coordination service. In a
 # ValueError only names of collectives count: clients of storage fail with similar words.
-_COLLECTIVES = ("gloo", "nccl")
-_LOSSES = (
-    *("connection reset", "connection closed", "heartbeat", "coordination service"),
-    *("unavailable:", "deadline_exceeded"),
-)
-_SIGNS = {"JaxRuntimeError": (*_COLLECTIVES, *_LOSSES), "ValueError": _COLLECTIVES}
+_LOSSES = "connection (reset|closed)|heartbeat|coordination service|unavailable:|deadline_exceeded"
+_SIGNS = {"JaxRuntimeError": f"gloo|nccl|{_LOSSES}", "ValueError": "gloo|nccl"}
 
 
 def lost_peer(error: BaseException) -> str | None:
     """JAX's message, if an error of one of several processes, or its cause, is a lost process."""
     link: BaseException | None = error
     while link is not None and are_several():
-        signs = _SIGNS.get(type(link).__name__, ())
-        if any(sign in str(link).lower() for sign in signs):
+        signs = _SIGNS.get(type(link).__name__)
+        if signs and re.search(signs, str(link), re.IGNORECASE):
             return str(link).strip().partition("\n")[0][:200]
         link = link.__cause__ or link.__context__
     return None

@@ -21,32 +21,26 @@ from uoe_jax.distributed.mesh import BATCH_AXES, EVERYWHERE, ROWS
 
 
 class Region(NamedTuple):
-    """Where a block's code runs: a shard of `num_shards` over `expert`, or (num_shards=0) outside
-    of any region.
+    """Where a block's code runs: one shard of the manual region, or outside of it."""
 
-    sequence_parallel: between blocks, activations are sharded along L over `expert`.
-    """
-
-    num_shards: int = 0
-    sequence_parallel: bool = False
+    num_shards: int = 0  # over `expert`; 0: outside
+    sequence_parallel: bool = False  # between blocks, activations are sharded along L over `expert`
 
     @property
     def shard_index(self) -> Array | int:
         return jax.lax.axis_index("expert") if self.num_shards else 0
 
     def gather_inputs(self, x_BLD: Array) -> tuple[Array, Array]:
-        """All tokens of the rows, twice: for what every shard computes alike, and for what each
-        computes for itself.
+        """All tokens, twice: for what every shard computes alike, and for what each computes alone.
 
-        The values are the same. The gradient of the second is summed over the shards, once.
+        The values are the same; the gradient of the second is summed over the shards.
         """
         if self.sequence_parallel:
             return _gather_tokens(x_BLD)
         return x_BLD, self.as_varying(x_BLD)
 
     def as_varying(self, a: Array) -> Array:
-        """A value that all shards have alike, for use by each on its own: its gradient is summed
-        over the shards here."""
+        """A value all shards have alike, for each to use alone: sums its gradient over them."""
         return jax.lax.pcast(a, "expert", to="varying") if self.num_shards else a
 
     def reduce_outputs(self, y_BLD: Array) -> Array:
@@ -56,8 +50,7 @@ class Region(NamedTuple):
         return jax.lax.psum(y_BLD, "expert") if self.num_shards else y_BLD
 
     def local_tokens(self, a_BL: Array) -> Array:
-        """Values [B,L,…] of all tokens, reduced to the tokens whose activations this shard holds
-        between blocks."""
+        """Values [B,L,…] of all tokens, cut to the tokens this shard holds between blocks."""
         if not self.sequence_parallel:
             return a_BL
         l, rest = divmod(a_BL.shape[1], self.num_shards)
@@ -65,8 +58,7 @@ class Region(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(a_BL, self.shard_index * l, l, axis=1)
 
     def weight_for_local_tokens(self, w: nnx.Variable | None) -> Array | None:
-        """A weight that all shards hold, for use on local tokens: its gradient is summed at the
-        size of the weight."""
+        """A weight all shards hold, used on local tokens: sums its gradient over the shards."""
         if w is None:
             return None
         return self.as_varying(w[...]) if self.sequence_parallel else w[...]
@@ -86,27 +78,25 @@ def run(
     shard_last: bool = False,
     on_local_tokens: bool = False,
 ) -> tuple[Array, Any]:
-    """`f(weights, x, tokens, region)` on every device's shard, or on everything where there is one
-    device.
+    """`f(weights, x, tokens, region)` on every device's shard, or on everything on one device.
 
     Args:
       f: returns (activations of this shard, sums over its rows or None).
-      weights: a module, or a tree of `nnx.Variable`; `f` gets them whole but for what is sharded
-        over `expert`.
+      weights: a module, or a tree of `nnx.Variable`; `f` gets what is not sharded over `expert`
+        whole.
       x: activations [B,L,D], sharded as between blocks; or (ids) values [B,L] of all tokens.
       tokens: a tree of arrays whose first axis is rows.
       dtype: compute dtype, in which weights are gathered over `fsdp` unless they are `exact`.
       shard_last: the result [B,L,X] has all tokens and is sharded over `expert` along X.
-      on_local_tokens: the weights are not sharded over `expert` and are used on a shard's own
-        tokens.
+      on_local_tokens: no weight is sharded over `expert`; they are used on a shard's own tokens.
 
-    Returns:
-      (what `f` returned for all rows, its sums over all rows).
+    Returns what `f` returned: for all rows, and summed over all rows.
     """
     mesh = mesh_lib.current()
     if mesh is None:
         return f(weights, x, tokens, WHOLE)
-    region = Region(mesh.shape["expert"], mesh_lib.is_sequence_parallel(mesh))
+    between = mesh_lib.activations(mesh)
+    region = Region(mesh.shape["expert"], sequence_parallel="expert" in between)
     leaves, tree = jax.tree.flatten(weights, is_leaf=lambda w: isinstance(w, nnx.Variable))
     specs = [mesh_lib.weight_spec(mesh, w.logical_axes, w.shape) for w in leaves]
     over = ("expert",) if on_local_tokens and region.sequence_parallel else ()
@@ -119,7 +109,6 @@ def run(
         y, sums = f(jax.tree.unflatten(tree, whole), x, tokens, region)
         return y, jax.tree.map(lambda a: jax.lax.psum(a, BATCH_AXES), sums)
 
-    between = mesh_lib.activations(mesh)
     out = PartitionSpec(BATCH_AXES, None, "expert") if shard_last else between
     specs_in = (specs, ROWS if ids else between, ROWS)
     sharded = jax.shard_map(on_shard, in_specs=specs_in, out_specs=(out, EVERYWHERE))
@@ -127,10 +116,10 @@ def run(
 
 
 def _gathered(w: Array, spec: PartitionSpec, dtype: Any, over: tuple[str, ...]) -> Array:
-    """Inside the region: a weight all-gathered over `fsdp` in `dtype`.
+    """A weight all-gathered over `fsdp` in `dtype`.
 
-    Cast to varying over the other batch axes (and `over`) first: the gradient is then
-    reduce-scattered over `fsdp`, in the weight's own dtype, before it crosses them.
+    Varying over the other batch axes (and `over`) before: the gradient is then reduce-scattered
+    over `fsdp`, in the weight's own dtype, before it crosses them.
     """
     if "fsdp" not in spec:
         return jax.lax.pcast(w, (*BATCH_AXES, *over), to="varying")
@@ -153,18 +142,15 @@ _gather_weight.defvjp(lambda *args: (_gather_weight(*args), None), _scatter_grad
 
 @jax.custom_vjp
 def _gather_tokens(x_BlD: Array) -> tuple[Array, Array]:
-    """`Region.gather_inputs` of tokens sharded over `expert`: one all-gather, and one
-    reduce-scatter backward."""
+    """Sequence parallel `Region.gather_inputs`: one all-gather; back, one reduce-scatter."""
     shared_BLD = jax.lax.all_gather(x_BlD, "expert", axis=1, tiled=True, to="invarying")
     return shared_BLD, jax.lax.pcast(shared_BLD, "expert", to="varying")
 
 
 def _scatter_tokens(_: None, d: tuple[Array, Array]) -> tuple[Array]:
     d_shared_BLD, d_own_BLD = d
-    l = d_own_BLD.shape[1] // jax.lax.axis_size("expert")
-    start = l * jax.lax.axis_index("expert")
-    d_BlD = jax.lax.dynamic_slice_in_dim(d_shared_BLD, start, l, axis=1)
-    return (d_BlD + jax.lax.psum_scatter(d_own_BLD, "expert", scatter_dimension=1, tiled=True),)
+    region = Region(jax.lax.axis_size("expert"), sequence_parallel=True)
+    return (region.local_tokens(d_shared_BLD) + region.reduce_outputs(d_own_BLD),)
 
 
 _gather_tokens.defvjp(lambda x: (_gather_tokens(x), None), _scatter_tokens)

@@ -4,8 +4,8 @@ All four axes always exist, of size 1 where unused: `replica` (slow network), `d
 and weights), `expert` (partitions of a block). The batch is sharded over the first three.
 """
 
-import contextlib
 import math
+from contextlib import AbstractContextManager
 from typing import Any, Mapping, Sequence
 
 import jax
@@ -21,44 +21,32 @@ AXES = MESH_AXES
 BATCH_AXES = ("replica", "data", "fsdp")
 ROWS = PartitionSpec(BATCH_AXES)
 EVERYWHERE = PartitionSpec()
+Axes = tuple[str | None, ...]  # the logical axes of a weight
+AnyMesh = Mesh | AbstractMesh
 
-# Logical axis of a weight (`layers.weights.weight`) to mesh axis; an axis without a name is not
-# sharded.
-RULES = {
-    "expert": "expert",
-    "hidden": "expert",
-    "heads": "expert",
-    "vocab": "expert",
-    "embed": "fsdp",
-}
-# A vocabulary that the mesh axis does not divide stays whole; other sizes are checked
-# (`config.validate`).
-MAY_STAY_WHOLE = ("vocab",)
+# Logical axis of a weight (`layers.weights.weight`) to mesh axis; others are not sharded.
+RULES = dict(expert="expert", hidden="expert", heads="expert", vocab="expert", embed="fsdp")
+MAY_STAY_WHOLE = ("vocab",)  # where the mesh does not divide it; `config.validate` checks others
 
-_sequence_parallel = jax.make_user_context(False)
+sequence_parallel = jax.make_user_context(False)  # activations are sharded along L over `expert`
 _by_partitioner = jax.make_user_context(False)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of the configured sizes over all devices; a size of -1 takes the rest.
-
-    Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or no batch axis can span the
-        slow network.
-    """
+    """The mesh of the configured sizes (`sizes`) over all devices, in the order of `arrange`."""
     devices = jax.devices() if devices is None else list(devices)
     arranged = arrange(devices, sizes(config, len(devices)))
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract_mesh(config: MeshConfig, n_devices: int) -> AbstractMesh:
-    """The mesh without devices, for lowering; raises as `make_mesh`."""
+    """The mesh without devices, for lowering."""
     shape = tuple(sizes(config, n_devices).values())
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
-    """The size of every axis over so many devices; raises ConfigError where they do not fit."""
+    """The size of every axis; -1 takes the rest. ConfigError where the devices do not fit."""
     found = config.shape
     fixed = math.prod(s for s in found.values() if s != -1)
     free = [axis for axis, size in found.items() if size == -1]
@@ -79,11 +67,7 @@ def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
 
     Devices on one fast network share a `slice_index` (a TPU slice, the GPUs of one machine); on
     CPUs, a process. Several such groups are spread over the outermost axes whose size has a factor
-    in common with their number: `replica` first, `expert` only where all others are too small.
-
-    Raises:
-      ConfigError: the groups cannot be spread over the axes, or the network within one cannot be
-        cut in these sizes.
+    in common with their number. ConfigError where they, or the network within one, do not fit.
     """
     no_slice = (d.platform == "cpu" or getattr(d, "slice_index", None) is None for d in devices)
     by_process = any(no_slice)
@@ -93,10 +77,9 @@ def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
         slow[axis] = math.gcd(left, shape[axis])
         left //= slow[axis]
     if left > 1:
-        remedy = (
-            f"{groups} {'processes' if by_process else 'slices'} are joined by a slow network and "
-            f"cannot be spread over the mesh {_written(shape)}; give replica a multiple of {groups}"
-        )
+        joined = f"{groups} {'processes' if by_process else 'slices'} are joined by a slow network"
+        problem = f"{joined} and cannot be spread over the mesh {_written(shape)}"
+        remedy = f"{problem}; give replica a multiple of {groups}"
         raise ConfigError("config.mesh.replica", shape["replica"], remedy)
     fast = tuple(shape[a] // slow[a] for a in AXES)
     split = dict(allow_split_physical_axes=True)
@@ -108,8 +91,8 @@ def arrange(devices: Sequence[Any], shape: Mapping[str, int]) -> np.ndarray:
         )
     except (NotImplementedError, ValueError) as error:
         largest = max(AXES, key=lambda a: shape[a])
-        cut = f"the network of these devices cannot be cut as {_written(shape)} ({error})"
-        remedy = f"{cut}; choose other sizes"
+        problem = f"the network of these devices cannot be cut as {_written(shape)} ({error})"
+        remedy = f"{problem}; choose other sizes"
         raise ConfigError(f"config.mesh.{largest}", shape[largest], remedy) from error
 
 
@@ -119,7 +102,7 @@ def current() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 or _by_partitioner.value else mesh
 
 
-def by_partitioner() -> contextlib.AbstractContextManager[Any]:
+def by_partitioner() -> AbstractContextManager[Any]:
     """Within it, blocks are sharded by the compiler: decoding's few rows may not fit batch axes."""
     return _by_partitioner(True)
 
@@ -130,18 +113,10 @@ def is_sharded(logical: str, size: int) -> bool:
     return mesh is not None and weight_spec(mesh, (logical,), (size,)) != PartitionSpec(None)
 
 
-def sequence_parallel(on: bool) -> contextlib.AbstractContextManager[Any]:
-    """Within it, activations between blocks are sharded along L over `expert`."""
-    return _sequence_parallel(on)
-
-
 def activations(mesh: AbstractMesh) -> PartitionSpec:
     """The sharding of activations [B,L,…] between blocks."""
-    return PartitionSpec(BATCH_AXES, "expert" if is_sequence_parallel(mesh) else None)
-
-
-def is_sequence_parallel(mesh: AbstractMesh) -> bool:
-    return bool(_sequence_parallel.value) and mesh.shape["expert"] > 1
+    sequence = sequence_parallel.value and mesh.shape["expert"] > 1
+    return PartitionSpec(BATCH_AXES, "expert" if sequence else None)
 
 
 def constrain_activations(x_BLD: Array) -> Array:
@@ -157,29 +132,14 @@ def everywhere(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, EVERYWHERE)
 
 
-def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Rows over replica, data and fsdp."""
-    return NamedSharding(mesh, ROWS)
-
-
-def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    return NamedSharding(mesh, EVERYWHERE)
-
-
-def weight_sharding(
-    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
-) -> NamedSharding:
-    """The sharding of a weight (`weight_spec`)."""
+def weight_sharding(mesh: AnyMesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, weight_spec(mesh, axes, shape))
 
 
-def weight_spec(
-    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
-) -> PartitionSpec:
+def weight_spec(mesh: AnyMesh, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
     """The sharding of a weight, by `RULES`. A leading axis beyond `axes` is that of layers: whole.
 
-    Raises:
-      ValueError: two axes of the weight have one mesh axis, or the mesh does not divide an axis.
+    ValueError where two axes of the weight have one mesh axis, or the mesh does not divide one.
     """
     spec: list[str | None] = [None] * (len(shape) - len(axes))
     for logical, size in zip(axes, shape[len(spec) :]):
@@ -187,34 +147,22 @@ def weight_spec(
         if axis is not None and axis in spec:
             raise ValueError(f"two axes of a weight with axes {axes} have the mesh axis {axis!r}")
         shards = 1 if axis is None else mesh.shape[axis]
-        if size % shards:
-            if logical not in MAY_STAY_WHOLE:
-                over = f"in {shards} over the mesh axis {axis!r}"
-                raise ValueError(f"axis {logical!r} of size {size} cannot be cut {over}")
-            shards = 1
-        spec.append(axis if shards > 1 else None)
+        if size % shards and logical not in MAY_STAY_WHOLE:
+            over = f"in {shards} over the mesh axis {axis!r}"
+            raise ValueError(f"axis {logical!r} of size {size} cannot be cut {over}")
+        spec.append(axis if shards > 1 and size % shards == 0 else None)
     return PartitionSpec(*spec)
-
-
-def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """The number of shards of the batch."""
-    return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
     """The rows of a global batch that this process holds, ascending."""
-    spans = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    return np.unique(np.concatenate([np.arange(rows)[_rows_of(span)] for span in spans]))
-
-
-def _rows_of(index: tuple[slice, ...] | None) -> slice:
-    assert index is not None  # a NamedSharding has one for every device
-    return index[0]
+    spans = NamedSharding(mesh, ROWS).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[span] for span in spans]))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     """Global arrays from the rows that this process holds (`local_rows`)."""
-    shards = batch_shards(mesh)
+    sharding, shards = NamedSharding(mesh, ROWS), math.prod(mesh.shape[a] for a in BATCH_AXES)
     own_shards = len(local_rows(mesh, shards))
 
     def put(own: np.ndarray) -> Array:
@@ -222,9 +170,10 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
         held = local_rows(mesh, rows)
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            return own[np.searchsorted(held, np.arange(rows)[_rows_of(index)])]
+            assert index is not None  # a NamedSharding has one for every device
+            return own[np.searchsorted(held, np.arange(rows)[index[0]])]
 
-        return jax.make_array_from_callback((rows, *own.shape[1:]), batch_sharding(mesh), shard)
+        return jax.make_array_from_callback((rows, *own.shape[1:]), sharding, shard)
 
     with jax.transfer_guard("allow"):  # this transfer is meant
         return {name: put(own) for name, own in batch.items()}

@@ -17,15 +17,9 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def start(config: Config, stops_itself: bool = False) -> None:
-    """Connects to the other processes (`coordination.join`), watches them and sets up jax.
-
-    The persistent compilation cache has a directory for each number of cores: XLA divides loops
-    among the cores it finds, and JAX's cache key does not contain them. A program compiled on one
-    core ran up to 1.2 times as long on two as one compiled there. JAX_COMPILATION_CACHE_DIR takes
-    precedence. UserError for variables that XLA or jax reject, no device, or no cache directory.
-    """
-    coordination.join(stops_itself)
-    watchdog.start(config.guard)
+    """Connects to the other processes, watches them and sets up jax; UserError where that fails."""
+    if cluster := coordination.join(stops_itself):
+        watchdog.start(cluster, config.guard)
     runtime_env.check_variables(jax.lib.__version__)
     if config.train.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
@@ -41,25 +35,28 @@ def start(config: Config, stops_itself: bool = False) -> None:
 
 
 def _cache_directory() -> Path:
+    """The persistent compilation cache for this number of cores.
+
+    XLA divides loops among the cores it finds, which JAX's cache key does not contain: a program
+    compiled on one core ran up to 1.2 times as long on two as one compiled there.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     directory = runtime_env.default_cache_dir() / f"jax_{cores}_cores"
-    remedy = "set UOE_CACHE to another directory"
-    with os_error_as(UserError, f"{directory}: cannot be made", remedy):
+    problem, remedy = f"{directory}: cannot be made", "set UOE_CACHE to another directory"
+    with os_error_as(UserError, problem, remedy):
         directory.mkdir(mode=0o700, exist_ok=True)  # it holds native code
     return directory
 
 
 def cost_of_determinism() -> str:
     """What train.deterministic does on these devices, for the user."""
-    if jax.default_backend() == "gpu":
-        cost = "some kernels are slower (how much was not measured), and none is chosen by its time"
-        return f"{_DETERMINISTIC}: {cost}"
-    name = jax.default_backend()
-    return f"nothing to turn on for {name}, which is deterministic as it is: no cost"
+    if (name := jax.default_backend()) != "gpu":
+        return f"nothing to turn on for {name}, which is deterministic as it is: no cost"
+    cost = "some kernels are slower (how much was not measured), and none is chosen by its time"
+    return f"{_DETERMINISTIC}: {cost}"
 
 
 def host_peak_bytes() -> int:
-    """The peak memory of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

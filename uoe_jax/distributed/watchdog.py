@@ -1,11 +1,10 @@
 """Watchdog of several processes: if one is lost, fails or hangs, all stop and say which and why.
 
 JAX alone notices a killed process after 100 s, waits 300 s for one that raised, and never notices
-one that hangs. Here every process publishes a heartbeat through the coordination service: the phase
-of the run it is in, and how much progress it made there. Process 0 reads the heartbeats and gives
-the verdict; the others read the verdict and watch process 0. This costs each process a few small
-messages a second. It is done by daemon threads, which die with the process: a process that cannot
-run Python any more falls silent and counts as lost.
+one that hangs. Here every process publishes a heartbeat through the coordination service, a few
+small messages a second: the phase of the run it is in, and its progress there. Process 0 reads the
+heartbeats and gives the verdict; the others read the verdict and watch process 0. Daemon threads do
+it: a process that cannot run Python any more falls silent and counts as lost.
 """
 
 import contextlib
@@ -39,72 +38,50 @@ _FINAL_CODES = (EXIT_BAD_INPUT, EXIT_BAD_NUMBERS)
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """How far a process is.
+    """How far a process is."""
 
-    Attributes:
-      phases: phases entered so far; all processes enter the same ones in the same order.
-      phase, step: the current one.
-      timeout_s: how long it may last without progress; 0: for ever.
-      progress: how often progress was made (`tick`), in all phases.
-      waiting: whether the process does nothing but wait for another one.
-    """
-
-    phases: int = 0
-    phase: str = "starting"
+    phases: int = 0  # entered so far; all processes enter the same ones in the same order
+    phase: str = "starting"  # the current one
     step: int | None = None
-    timeout_s: float = 0.0
-    progress: int = 0
-    waiting: bool = False
+    timeout_s: float = 0.0  # how long the phase may last without progress; 0: for ever
+    progress: int = 0  # how often progress was made (`tick`), in all phases
+    waiting: bool = False  # whether the process does nothing but wait for another one
 
     def __str__(self) -> str:
         return f"while {self.phase}" if self.step is None else f"at step {self.step} ({self.phase})"
 
 
 class Heartbeat(NamedTuple):
-    """The newest one of another process. received: time.monotonic() here."""
+    """The newest one of another process."""
 
     number: int
     status: Status
-    received: float
+    received: float  # time.monotonic() here
 
 
 class Watchdog:
     """Publishes this process's heartbeat, and ends it when another one is lost, fails or hangs."""
 
-    def __init__(
-        self, client: Any, me: int, count: int, coordinator: str, guard: GuardConfig
-    ) -> None:
-        self._client, self._me, self._coordinator, self.guard = client, me, coordinator, guard
+    def __init__(self, client: Any, cluster: tuple[str, int, int], guard: GuardConfig) -> None:
+        self._coordinator, count, me = cluster
+        self._client, self._me, self.guard = client, me, guard
         self.status, self.progress = Status(timeout_s=guard.compile_timeout_s), 0
-        self._max_silence = guard.peer_timeout_s * _SILENCE
-        self._beats, self._ending, self._stopped = 0, threading.Lock(), False
+        self.max_silence = guard.peer_timeout_s * _SILENCE
+        self._beats, self._ending, self.stopped = 0, threading.Lock(), False
         # Process 0 writes below `lead`, which the others read; they write below `rest`.
         self._own, self._others = ("uoe/lead", "uoe/rest") if me == 0 else ("uoe/rest", "uoe/lead")
         now, watched = time.monotonic(), range(1, count) if me == 0 else range(1)
         self._heartbeats = {i: Heartbeat(-1, self.status, now) for i in watched}
-        self._slowest, self._answered = (-1, now), now  # (its phases, since when), last answer
-        self._last_progress: dict[int, int] = {}  # by process
+        self._last: Any = None  # (phases of the slowest process, {process there: its progress})
+        self._since, self._answered = now, now
         for work in (self._exchange, self._judge):
             name = f"uoe{work.__name__}"
             threading.Thread(target=self._repeat, args=(work,), name=name, daemon=True).start()
         if me:
             _on_abort(self._aborted)
 
-    def suspect(self) -> None:
-        """A connection broke: from now on a second or two of silence say which process is gone."""
-        self._max_silence = min(self._max_silence, self.guard.peer_timeout_s * _SUSPICION)
-
-    def stop(self) -> None:
-        """Ends watching: the run is done."""
-        self._stopped = True
-        faulthandler.cancel_dump_traceback_later()
-
     def abort(self, exit_code: int, why: str) -> NoReturn:
-        """Ends this process after an error, once the others can know of it.
-
-        Not through Python's exit: there JAX would wait minutes for the others, which wait for this
-        process in a collective.
-        """
+        """Ends this process once the others can know why; Python's exit would wait for them."""
         self._ending.acquire(timeout=self.guard.peer_timeout_s)  # a verdict under way comes first
         code = exit_code if exit_code in _FINAL_CODES else EXIT_LOST_PEER
         detail = f": {why[:2000]}" if why else ""
@@ -115,8 +92,7 @@ class Watchdog:
             _exit(exit_code)
 
     def current(self) -> Status:
-        """This process's status now."""
-        waiting = coordination.is_waiting()
+        waiting = coordination.waiting
         return dataclasses.replace(self.status, progress=self.progress, waiting=waiting)
 
     def _publish_verdict(self, code: int, culprit: int, sentence: str) -> None:
@@ -127,7 +103,7 @@ class Watchdog:
             time.sleep(self.guard.peer_timeout_s * _LINGER)
 
     def _repeat(self, work: Callable[[], None]) -> None:
-        while not self._stopped:
+        while not self.stopped:
             work()
             time.sleep(self.guard.peer_timeout_s * _PERIOD)
 
@@ -135,7 +111,7 @@ class Watchdog:
         """One exchange with the coordination service in process 0; may block if that is stopped."""
         # Ends this process where a C function keeps all of its Python threads from running.
         faulthandler.dump_traceback_later(3 * self.guard.peer_timeout_s, exit=True)
-        if self._stopped:  # meanwhile
+        if self.stopped:  # meanwhile
             return faulthandler.cancel_dump_traceback_later()
         self._beats += 1
         own = json.dumps({"beat": self._beats, "status": dataclasses.asdict(self.current())})
@@ -143,32 +119,29 @@ class Watchdog:
             self._client.key_value_set(f"{self._own}/alive/{self._me}", own, allow_overwrite=True)
             received = self._client.key_value_dir_get(self._others)
         except Exception as error:
-            if not self._stopped:
+            if not self.stopped:
                 first = str(error).strip().partition("\n")[0][:200]
                 self._lost(0, f"the connection to it is gone ({first})")
             return
         self._answered = time.monotonic()
-        verdicts = []
         for name, text in received:
             kind, _, i = name.removeprefix(f"{self._others}/").partition("/")
             message = json.loads(text)
             if kind == "verdict":
-                verdicts.append(message)
+                if message["code"] in _FINAL_CODES:  # mostly this process ends with it by itself
+                    time.sleep(self.guard.peer_timeout_s * _PERIOD)
+                self._end(**message)
             elif self._heartbeats[int(i)].number != message["beat"]:
                 status = Status(**message["status"])
                 self._heartbeats[int(i)] = Heartbeat(message["beat"], status, self._answered)
-        for verdict in verdicts:
-            if verdict["code"] in _FINAL_CODES:  # mostly this process is ending with it by itself
-                time.sleep(self.guard.peer_timeout_s * _PERIOD)
-            self._end(**verdict)
 
     def _judge(self) -> None:
         """Looks for processes that are silent, and in process 0 for one that hangs."""
         now = time.monotonic()
-        if self._me and now - self._answered > self._max_silence:
+        if self._me and now - self._answered > self.max_silence:
             self._lost(0, f"it has not answered for {now - self._answered:.0f} s")
         for i, beat in self._heartbeats.items():
-            if now - beat.received > self._max_silence:
+            if now - beat.received > self.max_silence:
                 self._lost(i, f"it has not been heard for {now - beat.received:.0f} s")
         if self._me == 0:
             self._find_hanging(now)
@@ -183,19 +156,14 @@ class Watchdog:
         suspicion = self.guard.peer_timeout_s * _SUSPICION
         if culprit != self._me and now - self._heartbeats[culprit].received > suspicion:
             return  # it is silent as well, so it does not hang: soon it is lost
-        status, (phases, since) = found[culprit], self._slowest
-        progressed = any(
-            s.phases == status.phases and s.progress > self._last_progress.get(i, 0)
-            for i, s in found.items()
-        )
-        self._last_progress = {i: s.progress for i, s in found.items()}
-        if status.phases != phases or progressed:
-            self._slowest = (status.phases, now)
-        elif status.timeout_s and now - since > status.timeout_s:
+        status = found[culprit]
+        there = {i: s.progress for i, s in found.items() if s.phases == status.phases}
+        if (status.phases, there) != self._last:
+            self._last, self._since = (status.phases, there), now
+        elif status.timeout_s and now - self._since > status.timeout_s:
             key = "compile" if status.timeout_s == self.guard.compile_timeout_s else "hang"
-            all_there = not any(s.phases > phases for s in found.values())
-            also = ", and no other process is further" * all_there
-            why = f"nothing has happened there for {now - since:.0f} s{also}"
+            also = ", and no other process is further" * (len(there) == len(found))
+            why = f"nothing has happened there for {now - self._since:.0f} s{also}"
             sentence = f"process {culprit} hangs {status}: {why} (config.guard.{key}_timeout_s)"
             self._end(EXIT_LOST_PEER, culprit, sentence)
 
@@ -205,13 +173,13 @@ class Watchdog:
 
     def _end(self, code: int, culprit: int, why: str) -> None:
         """Prints and carries out the verdict; only in the first thread that calls it."""
-        if self._stopped or not self._ending.acquire(blocking=False):
+        if self.stopped or not self._ending.acquire(blocking=False):
             return
         again = "" if code in _FINAL_CODES else "; run the same command again"
         try:
-            with contextlib.suppress(Exception):  # stderr may be closed
-                notice(f"{why}{again}")
-                if culprit == self._me:
+            notice(f"{why}{again}")
+            if culprit == self._me:
+                with contextlib.suppress(Exception):  # stderr may be closed
                     faulthandler.dump_traceback(all_threads=True)
             if self._me == 0:
                 self._publish_verdict(code, culprit, why)
@@ -248,21 +216,17 @@ _abort_handler: Any = None
 _watchdog: Watchdog | None = None
 
 
-def start(guard: GuardConfig) -> None:
-    """Starts the watchdog where there are several processes; once they have met."""
+def start(cluster: tuple[str, int, int], guard: GuardConfig) -> None:
+    """Starts the watchdog of several processes (`coordination.join`)."""
     global _watchdog
-    client, cluster = coordination.client(), coordination.cluster_from_env()
-    if client is not None and cluster is not None:
-        coordinator, count, me = cluster
-        _watchdog = Watchdog(client, me, count, coordinator, guard)
+    _watchdog = Watchdog(coordination.client(), cluster, guard)
 
 
 def at(phase: str, step: int | None = None, slow: bool = False) -> None:
-    """Enters a phase; without progress there in time, all processes stop.
+    """Enters a phase, in all processes alike; without progress there in time, all stop.
 
-    phase: for "at step 7 (training)". slow: something is compiled, read or written first, so that
-    guard.compile_timeout_s applies and not guard.hang_timeout_s. All processes make the same calls
-    in the same order.
+    slow: something is compiled, read or written first, so that guard.compile_timeout_s applies and
+    not guard.hang_timeout_s.
     """
     if _watchdog is not None:
         guard = _watchdog.guard
@@ -271,10 +235,7 @@ def at(phase: str, step: int | None = None, slow: bool = False) -> None:
 
 
 def tick() -> None:
-    """Counts progress in the current phase: a document read, a block hashed, a tensor written.
-
-    For work that is done, never for waiting: a process that hangs must not tick. Costs nothing.
-    """
+    """Counts progress in the current phase: work that is done, never waiting. Costs nothing."""
     if _watchdog is not None:
         _watchdog.progress += 1
 
@@ -292,7 +253,8 @@ def finish() -> None:
     if _watchdog is not None:
         at("waiting for the others to end", slow=True)
         coordination.on_all(lambda: None)
-        _watchdog.stop()
+        _watchdog.stopped = True
+        faulthandler.cancel_dump_traceback_later()
         _watchdog = None
 
 
@@ -306,13 +268,11 @@ def abort(exit_code: int, why: str = "") -> None:
 
 def abort_if_peer_lost(error: BaseException) -> None:
     """Ends one of several processes after an error that comes from another one's end."""
-    message = coordination.lost_peer(error)
-    if _watchdog is None or message is None:
+    if _watchdog is None or not (message := coordination.lost_peer(error)):
         return
-    _watchdog.suspect()
-    # Meanwhile the watchdog names the process that is gone, and ends this one.
-    time.sleep(_watchdog.guard.peer_timeout_s * 0.9)
+    timeout = _watchdog.guard.peer_timeout_s
+    _watchdog.max_silence = min(_watchdog.max_silence, timeout * _SUSPICION)
+    time.sleep(timeout * 0.9)  # meanwhile the watchdog names the process that is gone, and ends us
     why = f"the connection to another process broke ({message})"
-    with contextlib.suppress(Exception):
-        notice(f"{why}; run the same command again")
+    notice(f"{why}; run the same command again")
     _watchdog.abort(EXIT_LOST_PEER, why)

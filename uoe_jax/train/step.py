@@ -143,7 +143,8 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     shardings = declared(declarations, place)
     decayed = declared(declarations, lambda w, _: w.decay)
     optimizer = make_optimizer(config.optimizer, config.decay_steps, decayed)
-    replicated, rows = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+    replicated = jax.NamedSharding(mesh, mesh_lib.EVERYWHERE)
+    rows = jax.NamedSharding(mesh, mesh_lib.ROWS)
 
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
