@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from uoe_jax.errors import ConfigError
@@ -97,13 +97,10 @@ def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
     return float(value)
 
 
-def refuse_first(where: str, section: Any, problems: Iterable[tuple[str, str]]) -> None:
-    """Raises ConfigError for the first of (dotted key of the section, remedy), if there is any.
-
-    where: the name of the section, such as "config.model".
-    """
-    for name, remedy in problems:
-        raise ConfigError(f"{where}.{name}", operator.attrgetter(name)(section), remedy)
+def wrong(section: Any, name: str, remedy: str) -> ConfigError:
+    """The error for a dotted key of `model` or of the whole configuration."""
+    where = "config" if hasattr(section, "model") else "config.model"
+    return ConfigError(f"{where}.{name}", operator.attrgetter(name)(section), remedy)
 
 
 def must_divide(name: str, n: int) -> str:

@@ -90,13 +90,6 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _of_alias(alias: str) -> list[str]:
-    """The keys that have this name in another trainer."""
-    places = [place for place, names in ALIASES.items() if alias in names.split()]
-    keys = [p.replace("*", section) for p in places for section in ("uome", "smha", "moe")]
-    return [key for key in dict.fromkeys(keys) if key in DECLARED]
-
-
 def nearest_key(name: str) -> str:
     """The known key that an unknown name most likely means.
 
@@ -106,7 +99,9 @@ def nearest_key(name: str) -> str:
     """
     *parents, last = name.split(".")
     sections = [_SECTION_OF.get(part, part) for part in parents]
-    named = _of_alias(last.lower()) + [key for key in ALL_KEYS if _last(key) == last]
+    places = [place for place, names in ALIASES.items() if last.lower() in names.split()]
+    known = [place.replace("*", block) for place in places for block in ("uome", "smha", "moe")]
+    named = [key for key in known if key in DECLARED] + [k for k in ALL_KEYS if _last(k) == last]
     if named:
         return min(named, key=lambda k: (-len({*sections} & {*k.split(".")}), k.count(".")))
     section = ".".join(sections)
@@ -123,7 +118,6 @@ def unknown_key(name: str) -> UserError:
         return UserError(f"{shown}: unknown key; optimizer.*: AdamW only, with the keys {keys}")
     inside = [key for key in ALL_KEYS if key.startswith(f"{name}.")]
     if inside:
-        return UserError(
-            f"{shown}: this is a section; set a key inside it, such as config.{inside[0]}"
-        )
+        remedy = f"set a key inside it, such as config.{inside[0]}"
+        return UserError(f"{shown}: this is a section; {remedy}")
     return UserError(f"{shown}: unknown key; the nearest known key is config.{nearest_key(name)}")

@@ -1,6 +1,5 @@
 """Lists of keys with values, ranges and meaning: for a terminal, as JSON lines, as Markdown."""
 
-import collections
 import dataclasses
 import difflib
 import fnmatch
@@ -38,12 +37,17 @@ class Key(NamedTuple):
     def kind(self) -> type:
         return type(self.meta["default"])
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON; bounds that a key does not have are null."""
-        names = ("default", "low", "above", "high", "choices", "free", "doc")
-        given = {"key": self.name, "type": self.kind.__name__, "value": self.value}
-        declared = {name: self.meta[name] for name in names}
-        return given | declared | {"choices": list(self.meta["choices"])}
+    @property
+    def range(self) -> str:
+        """The values that the key may have."""
+        if self.meta["choices"]:
+            return f"One of {', '.join(self.meta['choices'])}"
+        if self.kind in (bool, str):
+            return "True or false" if self.kind is bool else "Text"
+        bounds = ((">=", self.meta["low"]), (">", self.meta["above"]), ("<=", self.meta["high"]))
+        given = [(sign, bound) for sign, bound in bounds if bound not in (None, INT32_MAX)]
+        limits = " and ".join(f"{sign} {bound:g}" for sign, bound in given)
+        return f"{'Whole number' if self.kind is int else 'Number'} {limits}".rstrip()
 
 
 class Section(NamedTuple):
@@ -60,36 +64,28 @@ class Section(NamedTuple):
 
 def sections(config: Any, name: str = "") -> Iterator[Section]:
     """Every section of a configuration that has keys of its own."""
-    prefix = f"{name}." if name else ""
-    values = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
-    nested = [(field.name, v) for field, v in values if dataclasses.is_dataclass(v)]
-    own = [
-        Key(prefix + field.name, value, field.metadata)
-        for field, value in values
-        if not dataclasses.is_dataclass(value)
-    ]
+    prefix, own, nested = f"{name}." if name else "", [], []
+    for field in dataclasses.fields(config):
+        key = Key(prefix + field.name, getattr(config, field.name), field.metadata)
+        (nested if dataclasses.is_dataclass(key.value) else own).append(key)
     if own:
         yield Section(name, type(config), own)
-    for field_name, value in nested:
-        yield from sections(value, prefix + field_name)
+    for key in nested:
+        yield from sections(key.value, key.name)
 
 
 def selected(config: Any, pattern: str | None, changed: bool) -> list[Section]:
     """The sections with only those keys that match and, if `changed`, differ from their defaults.
 
-    pattern: part of a dotted key, or a glob (`*`, `?`, `[`) of a whole one.
-
-    Raises:
-      UserError: the pattern matches no key.
+    pattern: part of a dotted key, or a glob (`*`, `?`, `[`) of a whole one; UserError where it
+    matches no key.
     """
-    names = set(ALL_KEYS)
-    if pattern is not None:
-        glob = pattern if re.search(r"[*?\[]", pattern) else f"*{pattern}*"
-        names = set(fnmatch.filter(ALL_KEYS, glob))
-        if not names:
-            close = difflib.get_close_matches(pattern, ALL_KEYS, n=3)
-            near = ", ".join(dict.fromkeys([nearest_key(pattern), *close]))
-            raise UserError(f"{printable(pattern)}: no key matches; the nearest are {near}")
+    glob = pattern or "*"
+    names = set(fnmatch.filter(ALL_KEYS, glob if re.search(r"[*?\[]", glob) else f"*{glob}*"))
+    if not names:
+        close = difflib.get_close_matches(glob, ALL_KEYS, n=3)
+        near = ", ".join(dict.fromkeys([nearest_key(glob), *close]))
+        raise UserError(f"{printable(glob)}: no key matches; the nearest are {near}")
     out = []
     for section in sections(config):
         keys = [k for k in section.keys if k.name in names and (k.changed or not changed)]
@@ -106,21 +102,28 @@ def as_text(found: list[Section]) -> str:
         for key in section.keys:
             free = "  (may change on resume)" if key.meta["free"] else ""
             lines.append(f"{'*' if key.changed else ' '} {key.name} = {_shown(key.value)}{free}")
-            about = f"{key.doc} {_range(key)}; default {_shown(key.meta['default'])}."
+            about = f"{key.doc} {key.range}; default {_shown(key.meta['default'])}."
             lines += textwrap.wrap(about, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:]) or "no key is changed from its default"
 
 
 def as_json(found: list[Section]) -> str:
-    """One JSON object per line and key."""
-    return "\n".join(json.dumps(key.as_dict()) for section in found for key in section.keys)
+    """One JSON object per line and key; bounds that a key does not have are null."""
+    lines = []
+    for key in (key for section in found for key in section.keys):
+        names = ("default", "low", "above", "high", "choices", "free", "doc")
+        declared = {name: key.meta[name] for name in names}
+        declared["choices"] = list(declared["choices"])
+        given = {"key": key.name, "type": key.kind.__name__, "value": key.value}
+        lines.append(json.dumps(given | declared))
+    return "\n".join(lines)
 
 
 def as_markdown(config: Any) -> str:
     """A heading, the docstring and a table for every section; sections of one class share them."""
-    by_class: dict[type, list[Section]] = collections.defaultdict(list)
+    by_class: dict[type, list[Section]] = {}
     for section in sections(config):
-        by_class[section.cls].append(section)
+        by_class.setdefault(section.cls, []).append(section)
     lines = []
     for same in by_class.values():
         if same[0].name:
@@ -129,7 +132,7 @@ def as_markdown(config: Any) -> str:
         lines += ["| key | default | values | resume | meaning |", "|---|---|---|---|---|"]
         for key in same[0].keys:
             name, free = key.name.rpartition(".")[2], "free" if key.meta["free"] else ""
-            cells = (f"`{name}`", f"`{_shown(key.meta['default'])}`", _escaped(_range(key)), free)
+            cells = (f"`{name}`", f"`{_shown(key.meta['default'])}`", _escaped(key.range), free)
             lines.append(f"| {' | '.join(cells)} | {_escaped(key.doc)} |")
         lines.append("")
     return "\n".join(lines)
@@ -141,19 +144,6 @@ def _shown(value: Any) -> str:
         return str(value).lower()
     plain = not isinstance(value, str) or value.isprintable() and value and " " not in value
     return str(value) if plain else repr(value)
-
-
-def _range(key: Key) -> str:
-    """The values that a key may have."""
-    meta, kind = key.meta, key.kind
-    if meta["choices"]:
-        return f"One of {', '.join(meta['choices'])}"
-    if kind in (bool, str):
-        return "True or false" if kind is bool else "Text"
-    high = None if meta["high"] == INT32_MAX else meta["high"]
-    bounds = ((">=", meta["low"]), (">", meta["above"]), ("<=", high))
-    limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-    return f"{'Whole number' if kind is int else 'Number'} {limits}".rstrip()
 
 
 def _escaped(text: str) -> str:

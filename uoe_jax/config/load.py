@@ -1,10 +1,10 @@
 """Reads a configuration: from a config file, from the `config.json` of a run, or from dicts."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import traceback
+import types
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -32,12 +32,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value of `--config.NAME=TEXT` in the type of its key.
-
-    Raises:
-      UserError: no such key.
-      ConfigError: the text is no value of that type.
-    """
+    """The value of `--config.NAME=TEXT` in the type of its key; UserError where there is none."""
     if name not in DECLARED:
         raise unknown_key(name)
     return parsed(f"config.{name}", type(DECLARED[name][0]), text)
@@ -46,9 +41,7 @@ def parse_value(name: str, text: str) -> Any:
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Builds and validates a Config from nested mappings; missing keys keep their defaults.
 
-    Raises:
-      UserError: an unknown key.
-      ConfigError: a value of the wrong type, out of range, or inconsistent with another.
+    Raises UserError for an unknown key, and ConfigError for a value that cannot be used.
     """
     config = _section(Config(), values, "")
     check_model(config.model)
@@ -87,15 +80,13 @@ def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tup
     These are the keys not declared `free`, and those in `more`. train.steps counts as free where
     optimizer.decay_steps fixes the learning-rate schedule, unless it is in `more`.
     """
-    fixed_schedule = old.optimizer.decay_steps == new.optimizer.decay_steps > 0
-    free = {"train.steps"} if fixed_schedule else set()
-    free |= {name for name, (_, meta) in DECLARED.items() if meta["free"]}
-    before = {name: value for name, value, _ in leaves(old)}
-    return [
-        (name, before[name], value)
-        for name, value, _ in leaves(new)
-        if before[name] != value and (name in more or name not in free)
-    ]
+    free = {name for name, (_, meta) in DECLARED.items() if meta["free"]}
+    if old.optimizer.decay_steps == new.optimizer.decay_steps > 0:
+        free.add("train.steps")
+    free -= {*more}
+    both = zip(leaves(old), leaves(new))
+    changed = [(name, before, now) for (name, before, _), (_, now, _) in both if before != now]
+    return [change for change in changed if change[0] not in free]
 
 
 # --- config files ---
@@ -121,8 +112,7 @@ def find_config(name: str) -> tuple[Path | epath.Path, str]:
 def evaluate(name: str, remedy: str = GET_CONFIG) -> dict[str, Any]:
     """The nested dicts that a config file's `get_config` returns, or that a .json file holds.
 
-    Raises:
-      UserError: the file cannot be read or run; it ends with `remedy`.
+    Raises UserError, which ends with `remedy`, where the file cannot be read or run.
     """
     path, variant = find_config(name)
     try:
@@ -131,9 +121,7 @@ def evaluate(name: str, remedy: str = GET_CONFIG) -> dict[str, Any]:
             return dict(json.loads(data.decode("utf-8-sig")))
         # Compiled from bytes, so that a byte-order mark and a declared encoding count.
         source = compile(data, str(path), "exec")
-        spec = importlib.util.spec_from_loader("uoe_config", None)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
+        module = types.ModuleType("uoe_config")
         exec(source, module.__dict__)  # a config file is a program: run only those you trust
         given = module.get_config(variant) if variant else module.get_config()
         return given.to_dict()
@@ -160,9 +148,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 def resolve(name: str | None, overrides: Mapping[str, str]) -> Config:
     """The configuration of `--config` (None: the defaults) with overrides.
 
-    Raises:
-      UserError: the file cannot be read or run, or a key is unknown.
-      ConfigError: a value that cannot be used.
+    Raises UserError: the file cannot be read or run, a key is unknown, or a value unusable.
     """
     values = to_dict(Config()) if name is None else evaluate(name)
     for key, text in overrides.items():

@@ -3,6 +3,7 @@
 from typing import Iterator
 
 from uoe_jax.config.baselines import ATTENTIONS, MLPS, NOT_CAUSAL, SECTIONS, UNIONS
+from uoe_jax.config.fields import wrong
 from uoe_jax.config.schema import ModelConfig
 
 NEVER_LEARNS = (
@@ -16,52 +17,53 @@ OF_ONE_MIXTURE = {
 }
 
 
-def wrong_baselines(m: ModelConfig) -> Iterator[tuple[str, str]]:
-    """(key, remedy) of every check that fails of those blocks of a model that are baselines."""
+def check_baselines(m: ModelConfig) -> None:
+    """Checks those blocks of a model that are baselines."""
     for place, block in (("attention", m.attention), ("mlp", m.mlp)):
         if m.causal and block in NOT_CAUSAL:
             why = f"{NOT_CAUSAL[block]}, so it cannot be causal"
-            yield place, f"{why}; choose another, or causal=False"
+            raise wrong(m, place, f"{why}; choose another, or causal=False")
     if m.mlp in MLPS:
-        yield from _wrong_mixture(m)
+        _check_mixture(m)
     if m.attention in ATTENTIONS:
-        yield from _wrong_attention(m)
+        _check_attention(m)
 
 
-def _wrong_mixture(m: ModelConfig) -> Iterator[tuple[str, str]]:
+def _check_mixture(m: ModelConfig) -> None:
     c = m.moe
     rescaled = m.mlp == "skywork_moe" or m.mlp == "deepseek_moe" and c.score == "sigmoid"
     if c.k > c.n_experts:
-        yield "moe.k", f"a token cannot choose more than n_experts={c.n_experts} experts"
+        raise wrong(m, "moe.k", f"a token cannot choose more than n_experts={c.n_experts} experts")
     if c.k == 1 < c.n_experts and rescaled:
-        yield "moe.k", f"(mlp={m.mlp!r}) {NEVER_LEARNS}"
+        raise wrong(m, "moe.k", f"(mlp={m.mlp!r}) {NEVER_LEARNS}")
     if not c.d_expert and m.d_hidden % (c.k + c.n_shared):
         parts = f"k={c.k} + n_shared={c.n_shared} do not divide d_hidden={m.d_hidden}"
-        yield "moe.d_expert", f"{parts}; give a width"
+        raise wrong(m, "moe.d_expert", f"{parts}; give a width")
 
 
-def _wrong_attention(m: ModelConfig) -> Iterator[tuple[str, str]]:
+def _check_attention(m: ModelConfig) -> None:
     name, kernel = f"attention={m.attention!r}", m.nystromformer.kernel
     if m.attention_dropout and m.attention not in ("mla", "moh", "mosa"):
         remedy = f"{name} has no attention weights to drop; use 0, or model.dropout"
-        yield "attention_dropout", remedy
+        raise wrong(m, "attention_dropout", remedy)
     if m.attention in ("mosa", "mla", "reformer") and m.kv_heads != m.n_heads:
         remedy = f"every head of {name} has its own keys; give n_heads={m.n_heads}, or 0"
-        yield "n_kv_heads", remedy
+        raise wrong(m, "n_kv_heads", remedy)
     if m.attention in ("mla", "reformer") and m.qk_norm:
-        yield "qk_norm", f"{name} has its own norms; use False"
+        raise wrong(m, "qk_norm", f"{name} has its own norms; use False")
     if m.attention == "mla" and m.position == "rope" and m.rotary_dim % 2:
-        yield "mla.d_rope", f"RoPE needs an even width, and it is {m.rotary_dim}"
+        raise wrong(m, "mla.d_rope", f"RoPE needs an even width, and it is {m.rotary_dim}")
     routed = m.n_heads - m.moh.n_shared
     if m.attention == "moh" and m.moh.k > routed:
         heads = f"n_heads={m.n_heads} - n_shared={m.moh.n_shared}"
-        yield "moh.k", f"{heads} leave {max(routed, 0)} heads to choose from"
+        raise wrong(m, "moh.k", f"{heads} leave {max(routed, 0)} heads to choose from")
     if m.attention == "moh" and m.moh.k == 1 < routed:
-        yield "moh.k", NEVER_LEARNS
+        raise wrong(m, "moh.k", NEVER_LEARNS)
     if m.attention == "nystromformer" and kernel and kernel % 2 == 0:
-        yield "nystromformer.kernel", "give an odd number, or 0"
+        raise wrong(m, "nystromformer.kernel", "give an odd number, or 0")
     if m.attention == "long_short" and m.long_short.window % 2:
-        yield "long_short.window", "half of it is seen on either side; give an even number"
+        remedy = "half of it is seen on either side; give an even number"
+        raise wrong(m, "long_short.window", remedy)
 
 
 def baseline_sizes(m: ModelConfig) -> Iterator[tuple[str, int]]:
