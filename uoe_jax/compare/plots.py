@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Sequence
 from etils import epath
 from matplotlib.figure import Figure
 
-from uoe_jax.compare.results import Result, measure_of
+from uoe_jax.compare.workspace import Result, measure_of
 
 MARKERS = "os^vDPX*"  # beside ten colours, so that no two rows look alike
 
@@ -26,30 +26,32 @@ def draw(found: Sequence[Result], lengths: list[dict[str, Any]], workdir: epath.
     """Writes the plots for which there is data; returns the names of the files."""
     curves = [r for r in found if r.curves]
     measured = [r for r in curves if r.measured]
+    tflops = [r.measured["train_flops_per_step"] / 1e12 for r in measured]
+    times = _over_lengths(found, lengths, "seconds", 1e3)
+    sizes = _over_lengths(found, lengths, "bytes", 1e-6)
     loss = f"{measure_of(curves[0].config).name}, validation" if curves else ""
-    figures = [
-        ("steps.png", "step", loss, [_over_seeds(r, 1) for r in curves], False),
-        ("flops.png", "TFLOPs of training", loss, [_over_flops(r) for r in measured], False),
-    ]
-    for key, unit, scale, file in (
-        ("seconds", "ms of a step of one row", 1e3, "time.png"),
-        ("bytes", "MB of a step of one row", 1e-6, "memory.png"),
-    ):
-        lines = []
-        for r in found:
-            own = [(x["length"], scale * x[key]) for x in lengths if x["row"] == r.slug]
-            if own:
-                x, y = zip(*own)
-                lines.append(Line(r.name, x, y, y, y))
-        figures.append((file, "tokens of the row", unit, lines, True))
-    drawn = [figure for figure in figures if figure[3]]
-    for figure in drawn:
-        _draw(workdir, *figure)
-    return [file for file, *_ in drawn]
+    figures = {
+        "steps.png": ([_over_seeds(r, 1) for r in curves], "step", loss),
+        "flops.png": ([*map(_over_seeds, measured, tflops)], "TFLOPs of training", loss),
+        "time.png": (times, "tokens of the row", "ms of a step of one row"),
+        "memory.png": (sizes, "tokens of the row", "MB of a step of one row"),
+    }
+    drawn = {file: figure for file, figure in figures.items() if figure[0]}
+    for file, figure in drawn.items():
+        _draw(workdir / file, *figure, log=file in ("time.png", "memory.png"))
+    return [*drawn]
 
 
-def _over_flops(r: Result) -> Line:
-    return _over_seeds(r, r.measured["train_flops_per_step"] / 1e12)
+def _over_lengths(
+    found: Sequence[Result], lengths: list[dict[str, Any]], key: str, scale: float
+) -> list[Line]:
+    lines = []
+    for r in found:
+        own = [x for x in lengths if x["row"] == r.slug]
+        if own:
+            y = [scale * x[key] for x in own]
+            lines.append(Line(r.name, [x["length"] for x in own], y, y, y))
+    return lines
 
 
 def _over_seeds(r: Result, scale: float) -> Line:
@@ -61,9 +63,7 @@ def _over_seeds(r: Result, scale: float) -> Line:
     return Line(r.name, [scale * step for step in steps], mean, low, high)
 
 
-def _draw(
-    workdir: epath.Path, file: str, x_name: str, y_name: str, lines: Sequence[Line], log: bool
-) -> None:
+def _draw(path: epath.Path, lines: Sequence[Line], x_name: str, y_name: str, log: bool) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for i, (line, marker) in enumerate(zip(lines, itertools.cycle(MARKERS))):
@@ -77,5 +77,5 @@ def _draw(
         axes.set_xticks(ticks, labels=[str(n) for n in ticks], minor=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
-    with (workdir / file).open("wb") as out:
+    with path.open("wb") as out:
         figure.savefig(out, format="png", dpi=120)

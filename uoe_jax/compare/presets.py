@@ -7,18 +7,19 @@ Skywork-MoE: 2 of 4; XMoE: many small ones); the others are small ones chosen he
 No jax is imported.
 """
 
+import copy
 import math
 from types import MappingProxyType
 from typing import Any, Mapping
 
 from uoe_jax.config.baselines import MLPS, SECTIONS, UNIONS
 from uoe_jax.config.load import put
+from uoe_jax.config.routing import GATES
 from uoe_jax.errors import ConfigError
 
 Changes = dict[str, Any]  # values by dotted key below `model`
 
 DROPLESS = ("deepseek_moe", "xmoe")  # experts have a slot for every token, as DeepSeek's do
-GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
 CAPACITIES = (0.75, 1.0, 1.25, 1.5, 2.0)
 
 
@@ -64,15 +65,10 @@ def apply(
     Sizes that follow from the model's are filled in (`_derived`). Sections of blocks that the row
     does not have are dropped.
 
-    Raises:
-      KeyError: no such preset.
-      ConfigError: the hidden width is too small for its experts; a change, or all that the preset
-        changes, is of blocks that the row does not have.
+    Raises ConfigError: the hidden width is too small for its experts; a change, or all that the
+    preset changes, is of blocks that the row does not have.
     """
-    preset = PRESETS[name]
-    out: dict[str, Any] = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in model.items()
-    }
+    preset, out = PRESETS[name], copy.deepcopy(dict(model))
     for key, value in (preset | dict(changes)).items():
         put(out, key, value)
     own = {SECTIONS.get(out["attention"]), SECTIONS.get(out["mlp"])}
@@ -100,21 +96,21 @@ def _derived(name: str, model: Mapping[str, Any], changes: Mapping[str, Any]) ->
     token chooses half of the others, at least two.
     """
     out: Changes = {}
-    d, heads, parts = model["d_model"], model["n_heads"], hidden_parts(model)
+    heads, hidden, parts = model["n_heads"], model["d_hidden"], hidden_parts(model)
     where = f"(in the row {name!r})"
     if model["mlp"] in MLPS:
         moe = model["moe"]
-        if model["d_hidden"] < parts:
+        if hidden < parts:
             remedy = f"{where} it is cut in {parts} experts; give at least that"
-            raise ConfigError("config.model.d_hidden", model["d_hidden"], remedy)
-        out["moe.d_expert"] = model["d_hidden"] // parts
+            raise ConfigError("config.model.d_hidden", hidden, remedy)
+        out["moe.d_expert"] = hidden // parts
         if model["mlp"] in DROPLESS:
             out["moe.capacity_factor"] = math.ceil(100 * moe["n_experts"] / moe["k"]) / 100
         if model["mlp"] != "expert_choice":
             window = model["uome"]["capacity_window"]
             out["moe.capacity_window"] = min(window, model["context_length"])
     if model["attention"] == "mla":
-        out |= {"mla.q_rank": d // 2, "mla.kv_rank": d // 2}
+        out |= dict.fromkeys(("mla.q_rank", "mla.kv_rank"), model["d_model"] // 2)
     if model["attention"] == "moh":
         shared = changes.get("moh.n_shared", heads // 4)
         if shared >= heads:

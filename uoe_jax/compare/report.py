@@ -9,23 +9,20 @@ from typing import Any, Collection
 import jax
 from etils import epath
 
-from uoe_jax.compare.results import Result, measure_of, results
 from uoe_jax.compare.table import SMALLEST_MISS, Table
-from uoe_jax.compare.workspace import MOST_BATCHES, read_measured
+from uoe_jax.compare.workspace import MOST_BATCHES, Result, measure_of, read_measured, results
 from uoe_jax.workdir import write_text
 
 # Columns of table.csv that are keys of measured.json.
-MEASURED = (
-    *("parameters", "active_parameters", "forward_flops_per_token", "train_flops_per_step"),
-    *("ratio", "ratio_low", "ratio_high", "bytes", "kept_bytes_per_row"),
-)
+MEASURED = ["parameters", "active_parameters", "forward_flops_per_token", "train_flops_per_step"]
+MEASURED += ["ratio", "ratio_low", "ratio_high", "bytes", "kept_bytes_per_row"]
 
 
 def write(table: Table, workdir: epath.Path) -> str:
     """Writes `table.md`, `table.csv` and the plots; returns the table for the screen."""
     from uoe_jax.compare.plots import draw
 
-    found, measured = results(table, workdir), read_measured(workdir)
+    found, measured = results(workdir, table.config.seeds), read_measured(workdir)
     write_text(workdir / "table.csv", as_csv(found))
     plots = draw(found, measured["lengths"], workdir)
     text = as_markdown(table, found, measured)
@@ -51,15 +48,16 @@ def as_markdown(table: Table, found: list[Result], measured: dict[str, Any]) -> 
     head += ["time of a step", "memory of a step", "activations kept a row"]
     head += ["learning rate"] * bool(table.rates)
     sign = 1 if measure.lower_is_better else -1
-    ordered = sorted(
-        found, key=lambda r: (not r.finals, sign * statistics.mean(r.finals.values() or [0]))
-    )
+
+    def rank(r: Result) -> tuple[bool, float]:
+        return not r.finals, sign * statistics.mean(r.finals.values() or [0])
+
     lines = [f"# {table.config.title or 'Comparison'}", "", _line(head)]
     lines.append(_line(["---", *["---:"] * (len(head) - 1)]))
-    for r in ordered:
+    for r in sorted(found, key=rank):
         cells = [r.name + " *" * (abs(r.miss) > SMALLEST_MISS)]
         cells.append(spread(r.finals.values(), measure.digits))
-        cells.append(f"{len(r.finals)}" + f" ({r.diverged} diverged)" * bool(r.diverged))
+        cells.append(str(len(r.finals)) + f" ({r.diverged} diverged)" * bool(r.diverged))
         cells += _measured_cells(r.measured)
         if table.rates:
             cells.append("none" if r.rate is None else f"{r.rate:g}")
@@ -99,6 +97,15 @@ def rules(table: Table, found: list[Result], measured: dict[str, Any]) -> list[s
     split = "validation, which also chose the learning rate" if rates else "validation"
     if c.eval.test:
         split = "test, read once, of the checkpoint that is best on validation"
+    search = (
+        f"No search: learning rate {c.optimizer.learning_rate:g} and its schedule for every row."
+    )
+    if rates:
+        search = f"Same search for every row: learning rates {rates}, {table.search_steps:,} steps "
+        search += "each with seed 0, the best on validation."
+    made = f"jax {jax.__version__}"
+    if about := measured["made"]:
+        made = f"{about['devices']}, jax {about['jax']}, Python {about['python']}"
     full, plotted = "", ""
     if c.data.buckets > 1:
         full = " of full rows"
@@ -109,11 +116,7 @@ def rules(table: Table, found: list[Result], measured: dict[str, Any]) -> list[s
         f"D={m.d_model}, {m.n_layers} layers, {m.n_heads} heads.",
         f"Rows are matched {matched}.",
         f"Marked *: {MISSED[t.match]}: {missed}." if missed else "",
-        f"Same search for every row: learning rates {rates}, {table.search_steps:,} steps each "
-        "with seed 0, the best on validation."
-        if rates
-        else f"No search: learning rate {c.optimizer.learning_rate:g} and the same schedule "
-        "for every row.",
+        search,
         "Nothing else was searched for here: unions are routed as the table's experiment says, "
         "mixtures and other attentions as their presets and rows do.",
         f"The measure is of {split}, at the end of training; mean ± sample standard deviation over "
@@ -126,15 +129,9 @@ def rules(table: Table, found: list[Result], measured: dict[str, Any]) -> list[s
         f"the median of {t.rounds} rounds and the quartiles; memory: what the compiler needs for a "
         "step.",
         *(f"Not measured at {n} tokens: {row} ({why})." for row, n, why in measured["refused"]),
-        f"{datetime.date.today().isoformat()}, {_made(measured['made'])}.",
+        f"{datetime.date.today().isoformat()}, {made}.",
     ]
     return [f"- {line}" for line in out if line]
-
-
-def _made(made: dict[str, str]) -> str:
-    if not made:
-        return f"jax {jax.__version__}"
-    return f"{made['devices']}, jax {made['jax']}, Python {made['python']}"
 
 
 def as_csv(found: list[Result]) -> str:

@@ -53,11 +53,12 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def parsed(name: str, kind: type, text: str) -> Any:
-    """Converts the text of an override to the type of its key; ConfigError if it does not parse.
+def parsed(name: str, text: str, meta: Mapping[str, Any]) -> Any:
+    """The text of an override in the type of its key; ConfigError if it does not parse.
 
     Numbers are written as in Python, in ASCII; underscores and surrounding spaces are allowed.
     """
+    kind = type(meta["default"])
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
@@ -72,13 +73,13 @@ def parsed(name: str, kind: type, text: str) -> Any:
 def check_declared(prefix: str, config: Any) -> None:
     """Checks every value of a section against its declaration; raises ConfigError."""
     for name, value, meta in leaves(config):
-        checked(f"{prefix}.{name}", type(meta["default"]), value, meta)
+        checked(f"{prefix}.{name}", value, meta)
 
 
-def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
+def checked(name: str, value: Any, meta: Mapping[str, Any]) -> Any:
     """The value, if the declaration of its key allows it; ConfigError otherwise."""
-    given = type(value)
-    if given is not kind and not (kind is float and given is int):
+    kind = type(meta["default"])
+    if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(name, value, f"give a value of type {kind.__name__}")
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(name, value, f"choose one of {', '.join(meta['choices'])}")

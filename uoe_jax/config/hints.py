@@ -6,7 +6,7 @@ from uoe_jax.config.fields import leaves, printable
 from uoe_jax.config.schema import Config
 from uoe_jax.errors import UserError
 
-DECLARED = {name: (value, meta) for name, value, meta in leaves(Config())}  # every key
+DECLARED = {name: meta for name, _, meta in leaves(Config())}  # every key
 ALL_KEYS = tuple(DECLARED)
 
 OPTIMIZER_NAMES = {f"optimizer.{name}" for name in ("algorithm", "kind", "name", "type")}

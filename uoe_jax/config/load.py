@@ -35,7 +35,7 @@ def parse_value(name: str, text: str) -> Any:
     """The value of `--config.NAME=TEXT` in the type of its key; UserError where there is none."""
     if name not in DECLARED:
         raise unknown_key(name)
-    return parsed(f"config.{name}", type(DECLARED[name][0]), text)
+    return parsed(f"config.{name}", text, DECLARED[name])
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -63,7 +63,7 @@ def _section(default: Any, values: Any, prefix: str) -> Any:
         if dataclasses.is_dataclass(old):
             out[name] = _section(old, value, f"{dotted}.")
         else:
-            out[name] = checked(f"config.{dotted}", type(old), value, fields[name].metadata)
+            out[name] = checked(f"config.{dotted}", value, fields[name].metadata)
     return dataclasses.replace(default, **out)
 
 
@@ -80,7 +80,7 @@ def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tup
     These are the keys not declared `free`, and those in `more`. train.steps counts as free where
     optimizer.decay_steps fixes the learning-rate schedule, unless it is in `more`.
     """
-    free = {name for name, (_, meta) in DECLARED.items() if meta["free"]}
+    free = {name for name, meta in DECLARED.items() if meta["free"]}
     if old.optimizer.decay_steps == new.optimizer.decay_steps > 0:
         free.add("train.steps")
     free -= {*more}

@@ -35,7 +35,7 @@ class RoutingConfig:
     balance_weight: float = key(0.01, "weight of the Switch load-balancing loss", low=0, high=1e3)
     bias_rate: float = key(0.0, "step of the loss-free load-balancing bias; 0: off", low=0, high=1)
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
-    dispatch: str = free_key("auto", "gather, scatter-add, or one-hot matmul", choices=DISPATCHES)
+    dispatch: str = free_key("auto", "by gather, scatter-add or one-hot matmul", choices=DISPATCHES)
 
     def window_capacity(self, window: int | None = None) -> int:
         """Slots per expert in a window of patches: ceil(cf * window * K / N), in 1..window.
