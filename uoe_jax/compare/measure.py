@@ -34,7 +34,9 @@ from uoe_jax.train.task import task_of
 from uoe_jax.workdir import locate, read_config, write_json
 
 FEWEST_ROUNDS = 5  # of the longest rows, whose steps take long
+Configs = dict[str, Config]  # by row
 Measured = dict[str, dict[str, float]]  # by row
+Refused = tuple[str, int, str]  # row, length, and why it is not measured there
 
 
 def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -93,15 +95,13 @@ def against(own: Sequence[float], reference: Sequence[float]) -> dict[str, float
     return {**medians, "ratio_low": low, "ratio_high": high}
 
 
-def side_by_side(
-    configs: dict[str, Config], reference: str, rounds: int
-) -> tuple[Measured, dict[str, str]]:
-    """Step time and memory of every row, measured in turn with the reference.
+def side_by_side(configs: Configs, reference: str, rounds: int) -> tuple[Measured, list[Refused]]:
+    """Step time and memory of every row, measured in turn with the reference, where they fit.
 
     Two at a time, so that a device's memory need not hold all rows: a row's seconds are its ratio
-    times the reference's. Second comes why the device could not run the other rows.
+    times the reference's.
     """
-    first, failed = Step(configs[reference]), {}
+    first, failed = Step(configs[reference]), []
     out: Measured = {}
     for name, config in configs.items():
         try:
@@ -112,8 +112,9 @@ def side_by_side(
         except jax.errors.JaxRuntimeError as error:  # such as too little memory for two models
             if name == reference:
                 raise
-            failed[name] = str(error).partition("\n")[0]
-            runtime_env.notice(f"{name} is not measured: {failed[name]}")
+            why = str(error).partition("\n")[0]
+            failed.append((name, config.model.context_length, why))
+            runtime_env.notice(f"{name} is not measured: {why}")
     seconds = out[reference]["seconds"]
     for name, found in out.items():
         found["seconds"] = seconds * (1 if name == reference else found["ratio"])
@@ -154,28 +155,18 @@ def at_length(config: Config, length: int) -> Config:
     return from_dict(values)
 
 
-def over_lengths(
-    configs: dict[str, Config], lengths: Sequence[int], reference: str, rounds: int
-) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
-    """Time and memory of a step of one row by length; (row, length, why) where not measured."""
-    out, refused = [], []
-    for length in lengths:
-        print(f"   a step of one row of {length} tokens", file=sys.stderr, flush=True)
-        own = {}
-        for name, config in configs.items():
-            try:
-                own[name] = at_length(config, length)
-            except ConfigError as error:
-                refused.append((name, length, str(error)))
-        if reference in own:
-            n = max(FEWEST_ROUNDS, min(rounds, 2048 // length))
-            timed, failed = side_by_side(own, reference, n)
-            refused += [(name, length, why) for name, why in failed.items()]
-            out += [{"row": name, "length": length, **found} for name, found in timed.items()]
+def at_lengths(configs: Configs, length: int) -> tuple[Configs, list[Refused]]:
+    """The rows at a length, and those whose blocks refuse it."""
+    out, refused = {}, []
+    for name, config in configs.items():
+        try:
+            out[name] = at_length(config, length)
+        except ConfigError as error:
+            refused.append((name, length, str(error)))
     return out, refused
 
 
-def trained_rows(workdir: epath.Path, table: dict[str, Any], reference: str) -> dict[str, Config]:
+def trained_rows(workdir: epath.Path, table: dict[str, Any], reference: str) -> Configs:
     """Configurations of the rows that finished or diverged, with the reference's mesh and remat."""
     # Mesh and remat may change between the runs of a table.
     first = read_config(str(files.seed_dir(workdir, reference, 0)))
@@ -211,9 +202,17 @@ def measure(workdir_name: str) -> None:
     if table["length_rows"]:
         wanted = {*table["length_rows"].split(","), table["reference"]}
         configs = {slug: c for slug, c in configs.items() if names[slug] in wanted}
-    swept, refused = over_lengths(configs, lengths, reference, table["rounds"])
-    refused += [(slug, first.model.context_length, why) for slug, why in failed.items()]
+    swept, refused = [], []
+    for length in lengths:
+        print(f"   a step of one row of {length} tokens", file=sys.stderr, flush=True)
+        own, unfit = at_lengths(configs, length)
+        refused += unfit
+        if reference in own:
+            rounds = max(FEWEST_ROUNDS, min(table["rounds"], 2048 // length))
+            timed, unfit = side_by_side(own, reference, rounds)
+            refused += unfit
+            swept += [{"row": slug, "length": length, **found} for slug, found in timed.items()]
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     made = {"jax": jax.__version__, "devices": devices, "python": sys.version.split()[0]}
-    found = {"made": made, "rows": rows, "lengths": swept, "refused": refused}
+    found = {"made": made, "rows": rows, "lengths": swept, "refused": refused + failed}
     write_json(workdir / files.MEASURED, found)

@@ -3,16 +3,19 @@
 import csv
 import datetime
 import io
+import itertools
 import statistics
-from typing import Any, Collection
+from typing import Any, Collection, NamedTuple, Sequence
 
 import jax
 from etils import epath
+from matplotlib.figure import Figure
 
 from uoe_jax.compare.table import SMALLEST_MISS, Table
 from uoe_jax.compare.workspace import MOST_BATCHES, Result, measure_of, read_measured, results
 from uoe_jax.workdir import write_text
 
+MARKERS = "os^vDPX*"  # beside ten colours, so that no two rows look alike
 # Columns of table.csv that are keys of measured.json.
 MEASURED = ["parameters", "active_parameters", "forward_flops_per_token", "train_flops_per_step"]
 MEASURED += ["ratio", "ratio_low", "ratio_high", "bytes", "kept_bytes_per_row"]
@@ -20,8 +23,6 @@ MEASURED += ["ratio", "ratio_low", "ratio_high", "bytes", "kept_bytes_per_row"]
 
 def write(table: Table, workdir: epath.Path) -> str:
     """Writes `table.md`, `table.csv` and the plots; returns the table for the screen."""
-    from uoe_jax.compare.plots import draw
-
     found, measured = results(workdir, table.config.seeds), read_measured(workdir)
     write_text(workdir / "table.csv", as_csv(found))
     plots = draw(found, measured["lengths"], workdir)
@@ -141,13 +142,82 @@ def as_csv(found: list[Result]) -> str:
     head = "row,attention,mlp,hidden,measure,seed,value,learning_rate,train_flops"
     writer.writerow([*head.split(","), *MEASURED])
     for r in found:
-        m, measure = r.config.model, measure_of(r.config)
+        m, hidden = r.config.model, r.config.model.routed_hidden + r.config.model.whole_hidden
+        first = [r.name, m.attention, m.mlp, hidden, measure_of(r.config).name]
         flops = r.measured["train_flops_per_step"] * r.config.train.steps if r.measured else ""
-        first, last = [r.name, m.attention, m.mlp, m.all_hidden, measure.name], [r.rate, flops]
-        last += [r.measured.get(column, "") for column in MEASURED]
+        last = [r.rate, flops, *(r.measured.get(column, "") for column in MEASURED)]
         writer.writerows([*first, seed, value, *last] for seed, value in r.finals.items())
     return out.getvalue()
 
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+# --- plots ---
+
+
+Lengths = list[dict[str, Any]]  # those of measured.json
+
+
+class Line(NamedTuple):
+    """One row's line, and the range over seeds around it."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def draw(found: Sequence[Result], lengths: Lengths, workdir: epath.Path) -> list[str]:
+    """Writes the plots for which there is data; returns the names of the files."""
+    curves = [r for r in found if r.curves]
+    measured = [r for r in curves if r.measured]
+    tflops = [r.measured["train_flops_per_step"] / 1e12 for r in measured]
+    times = [line for r in found for line in _over_lengths(r, lengths, "seconds", 1e3)]
+    sizes = [line for r in found for line in _over_lengths(r, lengths, "bytes", 1e-6)]
+    loss = f"{measure_of(curves[0].config).name}, validation" if curves else ""
+    figures = {
+        "steps.png": ([_over_seeds(r, 1) for r in curves], "step", loss),
+        "flops.png": ([*map(_over_seeds, measured, tflops)], "TFLOPs of training", loss),
+        "time.png": (times, "tokens of the row", "ms of a step of one row"),
+        "memory.png": (sizes, "tokens of the row", "MB of a step of one row"),
+    }
+    drawn = {file: figure for file, figure in figures.items() if figure[0]}
+    for file, figure in drawn.items():
+        _draw(workdir / file, *figure, log=file in ("time.png", "memory.png"))
+    return [*drawn]
+
+
+def _over_lengths(r: Result, lengths: Lengths, key: str, scale: float) -> list[Line]:
+    own = [x for x in lengths if x["row"] == r.slug]
+    y = [scale * x[key] for x in own]
+    return [Line(r.name, [x["length"] for x in own], y, y, y)] if own else []
+
+
+def _over_seeds(r: Result, scale: float) -> Line:
+    """Over step · scale, at the evaluations that all seeds have."""
+    by_step = [dict(curve) for curve in r.curves]
+    steps = sorted(set.intersection(*(set(curve) for curve in by_step)))
+    values = [[curve[step] for curve in by_step] for step in steps]
+    mean, low, high = ([f(v) for v in values] for f in (statistics.mean, min, max))
+    return Line(r.name, [scale * step for step in steps], mean, low, high)
+
+
+def _draw(path: epath.Path, lines: Sequence[Line], x_name: str, y_name: str, log: bool) -> None:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, (line, marker) in enumerate(zip(lines, itertools.cycle(MARKERS))):
+        look: dict[str, Any] = dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--")
+        axes.plot(line.x, line.y, label=line.name, marker=marker, markersize=4, **look)
+        axes.fill_between(line.x, line.low, line.high, alpha=0.15, color=look["color"])
+    axes.set(xlabel=x_name, ylabel=y_name)
+    if log:
+        ticks = sorted({n for line in lines for n in line.x})
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks(ticks, labels=[str(n) for n in ticks], minor=False)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    with path.open("wb") as out:
+        figure.savefig(out, format="png", dpi=120)

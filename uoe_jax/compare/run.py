@@ -31,15 +31,7 @@ from uoe_jax.distributed import coordination
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.runtime_env import default_cache_dir
 from uoe_jax.train.metrics import read_metrics
-from uoe_jax.workdir import (
-    locate,
-    lock,
-    os_errors,
-    release,
-    wait_for_writer,
-    write_json,
-    write_text,
-)
+from uoe_jax.workdir import locate, lock, os_errors, release, wait_for_writer, write_json
 
 ORPHAN_S = 120  # for a run whose table was killed to end its step and save
 FIXED = ("match", "reference", "learning_rates", "search_steps")  # keys finished rows depend on
@@ -66,14 +58,10 @@ class Refused(Exception):
 
 
 def compare(table: Table, workdir_name: str) -> int:
-    """Trains and measures what is missing of a table.
+    """Trains and measures what is missing of a table; returns the exit code.
 
-    Returns:
-      0; 75 when asked to stop (the same command goes on); 2 when a run refused its input.
-
-    Raises:
-      UserError: the workdir holds another table, or several processes were started.
-      RunError: a run failed.
+    75 when asked to stop (the same command goes on), 2 when a run refused its input. Raises
+    UserError for the workdir of another table or several processes, RunError where a run failed.
     """
     if coordination.are_several():
         why = "one process makes a table, on all devices of one machine"
@@ -112,11 +100,7 @@ def _prepare(table: Table, name: str, workdir: epath.Path, children: "Children")
 
 
 def claim(table: Table, workdir: epath.Path) -> None:
-    """Writes table.json, or checks that it is of the same table; seeds and rows may be added.
-
-    Raises:
-      UserError: table.json is damaged. ConfigError: it is of another table.
-    """
+    """Writes table.json, or checks that it is of the same table; seeds and rows may be added."""
     path, own = workdir / files.TABLE, dataclasses.asdict(table.config)
     known = files.read_table(workdir) or {**own, "rows": {}}
     try:
@@ -139,9 +123,7 @@ def claim(table: Table, workdir: epath.Path) -> None:
     write_json(path, {**own, "rows": stored})
 
 
-def planned_runs(
-    table: Table, workdir: epath.Path, rates: dict[str, float | None]
-) -> Iterator[PlannedRun]:
+def planned_runs(table: Table, workdir: epath.Path, rates: files.Rates) -> Iterator[PlannedRun]:
     """Seed by seed, so that a table that is stopped early holds all rows.
 
     A row whose learning rates all diverged (None in `rates`) has no run.
@@ -154,9 +136,7 @@ def planned_runs(
                 yield PlannedRun(row, config, files.seed_dir(workdir, row.slug, seed), what)
 
 
-def search_rates(
-    table: Table, workdir: epath.Path, children: "Children"
-) -> dict[str, float | None]:
+def search_rates(table: Table, workdir: epath.Path, children: "Children") -> files.Rates:
     """The learning rate of every row that is best on validation in a short run; None: all diverged.
 
     No row is trained on half a search: where that is stopped, Stopped is raised.
@@ -201,14 +181,11 @@ def train(run: PlannedRun, children: "Children") -> None:
     command = ["uoe_jax", "train", f"--config={file}", f"--workdir={run.workdir}"]
     code = children.run(command, run.what, accepted=(errors.EXIT_BAD_NUMBERS,))
     if code == errors.EXIT_BAD_NUMBERS:
-        write_text(run.workdir / files.DIVERGED, "bad numbers\n")
+        (run.workdir / files.DIVERGED).touch()
 
 
 def measure(table: Table, workdir: epath.Path, children: "Children") -> None:
-    """Measures all trained rows anew: figures of another machine or version do not mix with these.
-
-    Raises RunError where the reference was not trained.
-    """
+    """Measures all trained rows anew, so that figures of two machines or versions do not mix."""
     if not (files.seed_dir(workdir, table.reference.slug, 0) / "config.json").exists():
         why = "every learning rate diverged, and others are measured by it"
         remedy = f"config.learning_rates than {table.config.learning_rates!r}"
@@ -220,20 +197,14 @@ def measure(table: Table, workdir: epath.Path, children: "Children") -> None:
 
 
 class Children:
-    """Child processes, one after the other.
-
-    While entered, SIGTERM, SIGINT and SIGUSR1 are passed on to the running child.
-    """
+    """Child processes, one after the other; while entered, it passes signals on to them."""
 
     def __init__(self) -> None:
         self.stopped = False
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self, command: Sequence[str], what: str, accepted: Sequence[int] = ()) -> int:
-        """Runs `python -m command`; returns its exit code, 0 or one of `accepted`.
-
-        Raises Stopped, Refused, or RunError for another exit code.
-        """
+        """Runs `python -m command`; returns its exit code, 0 or one of `accepted`."""
         if self.stopped:
             raise Stopped
         print(f"== {what}", file=sys.stderr, flush=True)

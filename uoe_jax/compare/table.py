@@ -79,10 +79,6 @@ class Table(NamedTuple):
         return numbers("config.learning_rates", self.config.learning_rates, float)
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        return numbers("config.lengths", self.config.lengths, int)
-
-    @property
     def search_steps(self) -> int:
         return self.config.search_steps or max(1, self.rows[0].config.train.steps // 4)
 
@@ -99,24 +95,16 @@ def table(base: Any, rows: Mapping[str, Changes] | tuple[str, ...], **more: Any)
 
 
 def experiment(name: str, variant: str = "") -> Any:
-    """A shipped config file as a `ConfigDict`, to make a table of: 'digits', 'lra_listops:short'.
-
-    variant: of the table; 'tiny' takes the tiny variant of the file.
-    """
+    """A shipped config file to make a table of, a `ConfigDict`; tiny if that `variant` is."""
     from ml_collections import ConfigDict
 
     return ConfigDict(evaluate(f"{name.partition(':')[0]}:tiny" if variant == "tiny" else name))
 
 
 def load_table(name: str, overrides: Mapping[str, str]) -> Table:
-    """Reads a table's config file.
+    """Reads a table's config file; UserError where it, a row or an override cannot be used.
 
-    Args:
-      overrides: `base.KEY`, `rows=NAME,NAME` (some of them), and keys of `TableConfig`.
-
-    Raises:
-      UserError: it is no table; an unknown key or row; two rows of one name; a row whose
-        configuration cannot be used.
+    overrides: `base.KEY`, `rows=NAME,NAME` (some of them), and keys of `TableConfig`.
     """
     must = "it must define get_config() that returns uoe_jax.compare.table.table(base, rows)"
     values = evaluate(name, must)
@@ -164,12 +152,10 @@ def _check(table: Table, asked: Mapping[str, Any]) -> None:
     remedy = f"a try is no longer than a run; give at most {steps}"
     _refuse(c.search_steps > steps, "search_steps", c.search_steps, remedy)
     for rate in table.rates:
-        values = config_lib.to_dict(reference)
-        values["optimizer"]["learning_rate"] = rate
-        _validated(c.reference, values)
+        checked(f"config.{rate_key}", rate, config_lib.DECLARED[rate_key])
     equal = len({f"{rate:g}" for rate in table.rates}) < len(table.rates)
     _refuse(equal, "learning_rates", c.learning_rates, "give each once; six digits of it count")
-    is_long = max(table.lengths, default=0) > MOST_TOKENS
+    is_long = max(numbers("config.lengths", c.lengths, int), default=0) > MOST_TOKENS
     _refuse(is_long, "lengths", c.lengths, f"give at most {MOST_TOKENS} tokens")
     used = [{name: value for name, value, _ in leaves(row.config)} for row in table.rows]
     remedy = "no row takes it: presets set it, or no row has such a block; change the rows"
@@ -177,11 +163,11 @@ def _check(table: Table, asked: Mapping[str, Any]) -> None:
         unused = all(own[name] != value for own in used)
         _refuse(unused or name in ("model.attention", "model.mlp"), f"base.{name}", value, remedy)
     slugs = [row.slug for row in table.rows]
-    for name, slug in zip((row.name for row in table.rows), slugs):
-        same = "two rows would have one directory; give another name"
-        _refuse(slugs.count(slug) > 1, "rows", name, same)
-        long = f"is a directory's name, too; give one of at most {LONGEST_NAME} characters"
-        _refuse(len(slug) > LONGEST_NAME, "rows", name, long)
+    same = "two rows would have one directory; give another name"
+    long = f"is a directory's name, too; give one of at most {LONGEST_NAME} characters"
+    for row in table.rows:
+        _refuse(slugs.count(row.slug) > 1, "rows", row.name, same)
+        _refuse(len(row.slug) > LONGEST_NAME, "rows", row.name, long)
 
 
 def _refuse(wrong: object, key_: str, value: object, remedy: str) -> None:
@@ -201,7 +187,7 @@ def _rows(base: dict[str, Any], rows: Mapping[str, Changes], config: TableConfig
     whole = _validated(reference, _values(base, reference, rows[reference]))
 
     def size(c: Config) -> float:
-        return _flops(c) if by_flops else c.model.all_hidden
+        return _flops(c) if by_flops else c.model.routed_hidden + c.model.whole_hidden
 
     for name, changes in rows.items():
         width = 0  # that of the base
@@ -237,13 +223,9 @@ def _values(base: Changes, name: str, changes: Changes, d_hidden: int = 0) -> di
 
 
 def _matched_width(base: Changes, name: str, changes: Changes, target: float) -> int:
-    """The hidden width at which a row's forward pass costs `target` FLOPs.
-
-    FLOPs are linear in the width of an MLP, of experts and of unions alike.
-    """
-    values = _values(base, name, changes)
-    # Devices of the mesh divide the width, too.
-    step = math.lcm(presets.hidden_parts(values["model"]), max(1, values["mesh"]["expert"]))
+    """The hidden width at which a row's forward pass costs `target` FLOPs, linear in the width."""
+    parts = presets.hidden_parts(_values(base, name, changes)["model"])
+    step = math.lcm(parts, max(1, base["mesh"]["expert"]))  # devices divide the width, too
 
     def cost(width: int) -> float:
         return _flops(config_lib.from_dict(_values({**base, "mesh": {}}, name, changes, width)))
@@ -277,8 +259,8 @@ def _declared(name: str) -> Mapping[str, Any]:
         return DECLARED[name]
     known = [*DECLARED, "rows", *(f"base.{key_}" for key_ in config_lib.ALL_KEYS)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    remedy = f"the nearest known key is config.{near}"
-    raise UserError(f"config.{config_lib.printable(name)}: unknown key of a table; {remedy}")
+    unknown = f"config.{config_lib.printable(name)}: unknown key of a table"
+    raise UserError(f"{unknown}; the nearest known key is config.{near}")
 
 
 def numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ TABLE, RATES, MEASURED, DIVERGED = "table.json", "rates.json", "measured.json", 
 DAMAGED = "remove it and what it is about, or give another --workdir"
 MOST_BATCHES = 256  # of training, whose lengths are counted for measured.json
 Losses = dict[str, dict[str, float | None]]  # by row and learning rate; None: diverged
+Rates = dict[str, float | None]  # the best one by row; None: all diverged
 Curve = list[tuple[int, float]]  # (step, value)
 
 
@@ -71,9 +72,9 @@ def read_losses(workdir: epath.Path) -> Losses:
     return out
 
 
-def best_rates(losses: Losses) -> dict[str, float | None]:
+def best_rates(losses: Losses) -> Rates:
     """The learning rate of the lowest loss by row; None where every one diverged."""
-    out: dict[str, float | None] = {}
+    out: Rates = {}
     for slug, of_row in losses.items():
         found = {rate: loss for rate, loss in of_row.items() if loss is not None}
         if of_row:

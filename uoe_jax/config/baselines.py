@@ -56,18 +56,19 @@ class MoEConfig:
         Under expert choice every expert takes the best ceil(factor · L · K / N) of all tokens;
         otherwise capacity is counted in windows.
         """
-        expert_choice = kind == "expert_choice"
-        return RoutingConfig(
-            n_experts=self.n_experts,
-            k=self.k,
-            capacity_factor=self.capacity_factor,
-            capacity_window=self.capacity_window,
-            priority="score" if expert_choice else "position",
-            gate="baseline",
-            balance_weight=0.0 if expert_choice else self.balance_weight,
-            bias_rate=self.bias_rate if kind == "deepseek_moe" else 0.0,
-            z_weight=self.z_weight,
+        same = (
+            "n_experts",
+            "k",
+            "capacity_factor",
+            "capacity_window",
+            "balance_weight",
+            "z_weight",
         )
+        out = RoutingConfig(gate="baseline", **{name: getattr(self, name) for name in same})
+        if kind == "expert_choice":
+            return dataclasses.replace(out, priority="score", balance_weight=0.0)
+        bias_rate = self.bias_rate if kind == "deepseek_moe" else 0.0
+        return dataclasses.replace(out, bias_rate=bias_rate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,14 +88,9 @@ class MoSAConfig:
 
     def routing(self, n_heads: int) -> RoutingConfig:
         """Every head is an expert that chooses among all tokens."""
-        return RoutingConfig(
-            n_experts=n_heads,
-            k=n_heads,
-            capacity_factor=self.capacity_factor,
-            priority="score",
-            gate="baseline",
-            balance_weight=0.0,
-        )
+        by_score = RoutingConfig(priority="score", gate="baseline", balance_weight=0.0)
+        factor = self.capacity_factor
+        return dataclasses.replace(by_score, n_experts=n_heads, k=n_heads, capacity_factor=factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,19 +23,15 @@ def key(
     choices: Collection[str] = (),
     free: bool = False,
 ) -> Any:
-    """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`.
-
-    free: the key may change when a run is resumed.
-    """
+    """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`."""
     if type(default) is int and high is None:
         high = INT32_MAX
-    meta = dict(
-        default=default, doc=doc, low=low, high=high, above=above, choices=choices, free=free
-    )
+    limits = dict(low=low, high=high, above=above, choices=choices)
+    meta = dict(default=default, doc=doc, free=free, **limits)
     return dataclasses.field(default=default, metadata=meta)
 
 
-free_key = functools.partial(key, free=True)
+free_key = functools.partial(key, free=True)  # may change when a run is resumed
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

@@ -1,15 +1,14 @@
 """Lists of keys with values, ranges and meaning: for a terminal, as JSON lines, as Markdown."""
 
-import dataclasses
 import difflib
 import fnmatch
 import json
+import operator
 import re
 import textwrap
-from collections.abc import Iterator
 from typing import Any, Mapping, NamedTuple
 
-from uoe_jax.config.fields import INT32_MAX, printable
+from uoe_jax.config.fields import INT32_MAX, leaves, printable
 from uoe_jax.config.hints import ALL_KEYS, nearest_key
 from uoe_jax.errors import UserError
 
@@ -62,16 +61,14 @@ class Section(NamedTuple):
         return " ".join((self.cls.__doc__ or "").split())
 
 
-def sections(config: Any, name: str = "") -> Iterator[Section]:
+def sections(config: Any) -> list[Section]:
     """Every section of a configuration that has keys of its own."""
-    prefix, own, nested = f"{name}." if name else "", [], []
-    for field in dataclasses.fields(config):
-        key = Key(prefix + field.name, getattr(config, field.name), field.metadata)
-        (nested if dataclasses.is_dataclass(key.value) else own).append(key)
-    if own:
-        yield Section(name, type(config), own)
-    for key in nested:
-        yield from sections(key.value, key.name)
+    found: dict[str, Section] = {}
+    for key in (Key(*leaf) for leaf in leaves(config)):
+        name = key.name.rpartition(".")[0]
+        section = operator.attrgetter(name)(config) if name else config
+        found.setdefault(name, Section(name, type(section), [])).keys.append(key)
+    return [*found.values()]
 
 
 def selected(config: Any, pattern: str | None, changed: bool) -> list[Section]:
@@ -89,8 +86,7 @@ def selected(config: Any, pattern: str | None, changed: bool) -> list[Section]:
     out = []
     for section in sections(config):
         keys = [k for k in section.keys if k.name in names and (k.changed or not changed)]
-        if keys:
-            out.append(section._replace(keys=keys))
+        out += [section._replace(keys=keys)] if keys else []
     return out
 
 

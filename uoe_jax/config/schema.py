@@ -177,22 +177,15 @@ class ModelConfig:
             return self.moe.n_shared * self.d_expert
         return self.d_hidden if self.mlp == "dense" else 0
 
-    @property
-    def all_hidden(self) -> int:
-        """Hidden units of the whole MLP block."""
-        return self.routed_hidden + self.whole_hidden
-
     def routed(self) -> dict[str, RoutingConfig]:
         """The routing of every block that routes, by the name of the block."""
-        found = ((name, self._routing(name)) for name in (self.attention, self.mlp))
-        return {name: routing for name, routing in found if routing is not None}
-
-    def _routing(self, name: str) -> RoutingConfig | None:
-        if name in UNIONS:
-            return getattr(self, name)
-        if name in ("mosa", "moh"):
-            return getattr(self, name).routing(self.n_heads)
-        return self.moe.routing(name) if name in MLPS else None
+        out: dict[str, RoutingConfig] = {}
+        if self.attention in ("mosa", "moh"):
+            out[self.attention] = getattr(self, self.attention).routing(self.n_heads)
+        out |= {name: getattr(self, name) for name in (self.attention, self.mlp) if name in UNIONS}
+        if self.mlp in MLPS:
+            out[self.mlp] = self.moe.routing(self.mlp)
+        return out
 
     def place_of(self, name: str) -> str:
         """Where a block of this name stands in a layer: "attention" or "mlp"."""

@@ -4,11 +4,12 @@ import operator
 from collections.abc import Iterator, Mapping, Sized
 from typing import Protocol
 
+from uoe_jax.config.baselines import MLPS
 from uoe_jax.config.data import FROM_FILE, SOURCES, sources_of
 from uoe_jax.config.fields import divisors, leaves, must_divide, wrong
 from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.config.schema import Config, ModelConfig
-from uoe_jax.config.validate_baselines import baseline_sizes, baseline_uses, check_baselines
+from uoe_jax.config.validate_baselines import baseline_uses, check_baselines
 from uoe_jax.errors import ConfigError
 
 
@@ -34,8 +35,7 @@ def check_model(m: ModelConfig) -> None:
         raise wrong(m, "qkv_bias", "is part of model.bias; set only one of them")
     if m.qkv_bias and m.attention not in ("dense", "smha"):
         raise wrong(m, "qkv_bias", "is for model.attention='dense' or 'smha'")
-    if m.rope_scaling:
-        _check_rope_scaling(m)
+    _check_rope_scaling(m)
     _check_task(m)
     check_cutoffs(m, m.vocab_size)
     for name, r in m.unions().items():
@@ -44,13 +44,13 @@ def check_model(m: ModelConfig) -> None:
 
 
 def _check_rope_scaling(m: ModelConfig) -> None:
-    if m.position != "rope":
+    if m.rope_scaling and m.position != "rope":
         position = f"config.model.position={m.position!r}"
         raise wrong(m, "rope_scaling", f"is for rotary positions, and {position}; use ''")
     try:
-        factor, low, high, length = m.rope_stretch or (0.0, 0.0, 0.0, 0.0)
+        factor, low, high, length = m.rope_stretch or (1, 1, 2, 1)
     except ValueError:
-        factor = low = high = length = 0.0
+        factor = 0.0
     if not (1 <= factor < 1e6 and 0 < low < high < 1e6 and 1 <= length < 1e12):
         numbers = "factor (at least 1), low, high (above low) and length in tokens"
         raise wrong(m, "rope_scaling", f"give {numbers}, such as '8,1,4,8192'")
@@ -79,12 +79,9 @@ def check_cutoffs(m: ModelConfig, vocab_size: int) -> None:
 
 def _check_task(m: ModelConfig) -> None:
     """Checks the task against the input and the classifier's head."""
-    if m.task == "language":
-        if m.stem != "tokens":
-            remedy = "a language model reads tokens; use 'tokens', or task='classify'"
-            raise wrong(m, "stem", remedy)
-        return
-    if m.causal and m.classifier.pooling == "cls":
+    if m.task == "language" and m.stem != "tokens":
+        raise wrong(m, "stem", "a language model reads tokens; use 'tokens', or task='classify'")
+    if m.task == "classify" and m.causal and m.classifier.pooling == "cls":
         why = "in a causal model the token in front sees none of the others"
         raise wrong(m, "classifier.pooling", f"{why}; use 'mean', or causal=False")
     if m.stem != "image":
@@ -102,8 +99,7 @@ def _check_task(m: ModelConfig) -> None:
 def _check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
     """Checks the routing of one union of experts. name: "smha" or "uome"."""
     if r.k > r.n_experts:
-        remedy = f"a patch cannot choose more than n_experts={r.n_experts} experts"
-        raise wrong(m, f"{name}.k", remedy)
+        raise wrong(m, f"{name}.k", f"a patch cannot choose more than n_experts={r.n_experts}")
     if r.gate == "normalized" and r.k == 1:
         constant = "with k=1 the normalized weight is always 1 and the router would not learn"
         raise wrong(m, f"{name}.gate", f"{constant}; choose sigmoid or k >= 2")
@@ -116,8 +112,7 @@ def _check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
         owns = f"must divide {heads}, as every expert owns its heads"
         raise wrong(m, "smha.n_experts", f"{owns}: {divisors(m.kv_heads)}")
     if r.sequence_capacity_factor and r.unit == "patch":
-        why = "bounds whole sequences, but each patch chooses; use 0"
-        remedy = f"{why}, or unit='sequence' or 'hierarchical'"
+        remedy = "bounds sequences, but each patch chooses; use 0, or another unit than 'patch'"
         raise wrong(m, f"{name}.sequence_capacity_factor", remedy)
     if r.sequence_capacity_factor and r.dispatch == "onehot":
         remedy = "cannot bound sequences (sequence_capacity_factor); use 'auto'"
@@ -157,8 +152,7 @@ def check_training(c: Config, vocab_size: int, tokenizer: Tokenizer | None) -> N
 def _check_language(c: Config, tokenizer: Tokenizer | None) -> None:
     m, prompt = c.model, c.generate.prompt
     if not m.causal:
-        remedy = "a language model would see the tokens that it predicts; use True"
-        raise wrong(m, "causal", remedy)
+        raise wrong(m, "causal", "a language model would see what it predicts; use True")
     if c.data.source == "tfds_text" and not c.data.name:
         raise wrong(c, "data.name", "source='tfds_text' needs a dataset's name, such as 'lm1b'")
     n = 1 + len(tokenizer.encode(prompt) if tokenizer else prompt.split())
@@ -275,9 +269,7 @@ def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
             remedy = f"replica*data*fsdp={shards}, the shards of a batch, {must_divide(name, n)}"
             raise ConfigError(f"config.mesh.{largest}", mesh[largest], remedy)
     if c.mesh.sequence_parallel and c.data.buckets > 1:
-        raise wrong(
-            c, "data.buckets", "with mesh.sequence_parallel all rows have one length; use 1"
-        )
+        raise wrong(c, "data.buckets", "mesh.sequence_parallel takes rows of one length; use 1")
     if c.mesh.sequence_parallel and m.block_length != m.context_length:
         why = "cannot shard the tokens of a row and the classifier's own token evenly"
         raise wrong(c, "mesh.sequence_parallel", f"{why}; use classifier.pooling='mean'")
@@ -296,12 +288,13 @@ def _sharded_sizes(c: Config) -> Iterator[tuple[str, int, str]]:
     m = c.model
     for name, r in m.unions().items():
         yield f"model.{name}.n_experts", r.n_experts, "expert"
-    for name, size in baseline_sizes(m):
-        yield name, size, "expert"
-    if m.attention == "dense":
+    if m.attention != "smha":
         yield "model.n_kv_heads" if m.n_kv_heads else "model.n_heads", m.kv_heads, "expert"
     if m.mlp == "dense":
         yield "model.d_hidden", m.d_hidden, "expert"
+    if m.mlp in MLPS:
+        yield "model.moe.n_experts", m.moe.n_experts, "expert"
+        yield "model.moe.n_shared * model.moe.d_expert", m.whole_hidden, "expert"  # may be 0
     yield "model.d_model", m.d_model, "fsdp"
     if m.cutoff_div > 1:  # what divides the narrowest cluster divides all
         n = len(m.cutoff_list)

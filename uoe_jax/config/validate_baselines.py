@@ -33,7 +33,7 @@ def _check_mixture(m: ModelConfig) -> None:
     c = m.moe
     rescaled = m.mlp == "skywork_moe" or m.mlp == "deepseek_moe" and c.score == "sigmoid"
     if c.k > c.n_experts:
-        raise wrong(m, "moe.k", f"a token cannot choose more than n_experts={c.n_experts} experts")
+        raise wrong(m, "moe.k", f"a token cannot choose more than n_experts={c.n_experts}")
     if c.k == 1 < c.n_experts and rescaled:
         raise wrong(m, "moe.k", f"(mlp={m.mlp!r}) {NEVER_LEARNS}")
     if not c.d_expert and m.d_hidden % (c.k + c.n_shared):
@@ -44,8 +44,8 @@ def _check_mixture(m: ModelConfig) -> None:
 def _check_attention(m: ModelConfig) -> None:
     name, kernel = f"attention={m.attention!r}", m.nystromformer.kernel
     if m.attention_dropout and m.attention not in ("mla", "moh", "mosa"):
-        remedy = f"{name} has no attention weights to drop; use 0, or model.dropout"
-        raise wrong(m, "attention_dropout", remedy)
+        why = f"{name} has no attention weights to drop"
+        raise wrong(m, "attention_dropout", f"{why}; use 0, or model.dropout")
     if m.attention in ("mosa", "mla", "reformer") and m.kv_heads != m.n_heads:
         remedy = f"every head of {name} has its own keys; give n_heads={m.n_heads}, or 0"
         raise wrong(m, "n_kv_heads", remedy)
@@ -62,18 +62,7 @@ def _check_attention(m: ModelConfig) -> None:
     if m.attention == "nystromformer" and kernel and kernel % 2 == 0:
         raise wrong(m, "nystromformer.kernel", "give an odd number, or 0")
     if m.attention == "long_short" and m.long_short.window % 2:
-        remedy = "half of it is seen on either side; give an even number"
-        raise wrong(m, "long_short.window", remedy)
-
-
-def baseline_sizes(m: ModelConfig) -> Iterator[tuple[str, int]]:
-    """(name, size) of every size that the mesh axis `expert` must divide."""
-    if m.attention in ATTENTIONS:
-        yield "model.n_kv_heads" if m.n_kv_heads else "model.n_heads", m.kv_heads
-    if m.mlp in MLPS:
-        yield "model.moe.n_experts", m.moe.n_experts
-        if m.moe.n_shared:
-            yield "model.moe.n_shared * model.moe.d_expert", m.whole_hidden
+        raise wrong(m, "long_short.window", "half is seen on either side; give an even number")
 
 
 def baseline_uses(m: ModelConfig) -> Iterator[tuple[str, bool, str]]:
