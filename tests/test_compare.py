@@ -329,7 +329,7 @@ def test_no_row_is_trained_on_half_a_search(tmp_path, monkeypatch):
     ended, tried = [75, 0, 0, 76, 76], []
 
     class Children(running.Children):
-        def run(self, command, what, accepted=()):
+        def run(self, command, what):
             tried.append(what)
             code = ended.pop(0)
             if code == 75:

@@ -1,10 +1,9 @@
-"""The two processes that a table starts beside its runs, and that take the devices as these do.
+"""The processes that a table starts beside its runs: it must leave the devices to them.
 
     python -m uoe_jax.compare.child check CONFIG       whether a run can start; CONFIG is JSON
     python -m uoe_jax.compare.child measure WORKDIR    after the runs; writes WORKDIR/measured.json
 
-Input that cannot be used ends them with exit code 2 and a sentence. What was checked finds the data
-prepared.
+They end with exit code 2 and a sentence for input that cannot be used.
 """
 
 import json

@@ -2,8 +2,7 @@
 
 Times of separate runs cannot be compared on a machine that does other things as well. Here a row's
 step and the reference's are measured in turn, round by round: the relative time is the median over
-rounds of the ratio within a round. Memory is what the compiler needs for the step on one device:
-arguments and temporary buffers.
+rounds of the ratio within a round. Memory is the compiler's figure for a step on one device.
 """
 
 import collections

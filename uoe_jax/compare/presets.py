@@ -1,15 +1,12 @@
-"""Architectures of the paper's tables by name: the keys that make a model one of them.
+"""Architectures of the paper's tables by name: the keys of blocks that make a model one of them.
 
-A preset changes the blocks of a configuration and their sections, nothing else. Matched by width,
-the experts of a mixture together are as wide as the dense MLP. Numbers of experts follow the
-released code on Long Range Arena where it has them (DeepSeek-MoE: 3 of 7 and one shared;
-Skywork-MoE: 2 of 4; XMoE: many small ones); the others are small ones chosen here.
-No jax is imported.
+Numbers of experts follow the released code on Long Range Arena where it has them (DeepSeek-MoE: 3
+of 7 and one shared; Skywork-MoE: 2 of 4; XMoE: many small ones); the others are small ones chosen
+here. No jax is imported.
 """
 
 import copy
 import math
-from types import MappingProxyType
 from typing import Any, Mapping
 
 from uoe_jax.config.baselines import MLPS, SECTIONS, UNIONS
@@ -57,19 +54,14 @@ PRESETS: dict[str, Changes] = {
 }
 
 
-def apply(
-    name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = MappingProxyType({})
-) -> dict[str, Any]:
+def apply(name: str, model: Mapping[str, Any], changes: Changes | None = None) -> dict[str, Any]:
     """The `model` section, as nested dicts, with a preset's blocks and a row's own changes.
 
-    Sizes that follow from the model's are filled in (`_derived`). Sections of blocks that the row
-    does not have are dropped.
-
-    Raises ConfigError: the hidden width is too small for its experts; a change, or all that the
-    preset changes, is of blocks that the row does not have.
+    Sections of other blocks are dropped. Raises ConfigError where the hidden width is too small for
+    its experts, or where a change, or all that the preset changes, is of other blocks.
     """
-    preset, out = PRESETS[name], copy.deepcopy(dict(model))
-    for key, value in (preset | dict(changes)).items():
+    preset, changes, out = PRESETS[name], changes or {}, copy.deepcopy(dict(model))
+    for key, value in (preset | changes).items():
         put(out, key, value)
     own = {SECTIONS.get(out["attention"]), SECTIONS.get(out["mlp"])}
     blocks = f"{out['attention']} + {out['mlp']}"
@@ -88,12 +80,12 @@ def apply(
     return out
 
 
-def _derived(name: str, model: Mapping[str, Any], changes: Mapping[str, Any]) -> Changes:
+def _derived(name: str, model: Mapping[str, Any], changes: Changes) -> Changes:
     """Keys that follow from the model's sizes, unless the row sets them.
 
-    Experts are `d_hidden` / parts wide and count their capacity in the windows of the base's UoME.
-    MLA's latents are D/2 wide, as in the released code. MoH shares a quarter of the heads, and a
-    token chooses half of the others, at least two.
+    A mixture's experts together are as wide as the dense MLP, with the capacity windows of the
+    base's UoME. MLA's latents are D/2 wide, as in the released code. MoH shares a quarter of the
+    heads, and a token chooses half of the others, at least two.
     """
     out: Changes = {}
     heads, hidden, parts = model["n_heads"], model["d_hidden"], hidden_parts(model)

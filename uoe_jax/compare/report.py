@@ -59,7 +59,7 @@ def as_markdown(table: Table, found: list[Result], measured: dict[str, Any]) -> 
         cells = [r.name + " *" * (abs(r.miss) > SMALLEST_MISS)]
         cells.append(spread(r.finals.values(), measure.digits))
         cells.append(str(len(r.finals)) + f" ({r.diverged} diverged)" * bool(r.diverged))
-        cells += _measured_cells(r.measured)
+        cells += _measured_cells(r.measured) if r.measured else ["not measured"] * 6
         if table.rates:
             cells.append("none" if r.rate is None else f"{r.rate:g}")
         lines.append(_line(cells))
@@ -67,8 +67,6 @@ def as_markdown(table: Table, found: list[Result], measured: dict[str, Any]) -> 
 
 
 def _measured_cells(m: dict[str, float]) -> list[str]:
-    if not m:
-        return ["not measured"] * 6
     counts = [f"{m[key] / 1e6:.3f} M" for key in ("parameters", "active_parameters")]
     time = f"{m['ratio']:.2f} ({m['ratio_low']:.2f}-{m['ratio_high']:.2f})"
     memory = [f"{m['bytes'] / 1e6:.1f} MB", f"{m['kept_bytes_per_row'] / 1e3:.0f} kB"]

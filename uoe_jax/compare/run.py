@@ -3,10 +3,6 @@
 Every run is an ordinary `uoe train` in a process of its own, with a workdir of its own: it resumes
 where it was stopped, and can be evaluated or exported like any other. A finished run is not
 started again. `workspace` lists the files.
-
-    1. where learning rates are given, a short run of every row with each; the best is kept
-    2. the run of every row and seed
-    3. in one process, interleaved: time, memory and FLOPs of a step of every row
 """
 
 import ctypes
@@ -124,23 +120,17 @@ def claim(table: Table, workdir: epath.Path) -> None:
 
 
 def planned_runs(table: Table, workdir: epath.Path, rates: files.Rates) -> Iterator[PlannedRun]:
-    """Seed by seed, so that a table that is stopped early holds all rows.
-
-    A row whose learning rates all diverged (None in `rates`) has no run.
-    """
+    """Seed by seed, so that a table that is stopped early holds all rows."""
     for seed in range(table.config.seeds):
         for row in table.rows:
-            if rates.get(row.slug, 0.0) is not None:
+            if rates.get(row.slug, 0.0) is not None:  # None: all learning rates diverged
                 config = _with(row.config, rates.get(row.slug), seed=seed)
                 what = f"{row.name}, seed {seed}"
                 yield PlannedRun(row, config, files.seed_dir(workdir, row.slug, seed), what)
 
 
 def search_rates(table: Table, workdir: epath.Path, children: "Children") -> files.Rates:
-    """The learning rate of every row that is best on validation in a short run; None: all diverged.
-
-    No row is trained on half a search: where that is stopped, Stopped is raised.
-    """
+    """The learning rate of every row that is best on validation in a short run."""
     known = files.read_losses(workdir)
     for row in table.rows:
         losses = known.setdefault(row.slug, {})
@@ -179,8 +169,7 @@ def train(run: PlannedRun, children: "Children") -> None:
     file = run.workdir.with_name(f"{run.workdir.name}.json")
     write_json(file, to_dict(run.config))
     command = ["uoe_jax", "train", f"--config={file}", f"--workdir={run.workdir}"]
-    code = children.run(command, run.what, accepted=(errors.EXIT_BAD_NUMBERS,))
-    if code == errors.EXIT_BAD_NUMBERS:
+    if children.run(command, run.what) == errors.EXIT_BAD_NUMBERS:
         (run.workdir / files.DIVERGED).touch()
 
 
@@ -203,8 +192,8 @@ class Children:
         self.stopped = False
         self._child: subprocess.Popen[bytes] | None = None
 
-    def run(self, command: Sequence[str], what: str, accepted: Sequence[int] = ()) -> int:
-        """Runs `python -m command`; returns its exit code, 0 or one of `accepted`."""
+    def run(self, command: Sequence[str], what: str) -> int:
+        """Runs `python -m command`; returns its exit code, 0 or that of bad numbers."""
         if self.stopped:
             raise Stopped
         print(f"== {what}", file=sys.stderr, flush=True)
@@ -223,7 +212,7 @@ class Children:
             raise Stopped
         if code == errors.EXIT_BAD_INPUT:
             raise Refused
-        if code != errors.EXIT_DONE and code not in accepted:
+        if code not in (errors.EXIT_DONE, errors.EXIT_BAD_NUMBERS):
             raise RunError(f"{what}: ended with exit code {code} (above); {errors.AGAIN}")
         return code
 

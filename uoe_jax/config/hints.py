@@ -93,9 +93,8 @@ def _last(name: str) -> str:
 def nearest_key(name: str) -> str:
     """The known key that an unknown name most likely means.
 
-    A key of the same name, or with this name in another trainer, comes first: of several the one
-    that shares most sections with the name. Then comes a close spelling in the same section, then
-    the closest of all keys.
+    First comes one with this name, here or in another trainer: of several the one that shares most
+    sections. Then comes a close spelling in the same section, then the closest of all keys.
     """
     *parents, last = name.split(".")
     sections = [_SECTION_OF.get(part, part) for part in parents]

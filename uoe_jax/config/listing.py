@@ -2,14 +2,16 @@
 
 import difflib
 import fnmatch
+import itertools
 import json
 import operator
 import re
 import textwrap
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple
 
 from uoe_jax.config.fields import INT32_MAX, leaves, printable
 from uoe_jax.config.hints import ALL_KEYS, nearest_key
+from uoe_jax.config.schema import Config
 from uoe_jax.errors import UserError
 
 WIDTH = 100
@@ -49,30 +51,8 @@ class Key(NamedTuple):
         return f"{'Whole number' if self.kind is int else 'Number'} {limits}".rstrip()
 
 
-class Section(NamedTuple):
-    """A section: dotted name (empty for the whole configuration), class, and its own keys."""
-
-    name: str
-    cls: type
-    keys: list[Key]
-
-    @property
-    def doc(self) -> str:
-        return " ".join((self.cls.__doc__ or "").split())
-
-
-def sections(config: Any) -> list[Section]:
-    """Every section of a configuration that has keys of its own."""
-    found: dict[str, Section] = {}
-    for key in (Key(*leaf) for leaf in leaves(config)):
-        name = key.name.rpartition(".")[0]
-        section = operator.attrgetter(name)(config) if name else config
-        found.setdefault(name, Section(name, type(section), [])).keys.append(key)
-    return [*found.values()]
-
-
-def selected(config: Any, pattern: str | None, changed: bool) -> list[Section]:
-    """The sections with only those keys that match and, if `changed`, differ from their defaults.
+def selected(config: Any, pattern: str | None, changed: bool) -> list[Key]:
+    """The keys that match and, if `changed`, differ from their defaults.
 
     pattern: part of a dotted key, or a glob (`*`, `?`, `[`) of a whole one; UserError where it
     matches no key.
@@ -83,19 +63,23 @@ def selected(config: Any, pattern: str | None, changed: bool) -> list[Section]:
         close = difflib.get_close_matches(glob, ALL_KEYS, n=3)
         near = ", ".join(dict.fromkeys([nearest_key(glob), *close]))
         raise UserError(f"{printable(glob)}: no key matches; the nearest are {near}")
-    out = []
-    for section in sections(config):
-        keys = [k for k in section.keys if k.name in names and (k.changed or not changed)]
-        out += [section._replace(keys=keys)] if keys else []
-    return out
+    keys = (Key(*leaf) for leaf in leaves(config))
+    return [key for key in keys if key.name in names and (key.changed or not changed)]
 
 
-def as_text(found: list[Section]) -> str:
+def _sections(config: Any, keys: Iterable[Key]) -> Iterator[tuple[str, str, list[Key]]]:
+    """(dotted name, documentation, keys) of every section that has some of these keys."""
+    for name, own in itertools.groupby(keys, lambda key: key.name.rpartition(".")[0]):
+        section = operator.attrgetter(name)(config) if name else config
+        yield name, " ".join(section.__doc__.split()), [*own]
+
+
+def as_text(found: list[Key]) -> str:
     """Two lines or more per key, at most 100 columns wide; changed keys are marked by `*`."""
     lines = []
-    for section in found:
-        lines += ["", *textwrap.wrap(f"[{section.name}] {section.doc}", WIDTH)]
-        for key in section.keys:
+    for name, doc, keys in _sections(Config(), found):
+        lines += ["", *textwrap.wrap(f"[{name}] {doc}", WIDTH)]
+        for key in keys:
             free = "  (may change on resume)" if key.meta["free"] else ""
             lines.append(f"{'*' if key.changed else ' '} {key.name} = {_shown(key.value)}{free}")
             about = f"{key.doc} {key.range}; default {_shown(key.meta['default'])}."
@@ -103,10 +87,10 @@ def as_text(found: list[Section]) -> str:
     return "\n".join(lines[1:]) or "no key is changed from its default"
 
 
-def as_json(found: list[Section]) -> str:
+def as_json(found: list[Key]) -> str:
     """One JSON object per line and key; bounds that a key does not have are null."""
     lines = []
-    for key in (key for section in found for key in section.keys):
+    for key in found:
         names = ("default", "low", "above", "high", "choices", "free", "doc")
         declared = {name: key.meta[name] for name in names}
         declared["choices"] = list(declared["choices"])
@@ -117,16 +101,16 @@ def as_json(found: list[Section]) -> str:
 
 def as_markdown(config: Any) -> str:
     """A heading, the docstring and a table for every section; sections of one class share them."""
-    by_class: dict[type, list[Section]] = {}
-    for section in sections(config):
-        by_class.setdefault(section.cls, []).append(section)
+    by_doc: dict[str, dict[str, list[Key]]] = {}
+    for name, doc, keys in _sections(config, (Key(*leaf) for leaf in leaves(config))):
+        by_doc.setdefault(doc, {})[name] = keys
     lines = []
-    for same in by_class.values():
-        if same[0].name:
-            lines += [f"## {', '.join(f'`{section.name}`' for section in same)}", ""]
-        lines += [_escaped(same[0].doc), ""]
+    for doc, same in by_doc.items():
+        if any(same):
+            lines += [f"## {', '.join(f'`{name}`' for name in same)}", ""]
+        lines += [_escaped(doc), ""]
         lines += ["| key | default | values | resume | meaning |", "|---|---|---|---|---|"]
-        for key in same[0].keys:
+        for key in next(iter(same.values())):
             name, free = key.name.rpartition(".")[2], "free" if key.meta["free"] else ""
             cells = (f"`{name}`", f"`{_shown(key.meta['default'])}`", _escaped(key.range), free)
             lines.append(f"| {' | '.join(cells)} | {_escaped(key.doc)} |")

@@ -40,8 +40,8 @@ class RoutingConfig:
     def window_capacity(self, window: int | None = None) -> int:
         """Slots per expert in a window of patches: ceil(cf * window * K / N), in 1..window.
 
-        Where the whole sequence chooses, every patch goes to a chosen expert: ceil(cf * window).
-        The factor is taken as the decimal that was written: binary rounding moves no slot.
+        Where the whole sequence chooses: ceil(cf * window). The factor counts as the decimal that
+        was written: binary rounding moves no slot.
         """
         window = self.capacity_window if window is None else window
         share = Fraction(self.k, self.n_experts) if self.unit == "patch" else 1

@@ -182,7 +182,7 @@ class ModelConfig:
         out: dict[str, RoutingConfig] = {}
         if self.attention in ("mosa", "moh"):
             out[self.attention] = getattr(self, self.attention).routing(self.n_heads)
-        out |= {name: getattr(self, name) for name in (self.attention, self.mlp) if name in UNIONS}
+        out |= self.unions()
         if self.mlp in MLPS:
             out[self.mlp] = self.moe.routing(self.mlp)
         return out
@@ -193,7 +193,7 @@ class ModelConfig:
 
     def unions(self) -> dict[str, RoutingConfig]:
         """Those of `routed` that are unions of experts."""
-        return {name: r for name, r in self.routed().items() if name in UNIONS}
+        return {name: getattr(self, name) for name in (self.attention, self.mlp) if name in UNIONS}
 
     @property
     def patch_multiple(self) -> int:

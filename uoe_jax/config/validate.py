@@ -131,12 +131,8 @@ def _check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
 def check_training(c: Config, vocab_size: int, tokenizer: Tokenizer | None) -> None:
     """Checks what `uoe train` needs of a valid configuration, before data are read.
 
-    Args:
-      vocab_size: of the data; 0 if not known yet.
-      tokenizer: of the text; None if there is none, or if its vocabulary is not counted yet.
-
-    Raises:
-      ConfigError: data and model do not fit, a key has no effect, or the prompt is too long.
+    vocab_size: of the data; 0 if not known yet. tokenizer: of the text; None if there is none, or
+    if its vocabulary is not counted yet.
     """
     check_source(c)
     _check_used(c)
@@ -255,10 +251,10 @@ def check_run(c: Config) -> None:
 
 
 def check_sizes(c: Config, mesh: Mapping[str, int]) -> None:
-    """Checks that the axes of a mesh divide what they shard, and groups of rows a device's rows.
+    """Checks that the axes of a mesh (axis -> size) divide what they shard.
 
-    mesh: axis -> size. While the number of devices is unknown, an axis of -1 counts as 1: sizes
-    that do not fit a smaller mesh do not fit the whole one either.
+    While the number of devices is unknown, an axis of -1 counts as 1: sizes that do not fit a
+    smaller mesh do not fit the whole one either.
     """
     m, shards = c.model, mesh["replica"] * mesh["data"] * mesh["fsdp"]
     rows = c.train.batch_size // c.train.accumulation
