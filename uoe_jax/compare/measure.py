@@ -38,9 +38,9 @@ Measured = dict[str, dict[str, float]]  # by row
 Refused = tuple[str, int, str]  # row, length, and why it is not measured there
 
 
-def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+def drawn_batch(config: Config) -> dict[str, np.ndarray]:
     """A training batch without padding, of random tokens or pixels."""
-    rng, m = np.random.default_rng(seed), config.model
+    rng, m = np.random.default_rng(0), config.model
     values, classes = 256 if m.stem == "image" else m.vocab_size, m.classifier.n_classes
     below = dict(tokens=values, targets=values, inputs=values, label=classes, other=classes)
     out = {}
@@ -154,17 +154,6 @@ def at_length(config: Config, length: int) -> Config:
     return from_dict(values)
 
 
-def at_lengths(configs: Configs, length: int) -> tuple[Configs, list[Refused]]:
-    """The rows at a length, and those whose blocks refuse it."""
-    out, refused = {}, []
-    for name, config in configs.items():
-        try:
-            out[name] = at_length(config, length)
-        except ConfigError as error:
-            refused.append((name, length, str(error)))
-    return out, refused
-
-
 def trained_rows(workdir: epath.Path, table: dict[str, Any], reference: str) -> Configs:
     """Configurations of the rows that finished or diverged, with the reference's mesh and remat."""
     # Mesh and remat may change between the runs of a table.
@@ -204,8 +193,12 @@ def measure(workdir_name: str) -> None:
     swept, refused = [], []
     for length in lengths:
         print(f"   a step of one row of {length} tokens", file=sys.stderr, flush=True)
-        own, unfit = at_lengths(configs, length)
-        refused += unfit
+        own = {}
+        for slug, config in configs.items():
+            try:
+                own[slug] = at_length(config, length)
+            except ConfigError as error:
+                refused.append((slug, length, str(error)))
         if reference in own:
             rounds = max(FEWEST_ROUNDS, min(table["rounds"], 2048 // length))
             timed, unfit = side_by_side(own, reference, rounds)

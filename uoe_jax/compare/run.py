@@ -177,9 +177,10 @@ def measure(table: Table, workdir: epath.Path, children: "Children") -> None:
     """Measures all trained rows anew, so that figures of two machines or versions do not mix."""
     if not (files.seed_dir(workdir, table.reference.slug, 0) / "config.json").exists():
         why = "every learning rate diverged, and others are measured by it"
-        remedy = f"config.learning_rates than {table.config.learning_rates!r}"
-        row = table.config.reference
-        raise RunError(f"row {row!r}: {why}; give another --workdir and other {remedy}")
+        remedy = f"other config.learning_rates than {table.config.learning_rates!r}"
+        raise RunError(
+            f"row {table.config.reference!r}: {why}; give another --workdir and {remedy}"
+        )
     (workdir / files.MEASURED).unlink(missing_ok=True)
     command = ["uoe_jax.compare.child", "measure", str(workdir)]
     children.run(command, "measuring the rows side by side")

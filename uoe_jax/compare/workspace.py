@@ -95,15 +95,12 @@ class Measure(NamedTuple):
     digits: int = 4
 
 
-PER_BYTE = Measure("bits_per_byte", "bits per byte", True)
-ACCURACY = Measure("accuracy", "% right", False, 100, 2)
-PER_WORD = Measure("word_perplexity", "perplexity per word", True, digits=2)
-
-
 def measure_of(config: Config) -> Measure:
     if config.model.task == "classify":
-        return ACCURACY
-    return PER_WORD if config.data.tokenizer == "words" else PER_BYTE
+        return Measure("accuracy", "% right", False, 100, 2)
+    if config.data.tokenizer == "words":
+        return Measure("word_perplexity", "perplexity per word", True, digits=2)
+    return Measure("bits_per_byte", "bits per byte", True)
 
 
 class Result(NamedTuple):

@@ -42,9 +42,7 @@ class MoEConfig:
     logit_scale: float = key(1.0, "standard deviation of logits (skywork_moe)", above=0, high=1e3)
     balance_weight: float = key(0.01, "weight of the Switch load-balancing loss", low=0, high=1e3)
     # Skywork's adaptive weight is the moving average of min(rate * dropped share, most), per layer.
-    adaptive_rate: float = key(
-        0.0, "adaptive weight per share of dropped tokens (skywork_moe); 0: off", low=0, high=1e3
-    )
+    adaptive_rate: float = key(0.0, "adaptive weight per dropped share; 0: off", low=0, high=1e3)
     adaptive_most: float = key(0.01, "upper limit of that adaptive weight", low=0, high=1e3)
     adaptive_decay: float = key(0.99, "decay of its moving average", low=0, high=1)
     bias_rate: float = key(0.0, "step of loss-free balancing (deepseek_moe); 0: off", low=0, high=1)

@@ -44,11 +44,12 @@ def check_model(m: ModelConfig) -> None:
 
 
 def _check_rope_scaling(m: ModelConfig) -> None:
-    if m.rope_scaling and m.position != "rope":
-        position = f"config.model.position={m.position!r}"
-        raise wrong(m, "rope_scaling", f"is for rotary positions, and {position}; use ''")
+    if not m.rope_scaling:
+        return
+    if m.position != "rope":
+        raise wrong(m, "rope_scaling", f"is for model.position='rope', not {m.position!r}; use ''")
     try:
-        factor, low, high, length = m.rope_stretch or (1, 1, 2, 1)
+        factor, low, high, length = m.rope_stretch or (0.0, 0.0, 0.0, 0.0)
     except ValueError:
         factor = 0.0
     if not (1 <= factor < 1e6 and 0 < low < high < 1e6 and 1 <= length < 1e12):
@@ -112,11 +113,10 @@ def _check_routing(name: str, r: RoutingConfig, m: ModelConfig) -> None:
         owns = f"must divide {heads}, as every expert owns its heads"
         raise wrong(m, "smha.n_experts", f"{owns}: {divisors(m.kv_heads)}")
     if r.sequence_capacity_factor and r.unit == "patch":
-        remedy = "bounds sequences, but each patch chooses; use 0, or another unit than 'patch'"
+        remedy = "bounds whole sequences, but each patch chooses; use 0, or another unit"
         raise wrong(m, f"{name}.sequence_capacity_factor", remedy)
     if r.sequence_capacity_factor and r.dispatch == "onehot":
-        remedy = "cannot bound sequences (sequence_capacity_factor); use 'auto'"
-        raise wrong(m, f"{name}.dispatch", remedy)
+        raise wrong(m, f"{name}.dispatch", "takes no sequence_capacity_factor; use 'auto'")
     if m.causal and r.unit != "patch":
         why = "in a causal model the sequence is not known yet when its first patch is routed"
         raise wrong(m, f"{name}.unit", f"{why}; use unit='patch'")

@@ -21,8 +21,7 @@ def check_baselines(m: ModelConfig) -> None:
     """Checks those blocks of a model that are baselines."""
     for place, block in (("attention", m.attention), ("mlp", m.mlp)):
         if m.causal and block in NOT_CAUSAL:
-            why = f"{NOT_CAUSAL[block]}, so it cannot be causal"
-            raise wrong(m, place, f"{why}; choose another, or causal=False")
+            raise wrong(m, place, f"{NOT_CAUSAL[block]}; choose another, or causal=False")
     if m.mlp in MLPS:
         _check_mixture(m)
     if m.attention in ATTENTIONS:
@@ -47,8 +46,7 @@ def _check_attention(m: ModelConfig) -> None:
         why = f"{name} has no attention weights to drop"
         raise wrong(m, "attention_dropout", f"{why}; use 0, or model.dropout")
     if m.attention in ("mosa", "mla", "reformer") and m.kv_heads != m.n_heads:
-        remedy = f"every head of {name} has its own keys; give n_heads={m.n_heads}, or 0"
-        raise wrong(m, "n_kv_heads", remedy)
+        raise wrong(m, "n_kv_heads", f"every head of {name} has keys; give {m.n_heads}, or 0")
     if m.attention in ("mla", "reformer") and m.qk_norm:
         raise wrong(m, "qk_norm", f"{name} has its own norms; use False")
     if m.attention == "mla" and m.position == "rope" and m.rotary_dim % 2:
