@@ -39,10 +39,7 @@ def parse_value(name: str, text: str) -> Any:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Builds and validates a Config from nested mappings; missing keys keep their defaults.
-
-    Raises UserError for an unknown key, and ConfigError for a value that cannot be used.
-    """
+    """The validated Config of nested mappings, other keys at their defaults. Raises UserError."""
     config = _section(Config(), values, "")
     check_model(config.model)
     check_run(config)
@@ -110,9 +107,9 @@ def find_config(name: str) -> tuple[Path | epath.Path, str]:
 
 
 def evaluate(name: str, remedy: str = GET_CONFIG) -> dict[str, Any]:
-    """The nested dicts that a config file's `get_config` returns, or that a .json file holds.
+    """The nested dicts of a config file's `get_config` or of a .json file.
 
-    Raises UserError, which ends with `remedy`, where the file cannot be read or run.
+    remedy: ends the UserError for a file that cannot be read or run.
     """
     path, variant = find_config(name)
     try:
@@ -146,10 +143,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def resolve(name: str | None, overrides: Mapping[str, str]) -> Config:
-    """The configuration of `--config` (None: the defaults) with overrides.
-
-    Raises UserError: the file cannot be read or run, a key is unknown, or a value unusable.
-    """
+    """The configuration of `--config` (None: the defaults) with overrides. Raises UserError."""
     values = to_dict(Config()) if name is None else evaluate(name)
     for key, text in overrides.items():
         put(values, key, parse_value(key, text))

@@ -84,7 +84,7 @@ class ModelConfig:
     dtype: str = key("float32", "compute dtype; parameters are float32", choices=DTYPES)
     # Under fsdp, "none" also keeps the gathered weights for the backward pass.
     remat: str = free_key(
-        "slots", "recompute nothing, slots and scores, all but matmuls, or layers", choices=REMAT
+        "slots", "remat policy: recompute none, slots, all but matmuls, or layers", choices=REMAT
     )
     smha: RoutingConfig = RoutingConfig()
     uome: RoutingConfig = RoutingConfig()

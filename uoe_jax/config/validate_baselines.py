@@ -2,7 +2,7 @@
 
 from typing import Iterator
 
-from uoe_jax.config.baselines import ATTENTIONS, MLPS, NOT_CAUSAL, SECTIONS, UNIONS
+from uoe_jax.config.baselines import ATTENTIONS, MLPS, NOT_CAUSAL
 from uoe_jax.config.fields import wrong
 from uoe_jax.config.schema import ModelConfig
 
@@ -46,7 +46,7 @@ def _check_attention(m: ModelConfig) -> None:
         why = f"{name} has no attention weights to drop"
         raise wrong(m, "attention_dropout", f"{why}; use 0, or model.dropout")
     if m.attention in ("mosa", "mla", "reformer") and m.kv_heads != m.n_heads:
-        raise wrong(m, "n_kv_heads", f"every head of {name} has keys; give {m.n_heads}, or 0")
+        raise wrong(m, "n_kv_heads", f"heads of {name} have own keys; give {m.n_heads}, or 0")
     if m.attention in ("mla", "reformer") and m.qk_norm:
         raise wrong(m, "qk_norm", f"{name} has its own norms; use False")
     if m.attention == "mla" and m.position == "rope" and m.rotary_dim % 2:
@@ -68,12 +68,10 @@ def baseline_uses(m: ModelConfig) -> Iterator[tuple[str, bool, str]]:
 
     The sections of unions are left out: config files set them for variants with other blocks too.
     """
-    for section in dict.fromkeys(SECTIONS.values()):
-        blocks = [b for b, name in SECTIONS.items() if name == section and b not in UNIONS]
-        wanted = (f"model.{'mlp' if b in MLPS else 'attention'}={b!r}" for b in blocks)
-        if blocks:
-            used = m.attention in blocks or m.mlp in blocks
-            yield f"model.{section}.", used, f"is for {' or '.join(wanted)}"
+    for name in ATTENTIONS:
+        yield f"model.{name}.", m.attention == name, f"is for model.attention={name!r}"
+    mixtures = " or ".join(f"model.mlp={name!r}" for name in MLPS)
+    yield "model.moe.", m.mlp in MLPS, f"is for {mixtures}"
     for block, names in OF_ONE_MIXTURE.items():
         for name in names:
             yield f"model.moe.{name}", m.mlp == block, f"is for model.mlp={block!r}"
