@@ -333,7 +333,7 @@ def test_no_row_is_trained_on_half_a_search(tmp_path, monkeypatch):
             tried.append(what)
             code = ended.pop(0)
             if code == 75:
-                raise running.Stopped
+                raise running.Ended(75)
             if code == 0:
                 place = (
                     tmp_path
@@ -354,7 +354,7 @@ def test_no_row_is_trained_on_half_a_search(tmp_path, monkeypatch):
             return code
 
     workdir = locate(str(tmp_path))
-    with pytest.raises(running.Stopped):
+    with pytest.raises(running.Ended, match="75"):
         search_rates(found, workdir, Children())
     assert search_rates(found, workdir, Children()) == {"full-attention": 0.001, "uoe": None}
     assert tried == [f"full_attention, learning rate {r}" for r in ("0.001", "0.001", "0.003")] + [
@@ -412,7 +412,7 @@ def test_a_child_that_fails_is_an_error_and_one_that_stops_a_stop():
         ):
             children.run(["uoe_jax.no_such_module"], "odd")
         children.stopped = True
-        with pytest.raises(running.Stopped):
+        with pytest.raises(running.Ended, match="75"):
             children.run(["json.tool", "--help"], "late")
 
 

@@ -45,12 +45,8 @@ class PlannedRun(NamedTuple):
     what: str  # its name for the user
 
 
-class Stopped(Exception):
-    """This process or a child was asked to stop."""
-
-
-class Refused(Exception):
-    """A child refused its input, and has printed why."""
+class Ended(Exception):
+    """A child was asked to stop, or refused its input and has printed why; holds the exit code."""
 
 
 def compare(table: Table, workdir_name: str) -> int:
@@ -70,10 +66,8 @@ def compare(table: Table, workdir_name: str) -> int:
             for run in planned_runs(table, workdir, rates):
                 train(run, children)
             measure(table, workdir, children)
-    except Stopped:
-        return errors.EXIT_STOPPED
-    except Refused:
-        return errors.EXIT_BAD_INPUT
+    except Ended as ended:
+        return ended.args[0]
     finally:
         release(workdir)
     return errors.EXIT_DONE
@@ -196,7 +190,7 @@ class Children:
     def run(self, command: Sequence[str], what: str) -> int:
         """Runs `python -m command`; returns its exit code, 0 or that of bad numbers."""
         if self.stopped:
-            raise Stopped
+            raise Ended(errors.EXIT_STOPPED)
         print(f"== {what}", file=sys.stderr, flush=True)
         # In a process group of its own, so that Ctrl-C reaches it once, from here.
         self._child = subprocess.Popen(
@@ -210,9 +204,9 @@ class Children:
         code = self._child.wait()
         self._child = None
         if code == errors.EXIT_STOPPED or self.stopped and code:
-            raise Stopped
+            raise Ended(errors.EXIT_STOPPED)
         if code == errors.EXIT_BAD_INPUT:
-            raise Refused
+            raise Ended(code)
         if code not in (errors.EXIT_DONE, errors.EXIT_BAD_NUMBERS):
             raise RunError(f"{what}: ended with exit code {code} (above); {errors.AGAIN}")
         return code

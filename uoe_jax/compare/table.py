@@ -241,9 +241,6 @@ def _validated(name: str, values: Mapping[str, Any]) -> Config:
         config = config_lib.from_dict(values)
         check_training(config, *known_vocabulary(config))
         return config
-    except ConfigError as error:
-        remedy = str(error).removeprefix(f"{error.key}={error.value!r}: ")
-        raise ConfigError(error.key, error.value, f"(in the row {name!r}) {remedy}") from error
     except UserError as error:
         raise UserError(f"row {name!r}: {error}") from error
 
