@@ -72,18 +72,11 @@ ALIASES = {
     "train.steps": "epochs iters max_iters max_steps n_steps num_steps total_steps train_steps"
     " training_steps",
 }
-# Section -> names that a user may give it.
-SECTION_ALIASES = {
-    "data": "dataset",
-    "generate": "generation sampling",
-    "optimizer": "optim",
-    "smha": "attention attn",
-    "train": "trainer training",
-    "uome": "experts feed_forward ffn mlp router",
-}
-_SECTION_OF = {
-    name: section for section, names in SECTION_ALIASES.items() for name in names.split()
-}
+# What a user may call a section.
+_SECTIONS = "dataset=data generation=generate sampling=generate optim=optimizer trainer=train"
+_SECTIONS += " training=train attention=smha attn=smha experts=uome feed_forward=uome ffn=uome"
+_SECTIONS += " mlp=uome router=uome"
+_SECTION_OF = dict(name.split("=") for name in _SECTIONS.split())
 
 
 def _last(name: str) -> str:

@@ -70,7 +70,7 @@ def check_cutoffs(m: ModelConfig, vocab_size: int) -> None:
     if m.task != "language":
         raise wrong(m, "cutoffs", "a classifier has no vocabulary; use '', or task='language'")
     if cutoffs[0] < 1 or any(a >= b for a, b in zip(cutoffs, cutoffs[1:])):
-        raise wrong(m, "cutoffs", "each must be larger than the one before, from 1 on")
+        raise wrong(m, "cutoffs", "each must be larger than the one before, the first at least 1")
     if vocab_size and cutoffs[-1] >= vocab_size:
         raise wrong(m, "cutoffs", f"the vocabulary has {vocab_size} entries; stay below that")
     if m.d_model % m.cutoff_div ** len(cutoffs):
@@ -178,8 +178,6 @@ def _check_used(c: Config) -> None:
     facts = SOURCES[d.source].facts
     text = facts is None or facts.text
     no_files = f"data.source={d.source!r} has no files; leave it out"
-    no_text = f"is for text, and data.source={d.source!r} has none"
-    files = "is for data.tokenizer='bpe' or 'library'"
     generated = "is for generated images: source='pathfinder' without data.path"
     # (a key, or a section with its dot; whether it has an effect; the remedy)
     uses = [
@@ -193,8 +191,8 @@ def _check_used(c: Config) -> None:
         ("data.buckets", classify and (text or d.source == "listops"), "is for labelled text"),
         ("data.sort_window", d.buckets > 1, "is for data.buckets of 2 or more"),
         ("data.min_count", d.tokenizer == "words", "is for data.tokenizer='words'"),
-        ("data.tokenizer_file", d.tokenizer in FROM_FILE, files),
-        ("data.tokenizer", text, no_text),
+        ("data.tokenizer_file", d.tokenizer in FROM_FILE, "is for tokenizer='bpe' or 'library'"),
+        ("data.tokenizer", text, f"is for text, and data.source={d.source!r} has none"),
         ("train.label_smoothing", classify, "is for classifiers (model.task='classify')"),
         ("model.classifier.", classify, "is for classifiers (model.task='classify')"),
         ("model.image.", m.stem == "image", "is for images (model.stem='image')"),
