@@ -21,7 +21,12 @@ def main() -> int:
     try:
         with runtime_env.jax_import_errors():
             if job == "check":
-                _check(given)
+                from uoe_jax.distributed import setup
+                from uoe_jax.train.main import agreed_data
+
+                config = from_dict(json.loads(given))
+                setup.start(config)
+                agreed_data(config, None)
             else:
                 from uoe_jax.compare.measure import measure
 
@@ -30,15 +35,6 @@ def main() -> int:
         runtime_env.notice(str(error))
         return error.exit_code
     return EXIT_DONE
-
-
-def _check(given: str) -> None:
-    from uoe_jax.distributed import setup
-    from uoe_jax.train.main import agreed_data
-
-    config = from_dict(json.loads(given))
-    setup.start(config)
-    agreed_data(config, None)
 
 
 if __name__ == "__main__":
