@@ -266,10 +266,10 @@ class GuardConfig:
     rollbacks: int = free_key(0, "times to roll back instead of a stop", low=0, high=1000)
     peer_timeout_s: float = free_key(10.0, "seconds until all stop if one is lost", low=1, high=1e5)
     hang_timeout_s: float = free_key(
-        300.0, "seconds without progress; 0: no limit", low=0, high=1e6
+        300.0, "seconds without progress until processes stop; 0: off", low=0, high=1e6
     )
     compile_timeout_s: float = free_key(
-        1800.0, "the same in compiling and file IO", low=0, high=1e6
+        1800.0, "the same while compiling, reading or writing", low=0, high=1e6
     )
 
 
