@@ -96,9 +96,7 @@ def rules(table: Table, found: list[Result], measured: dict[str, Any]) -> list[s
     split = "validation, which also chose the learning rate" if rates else "validation"
     if c.eval.test:
         split = "test, read once, of the checkpoint that is best on validation"
-    search = (
-        f"No search: learning rate {c.optimizer.learning_rate:g} and its schedule for every row."
-    )
+    search = f"No search: learning rate {c.optimizer.learning_rate:g} and one schedule everywhere."
     if rates:
         search = f"Same search for every row: learning rates {rates}, {table.search_steps:,} steps "
         search += "each with seed 0, the best on validation."

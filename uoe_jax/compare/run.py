@@ -170,11 +170,9 @@ def train(run: PlannedRun, children: "Children") -> None:
 def measure(table: Table, workdir: epath.Path, children: "Children") -> None:
     """Measures all trained rows anew, so that figures of two machines or versions do not mix."""
     if not (files.seed_dir(workdir, table.reference.slug, 0) / "config.json").exists():
-        why = "every learning rate diverged, and others are measured by it"
-        remedy = f"other config.learning_rates than {table.config.learning_rates!r}"
-        raise RunError(
-            f"row {table.config.reference!r}: {why}; give another --workdir and {remedy}"
-        )
+        row, tried = table.config.reference, table.config.learning_rates
+        why = f"row {row!r}: every learning rate diverged, and others are measured by it"
+        raise RunError(f"{why}; give another --workdir and other rates than {tried!r}")
     (workdir / files.MEASURED).unlink(missing_ok=True)
     command = ["uoe_jax.compare.child", "measure", str(workdir)]
     children.run(command, "measuring the rows side by side")

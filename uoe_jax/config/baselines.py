@@ -54,14 +54,7 @@ class MoEConfig:
         Under expert choice every expert takes the best ceil(factor · L · K / N) of all tokens;
         otherwise capacity is counted in windows.
         """
-        same = (
-            "n_experts",
-            "k",
-            "capacity_factor",
-            "capacity_window",
-            "balance_weight",
-            "z_weight",
-        )
+        same = "n_experts k capacity_factor capacity_window balance_weight z_weight".split()
         out = RoutingConfig(gate="baseline", **{name: getattr(self, name) for name in same})
         if kind == "expert_choice":
             return dataclasses.replace(out, priority="score", balance_weight=0.0)

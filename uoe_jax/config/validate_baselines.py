@@ -6,9 +6,7 @@ from uoe_jax.config.baselines import ATTENTIONS, MLPS, NOT_CAUSAL
 from uoe_jax.config.fields import wrong
 from uoe_jax.config.schema import ModelConfig
 
-NEVER_LEARNS = (
-    "a single rescaled weight is always the same, so the router never learns; give at least 2"
-)
+NEVER_LEARNS = "one rescaled weight is always the same, so the router never learns; give 2 or more"
 # Keys of model.moe that one mixture alone uses.
 OF_ONE_MIXTURE = {
     "deepseek_moe": ("n_shared", "score", "scale", "bias_rate"),
