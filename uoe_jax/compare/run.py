@@ -172,7 +172,7 @@ def measure(table: Table, workdir: epath.Path, children: "Children") -> None:
     if not (files.seed_dir(workdir, table.reference.slug, 0) / "config.json").exists():
         row, tried = table.config.reference, table.config.learning_rates
         why = f"row {row!r}: every learning rate diverged, and others are measured by it"
-        raise RunError(f"{why}; give another --workdir and other rates than {tried!r}")
+        raise RunError(f"{why}; give another --workdir, other config.learning_rates than {tried!r}")
     (workdir / files.MEASURED).unlink(missing_ok=True)
     command = ["uoe_jax.compare.child", "measure", str(workdir)]
     children.run(command, "measuring the rows side by side")

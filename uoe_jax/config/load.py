@@ -96,8 +96,7 @@ def find_config(name: str) -> tuple[Path | epath.Path, str]:
     stem, _, variant = name.partition(":")
     package = Path(__file__).parents[1]
     folders = (package / "configs", package.parent / "configs")
-    shipped = [] if stem.endswith(".py") else [folder / f"{stem}.py" for folder in folders]
-    for path in [Path(os.path.expanduser(stem)), *shipped]:
+    for path in (Path(os.path.expanduser(stem)), *(folder / f"{stem}.py" for folder in folders)):
         if os.path.isfile(path):  # unlike Path.is_file, it raises for no name
             return path, variant
     files = ((folder, file) for folder in folders for file in folder.glob("**/[!_]*.py"))
