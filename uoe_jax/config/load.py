@@ -49,8 +49,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def _section(default: Any, values: Any, prefix: str) -> Any:
     """`default` with the values of a mapping; prefix: its dotted name, with a dot behind."""
     if not isinstance(values, Mapping):
-        remedy = "this is a section; set the keys inside it"
-        raise ConfigError(f"config.{prefix[:-1]}", values, remedy)
+        raise ConfigError(f"config.{prefix[:-1]}", values, "this is a section; set its keys")
     fields = {f.name: f for f in dataclasses.fields(default)}
     out = {}
     for name, value in values.items():
