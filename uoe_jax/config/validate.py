@@ -174,23 +174,6 @@ def _check_attention(m: ModelConfig) -> None:
         raise wrong(m, "long_short.window", "half is seen on either side; give an even number")
 
 
-def _baseline_uses(m: ModelConfig) -> Iterator[tuple[str, bool, str]]:
-    """(key, or section with its dot; whether it has an effect; the remedy) for keys of baselines.
-
-    The sections of unions are left out: config files set them for variants with other blocks too.
-    """
-    for name in ATTENTIONS:
-        yield f"model.{name}.", m.attention == name, f"is for model.attention={name!r}"
-    mixtures = " or ".join(f"model.mlp={name!r}" for name in MLPS)
-    yield "model.moe.", m.mlp in MLPS, f"is for {mixtures}"
-    for block, names in OF_ONE_MIXTURE.items():
-        for name in names:
-            yield f"model.moe.{name}", m.mlp == block, f"is for model.mlp={block!r}"
-    idle = "has no effect if experts choose (model.mlp='expert_choice')"
-    for name in ("balance_weight", "capacity_window"):
-        yield f"model.moe.{name}", m.mlp != "expert_choice", idle
-
-
 # --- data and training ---
 
 
@@ -263,8 +246,18 @@ def _check_used(c: Config) -> None:
         ("model.classifier.", classify, "is for classifiers (model.task='classify')"),
         ("model.image.", m.stem == "image", "is for images (model.stem='image')"),
         ("model.vocab_size", m.stem == "tokens", "is for tokens (model.stem='tokens')"),
-        *_baseline_uses(m),
     ]
+    # Not the sections of unions: config files set them for variants with other blocks too.
+    for name in ATTENTIONS:
+        uses.append((f"model.{name}.", m.attention == name, f"is for model.attention={name!r}"))
+    mixtures = " or ".join(f"model.mlp={name!r}" for name in MLPS)
+    uses.append(("model.moe.", m.mlp in MLPS, f"is for {mixtures}"))
+    for block, names in OF_ONE_MIXTURE.items():
+        used, remedy = m.mlp == block, f"is for model.mlp={block!r}"
+        uses += [(f"model.moe.{name}", used, remedy) for name in names]
+    remedy = "has no effect if experts choose (model.mlp='expert_choice')"
+    for name in ("balance_weight", "capacity_window"):
+        uses.append((f"model.moe.{name}", m.mlp != "expert_choice", remedy))
     idle = [(place, remedy) for place, used, remedy in uses if not used]
     for name, value, meta in leaves(c):
         for place, remedy in idle if value != meta["default"] else ():
