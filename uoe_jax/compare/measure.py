@@ -1,11 +1,8 @@
 """Time, memory and FLOPs of a training step of every row of a table, measured in one process.
 
-    python -m uoe_jax.compare.measure WORKDIR      after the runs; writes WORKDIR/measured.json
-
 Times of separate runs cannot be compared on a machine that does other things as well. Here a row's
 step and the reference's are measured in turn, round by round: the relative time is the median over
-rounds of the ratio within a round. Memory is what the compiler needs for the step on one device:
-arguments and temporary buffers.
+rounds of the ratio within a round. Memory is the compiler's figure for a step on one device.
 """
 
 import collections
@@ -29,29 +26,30 @@ from uoe_jax.costs.memory import idle_parameters, kept_bytes
 from uoe_jax.data.pipeline import TrainBatches, default_cache_dir, load
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed import setup
-from uoe_jax.errors import EXIT_DONE, ConfigError, UserError
+from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.models.count import parameters
 from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of
 from uoe_jax.workdir import locate, read_config, write_json
 
 FEWEST_ROUNDS = 5  # of the longest rows, whose steps take long
+Configs = dict[str, Config]  # by row
 Measured = dict[str, dict[str, float]]  # by row
+Refused = tuple[str, int, str]  # row, length, and why it is not measured there
 
 
-def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+def drawn_batch(config: Config) -> dict[str, np.ndarray]:
     """A training batch without padding, of random tokens or pixels."""
-    rng, m = np.random.default_rng(seed), config.model
+    rng, m = np.random.default_rng(0), config.model
+    values, classes = 256 if m.stem == "image" else m.vocab_size, m.classifier.n_classes
+    below = dict(tokens=values, targets=values, inputs=values, label=classes, other=classes)
     out = {}
     for name, (shape, dtype) in task_of(config).shapes(config).items():
-        if name in ("tokens", "targets", "inputs"):
-            high = 256 if m.stem == "image" else m.vocab_size
-            out[name] = rng.integers(0, high, shape).astype(dtype)
+        if name in below:
+            out[name] = rng.integers(0, below[name], shape).astype(dtype)
         elif name == "positions":
-            out[name] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
-        elif name in ("label", "other"):
-            out[name] = rng.integers(0, m.classifier.n_classes, shape).astype(np.int32)
-        else:  # segments, share
+            out[name] = np.broadcast_to(np.arange(shape[1], dtype=dtype), shape).copy()
+        else:
             out[name] = np.ones(shape, dtype)
     return out
 
@@ -59,8 +57,7 @@ def drawn_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 class Step:
     """A compiled training step with a state and a batch of its own.
 
-    Attributes:
-      temporary, bytes: on one device, the step's temporary buffers, without and with its arguments.
+    temporary, bytes: on one device, the step's temporary buffers, without and with its arguments.
     """
 
     def __init__(self, config: Config) -> None:
@@ -87,16 +84,7 @@ class Step:
         return metrics
 
 
-def paired(step: Step, reference: Step, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of both in every round, one after the other; a first round warms up.
-
-    Two at a time, so that a device's memory need not hold all rows.
-    """
-    found = [(reference.seconds(), step.seconds()) for _ in range(rounds + 1)][1:]
-    return [own for _, own in found], [other for other, _ in found]
-
-
-def against(own: list[float], reference: list[float]) -> dict[str, float]:
+def against(own: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
     """The median ratio within a round, the quartiles around it, and the median seconds."""
     ratios = [a / b for a, b in zip(own, reference)]
     low = high = ratios[0]
@@ -106,40 +94,34 @@ def against(own: list[float], reference: list[float]) -> dict[str, float]:
     return {**medians, "ratio_low": low, "ratio_high": high}
 
 
-def side_by_side(
-    configs: dict[str, Config], reference: str, rounds: int
-) -> tuple[Measured, dict[str, str]]:
-    """Step time and memory of every row, measured in turn with the reference.
+def side_by_side(configs: Configs, reference: str, rounds: int) -> tuple[Measured, list[Refused]]:
+    """Step time and memory of every row, measured in turn with the reference, where they fit.
 
-    Rows are not measured at the same time as each other: a row's seconds are its ratio times the
-    reference's.
-
-    Returns:
-      What was measured, and why the device could not run the other rows.
+    Two at a time, so that a device's memory need not hold all rows: a row's seconds are its ratio
+    times the reference's.
     """
-    first, failed = Step(configs[reference]), {}
+    first, failed = Step(configs[reference]), []
     out: Measured = {}
     for name, config in configs.items():
         try:
             step = first if name == reference else Step(config)
-            out[name] = {**against(*paired(step, first, rounds)), "bytes": step.bytes}
+            pairs = [(first.seconds(), step.seconds()) for _ in range(rounds + 1)]
+            others, own = zip(*pairs[1:])  # the first round warms up
+            out[name] = {**against(own, others), "bytes": step.bytes}
         except jax.errors.JaxRuntimeError as error:  # such as too little memory for two models
             if name == reference:
                 raise
-            failed[name] = str(error).partition("\n")[0]
-            print(f"uoe: {name} is not measured: {failed[name]}", file=sys.stderr, flush=True)
+            why = str(error).partition("\n")[0]
+            failed.append((name, config.model.context_length, why))
+            runtime_env.notice(f"{name} is not measured: {why}")
     seconds = out[reference]["seconds"]
     for name, found in out.items():
         found["seconds"] = seconds * (1 if name == reference else found["ratio"])
     return out, failed
 
 
-def batch_lengths(config: Config) -> collections.Counter[int]:
-    """{tokens of a row as blocks see it: batches} of the first training batches with seed 0.
-
-    All rows of a table see the same batches.
-    """
-    c = config
+def batch_lengths(c: Config) -> collections.Counter[int]:
+    """{tokens of a row as blocks see it: batches} of the first training batches with seed 0."""
     if c.data.buckets == 1:
         return collections.Counter({c.model.block_length: 1})
     rows = load(c, default_cache_dir()).train
@@ -172,47 +154,23 @@ def at_length(config: Config, length: int) -> Config:
     return from_dict(values)
 
 
-def over_lengths(
-    configs: dict[str, Config], lengths: Sequence[int], reference: str, rounds: int
-) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
-    """Time and memory of a step of one row by length; (row, length, why) where not measured."""
-    out, refused = [], []
-    for length in lengths:
-        print(f"   a step of one row of {length} tokens", file=sys.stderr, flush=True)
-        own = {}
-        for name, config in configs.items():
-            try:
-                own[name] = at_length(config, length)
-            except ConfigError as error:
-                refused.append((name, length, str(error)))
-        if reference in own:
-            n = max(FEWEST_ROUNDS, min(rounds, 2048 // length))
-            timed, failed = side_by_side(own, reference, n)
-            refused += [(name, length, why) for name, why in failed.items()]
-            out += [{"row": name, "length": length, **found} for name, found in timed.items()]
-    return out, refused
-
-
-def trained_rows(workdir: epath.Path, table: dict[str, Any], reference: str) -> dict[str, Config]:
+def trained_rows(workdir: epath.Path, table: dict[str, Any], reference: str) -> Configs:
     """Configurations of the rows that finished or diverged, with the reference's mesh and remat."""
+    # Mesh and remat may change between the runs of a table.
+    first = read_config(str(files.seed_dir(workdir, reference, 0)))
     configs = {}
     for slug in table["rows"]:
         run = files.seed_dir(workdir, slug, 0)
-        if not (run / "config.json").exists():
-            continue
-        found = read_config(str(run))
-        if files.is_finished(found, run) or files.diverged(run):  # others may be unable to run
-            configs[slug] = found if found.model.vocab_size else with_vocabulary(found, 257)
-    # These may change between the runs of a table.
-    mesh, remat = configs[reference].mesh, configs[reference].model.remat
-    return {
-        slug: replace(c, mesh=mesh, model=replace(c.model, remat=remat))
-        for slug, c in configs.items()
-    }
+        c = read_config(str(run)) if (run / "config.json").exists() else None
+        if c and (files.is_finished(c, run) or files.diverged(run)):  # others may be unable to run
+            c = with_vocabulary(c, c.model.vocab_size or 257)
+            model = replace(c.model, remat=first.model.remat)
+            configs[slug] = replace(c, mesh=first.mesh, model=model)
+    return configs
 
 
-def measure(workdir_name: str) -> int:
-    """Measures the trained rows of a table; returns the exit code."""
+def measure(workdir_name: str) -> None:
+    """Measures the trained rows of a table."""
     workdir = locate(workdir_name)
     table = files.read_table(workdir)
     if table is None:
@@ -232,23 +190,21 @@ def measure(workdir_name: str) -> int:
     if table["length_rows"]:
         wanted = {*table["length_rows"].split(","), table["reference"]}
         configs = {slug: c for slug, c in configs.items() if names[slug] in wanted}
-    swept, refused = over_lengths(configs, lengths, reference, table["rounds"])
-    refused += [(slug, first.model.context_length, why) for slug, why in failed.items()]
+    swept, refused = [], []
+    for length in lengths:
+        print(f"   a step of one row of {length} tokens", file=sys.stderr, flush=True)
+        own = {}
+        for slug, config in configs.items():
+            try:
+                own[slug] = at_length(config, length)
+            except ConfigError as error:
+                refused.append((slug, length, str(error)))
+        if reference in own:
+            rounds = max(FEWEST_ROUNDS, min(table["rounds"], 2048 // length))
+            timed, unfit = side_by_side(own, reference, rounds)
+            refused += unfit
+            swept += [{"row": slug, "length": length, **found} for slug, found in timed.items()]
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     made = {"jax": jax.__version__, "devices": devices, "python": sys.version.split()[0]}
-    found = {"made": made, "rows": rows, "lengths": swept, "refused": refused}
+    found = {"made": made, "rows": rows, "lengths": swept, "refused": refused + failed}
     write_json(workdir / files.MEASURED, found)
-    return EXIT_DONE
-
-
-def main() -> int:
-    runtime_env.prepare_process()
-    try:
-        return measure(sys.argv[1])
-    except UserError as error:
-        print(f"uoe: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,24 +1,22 @@
-"""Architectures of the paper's tables by name: the keys that make a model one of them.
+"""Architectures of the paper's tables by name: the keys of blocks that make a model one of them.
 
-A preset changes the blocks of a configuration and their sections, nothing else. Matched by width,
-the experts of a mixture together are as wide as the dense MLP. Numbers of experts follow the
-released code on Long Range Arena where it has them (DeepSeek-MoE: 3 of 7 and one shared;
-Skywork-MoE: 2 of 4; XMoE: many small ones); the others are small ones chosen here.
-No jax is imported.
+Numbers of experts follow the released code on Long Range Arena where it has them (DeepSeek-MoE: 3
+of 7 and one shared; Skywork-MoE: 2 of 4; XMoE: many small ones); the others are small ones chosen
+here. No jax is imported.
 """
 
+import copy
 import math
-from types import MappingProxyType
 from typing import Any, Mapping
 
 from uoe_jax.config.baselines import MLPS, SECTIONS, UNIONS
 from uoe_jax.config.load import put
+from uoe_jax.config.routing import GATES
 from uoe_jax.errors import ConfigError
 
 Changes = dict[str, Any]  # values by dotted key below `model`
 
 DROPLESS = ("deepseek_moe", "xmoe")  # experts have a slot for every token, as DeepSeek's do
-GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
 CAPACITIES = (0.75, 1.0, 1.25, 1.5, 2.0)
 
 
@@ -56,24 +54,14 @@ PRESETS: dict[str, Changes] = {
 }
 
 
-def apply(
-    name: str, model: Mapping[str, Any], changes: Mapping[str, Any] = MappingProxyType({})
-) -> dict[str, Any]:
+def apply(name: str, model: Mapping[str, Any], changes: Changes | None = None) -> dict[str, Any]:
     """The `model` section, as nested dicts, with a preset's blocks and a row's own changes.
 
-    Sizes that follow from the model's are filled in (`_derived`). Sections of blocks that the row
-    does not have are dropped.
-
-    Raises:
-      KeyError: no such preset.
-      ConfigError: the hidden width is too small for its experts; a change, or all that the preset
-        changes, is of blocks that the row does not have.
+    Sections of other blocks are dropped. Raises ConfigError where the hidden width is too small for
+    its experts, or where a change, or all that the preset changes, is of other blocks.
     """
-    preset = PRESETS[name]
-    out: dict[str, Any] = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in model.items()
-    }
-    for key, value in (preset | dict(changes)).items():
+    preset, changes, out = PRESETS[name], changes or {}, copy.deepcopy(dict(model))
+    for key, value in (preset | changes).items():
         put(out, key, value)
     own = {SECTIONS.get(out["attention"]), SECTIONS.get(out["mlp"])}
     blocks = f"{out['attention']} + {out['mlp']}"
@@ -92,29 +80,29 @@ def apply(
     return out
 
 
-def _derived(name: str, model: Mapping[str, Any], changes: Mapping[str, Any]) -> Changes:
+def _derived(name: str, model: Mapping[str, Any], changes: Changes) -> Changes:
     """Keys that follow from the model's sizes, unless the row sets them.
 
-    Experts are `d_hidden` / parts wide and count their capacity in the windows of the base's UoME.
-    MLA's latents are D/2 wide, as in the released code. MoH shares a quarter of the heads, and a
-    token chooses half of the others, at least two.
+    A mixture's experts together are as wide as the dense MLP, with the capacity windows of the
+    base's UoME. MLA's latents are D/2 wide, as in the released code. MoH shares a quarter of the
+    heads, and a token chooses half of the others, at least two.
     """
     out: Changes = {}
-    d, heads, parts = model["d_model"], model["n_heads"], hidden_parts(model)
+    heads, hidden, parts = model["n_heads"], model["d_hidden"], hidden_parts(model)
     where = f"(in the row {name!r})"
     if model["mlp"] in MLPS:
         moe = model["moe"]
-        if model["d_hidden"] < parts:
+        if hidden < parts:
             remedy = f"{where} it is cut in {parts} experts; give at least that"
-            raise ConfigError("config.model.d_hidden", model["d_hidden"], remedy)
-        out["moe.d_expert"] = model["d_hidden"] // parts
+            raise ConfigError("config.model.d_hidden", hidden, remedy)
+        out["moe.d_expert"] = hidden // parts
         if model["mlp"] in DROPLESS:
             out["moe.capacity_factor"] = math.ceil(100 * moe["n_experts"] / moe["k"]) / 100
         if model["mlp"] != "expert_choice":
             window = model["uome"]["capacity_window"]
             out["moe.capacity_window"] = min(window, model["context_length"])
     if model["attention"] == "mla":
-        out |= {"mla.q_rank": d // 2, "mla.kv_rank": d // 2}
+        out |= dict.fromkeys(("mla.q_rank", "mla.kv_rank"), model["d_model"] // 2)
     if model["attention"] == "moh":
         shared = changes.get("moh.n_shared", heads // 4)
         if shared >= heads:

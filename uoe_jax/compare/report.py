@@ -3,29 +3,27 @@
 import csv
 import datetime
 import io
+import itertools
 import statistics
-from typing import Any, Collection
+from typing import Any, Collection, NamedTuple, Sequence
 
 import jax
 from etils import epath
+from matplotlib.figure import Figure
 
-from uoe_jax.compare.results import Result, measure_of, results
 from uoe_jax.compare.table import SMALLEST_MISS, Table
-from uoe_jax.compare.workspace import MOST_BATCHES, read_measured
+from uoe_jax.compare.workspace import MOST_BATCHES, Result, measure_of, read_measured, results
 from uoe_jax.workdir import write_text
 
+MARKERS = "os^vDPX*"  # beside ten colours, so that no two rows look alike
 # Columns of table.csv that are keys of measured.json.
-MEASURED = (
-    *("parameters", "active_parameters", "forward_flops_per_token", "train_flops_per_step"),
-    *("ratio", "ratio_low", "ratio_high", "bytes", "kept_bytes_per_row"),
-)
+MEASURED = ["parameters", "active_parameters", "forward_flops_per_token", "train_flops_per_step"]
+MEASURED += ["ratio", "ratio_low", "ratio_high", "bytes", "kept_bytes_per_row"]
 
 
 def write(table: Table, workdir: epath.Path) -> str:
     """Writes `table.md`, `table.csv` and the plots; returns the table for the screen."""
-    from uoe_jax.compare.plots import draw
-
-    found, measured = results(table, workdir), read_measured(workdir)
+    found, measured = results(workdir, table.config.seeds), read_measured(workdir)
     write_text(workdir / "table.csv", as_csv(found))
     plots = draw(found, measured["lengths"], workdir)
     text = as_markdown(table, found, measured)
@@ -51,16 +49,17 @@ def as_markdown(table: Table, found: list[Result], measured: dict[str, Any]) -> 
     head += ["time of a step", "memory of a step", "activations kept a row"]
     head += ["learning rate"] * bool(table.rates)
     sign = 1 if measure.lower_is_better else -1
-    ordered = sorted(
-        found, key=lambda r: (not r.finals, sign * statistics.mean(r.finals.values() or [0]))
-    )
+
+    def rank(r: Result) -> tuple[bool, float]:
+        return not r.finals, sign * statistics.mean(r.finals.values() or [0])
+
     lines = [f"# {table.config.title or 'Comparison'}", "", _line(head)]
     lines.append(_line(["---", *["---:"] * (len(head) - 1)]))
-    for r in ordered:
+    for r in sorted(found, key=rank):
         cells = [r.name + " *" * (abs(r.miss) > SMALLEST_MISS)]
         cells.append(spread(r.finals.values(), measure.digits))
-        cells.append(f"{len(r.finals)}" + f" ({r.diverged} diverged)" * bool(r.diverged))
-        cells += _measured_cells(r.measured)
+        cells.append(str(len(r.finals)) + f" ({r.diverged} diverged)" * bool(r.diverged))
+        cells += _measured_cells(r.measured) if r.measured else ["not measured"] * 6
         if table.rates:
             cells.append("none" if r.rate is None else f"{r.rate:g}")
         lines.append(_line(cells))
@@ -68,8 +67,6 @@ def as_markdown(table: Table, found: list[Result], measured: dict[str, Any]) -> 
 
 
 def _measured_cells(m: dict[str, float]) -> list[str]:
-    if not m:
-        return ["not measured"] * 6
     counts = [f"{m[key] / 1e6:.3f} M" for key in ("parameters", "active_parameters")]
     time = f"{m['ratio']:.2f} ({m['ratio_low']:.2f}-{m['ratio_high']:.2f})"
     memory = [f"{m['bytes'] / 1e6:.1f} MB", f"{m['kept_bytes_per_row'] / 1e3:.0f} kB"]
@@ -99,6 +96,13 @@ def rules(table: Table, found: list[Result], measured: dict[str, Any]) -> list[s
     split = "validation, which also chose the learning rate" if rates else "validation"
     if c.eval.test:
         split = "test, read once, of the checkpoint that is best on validation"
+    search = f"No search: learning rate {c.optimizer.learning_rate:g} and one schedule everywhere."
+    if rates:
+        search = f"Same search for every row: learning rates {rates}, {table.search_steps:,} steps "
+        search += "each with seed 0, the best on validation."
+    made = f"jax {jax.__version__}"
+    if about := measured["made"]:
+        made = f"{about['devices']}, jax {about['jax']}, Python {about['python']}"
     full, plotted = "", ""
     if c.data.buckets > 1:
         full = " of full rows"
@@ -109,11 +113,7 @@ def rules(table: Table, found: list[Result], measured: dict[str, Any]) -> list[s
         f"D={m.d_model}, {m.n_layers} layers, {m.n_heads} heads.",
         f"Rows are matched {matched}.",
         f"Marked *: {MISSED[t.match]}: {missed}." if missed else "",
-        f"Same search for every row: learning rates {rates}, {table.search_steps:,} steps each "
-        "with seed 0, the best on validation."
-        if rates
-        else f"No search: learning rate {c.optimizer.learning_rate:g} and the same schedule "
-        "for every row.",
+        search,
         "Nothing else was searched for here: unions are routed as the table's experiment says, "
         "mixtures and other attentions as their presets and rows do.",
         f"The measure is of {split}, at the end of training; mean ± sample standard deviation over "
@@ -126,15 +126,9 @@ def rules(table: Table, found: list[Result], measured: dict[str, Any]) -> list[s
         f"the median of {t.rounds} rounds and the quartiles; memory: what the compiler needs for a "
         "step.",
         *(f"Not measured at {n} tokens: {row} ({why})." for row, n, why in measured["refused"]),
-        f"{datetime.date.today().isoformat()}, {_made(measured['made'])}.",
+        f"{datetime.date.today().isoformat()}, {made}.",
     ]
     return [f"- {line}" for line in out if line]
-
-
-def _made(made: dict[str, str]) -> str:
-    if not made:
-        return f"jax {jax.__version__}"
-    return f"{made['devices']}, jax {made['jax']}, Python {made['python']}"
 
 
 def as_csv(found: list[Result]) -> str:
@@ -144,13 +138,82 @@ def as_csv(found: list[Result]) -> str:
     head = "row,attention,mlp,hidden,measure,seed,value,learning_rate,train_flops"
     writer.writerow([*head.split(","), *MEASURED])
     for r in found:
-        m, measure = r.config.model, measure_of(r.config)
+        m, hidden = r.config.model, r.config.model.routed_hidden + r.config.model.whole_hidden
+        first = [r.name, m.attention, m.mlp, hidden, measure_of(r.config).name]
         flops = r.measured["train_flops_per_step"] * r.config.train.steps if r.measured else ""
-        first, last = [r.name, m.attention, m.mlp, m.all_hidden, measure.name], [r.rate, flops]
-        last += [r.measured.get(column, "") for column in MEASURED]
+        last = [r.rate, flops, *(r.measured.get(column, "") for column in MEASURED)]
         writer.writerows([*first, seed, value, *last] for seed, value in r.finals.items())
     return out.getvalue()
 
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+# --- plots ---
+
+
+Lengths = list[dict[str, Any]]  # those of measured.json
+
+
+class Line(NamedTuple):
+    """One row's line, and the range over seeds around it."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def draw(found: Sequence[Result], lengths: Lengths, workdir: epath.Path) -> list[str]:
+    """Writes the plots for which there is data; returns the names of the files."""
+    curves = [r for r in found if r.curves]
+    measured = [r for r in curves if r.measured]
+    tflops = [r.measured["train_flops_per_step"] / 1e12 for r in measured]
+    times = [line for r in found for line in _over_lengths(r, lengths, "seconds", 1e3)]
+    sizes = [line for r in found for line in _over_lengths(r, lengths, "bytes", 1e-6)]
+    loss = f"{measure_of(curves[0].config).name}, validation" if curves else ""
+    figures = {
+        "steps.png": ([_over_seeds(r, 1) for r in curves], "step", loss),
+        "flops.png": ([*map(_over_seeds, measured, tflops)], "TFLOPs of training", loss),
+        "time.png": (times, "tokens of the row", "ms of a step of one row"),
+        "memory.png": (sizes, "tokens of the row", "MB of a step of one row"),
+    }
+    drawn = {file: figure for file, figure in figures.items() if figure[0]}
+    for file, figure in drawn.items():
+        _draw(workdir / file, *figure, log=file in ("time.png", "memory.png"))
+    return [*drawn]
+
+
+def _over_lengths(r: Result, lengths: Lengths, key: str, scale: float) -> list[Line]:
+    own = [x for x in lengths if x["row"] == r.slug]
+    y = [scale * x[key] for x in own]
+    return [Line(r.name, [x["length"] for x in own], y, y, y)] if own else []
+
+
+def _over_seeds(r: Result, scale: float) -> Line:
+    """Over step · scale, at the evaluations that all seeds have."""
+    by_step = [dict(curve) for curve in r.curves]
+    steps = sorted(set.intersection(*(set(curve) for curve in by_step)))
+    values = [[curve[step] for curve in by_step] for step in steps]
+    mean, low, high = ([f(v) for v in values] for f in (statistics.mean, min, max))
+    return Line(r.name, [scale * step for step in steps], mean, low, high)
+
+
+def _draw(path: epath.Path, lines: Sequence[Line], x_name: str, y_name: str, log: bool) -> None:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, (line, marker) in enumerate(zip(lines, itertools.cycle(MARKERS))):
+        look: dict[str, Any] = dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--")
+        axes.plot(line.x, line.y, label=line.name, marker=marker, markersize=4, **look)
+        axes.fill_between(line.x, line.low, line.high, alpha=0.15, color=look["color"])
+    axes.set(xlabel=x_name, ylabel=y_name)
+    if log:
+        ticks = sorted({n for line in lines for n in line.x})
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks(ticks, labels=[str(n) for n in ticks], minor=False)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    with path.open("wb") as out:
+        figure.savefig(out, format="png", dpi=120)

@@ -3,10 +3,6 @@
 Every run is an ordinary `uoe train` in a process of its own, with a workdir of its own: it resumes
 where it was stopped, and can be evaluated or exported like any other. A finished run is not
 started again. `workspace` lists the files.
-
-    1. where learning rates are given, a short run of every row with each; the best is kept
-    2. the run of every row and seed
-    3. in one process, interleaved: time, memory and FLOPs of a step of every row
 """
 
 import ctypes
@@ -18,7 +14,7 @@ import signal
 import subprocess
 import sys
 from types import FrameType
-from typing import Any, Iterator, NamedTuple, Self, Sequence
+from typing import Iterator, NamedTuple, Self, Sequence
 
 from etils import epath
 
@@ -31,15 +27,7 @@ from uoe_jax.distributed import coordination
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.runtime_env import default_cache_dir
 from uoe_jax.train.metrics import read_metrics
-from uoe_jax.workdir import (
-    locate,
-    lock,
-    os_errors,
-    release,
-    wait_for_writer,
-    write_json,
-    write_text,
-)
+from uoe_jax.workdir import locate, lock, os_errors, release, wait_for_writer, write_json
 
 ORPHAN_S = 120  # for a run whose table was killed to end its step and save
 FIXED = ("match", "reference", "learning_rates", "search_steps")  # keys finished rows depend on
@@ -49,54 +37,43 @@ MEASURES = ("eval.test", "eval.every", "checkpoint.every", "checkpoint.keep_best
 
 
 class PlannedRun(NamedTuple):
-    """One run. what: its name for the user."""
+    """One run."""
 
     row: Row
     config: Config
     workdir: epath.Path
-    what: str
+    what: str  # its name for the user
 
 
-class Stopped(Exception):
-    """This process or a child was asked to stop."""
-
-
-class Refused(Exception):
-    """A child refused its input, and has printed why."""
+class Ended(Exception):
+    """A child was asked to stop, or refused its input and has printed why; holds the exit code."""
 
 
 def compare(table: Table, workdir_name: str) -> int:
-    """Trains and measures what is missing of a table.
+    """Trains and measures what is missing of a table; returns the exit code.
 
-    Returns:
-      0; 75 when asked to stop (the same command goes on); 2 when a run refused its input.
-
-    Raises:
-      UserError: the workdir holds another table, or several processes were started.
-      RunError: a run failed.
+    75 when asked to stop (the same command goes on), 2 when a run refused its input. Raises
+    UserError for the workdir of another table or several processes, RunError where a run failed.
     """
     if coordination.are_several():
         why = "one process makes a table, on all devices of one machine"
         raise UserError(f"--workdir={workdir_name}: {why}; start this once, and not by srun")
     workdir = locate(workdir_name)
     try:
-        _prepare(table, workdir_name, workdir)
-        try:
-            with Children() as children:
-                rates = search_rates(table, workdir, children)
-                for run in planned_runs(table, workdir, rates):
-                    train(run, children)
-                measure(table, workdir, children)
-        finally:
-            release(workdir)
-    except Stopped:
-        return errors.EXIT_STOPPED
-    except Refused:
-        return errors.EXIT_BAD_INPUT
+        with Children() as children:
+            _prepare(table, workdir_name, workdir, children)
+            rates = search_rates(table, workdir, children)
+            for run in planned_runs(table, workdir, rates):
+                train(run, children)
+            measure(table, workdir, children)
+    except Ended as ended:
+        return ended.args[0]
+    finally:
+        release(workdir)
     return errors.EXIT_DONE
 
 
-def _prepare(table: Table, name: str, workdir: epath.Path) -> None:
+def _prepare(table: Table, name: str, workdir: epath.Path, children: "Children") -> None:
     """Makes, locks and claims the workdir; a new one only after devices and data were checked."""
     problem = f"--workdir={name}: cannot be written"
     with errors.os_error_as(UserError, problem, "give a directory you may write to"):
@@ -104,9 +81,8 @@ def _prepare(table: Table, name: str, workdir: epath.Path) -> None:
             is_new = not (workdir / files.TABLE).exists()
         default_cache_dir()  # puts it in the environment of the runs, where it is not the usual one
         if is_new:
-            with Children() as children:
-                config = json.dumps(to_dict(table.reference.config))
-                children.run(["uoe_jax.compare.check", config], "looking at devices and data")
+            check = ["uoe_jax.compare.child", "check", json.dumps(to_dict(table.reference.config))]
+            children.run(check, "looking at devices and data")
         with os_errors(name):
             workdir.mkdir(parents=True, exist_ok=True)
             lock(name, workdir)
@@ -114,61 +90,41 @@ def _prepare(table: Table, name: str, workdir: epath.Path) -> None:
 
 
 def claim(table: Table, workdir: epath.Path) -> None:
-    """Writes table.json, or checks that it is of the same table; seeds and rows may be added.
-
-    Raises:
-      UserError: table.json is damaged. ConfigError: it is of another table.
-    """
+    """Writes table.json, or checks that it is of the same table; seeds and rows may be added."""
     path, own = workdir / files.TABLE, dataclasses.asdict(table.config)
-    rows: dict[str, dict[str, Any]] = {
-        r.slug: {"name": r.name, "preset": r.preset, "miss": r.miss, "config": to_dict(r.config)}
-        for r in table.rows
-    }
     known = files.read_table(workdir) or {**own, "rows": {}}
-    stored = known.get("rows")
-    if not (
-        known.keys() >= {*FIXED}
-        and isinstance(stored, dict)
-        and all(isinstance(r, dict) and isinstance(r.get("config"), dict) for r in stored.values())
-    ):
-        raise UserError(f"{path}: is no table of uoe compare; {files.DAMAGED}")
-    for key in FIXED:
-        if known[key] != own[key]:
-            why = f"the table in this workdir has {known[key]!r}"
-            raise ConfigError(f"config.{key}", own[key], f"{why}; give that, or another --workdir")
-    for slug, row in rows.items():
-        before = from_dict(stored.get(slug, row)["config"])
-        for key, old, new in changed_keys(before, from_dict(row["config"]), MEASURES):
-            why = f"the row {row['name']!r} of the table in this workdir has {old!r}"
+    try:
+        stored, fixed = known["rows"], {key: known[key] for key in FIXED}
+        configs = {slug: from_dict(dict(row["config"])) for slug, row in stored.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is no table of uoe compare; {files.DAMAGED}") from error
+    for key, old in fixed.items():
+        if old != own[key]:
+            remedy = f"the table in this workdir has {old!r}; give that, or another --workdir"
+            raise ConfigError(f"config.{key}", own[key], remedy)
+    for r in table.rows:
+        for key, old, new in changed_keys(configs.get(r.slug, r.config), r.config, MEASURES):
+            why = f"the row {r.name!r} of the table in this workdir has {old!r}"
             remedy = f"{why}, from its config or preset then; give that, or another --workdir"
             raise ConfigError(f"config.base.{key}", new, remedy)
-    # Rows left out of this call (--config.rows) stay, and are in the table if they are finished.
-    write_json(path, {**own, "rows": stored | rows})
+        # Rows left out of this call (--config.rows) stay, and are in the table if finished.
+        about = {"name": r.name, "preset": r.preset, "miss": r.miss}
+        stored[r.slug] = {**about, "config": to_dict(r.config)}
+    write_json(path, {**own, "rows": stored})
 
 
-def planned_runs(
-    table: Table, workdir: epath.Path, rates: dict[str, float | None]
-) -> Iterator[PlannedRun]:
-    """Seed by seed, so that a table that is stopped early holds all rows.
-
-    A row whose learning rates all diverged (None in `rates`) has no run.
-    """
+def planned_runs(table: Table, workdir: epath.Path, rates: files.Rates) -> Iterator[PlannedRun]:
+    """Seed by seed, so that a table that is stopped early holds all rows."""
     for seed in range(table.config.seeds):
         for row in table.rows:
-            if rates.get(row.slug, 0.0) is not None:
+            if rates.get(row.slug, 0.0) is not None:  # None: all learning rates diverged
                 config = _with(row.config, rates.get(row.slug), seed=seed)
                 what = f"{row.name}, seed {seed}"
                 yield PlannedRun(row, config, files.seed_dir(workdir, row.slug, seed), what)
 
 
-def search_rates(
-    table: Table, workdir: epath.Path, children: "Children"
-) -> dict[str, float | None]:
-    """The learning rate of every row that is best on validation in a short run; None: all diverged.
-
-    Raises:
-      Stopped: before all runs of the search are done: no row is trained on half a search.
-    """
+def search_rates(table: Table, workdir: epath.Path, children: "Children") -> files.Rates:
+    """The learning rate of every row that is best on validation in a short run."""
     known = files.read_losses(workdir)
     for row in table.rows:
         losses = known.setdefault(row.slug, {})
@@ -187,73 +143,52 @@ def search_rates(
 
 def _with(config: Config, rate: float | None, seed: int = 0, steps: int = 0) -> Config:
     """A config with a learning rate, a seed and a number of steps; a shorter run is not tested."""
-    rate = rate or config.optimizer.learning_rate
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
-    train = dataclasses.replace(config.train, seed=seed, report=False)
-    if not steps:
-        return dataclasses.replace(config, optimizer=optimizer, train=train)
-    warmup = min(optimizer.warmup_steps, max(1, steps // 10))
-    return dataclasses.replace(
-        config,
-        optimizer=dataclasses.replace(optimizer, warmup_steps=warmup),
-        train=dataclasses.replace(train, steps=steps),
-        eval=dataclasses.replace(config.eval, test=False),
-    )
+    values = to_dict(config)
+    values["train"].update(seed=seed, report=False)
+    values["optimizer"]["learning_rate"] = rate or config.optimizer.learning_rate
+    if steps:
+        values["train"]["steps"] = steps
+        warmup = min(config.optimizer.warmup_steps, max(1, steps // 10))
+        values["optimizer"]["warmup_steps"] = warmup
+        values["eval"]["test"] = False
+    return from_dict(values)
 
 
 def train(run: PlannedRun, children: "Children") -> None:
-    """Trains a run to its end. One whose numbers went bad is marked, and done.
-
-    Raises:
-      Stopped: it was asked to stop. RunError: it failed.
-    """
+    """Trains a run to its end. One whose numbers went bad is marked, and done."""
     if files.is_finished(run.config, run.workdir) or files.diverged(run.workdir):
         return
     wait_for_writer(run.workdir, ORPHAN_S, lambda: children.stopped)
     run.workdir.parent.mkdir(parents=True, exist_ok=True)
-    file = run.workdir.parent / f"{run.workdir.name}.json"
+    file = run.workdir.with_name(f"{run.workdir.name}.json")
     write_json(file, to_dict(run.config))
     command = ["uoe_jax", "train", f"--config={file}", f"--workdir={run.workdir}"]
-    code = children.run(command, run.what, accepted=(errors.EXIT_BAD_NUMBERS,))
-    if code == errors.EXIT_BAD_NUMBERS:
-        write_text(run.workdir / files.DIVERGED, "bad numbers\n")
+    if children.run(command, run.what) == errors.EXIT_BAD_NUMBERS:
+        (run.workdir / files.DIVERGED).touch()
 
 
 def measure(table: Table, workdir: epath.Path, children: "Children") -> None:
-    """Measures all trained rows anew: figures of another machine or version do not mix with these.
-
-    Raises:
-      Stopped: it was asked to stop. RunError: it failed, or the reference row was not trained.
-    """
+    """Measures all trained rows anew, so that figures of two machines or versions do not mix."""
     if not (files.seed_dir(workdir, table.reference.slug, 0) / "config.json").exists():
-        why = "every learning rate diverged, and others are measured by it"
-        remedy = f"config.learning_rates than {table.config.learning_rates!r}"
-        row = table.config.reference
-        raise RunError(f"row {row!r}: {why}; give another --workdir and other {remedy}")
+        row, tried = table.config.reference, table.config.learning_rates
+        why = f"row {row!r}: every learning rate diverged, and others are measured by it"
+        raise RunError(f"{why}; give another --workdir, other config.learning_rates than {tried!r}")
     (workdir / files.MEASURED).unlink(missing_ok=True)
-    children.run(["uoe_jax.compare.measure", str(workdir)], "measuring the rows side by side")
+    command = ["uoe_jax.compare.child", "measure", str(workdir)]
+    children.run(command, "measuring the rows side by side")
 
 
 class Children:
-    """Child processes, one after the other.
-
-    While entered, SIGTERM, SIGINT and SIGUSR1 are passed on to the running child.
-    """
+    """Child processes, one after the other; while entered, it passes signals on to them."""
 
     def __init__(self) -> None:
         self.stopped = False
         self._child: subprocess.Popen[bytes] | None = None
-        self._old: dict[int, Any] = {}
 
-    def run(self, command: Sequence[str], what: str, accepted: Sequence[int] = ()) -> int:
-        """Runs `python -m command`; returns its exit code, 0 or one of `accepted`.
-
-        Raises:
-          Stopped: the child or this process was asked to stop. Refused: the child refused its
-            input. RunError: another exit code.
-        """
+    def run(self, command: Sequence[str], what: str) -> int:
+        """Runs `python -m command`; returns its exit code, 0 or that of bad numbers."""
         if self.stopped:
-            raise Stopped
+            raise Ended(errors.EXIT_STOPPED)
         print(f"== {what}", file=sys.stderr, flush=True)
         # In a process group of its own, so that Ctrl-C reaches it once, from here.
         self._child = subprocess.Popen(
@@ -267,10 +202,10 @@ class Children:
         code = self._child.wait()
         self._child = None
         if code == errors.EXIT_STOPPED or self.stopped and code:
-            raise Stopped
+            raise Ended(errors.EXIT_STOPPED)
         if code == errors.EXIT_BAD_INPUT:
-            raise Refused
-        if code != errors.EXIT_DONE and code not in accepted:
+            raise Ended(code)
+        if code not in (errors.EXIT_DONE, errors.EXIT_BAD_NUMBERS):
             raise RunError(f"{what}: ended with exit code {code} (above); {errors.AGAIN}")
         return code
 
@@ -280,8 +215,8 @@ class Children:
             self._child.send_signal(number)
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._old[number] = signal.signal(number, self._handle)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._old = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -294,5 +229,4 @@ class Children:
 def _end_with_parent() -> None:
     """In a child before its program starts: SIGTERM when this process is killed (Linux)."""
     if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG

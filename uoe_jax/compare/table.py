@@ -1,19 +1,18 @@
 """A table to make: which architectures, from one experiment, matched how, with how many seeds.
 
 A config file under configs/compare/ returns `table(base, rows, …)`. A row is a preset
-(`compare.presets`) and changes of its own blocks' sections:
+(`compare.presets`, by default that of its name) and changes of its own blocks' sections:
 
     rows={"full_attention": {}, "uoe score": {"preset": "uoe", "model.smha.gate": "score"}}
 
-`preset` is the row's name where it is left out. All else is the same in all rows.
-No jax is imported.
+All else is the same in all rows. No jax is imported.
 """
 
 import dataclasses
 import difflib
 import math
 import re
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple
 
 from uoe_jax import config as config_lib
 from uoe_jax.compare import presets
@@ -36,41 +35,26 @@ class TableConfig:
     """What a table says beside its experiment (`base`) and its rows."""
 
     title: str = key("", "heading of the table")
-    seeds: int = key(
-        3, "runs of each row, with seeds 0, 1, …: initialisation and data order", low=1, high=100
-    )
-    match: str = key(
-        "width",
-        "rows have the reference's hidden width (a mixture's experts together), or its FLOPs",
-        choices=("width", "flops"),
-    )
+    seeds: int = key(3, "runs of each row: seeds of initialisation and data order", low=1, high=100)
+    match: str = key("width", "match rows by hidden width, or by FLOPs", choices=("width", "flops"))
     reference: str = key("full_attention", "the row that others are matched to and compared with")
-    learning_rates: str = key(
-        "", "tried for every row alike, such as '0.001,0.003'; empty: that of the base"
-    )
+    learning_rates: str = key("", "tried for every row, such as '0.001,0.003'; empty: the base's")
     search_steps: int = key(0, "steps of each try, with seed 0; 0: a quarter of the run's", low=0)
     rounds: int = key(15, "interleaved measurements of a step's time", low=1, high=1000)
-    lengths: str = key(
-        "", "context lengths at which a step of one row is measured, such as '64,128'; empty: none"
-    )
-    length_rows: str = key(
-        "", "the rows that are measured at these lengths, with commas between them; empty: all"
-    )
+    lengths: str = key("", "lengths at which a step is measured, such as '64,128'; empty: none")
+    length_rows: str = key("", "rows measured at these lengths, commas between; empty: all")
+
+
+DECLARED = {name: meta for name, _, meta in leaves(TableConfig())}
 
 
 class Row(NamedTuple):
-    """One architecture.
-
-    Attributes:
-      config: with the seed and learning rate of the base.
-      miss: relative difference from the reference in FLOPs (without the vocabulary's scores), or
-        in hidden units where rows are matched by width.
-    """
+    """One architecture."""
 
     name: str
     preset: str
-    config: Config
-    miss: float
+    config: Config  # with the seed and learning rate of the base
+    miss: float  # relative difference from the reference in what rows are matched by
 
     @property
     def slug(self) -> str:
@@ -92,10 +76,6 @@ class Table(NamedTuple):
         return numbers("config.learning_rates", self.config.learning_rates, float)
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        return numbers("config.lengths", self.config.lengths, int)
-
-    @property
     def search_steps(self) -> int:
         return self.config.search_steps or max(1, self.rows[0].config.train.steps // 4)
 
@@ -112,50 +92,42 @@ def table(base: Any, rows: Mapping[str, Changes] | tuple[str, ...], **more: Any)
 
 
 def experiment(name: str, variant: str = "") -> Any:
-    """A shipped config file as a `ConfigDict`, to make a table of: 'digits', 'lra_listops:short'.
-
-    variant: of the table; 'tiny' takes the tiny variant of the file.
-    """
+    """A shipped config file to make a table of, a `ConfigDict`; tiny if that `variant` is."""
     from ml_collections import ConfigDict
 
     return ConfigDict(evaluate(f"{name.partition(':')[0]}:tiny" if variant == "tiny" else name))
 
 
 def load_table(name: str, overrides: Mapping[str, str]) -> Table:
-    """Reads a table's config file.
+    """Reads a table's config file; UserError where it, a row or an override cannot be used.
 
-    Args:
-      overrides: `base.KEY`, `rows=NAME,NAME` (some of them), and keys of `TableConfig`.
-
-    Raises:
-      UserError: it is no table; an unknown key or row; two rows of one name; a row whose
-        configuration cannot be used.
+    overrides: `base.KEY`, `rows=NAME,NAME` (some of them), and keys of `TableConfig`.
     """
     must = "it must define get_config() that returns uoe_jax.compare.table.table(base, rows)"
     values = evaluate(name, must)
     if not isinstance(values.get("rows"), list) or not isinstance(values.get("base"), Mapping):
         remedy = "train it with uoe train, or give one of configs/compare/"
         raise UserError(f"--config={name}: is no table of rows; {remedy}")
-    base = values.pop("base")
-    rows = {n: dict(changes) for n, changes in values.pop("rows")}
+    base, asked = values.pop("base"), {}
+    rows = known = {n: dict(changes) for n, changes in values.pop("rows")}
     for row in rows:
         if not isinstance(row, str):
             raise UserError(f"config.rows: {row!r} is no name; give text")
-    asked, every = {}, ", ".join(rows)
-    known = {*rows}
     for key_, text in overrides.items():
         if key_.startswith("base."):
-            name_of = key_.removeprefix("base.")
-            asked[name_of] = config_lib.parse_value(name_of, text)
-            put(base, name_of, asked[name_of])
+            inner = key_.removeprefix("base.")
+            asked[inner] = config_lib.parse_value(inner, text)
+            put(base, inner, asked[inner])
         elif key_ == "rows":
-            rows = _some(rows, text)
+            names = [part.strip() for part in text.split(",")]
+            _refuse_others("rows", text, names, known)
+            rows = {n: known[n] for n in names}
         else:
-            values[key_] = parsed(f"config.{key_}", type(_field(key_).default), text)
-    config = TableConfig(**{n: _checked(n, value) for n, value in values.items()})
-    for n in filter(None, config.length_rows.split(",")):
-        remedy = f"{n!r} is none of the rows {every}"
-        _refuse(n not in known, "length_rows", config.length_rows, remedy)
+            values[key_] = parsed(f"config.{key_}", text, _declared(key_))
+    values = {n: checked(f"config.{n}", value, _declared(n)) for n, value in values.items()}
+    config = TableConfig(**values)
+    chosen = [n for n in config.length_rows.split(",") if n]
+    _refuse_others("length_rows", config.length_rows, chosen, known)
     remedy = f"is none of the rows {', '.join(rows)}"
     _refuse(config.reference not in rows, "reference", config.reference, remedy)
     found = Table(config, tuple(_rows(base, rows, config)))
@@ -177,12 +149,10 @@ def _check(table: Table, asked: Mapping[str, Any]) -> None:
     remedy = f"a try is no longer than a run; give at most {steps}"
     _refuse(c.search_steps > steps, "search_steps", c.search_steps, remedy)
     for rate in table.rates:
-        values = config_lib.to_dict(reference)
-        values["optimizer"]["learning_rate"] = rate
-        _validated(c.reference, values)
+        checked(f"config.{rate_key}", rate, config_lib.DECLARED[rate_key])
     equal = len({f"{rate:g}" for rate in table.rates}) < len(table.rates)
     _refuse(equal, "learning_rates", c.learning_rates, "give each once; six digits of it count")
-    is_long = any(length > MOST_TOKENS for length in table.lengths)
+    is_long = max(numbers("config.lengths", c.lengths, int), default=0) > MOST_TOKENS
     _refuse(is_long, "lengths", c.lengths, f"give at most {MOST_TOKENS} tokens")
     used = [{name: value for name, value, _ in leaves(row.config)} for row in table.rows]
     remedy = "no row takes it: presets set it, or no row has such a block; change the rows"
@@ -190,11 +160,11 @@ def _check(table: Table, asked: Mapping[str, Any]) -> None:
         unused = all(own[name] != value for own in used)
         _refuse(unused or name in ("model.attention", "model.mlp"), f"base.{name}", value, remedy)
     slugs = [row.slug for row in table.rows]
+    same = "two rows would have one directory; give another name"
+    long = f"is a directory's name, too; give one of at most {LONGEST_NAME} characters"
     for row in table.rows:
-        remedy = "two rows would have one directory; give another name"
-        _refuse(slugs.count(row.slug) > 1, "rows", row.name, remedy)
-        remedy = f"is a directory's name, too; give one of at most {LONGEST_NAME} characters"
-        _refuse(len(row.slug) > LONGEST_NAME, "rows", row.name, remedy)
+        _refuse(slugs.count(row.slug) > 1, "rows", row.name, same)
+        _refuse(len(row.slug) > LONGEST_NAME, "rows", row.name, long)
 
 
 def _refuse(wrong: object, key_: str, value: object, remedy: str) -> None:
@@ -202,31 +172,33 @@ def _refuse(wrong: object, key_: str, value: object, remedy: str) -> None:
         raise ConfigError(f"config.{key_}", value, remedy)
 
 
-def _rows(base: dict[str, Any], rows: Mapping[str, Changes], config: TableConfig) -> list[Row]:
-    by_flops = config.match == "flops"
+def _refuse_others(key_: str, text: str, names: list[str], known: Iterable[str]) -> None:
+    for name in names:
+        _refuse(name not in known, key_, text, f"{name!r} is none of the rows {', '.join(known)}")
+
+
+def _rows(base: dict[str, Any], rows: Mapping[str, Changes], config: TableConfig) -> Iterator[Row]:
+    """The rows, with hidden widths that match them to the reference."""
+    by_flops, reference = config.match == "flops", config.reference
     base = config_lib.to_dict(config_lib.from_dict(base))  # every key: presets find their sections
-    whole = _validated(config.reference, _values(base, config.reference, rows[config.reference]))
+    whole = _validated(reference, _values(base, reference, rows[reference]))
 
     def size(c: Config) -> float:
-        return _flops(c) if by_flops else c.model.all_hidden
+        return _flops(c) if by_flops else c.model.routed_hidden + c.model.whole_hidden
 
-    out, target = [], size(whole)
     for name, changes in rows.items():
-        values = _values(base, name, changes)
-        if by_flops and name != config.reference:
-            values = _matched(base, name, changes, target)
-        found = _validated(name, values)
-        out.append(Row(name, changes.get("preset", name), found, size(found) / target - 1))
-    return out
+        width = 0  # that of the base
+        if by_flops and name != reference:
+            width = _matched_width(base, name, changes, size(whole))
+        found = _validated(name, _values(base, name, changes, width))
+        yield Row(name, changes.get("preset", name), found, size(found) / size(whole) - 1)
 
 
 def _values(base: Changes, name: str, changes: Changes, d_hidden: int = 0) -> dict[str, Any]:
     """A row's configuration as nested dicts. d_hidden: in place of the base's, if not 0."""
     preset = changes.get("preset", name)
-    if not isinstance(preset, str):
-        raise UserError(f"config.rows: {preset!r} is no preset; give the name of one")
-    if preset not in presets.PRESETS:
-        near = difflib.get_close_matches(preset, presets.PRESETS, n=1, cutoff=0.0)[0]
+    if str(preset) not in presets.PRESETS:
+        near = difflib.get_close_matches(str(preset), presets.PRESETS, n=1, cutoff=0.0)[0]
         raise UserError(f"config.rows: {preset!r} is no preset; the nearest is {near!r}")
     own, sections = {}, {*SECTIONS.values()}
     for key_, value in changes.items():
@@ -239,28 +211,22 @@ def _values(base: Changes, name: str, changes: Changes, d_hidden: int = 0) -> di
         remedy = f"{why}; give keys of {', '.join(sorted(sections))}"
         other = inner.split(".")[0] not in sections or inner == "moe.d_expert"
         _refuse(other, f"rows: {key_}", value, remedy)
-        default, meta = config_lib.DECLARED[key_]
         # Checked before sizes follow from it.
-        own[inner] = checked(f"config.rows: {key_}", type(default), value, meta)
+        own[inner] = checked(f"config.rows: {key_}", value, config_lib.DECLARED[key_])
     model = base["model"] | ({"d_hidden": d_hidden} if d_hidden else {})
     return {**base, "model": presets.apply(preset, model, own)}
 
 
-def _matched(base: Changes, name: str, changes: Changes, target: float) -> dict[str, Any]:
-    """A row's configuration at the hidden width whose forward pass costs `target` FLOPs.
-
-    FLOPs are linear in the width of an MLP, of experts and of unions alike.
-    """
-    values = _values(base, name, changes)
-    # Devices of the mesh divide the width, too.
-    step = math.lcm(presets.hidden_parts(values["model"]), max(1, values["mesh"]["expert"]))
+def _matched_width(base: Changes, name: str, changes: Changes, target: float) -> int:
+    """The hidden width at which a row's forward pass costs `target` FLOPs, linear in the width."""
+    parts = presets.hidden_parts(_values(base, name, changes)["model"])
+    step = math.lcm(parts, max(1, base["mesh"]["expert"]))  # devices divide the width, too
 
     def cost(width: int) -> float:
         return _flops(config_lib.from_dict(_values({**base, "mesh": {}}, name, changes, width)))
 
     low, high = cost(step), cost(1001 * step)
-    parts = max(1, round(1 + (target - low) / (high - low) * 1000))
-    return _values(base, name, changes, parts * step)
+    return step * max(1, round(1 + (target - low) / (high - low) * 1000))
 
 
 def _flops(config: Config) -> float:
@@ -275,37 +241,18 @@ def _validated(name: str, values: Mapping[str, Any]) -> Config:
         config = config_lib.from_dict(values)
         check_training(config, *known_vocabulary(config))
         return config
-    except ConfigError as error:
-        remedy = str(error).removeprefix(f"{error.key}={error.value!r}: ")
-        raise ConfigError(error.key, error.value, f"(in the row {name!r}) {remedy}") from error
     except UserError as error:
         raise UserError(f"row {name!r}: {error}") from error
 
 
-def _some(rows: dict[str, Any], text: str) -> dict[str, Any]:
-    names = [part.strip() for part in text.split(",")]
-    for name in names:
-        _refuse(name not in rows, "rows", text, f"{name!r} is none of {', '.join(rows)}")
-    return {name: rows[name] for name in names}
-
-
-FIELDS = {field.name: field for field in dataclasses.fields(TableConfig)}
-
-
-def _field(name: str) -> dataclasses.Field[Any]:
-    """The declaration of a key of `TableConfig`; UserError with the nearest where there is none."""
-    if name in FIELDS:
-        return FIELDS[name]
-    known = [*FIELDS, "rows", *(f"base.{key_}" for key_ in config_lib.ALL_KEYS)]
+def _declared(name: str) -> Mapping[str, Any]:
+    """The declaration of a key of `TableConfig`; UserError with the nearest for an unknown one."""
+    if name in DECLARED:
+        return DECLARED[name]
+    known = [*DECLARED, "rows", *(f"base.{key_}" for key_ in config_lib.ALL_KEYS)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    shown = config_lib.printable(name)
-    remedy = f"the nearest known key is config.{near}"
-    raise UserError(f"config.{shown}: unknown key of a table; {remedy}")
-
-
-def _checked(name: str, value: Any) -> Any:
-    field = _field(name)
-    return checked(f"config.{name}", type(field.default), value, field.metadata)
+    unknown = f"config.{config_lib.printable(name)}: unknown key of a table"
+    raise UserError(f"{unknown}; the nearest known key is config.{near}")
 
 
 def numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:

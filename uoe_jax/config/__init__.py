@@ -21,32 +21,8 @@ from uoe_jax.config.schema import (
 from uoe_jax.config.validate import check_model
 from uoe_jax.errors import ConfigError
 
-__all__ = [
-    "ALL_KEYS",
-    "AugmentConfig",
-    "CheckpointConfig",
-    "ClassifierConfig",
-    "Config",
-    "ConfigError",
-    "DECLARED",
-    "DataConfig",
-    "EvalConfig",
-    "GenerateConfig",
-    "GuardConfig",
-    "ImageConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RoutingConfig",
-    "TrainConfig",
-    "base",
-    "changed_keys",
-    "check_model",
-    "from_dict",
-    "leaves",
-    "parse_value",
-    "printable",
-    "to_dict",
-    "unknown_key",
-    "with_vocabulary",
-]
+__all__ = ["Config", "ModelConfig", "RoutingConfig", "ClassifierConfig", "ImageConfig"]
+__all__ += ["DataConfig", "AugmentConfig", "OptimizerConfig", "TrainConfig", "EvalConfig"]
+__all__ += ["CheckpointConfig", "GuardConfig", "MeshConfig", "GenerateConfig", "ConfigError"]
+__all__ += ["ALL_KEYS", "DECLARED", "leaves", "printable", "unknown_key", "parse_value"]
+__all__ += ["base", "from_dict", "to_dict", "with_vocabulary", "changed_keys", "check_model"]

@@ -34,46 +34,32 @@ class MoEConfig:
     k: int = key(2, "K, experts per token (top-k); for xmoe the expected number", low=1)
     n_shared: int = key(0, "shared experts, which take every token (deepseek_moe)", low=0)
     d_expert: int = key(0, "hidden width of an expert; 0: d_hidden / (k + n_shared)", low=0)
-    capacity_factor: float = key(
-        1.25, "expert capacity relative to an even load", above=0, high=1e6
-    )
+    capacity_factor: float = key(1.25, "capacity relative to an even load", above=0, high=1e6)
     capacity_window: int = key(64, "tokens per capacity window", low=1)
     score: str = key("softmax", "router scores of deepseek_moe", choices=("softmax", "sigmoid"))
     scale: float = key(1.0, "sum of combine weights (score='sigmoid')", above=0, high=1e3)
     threshold: float = key(0.9, "total probability of a token's experts (xmoe)", above=0, high=1)
-    logit_scale: float = key(
-        1.0, "standard deviation of the router logits (skywork_moe)", above=0, high=1e3
-    )
+    logit_scale: float = key(1.0, "standard deviation of logits (skywork_moe)", above=0, high=1e3)
     balance_weight: float = key(0.01, "weight of the Switch load-balancing loss", low=0, high=1e3)
     # Skywork's adaptive weight is the moving average of min(rate * dropped share, most), per layer.
-    adaptive_rate: float = key(
-        0.0, "adaptive weight per share of dropped tokens (skywork_moe); 0: off", low=0, high=1e3
-    )
+    adaptive_rate: float = key(0.0, "adaptive weight per dropped share; 0: off", low=0, high=1e3)
     adaptive_most: float = key(0.01, "upper limit of that adaptive weight", low=0, high=1e3)
     adaptive_decay: float = key(0.99, "decay of its moving average", low=0, high=1)
-    bias_rate: float = key(
-        0.0, "step of the loss-free load-balancing bias (deepseek_moe); 0: off", low=0, high=1
-    )
+    bias_rate: float = key(0.0, "step of loss-free balancing (deepseek_moe); 0: off", low=0, high=1)
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
 
     def routing(self, kind: str) -> RoutingConfig:
-        """The routing of a mixture in the terms of a union of experts, with one token per patch.
+        """The routing of the mixture `kind` (of MLPS) as a union's, with one token per patch.
 
-        kind: the name of the MLP block. Under expert choice every expert takes the best
-        ceil(factor · L · K / N) of all tokens; otherwise capacity is counted in windows.
+        Under expert choice every expert takes the best ceil(factor · L · K / N) of all tokens;
+        otherwise capacity is counted in windows.
         """
-        expert_choice = kind == "expert_choice"
-        return RoutingConfig(
-            n_experts=self.n_experts,
-            k=self.k,
-            capacity_factor=self.capacity_factor,
-            capacity_window=self.capacity_window,
-            priority="score" if expert_choice else "position",
-            gate="baseline",
-            balance_weight=0.0 if expert_choice else self.balance_weight,
-            bias_rate=self.bias_rate if kind == "deepseek_moe" else 0.0,
-            z_weight=self.z_weight,
-        )
+        same = "n_experts k capacity_factor capacity_window balance_weight z_weight".split()
+        out = RoutingConfig(gate="baseline", **{name: getattr(self, name) for name in same})
+        if kind == "expert_choice":
+            return dataclasses.replace(out, priority="score", balance_weight=0.0)
+        bias_rate = self.bias_rate if kind == "deepseek_moe" else 0.0
+        return dataclasses.replace(out, bias_rate=bias_rate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,14 +79,9 @@ class MoSAConfig:
 
     def routing(self, n_heads: int) -> RoutingConfig:
         """Every head is an expert that chooses among all tokens."""
-        return RoutingConfig(
-            n_experts=n_heads,
-            k=n_heads,
-            capacity_factor=self.capacity_factor,
-            priority="score",
-            gate="baseline",
-            balance_weight=0.0,
-        )
+        by_score = RoutingConfig(priority="score", gate="baseline", balance_weight=0.0)
+        factor = self.capacity_factor
+        return dataclasses.replace(by_score, n_experts=n_heads, k=n_heads, capacity_factor=factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,33 +11,21 @@ TOKENIZERS = ("bytes", "bpe", "words", "library")
 
 
 class Facts(NamedTuple):
-    """What is known of a labelled source before it is read.
-
-    n_classes, n_inputs: classes, and inputs per example.
-    image: (height, width, channels) of its images; 0 means any.
-    resize: its images have all sizes and are resized.
-    text: its inputs are text, for a tokenizer.
-    n_ids: number of token ids where the inputs are neither images nor text.
-    """
+    """What is known of a labelled source before it is read."""
 
     n_classes: int
-    n_inputs: int = 1
-    image: tuple[int, int, int] | None = None
-    resize: bool = False
-    text: bool = False
-    n_ids: int = 256
+    n_inputs: int = 1  # per example
+    image: tuple[int, int, int] | None = None  # (height, width, channels) of its images; 0: any
+    resize: bool = False  # its images have all sizes and are resized
+    text: bool = False  # its inputs are text, for a tokenizer
+    n_ids: int = 256  # token ids of inputs that are neither images nor text
 
 
 class Source(NamedTuple):
-    """A value of data.source.
+    """A value of data.source."""
 
-    Attributes:
-      facts: of labelled examples, for a classifier; None: documents, for a language model.
-      open: of a source that a user added: takes the `data` section; None: it is built in.
-    """
-
-    facts: Facts | None = None
-    open: Callable[["DataConfig"], Any] | None = None
+    facts: Facts | None = None  # of labelled examples; None: documents, for a language model
+    open: Callable[["DataConfig"], Any] | None = None  # of a source that a user added
 
 
 SOURCES = {  # `data.registry.add_source` adds to these
@@ -89,24 +77,16 @@ class DataConfig:
     """Source of the examples, and the tokenizer of text."""
 
     source: str = key("stdlib", "source of documents or labelled examples", choices=SOURCES)
-    path: str = free_key(
-        "", "directory or glob of files, or data directory of TFDS; empty: the default"
-    )
+    path: str = free_key("", "directory or glob of files, or TFDS's directory; empty: the default")
     name: str = key("", "dataset of source='tfds_text', such as 'lm1b' or 'c4/en:3.1.0'")
-    tokenizer: str = key(
-        "bytes", "byte, BPE or word tokenizer, or any tokenizer.json (library)", choices=TOKENIZERS
-    )
-    tokenizer_file: str = free_key(
-        "", "file of tokenizer='bpe' or 'library', as `uoe tokenizer` writes it"
-    )
+    tokenizer: str = key("bytes", "bytes, BPE, words, or any tokenizer.json", choices=TOKENIZERS)
+    tokenizer_file: str = free_key("", "file of 'bpe' or 'library', as `uoe tokenizer` writes it")
     separator: str = key("", "end-of-document token ('bpe', 'library'); empty: the tokenizer's own")
     start: str = key("", "beginning-of-document token; empty: the tokenizer's own")
     min_count: int = key(3, "minimum count of a word in the training split ('words')", low=1)
     buckets: int = key(1, "number of padded lengths of labelled text, evenly spaced", low=1)
     sort_window: int = key(1, "with buckets: training batches sorted by length together", low=1)
-    held_out: int = key(
-        1, "percent of documents for validation, and for test, with source='text'", low=1, high=40
-    )
+    held_out: int = key(1, "percent for validation, and for test (source='text')", low=1, high=40)
     listops: ListopsConfig = ListopsConfig()
     pathfinder: PathfinderConfig = PathfinderConfig()
 

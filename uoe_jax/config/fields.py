@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from uoe_jax.errors import ConfigError
@@ -23,19 +23,15 @@ def key(
     choices: Collection[str] = (),
     free: bool = False,
 ) -> Any:
-    """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`.
-
-    free: the key may change when a run is resumed.
-    """
+    """Declares one key: `low <= value <= high`, `value > above`, or one of `choices`."""
     if type(default) is int and high is None:
         high = INT32_MAX
-    meta = dict(
-        default=default, doc=doc, low=low, high=high, above=above, choices=choices, free=free
-    )
+    limits = dict(low=low, high=high, above=above, choices=choices)
+    meta = dict(default=default, doc=doc, free=free, **limits)
     return dataclasses.field(default=default, metadata=meta)
 
 
-free_key = functools.partial(key, free=True)
+free_key = functools.partial(key, free=True)  # may change when a run is resumed
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
@@ -53,11 +49,12 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def parsed(name: str, kind: type, text: str) -> Any:
-    """Converts the text of an override to the type of its key; ConfigError if it does not parse.
+def parsed(name: str, text: str, meta: Mapping[str, Any]) -> Any:
+    """The text of an override in the type of its key; ConfigError if it does not parse.
 
     Numbers are written as in Python, in ASCII; underscores and surrounding spaces are allowed.
     """
+    kind = type(meta["default"])
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
@@ -72,13 +69,13 @@ def parsed(name: str, kind: type, text: str) -> Any:
 def check_declared(prefix: str, config: Any) -> None:
     """Checks every value of a section against its declaration; raises ConfigError."""
     for name, value, meta in leaves(config):
-        checked(f"{prefix}.{name}", type(meta["default"]), value, meta)
+        checked(f"{prefix}.{name}", value, meta)
 
 
-def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
+def checked(name: str, value: Any, meta: Mapping[str, Any]) -> Any:
     """The value, if the declaration of its key allows it; ConfigError otherwise."""
-    given = type(value)
-    if given is not kind and not (kind is float and given is int):
+    kind = type(meta["default"])
+    if type(value) is not kind and not (kind is float and type(value) is int):
         raise ConfigError(name, value, f"give a value of type {kind.__name__}")
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(name, value, f"choose one of {', '.join(meta['choices'])}")
@@ -97,13 +94,10 @@ def checked(name: str, kind: type, value: Any, meta: Mapping[str, Any]) -> Any:
     return float(value)
 
 
-def refuse_first(where: str, section: Any, problems: Iterable[tuple[str, str]]) -> None:
-    """Raises ConfigError for the first of (dotted key of the section, remedy), if there is any.
-
-    where: the name of the section, such as "config.model".
-    """
-    for name, remedy in problems:
-        raise ConfigError(f"{where}.{name}", operator.attrgetter(name)(section), remedy)
+def wrong(section: Any, name: str, remedy: str) -> ConfigError:
+    """The error for a dotted key of `model` or of the whole configuration."""
+    where = "config" if hasattr(section, "model") else "config.model"
+    return ConfigError(f"{where}.{name}", operator.attrgetter(name)(section), remedy)
 
 
 def must_divide(name: str, n: int) -> str:

@@ -6,7 +6,7 @@ from uoe_jax.config.fields import leaves, printable
 from uoe_jax.config.schema import Config
 from uoe_jax.errors import UserError
 
-DECLARED = {name: (value, meta) for name, value, meta in leaves(Config())}  # every key
+DECLARED = {name: meta for name, _, meta in leaves(Config())}  # every key
 ALL_KEYS = tuple(DECLARED)
 
 OPTIMIZER_NAMES = {f"optimizer.{name}" for name in ("algorithm", "kind", "name", "type")}
@@ -72,41 +72,28 @@ ALIASES = {
     "train.steps": "epochs iters max_iters max_steps n_steps num_steps total_steps train_steps"
     " training_steps",
 }
-# Section -> names that a user may give it.
-SECTION_ALIASES = {
-    "data": "dataset",
-    "generate": "generation sampling",
-    "optimizer": "optim",
-    "smha": "attention attn",
-    "train": "trainer training",
-    "uome": "experts feed_forward ffn mlp router",
-}
-_SECTION_OF = {
-    name: section for section, names in SECTION_ALIASES.items() for name in names.split()
-}
+# What a user may call a section.
+_SECTIONS = "dataset=data generation=generate sampling=generate optim=optimizer trainer=train"
+_SECTIONS += " training=train attention=smha attn=smha experts=uome feed_forward=uome ffn=uome"
+_SECTIONS += " mlp=uome router=uome"
+_SECTION_OF = dict(name.split("=") for name in _SECTIONS.split())
 
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _of_alias(alias: str) -> list[str]:
-    """The keys that have this name in another trainer."""
-    places = [place for place, names in ALIASES.items() if alias in names.split()]
-    keys = [p.replace("*", section) for p in places for section in ("uome", "smha", "moe")]
-    return [key for key in dict.fromkeys(keys) if key in DECLARED]
-
-
 def nearest_key(name: str) -> str:
     """The known key that an unknown name most likely means.
 
-    A key of the same name, or with this name in another trainer, comes first: of several the one
-    that shares most sections with the name. Then comes a close spelling in the same section, then
-    the closest of all keys.
+    First comes one with this name, here or in another trainer: of several the one that shares most
+    sections. Then comes a close spelling in the same section, then the closest of all keys.
     """
     *parents, last = name.split(".")
     sections = [_SECTION_OF.get(part, part) for part in parents]
-    named = _of_alias(last.lower()) + [key for key in ALL_KEYS if _last(key) == last]
+    places = [place for place, names in ALIASES.items() if last.lower() in names.split()]
+    known = [place.replace("*", block) for place in places for block in ("uome", "smha", "moe")]
+    named = [key for key in known if key in DECLARED] + [k for k in ALL_KEYS if _last(k) == last]
     if named:
         return min(named, key=lambda k: (-len({*sections} & {*k.split(".")}), k.count(".")))
     section = ".".join(sections)
@@ -123,7 +110,6 @@ def unknown_key(name: str) -> UserError:
         return UserError(f"{shown}: unknown key; optimizer.*: AdamW only, with the keys {keys}")
     inside = [key for key in ALL_KEYS if key.startswith(f"{name}.")]
     if inside:
-        return UserError(
-            f"{shown}: this is a section; set a key inside it, such as config.{inside[0]}"
-        )
+        remedy = f"set a key inside it, such as config.{inside[0]}"
+        return UserError(f"{shown}: this is a section; {remedy}")
     return UserError(f"{shown}: unknown key; the nearest known key is config.{nearest_key(name)}")

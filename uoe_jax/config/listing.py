@@ -1,17 +1,17 @@
 """Lists of keys with values, ranges and meaning: for a terminal, as JSON lines, as Markdown."""
 
-import collections
-import dataclasses
 import difflib
 import fnmatch
+import itertools
 import json
+import operator
 import re
 import textwrap
-from collections.abc import Iterator
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple
 
-from uoe_jax.config.fields import INT32_MAX, printable
+from uoe_jax.config.fields import INT32_MAX, leaves, printable
 from uoe_jax.config.hints import ALL_KEYS, nearest_key
+from uoe_jax.config.schema import Config
 from uoe_jax.errors import UserError
 
 WIDTH = 100
@@ -38,98 +38,81 @@ class Key(NamedTuple):
     def kind(self) -> type:
         return type(self.meta["default"])
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON; bounds that a key does not have are null."""
-        names = ("default", "low", "above", "high", "choices", "free", "doc")
-        given = {"key": self.name, "type": self.kind.__name__, "value": self.value}
-        declared = {name: self.meta[name] for name in names}
-        return given | declared | {"choices": list(self.meta["choices"])}
-
-
-class Section(NamedTuple):
-    """A section: dotted name (empty for the whole configuration), class, and its own keys."""
-
-    name: str
-    cls: type
-    keys: list[Key]
-
     @property
-    def doc(self) -> str:
-        return " ".join((self.cls.__doc__ or "").split())
+    def range(self) -> str:
+        """The values that the key may have."""
+        if self.meta["choices"]:
+            return f"One of {', '.join(self.meta['choices'])}"
+        if self.kind in (bool, str):
+            return "True or false" if self.kind is bool else "Text"
+        bounds = ((">=", self.meta["low"]), (">", self.meta["above"]), ("<=", self.meta["high"]))
+        given = [(sign, bound) for sign, bound in bounds if bound not in (None, INT32_MAX)]
+        limits = " and ".join(f"{sign} {bound:g}" for sign, bound in given)
+        return f"{'Whole number' if self.kind is int else 'Number'} {limits}".rstrip()
 
 
-def sections(config: Any, name: str = "") -> Iterator[Section]:
-    """Every section of a configuration that has keys of its own."""
-    prefix = f"{name}." if name else ""
-    values = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
-    nested = [(field.name, v) for field, v in values if dataclasses.is_dataclass(v)]
-    own = [
-        Key(prefix + field.name, value, field.metadata)
-        for field, value in values
-        if not dataclasses.is_dataclass(value)
-    ]
-    if own:
-        yield Section(name, type(config), own)
-    for field_name, value in nested:
-        yield from sections(value, prefix + field_name)
+def selected(config: Any, pattern: str | None, changed: bool) -> list[Key]:
+    """The keys that match and, if `changed`, differ from their defaults.
 
-
-def selected(config: Any, pattern: str | None, changed: bool) -> list[Section]:
-    """The sections with only those keys that match and, if `changed`, differ from their defaults.
-
-    pattern: part of a dotted key, or a glob (`*`, `?`, `[`) of a whole one.
-
-    Raises:
-      UserError: the pattern matches no key.
+    pattern: part of a dotted key, or a glob (`*`, `?`, `[`) of a whole one; UserError where it
+    matches no key.
     """
-    names = set(ALL_KEYS)
-    if pattern is not None:
-        glob = pattern if re.search(r"[*?\[]", pattern) else f"*{pattern}*"
-        names = set(fnmatch.filter(ALL_KEYS, glob))
-        if not names:
-            close = difflib.get_close_matches(pattern, ALL_KEYS, n=3)
-            near = ", ".join(dict.fromkeys([nearest_key(pattern), *close]))
-            raise UserError(f"{printable(pattern)}: no key matches; the nearest are {near}")
-    out = []
-    for section in sections(config):
-        keys = [k for k in section.keys if k.name in names and (k.changed or not changed)]
-        if keys:
-            out.append(section._replace(keys=keys))
-    return out
+    glob = pattern or "*"
+    names = set(fnmatch.filter(ALL_KEYS, glob if re.search(r"[*?\[]", glob) else f"*{glob}*"))
+    if not names:
+        close = difflib.get_close_matches(glob, ALL_KEYS, n=3)
+        near = ", ".join(dict.fromkeys([nearest_key(glob), *close]))
+        raise UserError(f"{printable(glob)}: no key matches; the nearest are {near}")
+    keys = (Key(*leaf) for leaf in leaves(config))
+    return [key for key in keys if key.name in names and (key.changed or not changed)]
 
 
-def as_text(found: list[Section]) -> str:
+def _sections(config: Any, keys: Iterable[Key]) -> Iterator[tuple[str, str, list[Key]]]:
+    """(dotted name, documentation, keys) of every section that has some of these keys."""
+    for name, own in itertools.groupby(keys, lambda key: key.name.rpartition(".")[0]):
+        section = operator.attrgetter(name)(config) if name else config
+        yield name, " ".join(section.__doc__.split()), [*own]
+
+
+def as_text(found: list[Key]) -> str:
     """Two lines or more per key, at most 100 columns wide; changed keys are marked by `*`."""
     lines = []
-    for section in found:
-        lines += ["", *textwrap.wrap(f"[{section.name}] {section.doc}", WIDTH)]
-        for key in section.keys:
+    for name, doc, keys in _sections(Config(), found):
+        lines += ["", *textwrap.wrap(f"[{name}] {doc}", WIDTH)]
+        for key in keys:
             free = "  (may change on resume)" if key.meta["free"] else ""
             lines.append(f"{'*' if key.changed else ' '} {key.name} = {_shown(key.value)}{free}")
-            about = f"{key.doc} {_range(key)}; default {_shown(key.meta['default'])}."
+            about = f"{key.doc} {key.range}; default {_shown(key.meta['default'])}."
             lines += textwrap.wrap(about, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:]) or "no key is changed from its default"
 
 
-def as_json(found: list[Section]) -> str:
-    """One JSON object per line and key."""
-    return "\n".join(json.dumps(key.as_dict()) for section in found for key in section.keys)
+def as_json(found: list[Key]) -> str:
+    """One JSON object per line and key; bounds that a key does not have are null."""
+    lines = []
+    for key in found:
+        names = ("default", "low", "above", "high", "choices", "free", "doc")
+        declared = {name: key.meta[name] for name in names}
+        declared["choices"] = list(declared["choices"])
+        given = {"key": key.name, "type": key.kind.__name__, "value": key.value}
+        lines.append(json.dumps(given | declared))
+    return "\n".join(lines)
 
 
 def as_markdown(config: Any) -> str:
     """A heading, the docstring and a table for every section; sections of one class share them."""
-    by_class: dict[type, list[Section]] = collections.defaultdict(list)
-    for section in sections(config):
-        by_class[section.cls].append(section)
+    by_doc: dict[str, dict[str, list[Key]]] = {}
+    for name, doc, keys in _sections(config, (Key(*leaf) for leaf in leaves(config))):
+        by_doc.setdefault(doc, {})[name] = keys
     lines = []
-    for same in by_class.values():
-        if same[0].name:
-            lines += [f"## {', '.join(f'`{section.name}`' for section in same)}", ""]
-        lines += [_escaped(same[0].doc), ""]
+    for doc, same in by_doc.items():
+        if any(same):
+            lines += [f"## {', '.join(f'`{name}`' for name in same)}", ""]
+        lines += [_escaped(doc), ""]
         lines += ["| key | default | values | resume | meaning |", "|---|---|---|---|---|"]
-        for key in same[0].keys:
+        for key in next(iter(same.values())):
             name, free = key.name.rpartition(".")[2], "free" if key.meta["free"] else ""
-            cells = (f"`{name}`", f"`{_shown(key.meta['default'])}`", _escaped(_range(key)), free)
+            cells = (f"`{name}`", f"`{_shown(key.meta['default'])}`", _escaped(key.range), free)
             lines.append(f"| {' | '.join(cells)} | {_escaped(key.doc)} |")
         lines.append("")
     return "\n".join(lines)
@@ -141,19 +124,6 @@ def _shown(value: Any) -> str:
         return str(value).lower()
     plain = not isinstance(value, str) or value.isprintable() and value and " " not in value
     return str(value) if plain else repr(value)
-
-
-def _range(key: Key) -> str:
-    """The values that a key may have."""
-    meta, kind = key.meta, key.kind
-    if meta["choices"]:
-        return f"One of {', '.join(meta['choices'])}"
-    if kind in (bool, str):
-        return "True or false" if kind is bool else "Text"
-    high = None if meta["high"] == INT32_MAX else meta["high"]
-    bounds = ((">=", meta["low"]), (">", meta["above"]), ("<=", high))
-    limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-    return f"{'Whole number' if kind is int else 'Number'} {limits}".rstrip()
 
 
 def _escaped(text: str) -> str:

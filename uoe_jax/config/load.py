@@ -1,10 +1,10 @@
 """Reads a configuration: from a config file, from the `config.json` of a run, or from dicts."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import traceback
+import types
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -32,24 +32,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value of `--config.NAME=TEXT` in the type of its key.
-
-    Raises:
-      UserError: no such key.
-      ConfigError: the text is no value of that type.
-    """
+    """The value of `--config.NAME=TEXT` in the type of its key; UserError where there is none."""
     if name not in DECLARED:
         raise unknown_key(name)
-    return parsed(f"config.{name}", type(DECLARED[name][0]), text)
+    return parsed(f"config.{name}", text, DECLARED[name])
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Builds and validates a Config from nested mappings; missing keys keep their defaults.
-
-    Raises:
-      UserError: an unknown key.
-      ConfigError: a value of the wrong type, out of range, or inconsistent with another.
-    """
+    """The validated Config of nested mappings, other keys at their defaults. Raises UserError."""
     config = _section(Config(), values, "")
     check_model(config.model)
     check_run(config)
@@ -59,8 +49,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def _section(default: Any, values: Any, prefix: str) -> Any:
     """`default` with the values of a mapping; prefix: its dotted name, with a dot behind."""
     if not isinstance(values, Mapping):
-        remedy = "this is a section; set the keys inside it"
-        raise ConfigError(f"config.{prefix[:-1]}", values, remedy)
+        raise ConfigError(f"config.{prefix[:-1]}", values, "this is a section; set its keys")
     fields = {f.name: f for f in dataclasses.fields(default)}
     out = {}
     for name, value in values.items():
@@ -70,7 +59,7 @@ def _section(default: Any, values: Any, prefix: str) -> Any:
         if dataclasses.is_dataclass(old):
             out[name] = _section(old, value, f"{dotted}.")
         else:
-            out[name] = checked(f"config.{dotted}", type(old), value, fields[name].metadata)
+            out[name] = checked(f"config.{dotted}", value, fields[name].metadata)
     return dataclasses.replace(default, **out)
 
 
@@ -87,15 +76,13 @@ def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tup
     These are the keys not declared `free`, and those in `more`. train.steps counts as free where
     optimizer.decay_steps fixes the learning-rate schedule, unless it is in `more`.
     """
-    fixed_schedule = old.optimizer.decay_steps == new.optimizer.decay_steps > 0
-    free = {"train.steps"} if fixed_schedule else set()
-    free |= {name for name, (_, meta) in DECLARED.items() if meta["free"]}
-    before = {name: value for name, value, _ in leaves(old)}
-    return [
-        (name, before[name], value)
-        for name, value, _ in leaves(new)
-        if before[name] != value and (name in more or name not in free)
-    ]
+    free = {name for name, meta in DECLARED.items() if meta["free"]}
+    if old.optimizer.decay_steps == new.optimizer.decay_steps > 0:
+        free.add("train.steps")
+    free -= {*more}
+    both = zip(leaves(old), leaves(new))
+    changed = [(name, before, now) for (name, before, _), (_, now, _) in both if before != now]
+    return [change for change in changed if change[0] not in free]
 
 
 # --- config files ---
@@ -108,8 +95,7 @@ def find_config(name: str) -> tuple[Path | epath.Path, str]:
     stem, _, variant = name.partition(":")
     package = Path(__file__).parents[1]
     folders = (package / "configs", package.parent / "configs")
-    shipped = [] if stem.endswith(".py") else [folder / f"{stem}.py" for folder in folders]
-    for path in [Path(os.path.expanduser(stem)), *shipped]:
+    for path in (Path(os.path.expanduser(stem)), *(folder / f"{stem}.py" for folder in folders)):
         if os.path.isfile(path):  # unlike Path.is_file, it raises for no name
             return path, variant
     files = ((folder, file) for folder in folders for file in folder.glob("**/[!_]*.py"))
@@ -119,10 +105,9 @@ def find_config(name: str) -> tuple[Path | epath.Path, str]:
 
 
 def evaluate(name: str, remedy: str = GET_CONFIG) -> dict[str, Any]:
-    """The nested dicts that a config file's `get_config` returns, or that a .json file holds.
+    """The nested dicts of a config file's `get_config` or of a .json file.
 
-    Raises:
-      UserError: the file cannot be read or run; it ends with `remedy`.
+    remedy: ends the UserError for a file that cannot be read or run.
     """
     path, variant = find_config(name)
     try:
@@ -131,9 +116,7 @@ def evaluate(name: str, remedy: str = GET_CONFIG) -> dict[str, Any]:
             return dict(json.loads(data.decode("utf-8-sig")))
         # Compiled from bytes, so that a byte-order mark and a declared encoding count.
         source = compile(data, str(path), "exec")
-        spec = importlib.util.spec_from_loader("uoe_config", None)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
+        module = types.ModuleType("uoe_config")
         exec(source, module.__dict__)  # a config file is a program: run only those you trust
         given = module.get_config(variant) if variant else module.get_config()
         return given.to_dict()
@@ -158,12 +141,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def resolve(name: str | None, overrides: Mapping[str, str]) -> Config:
-    """The configuration of `--config` (None: the defaults) with overrides.
-
-    Raises:
-      UserError: the file cannot be read or run, or a key is unknown.
-      ConfigError: a value that cannot be used.
-    """
+    """The configuration of `--config` (None: the defaults) with overrides. Raises UserError."""
     values = to_dict(Config()) if name is None else evaluate(name)
     for key, text in overrides.items():
         put(values, key, parse_value(key, text))

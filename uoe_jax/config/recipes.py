@@ -13,8 +13,7 @@ def long_range_arena(c: Any) -> None:
     m.smha.n_experts, m.smha.k = 2, 1
     m.uome.n_experts, m.uome.k = 4, 2
     for routing in (m.smha, m.uome):
-        routing.priority = "score"
-        routing.capacity_factor = 1.25
+        routing.update(priority="score", capacity_factor=1.25)
     c.optimizer.update(learning_rate=1e-4, schedule="linear", final_fraction=0.0, b2=0.999)
     c.train.log_every = 50
     c.eval.test = True  # of the checkpoint that is best on validation
@@ -27,9 +26,8 @@ def language_by_words(c: Any) -> None:
     m.activation, m.bias, m.norm, m.dtype = "relu", True, "layernorm", "bfloat16"
     m.uome.n_experts, m.uome.k = 4, 2
     m.smha.capacity_factor = m.uome.capacity_factor = 1.25
-    c.optimizer.update(
-        learning_rate=2.5e-4, final_fraction=0.0, weight_decay=0.0, b2=0.999, clip_norm=0.25
-    )
+    c.optimizer.update(learning_rate=2.5e-4, final_fraction=0.0, weight_decay=0.0)
+    c.optimizer.update(b2=0.999, clip_norm=0.25)
     c.train.log_every = 100
     c.eval.test = True
 
@@ -37,39 +35,27 @@ def language_by_words(c: Any) -> None:
 def finished(c: Any, variant: str = "", *others: str) -> Any:
     """Ends a config file: returns the `ConfigDict`, or makes it `tiny`.
 
-    others: names of the variants that the file has applied itself.
-
-    Raises:
-      ValueError: an unknown variant.
+    others: the variants that the file has applied itself. Raises ValueError for an unknown one.
     """
-    if variant == "tiny":
-        return tiny(c)
-    if variant and variant not in others:
+    if variant not in ("", "tiny", *others):
         names = ", ".join(map(repr, (*others, "tiny")))
         raise ValueError(f"there is no variant {variant!r}; give {names} or none")
-    return c
+    return tiny(c) if variant == "tiny" else c
 
 
 def compared(made: Any, variant: str, short_rows: tuple[str, ...]) -> Any:
-    """Ends the config file of a comparison: `short` and `tiny` keep one seed and some rows.
-
-    Raises:
-      ValueError: an unknown variant.
-    """
+    """Ends the config file of a comparison: `short` and `tiny` keep one seed and some rows."""
     if variant not in ("", "short", "tiny"):
         raise ValueError(f"there is no variant {variant!r}; give 'short', 'tiny' or none")
     if variant:
-        made.seeds = 1
         made.rows = [row for row in made.rows if row[0] in short_rows]
-        made.length_rows = ""
+        made.update(seeds=1, length_rows="", learning_rates="")
     if variant == "short":
-        base = made.base
-        base.train.steps //= 3
-        base.eval.every = base.checkpoint.every = 0
-        made.learning_rates = ""
-        made.lengths, made.rounds = ",".join(made.lengths.split(",")[:3]), 8
+        made.base.train.steps //= 3
+        made.base.eval.every = made.base.checkpoint.every = 0
+        made.update(rounds=8, lengths=",".join(made.lengths.split(",")[:3]))
     if variant == "tiny":
-        made.learning_rates, made.rounds, made.lengths = "", 2, "32,64" if made.lengths else ""
+        made.update(rounds=2, lengths="32,64" if made.lengths else "")
     return made
 
 
@@ -81,8 +67,8 @@ def tiny(c: Any) -> Any:
     """
     m = c.model
     m.n_layers, m.n_heads, m.n_kv_heads, m.dtype = 2, 4, 0, "float32"
-    m.smha.n_experts, m.smha.k = min(m.smha.n_experts, 4), min(m.smha.k, 2)
-    m.uome.n_experts, m.uome.k = min(m.uome.n_experts, 4), min(m.uome.k, 2)
+    for routing in (m.smha, m.uome):
+        routing.update(n_experts=min(routing.n_experts, 4), k=min(routing.k, 2))
     m.d_model, m.d_hidden, m.classifier.d_head = 32, 48, min(m.classifier.d_head, 16)
     m.vocab_size = 0
     if m.task == "language" or c.data.source in ("imdb", "aan"):

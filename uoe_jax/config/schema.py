@@ -7,20 +7,8 @@ messages, `uoe config` and the list of keys that may change when a run is resume
 import dataclasses
 import math
 
-from uoe_jax.config.baselines import (
-    ATTENTIONS,
-    MLPS,
-    UNIONS,
-    LinformerConfig,
-    LongShortConfig,
-    MLAConfig,
-    MoEConfig,
-    MoHConfig,
-    MoSAConfig,
-    NystromformerConfig,
-    PerformerConfig,
-    ReformerConfig,
-)
+from uoe_jax.config import baselines
+from uoe_jax.config.baselines import ATTENTIONS, MLPS, UNIONS
 from uoe_jax.config.data import AugmentConfig, DataConfig
 from uoe_jax.config.fields import free_key, key
 from uoe_jax.config.routing import RoutingConfig
@@ -38,9 +26,7 @@ class ClassifierConfig:
     """Head of a classifier (model.task='classify')."""
 
     n_classes: int = key(2, "number of classes", low=2)
-    pooling: str = key(
-        "mean", "mean of the valid tokens, or a learned token in front", choices=("mean", "cls")
-    )
+    pooling: str = key("mean", "mean of tokens, or a learned one in front", choices=("mean", "cls"))
     n_inputs: int = key(1, "inputs per example; two are encoded alike and compared", low=1, high=2)
     d_head: int = key(0, "hidden width of the head; 0: one linear layer", low=0)
 
@@ -87,9 +73,7 @@ class ModelConfig:
     qk_norm: bool = key(False, "RMSNorm of queries and keys, with one scale for all heads")
     position: str = key("rope", "position encoding", choices=("rope", "learned", "none"))
     rope_theta: float = key(10000.0, "base of the rotary frequencies", low=1, high=1e12)
-    rope_scaling: str = key(
-        "", "Llama 3.1 scaling of RoPE as 'factor,low,high,length', such as '8,1,4,8192'"
-    )
+    rope_scaling: str = key("", "Llama 3.1's 'factor,low,high,length', such as '8,1,4,8192'")
     bias: bool = key(False, "biases in all projections")
     qkv_bias: bool = key(False, "biases of queries, keys and values only, as in Qwen2")
     tie_embeddings: bool = key(True, "share the weights of embedding and output head")
@@ -100,21 +84,19 @@ class ModelConfig:
     dtype: str = key("float32", "compute dtype; parameters are float32", choices=DTYPES)
     # Under fsdp, "none" also keeps the gathered weights for the backward pass.
     remat: str = free_key(
-        "slots",
-        "remat policy: recompute nothing, slots and scores, all but matmuls, or whole layers",
-        choices=REMAT,
+        "slots", "remat policy: recompute none, slots, all but matmuls, or layers", choices=REMAT
     )
     smha: RoutingConfig = RoutingConfig()
     uome: RoutingConfig = RoutingConfig()
-    moe: MoEConfig = MoEConfig()
-    mla: MLAConfig = MLAConfig()
-    mosa: MoSAConfig = MoSAConfig()
-    moh: MoHConfig = MoHConfig()
-    linformer: LinformerConfig = LinformerConfig()
-    nystromformer: NystromformerConfig = NystromformerConfig()
-    performer: PerformerConfig = PerformerConfig()
-    reformer: ReformerConfig = ReformerConfig()
-    long_short: LongShortConfig = LongShortConfig()
+    moe: baselines.MoEConfig = baselines.MoEConfig()
+    mla: baselines.MLAConfig = baselines.MLAConfig()
+    mosa: baselines.MoSAConfig = baselines.MoSAConfig()
+    moh: baselines.MoHConfig = baselines.MoHConfig()
+    linformer: baselines.LinformerConfig = baselines.LinformerConfig()
+    nystromformer: baselines.NystromformerConfig = baselines.NystromformerConfig()
+    performer: baselines.PerformerConfig = baselines.PerformerConfig()
+    reformer: baselines.ReformerConfig = baselines.ReformerConfig()
+    long_short: baselines.LongShortConfig = baselines.LongShortConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     image: ImageConfig = ImageConfig()
 
@@ -195,22 +177,15 @@ class ModelConfig:
             return self.moe.n_shared * self.d_expert
         return self.d_hidden if self.mlp == "dense" else 0
 
-    @property
-    def all_hidden(self) -> int:
-        """Hidden units of the whole MLP block."""
-        return self.routed_hidden + self.whole_hidden
-
     def routed(self) -> dict[str, RoutingConfig]:
         """The routing of every block that routes, by the name of the block."""
-        found = ((name, self._routing(name)) for name in (self.attention, self.mlp))
-        return {name: routing for name, routing in found if routing is not None}
-
-    def _routing(self, name: str) -> RoutingConfig | None:
-        if name in UNIONS:
-            return getattr(self, name)
-        if name in ("mosa", "moh"):
-            return getattr(self, name).routing(self.n_heads)
-        return self.moe.routing(name) if name in MLPS else None
+        out: dict[str, RoutingConfig] = {}
+        if self.attention in ("mosa", "moh"):
+            out[self.attention] = getattr(self, self.attention).routing(self.n_heads)
+        out |= self.unions()
+        if self.mlp in MLPS:
+            out[self.mlp] = self.moe.routing(self.mlp)
+        return out
 
     def place_of(self, name: str) -> str:
         """Where a block of this name stands in a layer: "attention" or "mlp"."""
@@ -218,7 +193,7 @@ class ModelConfig:
 
     def unions(self) -> dict[str, RoutingConfig]:
         """Those of `routed` that are unions of experts."""
-        return {name: r for name, r in self.routed().items() if name in UNIONS}
+        return {name: getattr(self, name) for name in (self.attention, self.mlp) if name in UNIONS}
 
     @property
     def patch_multiple(self) -> int:
@@ -265,9 +240,7 @@ class EvalConfig:
     """Evaluation during training."""
 
     every: int = free_key(200, "steps between evaluations; 0: only at the end", low=0)
-    batches: int = free_key(
-        0, "batches per evaluation; 0: the whole split, as always at the end", low=0
-    )
+    batches: int = free_key(0, "batches per evaluation; 0: all, as always at the end", low=0)
     test: bool = free_key(False, "at the end, evaluate the best checkpoint on the test split")
     batch_size: int = free_key(0, "global rows per batch; 0: train.batch_size", low=0)
 
@@ -278,9 +251,7 @@ class CheckpointConfig:
 
     every: int = free_key(200, "steps between checkpoints; 0: only at the end", low=0)
     keep_latest: int = free_key(2, "latest checkpoints to keep", low=1)
-    keep_best: int = free_key(
-        1, "best checkpoints to keep, by validation loss or error rate", low=0
-    )
+    keep_best: int = free_key(1, "best checkpoints to keep, by validation loss or error", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,15 +262,9 @@ class GuardConfig:
     spike_sigmas: float = key(
         0.0, "skip steps whose loss or gradient is so many sigmas high; 0: off", low=0, high=1e6
     )
-    max_bad_steps: int = free_key(
-        5, "skipped steps in a row before the run stops or rolls back", low=1
-    )
-    rollbacks: int = free_key(
-        0, "times that a run rolls back instead of stopping", low=0, high=1000
-    )
-    peer_timeout_s: float = free_key(
-        10.0, "seconds until all processes stop after one is lost", low=1, high=1e5
-    )
+    max_bad_steps: int = free_key(5, "skipped steps in a row before a stop or rollback", low=1)
+    rollbacks: int = free_key(0, "times to roll back instead of a stop", low=0, high=1000)
+    peer_timeout_s: float = free_key(10.0, "seconds until all stop if one is lost", low=1, high=1e5)
     hang_timeout_s: float = free_key(
         300.0, "seconds without progress until processes stop; 0: off", low=0, high=1e6
     )
@@ -332,9 +297,7 @@ class GenerateConfig:
     max_tokens: int = free_key(160, "maximum number of new tokens, as the context allows", low=1)
     temperature: float = free_key(0.7, "sampling temperature; 0: greedy", low=0, high=1e3)
     top_k: int = free_key(0, "sample among the k likeliest tokens; 0: all", low=0)
-    top_p: float = free_key(
-        0.95, "nucleus sampling: total probability of the candidates", above=0, high=1
-    )
+    top_p: float = free_key(0.95, "nucleus sampling: probability of candidates", above=0, high=1)
     seed: int = free_key(0, "seed of the sampling", low=0)
 
 
