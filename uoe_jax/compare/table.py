@@ -35,14 +35,26 @@ class TableConfig:
     """What a table says beside its experiment (`base`) and its rows."""
 
     title: str = key("", "heading of the table")
-    seeds: int = key(3, "runs of each row: seeds of initialisation and data order", low=1, high=100)
-    match: str = key("width", "match rows by hidden width, or by FLOPs", choices=("width", "flops"))
+    seeds: int = key(
+        3, "runs of each row, with seeds 0, 1, …: initialisation and data order", low=1, high=100
+    )
+    match: str = key(
+        "width",
+        "rows have the reference's hidden width (a mixture's experts together), or its FLOPs",
+        choices=("width", "flops"),
+    )
     reference: str = key("full_attention", "the row that others are matched to and compared with")
-    learning_rates: str = key("", "tried for every row, such as '0.001,0.003'; empty: the base's")
+    learning_rates: str = key(
+        "", "tried for every row alike, such as '0.001,0.003'; empty: that of the base"
+    )
     search_steps: int = key(0, "steps of each try, with seed 0; 0: a quarter of the run's", low=0)
     rounds: int = key(15, "interleaved measurements of a step's time", low=1, high=1000)
-    lengths: str = key("", "lengths at which a step is measured, such as '64,128'; empty: none")
-    length_rows: str = key("", "rows measured at these lengths, commas between; empty: all")
+    lengths: str = key(
+        "", "context lengths at which a step of one row is measured, such as '64,128'; empty: none"
+    )
+    length_rows: str = key(
+        "", "the rows that are measured at these lengths, with commas between them; empty: all"
+    )
 
 
 DECLARED = {name: meta for name, _, meta in leaves(TableConfig())}

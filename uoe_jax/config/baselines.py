@@ -34,18 +34,26 @@ class MoEConfig:
     k: int = key(2, "K, experts per token (top-k); for xmoe the expected number", low=1)
     n_shared: int = key(0, "shared experts, which take every token (deepseek_moe)", low=0)
     d_expert: int = key(0, "hidden width of an expert; 0: d_hidden / (k + n_shared)", low=0)
-    capacity_factor: float = key(1.25, "capacity relative to an even load", above=0, high=1e6)
+    capacity_factor: float = key(
+        1.25, "expert capacity relative to an even load", above=0, high=1e6
+    )
     capacity_window: int = key(64, "tokens per capacity window", low=1)
     score: str = key("softmax", "router scores of deepseek_moe", choices=("softmax", "sigmoid"))
     scale: float = key(1.0, "sum of combine weights (score='sigmoid')", above=0, high=1e3)
     threshold: float = key(0.9, "total probability of a token's experts (xmoe)", above=0, high=1)
-    logit_scale: float = key(1.0, "standard deviation of logits (skywork_moe)", above=0, high=1e3)
+    logit_scale: float = key(
+        1.0, "standard deviation of the router logits (skywork_moe)", above=0, high=1e3
+    )
     balance_weight: float = key(0.01, "weight of the Switch load-balancing loss", low=0, high=1e3)
     # Skywork's adaptive weight is the moving average of min(rate * dropped share, most), per layer.
-    adaptive_rate: float = key(0.0, "adaptive weight per dropped share; 0: off", low=0, high=1e3)
+    adaptive_rate: float = key(
+        0.0, "adaptive weight per share of dropped tokens (skywork_moe); 0: off", low=0, high=1e3
+    )
     adaptive_most: float = key(0.01, "upper limit of that adaptive weight", low=0, high=1e3)
     adaptive_decay: float = key(0.99, "decay of its moving average", low=0, high=1)
-    bias_rate: float = key(0.0, "step of loss-free balancing (deepseek_moe); 0: off", low=0, high=1)
+    bias_rate: float = key(
+        0.0, "step of the loss-free load-balancing bias (deepseek_moe); 0: off", low=0, high=1
+    )
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
 
     def routing(self, kind: str) -> RoutingConfig:

@@ -77,16 +77,24 @@ class DataConfig:
     """Source of the examples, and the tokenizer of text."""
 
     source: str = key("stdlib", "source of documents or labelled examples", choices=SOURCES)
-    path: str = free_key("", "directory or glob of files, or TFDS's directory; empty: the default")
+    path: str = free_key(
+        "", "directory or glob of files, or data directory of TFDS; empty: the default"
+    )
     name: str = key("", "dataset of source='tfds_text', such as 'lm1b' or 'c4/en:3.1.0'")
-    tokenizer: str = key("bytes", "bytes, BPE, words, or any tokenizer.json", choices=TOKENIZERS)
-    tokenizer_file: str = free_key("", "file of 'bpe' or 'library', as `uoe tokenizer` writes it")
+    tokenizer: str = key(
+        "bytes", "byte, BPE or word tokenizer, or any tokenizer.json (library)", choices=TOKENIZERS
+    )
+    tokenizer_file: str = free_key(
+        "", "file of tokenizer='bpe' or 'library', as `uoe tokenizer` writes it"
+    )
     separator: str = key("", "end-of-document token ('bpe', 'library'); empty: the tokenizer's own")
     start: str = key("", "beginning-of-document token; empty: the tokenizer's own")
     min_count: int = key(3, "minimum count of a word in the training split ('words')", low=1)
     buckets: int = key(1, "number of padded lengths of labelled text, evenly spaced", low=1)
     sort_window: int = key(1, "with buckets: training batches sorted by length together", low=1)
-    held_out: int = key(1, "percent for validation, and for test (source='text')", low=1, high=40)
+    held_out: int = key(
+        1, "percent of documents for validation, and for test, with source='text'", low=1, high=40
+    )
     listops: ListopsConfig = ListopsConfig()
     pathfinder: PathfinderConfig = PathfinderConfig()
 

@@ -26,16 +26,26 @@ class RoutingConfig:
     )
     sequence_group: int = key(8, "consecutive rows over which that limit is counted", low=1)
     patch_size: int = key(1, "P, consecutive tokens that are routed together", low=1)
-    unit: str = key("patch", "who chooses experts: patch, sequence, or both levels", choices=UNITS)
-    priority: str = key("position", "who gets slots: first come, or best score", choices=PRIORITIES)
+    unit: str = key(
+        "patch", "who chooses experts: each patch, the sequence, or both levels", choices=UNITS
+    )
+    priority: str = key(
+        "position", "patches that get the slots: first come, or best score", choices=PRIORITIES
+    )
     gate: str = key("sigmoid", "combine weight of a chosen expert", choices=GATES)
-    order: str = key("gather", "project gathered tokens, or gather projected ones", choices=ORDERS)
+    order: str = key(
+        "gather", "project the gathered tokens, or gather the projected tokens", choices=ORDERS
+    )
     router_bias: bool = key(False, "add a bias to the router logits")
-    router_noise: float = key(0.0, "standard deviation of noise in training", low=0, high=1e3)
+    router_noise: float = key(
+        0.0, "standard deviation of router noise in training", low=0, high=1e3
+    )
     balance_weight: float = key(0.01, "weight of the Switch load-balancing loss", low=0, high=1e3)
     bias_rate: float = key(0.0, "step of the loss-free load-balancing bias; 0: off", low=0, high=1)
     z_weight: float = key(0.0, "weight of the router z-loss", low=0, high=1e3)
-    dispatch: str = free_key("auto", "by gather, scatter-add or one-hot matmul", choices=DISPATCHES)
+    dispatch: str = free_key(
+        "auto", "how slots are moved: gather, scatter-add, one-hot matmul", choices=DISPATCHES
+    )
 
     def window_capacity(self, window: int | None = None) -> int:
         """Slots per expert in a window of patches: ceil(cf * window * K / N), in 1..window.

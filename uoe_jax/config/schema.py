@@ -26,7 +26,9 @@ class ClassifierConfig:
     """Head of a classifier (model.task='classify')."""
 
     n_classes: int = key(2, "number of classes", low=2)
-    pooling: str = key("mean", "mean of tokens, or a learned one in front", choices=("mean", "cls"))
+    pooling: str = key(
+        "mean", "mean of the valid tokens, or a learned token in front", choices=("mean", "cls")
+    )
     n_inputs: int = key(1, "inputs per example; two are encoded alike and compared", low=1, high=2)
     d_head: int = key(0, "hidden width of the head; 0: one linear layer", low=0)
 
@@ -73,7 +75,9 @@ class ModelConfig:
     qk_norm: bool = key(False, "RMSNorm of queries and keys, with one scale for all heads")
     position: str = key("rope", "position encoding", choices=("rope", "learned", "none"))
     rope_theta: float = key(10000.0, "base of the rotary frequencies", low=1, high=1e12)
-    rope_scaling: str = key("", "Llama 3.1's 'factor,low,high,length', such as '8,1,4,8192'")
+    rope_scaling: str = key(
+        "", "Llama 3.1 scaling of RoPE as 'factor,low,high,length', such as '8,1,4,8192'"
+    )
     bias: bool = key(False, "biases in all projections")
     qkv_bias: bool = key(False, "biases of queries, keys and values only, as in Qwen2")
     tie_embeddings: bool = key(True, "share the weights of embedding and output head")
@@ -84,7 +88,9 @@ class ModelConfig:
     dtype: str = key("float32", "compute dtype; parameters are float32", choices=DTYPES)
     # Under fsdp, "none" also keeps the gathered weights for the backward pass.
     remat: str = free_key(
-        "slots", "remat policy: recompute none, slots, all but matmuls, or layers", choices=REMAT
+        "slots",
+        "remat policy: recompute nothing, slots and scores, all but matmuls, or whole layers",
+        choices=REMAT,
     )
     smha: RoutingConfig = RoutingConfig()
     uome: RoutingConfig = RoutingConfig()
@@ -240,7 +246,9 @@ class EvalConfig:
     """Evaluation during training."""
 
     every: int = free_key(200, "steps between evaluations; 0: only at the end", low=0)
-    batches: int = free_key(0, "batches per evaluation; 0: all, as always at the end", low=0)
+    batches: int = free_key(
+        0, "batches per evaluation; 0: the whole split, as always at the end", low=0
+    )
     test: bool = free_key(False, "at the end, evaluate the best checkpoint on the test split")
     batch_size: int = free_key(0, "global rows per batch; 0: train.batch_size", low=0)
 
@@ -251,7 +259,9 @@ class CheckpointConfig:
 
     every: int = free_key(200, "steps between checkpoints; 0: only at the end", low=0)
     keep_latest: int = free_key(2, "latest checkpoints to keep", low=1)
-    keep_best: int = free_key(1, "best checkpoints to keep, by validation loss or error", low=0)
+    keep_best: int = free_key(
+        1, "best checkpoints to keep, by validation loss or error rate", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,9 +272,15 @@ class GuardConfig:
     spike_sigmas: float = key(
         0.0, "skip steps whose loss or gradient is so many sigmas high; 0: off", low=0, high=1e6
     )
-    max_bad_steps: int = free_key(5, "skipped steps in a row before a stop or rollback", low=1)
-    rollbacks: int = free_key(0, "times to roll back instead of a stop", low=0, high=1000)
-    peer_timeout_s: float = free_key(10.0, "seconds until all stop if one is lost", low=1, high=1e5)
+    max_bad_steps: int = free_key(
+        5, "skipped steps in a row before the run stops or rolls back", low=1
+    )
+    rollbacks: int = free_key(
+        0, "times that a run rolls back instead of stopping", low=0, high=1000
+    )
+    peer_timeout_s: float = free_key(
+        10.0, "seconds until all processes stop after one is lost", low=1, high=1e5
+    )
     hang_timeout_s: float = free_key(
         300.0, "seconds without progress until processes stop; 0: off", low=0, high=1e6
     )
@@ -297,7 +313,9 @@ class GenerateConfig:
     max_tokens: int = free_key(160, "maximum number of new tokens, as the context allows", low=1)
     temperature: float = free_key(0.7, "sampling temperature; 0: greedy", low=0, high=1e3)
     top_k: int = free_key(0, "sample among the k likeliest tokens; 0: all", low=0)
-    top_p: float = free_key(0.95, "nucleus sampling: probability of candidates", above=0, high=1)
+    top_p: float = free_key(
+        0.95, "nucleus sampling: total probability of the candidates", above=0, high=1
+    )
     seed: int = free_key(0, "seed of the sampling", low=0)
 
 
