@@ -12,13 +12,6 @@ class GrowingText:
       limit: the most tokens.
       stops: strings before which the text ends.
       before: the prompt; a text of words begins with a space after it.
-
-    Attributes:
-      ids: the tokens so far, without a separator that ended them.
-      ended: "document" (by the separator), "stop" (by a stop string), "limit"; None: not yet.
-      text: all of it.
-      shown: the part of it that will not change. Held back are bytes of an incomplete character and
-        what may be the beginning of a stop string.
     """
 
     def __init__(
@@ -27,9 +20,10 @@ class GrowingText:
         self._tokenizer, self._limit, self._stops = tokenizer, limit, tuple(stops)
         spaced = tokenizer.tokens_are_words and before and not before.endswith((" ", "\n"))
         self._space = " " if spaced else ""
-        self.ids: list[int] = []
+        self.ids: list[int] = []  # without a separator that ended them
+        # "document" (by the separator), "stop" (by a stop string), "limit"; None: not yet.
         self.ended: str | None = "limit" if limit < 1 else None
-        self.text = self.shown = ""
+        self.text = self.shown = ""  # shown: the part of the text that will not change
 
     def push(self, token: int) -> str:
         """Adds a token; returns what can be shown now and could not before."""
@@ -45,20 +39,11 @@ class GrowingText:
             return self._end("stop")
         if len(self.ids) >= self._limit:
             return self._end("limit")
+        # Held back: bytes of an incomplete character, and what may be the beginning of a stop.
         whole = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}"))
-        return self._show(whole - self._partial_stop())
-
-    def _partial_stop(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
-        return max(
-            (
-                n
-                for stop in self._stops
-                for n in range(1, min(len(stop), len(self.text) + 1))
-                if self.text.endswith(stop[:n])
-            ),
-            default=0,
-        )
+        beginnings = [stop[:n] for stop in self._stops for n in range(len(stop))]
+        partial = [len(b) for b in beginnings if self.text.endswith(b)]
+        return self._show(whole - max(partial, default=0))
 
     def _end(self, why: str) -> str:
         self.ended = why

@@ -8,6 +8,7 @@ displace the best checkpoint.
 
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -37,18 +38,13 @@ class CheckpointStore:
     """The checkpoints of one workdir. One writer a directory; all processes make every call.
 
     Args:
-      workdir: the run's directory, local or `gs://`.
-      keep_latest: how many of the newest checkpoints stay (at least 1); older ones are deleted once
-        a new one is committed.
-      keep_best: how many of those with the lowest metrics["loss"] stay as well.
-      write_bytes: host memory for writing, more than the largest leaf's; None: no limit.
+      keep_latest: of the newest checkpoints stay so many (at least 1).
+      keep_best: so many of those with the lowest metrics["loss"] stay as well.
       read_only: for evaluation and export: changes nothing, also not what a run is writing.
+      write_bytes: host memory for writing, more than the largest leaf's; None: no limit.
 
     Attributes:
-      pinned: a step that is kept besides the latest and the best, or None.
-
-    Raises:
-      UserError: the directory cannot be written, or (read_only) is not there.
+      pinned: a step that stays as well, or None.
     """
 
     def __init__(
@@ -62,28 +58,24 @@ class CheckpointStore:
         if keep_latest < 1:
             remedy = "must be at least 1, or nothing could be resumed"
             raise ConfigError("checkpoint.keep_latest", keep_latest, remedy)
-        if keep_best < 0:
-            raise ConfigError("checkpoint.keep_best", keep_best, "must be 0 or more")
         # Absolute: Orbax refuses a relative path after it has made directories there.
         root = checkpoint_path(workdir)
         self._remote = is_remote(root)
         self.directory, self._damaged = root / "checkpoints", root / "damaged"
         self._read_only, self._keep_latest, self._keep_best = read_only, keep_latest, keep_best
-        # (Step, loss, bytes) of the save that may not have ended.
-        self._in_flight: tuple[int, float | None, int] | None = None
+        self.pinned: int | None = None
+        self._in_flight: tuple[int, float | None, int] | None = None  # step, loss, bytes of a save
+        self._losses: dict[int, float | None] = {}  # of the committed steps
         self._deleter = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._deletions: list[concurrent.futures.Future[None]] = []
-        self._closed = False
         on_all(self._open_directory)
         self._orbax = open_writer(self.directory, read_only, write_bytes)
-        self._losses: dict[int, float | None] = {}  # of the committed steps
         self._read_list()
-        self.pinned: int | None = None
 
     def _read_list(self) -> None:
         """Reads which checkpoints there are; in process 0, as no two look at the same moment."""
-        found = on_process_zero(lambda: [*metadata_lib.list_checkpoints(self.directory).items()])
-        self._losses = dict(found)
+        found = metadata_lib.list_checkpoints
+        self._losses = dict(on_process_zero(lambda: [*found(self.directory).items()]))
 
     def _open_directory(self) -> None:
         if self._read_only:
@@ -117,17 +109,15 @@ class CheckpointStore:
         Raises:
           BadNumbers: a floating leaf is not finite; nothing was written.
           RunError: no space for this checkpoint, or the save before this one failed.
-          UserError: an array of size 0.
-          ValueError: a leaf that is no jax.Array, a negative step, a reserved metadata key.
         """
         self._check_writable()
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if type(step) is not int or step < 0:
             raise ValueError(f"step must be an int of 0 or more, not {step!r}")
         metadata = dict(metadata or {})
         if reserved := sorted(set(metadata) & set(metadata_lib.RESERVED)):
             raise ValueError(f"metadata keys {reserved} are this module's own")
-        leaves = metadata_lib.describe(state)
         nbytes = verify.check_storable(state)
+        leaves = metadata_lib.describe(state)
         self.wait()
         if step in self.steps():
             log.warning("%s: holds a checkpoint of step %d already", self.directory, step)
@@ -169,12 +159,13 @@ class CheckpointStore:
             self._orbax.wait()
         except Exception as error:
             raise self._save_failed(error) from error
-        step, loss, _ = self._in_flight
-        self._in_flight = None
+        (step, loss, _), self._in_flight = self._in_flight, None
         if is_process_zero():
             verify.check(self.directory / str(step), self._damaged, self.latest_step())
         self._losses[step] = loss
-        self._prune()
+        latest, best = self.steps()[-self._keep_latest :], self._by_loss()[: self._keep_best]
+        for old in self._losses.keys() - {*latest, *best, self.pinned}:
+            self._delete(old)
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending, once wait() or check() saw them end."""
@@ -189,25 +180,19 @@ class CheckpointStore:
         return next(iter(self._by_loss()), None)
 
     def rank(self, step: int, loss: float) -> None:
-        """Stores the loss that ranks the checkpoint of `step`, measured after the save.
-
-        One that is not finite is ignored. Raises UserError for no such step, RunError where it
-        cannot be written.
-        """
+        """Stores the loss of the checkpoint of `step`, measured later; ignores one not finite."""
         self._check_writable()
-        path, found = self._path(step), metadata_lib.ranking_loss({"loss": loss})
-        if found is None:
-            return
-        problem = f"{path}: the validation loss cannot be written here"
-        guarded = os_error_as(RunError, problem, AGAIN)(metadata_lib.write_loss)
-        on_process_zero(lambda: guarded(path, found))
-        self._losses[step] = found
+        path = self._path(step)
+        if math.isfinite(loss):
+            problem = f"{path}: the validation loss cannot be written here"
+            write = os_error_as(RunError, problem, AGAIN)(metadata_lib.write_loss)
+            on_process_zero(lambda: write(path, loss))
+            self._losses[step] = loss
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The caller's metadata of a checkpoint, with `format_version`, `versions` and `loss`.
 
         `leaves` is {"params/w": {"dtype": "bfloat16", "shape": [3, 4], "fingerprint": "0f3a…"}}.
-        Raises UserError for no such step or a newer format, CheckpointDamaged if it is damaged.
         """
         return metadata_lib.read_metadata(self._path(step))
 
@@ -223,7 +208,6 @@ class CheckpointStore:
           UserError: no such step, another format, or other leaves, dtypes or shapes.
           CheckpointDamaged: it is not as it was saved; in every process, also where one sees it.
           RunError: it cannot be read now (rights, memory, the network).
-          ValueError: a leaf without a sharding.
         """
         return saved.restore(self._path(step), abstract_state, partial)[0]
 
@@ -233,16 +217,11 @@ class CheckpointStore:
         report: Callable[[str], None] = log.warning,
         partial: bool = False,
     ) -> tuple[Any, int, dict[str, Any]] | None:
-        """Restores the newest checkpoint that is not damaged; None where there never was one.
+        """(State, step, metadata) of the newest good checkpoint; None where there never was one.
 
         Newer damaged ones are then moved to `<workdir>/damaged` (not where read_only), and `report`
         is called with a sentence about each, in process 0. Arguments and errors as of `restore`.
-
-        Returns:
-          (state, step, metadata).
-
-        Raises:
-          RunError: all are damaged; a run never starts from the beginning by itself.
+        RunError where all are damaged: a run never starts from the beginning by itself.
         """
         damaged: dict[int, str] = {}
         self.wait()
@@ -257,10 +236,14 @@ class CheckpointStore:
                 continue
             # Only now: a fault of all checkpoints has another reason.
             for bad, reason in damaged.items():
-                done = "passed over" if self._read_only else f"moved to {self.quarantine(bad)}"
-                damage = f"this checkpoint is damaged ({reason}); {done}"
+                path, done = self.directory / str(bad), "passed over"
+                if not self._read_only:
+                    move = functools.partial(metadata_lib.quarantine, path, self._damaged)
+                    done = f"moved to {on_process_zero(move)}"
+                    del self._losses[bad]
                 if is_process_zero():
-                    report(f"{self.directory / str(bad)}: {damage}, going on with an older one")
+                    damage = f"this checkpoint is damaged ({reason}); {done}"
+                    report(f"{path}: {damage}, going on with an older one")
             return state, step, metadata
         if damaged:
             step, reason = max(damaged.items())
@@ -280,18 +263,8 @@ class CheckpointStore:
         for later in [s for s in self.steps() if s > step]:
             self._delete(later)
 
-    def quarantine(self, step: int) -> str:
-        """Moves a damaged checkpoint out of the list; returns where it is now."""
-        path = self.directory / str(step)
-        place = on_process_zero(lambda: os.fspath(metadata_lib.quarantine(path, self._damaged)))
-        del self._losses[step]
-        return place
-
     def close(self) -> None:
-        """Waits for the save in flight and closes; RunError if it failed."""
-        if self._closed:
-            return
-        self._closed = True
+        """Waits for the save in flight and closes; RunError if it failed. Safe to call twice."""
         try:
             self.wait()
         finally:
@@ -323,14 +296,8 @@ class CheckpointStore:
         return self.directory / str(step)
 
     def _by_loss(self) -> list[int]:
-        ranked = sorted((loss, -step) for step, loss in self._losses.items() if loss is not None)
-        return [-negative for _, negative in ranked]
-
-    def _prune(self) -> None:
-        """Deletes what is neither among the latest nor the best; called after a commit."""
-        latest, best = self.steps()[-self._keep_latest :], self._by_loss()[: self._keep_best]
-        for step in set(self._losses) - {*latest, *best, self.pinned}:
-            self._delete(step)
+        ranked = [(loss, -step) for step, loss in self._losses.items() if loss is not None]
+        return [-negative for _, negative in sorted(ranked)]
 
     def _delete(self, step: int) -> None:
         """Removes a step from the list at once, and its files in the background in process 0."""
@@ -349,11 +316,10 @@ class CheckpointStore:
         self._deletions.append(self._deleter.submit(path.rmtree))
 
     def _check_space(self, step: int, nbytes: int) -> None:
-        for deletion in self._deletions:
-            if error := deletion.exception():  # waits for it
+        while self._deletions:
+            if error := self._deletions.pop(0).exception():  # waits for it
                 message = "%s: an old checkpoint could not be deleted (%s)"
                 log.warning(message, self.directory, error)
-        self._deletions.clear()
         if self._remote:
             return
         problem = f"{self.directory}: the checkpoint of step {step} cannot be written here"
@@ -365,22 +331,22 @@ class CheckpointStore:
 
     def _no_space(self, step: int, nbytes: int) -> RunError:
         free = "unknown" if self._remote else f"{_free_bytes(self.directory):,}"
-        needed = f"{math.ceil(nbytes * SPACE_MARGIN):,}"
         return RunError(
-            f"{self.directory}: no space for the checkpoint of step {step}: {needed} bytes needed, "
-            f"{free} free; make space and run the same command again ({self._resumes_from()})"
+            f"{self.directory}: no space for the checkpoint of step {step}: "
+            f"{math.ceil(nbytes * SPACE_MARGIN):,} bytes needed, {free} free; "
+            f"make space and run the same command again ({self._resumes_from()})"
         )
 
     def _resumes_from(self) -> str:
         latest = self.latest_step()
-        none = "no checkpoint is complete yet"
-        return none if latest is None else f"it resumes from step {latest}"
+        return (
+            "no checkpoint is complete yet" if latest is None else f"it resumes from step {latest}"
+        )
 
     def _save_failed(self, error: Exception) -> RunError:
         """Makes the store usable again; returns the error to raise."""
         assert self._in_flight is not None
-        step, _, nbytes = self._in_flight
-        self._in_flight = None
+        (step, _, nbytes), self._in_flight = self._in_flight, None
         if jax.process_count() == 1:  # the partial checkpoint may be what fills the disk
             for left in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):

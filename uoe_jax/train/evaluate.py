@@ -1,7 +1,6 @@
 """Evaluation: every row of a split counted once, whatever the batch size."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +11,9 @@ from uoe_jax.data.pipeline import Rows, eval_batches
 from uoe_jax.data.prefetch import Prefetcher
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed import watchdog
-from uoe_jax.train.measures import measures
 from uoe_jax.train.progress import Progress
 from uoe_jax.train.step import Params, Program
-from uoe_jax.train.task import Sums, task_of
+from uoe_jax.train.task import Sums, measures, task_of
 
 
 class Interrupted(Exception):
@@ -39,13 +37,12 @@ def evaluate(
 
     Args:
       step, seen: of the run, and the shapes that this process has compiled for; for the watchdog.
-      stop: called before every batch; the same in all processes.
-      name: what the keys of the measures begin with.
-      progress: where to show compilation and batches done.
+      stop: called before every batch; the same in all processes. Interrupted where it is True.
+      name: what the keys of the measures begin with, "eval" or "test".
 
     Returns:
       (`<name>/…` measures, the loss that ranks checkpoints). The latter is of the first `limit`
-      batches, so of the same rows at every evaluation. Interrupted if `stop` returned True.
+      batches, so of the same rows at every evaluation.
     """
     size = config.eval_batch_size
     local_rows = mesh_lib.local_rows(program.devices, size)
@@ -53,23 +50,26 @@ def evaluate(
     progress = Progress(0, silent=True) if progress is None else progress
     seen = set() if seen is None else seen
     n_batches = -(-len(rows) // size)
-    show = progress.counting(phase, n_batches if whole else min(limit, n_batches))
+    if limit and not whole:
+        n_batches = min(limit, n_batches)
+    show = progress.counting(phase, n_batches)
     total: Sums | None = None
     ranking: Sums | None = None
-    batches = eval_batches(rows, size, 0 if whole else limit, local_rows)
-    for i, batch in enumerate(_prefetched(batches), start=1):
-        new = is_new(("eval", batch), seen)
-        watchdog.at(phase, step, slow=new)
-        if stop():
-            raise Interrupted
-        compiling = progress.compiling("the evaluation step") if new else contextlib.nullcontext()
-        with compiling:
-            sums = program.eval_step(params, mesh_lib.put_batch(program.devices, batch))
-        before, total = total, sums if total is None else _add(total, sums)
-        # At most one batch ahead of the device: a stop must not wait for a queue.
-        jax.block_until_ready(before)
-        ranking = total if i == limit else ranking
-        show(i)
+    batches = eval_batches(rows, size, n_batches, local_rows)
+    with Prefetcher(lambda _: next(batches), 0, n_batches) as prefetcher:
+        for i in range(n_batches):
+            batch = prefetcher.get(i)
+            new = is_new("eval", batch, seen)
+            watchdog.at(phase, step, slow=new)
+            if stop():
+                raise Interrupted
+            with progress.compiling("the evaluation step", new):
+                sums = program.eval_step(params, mesh_lib.put_batch(program.devices, batch))
+            before, total = total, sums if total is None else _add(total, sums)
+            # At most one batch ahead of the device: a stop must not wait for a queue.
+            jax.block_until_ready(before)
+            ranking = total if i + 1 == limit else ranking
+            show(i + 1)
     host = jax.device_get(total)
     found = measures(host, config, name)
     found[f"{name}/rows"] = int(host.rows) // config.model.rows_per_example
@@ -78,24 +78,12 @@ def evaluate(
     return found, task.ranking(task.measures(ranked, config))
 
 
-def is_new(what: tuple[str, dict[str, Any]], seen: set[Any]) -> bool:
+def is_new(program: str, batch: dict[str, Any], seen: set[Any]) -> bool:
     """Whether a program meets a batch of such shapes for the first time; adds them to `seen`."""
-    name, batch = what
-    shapes = (name, *((key, a.shape) for key, a in sorted(batch.items())))
+    shapes = (program, *((key, a.shape) for key, a in sorted(batch.items())))
     new = shapes not in seen
     seen.add(shapes)
     return new
-
-
-def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches, made in a thread while the device works."""
-    end = object()
-    with Prefetcher(lambda _: next(batches, end), 0, 2**62) as prefetcher:
-        for i in range(2**62):
-            batch = prefetcher.get(i)
-            if batch is end:
-                return
-            yield batch
 
 
 @jax.jit

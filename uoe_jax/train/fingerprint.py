@@ -13,15 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 
 class Fingerprints(NamedTuple):
-    """Of the leaves of a tree, by name.
+    """Of the leaves of a tree, by name."""
 
-    Attributes:
-      words: 8 hex digits for each leaf; of typed PRNG keys, those of their data.
-      not_finite: the floating leaves that hold a NaN or an infinity, in the order of the tree.
-    """
-
-    words: dict[str, str]
-    not_finite: list[str]
+    words: dict[str, str]  # 8 hex digits for each leaf; of typed PRNG keys, those of their data
+    not_finite: list[str]  # floating leaves with a NaN or an infinity, in the order of the tree
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -35,17 +30,15 @@ def fingerprints(tree: Any) -> Fingerprints:
     Any change of one element changes its leaf's fingerprint; any other change does with probability
     1 - 2^-32. Moves only scalars between devices, and waits for the result.
     """
-    named = [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    named = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
     if not named:
         return Fingerprints({}, [])
-    first, replicated = named[0][1].sharding, None
+    first, replicated = next(iter(named.values())).sharding, None
     if isinstance(first, NamedSharding):
         replicated = NamedSharding(first.mesh, PartitionSpec())
-    words, bad = jax.device_get(_compiled(replicated)([leaf for _, leaf in named]))
-    return Fingerprints(
-        {name: f"{int(word):08x}" for (name, _), word in zip(named, words)},
-        [name for (name, _), is_bad in zip(named, bad) if is_bad],
-    )
+    words, bad = jax.device_get(_compiled(replicated)(list(named.values())))
+    hexes = {name: f"{int(word):08x}" for name, word in zip(named, words)}
+    return Fingerprints(hexes, [name for name, is_bad in zip(named, bad) if is_bad])
 
 
 @functools.cache

@@ -17,23 +17,14 @@ WINDOW = 128
 
 
 class Guard(NamedTuple):
-    """What is known of the steps before; checkpointed with the parameters.
+    """What is known of the steps before; checkpointed with the parameters. Counts are int32."""
 
-    Attributes:
-      skipped: bad steps of the whole run, without those that a rollback took back, int32.
-      in_a_row: those since the last good one, int32.
-      seen: good steps, int32.
-      mean, variance: running ones of (loss, gradient norm) over good steps, float32 [2].
-      offset: batches skipped by rollbacks; step s takes batch s + offset, int32.
-      rollbacks: number of rollbacks, int32.
-    """
-
-    skipped: jax.Array
-    in_a_row: jax.Array
-    seen: jax.Array
-    mean: jax.Array
-    variance: jax.Array
-    offset: jax.Array
+    skipped: jax.Array  # bad steps of the whole run, without those that a rollback took back
+    in_a_row: jax.Array  # bad steps since the last good one
+    seen: jax.Array  # good steps
+    mean: jax.Array  # running mean of (loss, gradient norm) over good steps, float32 [2]
+    variance: jax.Array  # and their variance
+    offset: jax.Array  # batches skipped by rollbacks; step s takes batch s + offset
     rollbacks: jax.Array
 
 

@@ -17,7 +17,7 @@ from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.data.tokenizers.workdir import keep_tokenizer, read_tokenizer
 from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.distributed import mesh as mesh_lib
-from uoe_jax.distributed.coordination import is_process_zero, on_process_zero
+from uoe_jax.distributed.coordination import is_process_zero, on_all, on_process_zero
 from uoe_jax.errors import EXIT_DONE, RunError
 from uoe_jax.runtime_env import print_result
 from uoe_jax.train import summary
@@ -31,6 +31,7 @@ from uoe_jax.train.start import check_init_from, first_state
 from uoe_jax.train.step import Params, Program, build
 from uoe_jax.workdir import check_record, enter_workdir, locate, release
 
+AGAIN = "the same command goes on from there"
 Sample = Callable[[Config, Program, Params, Tokenizer], str]
 Report = Callable[[Config, Program, Params, DataBundle, epath.Path, int], str]
 
@@ -39,11 +40,8 @@ def train(config: Config, workdir_name: str, sample: Sample, report: Report | No
     """Trains the configured model in a workdir, or continues the run there; returns the exit code.
 
     A metrics line of step s, a checkpoint s and `state.step` = s all mean the state after s steps.
-
-    Args:
-      sample: generates the text shown at the end.
-      report: writes the report of the run (train.report) and returns its path, "" where that
-        failed; it raises nothing.
+    sample: generates the text shown at the end. report: writes the report of the run (train.report)
+    and returns its path, "" where that failed; it raises nothing.
     """
     with StopSignal() as signal, contextlib.ExitStack() as stack:
         # 1. Data, mesh and program. Nothing is written before all of them are accepted.
@@ -108,17 +106,16 @@ def finish(run: Run, exit_code: int, workdir: str, sample: Sample, report: Repor
         place = report(config, run.program, params, data, root, run.step)
     if not is_process_zero():
         return  # metrics.jsonl is read in process 0 alone
-    if stopped or not done:
-        print_result(summary.stop_text(config, run.step, stopped))
-    else:
+    if done and not stopped:
         print_result(summary.end_text(config, workdir, run.step, prompt, text, place))
+    elif stopped:
+        print_result(f"stopped at step {run.step} with everything saved; {AGAIN}")
+    else:
+        print_result(f"step {run.step} of {config.train.steps} reached and saved; {AGAIN}")
 
 
 def load_data(config: Config, workdir: str | None = None) -> tuple[Config, DataBundle]:
-    """The data, and the configuration with the sizes that follow from them.
-
-    workdir: of a run, which may hold its tokenizer.
-    """
+    """The data, and the configuration with their sizes; `workdir` may hold its tokenizer."""
     tokenizer = read_tokenizer(workdir) if workdir else None
     bundle = load(config, default_cache_dir(), tokenizer)
     return with_vocabulary(config, bundle.vocab_size), bundle
@@ -128,7 +125,7 @@ def agreed_data(config: Config, workdir: str | None, **options: Any) -> tuple[Co
     """`load_data`, checked to be the same in every process, as are the options."""
     coordination.same_command(config, **options)
     mesh_lib.make_mesh(config.mesh)  # a bad mesh is refused before the data take long
-    config, data = coordination.on_all(lambda: load_data(config, workdir))
+    config, data = on_all(lambda: load_data(config, workdir))
     found = {f"data.{name}": data.record.get(name) for name in ("sha256", "tokenizer")}
     coordination.assert_same(found, "give every machine the same data and the same interpreter")
     if why := data.record.get("bits_per_byte"):
@@ -144,8 +141,6 @@ def print_status(text: str) -> None:
 
 def open_writer(workdir: epath.Path, start: int, owed: bool = False) -> MetricsWriter | NullWriter:
     """The writer of metrics in process 0; its errors are those of all processes."""
-    made: list[MetricsWriter] = []
-    on_process_zero(
-        lambda: made.append(MetricsWriter(workdir, resume_step=start or None, owed=owed))
-    )
-    return made[0] if made else NullWriter()
+    if is_process_zero():
+        return on_all(lambda: MetricsWriter(workdir, start or None, owed=owed))
+    return on_all(NullWriter)

@@ -18,7 +18,7 @@ from etils import epath
 
 from uoe_jax.errors import AGAIN, RunError, UserError, os_error_as
 from uoe_jax.train.tensorboard import TensorBoardWriter
-from uoe_jax.workdir import is_remote, locate, os_errors
+from uoe_jax.workdir import is_remote, locate, os_errors, write_text
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ class MetricsWriter:
       resume_step: the step of the checkpoint the run goes on from; lines of later steps and a torn
         last line are cut off (atomically). None for a fresh run: the file is emptied.
       owed: the evaluation of `resume_step` is cut off as well, as it is done again.
-      tensorboard: whether to write TensorBoard files; if they fail, the run goes on.
     """
 
     def __init__(
@@ -53,16 +52,13 @@ class MetricsWriter:
         last = -1 if resume_step is None else resume_step
         with os_error_as(UserError, f"{self.path}: cannot be written", "choose another --workdir"):
             self._file = (_Object if is_remote(root) else _File)(self.path, last, owed)
-        self._tensorboard = None
-        if tensorboard:
-            self._tensorboard = TensorBoardWriter(root / "tensorboard", resume_step)
+        board = root / "tensorboard"
+        self._tensorboard = TensorBoardWriter(board, resume_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line. Scalars and arrays of numpy or jax are accepted (and waited for).
 
-        Raises:
-          RunError: the line could not be written (disk full), or the file was deleted.
-          ValueError, TypeError: a key "step", or a value that is no number, string or list of them.
+        RunError where it cannot be written (disk full), or the file was deleted.
         """
         if "step" in metrics:
             raise ValueError('metrics: the key "step" is the writer\'s own')
@@ -98,14 +94,10 @@ class MetricsWriter:
 class NullWriter:
     """A MetricsWriter that writes nothing, for all processes but process 0."""
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, *_: object) -> None:
         pass
 
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    flush = close = write
 
 
 class _File:
@@ -116,12 +108,7 @@ class _File:
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
         if (kept := _cut(data, last_step, owed)) != data:
-            temporary = path.parent / (path.name + ".tmp")
-            with temporary.open("wb") as file:
-                file.write(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_text(path, kept.decode())
         self._file = path.open("ab")
 
     def write(self, line: bytes) -> None:
@@ -131,19 +118,16 @@ class _File:
 
     def sync(self) -> None:
         self._check()
-        self._file.flush()
         os.fsync(self._file.fileno())
 
     def _check(self) -> None:
         """A deleted file accepts lines for ever, and nobody would read them."""
-        try:
-            same = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            same = False
-        if not same:
-            problem = "was deleted or replaced while the run was writing it"
-            remedy = "put the directory back, or start again in another --workdir"
-            raise RunError(f"{self._path}: {problem}; {remedy}")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                return
+        problem = "was deleted or replaced while the run was writing it"
+        remedy = "put the directory back, or start again in another --workdir"
+        raise RunError(f"{self._path}: {problem}; {remedy}")
 
     def close(self) -> None:
         self.closed = True
@@ -187,25 +171,21 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     "nan" and "inf" become floats; a torn last line is left out.
     """
-    path = locate(workdir) / "metrics.jsonl"
-    with os_error_as(UserError, f"{path}: cannot be read", "fix that, or check --workdir"):
-        try:
-            with os_errors(path):
-                data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: there are no metrics here; check --workdir") from error
+    path, remedy = locate(workdir) / "metrics.jsonl", "fix that, or check --workdir"
+    with os_error_as(UserError, f"{path}: cannot be read", remedy), os_errors(path):
+        if not path.exists():
+            raise UserError(f"{path}: there are no metrics here; check --workdir")
+        data = path.read_bytes()
     return [{key: _restore(value) for key, value in record.items()} for _, record in _records(data)]
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The complete lines of a metrics file with their content."""
     for line in data.splitlines(keepends=True):
-        try:
-            record = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:  # a torn line, or zeros after a power cut
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield line, record
+        with contextlib.suppress(ValueError):  # a torn line, or zeros after a power cut
+            record = json.loads(line.decode("utf-8-sig")) if line.endswith(b"\n") else None
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line, record
 
 
 def _cut(data: bytes, last_step: int, owed: bool) -> bytes:

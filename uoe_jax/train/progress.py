@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 EVALUATION_LINE_S = 10  # between two lines about a running evaluation
+_BAR = "step {n_fmt}/{total_fmt} |{bar}|{postfix}"
 
 
 class Progress:
@@ -16,7 +17,7 @@ class Progress:
     Args:
       total: the step at which the run is done; 0: there is no training, and no bar.
       start: steps done before this process began.
-      stream: where to write; sys.stderr by default. Only a terminal gets carriage returns.
+      stream: sys.stderr by default. Only a terminal gets carriage returns.
       silent: shows nothing; for all processes but process 0.
     """
 
@@ -25,47 +26,31 @@ class Progress:
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._total, self._silent = total, silent
-        # (Time, step) of the first update; what was before it is compilation.
-        self._first: tuple[float, int] | None = None
+        self._first: tuple[float, int] | None = None  # time and step, after compilation
         self._bar: Any = None
         if total and not silent and self._stream.isatty() and os.environ.get("TERM") != "dumb":
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total,
-                initial=start,
-                file=self._stream,
-                dynamic_ncols=True,
-                bar_format="step {n_fmt}/{total_fmt} |{bar}|{postfix}",
+                total=total, initial=start, file=self._stream, dynamic_ncols=True, bar_format=_BAR
             )
 
-    def update(
-        self, step: int, loss: float, measures: str, tokens_per_second: float | None
-    ) -> None:
-        """Shows the state after `step` steps.
-
-        measures: the task's other measures. tokens_per_second: None where it is not known yet.
-        """
-        facts = [f"loss {loss:.4f}", measures]
-        if tokens_per_second is not None:
-            facts.append(f"{tokens_per_second:,.0f} tokens/s")
-        if left := self._time_left(step):
-            facts.append(f"{left} left")
+    def update(self, step: int, loss: float, measures: str, tokens_per_s: float | None) -> None:
+        """Shows the state after `step` steps; measures: the task's others, as text."""
+        facts, now = [f"loss {loss:.4f}", measures], time.monotonic()
+        if tokens_per_s is not None:
+            facts.append(f"{tokens_per_s:,.0f} tokens/s")
+        if self._first is None or step <= self._first[1]:
+            self._first = (now, step)
+        else:
+            start, first = self._first
+            seconds = round((now - start) / (step - first) * max(self._total - step, 0))
+            facts.append(f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left")
         if self._bar is None:
             self.print(f"step {step}/{self._total}  " + "  ".join(facts))
         else:
             self._bar.set_postfix_str("  ".join(facts), refresh=False)
             self._bar.update(step - self._bar.n)
-
-    def _time_left(self, step: int) -> str:
-        """Empty where it is not known yet."""
-        now = time.monotonic()
-        if self._first is None or step <= self._first[1]:
-            self._first = (now, step)
-            return ""
-        start, first = self._first
-        seconds = round((now - start) / (step - first) * max(self._total - step, 0))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def print(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -77,12 +62,14 @@ class Progress:
             self._bar.write(text, file=self._stream)
 
     @contextlib.contextmanager
-    def compiling(self, what: str) -> Iterator[None]:
-        """Says that `what` is compiled in the block, and how long that took."""
-        self.print(f"compiling {what} …")
+    def compiling(self, what: str, is_new: bool = True) -> Iterator[None]:
+        """Says that `what`, where it is new, is compiled in the block, and how long that took."""
         start = time.monotonic()
+        if is_new:
+            self.print(f"compiling {what} …")
         yield
-        self.print(f"compiled {what} in {time.monotonic() - start:.1f} s")
+        if is_new:
+            self.print(f"compiled {what} in {time.monotonic() - start:.1f} s")
 
     def counting(self, what: str, total: int) -> Callable[[int], None]:
         """A function to call with the number of batches done; it prints from time to time."""

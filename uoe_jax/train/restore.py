@@ -27,11 +27,6 @@ def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Re
     """Restores a checkpoint (latest, best, or a step) of a run on the configured mesh.
 
     Changes nothing in the workdir. For `latest`, damaged checkpoints are passed over with a notice.
-
-    Raises:
-      UserError: no such checkpoint.
-      CheckpointDamaged: the one asked for is damaged.
-      RunError: all are.
     """
     mesh = mesh_lib.make_mesh(config.mesh)
     with jax.set_mesh(mesh), CheckpointStore(workdir, read_only=True) as store:

@@ -8,7 +8,7 @@ all agree that it worked, and each leaf is compared with its fingerprint.
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from etils import epath
@@ -17,18 +17,9 @@ from orbax.checkpoint import v1 as ocp
 
 from uoe_jax.distributed.coordination import RemoteProcessError, on_all, on_process_zero
 from uoe_jax.errors import ConfigError, RunError, UserError
+from uoe_jax.train import metadata as metadata_lib
 from uoe_jax.train.fingerprint import fingerprints, leaf_name
-from uoe_jax.train.metadata import (
-    METADATA,
-    STATE,
-    CheckpointDamaged,
-    describe,
-    first_line,
-    kind,
-    list_checkpoints,
-    raise_if_transient,
-    read_metadata,
-)
+from uoe_jax.train.metadata import STATE, CheckpointDamaged, describe, kind, read_metadata
 from uoe_jax.workdir import checkpoint_path, locate
 
 log = logging.getLogger(__name__)
@@ -60,9 +51,12 @@ def checkpoints_of(path: str | os.PathLike[str]) -> list[str]:
         root = checkpoint_path(path, _INIT_FROM)
         below = root / "checkpoints"
         if below.is_dir():
-            return [os.fspath(below / str(s)) for s in sorted(list_checkpoints(below))[::-1]]
+            return [
+                os.fspath(below / str(s))
+                for s in sorted(metadata_lib.list_checkpoints(below))[::-1]
+            ]
         is_step = root.is_dir() and root.parent.name == "checkpoints"
-        return [os.fspath(root)] if is_step or (root / METADATA).exists() else []
+        return [os.fspath(root)] if is_step or (root / metadata_lib.METADATA).exists() else []
 
     found = on_process_zero(find)
     if not found:
@@ -82,11 +76,7 @@ def load_params(
 
     Returns:
       (nested dicts with None for what does not fit, names of the leaves taken, {name of the others:
-      why}). Names as in the checkpoint, `params/…`.
-
-    Raises:
-      ConfigError: no good checkpoint there, or nothing fits.
-      CheckpointDamaged: the checkpoint given is damaged.
+      why}). Names as in the checkpoint, `params/…`. ConfigError where nothing fits.
     """
     _check_placed(abstract_params)
     paths = checkpoints_of(path)
@@ -105,16 +95,17 @@ def _params_of(
     path: epath.Path, abstract: Any, given: str
 ) -> tuple[Any, list[str], dict[str, str]]:
     stored, here = read_metadata(path)["leaves"], describe({"params": abstract})
-    fresh = {}
+    taken, fresh = [], {}
     for name, leaf in here.items():
         if name not in stored:
             fresh[name] = "not in the checkpoint"
         elif kind(stored[name]) != kind(leaf):
             fresh[name] = f"{kind(stored[name])} there, {kind(leaf)} here"
-    taken = [name for name in here if name not in fresh]
+        else:
+            taken.append(name)
     if not taken:
-        first = next((f"{name}: {why}" for name, why in fresh.items()), "it has none")
-        problem = f"none of its parameters fits the model ({first})"
+        name, why = next(iter(fresh.items()))
+        problem = f"none of its parameters fits the model ({name}: {why})"
         remedy = "give a run of a model that has layers in common"
         raise ConfigError(_INIT_FROM, given, f"{problem}; {remedy}")
     flat = flatten_dict({"params": abstract}, sep="/")
@@ -124,7 +115,7 @@ def _params_of(
     return tree, taken, fresh
 
 
-def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: bool = False) -> Any:
+def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: bool) -> Any:
     """Reads a tree onto its shardings, and compares it with the fingerprints in `leaves`."""
 
     def check_there() -> None:
@@ -132,7 +123,11 @@ def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: b
             raise FileNotFoundError(f"{STATE}/{_TREE} is missing")
 
     def read() -> Any:
-        with _without_barriers(partial), jax.transfer_guard("allow"):
+        context = ocp.Context()  # for reading in this process alone: it waits for no other
+        context.multiprocessing.primary_host = me = ocp.multihost.process_index()
+        context.multiprocessing.active_processes = {me}
+        context.pytree.loading.partial_load = partial
+        with context, jax.transfer_guard("allow"):
             return ocp.load(path, abstract)
 
     # Before Orbax counts its operations: if one process is a count behind, the next save hangs.
@@ -155,41 +150,28 @@ def _check_placed(abstract: Any) -> None:
             raise ValueError(f"{leaf_name(at)} has no sharding")
 
 
-def _without_barriers(partial: bool) -> ocp.Context:
-    """Orbax's context for reading in this process alone: it waits for no other."""
-    context = ocp.Context()
-    context.multiprocessing.primary_host = me = ocp.multihost.process_index()
-    context.multiprocessing.active_processes = {me}
-    context.pytree.loading.partial_load = partial
-    return context
-
-
 def _in_each(path: epath.Path, do: Callable[[], T]) -> T:
     """The result of `do` here, once it worked in all; else CheckpointDamaged or RunError in all."""
-    values: list[T] = []
-    reasons: list[str] = []
+    failure: list[RunError] = []
 
-    def attempt() -> None:
+    def attempt() -> T | None:
         try:
-            values.append(do())
+            return do()
         except Exception as error:
-            raise_if_transient(path, error)
-            reasons.append(f"it cannot be read: {first_line(error)}")
+            metadata_lib.raise_if_transient(path, error)
+            failure.append(RunError(f"it cannot be read: {metadata_lib.first_line(error)}"))
+            return None
 
     def agree() -> None:
-        if reasons:
-            raise _Damage(reasons[0])
+        if failure:
+            raise failure[0]
 
-    on_all(attempt)
+    value = on_all(attempt)
     try:
         on_all(agree)
-    except (_Damage, RemoteProcessError) as error:
+    except (RunError, RemoteProcessError) as error:
         raise CheckpointDamaged(path, str(error)) from error
-    return values[0]
-
-
-class _Damage(RunError):
-    """The reason alone, on its way to all processes."""
+    return cast(T, value)
 
 
 def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:

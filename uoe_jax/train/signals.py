@@ -23,10 +23,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested: str | None = None  # the name of the first signal
-        self._shared = coordination.are_several()
-        self._calls = 0  # the same in all processes
-        self._stop = False
-        self._interrupts = 0
+        self._shared, self._stop = coordination.are_several(), False
+        self._calls = self._interrupts = 0  # calls: the same number in all processes
         self._old: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def should_stop(self) -> bool:
@@ -43,10 +41,9 @@ class StopSignal:
         self.requested = self.requested or signal.Signals(number).name
         if self._shared and first:
             os.kill(os.getpid(), signal.SIGTERM)
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                raise KeyboardInterrupt
+        self._interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and self._interrupts > 1:
+            raise KeyboardInterrupt
         if first:  # not print, which may be what was interrupted
             again = " (again: at once)" if number == signal.SIGINT else ""
             with contextlib.suppress(OSError):  # stderr may be closed
@@ -54,10 +51,9 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGUSR1") if self._shared else ("SIGINT", "SIGTERM", "SIGUSR1"):
-                if hasattr(signal, name):  # Windows has no SIGUSR1
-                    number = getattr(signal, name)
-                    self._old[number] = signal.signal(number, self._handle)
+            own = () if self._shared else (signal.SIGTERM,)
+            for number in (signal.SIGINT, signal.SIGUSR1, *own):
+                self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,14 +1,15 @@
 """What a run starts from: its newest good checkpoint, another run's parameters, or new ones."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from uoe_jax.config.fields import leaves
-from uoe_jax.config.schema import Config, ModelConfig
+from uoe_jax.config.schema import Config
 from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.data.tokenizers.workdir import read_tokenizer
 from uoe_jax.distributed.coordination import on_process_zero
@@ -16,7 +17,7 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.metadata import CheckpointDamaged, read_metadata
 from uoe_jax.train.saved import checkpoints_of, load_params
-from uoe_jax.train.step import Params, Program, TrainState
+from uoe_jax.train.step import Program, TrainState
 from uoe_jax.workdir import locate
 
 Notice = Callable[[str], None]  # prints a line for the user
@@ -33,27 +34,22 @@ def first_state(
     state = program.init(jax.random.key(config.train.seed))
     jax.block_until_ready(state)  # raises where memory is too small; a transfer would hang
     if source := config.train.init_from:
-        state = state._replace(params=merged_params(source, program, state.params, notice))
+        loaded, taken, fresh = load_params(source, program.abstract.params)
+        notice(f"init_from {source}: {len(taken)} parameters taken, {len(fresh)} fresh")
+        for name in taken:
+            notice(f"  taken {name}")
+        for name, reason in fresh.items():
+            notice(f"  fresh {name}: {reason}")
+        either = lambda theirs, ours: ours if theirs is None else theirs  # noqa: E731
+        merged = jax.tree.map(either, loaded, state.params, is_leaf=lambda x: x is None)
+        state = state._replace(params=merged)
     return state, 0, False
-
-
-def merged_params(source: str, program: Program, own: Params, notice: Notice) -> Params:
-    """`own` parameters, replaced by another run's where name, dtype and shape are the same."""
-    loaded, taken, fresh = load_params(source, program.abstract.params)
-    notice(f"init_from {source}: {len(taken)} parameters taken, {len(fresh)} fresh")
-    for name in taken:
-        notice(f"  taken {name}")
-    for name, reason in fresh.items():
-        notice(f"  fresh {name}: {reason}")
-    either = lambda theirs, ours: ours if theirs is None else theirs  # noqa: E731
-    return jax.tree.map(either, loaded, own, is_leaf=lambda x: x is None)
 
 
 def check_init_from(config: Config, tokenizer: str | None, notice: Notice) -> None:
     """Compares the run of `train.init_from` with this one, before anything is written.
 
-    ConfigError for no such run, or another tokenizer if `train.init_from_any` is false. tokenizer:
-    the fingerprint of this run's; None where it has none.
+    ConfigError for no such run, or another tokenizer if `train.init_from_any` is false.
     """
     source = config.train.init_from
     for path in map(locate, checkpoints_of(source)):
@@ -69,21 +65,13 @@ def check_init_from(config: Config, tokenizer: str | None, notice: Notice) -> No
                 problem = f"{problem}; {remedy}, or --config.train.init_from_any=true"
                 raise ConfigError("config.train.init_from", source, problem)
             notice(f"init_from {source}: {problem}")
-        theirs = metadata.get("config", {}).get("model", {})
-        for key, found, value in _other_keys(theirs, config.model):
-            notice(f"init_from {source}: config.model.{key} is {found!r} there, {value!r} here")
+        before = flatten_dict(metadata.get("config", {}).get("model", {}), sep=".")
+        for key, value, meta in leaves(config.model):
+            found = before.get(key, value)  # both versions may not know the same keys
+            if not meta["free"] and found != value:
+                there = f"config.model.{key} is {found!r} there, {value!r} here"
+                notice(f"init_from {source}: {there}")
         return
-
-
-def _other_keys(before: Mapping[str, Any], model: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value there, value here) of a model's keys that differ and that both versions know."""
-    for key, value, meta in leaves(model):
-        *sections, last = key.split(".")
-        found: Any = before
-        for section in sections:
-            found = found.get(section, {})
-        if not meta["free"] and last in found and found[last] != value:
-            yield key, found[last], value
 
 
 def _tokenizer_of(checkpoint: epath.Path, metadata: Mapping[str, Any]) -> str | None:

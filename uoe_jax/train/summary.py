@@ -41,35 +41,28 @@ def start_text(config: Config, program: Program, data: DataBundle, workdir: str,
     )
 
 
-def stop_text(config: Config, step: int, signalled: bool) -> str:
-    """Of a run that stopped before its end, by a signal or by train.stop_after."""
-    again = "the same command goes on from there"
-    if signalled:
-        return f"stopped at step {step} with everything saved; {again}"
-    return f"step {step} of {config.train.steps} reached and saved; {again}"
-
-
 def end_text(config: Config, workdir: str, step: int, prompt: str, sample: str, report: str) -> str:
     """The last measures of a finished run, a sample, and commands to go on with."""
     lines = []
     records = read_metrics(workdir)
     for prefix, split in (("eval", "validation"), ("test", "test")):
         if found := [record for record in records if f"{prefix}/loss" in record]:
-            last = found[-1]
-            longer = prefix == "test" and last["step"] != step
-            then = f" of a run of {last['step']}, and not measured again" if longer else ""
-            at = f"{split} at step {last.get('test/step', last['step'])}{then}"
+            last, at = found[-1], f"{split} at step {found[-1].get('test/step', found[-1]['step'])}"
+            if prefix == "test" and last["step"] != step:
+                at += f" of a run of {last['step']}, and not measured again"
             lines.append(f"{at}: {measures_text(last, prefix, config)}")
     if sample:
         lines += ["a sample:", *("  | " + line for line in sample.splitlines())]
     if report:
         lines.append(f"report: {report}")
-    option, following = shlex.quote(f"--workdir={workdir}"), []
+    option = shlex.quote(f"--workdir={workdir}")
+    if sample or not config.eval.test:
+        lines.append("next:")
     if not config.eval.test:
-        following.append(f"  uoe eval {option} --split=test")
+        lines.append(f"  uoe eval {option} --split=test")
     if sample:
-        following.append(f"  uoe generate {option} --prompt={shlex.quote(prompt)}")
-    return "\n".join([*lines, *(["next:", *following] if following else [])])
+        lines.append(f"  uoe generate {option} --prompt={shlex.quote(prompt)}")
+    return "\n".join(lines)
 
 
 def sample_prompt(config: Config, data: DataBundle) -> str:

@@ -11,47 +11,38 @@ from uoe_jax.config.schema import Config
 from uoe_jax.data.augment import as_floats
 from uoe_jax.models.classifier import Classifier
 from uoe_jax.models.decoder import Stack, Stats, Transformer
+from uoe_jax.moe.routing import RoutingStats
 
 Batch = dict[str, jax.Array]
+Shapes = dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype by name, of a train step's batch
 
 
 class Sums(NamedTuple):
-    """Sums over the rows of a batch, which add up over batches; float32.
+    """Sums over the rows of a batch, which add up over batches; float32."""
 
-    Attributes:
-      nll: negative log-likelihood in nats over `count` targets, which are valid tokens or examples.
-      tokens, rows: what the blocks compute on.
-      routing: statistics per layer.
-    """
-
-    nll: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # hides a method of tuples
+    nll: jax.Array  # negative log-likelihood in nats, over the targets
+    count: jax.Array  # type: ignore[assignment]  # targets: valid tokens or examples
     correct: jax.Array
-    tokens: jax.Array
+    tokens: jax.Array  # that the blocks compute on
     n_bytes: jax.Array
-    rows: jax.Array
-    routing: Stats
+    rows: jax.Array  # that the blocks compute on
+    routing: Stats  # per layer
 
 
 class Task(NamedTuple):
-    """One value of model.task.
-
-    Attributes:
-      model: its class.
-      shapes: config -> {name: (shape, dtype)} of a train step's batch.
-      sums: (model, batch, config) -> Sums; a training batch also has a random key a row, `keys`.
-      counts: batch -> (targets, rows the blocks compute on), float32.
-      measures: (sums on the host, config) -> measures by name.
-      ranking: measures -> what ranks checkpoints, the lowest first.
-      summary: measures -> the same as text.
-    """
+    """One value of model.task."""
 
     model: type[Stack]
-    shapes: Callable[[Config], dict[str, tuple[tuple[int, ...], Any]]]
+    shapes: Callable[[Config], Shapes]
+    # (model, batch, config) -> Sums; a training batch also has a random key a row, `keys`.
     sums: Callable[[Any, Batch, Config], Sums]
+    # batch -> (targets, rows the blocks compute on), float32.
     counts: Callable[[Batch], tuple[jax.Array, jax.Array]]
+    # (sums on the host, config) -> measures by name.
     measures: Callable[[Sums, Config], dict[str, float]]
+    # measures -> what ranks checkpoints, the lowest first.
     ranking: Callable[[dict[str, float]], float]
+    # measures -> the same as text.
     summary: Callable[[dict[str, float]], str]
 
 
@@ -59,10 +50,40 @@ def task_of(c: Config) -> Task:
     return TASKS[c.model.task]
 
 
-# --- language modeling ----------------------------------------------------------------------------
+def measures(sums: Sums, config: Config, prefix: str) -> dict[str, Any]:
+    """All measures of sums on the host: `<prefix>/loss`, `<prefix>/smha/dropped`, …"""
+    found: dict[str, Any] = {**task_of(config).measures(sums, config)}
+    for block, stats in sums.routing.items():
+        values = routing_measures(stats, float(sums.rows))
+        found |= {f"{block}/{name}": value for name, value in values.items()}
+    return {f"{prefix}/{name}": value for name, value in found.items()}
 
 
-def _text_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
+def routing_measures(stats: RoutingStats, rows: float) -> dict[str, list[Any]]:
+    """Measures of routing per layer, which is the leading axis of every leaf; `entropy` in nats."""
+    s = RoutingStats._make(np.asarray(x, np.float64) for x in stats)
+    chosen = np.maximum(s.chosen_N.sum(-1), 1)
+    patches = np.maximum(s.patches, 1)
+    # Where nothing was chosen nothing was dropped.
+    kept_share = np.where(s.chosen_N.any(-1), s.kept_N.sum(-1) / chosen, 1.0)
+    by_quarter = s.kept_4 / np.maximum(s.chosen_4, 1) / np.maximum(kept_share, 1e-9)[:, None]
+    load = s.chosen_N.shape[-1] * s.chosen_N / chosen[:, None]
+    found: dict[str, Any] = {
+        "dropped": 1 - kept_share,  # share of the patches' choices without a slot
+        "untouched": s.untouched / patches,  # share of patches that no expert took
+        # Kept share in each quarter of the row, relative to the mean.
+        "kept_by_quarter": np.where(s.chosen_4 > 0, by_quarter, 1.0),
+        "load": load,  # share of all choices by expert, times N
+        "load_max": load.max(-1),
+        "dead": (s.chosen_N == 0).sum(-1),  # experts that nobody chose
+        "entropy": s.entropy / patches,
+        "balance": s.balance / max(rows, 1),
+        "z": s.z / max(rows, 1),
+    }
+    return {name: value.tolist() for name, value in found.items()}
+
+
+def _text_shapes(c: Config) -> Shapes:
     rows = c.train.batch_size
     names = ("tokens", "targets", "segments", "positions")
     by_token = dict.fromkeys(names, ((rows, c.model.context_length), jnp.int32))
@@ -74,10 +95,9 @@ def _text_sums(model: Transformer, batch: Batch, c: Config) -> Sums:
     nll_BL, routing = model.nll(
         batch["tokens"], batch["targets"], batch["segments"], batch["positions"], batch.get("keys")
     )
-    valid_BL = batch["segments"] > 0
     tokens, rows = _text_counts(batch)
     return Sums(
-        nll=jnp.where(valid_BL, nll_BL, 0).sum(),
+        nll=jnp.where(batch["segments"] > 0, nll_BL, 0).sum(),
         count=tokens,
         correct=jnp.zeros(()),
         tokens=tokens,
@@ -113,10 +133,7 @@ def _text_summary(found: dict[str, float]) -> str:
     return ", ".join(parts) or f"perplexity {math.exp(min(found['loss'], 700)):.2f} per token"
 
 
-# --- classification -------------------------------------------------------------------------------
-
-
-def _class_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
+def _class_shapes(c: Config) -> Shapes:
     m, rows = c.model, c.train.batch_size
     pair = (2,) if m.classifier.n_inputs == 2 else ()
     inputs = ((m.image.height, m.image.width, m.image.channels), jnp.uint8)

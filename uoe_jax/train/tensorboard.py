@@ -16,15 +16,13 @@ class TensorBoardWriter:
 
     Strings and deeper lists are left out. Never raises: the first failure is logged and ends it.
     tensorboardX's SummaryWriter would block for ever once its thread has died of a full disk, so
-    this uses the synchronous writer below it.
-
-    Args:
-      resume_step: the step of the checkpoint a run goes on from; later events are hidden.
+    this uses the synchronous writer below it. Earlier events after `resume_step` are hidden.
     """
 
     def __init__(self, directory: epath.Path, resume_step: int | None) -> None:
-        self._writer: Any = None
-        try:
+        self._failed = False
+
+        def start() -> None:
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2, summary_pb2
 
@@ -34,10 +32,10 @@ class TensorBoardWriter:
             suffix = f".{os.getpid()}.{time.time_ns()}"
             self._writer = EventsWriter(os.fspath(directory / "events"), suffix)
             first = 0 if resume_step is None else resume_step + 1
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._event(first, session_log=start)
-        except Exception as error:
-            self._give_up(error)
+            log_start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._event(first, session_log=log_start)
+
+        self._attempt(start)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """metrics: as `metrics` writes them, plain JSON."""
@@ -54,29 +52,23 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         self._attempt(lambda: self._writer.close())
-        self._writer = None
 
     def _event(self, step: int, **what: Any) -> None:
         self._writer.write_event(self._events.Event(wall_time=time.time(), step=step, **what))
 
     def _attempt(self, do: Callable[[], object]) -> None:
-        if self._writer is not None:
+        if not self._failed:
             try:
                 do()
             except Exception as error:
-                self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        self._writer = None
-        message = "no more TensorBoard files (%s: %s); metrics.jsonl has everything"
-        log.warning(message, type(error).__name__, error)
+                self._failed = True
+                message = "no more TensorBoard files (%s: %s); metrics.jsonl has everything"
+                log.warning(message, type(error).__name__, error)
 
 
 def _scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in metrics.items():
-        items = [(key, value)]
+        items = {key: value}
         if isinstance(value, list):
-            items = [(f"{key}/{layer}", item) for layer, item in enumerate(value)]
-        for tag, item in items:
-            if isinstance(item, (int, float)):
-                yield tag, float(item)
+            items = {f"{key}/{layer}": item for layer, item in enumerate(value)}
+        yield from ((tag, float(x)) for tag, x in items.items() if isinstance(x, (int, float)))
