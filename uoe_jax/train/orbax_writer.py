@@ -8,7 +8,6 @@ from typing import Any
 
 from etils import epath
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint.v1 import training
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +32,15 @@ class _Unlisted:
         raise ValueError(f"no step {step} is looked for")
 
 
-def open_writer(directory: epath.Path, read_only: bool, limit: int | None) -> training.Checkpointer:
+def open_writer(path: epath.Path, read_only: bool, limit: int | None) -> ocp.training.Checkpointer:
     """Orbax's writer for an existing directory; limit: bytes of host memory for writing."""
     logging.getLogger("absl").addFilter(_drop_orbax_tracebacks)
     context = ocp.Context()
     context.memory.write_concurrent_bytes = limit
     with context:
-        writer = training.Checkpointer(
-            directory,
-            preservation_policy=training.preservation_policies.PreserveAll(),
+        writer = ocp.training.Checkpointer(
+            path,
+            preservation_policy=ocp.training.preservation_policies.PreserveAll(),
             step_name_format=_Unlisted(),
             cleanup_tmp_directories=not read_only,  # left where a process was killed in a save
         )
