@@ -27,8 +27,7 @@ from uoe_jax.train.progress import Progress
 from uoe_jax.train.saved import load_params
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import Params, Program, TrainState
-from uoe_jax.train.summary import measures_text, without_prefix
-from uoe_jax.train.task import measures, task_of
+from uoe_jax.train.task import measures, measures_text, task_of, without_prefix
 
 
 class TooManyBadSteps(Exception):

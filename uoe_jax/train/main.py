@@ -1,34 +1,37 @@
-"""`uoe train`: the order of a run. `loop` has the steps."""
+"""`uoe train`: the order of a run, and what it says at its start and end. `loop` has the steps."""
 
 import contextlib
 import dataclasses
 import functools
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from uoe_jax.config.load import with_vocabulary
-from uoe_jax.config.schema import Config
+from uoe_jax.config.schema import Config, GenerateConfig
 from uoe_jax.data.pipeline import DataBundle, default_cache_dir, load
 from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.data.tokenizers.workdir import keep_tokenizer, read_tokenizer
 from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed.coordination import is_process_zero, on_all, on_process_zero
+from uoe_jax.distributed.setup import cost_of_determinism, describe_devices
 from uoe_jax.errors import EXIT_DONE, RunError
 from uoe_jax.runtime_env import print_result
-from uoe_jax.train import summary
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.loop import Run
 from uoe_jax.train.metadata import list_checkpoints
-from uoe_jax.train.metrics import MetricsWriter, NullWriter
+from uoe_jax.train.metrics import MetricsWriter, NullWriter, read_metrics
 from uoe_jax.train.progress import Progress
+from uoe_jax.train.restore import check_init_from, first_state
 from uoe_jax.train.signals import StopSignal
-from uoe_jax.train.start import check_init_from, first_state
 from uoe_jax.train.step import Params, Program, build
+from uoe_jax.train.task import measures_text
 from uoe_jax.workdir import check_record, enter_workdir, locate, release
 
 AGAIN = "the same command goes on from there"
@@ -74,7 +77,7 @@ def train(config: Config, workdir_name: str, sample: Sample, report: Report | No
         writer = functools.partial(open_writer, workdir)
         run = Run(config, data, program, store, writer, progress, state, start, owed)
         try:
-            progress.print(summary.start_text(config, program, data, workdir_name, start))
+            progress.print(start_text(config, program, data, workdir_name, start))
             exit_code = run.go(signal)
             run.writer.close()
         finally:
@@ -95,7 +98,7 @@ def finish(run: Run, exit_code: int, workdir: str, sample: Sample, report: Repor
     prompt = text = place = ""
     if done and not stopped and config.model.task == "language" and data.tokenizer:
         print_status("generating a sample …")
-        prompt = summary.sample_prompt(config, data)
+        prompt = sample_prompt(config, data)
         generate = dataclasses.replace(config.generate, prompt=prompt)
         asked = dataclasses.replace(config, generate=generate)
         text = sample(asked, run.program, params, data.tokenizer)
@@ -107,7 +110,7 @@ def finish(run: Run, exit_code: int, workdir: str, sample: Sample, report: Repor
     if not is_process_zero():
         return  # metrics.jsonl is read in process 0 alone
     if done and not stopped:
-        print_result(summary.end_text(config, workdir, run.step, prompt, text, place))
+        print_result(end_text(config, workdir, run.step, prompt, text, place))
     elif stopped:
         print_result(f"stopped at step {run.step} with everything saved; {AGAIN}")
     else:
@@ -144,3 +147,57 @@ def open_writer(workdir: epath.Path, start: int, owed: bool = False) -> MetricsW
     if is_process_zero():
         return on_all(lambda: MetricsWriter(workdir, start or None, owed=owed))
     return on_all(NullWriter)
+
+
+def start_text(config: Config, program: Program, data: DataBundle, workdir: str, start: int) -> str:
+    """The run, its model, devices and data; start: steps done before."""
+    m, t = config.model, config.train
+    n_params = sum(x.size for x in jax.tree.leaves(program.abstract.params))
+    where = f"resuming at step {start}" if start else "starting"
+    if start >= t.steps:
+        where = f"nothing left to train, {start} of {t.steps} steps are done,"
+    deterministic = f"; deterministic: {cost_of_determinism()}" if t.deterministic else ""
+    return (
+        f"{where} in {workdir}: {m.attention} + {m.mlp}, {m.n_layers} layers, D={m.d_model}, "
+        f"{n_params / 1e6:.2f}M parameters, {t.steps} steps of {t.batch_size} x {m.context_length} "
+        f"tokens on {describe_devices()}{deterministic}\n"
+        f"data: {config.data.source}, {data.described()}"
+    )
+
+
+def end_text(config: Config, workdir: str, step: int, prompt: str, sample: str, report: str) -> str:
+    """The last measures of a finished run, a sample, and commands to go on with."""
+    lines = []
+    records = read_metrics(workdir)
+    for prefix, split in (("eval", "validation"), ("test", "test")):
+        if found := [record for record in records if f"{prefix}/loss" in record]:
+            last, at = found[-1], f"{split} at step {found[-1].get('test/step', found[-1]['step'])}"
+            if prefix == "test" and last["step"] != step:
+                at += f" of a run of {last['step']}, and not measured again"
+            lines.append(f"{at}: {measures_text(last, prefix, config)}")
+    if sample:
+        lines += ["a sample:", *("  | " + line for line in sample.splitlines())]
+    if report:
+        lines.append(f"report: {report}")
+    option = shlex.quote(f"--workdir={workdir}")
+    if sample or not config.eval.test:
+        lines.append("next:")
+    if not config.eval.test:
+        lines.append(f"  uoe eval {option} --split=test")
+    if sample:
+        lines.append(f"  uoe generate {option} --prompt={shlex.quote(prompt)}")
+    return "\n".join(lines)
+
+
+def sample_prompt(config: Config, data: DataBundle) -> str:
+    """generate.prompt; of data other than Python code, first words instead of its default."""
+    default = config.generate.prompt
+    if default != GenerateConfig().prompt or config.data.source == "stdlib":
+        return default
+    assert data.tokenizer is not None
+    row = data.validation[0]
+    tokens, segments = np.asarray(row["tokens"]), np.asarray(row["segments"])
+    n_tokens = max(1, min(32, config.model.context_length // 4))
+    text = data.tokenizer.decode(tokens[segments == segments[0]][:n_tokens])
+    words = text.replace("\N{REPLACEMENT CHARACTER}", "").split()
+    return " ".join(words[:3]) or default

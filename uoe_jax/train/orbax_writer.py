@@ -10,7 +10,6 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 log = logging.getLogger(__name__)
-
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -33,7 +32,7 @@ class _Unlisted:
 
 
 def open_writer(path: epath.Path, read_only: bool, limit: int | None) -> ocp.training.Checkpointer:
-    """Orbax's writer for an existing directory; limit: bytes of host memory for writing."""
+    """Orbax's writer for a directory; it deletes nothing. limit: bytes of host memory."""
     logging.getLogger("absl").addFilter(_drop_orbax_tracebacks)
     context = ocp.Context()
     context.memory.write_concurrent_bytes = limit

@@ -24,6 +24,7 @@ from uoe_jax.workdir import checkpoint_path, locate
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Fitting = tuple[Any, list[str], dict[str, str]]
 _TREE, _INIT_FROM = "_METADATA", "config.train.init_from"
 
 
@@ -44,17 +45,15 @@ def restore(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any
     return _load(path, abstract, stored, partial), metadata
 
 
-def checkpoints_of(path: str | os.PathLike[str]) -> list[str]:
+def checkpoints_of(path: str | os.PathLike[str]) -> list[epath.Path]:
     """The checkpoints of a workdir, newest first, or the one given; ConfigError for none."""
 
     def find() -> list[str]:
         root = checkpoint_path(path, _INIT_FROM)
         below = root / "checkpoints"
         if below.is_dir():
-            return [
-                os.fspath(below / str(s))
-                for s in sorted(metadata_lib.list_checkpoints(below))[::-1]
-            ]
+            steps = sorted(metadata_lib.list_checkpoints(below), reverse=True)
+            return [os.fspath(below / str(step)) for step in steps]
         is_step = root.is_dir() and root.parent.name == "checkpoints"
         return [os.fspath(root)] if is_step or (root / metadata_lib.METADATA).exists() else []
 
@@ -62,12 +61,10 @@ def checkpoints_of(path: str | os.PathLike[str]) -> list[str]:
     if not found:
         remedy = "give the workdir of a run, or one of its checkpoints/<step>"
         raise ConfigError(_INIT_FROM, os.fspath(path), f"there is no checkpoint; {remedy}")
-    return found
+    return [locate(name) for name in found]
 
 
-def load_params(
-    path: str | os.PathLike[str], abstract_params: Any
-) -> tuple[Any, list[str], dict[str, str]]:
+def load_params(path: str | os.PathLike[str], abstract_params: Any) -> Fitting:
     """The parameters of another run that fit: same name, dtype and shape. Touches nothing there.
 
     Args:
@@ -80,9 +77,9 @@ def load_params(
     """
     _check_placed(abstract_params)
     paths = checkpoints_of(path)
-    for one in paths:
+    for checkpoint in paths:
         try:
-            return _params_of(locate(one), abstract_params, os.fspath(path))
+            return _params_of(checkpoint, abstract_params, os.fspath(path))
         except CheckpointDamaged as error:
             if len(paths) == 1:
                 raise
@@ -91,9 +88,7 @@ def load_params(
     raise ConfigError(_INIT_FROM, os.fspath(path), problem)
 
 
-def _params_of(
-    path: epath.Path, abstract: Any, given: str
-) -> tuple[Any, list[str], dict[str, str]]:
+def _params_of(path: epath.Path, abstract: Any, given: str) -> Fitting:
     stored, here = read_metadata(path)["leaves"], describe({"params": abstract})
     taken, fresh = [], {}
     for name, leaf in here.items():

@@ -59,6 +59,17 @@ def measures(sums: Sums, config: Config, prefix: str) -> dict[str, Any]:
     return {f"{prefix}/{name}": value for name, value in found.items()}
 
 
+def measures_text(measures: dict[str, Any], prefix: str, config: Config) -> str:
+    """The measures of an evaluation in a line; their keys begin with `prefix/`."""
+    own = without_prefix(measures, prefix)
+    return f"loss {own['loss']:.4f}, {task_of(config).summary(own)} ({own['rows']} rows)"
+
+
+def without_prefix(measures: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Measures by the names that their task gives them."""
+    return {name.removeprefix(f"{prefix}/"): value for name, value in measures.items()}
+
+
 def routing_measures(stats: RoutingStats, rows: float) -> dict[str, list[Any]]:
     """Measures of routing per layer, which is the leading axis of every leaf; `entropy` in nats."""
     s = RoutingStats._make(np.asarray(x, np.float64) for x in stats)
