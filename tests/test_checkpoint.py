@@ -85,7 +85,7 @@ def test_round_trip_is_bit_exact(tmp_path):
     with CheckpointStore(tmp_path) as store:
         assert store.latest_step() == 7
         assert_same(store.restore(7, abstract(state)), state)
-        found = store.metadata(7)
+        found = metadata.read_metadata(store.directory / "7")
     assert found["config"] == {"model": {"k": 4, "gate": "sigmoid"}}
     assert found["format_version"] == metadata.FORMAT_VERSION
     assert found["versions"]["jax"] == jax.__version__

@@ -173,7 +173,8 @@ def test_secrets_are_not_stored(tmp_path):
     }
     with CheckpointStore(tmp_path) as store:
         store.save(1, bits_state(1), metadata=given)
-        found = store.metadata(1)
+        store.wait()
+        found = metadata_lib.read_metadata(store.directory / "1")
     stored = b"".join(
         p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()
     ).decode("latin-1")

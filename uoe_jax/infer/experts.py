@@ -17,7 +17,8 @@ def with_experts(config: Config, k: dict[str, int]) -> Config:
             has = f"the routed blocks of this model are {', '.join(unions)}"
             has = has if unions else "this model has no unions of experts"
             raise UserError(f"--experts={name}={value}: {has}; leave it out")
-        if not 1 <= value <= (n := unions[name].n_experts):
+        n = unions[name].n_experts
+        if not 1 <= value <= n:
             remedy = "give a number from 1 to that"
             raise UserError(f"--experts={value}: {name} has {n} experts; {remedy}")
     found = _with_routing(config, {name: {"k": value} for name, value in k.items()})

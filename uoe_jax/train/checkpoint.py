@@ -14,8 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Callable, Mapping, Self
 
 import jax
 from etils import epath
@@ -99,16 +98,12 @@ class CheckpointStore:
         """Starts to write `state` as the checkpoint of `step`; waits for the save before this one.
 
         Returns once the buffers are copied and may be donated; False, with a warning, where there
-        is a checkpoint of this step already.
+        is a checkpoint of this step already. BadNumbers where a floating leaf is not finite.
 
         Args:
           state: a pytree of jax.Array (typed PRNG keys too), none of size 0.
           metrics: a finite metrics["loss"] makes this checkpoint a candidate for the best.
           metadata: JSON values to keep, such as the configuration; secrets are left out.
-
-        Raises:
-          BadNumbers: a floating leaf is not finite; nothing was written.
-          RunError: no space for this checkpoint, or the save before this one failed.
         """
         self._check_writable()
         if type(step) is not int or step < 0:
@@ -125,11 +120,10 @@ class CheckpointStore:
         words, not_finite = fingerprints(state)
         if not_finite:
             more = f" and {len(not_finite) - 1} more are" if len(not_finite) > 1 else " is"
-            raise BadNumbers(
-                f"{not_finite[0]}{more} not finite at step {step}, so no checkpoint of it was "
-                "written; lower config.optimizer.learning_rate and use a new --workdir "
-                f"({self._resumes_from()})"
-            )
+            problem = f"{not_finite[0]}{more} not finite at step {step}"
+            remedy = "lower config.optimizer.learning_rate and use a new --workdir"
+            result = f"so no checkpoint of it was written; {remedy} ({self._resumes_from()})"
+            raise BadNumbers(f"{problem}, {result}")
         on_process_zero(lambda: self._check_space(step, nbytes))
         self._orbax.reload()  # empties its list, which does not know of our deletions
         loss = metadata_lib.ranking_loss(metrics)
@@ -189,13 +183,6 @@ class CheckpointStore:
             on_process_zero(lambda: write(path, loss))
             self._losses[step] = loss
 
-    def metadata(self, step: int) -> dict[str, Any]:
-        """The caller's metadata of a checkpoint, with `format_version`, `versions` and `loss`.
-
-        `leaves` is {"params/w": {"dtype": "bfloat16", "shape": [3, 4], "fingerprint": "0f3a…"}}.
-        """
-        return metadata_lib.read_metadata(self._path(step))
-
     def restore(self, step: int, abstract_state: Any, partial: bool = False) -> Any:
         """Reads the checkpoint of `step` into the structure and shardings of `abstract_state`.
 
@@ -205,7 +192,6 @@ class CheckpointStore:
           partial: `abstract_state` is a part of that tree, as nested dicts; the rest is not read.
 
         Raises:
-          UserError: no such step, another format, or other leaves, dtypes or shapes.
           CheckpointDamaged: it is not as it was saved; in every process, also where one sees it.
           RunError: it cannot be read now (rights, memory, the network).
         """
@@ -320,28 +306,23 @@ class CheckpointStore:
             if error := self._deletions.pop(0).exception():  # waits for it
                 message = "%s: an old checkpoint could not be deleted (%s)"
                 log.warning(message, self.directory, error)
-        if self._remote:
-            return
         problem = f"{self.directory}: the checkpoint of step {step} cannot be written here"
         remedy = "put the directory back, or start in another --workdir"
         with os_error_as(RunError, problem, remedy):
-            free = _free_bytes(self.directory)
-        if free < nbytes * SPACE_MARGIN:
-            raise self._no_space(step, nbytes)
+            if not self._remote and _free_bytes(self.directory) < nbytes * SPACE_MARGIN:
+                raise self._no_space(step, nbytes)
 
     def _no_space(self, step: int, nbytes: int) -> RunError:
         free = "unknown" if self._remote else f"{_free_bytes(self.directory):,}"
-        return RunError(
-            f"{self.directory}: no space for the checkpoint of step {step}: "
-            f"{math.ceil(nbytes * SPACE_MARGIN):,} bytes needed, {free} free; "
-            f"make space and run the same command again ({self._resumes_from()})"
-        )
+        needed = f"{math.ceil(nbytes * SPACE_MARGIN):,} bytes needed, {free} free"
+        remedy = f"make space and run the same command again ({self._resumes_from()})"
+        problem = f"no space for the checkpoint of step {step}: {needed}"
+        return RunError(f"{self.directory}: {problem}; {remedy}")
 
     def _resumes_from(self) -> str:
         latest = self.latest_step()
-        return (
-            "no checkpoint is complete yet" if latest is None else f"it resumes from step {latest}"
-        )
+        none = "no checkpoint is complete yet"
+        return none if latest is None else f"it resumes from step {latest}"
 
     def _save_failed(self, error: Exception) -> RunError:
         """Makes the store usable again; returns the error to raise."""

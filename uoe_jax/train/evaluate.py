@@ -1,7 +1,6 @@
 """Evaluation: every row of a split counted once, whatever the batch size."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp

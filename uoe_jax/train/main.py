@@ -5,8 +5,7 @@ import dataclasses
 import functools
 import shlex
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import numpy as np

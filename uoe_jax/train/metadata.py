@@ -12,8 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Mapping
 
 import jax
 from etils import epath

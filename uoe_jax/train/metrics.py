@@ -11,8 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Iterator, Mapping
 
 from etils import epath
 

@@ -3,8 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Iterator
 
 from etils import epath
 from orbax.checkpoint import v1 as ocp

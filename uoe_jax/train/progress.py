@@ -4,8 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, Callable, Iterator, TextIO
 
 EVALUATION_LINE_S = 10  # between two lines about a running evaluation
 _BAR = "step {n_fmt}/{total_fmt} |{bar}|{postfix}"

@@ -4,8 +4,7 @@ trained run restored for evaluation, generation and export.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Callable, Iterator, Mapping, NamedTuple
 
 import jax
 from etils import epath

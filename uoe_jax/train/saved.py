@@ -7,8 +7,7 @@ all agree that it worked, and each leaf is compared with its fingerprint.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Callable, Iterator, Mapping, TypeVar, cast
 
 import jax
 from etils import epath

@@ -4,9 +4,8 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Callable, Self
 
 from uoe_jax.distributed import coordination
 

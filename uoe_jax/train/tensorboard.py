@@ -3,8 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Callable, Iterator, Mapping
 
 from etils import epath
 

@@ -11,8 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, Iterable
 
 import jax
 import tensorstore
