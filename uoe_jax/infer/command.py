@@ -125,17 +125,15 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _write(out: str | None, completions: list[Any]) -> None:
-    if not coordination.is_process_zero():
-        return
     # JSON is UTF-8; where the screen is not, other characters are escaped.
     escaped, lines = not out and not takes_utf8(sys.stdout), ""
     for c in completions:
         one = {"prompt": c.prompt, "text": c.followed, "tokens": c.n_tokens, "ended": c.ended}
         lines += json.dumps(one, ensure_ascii=escaped) + "\n"
-    if out:
+    if not out:
+        _show(lines)
+    elif coordination.is_process_zero():
         write_out(out, lines)
-    else:
-        print(lines, end="", flush=True)
 
 
 def _show(text: str) -> None:

@@ -13,9 +13,10 @@ from uoe_jax.config.schema import Config
 from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.distributed.mesh import everywhere
 from uoe_jax.errors import UserError
-from uoe_jax.infer.growing import GrowingText
 from uoe_jax.models.decoder import Layers, Transformer
 from uoe_jax.train.step import Params, Program
+
+Model = Callable[[Params], Transformer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +55,59 @@ def pick(
     return jnp.where(temperature > 0, token_B, greedy_B).astype(jnp.int32)
 
 
+class GrowingText:
+    """What a model writes after a prompt.
+
+    Args:
+      limit: the most tokens.
+      stops: strings before which the text ends.
+      before: the prompt; a text of words begins with a space after it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, limit: int, stops: Sequence[str] = (), before: str = ""
+    ) -> None:
+        self._tokenizer, self._limit, self._stops = tokenizer, limit, tuple(stops)
+        spaced = tokenizer.tokens_are_words and before and not before.endswith((" ", "\n"))
+        self._space = " " if spaced else ""
+        self.ids: list[int] = []  # without a separator that ended them
+        # "document" (by the separator), "stop" (by a stop string), "limit"; None: not yet.
+        self.ended: str | None = "limit" if limit < 1 else None
+        self.text = self.shown = ""  # shown: the part of the text that will not change
+
+    def push(self, token: int) -> str:
+        """Adds a token; returns what can be shown now and could not before."""
+        if token == self._tokenizer.separator:
+            return self._end("document")
+        self.ids.append(token)
+        self.text = self._tokenizer.decode(self.ids)
+        if self.text:
+            self.text = self._space + self.text
+        found = [at for stop in self._stops if (at := self.text.find(stop)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            return self._end("stop")
+        if len(self.ids) >= self._limit:
+            return self._end("limit")
+        # Held back: bytes of an incomplete character, and what may be the beginning of a stop.
+        whole = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        beginnings = [stop[:n] for stop in self._stops for n in range(len(stop))]
+        partial = [len(b) for b in beginnings if self.text.endswith(b)]
+        return self._show(whole - max(partial, default=0))
+
+    def _end(self, why: str) -> str:
+        self.ended = why
+        return self._show(len(self.text))
+
+    def _show(self, to: int) -> str:
+        before, self.shown = self.shown, self.text[: max(to, len(self.shown))]
+        return self.shown[len(before) :]
+
+
 class Sampler:
     """Completes prompts with a model's parameters."""
 
-    def __init__(
-        self,
-        config: Config,
-        model: Callable[[Params], Transformer],
-        params: Params,
-        tokenizer: Tokenizer,
-    ) -> None:
+    def __init__(self, config: Config, model: Model, params: Params, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer, self._model, self._params = config, tokenizer, model, params
         self.seconds, self.timed = 0.0, 0  # of decoding without compilation, and tokens drawn in it
         self.cache_bytes = 0  # of the KV cache of one row
@@ -76,14 +120,13 @@ class Sampler:
         decode = lambda p, layers, cache, x_B: model(p).decode_step(x_B, cache, layers)  # noqa: E731
         self._step = jax.jit(decode, donate_argnums=2)
 
-        @jax.jit
         def draw(logits_BV, seed, rows_B, next_B, settings):
             fold = jax.vmap(jax.random.fold_in)
             keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows_B)
             known_BV = logits_BV[:, : tokenizer.vocab_size]  # the model's vocabulary may be larger
             return everywhere(pick(known_BV, fold(keys_B, next_B), *settings))
 
-        self._draw = draw
+        self._draw = jax.jit(draw)
 
     def complete(
         self,
@@ -120,12 +163,12 @@ class Sampler:
                             show(i, more)
                 if all(texts[i].ended for i in members):
                     break
-        found = []
-        for prompt, text in zip(prompts, texts):
-            ended = text.ended or "limit"
-            cut = ended == "limit" and len(text.ids) < most
-            found.append(Completion(prompt, text.text, len(text.ids), ended, cut))
-        return found
+        return [
+            Completion(
+                p, t.text, len(t.ids), str(t.ended), t.ended == "limit" and len(t.ids) < most
+            )
+            for p, t in zip(prompts, texts)
+        ]
 
     def encoded(self, prompt: str, where: str = "") -> np.ndarray:
         """The tokens of a prompt, int32 [L], after the one that starts a document.

@@ -29,7 +29,6 @@ from uoe_jax.train.orbax_writer import is_no_space, open_writer
 from uoe_jax.workdir import checkpoint_path, is_remote
 
 log = logging.getLogger(__name__)
-
 SPACE_MARGIN = 1.1  # file metadata and chunk padding; the state itself hardly compresses
 
 
@@ -233,15 +232,13 @@ class CheckpointStore:
             return state, step, metadata
         if damaged:
             step, reason = max(damaged.items())
-            raise RunError(
-                f"{self.directory}: no checkpoint can be read as it was saved (step {step}: "
-                f"{reason}); fix that, or move this directory away to start from the beginning"
-            )
+            problem = f"no checkpoint can be read as it was saved (step {step}: {reason})"
+            remedy = "fix that, or move this directory away to start from the beginning"
+            raise RunError(f"{self.directory}: {problem}; {remedy}")
         if aside := on_process_zero(lambda: metadata_lib.quarantined(self._damaged)):
-            raise RunError(
-                f"{self._damaged}: holds the damaged checkpoints of this run ({', '.join(aside)}) "
-                "and no good one is left; move this directory away to start from the beginning"
-            )
+            problem = f"holds the damaged checkpoints of this run ({', '.join(aside)})"
+            remedy = "move this directory away to start from the beginning"
+            raise RunError(f"{self._damaged}: {problem} and no good one is left; {remedy}")
         return None
 
     def delete_after(self, step: int) -> None:

@@ -20,7 +20,6 @@ from uoe_jax.train.tensorboard import TensorBoardWriter
 from uoe_jax.workdir import is_remote, locate, os_errors, write_text
 
 log = logging.getLogger(__name__)
-
 UPLOAD_EVERY_S = 60
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -48,10 +47,12 @@ class MetricsWriter:
     ) -> None:
         root = locate(workdir)
         self.path = root / "metrics.jsonl"
-        last = -1 if resume_step is None else resume_step
-        with os_error_as(UserError, f"{self.path}: cannot be written", "choose another --workdir"):
-            self._file = (_Object if is_remote(root) else _File)(self.path, last, owed)
-        board = root / "tensorboard"
+        problem, remedy = f"{self.path}: cannot be written", "choose another --workdir"
+        with os_error_as(UserError, problem, remedy), os_errors(self.path):
+            data = self.path.read_bytes() if self.path.exists() else b""
+            kept = _cut(data, -1 if resume_step is None else resume_step, owed)
+            self._file = (_Object if is_remote(root) else _File)(self.path, data, kept)
+        self._closed, board = False, root / "tensorboard"
         self._tensorboard = TensorBoardWriter(board, resume_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -77,8 +78,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes both; safe to call twice."""
-        if self._file.closed:
+        if self._closed:
             return
+        self._closed = True
         try:
             self.flush()
         finally:
@@ -102,13 +104,11 @@ class NullWriter:
 class _File:
     """metrics.jsonl on a file system. Raises OSError; RunError where the file was replaced."""
 
-    def __init__(self, path: epath.Path, last_step: int, owed: bool) -> None:
-        self._path, self.closed = path, False
+    def __init__(self, path: epath.Path, old: bytes, kept: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = path.read_bytes() if path.exists() else b""
-        if (kept := _cut(data, last_step, owed)) != data:
+        if kept != old:
             write_text(path, kept.decode())
-        self._file = path.open("ab")
+        self._path, self._file = path, path.open("ab")
 
     def write(self, line: bytes) -> None:
         self._check()
@@ -129,7 +129,6 @@ class _File:
         raise RunError(f"{self._path}: {problem}; {remedy}")
 
     def close(self) -> None:
-        self.closed = True
         with contextlib.suppress(OSError):  # of a last flush; reported before
             self._file.close()
 
@@ -137,13 +136,9 @@ class _File:
 class _Object:
     """metrics.jsonl on gs://: kept in memory, and uploaded whole. Raises OSError."""
 
-    def __init__(self, path: epath.Path, last_step: int, owed: bool) -> None:
-        self._path, self.closed = path, False
-        with os_errors(path):
-            data = path.read_bytes() if path.exists() else b""
-        self._data = bytearray(_cut(data, last_step, owed))
-        self._changed = self._data != data
-        self._uploaded = time.monotonic()
+    def __init__(self, path: epath.Path, old: bytes, kept: bytes) -> None:
+        self._path, self._data = path, bytearray(kept)
+        self._changed, self._uploaded = kept != old, time.monotonic()
 
     def write(self, line: bytes) -> None:
         self._data += line
@@ -162,14 +157,11 @@ class _Object:
             self._changed, self._uploaded = False, time.monotonic()
 
     def close(self) -> None:
-        self.closed = True
+        pass
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of `<workdir>/metrics.jsonl` as dicts; UserError where it cannot be read.
-
-    "nan" and "inf" become floats; a torn last line is left out.
-    """
+    """The lines of `<workdir>/metrics.jsonl` as dicts; a torn last line is left out."""
     path, remedy = locate(workdir) / "metrics.jsonl", "fix that, or check --workdir"
     with os_error_as(UserError, f"{path}: cannot be read", remedy), os_errors(path):
         if not path.exists():

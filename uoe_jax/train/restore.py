@@ -113,14 +113,13 @@ def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Re
 
 
 def _step(store: CheckpointStore, which: str) -> int:
-    steps = store.steps()
+    steps, best = store.steps(), store.best_step()
     if not steps:
         raise UserError(f"{store.directory}: holds no complete checkpoint yet; train the run first")
-    if which == "latest":
+    if which == "best" and best is not None:
+        return best
+    if which in ("latest", "best"):
         return steps[-1]
-    if which == "best":
-        best = store.best_step()
-        return steps[-1] if best is None else best
     if which.isdecimal() and int(which) in steps:
         return int(which)
     raise UserError(f"--step={which}: give latest, best, or one of {', '.join(map(str, steps))}")
