@@ -163,12 +163,9 @@ class Sampler:
                             show(i, more)
                 if all(texts[i].ended for i in members):
                     break
-        return [
-            Completion(
-                p, t.text, len(t.ids), str(t.ended), t.ended == "limit" and len(t.ids) < most
-            )
-            for p, t in zip(prompts, texts)
-        ]
+        cut = [t.ended == "limit" and len(t.ids) < most for t in texts]
+        found = zip(prompts, texts, cut)
+        return [Completion(p, t.text, len(t.ids), str(t.ended), c) for p, t, c in found]
 
     def encoded(self, prompt: str, where: str = "") -> np.ndarray:
         """The tokens of a prompt, int32 [L], after the one that starts a document.

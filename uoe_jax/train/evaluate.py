@@ -44,7 +44,7 @@ def evaluate(
       batches, so of the same rows at every evaluation.
     """
     size = config.eval_batch_size
-    local_rows = mesh_lib.local_rows(program.devices, size)
+    local_rows = mesh_lib.local_rows(program.mesh, size)
     phase = "evaluation" if name == "eval" else "testing"
     progress = Progress(0, silent=True) if progress is None else progress
     seen = set() if seen is None else seen
@@ -63,7 +63,7 @@ def evaluate(
             if stop():
                 raise Interrupted
             with progress.compiling("the evaluation step", new):
-                sums = program.eval_step(params, mesh_lib.put_batch(program.devices, batch))
+                sums = program.eval_step(params, mesh_lib.put_batch(program.mesh, batch))
             before, total = total, sums if total is None else _add(total, sums)
             # At most one batch ahead of the device: a stop must not wait for a queue.
             jax.block_until_ready(before)

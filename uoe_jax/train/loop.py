@@ -23,7 +23,6 @@ from uoe_jax.train.evaluate import Interrupted, evaluate, is_new
 from uoe_jax.train.metadata import CheckpointDamaged
 from uoe_jax.train.metrics import MetricsWriter, NullWriter, read_metrics
 from uoe_jax.train.progress import Progress
-from uoe_jax.train.saved import load_params
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import Params, Program, TrainState
 from uoe_jax.train.task import measures, measures_text, task_of, without_prefix
@@ -75,10 +74,10 @@ class Run:
         """The loop itself; Interrupted in an evaluation, TooManyBadSteps to be rolled back."""
         c, program = self.config, self.program
         size, seed = c.train.batch_size, c.train.seed
-        rows = mesh_lib.local_rows(program.devices, size)
+        rows = mesh_lib.local_rows(program.mesh, size)
         batches = TrainBatches(self.data.train, size, seed, rows, c.data.sort_window)
         offset = int(jax.device_get(self.state.guard.offset))
-        fetch = lambda step: mesh_lib.put_batch(program.devices, batches[step + offset])  # noqa: E731
+        fetch = lambda step: mesh_lib.put_batch(program.mesh, batches[step + offset])  # noqa: E731
         if self.owed:
             self.evaluate(signal)
             self.owed = False
@@ -148,14 +147,13 @@ class Run:
         params = self.state.params
         if best != self.step:
             watchdog.at("restoring", best, slow=True)
+            abstract = {"params": self.program.abstract.params}
             try:
-                path = self.store.directory / str(best)
-                params = load_params(path, self.program.abstract.params)[0]
+                params = self.store.restore(best, abstract, partial=True)["params"]
             except CheckpointDamaged as error:
-                raise RunError(
-                    f"{error}; it is the best on validation: delete it, and the same command tests "
-                    "with the next best, or give --config.eval.test=false"
-                ) from error
+                problem = f"{error}; it is the best on validation"
+                remedy = "delete it, and the same command tests with the next best"
+                raise RunError(f"{problem}: {remedy}, or give --config.eval.test=false") from error
         found, _ = self.measure("test", params, signal, whole=True)
         self.writer.write(self.step, {**found, "test/step": best})
         self.writer.flush()
@@ -237,30 +235,27 @@ class Run:
         target = self.newest(last - n_bad)
         c, done = self.config.guard, int(jax.device_get(self.state.guard.rollbacks))
         if done >= c.rollbacks or target is None:
-            found = f"the checkpoint of step {target} is"
-            found = "there is no checkpoint" if target is None else found
+            none = target is None
+            there = "there is no checkpoint" if none else f"the checkpoint of step {target} is"
             raise BadNumbers(
                 f"config.guard.max_bad_steps={c.max_bad_steps}: {n_bad} steps in a row, up "
                 f"to step {last}, had numbers that are not finite or jumped, and were skipped; "
                 "lower optimizer.learning_rate in a new --workdir, or look at the data of these "
-                f"steps ({found} from before them)"
+                f"steps ({there} from before them)"
             )
         watchdog.at("going back", last, slow=True)
         position = last + int(jax.device_get(self.state.guard.offset))
         state = self.store.restore(target, self.program.abstract)
         self.store.delete_after(target)  # saved by a stop within the bad steps: the same state
-        guard = state.guard
-        offset, rollbacks = jax.device_put(
-            (np.int32(position - target), np.int32(done + 1)),
-            (guard.offset.sharding, guard.rollbacks.sharding),
-        )
-        self.state = state._replace(guard=guard._replace(offset=offset, rollbacks=rollbacks))
+        counts = {"offset": np.int32(position - target), "rollbacks": np.int32(done + 1)}
+        placed = jax.device_put(counts, state.guard.offset.sharding)  # replicated, as all counts
+        self.state = state._replace(guard=state.guard._replace(**placed))
         self.step = self.start = target
         self.in_a_row, self.pending, self.ranking_loss = 0, None, None
         self.writer.close()
         self.writer = self.open_writer(target)
-        done_text = f"back to step {target}, leaving out the data of the steps up to {last}"
-        self.progress.print(f"{n_bad} bad steps in a row: {done_text}")
+        result = f"back to step {target}, leaving out the data of the steps up to {last}"
+        self.progress.print(f"{n_bad} bad steps in a row: {result}")
 
 
 def _due(step: int, every: int) -> bool:

@@ -39,19 +39,13 @@ class TrainState(NamedTuple):
 class Program(NamedTuple):
     """A configuration compiled for a mesh; `abstract…` are trees of ShapeDtypeStruct."""
 
-    mesh: Mesh | AbstractMesh
+    mesh: Any  # Mesh; of a program that is only planned, AbstractMesh
     init: Callable[[jax.Array], TrainState]  # from a key, with its shardings
     train_step: jax.stages.Wrapped  # (state, batch) -> (state, metrics on device); donates state
     eval_step: Callable[[Params, Batch], Sums]
     abstract: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]  # of a train step
     model: Callable[[Params], Any]  # Transformer or Classifier
-
-    @property
-    def devices(self) -> Mesh:
-        """The mesh of a program that runs; that of a planned one may be abstract."""
-        assert isinstance(self.mesh, Mesh), self.mesh
-        return self.mesh
 
 
 def learning_rate(c: OptimizerConfig, decay_steps: int) -> optax.Schedule:
@@ -125,8 +119,7 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     task = task_of(config)
 
     def init(key: jax.Array) -> TrainState:
-        params = init_params(key)
-        step = jnp.zeros((), jnp.int32)
+        params, step = init_params(key), jnp.zeros((), jnp.int32)
         return TrainState(step, params, optimizer.init(params), guard_lib.fresh())
 
     def eval_step(params: Params, batch: Batch) -> Sums:
@@ -151,18 +144,15 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     guard_shardings = jax.tree.map(lambda _: replicated, shapes.guard)
     placed = TrainState._make((replicated, shardings, opt_shardings, guard_shardings))
     struct = jax.ShapeDtypeStruct
-    batch = {name: struct(*of, sharding=rows) for name, of in task.shapes(config).items()}
     train_step = on_mesh(_train_step(config, rebuild, optimizer))
-    ins, outs = (placed, rows), (placed, replicated)
+    ins, outs, eval_ins = (placed, rows), (placed, replicated), (shardings, rows)
     return Program(
         mesh=mesh,
         init=jax.jit(init, out_shardings=placed),
         train_step=jax.jit(train_step, donate_argnums=0, in_shardings=ins, out_shardings=outs),
-        eval_step=jax.jit(
-            on_mesh(eval_step), in_shardings=(shardings, rows), out_shardings=replicated
-        ),
+        eval_step=jax.jit(on_mesh(eval_step), in_shardings=eval_ins, out_shardings=replicated),
         abstract=jax.tree.map(lambda a, s: struct(a.shape, a.dtype, sharding=s), shapes, placed),
-        abstract_batch=batch,
+        abstract_batch={n: struct(*a, sharding=rows) for n, a in task.shapes(config).items()},
         model=rebuild,
     )
 
@@ -201,12 +191,11 @@ def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
     layers = dict(params["layers"])
     for name, r in c.routed().items():
         place = c.place_of(name)
-        router = dict(layers[place].get("router", {}))
+        router, stats = dict(layers[place].get("router", {})), routing[name]
         if r.bias_rate:
-            chosen_N = routing[name].chosen_N
-            router["load_bias"] = rebalanced(router["load_bias"], chosen_N, r.bias_rate)
+            router["load_bias"] = rebalanced(router["load_bias"], stats.chosen_N, r.bias_rate)
         if "balance_weight" in router:
-            router["balance_weight"] = adapted(router["balance_weight"], routing[name], c.moe)
+            router["balance_weight"] = adapted(router["balance_weight"], stats, c.moe)
         if router:
             layers[place] = {**layers[place], "router": router}
     return {**params, "layers": layers}
@@ -267,7 +256,6 @@ def accumulated_gradients(
         return jax.tree.map(jnp.add, total, gradient(params, batch)), None
 
     batches = jax.tree.map(microbatches, batch)
-    first = jax.tree.map(lambda a: a[0], batches)
-    shapes = jax.eval_shape(gradient, params, first)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], batches))
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     return jax.lax.scan(add, zero, batches)[0]
