@@ -516,9 +516,9 @@ def test_parameters_are_taken_where_they_fit(good, tmp_path, place):
         params, {"layers": {"w": want, "zeros": None}, "half": None, "more": {"head": None}}
     )
     assert taken == ["params/layers/w"] and fresh == {
-        "params/layers/zeros": "float32[100] there, float32[99] here",
-        "params/half": "bfloat16[16, 24] there, float32[16, 24] here",
-        "params/more/head": "not in the checkpoint",
+        "params/layers/zeros": "float32[100] in the checkpoint and float32[99] in the model",
+        "params/half": "bfloat16[16, 24] in the checkpoint and float32[16, 24] in the model",
+        "params/more/head": "in the model and not in the checkpoint",
     }
     assert tree_hash(tmp_path / "run") == before
 
@@ -541,7 +541,7 @@ def test_parameters_of_a_damaged_run(good, tmp_path):
         (
             good,
             {"other": wanted["half"]},
-            r"none of its parameters fits the model \(params/other: not in the checkpoint\)",
+            r"none of its parameters fits the model \(params/other: in the model and not in the checkpoint\)",
         ),
     ]:
         with pytest.raises(

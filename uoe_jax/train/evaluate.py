@@ -51,7 +51,6 @@ def evaluate(
     n_batches = -(-len(rows) // size)
     if limit and not whole:
         n_batches = min(limit, n_batches)
-    show = progress.counting(phase, n_batches)
     total: Sums | None = None
     ranking: Sums | None = None
     batches = eval_batches(rows, size, n_batches, local_rows)
@@ -68,7 +67,7 @@ def evaluate(
             # At most one batch ahead of the device: a stop must not wait for a queue.
             jax.block_until_ready(before)
             ranking = total if i + 1 == limit else ranking
-            show(i + 1)
+            progress.count(phase, i + 1, n_batches)
     host = jax.device_get(total)
     found = measures(host, config, name)
     found[f"{name}/rows"] = int(host.rows) // config.model.rows_per_example

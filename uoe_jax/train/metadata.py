@@ -46,7 +46,7 @@ class CheckpointDamaged(RunError):
 
 
 def describe(tree: Any) -> dict[str, dict[str, Any]]:
-    """{leaf name: {"dtype", "shape"}} of a tree of arrays or ShapeDtypeStructs.
+    """{leaf name: {"dtype", "shape"}} of a tree of arrays or ShapeDtypeStructs with shardings.
 
     Orbax's own record has plain uint32 for a typed PRNG key, and a list or dict for a named tuple.
     """
@@ -54,6 +54,8 @@ def describe(tree: Any) -> dict[str, dict[str, Any]]:
     for path, leaf in jax.tree.leaves_with_path(tree):
         if (name := leaf_name(path)) in found:
             raise ValueError(f"{name}: two leaves have this name")
+        if leaf.sharding is None:  # Orbax would fall back on the saved devices
+            raise ValueError(f"{name} has no sharding")
         found[name] = {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
     return found
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from typing import Any, Callable, Iterator, TextIO
+from typing import Any, Iterator, TextIO
 
 EVALUATION_LINE_S = 10  # between two lines about a running evaluation
 _BAR = "step {n_fmt}/{total_fmt} |{bar}|{postfix}"
@@ -26,6 +26,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._total, self._silent = total, silent
         self._first: tuple[float, int] | None = None  # time and step, after compilation
+        self._counted = self._shown = 0.0  # times of the first batch, and of the last line on them
         self._bar: Any = None
         if total and not silent and self._stream.isatty() and os.environ.get("TERM") != "dumb":
             from tqdm import tqdm
@@ -70,22 +71,16 @@ class Progress:
         if is_new:
             self.print(f"compiled {what} in {time.monotonic() - start:.1f} s")
 
-    def counting(self, what: str, total: int) -> Callable[[int], None]:
-        """A function to call with the number of batches done; it prints from time to time."""
-        start = printed = 0.0
-
-        def show(done: int) -> None:
-            nonlocal start, printed
-            now = time.monotonic()
-            if done == 1:  # which waited for the compiler
-                start = printed = now
-            elif now - printed >= EVALUATION_LINE_S:
-                printed = now
-                left = round((now - start) / (done - 1) * (total - done))
-                count = f"{done:,} of {total:,} batches"
-                self.print(f"{what}: {count}, {left // 60}:{left % 60:02} left")
-
-        return show
+    def count(self, what: str, done: int, total: int) -> None:
+        """Says from time to time how many batches are done."""
+        now = time.monotonic()
+        if done == 1:  # which waited for the compiler
+            self._counted = self._shown = now
+        elif now - self._shown >= EVALUATION_LINE_S:
+            self._shown = now
+            left = round((now - self._counted) / (done - 1) * (total - done))
+            count = f"{done:,} of {total:,} batches"
+            self.print(f"{what}: {count}, {left // 60}:{left % 60:02} left")
 
     def close(self) -> None:
         """Leaves the last state of the bar on the screen; safe to call twice."""

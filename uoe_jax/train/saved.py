@@ -7,7 +7,7 @@ all agree that it worked, and each leaf is compared with its fingerprint.
 
 import logging
 import os
-from typing import Any, Callable, Iterator, Mapping, TypeVar, cast
+from typing import Any, Callable, Mapping, TypeVar, cast
 
 import jax
 from etils import epath
@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from uoe_jax.distributed.coordination import RemoteProcessError, on_all, on_process_zero
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.train import metadata as metadata_lib
-from uoe_jax.train.fingerprint import fingerprints, leaf_name
+from uoe_jax.train.fingerprint import fingerprints
 from uoe_jax.train.metadata import STATE, CheckpointDamaged, describe, kind, read_metadata
 from uoe_jax.workdir import checkpoint_path, locate
 
@@ -29,16 +29,16 @@ _TREE, _INIT_FROM = "_METADATA", "config.train.init_from"
 
 def restore(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any, dict[str, Any]]:
     """(State or `partial` state of a checkpoint, its metadata); see CheckpointStore.restore."""
-    _check_placed(abstract)
     metadata, expected = read_metadata(path), describe(abstract)
     stored = {n: leaf for n, leaf in metadata["leaves"].items() if n in expected or not partial}
     if not partial and all(name.startswith("params/") for name in stored):
         problem = "holds parameters alone, as an imported model does"
         remedy = f"train them in a new --workdir with --{_INIT_FROM}={path}"
         raise UserError(f"{path}: {problem}; {remedy}")
-    if differences := list(_differences(stored, expected)):
+    if differences := _differences(stored, expected):
+        name, found = next(iter(differences.items()))
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-        problem = f"this checkpoint does not fit the model: {differences[0]}{more}"
+        problem = f"this checkpoint does not fit the model: {name} is {found}{more}"
         remedy = "use the configuration it was saved with, or another --workdir"
         raise UserError(f"{path}: {problem}; {remedy}")
     return _load(path, abstract, stored, partial), metadata
@@ -74,7 +74,6 @@ def load_params(path: str | os.PathLike[str], abstract_params: Any) -> Fitting:
       (nested dicts with None for what does not fit, names of the leaves taken, {name of the others:
       why}). Names as in the checkpoint, `params/…`. ConfigError where nothing fits.
     """
-    _check_placed(abstract_params)
     paths = checkpoints_of(path)
     for checkpoint in paths:
         try:
@@ -89,14 +88,8 @@ def load_params(path: str | os.PathLike[str], abstract_params: Any) -> Fitting:
 
 def _params_of(path: epath.Path, abstract: Any, given: str) -> Fitting:
     stored, here = read_metadata(path)["leaves"], describe({"params": abstract})
-    taken, fresh = [], {}
-    for name, leaf in here.items():
-        if name not in stored:
-            fresh[name] = "not in the checkpoint"
-        elif kind(stored[name]) != kind(leaf):
-            fresh[name] = f"{kind(stored[name])} there, {kind(leaf)} here"
-        else:
-            taken.append(name)
+    fresh = {name: why for name, why in _differences(stored, here).items() if name in here}
+    taken = [name for name in here if name not in fresh]
     if not taken:
         name, why = next(iter(fresh.items()))
         problem = f"none of its parameters fits the model ({name}: {why})"
@@ -137,13 +130,6 @@ def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: b
     return tree
 
 
-def _check_placed(abstract: Any) -> None:
-    """ValueError for a leaf without a sharding: Orbax would fall back on the saved devices."""
-    for at, leaf in jax.tree.leaves_with_path(abstract):
-        if getattr(leaf, "sharding", None) is None:
-            raise ValueError(f"{leaf_name(at)} has no sharding")
-
-
 def _in_each(path: epath.Path, do: Callable[[], T]) -> T:
     """The result of `do` here, once it worked in all; else CheckpointDamaged or RunError in all."""
     failure: list[RunError] = []
@@ -168,12 +154,14 @@ def _in_each(path: epath.Path, do: Callable[[], T]) -> T:
     return cast(T, value)
 
 
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    for name in sorted({*saved, *wanted}):
-        if name not in wanted:
-            yield f"{name} is in the checkpoint and not in the model"
-        elif name not in saved:
-            yield f"{name} is in the model and not in the checkpoint"
-        elif kind(saved[name]) != kind(wanted[name]):
-            here = f"{kind(saved[name])} in the checkpoint and {kind(wanted[name])} in the model"
-            yield f"{name} is {here}"
+def _differences(stored: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+    """Where the leaves that do not fit are, or of which kind, by name."""
+    found = {}
+    for name in sorted({*stored, *here}):
+        if name not in here:
+            found[name] = "in the checkpoint and not in the model"
+        elif name not in stored:
+            found[name] = "in the model and not in the checkpoint"
+        elif (there := kind(stored[name])) != kind(here[name]):
+            found[name] = f"{there} in the checkpoint and {kind(here[name])} in the model"
+    return found
