@@ -56,13 +56,7 @@ def pick(
 
 
 class GrowingText:
-    """What a model writes after a prompt.
-
-    Args:
-      limit: the most tokens.
-      stops: strings before which the text ends.
-      before: the prompt; a text of words begins with a space after it.
-    """
+    """What a model writes after the prompt `before`; it ends before the first of the `stops`."""
 
     def __init__(
         self, tokenizer: Tokenizer, limit: int, stops: Sequence[str] = (), before: str = ""
@@ -148,10 +142,8 @@ class Sampler:
         order = sorted(range(len(ids)), key=lambda i: (self._bucket(len(ids[i])), i))
         size = min(batch or len(ids), len(ids))
         room, most = self.config.model.context_length, self.config.generate.max_tokens
-        texts = [
-            GrowingText(self.tokenizer, min(most, room - len(row)), stops, prompt)
-            for row, prompt in zip(ids, prompts)
-        ]
+        limits = [min(most, room - len(row)) for row in ids]
+        texts = [GrowingText(self.tokenizer, n, stops, p) for n, p in zip(limits, prompts)]
         for start in range(0, len(order), size):
             members = order[start : start + size]
             rows = members + members[:1] * (size - len(members))  # one shape, so one program
@@ -168,10 +160,7 @@ class Sampler:
         return [Completion(p, t.text, len(t.ids), str(t.ended), c) for p, t, c in found]
 
     def encoded(self, prompt: str, where: str = "") -> np.ndarray:
-        """The tokens of a prompt, int32 [L], after the one that starts a document.
-
-        UserError, which begins with `where`, if the context has no room.
-        """
+        """The tokens of a prompt, int32 [L], after the one that starts a document."""
         ids = np.array([self.tokenizer.start, *self.tokenizer.encode(prompt)], np.int32)
         context = self.config.model.context_length
         if len(ids) >= context:

@@ -36,13 +36,10 @@ class CheckpointStore:
     """The checkpoints of one workdir. One writer a directory; all processes make every call.
 
     Args:
-      keep_latest: of the newest checkpoints stay so many (at least 1).
-      keep_best: so many of those with the lowest metrics["loss"] stay as well.
+      keep_latest, keep_best: how many of the newest (at least 1), and of those with the lowest
+        metrics["loss"], stay.
       read_only: for evaluation and export: changes nothing, also not what a run is writing.
       write_bytes: host memory for writing, more than the largest leaf's; None: no limit.
-
-    Attributes:
-      pinned: a step that stays as well, or None.
     """
 
     def __init__(
@@ -61,7 +58,7 @@ class CheckpointStore:
         self._remote = is_remote(root)
         self.directory, self._damaged = root / "checkpoints", root / "damaged"
         self._read_only, self._keep_latest, self._keep_best = read_only, keep_latest, keep_best
-        self.pinned: int | None = None
+        self.pinned: int | None = None  # a step that stays as well
         self._in_flight: tuple[int, float | None, int] | None = None  # step, loss, bytes of a save
         self._losses: dict[int, float | None] = {}  # of the committed steps
         self._deleter = concurrent.futures.ThreadPoolExecutor(max_workers=1)
@@ -94,15 +91,11 @@ class CheckpointStore:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Starts to write `state` as the checkpoint of `step`; waits for the save before this one.
+        """Starts to write a tree of jax.Array as the checkpoint of `step`; waits for the last save.
 
         Returns once the buffers are copied and may be donated; False, with a warning, where there
-        is a checkpoint of this step already. BadNumbers where a floating leaf is not finite.
-
-        Args:
-          state: a pytree of jax.Array (typed PRNG keys too), none of size 0.
-          metrics: a finite metrics["loss"] makes this checkpoint a candidate for the best.
-          metadata: JSON values to keep, such as the configuration; secrets are left out.
+        is a checkpoint of this step already. A finite metrics["loss"] makes it a candidate for the
+        best. metadata: JSON values to keep; secrets are left out.
         """
         self._check_writable()
         if type(step) is not int or step < 0:
@@ -164,9 +157,9 @@ class CheckpointStore:
         """Steps of the committed checkpoints, ascending, once wait() or check() saw them end."""
         return sorted(self._losses)
 
-    def latest_step(self) -> int | None:
-        """The newest committed step, or None."""
-        return max(self.steps(), default=None)
+    def latest_step(self, most: float = math.inf) -> int | None:
+        """The newest committed step, of `most` or earlier; None without one."""
+        return max((step for step in self._losses if step <= most), default=None)
 
     def best_step(self) -> int | None:
         """The committed step with the lowest loss, the newest of equals; None without a loss."""
@@ -182,25 +175,21 @@ class CheckpointStore:
             on_process_zero(lambda: write(path, loss))
             self._losses[step] = loss
 
-    def restore(self, step: int, abstract_state: Any, partial: bool = False) -> Any:
-        """Reads the checkpoint of `step` into the structure and shardings of `abstract_state`.
+    def restore(self, step: int, abstract: Any, partial: bool = False) -> Any:
+        """Reads the checkpoint of `step` into the structure and shardings of `abstract`.
 
         Args:
-          abstract_state: the tree that was saved, with a jax.ShapeDtypeStruct with a sharding (or
-            an array) for each leaf. Only the sharding may differ.
-          partial: `abstract_state` is a part of that tree, as nested dicts; the rest is not read.
+          abstract: the tree that was saved, of jax.ShapeDtypeStruct. Only shardings may differ.
+          partial: `abstract` is a part of that tree, as nested dicts; the rest is not read.
 
         Raises:
           CheckpointDamaged: it is not as it was saved; in every process, also where one sees it.
           RunError: it cannot be read now (rights, memory, the network).
         """
-        return saved.restore(self._path(step), abstract_state, partial)[0]
+        return saved.restore(self._path(step), abstract, partial)[0]
 
     def restore_newest(
-        self,
-        abstract_state: Any,
-        report: Callable[[str], None] = log.warning,
-        partial: bool = False,
+        self, abstract: Any, report: Callable[[str], None] = log.warning, partial: bool = False
     ) -> tuple[Any, int, dict[str, Any]] | None:
         """(State, step, metadata) of the newest good checkpoint; None where there never was one.
 
@@ -212,11 +201,11 @@ class CheckpointStore:
         self.wait()
         for step in reversed(self.steps()):
             try:
-                state, metadata = saved.restore(self._path(step), abstract_state, partial)
+                state, metadata = saved.restore(self._path(step), abstract, partial)
             except CheckpointDamaged as error:
                 if self._read_only and not on_process_zero((self.directory / str(step)).exists):
                     self._read_list()  # the run itself deleted it, and has newer ones
-                    return self.restore_newest(abstract_state, report, partial)
+                    return self.restore_newest(abstract, report, partial)
                 damaged[step] = error.reason
                 continue
             # Only now: a fault of all checkpoints has another reason.

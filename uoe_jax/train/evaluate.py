@@ -34,14 +34,13 @@ def evaluate(
 ) -> tuple[dict[str, Any], float]:
     """Measures a split, all of it or (`whole=False`) its first `limit` batches.
 
+    Returns (`<name>/…` measures, the loss that ranks checkpoints). The latter is of the first
+    `limit` batches, so of the same rows at every evaluation.
+
     Args:
       step, seen: of the run, and the shapes that this process has compiled for; for the watchdog.
       stop: called before every batch; the same in all processes. Interrupted where it is True.
-      name: what the keys of the measures begin with, "eval" or "test".
-
-    Returns:
-      (`<name>/…` measures, the loss that ranks checkpoints). The latter is of the first `limit`
-      batches, so of the same rows at every evaluation.
+      name: "eval" or "test".
     """
     size = config.eval_batch_size
     local_rows = mesh_lib.local_rows(program.mesh, size)

@@ -25,7 +25,7 @@ from uoe_jax.train.metrics import MetricsWriter, NullWriter, read_metrics
 from uoe_jax.train.progress import Progress
 from uoe_jax.train.signals import StopSignal
 from uoe_jax.train.step import Params, Program, TrainState
-from uoe_jax.train.task import measures, measures_text, task_of, without_prefix
+from uoe_jax.train.task import measures, measures_text, task_of
 
 
 class TooManyBadSteps(Exception):
@@ -166,14 +166,12 @@ class Run:
         return on_process_zero(lambda: any("test/loss" in line for line in read_metrics(workdir)))
 
     def save(self, owed: bool = False, always: bool = False) -> None:
-        """Starts to save the current state, after flushing the metrics up to it.
-
-        always: also within bad steps, whose state is that from before them.
-        """
+        """Starts to save the state and flushes its metrics; always: also within bad steps."""
         self.log_pending()
         if self.step in self.store.steps() or (self.in_a_row and not always):
             return
-        self.store.pinned = self.newest(self.step - self.in_a_row) if self.in_a_row else None
+        before = self.store.latest_step(self.step - self.in_a_row)
+        self.store.pinned = before if self.in_a_row else None
         watchdog.at("saving", self.step, slow=True)
         with self.clock.paused():
             self.writer.flush()
@@ -218,21 +216,15 @@ class Run:
             text = f"loss {found['train/loss']:.4g}, gradient norm {found['train/grad_norm']:.4g}"
             count = f"{self.in_a_row} in a row, {found['train/skipped']} in all"
             self.progress.print(f"step {step} skipped: {text} ({count})")
-        text = task_of(self.config).summary(without_prefix(found, "train"))
+        task = task_of(self.config)
+        text = task.summary(task.measures(host["sums"], self.config))
         self.progress.update(step, found["train/loss"], text, found.get("perf/tokens_per_second"))
 
-    def newest(self, step: int) -> int | None:
-        """The newest checkpoint of `step` or earlier."""
-        return max((s for s in self.store.steps() if s <= step), default=None)
-
     def roll_back(self, last: int) -> None:
-        """Goes back to the newest checkpoint before the bad steps; skips the batches up to `last`.
-
-        BadNumbers where no rollback is left (guard.rollbacks), or no such checkpoint.
-        """
+        """Goes back to the checkpoint before the bad steps and skips the batches up to `last`."""
         self.store.wait()
         n_bad = self.in_a_row
-        target = self.newest(last - n_bad)
+        target = self.store.latest_step(last - n_bad)
         c, done = self.config.guard, int(jax.device_get(self.state.guard.rollbacks))
         if done >= c.rollbacks or target is None:
             none = target is None
@@ -263,15 +255,12 @@ def _due(step: int, every: int) -> bool:
 
 
 def perf_measures(speed: tuple[float, float] | None, config: Config) -> dict[str, Any]:
-    """Measures `perf/…`: speed as of `Clock.read`, and peak memory of this process and its device.
-
-    FLOPs are "n/a" where steps have several lengths, and device memory on CPUs.
-    """
+    """Measures `perf/…` of a speed (`Clock.read`), and of peak memory in this process."""
     found: dict[str, Any] = {}
     if speed is not None:
         found["perf/seconds_per_step"], found["perf/tokens_per_second"] = speed
         flops = train_flops(config.model, config.train.batch_size) / speed[0]
-        one_length = config.data.buckets <= 1
+        one_length = config.data.buckets <= 1  # else FLOPs a step vary
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind) if one_length else None
         found["perf/model_flops_per_second"] = flops if one_length else "n/a"
         found["perf/mfu"] = flops / peak / jax.device_count() if peak else "n/a"

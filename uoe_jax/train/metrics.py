@@ -55,10 +55,7 @@ class MetricsWriter:
         self._tensorboard = TensorBoardWriter(board, resume_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one line. Scalars and arrays of numpy or jax are accepted (and waited for).
-
-        RunError where it cannot be written (disk full), or the file was deleted.
-        """
+        """Writes one line. Scalars and arrays of numpy or jax are accepted (and waited for)."""
         if "step" in metrics:
             raise ValueError('metrics: the key "step" is the writer\'s own')
         plain = {key: _plain(key, value) for key, value in metrics.items()}

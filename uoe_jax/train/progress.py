@@ -14,8 +14,7 @@ class Progress:
     """Step, loss, the task's other measures, tokens a second and time left.
 
     Args:
-      total: the step at which the run is done; 0: there is no training, and no bar.
-      start: steps done before this process began.
+      total, start: the last step (0: there is no training, and no bar), and steps done before.
       stream: sys.stderr by default. Only a terminal gets carriage returns.
       silent: shows nothing; for all processes but process 0.
     """

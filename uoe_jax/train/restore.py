@@ -1,6 +1,4 @@
-"""What a run starts from (its newest good checkpoint, another run's parameters, or new ones), and a
-trained run restored for evaluation, generation and export.
-"""
+"""What a run starts from, and a trained run restored for evaluation, generation and export."""
 
 import contextlib
 import os
@@ -107,9 +105,10 @@ def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Re
         program = build(config, mesh)
         abstract = {"params": program.abstract.params}  # the optimizer's state is not read
         if which == "latest" and (newest := store.restore_newest(abstract, notice, partial=True)):
-            yield Restored(program, newest[0]["params"], newest[1])
+            state, step, _ = newest
         else:
-            yield Restored(program, store.restore(step, abstract, partial=True)["params"], step)
+            state = store.restore(step, abstract, partial=True)
+        yield Restored(program, state["params"], step)
 
 
 def _step(store: CheckpointStore, which: str) -> int:

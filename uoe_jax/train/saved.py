@@ -66,13 +66,9 @@ def checkpoints_of(path: str | os.PathLike[str]) -> list[epath.Path]:
 def load_params(path: str | os.PathLike[str], abstract_params: Any) -> Fitting:
     """The parameters of another run that fit: same name, dtype and shape. Touches nothing there.
 
-    Args:
-      path: a workdir, whose newest good checkpoint is taken, or one checkpoint; local or `gs://`.
-      abstract_params: nested dicts of jax.ShapeDtypeStruct with shardings.
-
-    Returns:
-      (nested dicts with None for what does not fit, names of the leaves taken, {name of the others:
-      why}). Names as in the checkpoint, `params/…`. ConfigError where nothing fits.
+    path: a workdir, whose newest good checkpoint is taken, or one checkpoint. Returns (nested dicts
+    like `abstract_params` with None for what does not fit, names of the leaves taken, {name of the
+    others: why}). Names are as in the checkpoint, `params/…`. ConfigError where nothing fits.
     """
     paths = checkpoints_of(path)
     for checkpoint in paths:

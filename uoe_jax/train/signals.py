@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any, Callable, Self
+from typing import Self
 
 from uoe_jax.distributed import coordination
 
@@ -24,7 +24,7 @@ class StopSignal:
         self.requested: str | None = None  # the name of the first signal
         self._shared, self._stop = coordination.are_several(), False
         self._calls = self._interrupts = 0  # calls: the same number in all processes
-        self._old: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+        self._restore = contextlib.ExitStack()
 
     def should_stop(self) -> bool:
         """Whether to stop here; several processes return True from the same call on."""
@@ -52,11 +52,10 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             own = () if self._shared else (signal.SIGTERM,)
             for number in (signal.SIGINT, signal.SIGUSR1, *own):
-                self._old[number] = signal.signal(number, self._handle)
+                old = signal.signal(number, self._handle)
+                # None: the old handler was not Python's and cannot be restored from here.
+                self._restore.callback(signal.signal, number, old or signal.SIG_DFL)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            # None: the old handler was not Python's and cannot be restored from here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._old.clear()
+        self._restore.close()

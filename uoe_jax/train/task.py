@@ -34,16 +34,11 @@ class Task(NamedTuple):
 
     model: type[Stack]
     shapes: Callable[[Config], Shapes]
-    # (model, batch, config) -> Sums; a training batch also has a random key a row, `keys`.
-    sums: Callable[[Any, Batch, Config], Sums]
-    # batch -> (targets, rows the blocks compute on), float32.
-    counts: Callable[[Batch], tuple[jax.Array, jax.Array]]
-    # (sums on the host, config) -> measures by name.
-    measures: Callable[[Sums, Config], dict[str, float]]
-    # measures -> what ranks checkpoints, the lowest first.
-    ranking: Callable[[dict[str, float]], float]
-    # measures -> the same as text.
-    summary: Callable[[dict[str, float]], str]
+    sums: Callable[[Any, Batch, Config], Sums]  # of a model; training batches also have row `keys`
+    counts: Callable[[Batch], tuple[jax.Array, jax.Array]]  # targets, rows for blocks; float32
+    measures: Callable[[Sums, Config], dict[str, float]]  # by name, of sums on the host
+    ranking: Callable[[dict[str, float]], float]  # what ranks checkpoints, the lowest first
+    summary: Callable[[dict[str, float]], str]  # measures as text
 
 
 def task_of(c: Config) -> Task:
@@ -61,13 +56,8 @@ def measures(sums: Sums, config: Config, prefix: str) -> dict[str, Any]:
 
 def measures_text(measures: dict[str, Any], prefix: str, config: Config) -> str:
     """The measures of an evaluation in a line; their keys begin with `prefix/`."""
-    own = without_prefix(measures, prefix)
+    own = {name.removeprefix(f"{prefix}/"): value for name, value in measures.items()}
     return f"loss {own['loss']:.4f}, {task_of(config).summary(own)} ({own['rows']} rows)"
-
-
-def without_prefix(measures: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Measures by the names that their task gives them."""
-    return {name.removeprefix(f"{prefix}/"): value for name, value in measures.items()}
 
 
 def routing_measures(stats: RoutingStats, rows: float) -> dict[str, list[Any]]:
@@ -107,15 +97,9 @@ def _text_sums(model: Transformer, batch: Batch, c: Config) -> Sums:
         batch["tokens"], batch["targets"], batch["segments"], batch["positions"], batch.get("keys")
     )
     tokens, rows = _text_counts(batch)
-    return Sums(
-        nll=jnp.where(batch["segments"] > 0, nll_BL, 0).sum(),
-        count=tokens,
-        correct=jnp.zeros(()),
-        tokens=tokens,
-        n_bytes=batch["n_bytes"].sum(dtype=jnp.float32),
-        rows=rows,
-        routing=routing,
-    )
+    nll, correct = jnp.where(batch["segments"] > 0, nll_BL, 0).sum(), jnp.zeros(())
+    n_bytes = batch["n_bytes"].sum(dtype=jnp.float32)
+    return Sums(nll, tokens, correct, tokens, n_bytes, rows, routing)
 
 
 def _text_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -177,15 +161,9 @@ def _class_sums(model: Classifier, batch: Batch, c: Config) -> Sums:
     found_B = logits_BC.argmax(axis=-1)
     right_B = jnp.where(found_B == batch["label"], batch["share"], 0)
     right_B += jnp.where(found_B == batch["other"], 1 - batch["share"], 0)
-    return Sums(
-        nll=jnp.where(valid_B, nll_B, 0).sum(),
-        count=examples,
-        correct=jnp.where(valid_B, right_B, 0).sum(),
-        tokens=(batch["segments"] > 0).sum(dtype=jnp.float32),
-        n_bytes=jnp.zeros(()),
-        rows=rows,
-        routing=routing,
-    )
+    nll, correct = (jnp.where(valid_B, a, 0).sum() for a in (nll_B, right_B))
+    tokens, n_bytes = (batch["segments"] > 0).sum(dtype=jnp.float32), jnp.zeros(())
+    return Sums(nll, examples, correct, tokens, n_bytes, rows, routing)
 
 
 def _class_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -45,10 +45,7 @@ def check_storable(state: Any) -> int:
 
 
 def check(path: epath.Path, damaged: epath.Path, latest: int | None) -> None:
-    """Moves a checkpoint that is not whole into `damaged` and raises RunError; in process 0.
-
-    latest: the newest good checkpoint, for the message.
-    """
+    """Moves a checkpoint that is not whole into `damaged` and raises RunError; in process 0."""
     if not (reason := fault(path)):
         return
     moved = ""
@@ -98,9 +95,8 @@ def _fault(path: epath.Path) -> str:
     if not (state / MANIFEST).exists():
         return f"{STATE}/{MANIFEST} is missing: what the processes wrote was not merged"
     entries = _entries(state)
-    for manifest in state.glob(
-        f"ocdbt.process_*/{MANIFEST}"
-    ):  # a process may have nothing to write
+    # A process that had nothing to write has no manifest.
+    for manifest in state.glob(f"ocdbt.process_*/{MANIFEST}"):
         process = manifest.parent
         if lost := sorted(_entries(process).keys() - entries.keys()):
             return f"{lost[0]} of {process.name} is missing in {STATE}/{MANIFEST}"
