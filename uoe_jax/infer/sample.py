@@ -72,29 +72,23 @@ class GrowingText:
     def push(self, token: int) -> str:
         """Adds a token; returns what can be shown now and could not before."""
         if token == self._tokenizer.separator:
-            return self._end("document")
-        self.ids.append(token)
-        self.text = self._tokenizer.decode(self.ids)
-        if self.text:
-            self.text = self._space + self.text
-        found = [at for stop in self._stops if (at := self.text.find(stop)) >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-            return self._end("stop")
-        if len(self.ids) >= self._limit:
-            return self._end("limit")
-        # Held back: bytes of an incomplete character, and what may be the beginning of a stop.
-        whole = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}"))
-        beginnings = [stop[:n] for stop in self._stops for n in range(len(stop))]
-        partial = [len(b) for b in beginnings if self.text.endswith(b)]
-        return self._show(whole - max(partial, default=0))
-
-    def _end(self, why: str) -> str:
-        self.ended = why
-        return self._show(len(self.text))
-
-    def _show(self, to: int) -> str:
-        before, self.shown = self.shown, self.text[: max(to, len(self.shown))]
+            self.ended = "document"
+        else:
+            self.ids.append(token)
+            decoded = self._tokenizer.decode(self.ids)
+            self.text = self._space + decoded if decoded else ""
+            found = [at for stop in self._stops if (at := self.text.find(stop)) >= 0]
+            if found:
+                self.text, self.ended = self.text[: min(found)], "stop"
+            elif len(self.ids) >= self._limit:
+                self.ended = "limit"
+        size = len(self.text)
+        if self.ended is None:
+            # Held back: bytes of an incomplete character, and what may be the beginning of a stop.
+            beginnings = [stop[:n] for stop in self._stops for n in range(len(stop))]
+            partial = [len(b) for b in beginnings if self.text.endswith(b)]
+            size = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}")) - max(partial, default=0)
+        before, self.shown = self.shown, self.text[: max(size, len(self.shown))]
         return self.shown[len(before) :]
 
 

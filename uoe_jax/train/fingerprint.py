@@ -4,12 +4,11 @@ A checkpoint stores those of its leaves, as nothing else would notice a flipped 
 neither Orbax nor TensorStore keeps a checksum of array data.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 class Fingerprints(NamedTuple):
@@ -31,25 +30,18 @@ def fingerprints(tree: Any) -> Fingerprints:
     1 - 2^-32. Moves only scalars between devices, and waits for the result.
     """
     named = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-    if not named:
-        return Fingerprints({}, [])
     first, replicated = next(iter(named.values())).sharding, None
     if isinstance(first, NamedSharding):
         replicated = NamedSharding(first.mesh, PartitionSpec())
-    words, bad = jax.device_get(_compiled(replicated)(list(named.values())))
+    compiled = jax.jit(_all_words, out_shardings=replicated)  # so that every process can read them
+    words, bad = jax.device_get(compiled(list(named.values())))
     hexes = {name: f"{int(word):08x}" for name, word in zip(named, words)}
     return Fingerprints(hexes, [name for name, is_bad in zip(named, bad) if is_bad])
 
 
-@functools.cache
-def _compiled(replicated: Sharding | None) -> Any:
-    """The fingerprints of a list of leaves, replicated so that every process can read them."""
-
-    def all_of(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        words, bad = zip(*map(_word_and_bad, leaves))
-        return jnp.stack(words), jnp.stack(bad)
-
-    return jax.jit(all_of, out_shardings=replicated)
+def _all_words(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    words, bad = zip(*map(_word_and_bad, leaves))
+    return jnp.stack(words), jnp.stack(bad)
 
 
 def _word_and_bad(x: jax.Array) -> tuple[jax.Array, jax.Array]:

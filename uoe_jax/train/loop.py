@@ -100,7 +100,7 @@ class Run:
                     self.evaluate(signal)
                 self.save(always=True)
             self.store.wait()
-            if c.eval.test and self.step == c.train.steps and not self.is_tested():
+            if c.eval.test and self.step == c.train.steps:
                 self.test(signal)
         return EXIT_DONE
 
@@ -142,6 +142,9 @@ class Run:
 
     def test(self, signal: StopSignal) -> None:
         """Measures the test split, once in a run, with the checkpoint best on validation."""
+        workdir = self.store.directory.parent
+        if on_process_zero(lambda: any("test/loss" in line for line in read_metrics(workdir))):
+            return
         best = self.store.best_step()
         best = self.step if best is None else best
         params = self.state.params
@@ -159,11 +162,6 @@ class Run:
         self.writer.flush()
         text = measures_text(found, "test", self.config)
         self.progress.print(f"test, with the checkpoint of step {best}: {text}")
-
-    def is_tested(self) -> bool:
-        """Whether this run has measured the test split."""
-        workdir = self.store.directory.parent
-        return on_process_zero(lambda: any("test/loss" in line for line in read_metrics(workdir)))
 
     def save(self, owed: bool = False, always: bool = False) -> None:
         """Starts to save the state and flushes its metrics; always: also within bad steps."""
@@ -274,17 +272,15 @@ class Clock:
     """The speed of steps between two readings, evaluations and saves left out."""
 
     def __init__(self) -> None:
-        self._last: tuple[int, float] | None = None  # step and time of the last reading
-        self._pause, self._tokens = 0.0, 0
+        self._step: int | None = None  # of the last reading
+        self._since, self._tokens = 0.0, 0  # when it was, moved on by pauses; tokens since then
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The time of the block does not count."""
-        since = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._pause += time.perf_counter() - since
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def count(self, tokens: int) -> None:
         """Counts the tokens of a step, before a reading at it."""
@@ -292,10 +288,9 @@ class Clock:
 
     def read(self, step: int) -> tuple[float, float] | None:
         """(Seconds a step, tokens a second) since the last reading; None at the first."""
-        now, last = time.perf_counter(), self._last
-        self._last = (step, now)
-        (pause, self._pause), (tokens, self._tokens) = (self._pause, 0.0), (self._tokens, 0)
-        if last is None or step <= last[0]:
+        first, since, tokens = self._step, self._since, self._tokens
+        self._step, self._since, self._tokens = step, time.perf_counter(), 0
+        if first is None or step <= first:
             return None
-        seconds = max(now - last[1] - pause, 1e-9)
-        return seconds / (step - last[0]), tokens / seconds
+        seconds = max(self._since - since, 1e-9)
+        return seconds / (step - first), tokens / seconds

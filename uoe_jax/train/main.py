@@ -33,7 +33,7 @@ from uoe_jax.train.step import Params, Program, build
 from uoe_jax.train.task import measures_text
 from uoe_jax.workdir import check_record, enter_workdir, locate, release
 
-AGAIN = "the same command goes on from there"
+_GO_ON = "the same command goes on from there"
 Sample = Callable[[Config, Program, Params, Tokenizer], str]
 Report = Callable[[Config, Program, Params, DataBundle, epath.Path, int], str]
 
@@ -111,9 +111,9 @@ def finish(run: Run, exit_code: int, workdir: str, sample: Sample, report: Repor
     if done and not stopped:
         print_result(end_text(config, workdir, run.step, prompt, text, place))
     elif stopped:
-        print_result(f"stopped at step {run.step} with everything saved; {AGAIN}")
+        print_result(f"stopped at step {run.step} with everything saved; {_GO_ON}")
     else:
-        print_result(f"step {run.step} of {config.train.steps} reached and saved; {AGAIN}")
+        print_result(f"step {run.step} of {config.train.steps} reached and saved; {_GO_ON}")
 
 
 def load_data(config: Config, workdir: str | None = None) -> tuple[Config, DataBundle]:

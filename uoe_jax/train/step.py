@@ -1,8 +1,8 @@
 """The compiled part of training: state, optimizer, the train step and the evaluation step."""
 
-import functools
+import contextlib
 import math
-from typing import Any, Callable, NamedTuple, TypeAlias
+from typing import Any, Callable, Iterator, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -125,16 +125,11 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     def eval_step(params: Params, batch: Batch) -> Sums:
         return task.sums(rebuild(params), batch, config)
 
-    def on_mesh(f: Callable[..., Any]) -> Callable[..., Any]:
-        """f on the mesh, also where the caller has not set it."""
-
-        @functools.wraps(f)
-        def wrapped(*args: Any) -> Any:
-            sequence_parallel = mesh_lib.sequence_parallel(config.mesh.sequence_parallel)
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), sequence_parallel:
-                return f(*args)
-
-        return wrapped
+    @contextlib.contextmanager
+    def on_mesh() -> Iterator[None]:  # also where the caller has not set the mesh
+        sequence_parallel = mesh_lib.sequence_parallel(config.mesh.sequence_parallel)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), sequence_parallel:
+            yield
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     # Optimizer moments are sharded as their parameters; scalars are replicated.
@@ -144,13 +139,13 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     guard_shardings = jax.tree.map(lambda _: replicated, shapes.guard)
     placed = TrainState._make((replicated, shardings, opt_shardings, guard_shardings))
     struct = jax.ShapeDtypeStruct
-    train_step = on_mesh(_train_step(config, rebuild, optimizer))
+    train_step = on_mesh()(_train_step(config, rebuild, optimizer))
     ins, outs, eval_ins = (placed, rows), (placed, replicated), (shardings, rows)
     return Program(
         mesh=mesh,
         init=jax.jit(init, out_shardings=placed),
         train_step=jax.jit(train_step, donate_argnums=0, in_shardings=ins, out_shardings=outs),
-        eval_step=jax.jit(on_mesh(eval_step), in_shardings=eval_ins, out_shardings=replicated),
+        eval_step=jax.jit(on_mesh()(eval_step), in_shardings=eval_ins, out_shardings=replicated),
         abstract=jax.tree.map(lambda a, s: struct(a.shape, a.dtype, sharding=s), shapes, placed),
         abstract_batch={n: struct(*a, sharding=rows) for n, a in task.shapes(config).items()},
         model=rebuild,
