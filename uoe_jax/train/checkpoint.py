@@ -118,7 +118,8 @@ class CheckpointStore:
             raise BadNumbers(f"{problem}, {result}")
         on_process_zero(lambda: self._check_space(step, nbytes))
         self._orbax.reload()  # empties its list, which does not know of our deletions
-        loss = metadata_lib.ranking_loss(metrics)
+        found = float((metrics or {}).get("loss", math.nan))
+        loss = found if math.isfinite(found) else None
         leaves = {name: {**leaf, "fingerprint": words[name]} for name, leaf in leaves.items()}
         content = metadata_lib.sealed(metadata, leaves, loss)
         self._in_flight = (step, loss, nbytes)
@@ -178,13 +179,9 @@ class CheckpointStore:
     def restore(self, step: int, abstract: Any, partial: bool = False) -> Any:
         """Reads the checkpoint of `step` into the structure and shardings of `abstract`.
 
-        Args:
-          abstract: the tree that was saved, of jax.ShapeDtypeStruct. Only shardings may differ.
-          partial: `abstract` is a part of that tree, as nested dicts; the rest is not read.
-
-        Raises:
-          CheckpointDamaged: it is not as it was saved; in every process, also where one sees it.
-          RunError: it cannot be read now (rights, memory, the network).
+        `abstract` is the tree that was saved, of jax.ShapeDtypeStruct, or (`partial`) a part of it
+        as nested dicts. Raises, in every process, CheckpointDamaged where it is not as it was
+        saved, and RunError where it cannot be read now (rights, memory, the network).
         """
         return saved.restore(self._path(step), abstract, partial)[0]
 

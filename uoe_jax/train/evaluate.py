@@ -35,12 +35,9 @@ def evaluate(
     """Measures a split, all of it or (`whole=False`) its first `limit` batches.
 
     Returns (`<name>/…` measures, the loss that ranks checkpoints). The latter is of the first
-    `limit` batches, so of the same rows at every evaluation.
-
-    Args:
-      step, seen: of the run, and the shapes that this process has compiled for; for the watchdog.
-      stop: called before every batch; the same in all processes. Interrupted where it is True.
-      name: "eval" or "test".
+    `limit` batches, so of the same rows at every evaluation. step, seen: of the run, and the shapes
+    that this process has compiled for; for the watchdog. stop: called before every batch, the same
+    in all processes; Interrupted where it is True.
     """
     size = config.eval_batch_size
     local_rows = mesh_lib.local_rows(program.mesh, size)

@@ -34,17 +34,13 @@ class TooManyBadSteps(Exception):
 
 @dataclasses.dataclass
 class Run:
-    """The host's state of a running `uoe train`; `go` is the loop.
-
-    open_writer: (step, owed) -> the writer of metrics, which cuts off what was logged after `step`,
-    and its evaluation where that is `owed`.
-    """
+    """The host's state of a running `uoe train`; `go` is the loop."""
 
     config: Config
     data: DataBundle
     program: Program
     store: CheckpointStore
-    open_writer: Callable[..., MetricsWriter | NullWriter]
+    open_writer: Callable[..., MetricsWriter | NullWriter]  # (step to cut its file at, owed)
     progress: Progress
     state: TrainState
     start: int  # the step of `state`

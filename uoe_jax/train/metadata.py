@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import re
 from typing import Any, Mapping
@@ -127,12 +126,6 @@ def list_checkpoints(directory: epath.Path) -> dict[int, float | None]:
         if is_step and (not is_remote(path) or (path / COMMITTED).exists()):
             found[int(path.name)] = _read_loss(path)
     return found
-
-
-def ranking_loss(metrics: Mapping[str, Any] | None) -> float | None:
-    """The loss that ranks a checkpoint; None where there is none or it is not finite."""
-    loss = float((metrics or {}).get("loss", math.nan))
-    return loss if math.isfinite(loss) else None
 
 
 def _read_loss(path: epath.Path) -> float | None:

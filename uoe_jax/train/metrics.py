@@ -177,12 +177,12 @@ def _records(data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _cut(data: bytes, last_step: int, owed: bool) -> bytes:
     """The complete lines of a metrics file up to `last_step`; owed: without its evaluation."""
-
-    def stays(record: dict[str, Any]) -> bool:
+    kept = []
+    for line, record in _records(data):
         again = owed and record["step"] == last_step and any(k.startswith("eval/") for k in record)
-        return record["step"] <= last_step and not again
-
-    return b"".join(line for line, record in _records(data) if stays(record))
+        if record["step"] <= last_step and not again:
+            kept.append(line)
+    return b"".join(kept)
 
 
 def _plain(key: str, value: Any) -> Any:

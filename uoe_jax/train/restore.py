@@ -101,7 +101,15 @@ def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Re
     """
     mesh = mesh_lib.make_mesh(config.mesh)
     with jax.set_mesh(mesh), CheckpointStore(workdir, read_only=True) as store:
-        step = _step(store, which)
+        steps, best = store.steps(), store.best_step()
+        if not steps:
+            problem = "holds no complete checkpoint yet; train the run first"
+            raise UserError(f"{store.directory}: {problem}")
+        named = {"latest": steps[-1], "best": steps[-1] if best is None else best}
+        step = int(which) if which.isdecimal() else named.get(which)
+        if step not in steps:
+            given = ", ".join(map(str, steps))
+            raise UserError(f"--step={which}: give latest, best, or one of {given}")
         program = build(config, mesh)
         abstract = {"params": program.abstract.params}  # the optimizer's state is not read
         if which == "latest" and (newest := store.restore_newest(abstract, notice, partial=True)):
@@ -109,16 +117,3 @@ def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Re
         else:
             state = store.restore(step, abstract, partial=True)
         yield Restored(program, state["params"], step)
-
-
-def _step(store: CheckpointStore, which: str) -> int:
-    steps, best = store.steps(), store.best_step()
-    if not steps:
-        raise UserError(f"{store.directory}: holds no complete checkpoint yet; train the run first")
-    if which == "best" and best is not None:
-        return best
-    if which in ("latest", "best"):
-        return steps[-1]
-    if which.isdecimal() and int(which) in steps:
-        return int(which)
-    raise UserError(f"--step={which}: give latest, best, or one of {', '.join(map(str, steps))}")
