@@ -196,5 +196,5 @@ class Sampler:
 
 def sample(config: Config, program: Program, params: Params, tokenizer: Tokenizer) -> str:
     """One completion of the configured prompt."""
-    sampler = Sampler(config, program.model, params, tokenizer)
-    return sampler.complete([config.generate.prompt])[0].text
+    prompts = [config.generate.prompt]
+    return Sampler(config, program.model, params, tokenizer).complete(prompts)[0].text

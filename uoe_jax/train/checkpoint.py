@@ -97,7 +97,8 @@ class CheckpointStore:
         is a checkpoint of this step already. A finite metrics["loss"] makes it a candidate for the
         best. metadata: JSON values to keep; secrets are left out.
         """
-        self._check_writable()
+        if self._read_only:
+            raise ValueError("this CheckpointStore was opened with read_only=True")
         if type(step) is not int or step < 0:
             raise ValueError(f"step must be an int of 0 or more, not {step!r}")
         metadata = dict(metadata or {})
@@ -168,7 +169,8 @@ class CheckpointStore:
 
     def rank(self, step: int, loss: float) -> None:
         """Stores the loss of the checkpoint of `step`, measured later; ignores one not finite."""
-        self._check_writable()
+        if self._read_only:
+            raise ValueError("this CheckpointStore was opened with read_only=True")
         path = self._path(step)
         if math.isfinite(loss):
             problem = f"{path}: the validation loss cannot be written here"
@@ -251,10 +253,6 @@ class CheckpointStore:
             if kind is None:
                 raise
             log.error("%s", error)  # the error under way matters more
-
-    def _check_writable(self) -> None:
-        if self._read_only:
-            raise ValueError("this CheckpointStore was opened with read_only=True")
 
     def _path(self, step: int) -> epath.Path:
         self.wait()

@@ -14,6 +14,8 @@ from uoe_jax.train.progress import Progress
 from uoe_jax.train.step import Params, Program
 from uoe_jax.train.task import Sums, measures, task_of
 
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
 
 class Interrupted(Exception):
     """Asked to stop in the middle of an evaluation."""
@@ -78,8 +80,3 @@ def is_new(program: str, batch: dict[str, Any], seen: set[Any]) -> bool:
     new = shapes not in seen
     seen.add(shapes)
     return new
-
-
-@jax.jit
-def _add(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)

@@ -60,14 +60,14 @@ class MetricsWriter:
             raise ValueError('metrics: the key "step" is the writer\'s own')
         plain = {key: _plain(key, value) for key, value in metrics.items()}
         line = json.dumps({"step": int(step), **plain}, allow_nan=False)
-        with self._run_errors():
+        with os_error_as(RunError, f"{self.path}: a line could not be written", AGAIN):
             self._file.write(line.encode() + b"\n")
         if self._tensorboard:
             self._tensorboard.write(int(step), plain)
 
     def flush(self) -> None:
         """Puts everything written so far on the disk, or uploads it."""
-        with self._run_errors():
+        with os_error_as(RunError, f"{self.path}: a line could not be written", AGAIN):
             self._file.sync()
         if self._tensorboard:
             self._tensorboard.flush()
@@ -83,9 +83,6 @@ class MetricsWriter:
             self._file.close()
             if self._tensorboard:
                 self._tensorboard.close()
-
-    def _run_errors(self) -> contextlib.AbstractContextManager[None]:
-        return os_error_as(RunError, f"{self.path}: a line could not be written", AGAIN)
 
 
 class NullWriter:

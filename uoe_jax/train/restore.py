@@ -21,11 +21,9 @@ from uoe_jax.train.metadata import CheckpointDamaged, read_metadata
 from uoe_jax.train.saved import checkpoints_of, load_params
 from uoe_jax.train.step import Params, Program, TrainState, build
 
-Notice = Callable[[str], None]  # prints a line for the user
-
 
 def first_state(
-    program: Program, store: CheckpointStore, config: Config, notice: Notice
+    program: Program, store: CheckpointStore, config: Config, notice: Callable[[str], None]
 ) -> tuple[TrainState, int, bool]:
     """(State, its step, whether its evaluation was interrupted and is still to be done)."""
     found = store.restore_newest(program.abstract, notice)
@@ -47,7 +45,7 @@ def first_state(
     return state, 0, False
 
 
-def check_init_from(config: Config, tokenizer: str | None, notice: Notice) -> None:
+def check_init_from(config: Config, tokenizer: str | None, notice: Callable[[str], None]) -> None:
     """Compares the run of `train.init_from` with this one, before anything is written.
 
     ConfigError for no such run, or another tokenizer if `train.init_from_any` is false.
