@@ -125,7 +125,7 @@ def test_the_fingerprint_does_not_depend_on_the_mesh():
         with jax.transfer_guard("disallow"), jax.set_mesh(mesh):
             assert fingerprints(placed) == want
     compiled = (
-        fingerprint._compiled(NamedSharding(mesh, PartitionSpec()))
+        jax.jit(fingerprint._all_words, out_shardings=NamedSharding(mesh, PartitionSpec()))
         .lower(jax.tree.leaves(placed))
         .compile()
     )

@@ -99,8 +99,7 @@ def read_prompts(name: str) -> dict[int, str]:
     found = {number: line for number, line in numbered if line.strip()}
     first = json_of(next(iter(found.values()), ""))
     if name.lower().endswith(JSON_LINES) or isinstance(first, dict):
-        where = f"--prompts={name}: line"
-        found = {number: _prompt_of(line, f"{where} {number}") for number, line in found.items()}
+        found = {n: _prompt_of(line, f"--prompts={name}: line {n}") for n, line in found.items()}
     else:
         whole = json_of(text) if text.lstrip().startswith(("{", "[")) else None
         parts = [whole, *whole] if isinstance(whole, list) else [whole]
@@ -170,10 +169,7 @@ def _one(sampler: Any, options: argparse.Namespace) -> None:
 
 
 def chat(sampler: Any, stops: list[str], lines: TextIO) -> None:
-    """Continues the text so far with every line from the terminal, raw; an empty line ends it.
-
-    Where the text no longer fits the context, its beginning is dropped, with a notice.
-    """
+    """Continues the text so far with every line from the terminal, raw; an empty line ends it."""
     if coordination.are_several():
         remedy = "start this once, and not by srun or its like"
         raise UserError(f"--chat: one terminal works with one process; {remedy}")

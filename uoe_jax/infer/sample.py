@@ -8,6 +8,7 @@ from typing import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from uoe_jax.config.schema import Config
 from uoe_jax.data.tokenizers.base import Tokenizer
@@ -34,9 +35,7 @@ class Completion:
         return self.prompt + self.followed
 
 
-def pick(
-    logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
-) -> jax.Array:
+def pick(logits_BV: Array, key: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
     """Draws a token for each row, int32 [B], from float32 logits.
 
     key: typed keys [B], so that a row's token does not depend on the other rows. temperature: 0

@@ -36,8 +36,7 @@ class CheckpointStore:
     """The checkpoints of one workdir. One writer a directory; all processes make every call.
 
     Args:
-      keep_latest, keep_best: how many of the newest (at least 1), and of those with the lowest
-        metrics["loss"], stay.
+      keep_latest, keep_best: how many stay of the newest, and of those with the lowest loss.
       read_only: for evaluation and export: changes nothing, also not what a run is writing.
       write_bytes: host memory for writing, more than the largest leaf's; None: no limit.
     """
@@ -285,8 +284,9 @@ class CheckpointStore:
     def _check_space(self, step: int, nbytes: int) -> None:
         while self._deletions:
             if error := self._deletions.pop(0).exception():  # waits for it
-                message = "%s: an old checkpoint could not be deleted (%s)"
-                log.warning(message, self.directory, error)
+                log.warning(
+                    "%s: an old checkpoint could not be deleted (%s)", self.directory, error
+                )
         problem = f"{self.directory}: the checkpoint of step {step} cannot be written here"
         remedy = "put the directory back, or start in another --workdir"
         with os_error_as(RunError, problem, remedy):

@@ -62,8 +62,7 @@ def train(config: Config, workdir_name: str, sample: Sample, report: Report | No
         on_process_zero(lambda: check_record(workdir, data.record))
         on_process_zero(lambda: keep_tokenizer(workdir, data.tokenizer))
         keep = config.checkpoint
-        store = CheckpointStore(workdir, keep.keep_latest, keep.keep_best)
-        stack.enter_context(store)
+        store = stack.enter_context(CheckpointStore(workdir, keep.keep_latest, keep.keep_best))
 
         # 3. Resume from the newest good checkpoint; else start from init_from; else initialise.
         watchdog.at("restoring", slow=True)

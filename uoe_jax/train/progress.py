@@ -78,8 +78,7 @@ class Progress:
         elif now - self._shown >= EVALUATION_LINE_S:
             self._shown = now
             left = round((now - self._counted) / (done - 1) * (total - done))
-            count = f"{done:,} of {total:,} batches"
-            self.print(f"{what}: {count}, {left // 60}:{left % 60:02} left")
+            self.print(f"{what}: {done:,} of {total:,} batches, {left // 60}:{left % 60:02} left")
 
     def close(self) -> None:
         """Leaves the last state of the bar on the screen; safe to call twice."""

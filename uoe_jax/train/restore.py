@@ -46,10 +46,7 @@ def first_state(
 
 
 def check_init_from(config: Config, tokenizer: str | None, notice: Callable[[str], None]) -> None:
-    """Compares the run of `train.init_from` with this one, before anything is written.
-
-    ConfigError for no such run, or another tokenizer if `train.init_from_any` is false.
-    """
+    """Compares the run of `train.init_from` with this one, before anything is written."""
     source = config.train.init_from
     for path in checkpoints_of(source):
         try:

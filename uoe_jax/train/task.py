@@ -65,8 +65,7 @@ def routing_measures(stats: RoutingStats, rows: float) -> dict[str, list[Any]]:
     s = RoutingStats._make(np.asarray(x, np.float64) for x in stats)
     chosen = np.maximum(s.chosen_N.sum(-1), 1)
     patches = np.maximum(s.patches, 1)
-    # Where nothing was chosen nothing was dropped.
-    kept_share = np.where(s.chosen_N.any(-1), s.kept_N.sum(-1) / chosen, 1.0)
+    kept_share = np.where(s.chosen_N.any(-1), s.kept_N.sum(-1) / chosen, 1.0)  # none chosen: all
     by_quarter = s.kept_4 / np.maximum(s.chosen_4, 1) / np.maximum(kept_share, 1e-9)[:, None]
     load = s.chosen_N.shape[-1] * s.chosen_N / chosen[:, None]
     found: dict[str, Any] = {

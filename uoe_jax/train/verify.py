@@ -64,8 +64,7 @@ def fault(path: epath.Path) -> str:
     """What is wrong with the checkpoint at `path`, "" for nothing; called in process 0.
 
     Its metadata must be as they were written, the manifest must list every leaf with all of its
-    chunks and what each process wrote, and the data files must be there and long enough. Takes some
-    milliseconds, as no array data are read.
+    chunks and what each process wrote, and the data files must be there and long enough.
     """
     # What other machines wrote may show up late on a network file system.
     deadline = time.monotonic() + (SHOWS_UP_S if coordination.are_several() else 0)
