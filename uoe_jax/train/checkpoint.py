@@ -284,9 +284,8 @@ class CheckpointStore:
     def _check_space(self, step: int, nbytes: int) -> None:
         while self._deletions:
             if error := self._deletions.pop(0).exception():  # waits for it
-                log.warning(
-                    "%s: an old checkpoint could not be deleted (%s)", self.directory, error
-                )
+                message = "%s: an old checkpoint could not be deleted (%s)"
+                log.warning(message, self.directory, error)
         problem = f"{self.directory}: the checkpoint of step {step} cannot be written here"
         remedy = "put the directory back, or start in another --workdir"
         with os_error_as(RunError, problem, remedy):

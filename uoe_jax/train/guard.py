@@ -51,4 +51,4 @@ def judge(c: GuardConfig, guard: Guard, loss: Array, grad_norm: Array) -> tuple[
     none = jnp.zeros_like(guard.in_a_row)
     good = guard._replace(in_a_row=none, seen=guard.seen + 1, mean=mean, variance=variance)
     skipped = guard._replace(skipped=guard.skipped + 1, in_a_row=guard.in_a_row + 1)
-    return bad, optax.tree.where(bad, skipped, good)
+    return bad, optax.tree_utils.tree_where(bad, skipped, good)

@@ -166,7 +166,7 @@ def _train_step(config: Config, rebuild: Rebuild, optimizer: Optimizer) -> Calla
             updates, opt = optimizer.update(grads, state.opt, state.params)
             used_rate = jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32)
         params = rebalance(config.model, optax.apply_updates(state.params, updates), sums.routing)
-        params, opt = optax.tree.where(bad, (state.params, state.opt), (params, opt))
+        params, opt = optax.tree_utils.tree_where(bad, (state.params, state.opt), (params, opt))
         found = {"sums": sums, "grad_norm": grad_norm, "learning_rate": used_rate, "guard": guard}
         return TrainState(state.step + 1, params, opt, guard), found
 
