@@ -62,8 +62,7 @@ def evaluate(
             with progress.compiling("the evaluation step", new):
                 sums = program.eval_step(params, mesh_lib.put_batch(program.mesh, batch))
             before, total = total, sums if total is None else _add(total, sums)
-            # At most one batch ahead of the device: a stop must not wait for a queue.
-            jax.block_until_ready(before)
+            jax.block_until_ready(before)  # one batch ahead: a stop must not wait for a queue
             ranking = total if i + 1 == limit else ranking
             progress.count(phase, i + 1, n_batches)
     host = jax.device_get(total)

@@ -13,8 +13,7 @@ from jax import Array
 
 from uoe_jax.config.schema import GuardConfig
 
-# Good steps in the running moments, and those that must come before a step can be a spike.
-WINDOW = 128
+WINDOW = 128  # good steps in the running moments; after as many, a step can be a spike
 
 
 class Guard(NamedTuple):

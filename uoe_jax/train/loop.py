@@ -141,9 +141,8 @@ class Run:
         workdir = self.store.directory.parent
         if on_process_zero(lambda: any("test/loss" in line for line in read_metrics(workdir))):
             return
-        best = self.store.best_step()
+        best, params = self.store.best_step(), self.state.params
         best = self.step if best is None else best
-        params = self.state.params
         if best != self.step:
             watchdog.at("restoring", best, slow=True)
             abstract = {"params": self.program.abstract.params}

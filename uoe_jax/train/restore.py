@@ -90,21 +90,13 @@ class Restored(NamedTuple):
 
 @contextlib.contextmanager
 def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Restored]:
-    """Restores a checkpoint (latest, best, or a step) of a run on the configured mesh.
+    """The checkpoint `which` (latest, best, or a step) of a run, on the configured mesh.
 
     Changes nothing in the workdir. For `latest`, damaged checkpoints are passed over with a notice.
     """
     mesh = mesh_lib.make_mesh(config.mesh)
     with jax.set_mesh(mesh), CheckpointStore(workdir, read_only=True) as store:
-        steps, best = store.steps(), store.best_step()
-        if not steps:
-            problem = "holds no complete checkpoint yet; train the run first"
-            raise UserError(f"{store.directory}: {problem}")
-        named = {"latest": steps[-1], "best": steps[-1] if best is None else best}
-        step = int(which) if which.isdecimal() else named.get(which)
-        if step not in steps:
-            given = ", ".join(map(str, steps))
-            raise UserError(f"--step={which}: give latest, best, or one of {given}")
+        step = _step(store, which)
         program = build(config, mesh)
         abstract = {"params": program.abstract.params}  # the optimizer's state is not read
         if which == "latest" and (newest := store.restore_newest(abstract, notice, partial=True)):
@@ -112,3 +104,14 @@ def restored(config: Config, workdir: str, which: str = "latest") -> Iterator[Re
         else:
             state = store.restore(step, abstract, partial=True)
         yield Restored(program, state["params"], step)
+
+
+def _step(store: CheckpointStore, which: str) -> int:
+    if not (steps := store.steps()):
+        raise UserError(f"{store.directory}: holds no complete checkpoint yet; train the run first")
+    if which in ("latest", "best"):
+        best = store.best_step() if which == "best" else None
+        return steps[-1] if best is None else best
+    if which.isdecimal() and int(which) in steps:
+        return int(which)
+    raise UserError(f"--step={which}: give latest, best, or one of {', '.join(map(str, steps))}")

@@ -23,7 +23,6 @@ from uoe_jax.train.task import TASKS, Batch, Sums, task_of
 Params = dict[str, Any]  # nested, by module and weight name
 Rebuild = Callable[[Params], Stack]  # the module of these parameters
 Optimizer: TypeAlias = optax.GradientTransformation
-
 HALF_SCALE = 4096.0  # of the loss in float16, where a token's share of a mean underflows
 
 
