@@ -18,7 +18,15 @@ import tempfile
 import time
 from collections import Counter
 
-from helpers import TINY, environment, finish, metric_lines, uoe_together, write_source
+from helpers import (
+    TINY,
+    checkpoint_bytes,
+    environment,
+    finish,
+    metric_lines,
+    uoe_together,
+    write_source,
+)
 
 STEPS = 60
 
@@ -122,8 +130,6 @@ def ends_equal(
     folder: pathlib.Path,
 ) -> bool:
     """Lets the run end, and compares."""
-    from test_train import checkpoint_bytes
-
     ended = finish(start(processes, command(source, run), folder / "trace"))
     assert [code for code, _, _ in ended] == [0] * processes, ended
     a, b = checkpoint_bytes(whole, STEPS), checkpoint_bytes(run, STEPS)

@@ -12,7 +12,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+
+from uoe_jax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
@@ -124,3 +127,34 @@ def metric_lines(workdir: pathlib.Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def sentence(capsys, *args):
+    """The one line that `uoe ARGS` prints on its way to exit code 2."""
+    assert cli.main(list(args)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("uoe: ") and err.count("\n") == 1, err
+    return err
+
+
+def checkpoint_bytes(workdir, step):
+    """Every array of a checkpoint, as numpy, whatever devices it was saved on."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    path = workdir.resolve() / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as reader:
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            reader.metadata(path).item_metadata.tree,
+        )
+        tree = reader.restore(path, restore_args=as_numpy)
+    return {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree.leaves_with_path(tree)}
+
+
+def assert_same_run(one, other, step):
+    assert metric_lines(one) == metric_lines(other)
+    a, b = checkpoint_bytes(one, step), checkpoint_bytes(other, step)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].tobytes() == b[name].tobytes(), name

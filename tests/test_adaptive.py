@@ -13,8 +13,7 @@ import pytest
 import reference
 from flax import nnx
 from helpers import slow
-from test_mesh import ONE, assert_same, program_on, sized
-from test_model import MODEL, batch
+from small_models import MODEL, ONE, assert_same_training, batch, program_on, sized
 
 from uoe_jax import RoutingConfig
 from uoe_jax.config import MeshConfig, ModelConfig, from_dict
@@ -356,7 +355,7 @@ on_one_device = functools.cache(lambda name: train(name, ONE))
 @pytest.mark.parametrize("name, sizes", MESHES, ids=str)
 def test_every_mesh_gives_the_same_run(name, sizes):
     """The same initial parameters bit for bit, losses and gradient norms to 1e-5."""
-    assert_same(on_one_device(name), train(name, sizes))
+    assert_same_training(on_one_device(name), train(name, sizes))
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, slow(True)])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 from flax import nnx
-from test_model import MODEL, batch, program
+from small_models import MODEL, batch, program
 
 from uoe_jax import RoutingConfig, UoME
 from uoe_jax.config import from_dict

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from baseline_vectors import GOLDEN, load, make, split, under
 from flax import nnx
-from test_baselines import GOLDEN, load, make, split, under
-from test_mesh import over_expert
+from small_models import over_expert
 
 from uoe_jax import config as config_lib
 from uoe_jax.config import MeshConfig, ModelConfig

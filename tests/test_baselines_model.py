@@ -11,9 +11,8 @@ import pytest
 import reference
 from flax import nnx
 from helpers import slow
-from test_decoding import CONTEXT, V, build, draw
-from test_flops import compilers_count
-from test_mesh import ONE, assert_same, run, sized
+from small_decoders import CONTEXT, V, build, draw
+from small_models import ONE, assert_same_training, compilers_count, sized, train_on
 
 from uoe_jax import config as config_lib
 from uoe_jax.compare import presets
@@ -266,7 +265,9 @@ ON_MESH = {
 @pytest.mark.parametrize("name", ON_MESH)
 def test_every_mesh_gives_the_same_run(name, sequence_parallel):
     changes = dict(model=ON_MESH[name])
-    assert_same(run(ONE, 3, **changes), run(sized(1, 2, 2, 2, sequence_parallel), 3, **changes))
+    assert_same_training(
+        train_on(ONE, 3, **changes), train_on(sized(1, 2, 2, 2, sequence_parallel), 3, **changes)
+    )
 
 
 @pytest.mark.slow

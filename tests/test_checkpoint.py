@@ -19,38 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from helpers import ROOT
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from saved_states import abstract, assert_same_bits, bits_state
 
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.train import checkpoint, metadata
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.metadata import CheckpointDamaged
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-def bits_state(seed: int, n: int = 64) -> dict[str, jax.Array]:
-    """Incompressible: n random words and a typed key."""
-    return {
-        "words": jax.random.bits(jax.random.key(seed), (n,), jnp.uint32),
-        "key": jax.random.key(seed),
-    }
-
-
-def abstract(state, dtype=None):
-    one = SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=one), state
-    )
-
-
-def assert_same(got, want) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape, path
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
 def saved_steps(store: CheckpointStore) -> list[int]:
@@ -84,7 +60,7 @@ def test_round_trip_is_bit_exact(tmp_path):
         assert store.save(7, state, metadata={"config": {"model": {"k": 4, "gate": "sigmoid"}}})
     with CheckpointStore(tmp_path) as store:
         assert store.latest_step() == 7
-        assert_same(store.restore(7, abstract(state)), state)
+        assert_same_bits(store.restore(7, abstract(state)), state)
         found = metadata.read_metadata(store.directory / "7")
     assert found["config"] == {"model": {"k": 4, "gate": "sigmoid"}}
     assert found["format_version"] == metadata.FORMAT_VERSION
@@ -103,7 +79,7 @@ def test_restore_into_another_sharding(tmp_path):
         store.save(0, {"w": jax.device_put(w, cut)})
         got = store.restore(0, {"w": jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=whole)})["w"]
         assert got.sharding == whole
-        assert_same(got, w)
+        assert_same_bits(got, w)
 
 
 def test_buffers_may_be_donated_at_once(tmp_path):
@@ -171,7 +147,7 @@ def test_a_step_that_was_deleted_may_be_saved_again(tmp_path):
         assert saved_steps(store) == [2]
         assert store.save(1, bits_state(7), {"loss": 1.0})
         assert saved_steps(store) == [1, 2]
-        assert_same(store.restore(1, abstract(bits_state(7))), bits_state(7))
+        assert_same_bits(store.restore(1, abstract(bits_state(7))), bits_state(7))
 
 
 def test_a_step_is_listed_once_it_is_committed(tmp_path):
@@ -188,7 +164,7 @@ def test_a_step_is_listed_once_it_is_committed(tmp_path):
             store.check()
             assert time.monotonic() < deadline
         assert store.save(2, bits_state(3)) is False
-        assert_same(store.restore(2, abstract(bits_state(2))), bits_state(2))
+        assert_same_bits(store.restore(2, abstract(bits_state(2))), bits_state(2))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +234,7 @@ def test_damage_is_named(tmp_path, name, change):
     with CheckpointStore(tmp_path) as store:
         with pytest.raises(CheckpointDamaged, match="checkpoints/1: this checkpoint"):
             store.restore(1, abstract(bits_state(1)))
-        assert_same(store.restore(0, abstract(bits_state(0))), bits_state(0))
+        assert_same_bits(store.restore(0, abstract(bits_state(0))), bits_state(0))
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
@@ -298,7 +274,7 @@ for step in itertools.count(start):
 
 
 def test_killed_while_saving(tmp_path):
-    program = SAVE_FOR_EVER.format(repository=str(REPOSITORY), workdir=str(tmp_path))
+    program = SAVE_FOR_EVER.format(repository=str(ROOT), workdir=str(tmp_path))
     for name in (
         "77.orbax-checkpoint-tmp",
         "66.orbax-checkpoint-tmp-123",
@@ -319,7 +295,7 @@ def test_killed_while_saving(tmp_path):
             assert store.latest_step() >= last - 1  # a save waits for the one before it
             for step in store.steps():
                 state = bits_state(step, 200_000)
-                assert_same(store.restore(step, abstract(state)), state)
+                assert_same_bits(store.restore(step, abstract(state)), state)
     store = CheckpointStore(tmp_path)
     store.save(10**6, bits_state(0))
     store.close()
@@ -379,7 +355,7 @@ def test_disk_full_during_a_save(tmp_path, monkeypatch, limit, capfd):
         # keep_latest=1 was about to delete step 0; it must be there, listed, and the debris gone.
         assert saved_steps(store) == [0] and store.best_step() == 0
         assert not list(store.directory.glob("*tmp*"))
-        assert_same(store.restore(0, abstract(bits_state(0, 100_000))), bits_state(0, 100_000))
+        assert_same_bits(store.restore(0, abstract(bits_state(0, 100_000))), bits_state(0, 100_000))
         store.save(2, bits_state(2))  # and the store works on once there is space
         assert saved_steps(store) == [0, 2]
         store.close()
@@ -446,7 +422,7 @@ def test_a_read_only_directory(tmp_path):
         with pytest.raises(UserError, match="cannot write here"):
             CheckpointStore(tmp_path)
         with CheckpointStore(tmp_path, read_only=True) as store:  # evaluation still can
-            assert_same(store.restore(0, abstract(bits_state(0))), bits_state(0))
+            assert_same_bits(store.restore(0, abstract(bits_state(0))), bits_state(0))
 
 
 def test_a_reader_touches_nothing(tmp_path):

@@ -11,41 +11,13 @@ import pytest
 import reference
 from flax import nnx
 from helpers import slow
+from small_classifiers import CLASSIFIERS, SCORE, SMALL, classifier_config
 
 from uoe_jax.config import from_dict
 from uoe_jax.errors import ConfigError
 from uoe_jax.models.classifier import Classifier, squares
 
-SCORE = dict(n_experts=4, k=2, priority="score", capacity_factor=1.0)
-SMALL = dict(
-    task="classify",
-    causal=False,
-    d_model=16,
-    n_layers=2,
-    n_heads=4,
-    d_hidden=32,
-    context_length=12,
-    vocab_size=7,
-)
-IMAGE = dict(stem="image", context_length=12, image=dict(height=6, width=8, channels=3, patch=2))
-MODELS = {
-    "mean": dict(smha=SCORE | dict(patch_size=5), uome=SCORE | dict(patch_size=4)),
-    "cls, learned positions": dict(smha=SCORE | dict(patch_size=2), uome=SCORE, position="learned", classifier=dict(pooling="cls", n_classes=3)),
-    "two inputs": dict(smha=SCORE | dict(unit="sequence"), uome=SCORE | dict(unit="hierarchical"), classifier=dict(n_inputs=2, d_head=8)),
-    "two inputs, cls": dict(smha=SCORE, uome=SCORE | dict(patch_size=3), classifier=dict(n_inputs=2, pooling="cls")),
-    "image": dict(smha=SCORE, uome=SCORE, norm="layernorm", bias=True, classifier=dict(n_classes=10), **IMAGE),
-    "pixels, cls": dict(
-        smha=SCORE | dict(patch_size=8), uome=SCORE | dict(patch_size=4), stem="image", context_length=48,
-        image=dict(height=6, width=8, channels=1, patch=1), classifier=dict(pooling="cls"),
-    ),
-    "dense": dict(attention="dense", mlp="dense"),
-    "causal": dict(causal=True, smha=dict(n_experts=4, k=3), uome=dict(n_experts=4)),
-}  # fmt: skip
 B = 4
-
-
-def config_of(name: str, **changes):
-    return from_dict({"model": {**SMALL, **MODELS[name], **changes}}).model
 
 
 def inputs_of(config, seed: int = 0) -> np.ndarray:
@@ -60,7 +32,7 @@ def inputs_of(config, seed: int = 0) -> np.ndarray:
 
 @functools.cache
 def built(name: str):
-    config = config_of(name)
+    config = classifier_config(name)
     graphdef, state = reference.build(lambda: Classifier(config, rngs=nnx.Rngs(0)))
     return (
         config,
@@ -79,7 +51,7 @@ def padding(config) -> np.ndarray | None:
     return ok if config.classifier.n_inputs == 1 else np.stack([ok, ok[::-1]], axis=1)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_example_is_classified_alone(name):
     config, _, state, f = built(name)
     x, ok = inputs_of(config), padding(config)
@@ -100,7 +72,7 @@ def test_every_example_is_classified_alone(name):
 QUICK = ("mean", "two inputs, cls", "image")
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in MODELS])
+@pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in CLASSIFIERS])
 def test_every_weight_learns(name):
     config, graphdef, state, _ = built(name)
     x, ok = inputs_of(config), padding(config)
@@ -142,7 +114,7 @@ def test_pooling_is_the_mean_of_the_valid_tokens():
 
 @pytest.mark.parametrize("name", ["cls, learned positions", "two inputs"])
 def test_in_training_an_example_draws_from_its_own_key(name):
-    config = config_of(name, dropout=0.3)
+    config = classifier_config(name, dropout=0.3)
     graphdef, state = reference.build(lambda: Classifier(config, rngs=nnx.Rngs(0)))
     f = reference.jit(lambda x, keys: nnx.merge(graphdef, state)(x, keys_B=keys)[0])
     x, keys = inputs_of(config), jax.random.split(jax.random.key(1), B)

@@ -9,20 +9,12 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, TINY, environment, uoe, write_source
+from helpers import ROOT, TINY, environment, sentence, uoe, write_source
 
 from uoe_jax import cli, config
 from uoe_jax.config import Config, ModelConfig, RoutingConfig
 from uoe_jax.config.hints import ALIASES
 from uoe_jax.errors import UserError
-
-
-def sentence(capsys, *args):
-    """The one line that `uoe ARGS` prints on its way to exit code 2."""
-    assert cli.main(list(args)) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("uoe: ") and err.count("\n") == 1, err
-    return err
 
 
 def train(*args):

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import environment, finish, slow
+from helpers import ROOT, environment, finish, slow
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_checkpoint import REPOSITORY, abstract, assert_same, bits_state
+from saved_states import abstract, assert_same_bits, bits_state
 
 from uoe_jax.config import Config
 from uoe_jax.errors import BadNumbers, ConfigError, RunError, UserError
@@ -206,7 +206,7 @@ def test_a_loss_given_afterwards_stays(tmp_path):
     with CheckpointStore(tmp_path, keep_latest=1) as store:
         assert store.best_step() == 2
         store.rank(3, 1.0)
-        assert_same(store.restore(3, abstract(bits_state(3))), bits_state(3))
+        assert_same_bits(store.restore(3, abstract(bits_state(3))), bits_state(3))
         with pytest.raises(UserError, match="no checkpoint of step 9"):
             store.rank(9, 1.0)
     with CheckpointStore(tmp_path, read_only=True) as store:
@@ -250,7 +250,7 @@ def outcome(workdir: Path) -> str:
     with CheckpointStore(workdir) as store:
         assert store.steps() == [1, 2]
         state, step, metadata = store.restore_newest(abstract(rich_state(0)), said.append)
-        assert_same(state, rich_state(step))
+        assert_same_bits(state, rich_state(step))
         assert metadata["config"] == {"model": {"k": 4}}
         assert store.steps() == [1, 2][:step]
     aside = workdir / "damaged" / "2"
@@ -347,7 +347,7 @@ def test_whole_directories_and_garbage(good, tmp_path, change):
     assert outcome(tmp_path / "run") == "detected"
     with CheckpointStore(tmp_path / "run") as store:  # the step is free for the run that goes on
         assert store.save(2, rich_state(2)) and store.best_step() == 1
-        assert_same(store.restore(2, abstract(rich_state(2))), rich_state(2))
+        assert_same_bits(store.restore(2, abstract(rich_state(2))), rich_state(2))
 
 
 def test_it_never_starts_from_the_beginning_by_itself(good, tmp_path):
@@ -462,7 +462,7 @@ def test_evaluation_passes_over_a_damaged_checkpoint(good, tmp_path, monkeypatch
     monkeypatch.setattr(restore, "build", build)
     with restore.restored(Config(), str(tmp_path / "run")) as run:
         assert run.step == 1
-        assert_same(run.params, rich_state(1)["params"])
+        assert_same_bits(run.params, rich_state(1)["params"])
     said = capsys.readouterr().err
     assert (
         said.startswith("uoe: ")
@@ -512,7 +512,7 @@ def test_parameters_are_taken_where_they_fit(good, tmp_path, place):
     params, taken, fresh = load_params(tmp_path / "run" / place, wanted)
     want = rich_state(2)["params"]["layers"]["w"]
     assert params["layers"]["w"].sharding == cut
-    assert_same(
+    assert_same_bits(
         params, {"layers": {"w": want, "zeros": None}, "half": None, "more": {"head": None}}
     )
     assert taken == ["params/layers/w"] and fresh == {
@@ -528,7 +528,7 @@ def test_parameters_of_a_damaged_run(good, tmp_path):
     wanted = abstract(rich_state(0)["params"])
     emptied(tmp_path / "run" / "checkpoints" / "2")
     params, taken, fresh = load_params(os.fspath(tmp_path / "run"), wanted)
-    assert_same(params, rich_state(1)["params"])
+    assert_same_bits(params, rich_state(1)["params"])
     assert len(taken) == 3 and not fresh
     with pytest.raises(CheckpointDamaged, match="checkpoints/2: this checkpoint is damaged"):
         load_params(tmp_path / "run" / "checkpoints" / "2", wanted)
@@ -613,7 +613,7 @@ def pair(tmp_path: Path, *args: str) -> list[tuple[int, str, str]]:
         probe.bind(("127.0.0.1", 0))
         place = dict(UOE_COORDINATOR=f"127.0.0.1:{probe.getsockname()[1]}", UOE_PROCESSES="2")
     program = TWO.format(
-        repository=str(REPOSITORY), tests=str(REPOSITORY / "tests"), workdir=str(tmp_path / "run")
+        repository=str(ROOT), tests=str(ROOT / "tests"), workdir=str(tmp_path / "run")
     )
     started = [
         subprocess.Popen(

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import numpy as np
 import pytest
 import reference
 from flax import nnx
 from helpers import slow
+from small_decoders import CONTEXT, D, F, H, N, V, build, draw
 
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import ConfigError, ModelConfig, check_model
-from uoe_jax.models.decoder import Transformer
-
-D, F, H, N, V, CONTEXT = 16, 32, 4, 4, 11, 48
 
 
 def model_config(smha: RoutingConfig, uome: RoutingConfig, **changes) -> ModelConfig:
@@ -36,26 +31,6 @@ def route(
         patch_size=patch_size,
         **changes,
     )
-
-
-def build(config: ModelConfig, scale: float = 0.3):
-    """(full pass, prefill, step), jitted, of a model whose weights are all random."""
-    graphdef, state = reference.build(lambda: Transformer(config, rngs=nnx.Rngs(0)), scale=scale)
-
-    def jitted(method, **kwargs):
-        return functools.partial(
-            jax.jit(lambda state, *args: method(nnx.merge(graphdef, state), *args, **kwargs)), state
-        )
-
-    return (
-        jitted(Transformer.__call__),
-        jitted(Transformer.prefill, context=config.context_length),
-        jitted(Transformer.decode_step),
-    )
-
-
-def draw(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, V, shape, np.int32)
 
 
 # --- causality --------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from exchange_runs import CUT, LLAMA, config_of, exported, imported, run_of
 from safetensors.numpy import load_file, save_file
-from test_exchange import CUT, LLAMA, config_of, exported, imported, run_of
 
 from uoe_jax import cli
 from uoe_jax.config import from_dict, to_dict

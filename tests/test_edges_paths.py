@@ -11,10 +11,10 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from exchange_runs import LLAMA, config_of, exported, run_of
 from gcs_server import GcsServer
 from helpers import TINY, slow, write_source
 from orbax.checkpoint._src.serialization import ocdbt_utils
-from test_exchange import LLAMA, config_of, exported, run_of
 
 from uoe_jax import cli
 from uoe_jax.data.sources import stdlib, text
@@ -300,7 +300,7 @@ def test_a_glob_of_text_below_a_name_that_is_a_pattern(
     monkeypatch.chdir(here)
     above = above.replace("HERE", str(here))
     if found:
-        assert [str(path) for path in text.find(above + pattern)] == [
+        assert [str(path) for path in text.find(above + pattern)[0]] == [
             above + name for name in found.split()
         ]
     else:

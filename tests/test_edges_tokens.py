@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_exchange import LLAMA, config_of, exported, run_of
+from exchange_runs import LLAMA, config_of, exported, run_of
+from tokenizer_files import sentencepiece_like
 
 from uoe_jax.config import from_dict, to_dict
 from uoe_jax.data import pipeline
@@ -77,8 +78,6 @@ def test_the_bytes_of_tokens_are_those_of_the_documents(name, tmp_path):
 
 
 def test_characters_of_several_bytes_and_bytes_that_are_no_text(tmp_path):
-    from test_tokenizer import sentencepiece_like
-
     tokenizer = HFTokenizer(sentencepiece_like(), "library")
     for document in ("thé cät 🐍 at".encode(), b"the \xff\xfe cat", "日本 the".encode()[1:], b""):
         ids, sizes = tokenizer.encode_with_bytes(document)

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import reference
 from etils import epath
+from exchange_runs import CUT, LLAMA, config_of, exported, imported, run_of
 from helpers import environment, slow, write_source
 from safetensors.numpy import load_file, save_file
 
 from uoe_jax import cli
-from uoe_jax.config import Config, from_dict, to_dict
+from uoe_jax.config import Config, from_dict
 from uoe_jax.data.tokenizers.hf import HFTokenizer
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import RunError, UserError
@@ -32,13 +33,10 @@ from uoe_jax.exchange.layouts import their_shape
 from uoe_jax.exchange.plan_import import plan
 from uoe_jax.exchange.tensors import Tensor, Tensors, dotted, write
 from uoe_jax.infer.experts import all_experts
-from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import build
 from uoe_jax.workdir import read_config
 
-LLAMA = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_hidden=64, context_length=32, vocab_size=300, activation="swiglu",
-             attention="dense", mlp="dense", tie_embeddings=False)  # fmt: skip
 GPT2 = dict(
     LLAMA,
     n_kv_heads=4,
@@ -49,34 +47,6 @@ GPT2 = dict(
     bias=True,
 )
 QWEN2 = dict(LLAMA, qkv_bias=True, tie_embeddings=True, rope_scaling="8,1,4,16")
-CUT = ["--experts=2", "--k=2"]
-
-
-def config_of(**model) -> Config:
-    return from_dict({"model": model, "train": {"batch_size": 8}})
-
-
-def run_of(config: Config, place) -> dict:
-    """A workdir with the checkpoint of step 0, every weight drawn; returns the parameters."""
-    mesh = mesh_lib.make_mesh(config.mesh)
-    rng = np.random.default_rng(0)
-    with jax.set_mesh(mesh), CheckpointStore(place) as store:
-        abstract = build(config, mesh).abstract.params
-        params = jax.tree.map(
-            lambda a: jax.device_put((0.3 * rng.normal(size=a.shape)).astype(a.dtype), a.sharding),
-            abstract,
-        )
-        store.save(0, {"params": params})
-    (place / "config.json").write_text(json.dumps(to_dict(config)))
-    return params
-
-
-def exported(place, out, *more: str) -> int:
-    return cli.main(["export", f"--workdir={place}", "--format=hf", f"--out={out}", *more])
-
-
-def imported(source, run, *more: str) -> int:
-    return cli.main(["import", f"--from={source}", f"--workdir={run}", *(more or CUT)])
 
 
 def logits(workdir, config: Config | None = None) -> np.ndarray:

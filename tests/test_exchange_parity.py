@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import reference
 from conftest import CACHE
+from exchange_runs import CUT, config_of, run_of
 from filelock import FileLock
 from helpers import ROOT, environment, write_source
-from test_exchange import CUT, config_of, run_of
 
 from uoe_jax import cli
 from uoe_jax.data.tokenizers.base import ByteTokenizer

@@ -10,8 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from helpers import TINY, finish, metric_lines, slow, uoe, uoe_process, uoe_together, write_source
-from test_train import assert_same_run
+from helpers import (
+    TINY,
+    assert_same_run,
+    finish,
+    metric_lines,
+    slow,
+    uoe,
+    uoe_process,
+    uoe_together,
+    write_source,
+)
 
 from uoe_jax.config import GuardConfig, from_dict
 from uoe_jax.distributed import mesh as mesh_lib

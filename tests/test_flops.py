@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from small_models import compilers_count
 
 from uoe_jax import RoutingConfig
 from uoe_jax.config import ClassifierConfig, ImageConfig, ModelConfig
@@ -59,12 +59,6 @@ def test_forward_flops_are_the_compilers(name):
     assert counted == pytest.approx(rows * forward_flops(config, training=training), rel=0.05)
     if training:
         assert train_flops(config, rows) < 0.8 * 3 * rows * forward_flops(config)
-
-
-def compilers_count(module, config: ModelConfig, *args, **kwargs) -> float:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
-    f = jax.jit(lambda state, args, kwargs: nnx.merge(graphdef, state)(*args, **kwargs)[0])
-    return f.lower(state, args, kwargs).compile().cost_analysis()["flops"]
 
 
 def test_stem_and_head_alone():

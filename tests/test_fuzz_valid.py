@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from fuzz_rules import HUGE, TABLE
 from helpers import TINY, metric_lines, write_source
-from test_fuzz import HUGE, TABLE
 
 from uoe_jax import cli, config
 from uoe_jax.distributed import mesh as mesh_lib

@@ -10,8 +10,8 @@ import math
 import jax
 import numpy as np
 import pytest
+from exchange_runs import run_of
 from helpers import write_source
-from test_exchange import run_of
 
 from uoe_jax import cli
 from uoe_jax.config import Config, from_dict

@@ -62,6 +62,15 @@ def test_sizes():
     assert not long
 
 
+def test_tests_import_from_helpers_and_not_from_each_other():
+    for path in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in getattr(node, "names", [])]
+            names.append(getattr(node, "module", None) or "")
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert not any(n.startswith("test_") for n in names), (path.name, node.lineno)
+
+
 def test_every_contract_has_its_tests():
     table = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) .*? \| (.*) \|$", table, re.MULTILINE)

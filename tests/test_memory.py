@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from helpers import slow
-from test_classifier import MODELS as CLASSIFIERS
-from test_classifier import config_of
+from small_classifiers import CLASSIFIERS, classifier_config
 
 from uoe_jax import RoutingConfig
 from uoe_jax.config import MeshConfig, ModelConfig
@@ -60,7 +59,7 @@ def test_parameters_of_a_model_known_by_hand():
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_classifier_has_its_own_beside_those_of_the_layers(name):
-    c = config_of(name)
+    c = classifier_config(name)
     model = Classifier(c, rngs=nnx.Rngs(0))
     shared = jax.tree.leaves((model.embedding, model.positions, model.layers, model.norm))
     own = count.parameters(c) - sum(a.size for a in shared)

@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import slow
-from test_model import MODEL, batch
+from small_models import (
+    MESH_MODEL,
+    MODEL,
+    ONE,
+    ROUTING,
+    assert_same_training,
+    batch,
+    over_expert,
+    program_on,
+    sized,
+    train_on,
+)
 
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import MeshConfig, ModelConfig, from_dict
@@ -31,59 +42,12 @@ from uoe_jax.models.decoder import Layer, make_attention, make_mlp
 from uoe_jax.plan.hlo import Collective, collectives
 from uoe_jax.train.step import build
 
-ROUTING = dict(n_experts=8, k=4, capacity_window=16, bias_rate=0.01)
-QUICK = {**MODEL, "n_heads": 8, "smha": ROUTING, "uome": ROUTING}  # the quickstart's blocks, small
-ONE = dict(data=1)
 SHAPES = [(d, f, e) for d, f, e in itertools.product((1, 2, 4, 8), repeat=3) if d * f * e == 8]
-
-
-def sized(replica=1, data=1, fsdp=1, expert=1, sequence_parallel=False) -> dict:
-    return dict(
-        replica=replica, data=data, fsdp=fsdp, expert=expert, sequence_parallel=sequence_parallel
-    )
-
-
-def program_on(sizes: dict, **changes):
-    """(program, mesh) of a small model on the first devices that the mesh needs."""
-    config = from_dict(
-        {
-            "model": {**QUICK, **changes.pop("model", {})},
-            "train": {"batch_size": 8, **changes},
-            "mesh": sizes,
-        }
-    )
-    mesh = mesh_lib.make_mesh(
-        config.mesh, jax.devices()[: math.prod(sizes.get(a, 1) for a in mesh_lib.AXES)]
-    )
-    with jax.set_mesh(mesh):
-        return build(config, mesh), mesh
-
-
-def run(sizes: dict, steps: int, **changes) -> tuple[dict, np.ndarray]:
-    """(initial parameters on the host, losses and gradient norms)."""
-    program, mesh = program_on(sizes, **changes)
-    with jax.set_mesh(mesh):
-        state, rows, found = (
-            program.init(jax.random.key(0)),
-            mesh_lib.put_batch(mesh, batch(rows=8)),
-            [],
-        )
-        first = jax.device_get(state.params)
-        for _ in range(steps):
-            state, metrics = program.train_step(state, rows)
-            found += [float(metrics["sums"].nll), float(metrics["grad_norm"])]
-    return first, np.array(found)
-
-
-def assert_same(one, other):
-    for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True):
-        np.testing.assert_array_equal(a, b)
-    np.testing.assert_allclose(other[1], one[1], rtol=1e-5)
 
 
 # --- contract 6 -------------------------------------------------------------------------------------------------
 
-on_one_device = functools.cache(lambda: run(ONE, 20))
+on_one_device = functools.cache(lambda: train_on(ONE, 20))
 EVERY = [sized(1, *shape, sequence_parallel=sp) for shape in SHAPES for sp in (False, True)]
 EVERY += [sized(2, 1, 2, 2), sized(2, 2, 1, 2, True), sized(8)]
 QUICK_ONES = (sized(2, 1, 2, 2), sized(1, 2, 2, 2, True))
@@ -96,7 +60,7 @@ QUICK_ONES = (sized(2, 1, 2, 2), sized(1, 2, 2, 2, True))
 )
 def test_every_mesh_gives_the_same_run(sizes):
     """20 steps: the same initial parameters bit for bit, losses and gradient norms to 1e-5."""
-    assert_same(on_one_device(), run(sizes, 20))
+    assert_same_training(on_one_device(), train_on(sizes, 20))
 
 
 OTHERS = {
@@ -129,8 +93,9 @@ OTHERS = {
 )
 def test_other_models_too(name, sequence_parallel):
     changes = OTHERS[name]
-    assert_same(
-        run(ONE, 3, **dict(changes)), run(sized(1, 2, 2, 2, sequence_parallel), 3, **dict(changes))
+    assert_same_training(
+        train_on(ONE, 3, **dict(changes)),
+        train_on(sized(1, 2, 2, 2, sequence_parallel), 3, **dict(changes)),
     )
 
 
@@ -151,7 +116,7 @@ def test_text_is_the_same_on_a_mesh():
         program, mesh = program_on(sizes, model=dict(vocab_size=257))
         config = from_dict(
             {
-                "model": {**QUICK, "vocab_size": 257},
+                "model": {**MESH_MODEL, "vocab_size": 257},
                 "generate": {"max_tokens": 12, "temperature": 0.0},
             }
         )
@@ -247,12 +212,6 @@ def assert_nothing_else(found: list[Collective], state, shape: tuple[int, ...]) 
             )
 
 
-def over_expert(found: list[Collective]) -> list[tuple[str, tuple[int, ...]]]:
-    return sorted(
-        (c.kind, max(c.operand.shape, c.result.shape)) for c in found if "expert" in c.axes
-    )
-
-
 CUT_KINDS = ("uome", "smha", "mlp", "attention", "mla", "deepseek_moe")
 KINDS = [
     *((kind, MESHES[2]) for kind in CUT_KINDS),
@@ -332,7 +291,7 @@ def test_weights_cross_fsdp_in_the_compute_dtype_and_gradients_in_their_own(
     sequence_parallel, vocabulary
 ):
     """Read off the lowered program, as the CPU's compiler computes bfloat16 in float32. Only routers cross in float32."""
-    model = {**QUICK, "dtype": "bfloat16", "bias": True, "vocab_size": vocabulary}
+    model = {**MESH_MODEL, "dtype": "bfloat16", "bias": True, "vocab_size": vocabulary}
     sizes = sized(fsdp=2, expert=4, sequence_parallel=sequence_parallel)
     config = from_dict({"model": model, "train": {"batch_size": 8}, "mesh": sizes})
     with jax.sharding.use_abstract_mesh(mesh := mesh_lib.abstract_mesh(config.mesh, 8)):
@@ -368,7 +327,7 @@ def test_weights_cross_fsdp_in_the_compute_dtype_and_gradients_in_their_own(
 def test_a_classifier_exchanges_nothing_all_to_all(changes):
     config = from_dict(
         {
-            "model": {**QUICK, "task": "classify", "causal": False, **changes},
+            "model": {**MESH_MODEL, "task": "classify", "causal": False, **changes},
             "mesh": sized(1, 2, 2, 2),
         }
     ).model
@@ -487,7 +446,7 @@ REFUSED = [
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_numbers(model, sizes, sentence):
     """Given as they are when the configuration is read; else once the devices are known."""
-    values = {"model": {**QUICK, **model}, "train": {"batch_size": 16}}
+    values = {"model": {**MESH_MODEL, **model}, "train": {"batch_size": 16}}
     (axis,) = set(sizes) - {"sequence_parallel"}
     sentence = f"config.mesh.{axis}={sizes[axis]}: .*must divide {sentence}"
     with pytest.raises(ConfigError, match=sentence):
@@ -498,7 +457,7 @@ def test_sizes_that_do_not_fit_are_refused_with_the_numbers(model, sizes, senten
 
 
 def test_a_token_in_front_cannot_be_cut_with_the_others():
-    model = {**QUICK, "task": "classify", "causal": False, "classifier": {"pooling": "cls"}}
+    model = {**MESH_MODEL, "task": "classify", "causal": False, "classifier": {"pooling": "cls"}}
     with pytest.raises(
         ConfigError, match="config.mesh.sequence_parallel=True: .*use classifier.pooling='mean'"
     ):

@@ -10,23 +10,12 @@ import numpy as np
 import optax
 import pytest
 import reference
+from small_models import MODEL, batch, program
 
 from uoe_jax.config import Config, from_dict
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.errors import ConfigError
 from uoe_jax.train.step import build, learning_rate
-
-SMALL = {"n_experts": 4, "k": 2, "capacity_window": 16}
-MODEL = dict(
-    vocab_size=32,
-    d_model=32,
-    n_layers=2,
-    n_heads=4,
-    d_hidden=64,
-    context_length=32,
-    smha=SMALL,
-    uome=SMALL,
-)
 
 
 def config(train=None, optimizer=None, **model) -> Config:
@@ -38,28 +27,6 @@ def config(train=None, optimizer=None, **model) -> Config:
             "mesh": {"data": 1},
         }
     )
-
-
-def batch(rows=4, length=32):
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 32, (rows, length), dtype=np.int32)
-    segments = np.ones((rows, length), np.int32)
-    segments[0, 20:] = 2
-    segments[1, 24:] = 0
-    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    positions[0, 20:] -= 20
-    n_bytes = np.full(rows, length, np.int32)
-    return dict(
-        tokens=tokens,
-        targets=np.roll(tokens, -1, 1),
-        segments=segments,
-        positions=positions,
-        n_bytes=n_bytes,
-    )
-
-
-def program(c: Config):
-    return build(c, mesh_lib.make_mesh(c.mesh, jax.devices()[:1]))
 
 
 def gradient(c: Config):

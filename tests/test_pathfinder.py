@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from uoe_jax.config.data import PathfinderConfig
 from uoe_jax.data.sources import pathfinder
-from uoe_jax.data.sources.pathfinder import draw_pathfinder, open_pathfinder, read_pathfinder
+from uoe_jax.data.sources.pathfinder import open_pathfinder, read_pathfinder
 from uoe_jax.errors import ConfigError, UserError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -200,7 +200,7 @@ def test_too_small_an_archive_is_refused(tmp_path):
 
 def draw(n: int, split: str = "train", **keys: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, size, size] and labels [n]."""
-    examples = draw_pathfinder(PathfinderConfig(**keys)).examples(split)
+    examples = open_pathfinder("", PathfinderConfig(**keys)).examples(split)
     drawn = [examples[i] for i in range(n)]
     return np.stack([example.inputs[0][:, :, 0] for example in drawn]), np.array(
         [example.label for example in drawn]
@@ -275,8 +275,8 @@ def test_images_hold_two_long_paths_and_distractors(default):
 def test_an_image_is_a_function_of_seed_split_and_index_alone():
     images, _ = draw(6, "test", seed=5)
     code = (
-        "from uoe_jax.config.data import PathfinderConfig; from uoe_jax.data.sources.pathfinder import draw_pathfinder\n"
-        "e = draw_pathfinder(PathfinderConfig(seed=5, n_train=3, n_eval=6)).examples('test')\n"
+        "from uoe_jax.config.data import PathfinderConfig; from uoe_jax.data.sources.pathfinder import open_pathfinder\n"
+        "e = open_pathfinder('', PathfinderConfig(seed=5, n_train=3, n_eval=6)).examples('test')\n"
         "print([e[i].inputs[0].tobytes().hex() for i in reversed(range(6))][::-1])"
     )
     for hash_seed in ("1", "2"):
@@ -308,4 +308,4 @@ def test_splits_have_their_sizes_and_their_names():
 
 def test_paths_that_find_no_room_are_refused():
     with pytest.raises(ConfigError, match="data.pathfinder.length=30: .*no room in 16 x 16"):
-        draw_pathfinder(PathfinderConfig(size=16, length=30))
+        open_pathfinder("", PathfinderConfig(size=16, length=30))

@@ -10,9 +10,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, slow, uoe
-from test_cli import sentence
-from test_model import batch
+from helpers import ROOT, sentence, slow, uoe
+from small_models import batch
 
 from uoe_jax import cli
 from uoe_jax.config import Config, from_dict, to_dict, with_vocabulary

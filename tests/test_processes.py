@@ -6,8 +6,15 @@ import json
 import signal
 
 import pytest
-from helpers import TINY, finish, metric_lines, uoe_together, wait_for_step, write_source
-from test_train import assert_same_run
+from helpers import (
+    TINY,
+    assert_same_run,
+    finish,
+    metric_lines,
+    uoe_together,
+    wait_for_step,
+    write_source,
+)
 
 from uoe_jax import workdir
 from uoe_jax.config import Config

@@ -12,7 +12,7 @@ import pytest
 import reference
 from flax import nnx
 from helpers import slow
-from test_model import MODEL, batch
+from small_models import MODEL, batch
 
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import ModelConfig, from_dict

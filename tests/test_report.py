@@ -20,9 +20,10 @@ from helpers import (
     wait_for_step,
     write_source,
 )
+from report_runs import SMALL, write_run
 
 from uoe_jax import cli
-from uoe_jax.config import from_dict, to_dict
+from uoe_jax.config import from_dict
 from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.report import build as report_build
@@ -31,7 +32,6 @@ from uoe_jax.report.series import names, read_log
 from uoe_jax.train.step import build
 from uoe_jax.workdir import read_config
 
-SMALL = dict(d_model=32, n_layers=2, n_heads=4, d_hidden=64, context_length=32, vocab_size=257)
 ROUTING = dict(n_experts=4, k=2, capacity_window=8, patch_size=2)
 ENCODER = dict(causal=False, task="classify", classifier=dict(n_classes=3, pooling="cls"))
 
@@ -115,46 +115,6 @@ def test_routes_are_the_same_on_a_mesh():
             found.append(routes(program, params, shown, config))
     for block in found[0]:
         np.testing.assert_allclose(found[1][block], found[0][block], rtol=1e-5, atol=1e-6)
-
-
-def write_run(workdir, steps, log_every=1, layers=2, **changes):
-    """A workdir as `uoe train` leaves it, without checkpoints."""
-    routing = dict(n_experts=8, k=4)
-    model = {**SMALL, "n_layers": layers, "n_heads": 8, "smha": routing, "uome": routing, **changes}
-    values = {"model": model, "train": {"steps": steps}}
-    workdir.mkdir(parents=True)
-    (workdir / "config.json").write_text(json.dumps(to_dict(from_dict(values))))
-    rng = np.random.default_rng(0)
-    with (workdir / "metrics.jsonl").open("w") as file:
-        for step in range(log_every, steps + 1, log_every):
-            line = {
-                "step": step,
-                "train/loss": 3 + 5 / step,
-                "train/bits_per_byte": 4 + 7 / step,
-                "train/grad_norm": float(rng.random()),
-            }
-            line |= {
-                "train/learning_rate": 1e-3,
-                "train/tokens": 100,
-                "train/skipped": 0,
-                "perf/tokens_per_second": 1e4 + step,
-                "perf/device_peak_bytes": "n/a",
-                "perf/host_peak_bytes": 1 << 30,
-            }
-            for block in ("smha", "uome"):
-                load = np.round(rng.random((layers, 8)) * 2, 4)
-                line[f"train/{block}/load"] = load.tolist()
-                line[f"train/{block}/kept_by_quarter"] = np.ones((layers, 4)).tolist()
-                line |= {
-                    f"train/{block}/{name}": [0.5] * layers
-                    for name in ("dropped", "untouched", "entropy", "dead", "load_max")
-                }
-            file.write(json.dumps(line) + "\n")
-            if step % (10 * log_every) == 0:
-                file.write(
-                    json.dumps({"step": step, "eval/loss": 3.5, "eval/bits_per_byte": 5.0}) + "\n"
-                )
-    return workdir
 
 
 def test_curves_are_means_and_ranges_of_what_was_logged(tmp_path):

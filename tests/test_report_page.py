@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from helpers import TINY, write_source
-from test_report import write_run
+from report_runs import write_run
 
 from uoe_jax import cli
 

@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 
 import jax
+import lra_data
+import named_data
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-import test_named
-import test_sources
 from helpers import ROOT, metric_lines, slow, uoe, write_source
 
 from uoe_jax import cli
@@ -39,7 +39,7 @@ def write_prose(root: Path, dataset: str, config: str = "") -> Path:
         for split in ("train", "test")
     }
     version = "1.1.0" if dataset == "lm1b" else "3.1.0"
-    test_named.write(root, dataset, version, {"text": tfds.features.Text()}, rows, config)
+    named_data.write(root, dataset, version, {"text": tfds.features.Text()}, rows, config)
     return root
 
 
@@ -61,7 +61,7 @@ def write_imagenet(root: Path) -> Path:
         split: [
             {
                 "file_name": f"{i}.png",
-                "image": test_named.png(rng.integers(0, 256, (*sizes[i % 4], 3), dtype=np.uint8)),
+                "image": named_data.png(rng.integers(0, 256, (*sizes[i % 4], 3), dtype=np.uint8)),
                 "label": i % 1000,
             }
             for i in range(n)
@@ -74,28 +74,28 @@ def write_imagenet(root: Path) -> Path:
         "image": features.Image(encoding_format="png"),
         "label": features.ClassLabel(num_classes=1000),
     }
-    test_named.write(root, "imagenet2012", "5.1.0", schema, rows)
+    named_data.write(root, "imagenet2012", "5.1.0", schema, rows)
     return root
 
 
 def reviews(root: Path) -> Path:
-    test_named.write_imdb(root, test_named.reviews(train=60, test=11))
+    named_data.write_imdb(root, named_data.reviews(train=60, test=11))
     return root
 
 
 def wikitext(root: Path) -> Path:
-    return test_sources.write_zip(root)
+    return lra_data.write_zip(root)
 
 
 def pairs(root: Path) -> Path:
-    return test_sources.write(
+    return lra_data.write(
         root / "lra_release",
-        {f"lra_release/tsv_data/{name}": text for name, text in test_sources.TSV.items()},
+        {f"lra_release/tsv_data/{name}": text for name, text in lra_data.TSV.items()},
     )
 
 
 def cifar(root: Path) -> Path:
-    test_named.write_cifar(root, 60, 11)
+    named_data.write_cifar(root, 60, 11)
     return root
 
 
@@ -235,7 +235,7 @@ def test_prepared_data_may_move(tmp_path, as_commands_run):
     )
     first.rename(second)
     assert train(cli.load_config("cifar10:tiny", {"data.path": str(second)}), *args) == 0
-    test_named.write_cifar(tmp_path / "other", 61, 11)
+    named_data.write_cifar(tmp_path / "other", 61, 11)
     with pytest.raises(UserError, match="data.sha256"):
         train(cli.load_config("cifar10:tiny", {"data.path": str(tmp_path / "other")}), *args)
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import (
     TINY,
+    assert_same_run,
     environment,
     metric_lines,
     slow,
@@ -44,29 +45,6 @@ def finished(source, tmp_path_factory):
     )
     assert code == 0, err
     return workdir, err, out
-
-
-def checkpoint_bytes(workdir, step):
-    """Every array of a checkpoint, as numpy, whatever devices it was saved on."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    path = workdir.resolve() / "checkpoints" / str(step) / "state"
-    with ocp.PyTreeCheckpointer() as reader:
-        as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-            reader.metadata(path).item_metadata.tree,
-        )
-        tree = reader.restore(path, restore_args=as_numpy)
-    return {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree.leaves_with_path(tree)}
-
-
-def assert_same_run(one, other, step):
-    assert metric_lines(one) == metric_lines(other)
-    a, b = checkpoint_bytes(one, step), checkpoint_bytes(other, step)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].tobytes() == b[name].tobytes(), name
 
 
 def test_what_a_run_reports(finished):

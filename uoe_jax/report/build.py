@@ -5,14 +5,14 @@ import logging
 import os
 from collections.abc import Sequence
 
-from etils import epath
+from etils.epath import Path
 
 from uoe_jax.config.schema import Config
 from uoe_jax.data.pipeline import DataBundle
 from uoe_jax.data.tokenizers.workdir import tokenizer_of_run
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
-from uoe_jax.report.sample import RoutingSample, Sample, of_rows, of_text, routes
+from uoe_jax.report.sample import RoutingSample, of_rows, of_text, routes
 from uoe_jax.report.series import POINTS, names, read_log
 from uoe_jax.train.main import load_data
 from uoe_jax.train.restore import restored
@@ -20,15 +20,13 @@ from uoe_jax.train.step import Params, Program
 from uoe_jax.workdir import locate, write_out
 
 log = logging.getLogger(__name__)
-
 REPORT = "report.html"
 
 
 def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     """Writes the file; returns its path. configs: of the runs, as their workdirs have them.
 
-    Raises:
-      UserError: there is no such run, its files cannot be read, or the report cannot be written.
+    Raises UserError where a run is missing or unreadable, or the report cannot be written.
     """
     from uoe_jax.report.page import page
 
@@ -40,18 +38,12 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
     points = max(200, POINTS // len(dirs))
     runs = [read_log(d, c, name, points) for d, c, name in zip(dirs, configs, names(dirs))]
     samples = [_routing_sample(d, c, options.step, options.text) for d, c in zip(dirs, configs)]
-    text = page(runs, samples)
-    write_out(out, text.encode("utf-8", "backslashreplace").decode())  # names may be no UTF-8
+    write_out(out, page(runs, samples))
     return out
 
 
 def at_end(
-    config: Config,
-    program: Program,
-    params: Params,
-    data: DataBundle,
-    workdir: epath.Path,
-    step: int,
+    config: Config, program: Program, params: Params, data: DataBundle, workdir: Path, step: int
 ) -> str:
     """Writes the report of a run that has just ended; returns its path.
 
@@ -77,17 +69,14 @@ def _routing_sample(workdir: str, config: Config, step: str, text: str | None) -
     if not config.model.routed():
         return RoutingSample(None, {}, 0, "This model does not route.")
     try:
-        sample, config = _sample(workdir, config, text)
+        if text is None:
+            config, data = load_data(config, workdir)
+            sample = of_rows(config, data.validation, data.tokenizer)
+        else:
+            sample = of_text(config, text, tokenizer_of_run(config, workdir))
         with restored(config, workdir, step) as run:
             return RoutingSample(sample, routes(run.program, run.params, sample, config), run.step)
     except UserError as error:
         if text is not None or step != "latest":
             raise
         return RoutingSample(None, {}, 0, f"There is no sample to show: {error}.")
-
-
-def _sample(workdir: str, config: Config, text: str | None) -> tuple[Sample, Config]:
-    if text is not None:
-        return of_text(config, text, tokenizer_of_run(config, workdir)), config
-    config, data = load_data(config, workdir)
-    return of_rows(config, data.validation, data.tokenizer), config

@@ -4,17 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from bokeh import models
 from bokeh.core.properties import field
-from bokeh.models import (
-    BasicTicker,
-    ColumnDataSource,
-    HoverTool,
-    LinearColorMapper,
-    NumeralTickFormatter,
-    PrintfTickFormatter,
-)
 from bokeh.models.annotations import ColorBar
-from bokeh.models.renderers import DataRenderer
 from bokeh.palettes import Category10_10, Category20_20, cividis
 from bokeh.plotting import figure
 
@@ -54,8 +46,26 @@ def curves(runs: Sequence[RunLog]) -> list[figure]:
 
     Training is drawn as lines with their range, evaluations as dots on a dashed line.
     """
-    charts = [c for c in TRAIN if any(_has(run, key) for run in runs for key in c[1])]
-    return [_curves(runs, *chart) for chart in charts]
+    charts = []
+    for title, keys, factor, shown in TRAIN:
+        chart = _figure(title)
+        lines: list[Any] = []
+        for run, colour in zip(runs, colours(runs)):
+            name = f"{run.name}, " if len(runs) > 1 else ""
+            lines += [_curve(chart, run, k, colour, factor, name) for k in keys if _has(run, k)]
+        if not lines:
+            continue
+        tips = [("", "@what"), STEP, ("tokens", "@tokens{0.00a}"), (title, f"@value{{{shown}}}")]
+        hover = models.HoverTool(renderers=lines, tooltips=tips)
+        hover.mode = "vline" if len(lines) < 3 else "mouse"
+        chart.add_tools(hover)
+        chart.xaxis.tags = ["over"]  # page.js renames it
+        chart.xaxis.formatter = models.NumeralTickFormatter(format="0[.]0a")
+        chart.yaxis.formatter = models.NumeralTickFormatter(format="0[.]00a")
+        if title == "learning rate":
+            chart.yaxis.formatter = models.PrintfTickFormatter(format="%.1e")
+        charts.append(chart)
+    return charts
 
 
 def _has(run: RunLog, key: str) -> bool:
@@ -63,43 +73,18 @@ def _has(run: RunLog, key: str) -> bool:
     return key in run.curves and (key != "train/skipped" or bool(run.curves[key].high.any()))
 
 
-def _curves(
-    runs: Sequence[RunLog], title: str, keys: Sequence[str], factor: float, shown: str
-) -> figure:
-    chart = _figure(title)
-    lines: list[DataRenderer] = []
-    for run, colour in zip(runs, colours(runs)):
-        for key in keys:
-            if _has(run, key):
-                name = f"{run.name}, " if len(runs) > 1 else ""
-                lines.append(_curve(chart, run, key, colour, factor, name))
-    tips = [("", "@what"), STEP, ("tokens", "@tokens{0.00a}"), (title, f"@value{{{shown}}}")]
-    hover = HoverTool(renderers=lines, tooltips=tips, mode="vline" if len(lines) < 3 else "mouse")
-    chart.add_tools(hover)
-    chart.xaxis.tags = ["over"]  # page.js renames it
-    chart.xaxis.formatter = NumeralTickFormatter(format="0[.]0a")
-    chart.yaxis.formatter = NumeralTickFormatter(format="0[.]00a")
-    if title == "learning rate":
-        chart.yaxis.formatter = PrintfTickFormatter(format="%.1e")
-    return chart
-
-
-def _curve(
-    chart: figure, run: RunLog, key: str, colour: str, factor: float, name: str
-) -> DataRenderer:
-    c, prefix = run.curves[key], key.split("/")[0]
-    what = {"train": "training", "eval": "validation"}.get(prefix)
-    what = what or key.removeprefix("perf/").split("_")[0]
+def _curve(chart: figure, run: RunLog, key: str, colour: str, factor: float, name: str) -> Any:
+    c, (kind, measure) = run.curves[key], key.split("/")
+    what = {"train": "training", "eval": "validation"}.get(kind, measure.split("_")[0])
     data = dict(x=c.step, step=c.step, tokens=c.tokens, value=factor * c.mean)
-    data |= dict(low=factor * c.low, high=factor * c.high)
-    source = ColumnDataSource({**data, "what": np.full(len(c.step), name + what)})
-    look: dict[str, Any] = dict(source=source, color=colour)
+    data |= dict(low=factor * c.low, high=factor * c.high, what=np.full(len(c.step), name + what))
+    look: dict[str, Any] = dict(source=models.ColumnDataSource(data), color=colour)
     if (c.high > c.low).any():
         chart.varea("x", "low", "high", alpha=0.15, **look)
-    width = 2 if prefix == "eval" or key.startswith("perf/device") else 1.3
-    dash = "dashed" if prefix == "eval" else "solid"
+    width = 2 if kind == "eval" or key.startswith("perf/device") else 1.3
+    dash = "dashed" if kind == "eval" else "solid"
     line = chart.line("x", "value", line_width=width, line_dash=dash, **look)
-    if prefix == "eval" or len(c.step) == 1:
+    if kind == "eval" or len(c.step) == 1:
         chart.scatter("x", "value", size=5, **look)
     return line
 
@@ -111,15 +96,15 @@ def routing() -> list[figure]:
 
 def _heat_map() -> figure:
     load = _figure("load of every expert, of the mean", name="load", y_axis_label="expert")
-    mapper = LinearColorMapper(palette=list(cividis(256)), low=0, high=2)
+    mapper = models.LinearColorMapper(palette=list(cividis(256)), low=0, high=2)
     # One point each, as a figure without any warns that it has no range.
     one = {name: [float(name in ("right", "top"))] for name in CELL}
-    cells, colour = ColumnDataSource(one, name="cells"), field("value", mapper)
+    cells, colour = models.ColumnDataSource(one, name="cells"), field("value", mapper)
     load.quad(*CELL[:4], source=cells, fill_color=colour, line_color=None)
     tips = [("expert", "@expert"), ("from step", "@step{0,0}"), ("load / mean", "@value{0.00}")]
-    load.add_tools(HoverTool(tooltips=tips))
-    load.add_layout(ColorBar(color_mapper=mapper, ticker=BasicTicker(), width=10), "right")
-    load.yaxis.ticker = BasicTicker(min_interval=1, mantissas=[1, 2, 5])
+    load.add_tools(models.HoverTool(tooltips=tips))
+    load.add_layout(ColorBar(color_mapper=mapper, ticker=models.BasicTicker(), width=10), "right")
+    load.yaxis.ticker = models.BasicTicker(min_interval=1, mantissas=[1, 2, 5])
     load.grid.visible = False
     return load
 
@@ -127,11 +112,11 @@ def _heat_map() -> figure:
 def _lines(title: str, names: Sequence[str], shown: str) -> figure:
     chart = _figure(title)
     for name, colour in zip(names, Category10_10):
-        source = ColumnDataSource({"step": [0], "value": [0]}, name=name)
+        source = models.ColumnDataSource({"step": [0], "value": [0]}, name=name)
         look: dict[str, Any] = dict(source=source, color=colour, line_width=1.5, legend_label=name)
         line = chart.line("step", "value", **look)
         tips = [("", name), STEP, ("", f"@value{{{shown}}}")]
-        chart.add_tools(HoverTool(renderers=[line], tooltips=tips, mode="vline"))
+        chart.add_tools(models.HoverTool(renderers=[line], tooltips=tips, mode="vline"))
     size: dict[str, Any] = dict(label_text_font_size="8pt", padding=0, spacing=8)
     chart.legend.update(orientation="horizontal", border_line_alpha=0, **size)
     chart.add_layout(chart.legend[0], "below")

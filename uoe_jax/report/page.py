@@ -5,6 +5,7 @@ import datetime
 import html
 import importlib.resources
 import io
+import itertools
 import json
 import math
 import string
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from bokeh.embed import components
-from bokeh.model import Model
 from bokeh.resources import Resources
 from PIL import Image
 
@@ -29,7 +29,7 @@ MEASURES = ("loss", "bits_per_byte", "word_perplexity", "accuracy")  # of the su
 def page(runs: Sequence[RunLog], samples: Sequence[RoutingSample]) -> str:
     """The file's text, for one run or several beside each other."""
     curves = charts.curves(runs)
-    figures: list[Model] = [*curves, *(charts.routing() if any(r.routing for r in runs) else [])]
+    figures: list[Any] = [*curves, *(charts.routing() if any(r.routing for r in runs) else [])]
     script, divs = components(figures) if figures else ("", ())
     own = importlib.resources.files("uoe_jax.report")
     kinds = ("html", "css", "js")
@@ -58,14 +58,12 @@ def _in_script(data: Any) -> str:
 
 def _summary(runs: Sequence[RunLog]) -> str:
     """A table with a column for each run."""
-    rows: dict[str, list[str]] = {}
-    for i, (run, colour) in enumerate(zip(runs, charts.colours(runs))):
+    columns, body = [], ""
+    for run, colour in zip(runs, charts.colours(runs)):
         first = f'<span style="color:{colour}">■</span> {html.escape(run.name)}'
-        for name, value in {"run": first, **_facts(run)}.items():
-            rows.setdefault(name, [""] * len(runs))[i] = value
-    body = ""
-    for name, values in rows.items():
-        cells = "".join(f"<td>{v}</td>" for v in values)
+        columns.append({"run": first, **_facts(run)})
+    for name in dict.fromkeys(itertools.chain(*columns)):
+        cells = "".join(f"<td>{facts.get(name, '')}</td>" for facts in columns)
         body += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
     return f'<table class="summary">{body}</table>'
 
@@ -95,25 +93,24 @@ def _facts(run: RunLog) -> dict[str, str]:
 
 def _run(run: RunLog, shown: RoutingSample) -> dict[str, Any]:
     """What page.js needs of a run."""
-    m, s, blocks = run.config.model, shown.sample, {}
-    sample: dict[str, Any] | None = None
+    m, s, sample = run.config.model, shown.sample, None
+    blocks: dict[str, dict[str, Any]] = {}
     for name, r in m.routed().items():
         heads = m.n_heads // r.n_experts if name == "smha" else 0
-        found: dict[str, Any] = {"n": r.n_experts, "patch": r.patch_size, "heads": heads}
-        own = run.routing.get(name)
-        if own is not None:
+        blocks[name] = {"n": r.n_experts, "patch": r.patch_size, "heads": heads}
+        if own := run.routing.get(name):
             lines = {line: _packed(own.lines[key]) for key, line in PER_LAYER.items()}
-            found |= {"edges": own.edges.tolist(), "lines": lines, "even": math.log(r.n_experts)}
-            found |= {"load": _packed(own.load), "quarters": _packed(own.quarters)}
-        if s is not None and name in shown.routes:
-            found["routes"] = _packed(shown.routes[name])
-        blocks[name] = found
+            even = math.log(r.n_experts)
+            blocks[name] |= {"edges": own.edges.tolist(), "lines": lines, "even": even}
+            blocks[name] |= {"load": _packed(own.load), "quarters": _packed(own.quarters)}
+        if name in shown.routes:
+            blocks[name]["routes"] = _packed(shown.routes[name])
     if s is not None:
         pictures = None if s.pictures is None else [_png(picture) for picture in s.pictures]
-        sample = {"texts": s.texts, "pictures": pictures, "grid": s.grid}
-        sample |= {"before": s.before, "titles": s.titles}
-    what = {"name": run.name, "layers": m.n_layers, "blocks": blocks}
-    return {**what, "sample": sample, "why": shown.why, "step": shown.step}
+        sample = {"texts": s.texts, "pictures": pictures, "grid": s.grid, "before": s.before}
+        sample["titles"] = s.titles
+    facts = {"name": run.name, "layers": m.n_layers, "blocks": blocks}
+    return {**facts, "sample": sample, "why": shown.why, "step": shown.step}
 
 
 def _packed(array: np.ndarray) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import codecs
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,6 @@ from uoe_jax.data.sources import listops
 from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.distributed.mesh import by_partitioner, everywhere
 from uoe_jax.errors import UserError
-from uoe_jax.models.classifier import Classifier
 from uoe_jax.train.step import Params, Program
 
 TEXTS, PICTURES = 2, 6  # rows shown
@@ -24,22 +23,14 @@ START = "▮"  # where a document begins
 
 
 class Sample(NamedTuple):
-    """Rows to show.
+    """Rows to show, as texts or as pictures."""
 
-    Attributes:
-      batch: the model's inputs, with a leading axis of rows.
-      texts: of every row the text of every token shown, or None.
-      pictures: of every row uint8 [height,width,channels], or None; `grid` tokens high and wide.
-      before: tokens in front of the first one shown.
-      titles: of the rows.
-    """
-
-    batch: dict[str, np.ndarray]
-    texts: list[list[str]] | None
-    pictures: list[np.ndarray] | None
-    grid: tuple[int, int]
-    before: int
-    titles: list[str]
+    batch: dict[str, np.ndarray]  # the model's inputs, with a leading axis of rows
+    texts: list[list[str]] | None  # of every row the text of every token shown
+    pictures: list[np.ndarray] | None  # of every row uint8 [height,width,channels]
+    grid: tuple[int, int]  # tokens of a picture, high and wide
+    before: int  # tokens in front of the first one shown
+    titles: list[str]  # of the rows
 
 
 class RoutingSample(NamedTuple):
@@ -53,50 +44,31 @@ class RoutingSample(NamedTuple):
 
 def of_rows(config: Config, rows: Rows, tokenizer: Tokenizer | None) -> Sample:
     """The first rows of a split."""
-    m = config.model
+    m, facts = config.model, SOURCES[config.data.source].facts
+    is_image, side = m.stem == "image", math.isqrt(m.context_length)
+    in_pixels = facts is not None and facts.image is not None and side**2 == m.context_length
+    found = [rows[i] for i in range(min(PICTURES if is_image or in_pixels else TEXTS, len(rows)))]
     if m.task == "language":
-        found = [rows[i] for i in range(min(TEXTS, len(rows)))]
-        batch = _stacked(found, "tokens", "segments", "positions")
-        texts = _texts(batch["tokens"], batch["segments"], tokenizer, m)
+        names = ["tokens", "segments", "positions"]
         titles = [f"row {i} of the validation split" for i in range(len(found))]
-        return Sample(batch, texts, None, (0, 0), 0, titles)
-    side = math.isqrt(m.context_length)
-    is_image = m.stem == "image"
-    as_square = not is_image and side**2 == m.context_length
-    facts = SOURCES[config.data.source].facts
-    as_square = as_square and facts is not None and facts.image is not None
-    n = PICTURES if is_image or as_square else TEXTS
-    found = [rows[i] for i in range(min(n, len(rows)))]
-    batch = _stacked(found, "inputs", "segments")
+    else:
+        names = ["inputs", "segments"]
+        titles = [f"class {row['label']}" for row in found for _ in range(m.classifier.n_inputs)]
+    batch = {name: np.stack([row[name] for row in found]) for name in names}
     before = m.block_length - m.context_length  # the learned token in front
-    titles = [f"class {row['label']}" for row in found for _ in range(m.classifier.n_inputs)]
     if is_image:
         grid = m.image.height // m.image.patch, m.image.width // m.image.patch
         return Sample(batch, None, list(batch["inputs"]), grid, before, titles)
-    inputs, segments = (a.reshape(-1, m.context_length) for a in batch.values())
-    if as_square:
+    inputs, segments = (batch[name].reshape(-1, m.context_length) for name in names[:2])
+    if in_pixels:
         pictures = list(inputs.reshape(-1, side, side, 1).astype(np.uint8))
         return Sample(batch, None, pictures, (side, side), before, titles)
-    texts = _texts(inputs, segments, tokenizer, m)
+    texts = [pieces(ids[valid > 0], tokenizer, m) for ids, valid in zip(inputs, segments)]
     return Sample(batch, texts, None, (0, 0), before, titles)
 
 
-def _stacked(rows: list[Any], *names: str) -> dict[str, np.ndarray]:
-    return {name: np.stack([row[name] for row in rows]) for name in names}
-
-
-def _texts(
-    tokens: np.ndarray, segments: np.ndarray, tokenizer: Tokenizer | None, m: ModelConfig
-) -> list[list[str]]:
-    return [pieces(ids[valid > 0], tokenizer, m) for ids, valid in zip(tokens, segments)]
-
-
 def of_text(config: Config, text: str, tokenizer: Tokenizer) -> Sample:
-    """A text of the user's, cut to the context.
-
-    Raises:
-      UserError: the model takes no text.
-    """
+    """A text of the user's, cut to the context. Raises UserError where the model takes no text."""
     m = config.model
     if m.task != "language":
         why = f"the model's task is {m.task!r}, and it reads rows of its data alone"
@@ -135,22 +107,16 @@ def routes(
     @jax.jit
     def found(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         model = program.model(params)
-        if isinstance(model, Classifier):
-            inputs = batch["inputs"]
-            if config.model.stem == "image":
-                inputs = as_floats(inputs, config.model.image.bound)
-            embedded = model.embed_inputs(inputs, batch["segments"])
-        else:
-            embedded = model.embed_inputs(batch["tokens"], batch["segments"], batch["positions"])
-        return jax.tree.map(everywhere, model.routes(*embedded))
+        inputs = [batch[name] for name in sample.batch]  # jax sorts the keys of `batch`
+        if config.model.stem == "image":
+            inputs[0] = as_floats(inputs[0], config.model.image.bound)
+        return jax.tree.map(everywhere, model.routes(*model.embed_inputs(*inputs)))
 
     with by_partitioner():
         host = jax.device_get(found(params, sample.batch))
-    tokens = sample.before
-    tokens += max(map(len, sample.texts)) if sample.texts else math.prod(sample.grid)
-    out = {}
+    shown = max(map(len, sample.texts)) if sample.texts else math.prod(sample.grid)
     for block, weights in host.items():
         layers, rows, _, n = weights.shape
-        shown = math.ceil(tokens / config.model.routed()[block].patch_size)
-        out[block] = weights[:, :, : min(shown, max(1, CELLS // (layers * rows * n)))]
-    return out
+        patches = math.ceil((sample.before + shown) / config.model.routed()[block].patch_size)
+        host[block] = weights[:, :, : min(patches, max(1, CELLS // (layers * rows * n)))]
+    return host

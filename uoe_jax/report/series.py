@@ -22,54 +22,37 @@ PER_LAYER = {  # measures of a routed block that are one number a layer, and the
 
 
 class Curve(NamedTuple):
-    """One measure over a run: float64 [T] each.
-
-    tokens: seen so far; a logged step stands for those since the last.
-    """
+    """One measure over a run: float64 [T] each."""
 
     step: np.ndarray
-    tokens: np.ndarray
+    tokens: np.ndarray  # seen so far; a logged step stands for those since the last
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
 
 
 class Routing(NamedTuple):
-    """How a block routed during training, in T intervals of steps.
+    """How a block routed during training, in T intervals of steps."""
 
-    Attributes:
-      edges: float64 [T+1], the steps at which intervals begin and end.
-      load: float32 [layers,T,N], share of the choices by expert, times N.
-      quarters: float32 [layers,T,4], kept share by quarter of the row.
-      lines: the measures of `PER_LAYER`, float32 [layers,T] each.
-    """
-
-    edges: np.ndarray
-    load: np.ndarray
-    quarters: np.ndarray
-    lines: dict[str, np.ndarray]
+    edges: np.ndarray  # float64 [T+1], the steps at which intervals begin and end
+    load: np.ndarray  # float32 [layers,T,N], share of the choices by expert, times N
+    quarters: np.ndarray  # float32 [layers,T,4], kept share by quarter of the row
+    lines: dict[str, np.ndarray]  # the measures of `PER_LAYER`, float32 [layers,T] each
 
 
 class RunLog(NamedTuple):
-    """What a run's workdir holds.
-
-    curves: by key of metrics.jsonl. routing: by block. last: the newest line by evaluated split.
-    """
+    """What a run's workdir holds."""
 
     name: str
     config: Config
     step: int
-    curves: dict[str, Curve]
-    routing: dict[str, Routing]
-    last: dict[str, dict[str, Any]]
+    curves: dict[str, Curve]  # by key of metrics.jsonl
+    routing: dict[str, Routing]  # by block
+    last: dict[str, dict[str, Any]]  # the newest line by evaluated split
 
 
 def read_log(workdir: str, config: Config, name: str, points: int = POINTS) -> RunLog:
-    """Reads a run, finished or not.
-
-    Raises:
-      UserError: its metrics cannot be read.
-    """
+    """Reads a run, finished or not. Raises UserError where its metrics cannot be read."""
     lines = read_metrics(workdir)
     train = [line for line in lines if "train/loss" in line]
     steps = np.array([line["step"] for line in train], np.float64)
@@ -79,8 +62,7 @@ def read_log(workdir: str, config: Config, name: str, points: int = POINTS) -> R
         for key, value in line.items():
             if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 found.setdefault(key, []).append((line["step"], value))
-    values = {key: np.array(found[key], np.float64) for key in sorted(found)}
-    curves = {key: _curve(value, steps, seen, points) for key, value in values.items()}
+    curves = {key: _curve(found[key], steps, seen, points) for key in sorted(found)}
     blocks = config.model.routed() if train else ()
     routing = {b: _routing(train, b, config) for b in blocks if f"train/{b}/load" in train[0]}
     last = {split: line for line in lines for split in ("eval", "test") if f"{split}/loss" in line}
@@ -98,8 +80,8 @@ def names(workdirs: Sequence[str]) -> list[str]:
     return [f"{name} ({i})" for i, name in enumerate(short)]
 
 
-def _curve(found: np.ndarray, logged: np.ndarray, seen: np.ndarray, points: int) -> Curve:
-    step, value = found.T
+def _curve(found: list[Any], logged: np.ndarray, seen: np.ndarray, points: int) -> Curve:
+    step, value = np.array(found, np.float64).T
     tokens = np.interp(step, np.append(0, logged), np.append(0, seen))
     starts = _starts(len(step), points)
     sizes = np.diff(starts, append=len(step))
@@ -110,7 +92,7 @@ def _curve(found: np.ndarray, logged: np.ndarray, seen: np.ndarray, points: int)
 
 def _starts(n: int, most: int) -> np.ndarray:
     """Where at most `most` intervals of n readings begin."""
-    return np.unique(np.arange(min(n, most)) * n // min(n, most))
+    return np.arange(min(n, most)) * n // min(n, most)
 
 
 def _routing(train: Sequence[dict[str, Any]], block: str, config: Config) -> Routing:

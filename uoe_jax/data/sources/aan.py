@@ -6,20 +6,11 @@ marks and backslashes kept.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from uoe_jax.data import prepared
 from uoe_jax.data.examples import Example, Indexed, LabelledSource
-from uoe_jax.data.prepared import (
-    ARENA,
-    RawFiles,
-    dataset_directory,
-    lines,
-    manual_dir,
-    open_records,
-    record_counts,
-)
 from uoe_jax.errors import ConfigError
 
 VERSION = "1.0.0"  # of the rules below: raise it when examples or their order change
@@ -28,7 +19,12 @@ FILES = {
     "validation": "new_aan_pairs.eval.tsv",
     "test": "new_aan_pairs.test.tsv",
 }
-BELOW = ("", *(folder + "tsv_data" for folder in ARENA))
+LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
+BELOW = ("", *(folder + "tsv_data" for folder in prepared.ARENA))
+REMEDY = (
+    "download lra_release.gz of Long Range Arena (7.7 GB, a tar archive), unpack it, and set "
+    "data.path to its folder tsv_data."
+)
 UNPACK = "unpack it again from Long Range Arena's lra_release.gz."
 
 
@@ -39,50 +35,42 @@ def open_aan(path: str, cache_dir: Path) -> LabelledSource:
     has 147,086, 18,090 and 17,437 pairs. Raises UserError where a file is missing or unreadable, or
     a line is no pair (with file and line).
     """
-    origin = _locate(path)
+    root = prepared.manual_dir(path)
+    origin = min((root / below for below in BELOW), key=lambda folder: len(_missing(folder)))
+    if missing := ", ".join(_missing(origin)):
+        raise ConfigError("data.path", path, f"{missing} not in {origin}: {REMEDY}")
     files = {split: origin / name for split, name in FILES.items()}
-    raw = RawFiles(cache_dir)
+    raw = prepared.RawFiles(cache_dir)
     hashes, sha256 = raw.hashes(files)
     key = f"aan-{VERSION}-{sha256[:24]}"
     fields = {"label": int, "text1": bytes, "text2": bytes}
     splits = {s: functools.partial(_records, file, hashes[s], raw) for s, file in files.items()}
-    directory = dataset_directory(cache_dir, key, "lra_aan", VERSION, fields, splits)
-    sizes = record_counts(directory)
+    home = prepared.dataset_directory(cache_dir, key, "lra_aan", VERSION, fields, splits)
+    sizes = prepared.record_counts(home)
 
     def examples(split: str) -> Indexed:
-        records = open_records(directory, split, sizes[split])
-        return Indexed(len(records), lambda i: _pair(records[i]))
+        records = prepared.open_records(home, split, sizes[split])
+
+        def read(i: int) -> Example:
+            record = records[i]
+            return Example((record["text1"], record["text2"]), int(record["label"]))
+
+        return Indexed(len(records), read)
 
     facts = {"directory": str(origin.resolve()), "sha256": sha256, "n_examples": sizes}
     return LabelledSource(2, examples, facts)
 
 
-def _pair(record: Mapping[str, Any]) -> Example:
-    return Example((record["text1"], record["text2"]), int(record["label"]))
+def _missing(folder: Path) -> list[str]:
+    return [name for name in FILES.values() if not (folder / name).is_file()]
 
 
-def _locate(path: str) -> Path:
-    root = manual_dir(path)
-    remedy = (
-        "download lra_release.gz of Long Range Arena (7.7 GB, a tar archive), unpack it, and set "
-        "data.path to its folder tsv_data."
-    )
-    for folder in (root / below for below in BELOW):
-        missing = [name for name in FILES.values() if not (folder / name).is_file()]
-        if not missing:
-            return folder
-        if len(missing) < len(FILES):
-            what = f"{', '.join(missing)} is missing in {folder}"
-            raise ConfigError("data.path", path, f"{what}: {remedy}")
-    raise ConfigError("data.path", path, f"{', '.join(FILES.values())} are not in {root}: {remedy}")
-
-
-def _records(file: Path, sha256: str, raw: RawFiles) -> Iterator[dict[str, bytes | int]]:
+def _records(file: Path, sha256: str, raw: prepared.RawFiles) -> Iterator[dict[str, bytes | int]]:
     number = 0
     with raw.open(file, sha256) as reader:
-        for number, line in lines(reader, file):
+        for number, line in prepared.lines(reader, file):
             fields = line.removesuffix(b"\n").removesuffix(b"\r").split(b"\t")
-            label = _label(fields[0])
+            label = LABELS.get(fields[0])
             if len(fields) != 5:
                 wrong = f"has {len(fields)} fields between tabs instead of 5"
             elif label is None:
@@ -96,11 +84,3 @@ def _records(file: Path, sha256: str, raw: RawFiles) -> Iterator[dict[str, bytes
             raise ConfigError("data.path", f"{file}, line {number}", f"{wrong} {remedy}")
     if not number:
         raise ConfigError("data.path", str(file), f"is empty: {UNPACK}")
-
-
-def _label(text: bytes) -> int | None:
-    """0 or 1; None for anything else."""
-    try:
-        return {0.0: 0, 1.0: 1}.get(float(text))
-    except ValueError:
-        return None

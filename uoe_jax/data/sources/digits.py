@@ -11,34 +11,28 @@ CUTS = (0.70, 0.85, 1.0)  # where train, validation and test end in every class
 
 
 def open_digits() -> LabelledSource:
-    """Images uint8 [8,8,1] in 10 classes, split about 70/15/15 within each class.
+    """Images uint8 [8,8,1] in 10 classes.
 
-    The split of an image follows from a hash of its index in the package's file; inside a split the
-    images keep the file's order.
+    Each class, ordered by SHA-256 of 'digits/<index in the package's file>', is cut at `CUTS`.
+    Inside a split the images keep the file's order.
     """
     from sklearn.datasets import load_digits  # a second
 
     loaded = load_digits()
     ink = loaded.images.astype(np.int64)  # 0 … 16
     images, labels = (ink * 255 // 16).astype(np.uint8)[..., None], loaded.target.astype(np.int64)
-    indices = split_indices(labels)
+    indices: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for label in range(N_CLASSES):
+        members = np.flatnonzero(labels == label).tolist()
+        members.sort(key=lambda i: hashlib.sha256(f"digits/{i}".encode()).digest())
+        ends = [round(cut * len(members)) for cut in CUTS]
+        for split, start, end in zip(SPLITS, [0, *ends], ends):
+            indices[split] = sorted(indices[split] + members[start:end])
 
     def examples(split: str) -> Indexed:
         at = indices[split]
         return Indexed(len(at), lambda i: Example((images[at[i]],), int(labels[at[i]])))
 
     sha256 = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    sizes = {split: len(indices[split]) for split in SPLITS}
+    sizes = {split: len(at) for split, at in indices.items()}
     return LabelledSource(N_CLASSES, examples, {"sha256": sha256, "n_examples": sizes})
-
-
-def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """{split: ascending indices}: each class, by SHA-256 of 'digits/<index>', is cut at `CUTS`."""
-    chosen: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for label in range(N_CLASSES):
-        members = np.flatnonzero(labels == label).tolist()
-        members.sort(key=lambda i: hashlib.sha256(f"digits/{i}".encode()).digest())
-        ends = [round(cut * len(members)) for cut in CUTS]
-        for split, start, end in zip(SPLITS, [0, *ends], ends):
-            chosen[split] += members[start:end]
-    return {split: np.sort(np.asarray(indices, np.int64)) for split, indices in chosen.items()}

@@ -4,19 +4,17 @@ Text is UTF-8, as it is or gzipped. Other formats are recognised to refuse them 
 """
 
 import codecs
-import contextlib
 import gzip
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO
 
 from uoe_jax.data.prepared import LINE_BYTES, Reader, readable, refuse
 from uoe_jax.errors import ConfigError
 
 BOM = codecs.BOM_UTF8
-GZIP = b"\x1f\x8b"
 HEAD_BYTES = 4096
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 _NO_WORD = rb"(?![\s!-/:-@])"  # behind a mark of letters, which may begin a text, too
@@ -49,41 +47,35 @@ _OTHERS = (
 )
 
 
-class Format(NamedTuple):
-    """How a file is read: gzipped, as JSON lines, behind a byte-order mark."""
-
-    packed: bool
-    json_lines: bool
-    bom: bool
+def unpacked(file: BinaryIO, packed: bool) -> Any:
+    """The file as a `Reader`."""
+    return gzip.GzipFile(fileobj=file) if packed else file
 
 
-def look(file: Path) -> Format:
-    """How the documents of a file of text are read.
+def look(file: Path) -> tuple[bool, bool, bool]:
+    """How a file of text is read: (packed by gzip, as JSON lines, behind a byte-order mark).
 
     Raises UserError where it is unreadable, of another format, or JSON without the key "text".
     """
     name = file.name.lower()
-    with readable(file), open(file, "rb") as opened, contextlib.ExitStack() as stack:
-        head = opened.read(HEAD_BYTES)
-        packed = head.startswith(GZIP)
+    bare = name.removesuffix(".gz")
+    with readable(file), open(file, "rb") as opened:
+        packed = opened.read(2) == b"\x1f\x8b"
         opened.seek(0)
-        reader: Any = stack.enter_context(gzip.GzipFile(fileobj=opened)) if packed else opened
-        if packed:
-            head = reader.read(HEAD_BYTES)
+        reader = unpacked(opened, packed)
+        head = reader.read(HEAD_BYTES)
         if other := other_format(head):
             raise ConfigError("data.path", str(file), f"{other}, or take it out of data.path.")
-        if name.endswith(".gz") and not packed:
+        if name != bare and not packed:
             refuse(file, ValueError("it is named .gz and is not a gzip file"))
         bom = head.startswith(BOM)
         reader.seek(len(BOM) if bom else 0)
         start = head.removeprefix(BOM).lstrip()[:1]
-        bare = name.removesuffix(".gz")
-        if start == b"[" and bare.endswith(".json"):
-            _refuse_array(file)
+        json_lines, is_array = bare.endswith(JSON_LINES), start == b"[" and bare.endswith(".json")
         # Lines are only read where they may be JSON: a file may be one line of any length.
-        may_be_json = not start or start in b"{["
-        json_lines = bare.endswith(JSON_LINES) or may_be_json and _are_json_lines(reader, file)
-    return Format(packed, json_lines, bom)
+        if is_array or not json_lines and (not start or start in b"{["):
+            json_lines = _are_json_lines(reader, file, is_array)
+    return packed, json_lines, bom
 
 
 def other_format(head: bytes) -> str | None:
@@ -116,34 +108,25 @@ def json_of(text: str | bytes) -> Any:
         return None
 
 
-def _are_json_lines(reader: Reader, file: Path) -> bool:
+def _are_json_lines(reader: Reader, file: Path, is_array: bool) -> bool:
     """Whether the lines are JSON objects with a text. Raises ConfigError for ones without."""
-    line = _next_line(reader)
+    pieces = iter(lambda: reader.readline(LINE_BYTES), b"")  # lines, or pieces of ones too long
+    full = (piece for piece in pieces if not piece.isspace())
+    line = next(full, b"")
+    if is_array or line.lstrip().startswith(b"[") and _begins_with_text(line):
+        remedy = "write its objects one a line (jq -c '.[]' does), or take it out of data.path."
+        raise ConfigError("data.path", str(file), f"is one JSON array: {remedy}")
     first = json_of(line)
-    if line.lstrip().startswith(b"[") and _begins_with_text(line):
-        _refuse_array(file)
     if not isinstance(first, dict):
         return False
-    line = _next_line(reader)
-    if isinstance(first.get("text"), str):
-        # Else it is text that begins with an object.
+    line = next(full, b"")
+    if isinstance(first.get("text"), str):  # else it is text that begins with an object
         return not line or line.lstrip().startswith(b"{")
     if isinstance(json_of(line), dict):
-        remedy = (
-            f'its lines are JSON objects with {keys_of(first)} and no string "text": put the text '
-            'of every line under "text" (also to train on the lines as they stand), or take the '
-            "file out of data.path."
-        )
-        raise ConfigError("data.path", str(file), remedy)
+        found = f'its lines are JSON objects with {keys_of(first)} and no string "text"'
+        remedy = "put each line's text there, or the whole line, or take it out of data.path."
+        raise ConfigError("data.path", str(file), f"{found}: {remedy}")
     return False
-
-
-def _next_line(reader: Reader) -> bytes:
-    """The next line that is not empty, or a piece of one that is too long; b"" at the end."""
-    while line := reader.readline(LINE_BYTES):
-        if not line.isspace():
-            return line
-    return b""
 
 
 def _begins_with_text(line: bytes) -> bool:
@@ -153,8 +136,3 @@ def _begins_with_text(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and isinstance(first.get("text"), str)
-
-
-def _refuse_array(file: Path) -> NoReturn:
-    remedy = "write its objects one a line (jq -c '.[]' does), or take the file out of data.path."
-    raise ConfigError("data.path", str(file), f"is one JSON array: {remedy}")

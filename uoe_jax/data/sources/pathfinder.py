@@ -8,10 +8,10 @@ Images are uint8 [size, size, 1]; label 1 means one path.
 import dataclasses
 import functools
 import hashlib
+import io
 import re
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,53 +27,55 @@ VERSION = 1  # of the drawing: raise it when a (seed, split, index) means anothe
 # ---- the released archive -----------------------------------------------------------------------
 
 TASK = "curv_contour_length_14"  # LRA's "hard", which is its Pathfinder task
-INSIDE = tuple(folder + TASK for folder in ("", *(folder + "pathfinder32/" for folder in ARENA)))
+INSIDE = ("", TASK, *(f"{folder}pathfinder32/{TASK}" for folder in ARENA))
+AGAIN = "unpack the archive again."
 REMEDY = (
-    "download the Long Range Arena release (lra_release.gz, a tar archive, from the links in "
-    "github.com/google-research/long-range-arena), unpack it, and give the directory in which "
-    f"lra_release lies, or its {TASK} with metadata/ and imgs/."
+    "unpack lra_release.gz (a tar archive, linked at github.com/google-research/long-range-arena), "
+    f"and give the directory in which lra_release lies, or its {TASK} with metadata/ and imgs/."
 )
 
 
-def open_pathfinder(path: str, c: PathfinderConfig) -> LabelledSource:
-    """The archive under `path`; generated images where it is empty. Raises UserError."""
-    return read_pathfinder(path) if path else draw_pathfinder(c)
-
-
 def read_pathfinder(path: str) -> LabelledSource:
-    """The images of LRA's archive. At the start only file sizes are read.
+    """The images of LRA's archive. At the start only metadata and file sizes are read and hashed.
 
     As in LRA, the first 80 % are for training, 10 % each for validation and test, and then images
     of 0 bytes are dropped (lra_benchmarks/image/input_pipeline.py). LRA's order is a shuffle of
-    TensorFlow Datasets; ours is metadata/0.npy, 1.npy, … line by line. Labels are independent, so
-    order does not matter. The record's sha256 is over metadata and file sizes only.
+    TensorFlow Datasets; ours is metadata/0.npy, 1.npy, … line by line: labels are independent.
 
     Raises UserError without an archive, for unreadable metadata or a missing image; later, for an
     image that is damaged or of another size.
     """
-    root = _find(Path(expanded(path, "config.data.path")), path)
+    given = Path(expanded(path, "config.data.path"))
+    root = next((given / i for i in INSIDE if (given / i / "metadata").is_dir()), None)
+    if root is None:
+        found = "holds no Pathfinder images" if given.is_dir() else "is no directory here"
+        raise ConfigError("data.path", path, f"{found}: {REMEDY}")
     content = hashlib.sha256()
     names, labels = _read_metadata(root, content)
-    sizes = np.array([_size(root / name, i) for i, name in enumerate(ticking(names))])
-    content.update(sizes.astype("<i8").tobytes())
-    ends = [0, len(names) * 8 // 10, len(names) * 9 // 10, len(names)]
-    kept, n_empty = {}, {}
-    for split, begin, end in zip(SPLITS, ends[:-1], ends[1:]):
-        kept[split] = begin + np.flatnonzero(sizes[begin:end])
-        n_empty[split] = end - begin - len(kept[split])
-        if not len(kept[split]):
-            remedy = f"its {len(names)} images leave the {split} split empty: {REMEDY}"
+    sizes = np.zeros(len(names), "<i8")
+    for i, name in enumerate(ticking(names)):
+        try:
+            sizes[i] = (root / name).stat().st_size
+        except OSError as error:
+            what = f"image {i} of the metadata cannot be read ({error.strerror})"
+            raise UserError(f"{root / name}: {what}: {REMEDY}") from error
+    content.update(sizes.tobytes())
+    n = len(names)
+    every = dict(zip(SPLITS, np.split(np.arange(n), [n * 8 // 10, n * 9 // 10])))
+    kept = {split: at[sizes[at] > 0] for split, at in every.items()}
+    for split, at in kept.items():
+        if not len(at):
+            remedy = f"its {n} images leave the {split} split empty: {REMEDY}"
             raise ConfigError("data.path", path, remedy)
     size = len(read_png(root / names[kept["train"][0]], f"example 0 of train in {root}"))
 
     def read(split: str, i: int) -> Example:
         at, what = kept[split][i], f"example {i} of {split} in {root}"
-        file = root / names[at]
-        image_YX1 = read_png(file, what)
+        image_YX1 = read_png(root / names[at], what)
         if image_YX1.shape != (size, size, 1):
             height, width, _ = image_YX1.shape
             found = f"{height} x {width} pixels where the first has {size} x {size}"
-            raise UserError(f"{file}: {what} has {found}: unpack the archive again.")
+            raise UserError(f"{root / names[at]}: {what} has {found}: {AGAIN}")
         return Example((image_YX1,), int(labels[at]))
 
     facts = {
@@ -81,48 +83,29 @@ def read_pathfinder(path: str) -> LabelledSource:
         "sha256": content.hexdigest(),
         "size": size,
         "n_examples": {split: len(at) for split, at in kept.items()},
-        "n_empty": n_empty,
+        "n_empty": {split: len(at) - len(kept[split]) for split, at in every.items()},
         "n_positive": {split: int(labels[at].sum()) for split, at in kept.items()},
     }
     return LabelledSource(2, lambda s: Indexed(len(kept[s]), functools.partial(read, s)), facts)
 
 
-def _size(file: Path, i: int) -> int:
-    try:
-        return file.stat().st_size
-    except OSError as error:
-        what = f"image {i} of the metadata cannot be read ({error.strerror})"
-        raise UserError(f"{file}: {what}: {REMEDY}") from error
-
-
 def read_png(file: Path, what: str) -> np.ndarray:
     """uint8 [height, width, 1] in grey. Raises UserError, with `what` it is, for a damaged PNG."""
-    from PIL import Image  # only here: commands that read no images start without it
+    from PIL import Image  # only for commands that read images
 
     try:
         data = file.read_bytes()
-        with Image.open(BytesIO(data), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.verify()  # all checksums, which decoding does not look at
-        with Image.open(BytesIO(data), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             return np.array(image.convert("L"))[:, :, None]
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
-        bad = f"{what} is not a readable PNG image ({error})"
-        raise UserError(f"{file}: {bad}: unpack the archive again.") from error
-
-
-def _find(root: Path, path: str) -> Path:
-    for inside in ("", *INSIDE):
-        if (root / inside / "metadata").is_dir():
-            return root / inside
-    found = "holds no Pathfinder images" if root.is_dir() else "is not a directory on this machine"
-    raise ConfigError("data.path", path, f"{found}: {REMEDY}")
+        raise UserError(f"{file}: {what} is not a readable PNG ({error}): {AGAIN}") from error
 
 
 def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
-    """Names relative to `root` and labels int8 [n]; the bytes read go into the hash `content`.
-
-    The .npy files are texts; a line is "imgs/0 sample_0.png 0 1 …": folder, file, number, label.
-    """
+    """Names relative to `root` and labels int8 [n]; the bytes read go into the hash `content`."""
+    # They are texts. A line is "imgs/0 sample_0.png 0 1 …": folder, file, number, label.
     files = [file for file in (root / "metadata").iterdir() if re.fullmatch(r"\d+\.npy", file.name)]
     if not files:
         raise UserError(f"{root / 'metadata'}: holds no 0.npy, 1.npy, …: {REMEDY}")
@@ -132,16 +115,14 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
             data = file.read_bytes()
             lines = data.decode("ascii").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            what = f"is not the text that Long Range Arena released ({error})"
-            raise UserError(f"{file}: {what}: {REMEDY}") from error
+            wrong = f"is not the text that Long Range Arena released ({error})"
+            raise UserError(f"{file}: {wrong}: {REMEDY}") from error
         content.update(data)
         for number, line in enumerate(lines, 1):
             columns = line.split()
             if len(columns) < 4 or columns[3] not in ("0", "1"):
-                raise UserError(
-                    f"{file}: line {number} is {line[:80]!r} where a folder, a file, a number and "
-                    "a label 0 or 1 are expected: unpack the archive again."
-                )
+                wanted = "where a folder, a file, a number and a label 0 or 1 are expected"
+                raise UserError(f"{file}: line {number} is {line[:80]!r} {wanted}: {AGAIN}")
             names.append(f"{columns[0]}/{columns[1]}")
             labels.append(int(columns[3]))
     return names, np.array(labels, np.int8)
@@ -149,10 +130,9 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
 
 # ---- drawn --------------------------------------------------------------------------------------
 
-# Lengths are in units. A dash and the gap behind it are 4 units: an eighth of the image, or as much
-# as lets a path of `length` dashes be 1.5 sides of the image long, but never less than 3 pixels, as
-# in LRA's images of 32 x 32.
-STEP = 4.0
+# Lengths are in units: 4 are an eighth of the image, or what lets a path of `length` dashes be 1.5
+# sides of the image long, but never less than 3 pixels, as in LRA's images of 32 x 32.
+STEP = 4.0  # a dash and the gap behind it
 DASH = 2.0
 WIDTH = 1.0
 DOT_RADIUS = 1.6
@@ -160,8 +140,7 @@ MARGIN = 2.5  # from the middle of a line to the border
 APART = 3.0  # between the middles of lines of different paths, and of non-consecutive dashes
 APART_DOT = 4.0  # between the end of a long path and the lines of others
 NEAR = 9.0  # how far apart the two long paths may begin
-# How far the two distances may differ between which the label chooses, per squared length.
-MATCH = 1 / 72
+MATCH = 1 / 72  # how far the dots' distances of the two labels may differ, per squared length
 TURN = 0.8  # radians a path turns at most from dash to dash
 CELLS = 2  # of the map of taken places, to a unit
 GREY = 190  # of dashes; dots are 255, the ground 0
@@ -171,15 +150,17 @@ TRIAL_TRIES = 200  # pairs of long paths that each of these may take
 TRIES = 20 * TRIAL_TRIES  # that any other may take: where all trials succeed, none should fail
 
 
-def draw_pathfinder(c: PathfinderConfig) -> LabelledSource:
-    """Pathfinder images drawn from (seed, split, index).
+def open_pathfinder(path: str, c: PathfinderConfig) -> LabelledSource:
+    """The archive under `path`. Where that is empty, images drawn from (seed, split, index).
 
     Two long paths of `length` dashes begin near each other. One dot marks the beginning of one of
     them, another the end of the same (label 1) or of the other (label 0). Both ends are about as
     far from the marked beginning: neither brightness nor the dots' distance tells the label. Up to
     `distractors` short paths of a third of the dashes are added where there is room. Labels
-    alternate. Raises ConfigError where such paths find no room in images of this size.
+    alternate. Raises ConfigError where the long paths find no room in images of this size.
     """
+    if path:
+        return read_pathfinder(path)
     rngs = [np.random.default_rng([c.seed, len(SPLITS), i]) for i in range(TRIALS)]
     found = [len(_draw_scene(c, rng, TRIAL_TRIES).short) for rng in rngs]
 
@@ -195,19 +176,12 @@ def draw_pathfinder(c: PathfinderConfig) -> LabelledSource:
     return LabelledSource(2, examples, {"version": VERSION, **dataclasses.asdict(c), **drawn})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scene:
-    """A picture without its dots: dashes by their beginnings and ends (x, y), in units.
+class _Scene(NamedTuple):
+    """A picture without its dots: dashes by their beginnings and ends (x, y), in units."""
 
-    Attributes:
-      side: of the image.
-      long: float [2, 2·length, 2], the long paths; a dot marks the beginning of the first.
-      short: float [2·dashes, 2] each, the distractors.
-    """
-
-    side: float
-    long: np.ndarray
-    short: list[np.ndarray]
+    side: float  # of the image
+    long: np.ndarray  # [2, 2·length, 2]; a dot marks the beginning of the first path
+    short: list[np.ndarray]  # [2·dashes, 2] each, the distractors
 
 
 def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _Scene:
@@ -216,33 +190,32 @@ def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _S
     for _ in range(tries):
         taken = _Taken(side)
         first = _grow(rng, rng.uniform(MARGIN, side - MARGIN, (WALKERS, 2)), c.length, taken)
-        if first is None:
+        if not len(first):
             continue
         taken.add(first[0])
         angle_W, far_W = rng.uniform(0, 2 * np.pi, WALKERS), rng.uniform(APART_DOT, NEAR, WALKERS)
         near_W2 = first[0, 0] + far_W[:, None] * np.stack([np.cos(angle_W), np.sin(angle_W)], 1)
         second = _grow(rng, near_W2, c.length, taken)
-        long = None if second is None else _matching(rng, first[0], second)
+        long = _pair(rng, first[0], second) if len(second) else None
         if long is None:
             continue
-        taken.add(long[0])
-        taken.add(long[1])
+        taken.add(long)
         taken.add(long[:, [0, 0, -1, -1]], APART_DOT)
         starts = rng.uniform(MARGIN, side - MARGIN, (WALKERS + 16 * c.distractors, 2))
         short: list[np.ndarray] = []
-        found = _grow(rng, starts, max(1, c.length // 3), taken) if c.distractors else None
-        while found is not None and len(found) and len(short) < c.distractors:
+        found = _grow(rng, starts, max(1, c.length // 3), taken)
+        while len(found) and len(short) < c.distractors:
             short.append(found[0])
             taken.add(found[0])
-            found = found[taken.free(_points(found)).all(1)]
+            begin, end = found[:, ::2], found[:, 1::2]
+            points = np.concatenate([begin, (begin + end) / 2, end], 1)
+            found = found[taken.free(points).all(1)]
         return _Scene(side, long, short)
     what = f"two paths of so many dashes find no room in {c.size} x {c.size} pixels"
     raise ConfigError("data.pathfinder.length", c.length, f"{what}: give fewer, or a larger size.")
 
 
-def _matching(
-    rng: np.random.Generator, first: np.ndarray, seconds: np.ndarray
-) -> np.ndarray | None:
+def _pair(rng: np.random.Generator, first: np.ndarray, seconds: np.ndarray) -> np.ndarray | None:
     """Two paths, float [2, 2·length, 2], whose dots' distance does not tell the label, or None.
 
     seconds: float [n, 2·length, 2], the candidates for the second path.
@@ -259,12 +232,6 @@ def _matching(
         if good_n.any():
             return pairs[np.argmax(good_n), order]
     return None
-
-
-def _points(paths: np.ndarray) -> np.ndarray:
-    """float [n, 3·d, 2]: three points on each dash of the paths [n, 2·d, 2]."""
-    begin, end = paths[:, ::2], paths[:, 1::2]
-    return np.concatenate([begin, (begin + end) / 2, end], 1)
 
 
 def _nearest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -284,63 +251,56 @@ class _Taken:
 
     def add(self, path: np.ndarray, distance: float = APART) -> None:
         """Takes all within `distance` of the dashes, float [… 2·n, 2]."""
-        dashes = CELLS * path.reshape(-1, 2, 2)
-        _stroke(self._map, dashes[:, 0], dashes[:, 1], CELLS * distance, 1.0)
+        _stroke(self._map, CELLS * path.reshape(-1, 2, 2), CELLS * distance, 1.0)
 
     def free(self, points: np.ndarray) -> np.ndarray:
         """bool […]: which of the points […, 2] are inside and not taken."""
-        cells = np.floor(points * CELLS).astype(np.int64)
-        # What is outside falls on the border, which is taken.
+        cells = np.floor(points * CELLS).astype(np.int64)  # outside: the border, which is taken
         x, y = np.moveaxis(np.clip(cells, 0, len(self._map) - 1), -1, 0)
         return self._map[y, x] < 0.5
 
 
-def _grow(
-    rng: np.random.Generator, starts_W2: np.ndarray, dashes: int, taken: _Taken
-) -> np.ndarray | None:
-    """Paths from `starts_W2`, float [W, 2·dashes, 2], clear of what is taken and of themselves.
+def _grow(rng: np.random.Generator, at_W2: np.ndarray, dashes: int, taken: _Taken) -> np.ndarray:
+    """Paths from `at_W2`, float [W, 2·dashes, 2], clear of what is taken and of themselves.
 
     All W grow at once, dash by dash. One without room is replaced by a copy of one that has room,
-    so that twisted paths in a narrow place are found as well as straight ones. None: none is left.
+    so that twisted paths in a narrow place are found too. Where none has room, W is 0.
     """
-    walkers = len(starts_W2)
+    walkers = len(at_W2)
     dots = np.array([0, DASH / 2, DASH])[:, None]  # points that stand for a dash
-    paths, points = np.zeros((walkers, 2 * dashes, 2)), np.zeros((walkers, 3 * dashes, 2))
+    points = np.zeros((walkers, dashes, 3, 2))
     heading_W = rng.uniform(0, 2 * np.pi, walkers)
-    at_W2 = starts_W2
     for d in range(dashes):
         along_W12 = np.stack([np.cos(heading_W), np.sin(heading_W)], 1)[:, None]
         new = at_W2[:, None] + dots * along_W12
         room_W = taken.free(new).all(1)
         if d > 1:
-            room_W &= _nearest(new, points[:, : 3 * (d - 1)]) > APART
+            room_W &= _nearest(new, points[:, : d - 1].reshape(walkers, -1, 2)) > APART
         good = np.flatnonzero(room_W)
         if not len(good):
-            return None
-        paths[:, 2 * d : 2 * d + 2], points[:, 3 * d : 3 * d + 3] = new[:, ::2], new
+            return np.zeros((0, 2 * dashes, 2))
+        points[:, d] = new
         source = np.concatenate([good, rng.choice(good, walkers - len(good))])
-        paths, points = paths[source], points[source]
+        points = points[source]
         at_W2 = (at_W2 + STEP * along_W12[:, 0])[source]
         heading_W = heading_W[source] + rng.uniform(-TURN, TURN, walkers)
-    return paths[rng.permutation(walkers)]
+    return points[rng.permutation(walkers), :, ::2].reshape(walkers, -1, 2)
 
 
 def _render(scene: _Scene, label: int, size: int) -> np.ndarray:
     """uint8 [size, size, 1]: antialiased lines and dots; where they meet, the brighter counts."""
     unit = size / scene.side
     dashes = unit * np.concatenate([*scene.long, *scene.short]).reshape(-1, 2, 2)
-    dots = unit * np.stack([scene.long[0, 0], scene.long[0 if label else 1, -1]])
+    dots = unit * np.stack([scene.long[0, [0, 0]], scene.long[0 if label else 1, [-1, -1]]])
     image = np.zeros((size, size))
-    _stroke(image, dashes[:, 0], dashes[:, 1], max(1.0, WIDTH * unit) / 2, GREY)
-    _stroke(image, dots, dots, DOT_RADIUS * unit, 255)
+    _stroke(image, dashes, max(1.0, WIDTH * unit) / 2, GREY)
+    _stroke(image, dots, DOT_RADIUS * unit, 255)
     return np.rint(image).astype(np.uint8)[:, :, None]
 
 
-def _stroke(
-    image: np.ndarray, begin_N2: np.ndarray, end_N2: np.ndarray, radius: float, bright: float
-) -> None:
+def _stroke(image: np.ndarray, lines_N22: np.ndarray, radius: float, bright: float) -> None:
     """Draws lines with round ends into `image`, each in a window about its middle; in pixels."""
-    size = len(image)
+    size, begin_N2, end_N2 = len(image), lines_N22[:, 0], lines_N22[:, 1]
     along_N2 = end_N2 - begin_N2
     half = int(np.ceil(np.abs(along_N2).max() / 2 + radius + 1))
     window = np.arange(-half, half + 1)

@@ -1,10 +1,6 @@
-"""The Python standard library's sources as a TensorFlow Datasets dataset: always there.
-
-The hash of the directory's content (some 50 ms for 11 MB) says whether the dataset exists already.
-"""
+"""The Python standard library's sources as a TensorFlow Datasets dataset: always there."""
 
 import codecs
-import dataclasses
 import functools
 import hashlib
 import os
@@ -12,7 +8,7 @@ import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from uoe_jax.data.examples import SPLITS, Documents
 from uoe_jax.data.prepared import changed, dataset_directory, open_records, readable
@@ -22,28 +18,20 @@ from uoe_jax.runtime_env import expanded
 
 VERSION = "1.0.0"  # of the rules below: raise it when choice, split or order of files change
 _EXCLUDED = "test tests idle_test idlelib turtledemo site-packages dist-packages _bundled"
-EXCLUDED_DIRS = frozenset([*_EXCLUDED.split(), "__pycache__"])
+EXCLUDED = frozenset([*_EXCLUDED.split(), "__pycache__"])
 # Written when an interpreter is built or packaged: without them, equal releases have equal sources.
-MACHINE_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize")
+EXCLUDED_PREFIXES = (".", "_sysconfigdata", "config-", "sitecustomize")
 
 
-def _left_out(name: str) -> bool:
-    return name in EXCLUDED_DIRS or name.startswith((".", *MACHINE_PREFIXES))
+class SourceFile(NamedTuple):
+    """A file and its bytes on disk."""
 
-
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """One file: path below the directory (POSIX), size and SHA-256 of its bytes.
-
-    bom: whether it begins with a byte-order mark, which is no part of its document.
-    """
-
-    relative: str
+    relative: str  # POSIX path below the directory
     size: int
     sha256: str
-    bom: bool = False
+    bom: bool = False  # begins with a byte-order mark, which is no part of its document
 
-    @functools.cached_property
+    @property
     def path_hash(self) -> bytes:
         return hashlib.sha256(os.fsencode(self.relative)).digest()
 
@@ -57,33 +45,28 @@ class SourceFile:
 def open_stdlib(path: str, cache_dir: Path) -> Documents:
     """Prepares the .py files under `path` (empty: this interpreter's standard library) once.
 
-    The result is keyed by content: an edited source is prepared anew. Raises UserError where `path`
-    is no readable directory or has too few .py files for three splits.
+    The key is a hash of the content (some 50 ms for 11 MB): an edited source is prepared anew.
+    Raises UserError where `path` is no readable directory or has too few files for three splits.
     """
     root = Path(expanded(path, "config.data.path")) if path else Path(sysconfig.get_path("stdlib"))
     files = scan(root, path)
-    content = hashlib.sha256()
-    for file in files:
-        mark = b"\0bom" if file.bom else b""
-        content.update(os.fsencode(file.relative) + b"\0" + file.sha256.encode() + mark + b"\n")
-    sha256 = content.hexdigest()
+    marks = {True: "\0bom\n", False: "\n"}
+    lines = "".join(f"{file.relative}\0{file.sha256}{marks[file.bom]}" for file in files)
+    sha256 = hashlib.sha256(os.fsencode(lines)).hexdigest()
     by_split = {split: [file for file in files if file.split == split] for split in SPLITS}
     for split, found in by_split.items():
         if not found:
-            remedy = (
-                f"its {len(files)} .py files leave the {split} split empty (files go to "
-                "train/validation/test by a hash of their path, about 90/5/5): name a directory "
-                "with more files."
-            )
+            empty = f"its {len(files)} .py files leave the {split} split empty"
+            rule = "files go to train/validation/test by a hash of their path, about 90/5/5"
+            remedy = f"{empty} ({rule}): name a directory with more files."
             raise ConfigError("data.path", path or str(root), remedy)
     key = f"stdlib-{VERSION}-{sha256[:24]}"
     fields = {"path": bytes, "text": bytes}
     splits = {s: functools.partial(_records, root, found) for s, found in by_split.items()}
-    directory = dataset_directory(cache_dir, key, "python_sources", VERSION, fields, splits)
+    home = dataset_directory(cache_dir, key, "python_sources", VERSION, fields, splits)
 
     def documents(split: str) -> Iterator[bytes]:
-        records = open_records(directory, split, len(by_split[split]))
-        return (record["text"] for record in records)
+        return (record["text"] for record in open_records(home, split, len(by_split[split])))
 
     facts = {
         "directory": str(root.resolve()),
@@ -97,32 +80,33 @@ def open_stdlib(path: str, cache_dir: Path) -> Documents:
 
 def scan(root: Path, path: str = "") -> list[SourceFile]:
     """The .py files under `root` in path order; `path` is data.path as written, for the error."""
-    shown = path or str(root)
-    default = "" if path else " This Python ships without its library's sources;"
-    remedy = default + " set data.path to a directory of .py files."
-    if not root.is_dir():
-        raise ConfigError("data.path", shown, f"is not a directory on this machine.{remedy}")
-
-    def refuse(error: OSError) -> NoReturn:
-        what = f"cannot read {error.filename}: {error.strerror}."
-        raise ConfigError("data.path", shown, what + remedy) from error
-
-    files = []
-    for folder, names, leaves in os.walk(root, onerror=refuse):
-        names[:] = [name for name in names if not _left_out(name)]  # prunes the walk
-        for leaf in ticking(leaves):
-            file = Path(folder, leaf)
-            if file.suffix.lower() != ".py" or _left_out(leaf) or not file.is_file():
-                continue
-            try:
-                data = file.read_bytes()
-            except OSError as error:
-                refuse(error)
-            relative, sha256 = file.relative_to(root).as_posix(), hashlib.sha256(data).hexdigest()
-            files.append(SourceFile(relative, len(data), sha256, data.startswith(codecs.BOM_UTF8)))
+    files, problem = [], "holds no .py file"
+    try:
+        files = sorted(_python_files(root), key=lambda file: os.fsencode(file.relative))
+    except OSError as error:
+        problem = f"cannot read {error.filename}: {error.strerror}"
     if not files:
-        raise ConfigError("data.path", shown, f"holds no .py file.{remedy}")
-    return sorted(files, key=lambda file: os.fsencode(file.relative))
+        default = "" if path else " This Python ships without its library's sources;"
+        remedy = f"{problem}.{default} set data.path to a directory of .py files."
+        raise ConfigError("data.path", path or str(root), remedy)
+    return files
+
+
+def _python_files(root: Path) -> Iterator[SourceFile]:
+    def kept(name: str) -> bool:
+        return name not in EXCLUDED and not name.startswith(EXCLUDED_PREFIXES)
+
+    def failed(error: OSError) -> NoReturn:
+        raise error
+
+    for folder, names, leaves in os.walk(root, onerror=failed):
+        names[:] = filter(kept, names)  # prunes the walk
+        for leaf in ticking(filter(kept, leaves)):
+            file = Path(folder, leaf)
+            if file.suffix.lower() == ".py" and file.is_file():
+                data = file.read_bytes()
+                sha256, bom = hashlib.sha256(data).hexdigest(), data.startswith(codecs.BOM_UTF8)
+                yield SourceFile(file.relative_to(root).as_posix(), len(data), sha256, bom)
 
 
 def _records(root: Path, files: list[SourceFile]) -> Iterator[dict[str, bytes]]:

@@ -1,25 +1,23 @@
 """The user's own text: files of plain text or JSON lines, read as a stream and never whole."""
 
-import contextlib
-import dataclasses
 import fnmatch
+import functools
 import glob
-import gzip
 import hashlib
 import json
 import os
 import stat
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from uoe_jax.data.prepared import RawFiles, Reader, lines, refuse
-from uoe_jax.data.sources.formats import BOM, Format, keys_of, look
+from uoe_jax.data.examples import Documents
+from uoe_jax.data.prepared import RawFiles, Reader, lines, readable, refuse
+from uoe_jax.data.sources.formats import BOM, keys_of, look, unpacked
 from uoe_jax.distributed import coordination
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError
-from uoe_jax.runtime_env import expanded
+from uoe_jax.runtime_env import expanded, notice
 
 VERSION = "1.0.0"  # of the rules below: raise it when documents, their split or order change
 DOCUMENT_BYTES = 64 << 10
@@ -27,140 +25,107 @@ TAKEN = (".txt", ".jsonl", ".ndjson")  # of a directory, in any case, each also 
 SHOWN = 3  # names of skipped files
 
 
-@dataclasses.dataclass(frozen=True)
-class TextFile:
-    """One file: where it is, the SHA-256 of its bytes on disk, and how they are read."""
+class TextFile(NamedTuple):
+    """A file and how it is read (`look`)."""
 
     path: Path
-    sha256: str
-    format: Format
+    sha256: str  # of its bytes on disk
+    packed: bool
+    json_lines: bool
+    bom: bool
 
     @property
     def content(self) -> tuple[str | bool, ...]:
         """All that its documents depend on."""
-        bom = ["bom"] if self.format.bom else []
-        return self.sha256, self.format.packed, self.format.json_lines, *bom
+        return self.sha256, self.packed, self.json_lines, *(["bom"] if self.bom else [])
 
 
-@dataclasses.dataclass(frozen=True)
-class TextFiles:
-    """The documents of some files, a `TextSource`.
+def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False) -> Documents:
+    """The text of a directory (.txt, .jsonl and .ndjson, also .gz, at any depth) or of a glob.
 
     A line of JSON lines is a document: its field "text", of any length; empty ones are skipped. Any
     other file is text: one document, or several of at most 64 KiB, cut at the ends of lines (inside
     a longer line, between two characters). A byte-order mark at the head of a file is dropped.
 
     The hash of a document's bytes decides its split: equal documents are in one split, and added
-    files move no document. Files are read in the order of their hashes: names do not matter.
+    files move no document. About `held_out` percent are for validation, and as many for test. Files
+    are read in the order of their hashes: names do not matter.
 
-    Attributes:
-      key: names the documents and their order; caches derived from them are keyed by it.
-      path: data.path as it was written.
-      held_out: percent of the documents for validation, and as many for test, about.
-      files: those that are not empty, in reading order.
-      facts: the record.
+    In a glob, `**` is any depth, and .json is JSON lines too. Hidden files are skipped; so are
+    other files of a directory, which process 0 prints unless `quiet`. Raises UserError where there
+    is no text or none for a split, a file is unreadable, changes or has another format, bytes are
+    not UTF-8 or a line is no document (with file and place).
     """
-
-    key: str
-    path: str
-    held_out: int
-    files: tuple[TextFile, ...]
-    facts: dict[str, Any]
-    raw: RawFiles
-
-    def documents(self, split: str) -> Iterator[bytes]:
-        """The split's documents, one by one.
-
-        Raises UserError where bytes are not UTF-8 or a line is no document (with file and place),
-        where a file cannot be read or changes, and at the end where the split is empty.
-        """
-        n_documents = n_yielded = 0
-        for file in self.files:
-            for document in _documents(file, self.raw):
-                n_documents += 1
-                if split_of(document, self.held_out) == split:
-                    n_yielded += 1
-                    yield document
-        if not n_documents:
-            remedy = f"its {len(self.files)} files hold no text: name others."
-            raise ConfigError("data.path", self.path, remedy)
-        if not n_yielded:
-            shares = f"{100 - 2 * self.held_out}/{self.held_out}/{self.held_out}"
-            remedy = (
-                f"its {n_documents} documents leave the {split} split empty (a document goes to "
-                f"train/validation/test by a hash of its content, {shares}; a text file is one "
-                "document per 64 KiB): add files, cut long ones, or raise data.held_out."
-            )
-            raise ConfigError("data.path", self.path, remedy)
-
-    def record(self) -> dict[str, Any]:
-        return self.facts
-
-
-def open_text(path: str, cache_dir: Path, held_out: int = 1, quiet: bool = False) -> TextFiles:
-    """The text of a directory (.txt, .jsonl and .ndjson, also .gz, at any depth) or of a glob.
-
-    In a glob, `**` is any depth, and .json is JSON lines too. Hidden files and directories are
-    skipped; so are other files of a directory, which process 0 prints unless `quiet`. Raises
-    UserError where there is no file, all are empty, or one is unreadable or of another format.
-    """
-    skipped: list[str] = []
-    found = find(path, skipped)
-    sizes = {file: _stat(file).st_size for file in ticking(found)}
-    full = [file for file in found if sizes[file]]
+    sizes, skipped = find(path)
+    full = [file for file, size in sizes.items() if size]
     if not full:
-        remedy = f"its {len(found)} files are all empty: name files with text."
+        remedy = f"its {len(sizes)} files are all empty: name files with text."
         raise ConfigError("data.path", path, remedy)
     formats = [look(file) for file in ticking(full)]
     if skipped and not quiet and os.environ.get(coordination.PROCESS_ID, "0") in ("", "0"):
-        n_files = len(skipped) + len(found)
-        count = f"{len(skipped)} of {n_files} files skipped ({_few(skipped)})"
+        count = f"{len(skipped)} of {len(skipped) + len(sizes)} files skipped ({_few(skipped)})"
         read = ".txt, .jsonl and .ndjson are read, also gzipped; name others by a glob"
-        print(f"uoe: data.path={path}: {count}; {read}", file=sys.stderr, flush=True)
+        notice(f"data.path={path}: {count}; {read}")
     raw = RawFiles(cache_dir)
-    hashes = raw.sha256(full)
-    named = (TextFile(*of_file) for of_file in zip(full, hashes, formats, strict=True))
-    files = sorted(named, key=lambda file: file.content)
+    named = zip(full, raw.sha256(full), formats)
+    found = [TextFile(file, sha256, *how) for file, sha256, how in named]
+    files = sorted(found, key=lambda file: file.content)
     sha256 = hashlib.sha256(json.dumps([file.content for file in files]).encode()).hexdigest()
     facts = {
         "path": path,
         "sha256": sha256,
         "n_files": len(files),
         "n_bytes": sum(sizes.values()),
-        "n_empty_files": len(found) - len(full),
+        "n_empty_files": len(sizes) - len(full),
         "n_passed_over": len(skipped),
     }
     key = f"text-{VERSION}-{sha256[:24]}" + (f"-{held_out}" if held_out != 1 else "")
-    return TextFiles(key, path, held_out, tuple(files), facts, raw)
+    return Documents(key, functools.partial(_of_split, path, files, raw, held_out), facts)
+
+
+def _of_split(
+    path: str, files: Sequence[TextFile], raw: RawFiles, held_out: int, split: str
+) -> Iterator[bytes]:
+    n_documents = n_yielded = 0
+    for file in files:
+        for document in read_text(file, raw):
+            n_documents += 1
+            if split_of(document, held_out) == split:
+                n_yielded += 1
+                yield document
+    if not n_documents:
+        raise ConfigError("data.path", path, f"its {len(files)} files hold no text: name others.")
+    if not n_yielded:
+        remedy = (
+            f"its {n_documents} documents leave the {split} split empty (a document goes to "
+            "train/validation/test by a hash of its content, "
+            f"{100 - 2 * held_out}/{held_out}/{held_out}; a text file is one document per 64 KiB): "
+            "add files, cut long ones, or raise data.held_out."
+        )
+        raise ConfigError("data.path", path, remedy)
 
 
 def split_of(document: bytes, held_out: int = 1) -> str:
-    """The split of a document by the hash of its bytes; held_out: see `TextFiles`."""
+    """The split of a document by the hash of its bytes; held_out: in percent, of each split."""
     rest = 100 - int.from_bytes(hashlib.sha256(document).digest()[:8], "big") % 100
     return "train" if rest > 2 * held_out else "validation" if rest > held_out else "test"
 
 
-def find(path: str, skipped: list[str] | None = None) -> list[Path]:
-    """The files that data.path names, in the order of their names, each once.
-
-    skipped: is given the names, below the directory, of its other files.
-    """
+def find(path: str) -> tuple[dict[Path, int], list[str]]:
+    """({file: size} of what data.path names, ordered by name; its directory's other files)."""
     if not path:
-        remedy = (
-            "set it to a directory of .txt or .jsonl files, or to a glob such as 'DIR/**/*.txt'."
-        )
+        remedy = "set it to a directory of .txt or .jsonl files, or a glob such as 'DIR/**/*.txt'."
         raise ConfigError("data.path", path, remedy)
     pattern = expanded(path, "config.data.path")
+    names: list[str] = []
+    others: list[str] = []
     if os.path.isdir(pattern):
-        names, others = [], []
         for name in _walk(pattern):
             if name.lower().removesuffix(".gz").endswith(TAKEN):
                 names.append(name)
             elif os.path.isfile(name):
                 others.append(os.path.relpath(name, pattern))
         others.sort()
-        if skipped is not None:
-            skipped += others
         there = f" but {len(others)} other files ({_few(others)})" if others else ""
         none = f"holds no .txt, .jsonl or .ndjson file (also .gz){there}"
         missing = f"{none}: name a directory that does, or others by a glob."
@@ -170,17 +135,17 @@ def find(path: str, skipped: list[str] | None = None) -> list[Path]:
             list(_walk(os.path.join(".", head)))
         whole = os.path.join(glob.escape(head), rest)
         names = [pattern] if os.path.exists(pattern) else glob.glob(whole, recursive=True)
-        missing = (
-            "is neither a directory nor a glob of files on this machine: name one of text or JSON "
-            "lines."
-        )
-    files: dict[str, Path] = {}
-    for name in sorted(names, key=os.fsencode):
-        if stat.S_ISREG(_stat(name).st_mode):
-            files.setdefault(os.path.realpath(name), Path(name))
+        missing = "is neither a directory nor a glob of files here: name one of text or JSON lines."
+    files: dict[str, tuple[Path, int]] = {}  # each once, by its real path
+    for name in ticking(sorted(names, key=os.fsencode)):
+        file = Path(name)
+        with readable(file):
+            found = os.stat(file)
+        if stat.S_ISREG(found.st_mode):
+            files.setdefault(os.path.realpath(name), (file, found.st_size))
     if not files:
         raise ConfigError("data.path", path, missing)
-    return list(files.values())
+    return dict(files.values()), others
 
 
 def _few(names: list[str]) -> str:
@@ -190,10 +155,7 @@ def _few(names: list[str]) -> str:
 
 
 def _head(pattern: str) -> tuple[str, str]:
-    """(the directory that a glob begins with, the pattern below it).
-
-    A directory that is named `fold[1]` is no pattern.
-    """
+    """(the directory that a glob begins with, which may be named `fold[1]`; the pattern below)."""
     parts = Path(pattern).parts
     for n, part in enumerate(parts):
         # As `*` does, which then means others as well.
@@ -220,19 +182,12 @@ def _walk(root: str) -> Iterator[str]:
                 yield os.path.join(folder, leaf)
 
 
-def _stat(file: str | Path) -> os.stat_result:
-    try:
-        return os.stat(file)
-    except OSError as error:
-        refuse(file, error)
-
-
-def _documents(file: TextFile, raw: RawFiles) -> Iterator[bytes]:
-    packed, json_lines, bom = file.format
-    with raw.open(file.path, file.sha256) as opened, contextlib.ExitStack() as stack:
-        reader: Reader = stack.enter_context(gzip.GzipFile(fileobj=opened)) if packed else opened
-        offset = len(reader.read(len(BOM))) if bom else 0
-        if json_lines:
+def read_text(file: TextFile, raw: RawFiles) -> Iterator[bytes]:
+    """The documents of a file."""
+    with raw.open(file.path, file.sha256) as opened:
+        reader = unpacked(opened, file.packed)
+        offset = len(reader.read(len(BOM))) if file.bom else 0
+        if file.json_lines:
             yield from _from_json_lines(reader, file.path)
         else:
             yield from _from_text(reader, file.path, offset)
@@ -242,27 +197,18 @@ def _from_text(reader: Reader, file: Path, offset: int = 0) -> Iterator[bytes]:
     """offset: of the reader, in bytes."""
     rest = b""
     while rest := rest + reader.read(DOCUMENT_BYTES + 1 - len(rest)):
-        document = rest[: _cut(rest)]
+        end = len(rest)
+        if end > DOCUMENT_BYTES:
+            # Before the first byte of a character, which at most three bytes 10xxxxxx follow.
+            ends = (e for e in range(DOCUMENT_BYTES, DOCUMENT_BYTES - 4, -1) if rest[e] >> 6 != 2)
+            end = rest.rfind(b"\n", 0, DOCUMENT_BYTES) + 1 or next(ends, DOCUMENT_BYTES)
+        document, rest = rest[:end], rest[end:]
         try:
             document.decode()
         except UnicodeDecodeError as error:
             raise _not_utf8(f"{file}, byte {offset + error.start}") from error
         yield document
-        offset += len(document)
-        rest = rest[len(document) :]
-
-
-def _cut(data: bytes) -> int:
-    """Where the first document of `data` ends; data: the rest of a file, or over DOCUMENT_BYTES."""
-    if len(data) <= DOCUMENT_BYTES:
-        return len(data)
-    if end := data.rfind(b"\n", 0, DOCUMENT_BYTES) + 1:
-        return end
-    # The byte after a cut begins a character: in UTF-8 at most three bytes 10xxxxxx follow it.
-    for end in range(DOCUMENT_BYTES, DOCUMENT_BYTES - 4, -1):
-        if data[end] & 0xC0 != 0x80:
-            return end
-    return DOCUMENT_BYTES
+        offset += end
 
 
 def _from_json_lines(reader: Reader, file: Path) -> Iterator[bytes]:

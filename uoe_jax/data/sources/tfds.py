@@ -1,22 +1,20 @@
 """Datasets by their name in TensorFlow Datasets, read from array_record without TensorFlow.
 
-The official test split is never used for validation: where a dataset has no validation split, some
-training examples are held out by the rules below. Nothing is downloaded or prepared here; a missing
-dataset is refused with the command that prepares it.
+The official test split is never used for validation: without a validation split, some training
+examples are held out. A missing dataset is refused with the command that prepares it.
 """
 
-import dataclasses
 import difflib
-import functools
 import hashlib
 import json
 import shlex
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
-from uoe_jax.data.examples import SPLITS, Documents, Example, Indexed, LabelledSource
+from uoe_jax.data.examples import SPLITS, Documents, Example, Indexed, Input, LabelledSource
 from uoe_jax.data.prepared import Records, one_line
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
@@ -26,42 +24,26 @@ CHUNK = 256  # records read at a time from a whole split
 _INSTALLED = "where tensorflow-datasets and tensorflow-cpu are installed"
 
 
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """How a dataset of labelled examples is used.
+class Labelled(NamedTuple):
+    """How a dataset of labelled examples is used; the feature of the label is 'label'."""
 
-    Attributes:
-      name: in TensorFlow Datasets.
-      n_classes: labels are below it.
-      feature: 'text' or 'image', the input; the label is 'label'.
-      shape: of every image, 0 where images differ; empty for text.
-      test: the split that is the test.
-      one_in: one of so many training examples is held out as validation.
-      last: the held-out ones are the last, as in Long Range Arena; else by `hash_order`.
-      manual: what must be downloaded by hand before it can be prepared.
-    """
-
-    name: str
+    name: str  # in TensorFlow Datasets
     n_classes: int
-    feature: str
-    shape: tuple[int, ...] = ()
+    feature: str  # of the input: 'text' or 'image'
+    shape: tuple[int, ...] = ()  # of every image, 0 where images differ
     test: str = "test"
-    one_in: int = 10
-    last: bool = False
-    manual: str = ""
+    one_in: int = 10  # one of so many training examples is held out as validation
+    last: bool = False  # the last are held out, as in Long Range Arena; else by `hash_order`
+    manual: str = ""  # what must be downloaded by hand before it can be prepared
 
 
-_ILSVRC = (
-    "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org into its "
-    "downloads/manual"
-)
+_ILSVRC = "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org"
+IMAGENET = Labelled("imagenet2012", 1000, "image", (0, 0, 3), "validation", 100, manual=_ILSVRC)
 LABELLED = {
     "imdb": Labelled("imdb_reviews/plain_text", 2, "text"),
     "cifar10": Labelled("cifar10", 10, "image", (32, 32, 3), last=True),
     "cifar100": Labelled("cifar100", 100, "image", (32, 32, 3), last=True),  # fine labels
-    "imagenet2012": Labelled(
-        "imagenet2012", 1000, "image", (0, 0, 3), "validation", 100, manual=_ILSVRC
-    ),
+    "imagenet2012": IMAGENET,
 }
 
 
@@ -82,8 +64,7 @@ def open_named(source: str, path: str) -> LabelledSource:
     n = len(train)
     n_held = max(1, n // spec.one_in)
     if n_held >= n:
-        few = f"one training example of {name} leaves none to hold out as validation"
-        raise dataset.damaged(few)
+        raise dataset.damaged(f"one training example of {name} leaves none to hold out")
     held = np.arange(n - n_held, n) if spec.last else np.sort(hash_order(spec.name, n, n_held))
     kept = np.setdiff1d(np.arange(n), held, assume_unique=True)
     every = np.arange(len(test))
@@ -97,7 +78,7 @@ def open_named(source: str, path: str) -> LabelledSource:
         "dataset": name,
         "directory": dataset.directory,
         "from": {"train": "train", "validation": "held out of train", "test": spec.test},
-        "n_examples": {split: len(examples(split)) for split in SPLITS},
+        "n_examples": {split: len(at) for split, (_, at) in splits.items()},
     }
     return LabelledSource(spec.n_classes, examples, facts)
 
@@ -105,21 +86,19 @@ def open_named(source: str, path: str) -> LabelledSource:
 def open_tfds_text(name: str, path: str) -> Documents:
     """The documents of a text dataset by its name, such as 'lm1b' or 'c4/en:3.1.0'.
 
-    They are the feature 'text', or else the only feature of text, in the order of the dataset. The
-    test is the split 'test', or else 'validation' (as results on datasets without a test split are
-    reported). The validation is 'validation' where that is not the test. A missing one is held out
-    of 'train': 1 % of it, at most 100,000 documents. The key is a hash of the dataset's name,
-    version, sizes and of these rules, not of the content. Path and errors: `open_named`.
+    They are the feature 'text', or else the only feature of text. The test is the split 'test', or
+    else 'validation' (as results on datasets without a test split are reported). A split that is
+    missing then is held out of 'train': 1 % of it, at most 100,000 documents. The key is a hash of
+    name, version, sizes and these rules, not of the content. Path and errors: `open_named`.
     """
     if not name:
         remedy = "data.source='tfds_text' needs the name of a dataset, such as 'lm1b'."
         raise ConfigError("data.name", name, remedy)
     dataset = NamedDataset("data.name", name, name, path)
-    feature, names = _text_feature(dataset), {"train": "train"}
-    if dataset.has("test"):
-        names["test"] = "test"
-    if dataset.has("validation"):
-        names["validation" if "test" in names else "test"] = "validation"
+    feature = _text_feature(dataset)
+    names = {split: split for split in SPLITS if split == "train" or split in dataset.splits}
+    if "test" not in names and "validation" in names:
+        names["test"] = names.pop("validation")
     records = {split: dataset.records(name) for split, name in names.items()}
     missing = [split for split in ("validation", "test") if split not in names]
     n = len(records["train"])
@@ -143,7 +122,8 @@ def open_tfds_text(name: str, path: str) -> Documents:
                 yield _text(of_split, i, record[feature], feature)
 
     origin = {split: names.get(split, "held out of train") for split in SPLITS}
-    sizes = {split: (len(r), dataset.n_bytes(names[split])) for split, r in records.items()}
+    n_bytes = {s: getattr(dataset.splits.get(name), "num_bytes", 0) for s, name in names.items()}
+    sizes = {split: (len(of_split), n_bytes[split]) for split, of_split in records.items()}
     content = json.dumps([VERSION, dataset.full_name, feature, sizes, origin], sort_keys=True)
     n_examples = {s: len(held[s] if s in held else records[s]) for s in SPLITS}
     n_examples["train"] -= len(order)
@@ -169,25 +149,21 @@ def _all_but(excluded: np.ndarray, n: int) -> Iterator[np.ndarray]:
 def hash_order(salt: str, n: int, k: int) -> np.ndarray:
     """int64 [k]: the first k of the indices 0 … n-1 in an order of `salt` and the index alone.
 
-    Index i is ordered by splitmix64 of i plus the first 64 bits of SHA-256 of the salt, which is
-    distinct for distinct i. Memory is O(k), where n may be hundreds of millions.
+    The order is that of splitmix64(i + the first 64 bits of SHA-256 of the salt). Memory is O(k),
+    where n may be hundreds of millions.
     """
     offset = np.uint64(int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big"))
     kept, hashes = np.zeros(0, np.int64), np.zeros(0, np.uint64)
     for start in ticking(range(0, n, 1 << 20)):
-        fresh = np.arange(start, min(n, start + (1 << 20)))
-        fresh_hashes = _splitmix64(fresh.astype(np.uint64) + offset)
-        if len(kept) == k:  # sort only what can be among the first: a pass at memory speed
-            below = fresh_hashes < np.max(hashes, initial=0)
-            fresh, fresh_hashes = fresh[below], fresh_hashes[below]
-        kept, hashes = np.concatenate([kept, fresh]), np.concatenate([hashes, fresh_hashes])
-        first = np.argsort(hashes)[:k]
+        kept = np.append(kept, np.arange(start, min(n, start + (1 << 20))))
+        hashes = _splitmix64(kept.astype(np.uint64) + offset)
+        first = np.argpartition(hashes, min(k, len(kept) - 1))[:k]
         kept, hashes = kept[first], hashes[first]
-    return kept
+    return kept[np.argsort(hashes)]
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """Vigna's mixing of uint64 (public domain), modulo 2^64."""
+    """Vigna's mixing of uint64 (public domain), modulo 2^64; distinct for distinct x."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -195,20 +171,13 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 class NamedDataset:
-    """A dataset in a directory of TensorFlow Datasets (imports it, half a second).
-
-    Attributes:
-      full_name: with configuration and version.
-      directory: where its files are.
-      features: what it says of them, by name.
-    """
+    """A dataset in a directory of TensorFlow Datasets (imports it, half a second)."""
 
     def __init__(self, key: str, value: str, name: str, path: str, manual: str = "") -> None:
-        """key, value: of the configuration, for errors. name, path: as in `open_tfds_text`."""
+        """key, value: of the configuration, for errors."""
         import tensorflow_datasets as tfds
-        from etils import epath
 
-        self.key, self.value, self._name, self._manual = key, value, name, manual
+        self._key, self._value, self._manual = key, value, manual
         where = path or "TensorFlow Datasets' own directory"
         data_dir = f" --data_dir={shlex.quote(path)}" if path else ""
         build = f"tfds build {name} --file_format=array_record{data_dir}"
@@ -220,16 +189,13 @@ class NamedDataset:
             base = name.split("/")[0].split(":")[0]
             known = tfds.list_builders(with_community_datasets=False)
             near = difflib.get_close_matches(base, known, n=1, cutoff=0.0)[0]
-            raise self.refusal(
-                f"is not prepared in {where}, nor a dataset that can be known without TensorFlow: "
-                f"did you mean {near!r}? Else prepare it {self._prepare}."
-            ) from error
+            unknown = f"is not prepared in {where}, nor known without TensorFlow"
+            remedy = f"did you mean {near!r}? Else prepare it {self._prepare}."
+            raise self.refusal(f"{unknown}: {remedy}") from error
         except Exception as error:  # an unknown configuration or version, damaged files
-            raise self.refusal(
-                f"TensorFlow Datasets cannot open it in {where} ({one_line(error)}): "
-                f"{self._choose} Or, if its files there are damaged, delete them and prepare it "
-                f"again, {self._prepare}."
-            ) from error
+            bad = f"TensorFlow Datasets cannot open it in {where} ({one_line(error)})"
+            again = f"if its files are damaged, delete them and prepare it again, {self._prepare}."
+            raise self.refusal(f"{bad}: {self._choose} Or, {again}") from error
         self.directory = str(self._builder.data_dir)
         self._exists = epath.Path(self.directory).exists()
         if self._exists:  # its files may differ from what this release of tfds says of them
@@ -237,20 +203,14 @@ class NamedDataset:
                 self._builder = tfds.builder_from_directory(self.directory)
             except Exception as error:
                 raise self._unreadable(error) from error
-        self.full_name = self._builder.info.full_name
-        self.features = dict(self._builder.info.features)
-
-    def has(self, split: str) -> bool:
-        return split in self._builder.info.splits
-
-    def n_bytes(self, split: str) -> int:
-        return self._builder.info.splits[split].num_bytes if self.has(split) else 0
+        info = self._builder.info
+        self.full_name = info.full_name  # with configuration and version
+        self.features, self.splits = info.features, info.splits  # by name
 
     def records(self, split: str) -> Records:
         """Raises UserError where the split is missing, empty, or not array_record."""
-        splits = self._builder.info.splits
-        if splits and split not in splits:
-            has = f"{self.full_name} has no split {split!r}, only {', '.join(splits)}"
+        if self.splits and split not in self.splits:
+            has = f"{self.full_name} has no split {split!r}, only {', '.join(self.splits)}"
             raise self.refusal(f"{has}: {self._choose}")
         try:
             source = self._builder.as_data_source(split=split)
@@ -267,55 +227,50 @@ class NamedDataset:
         return UserError(f"{self.directory}: {what}: {remedy}")
 
     def refusal(self, remedy: str) -> ConfigError:
-        return ConfigError(self.key, self.value, remedy)
+        return ConfigError(self._key, self._value, remedy)
 
     def _unreadable(self, error: Exception) -> UserError:
         if not self._exists:
-            first = f"put {self._manual}, then " if self._manual else ""
-            remedy = f"{first}prepare it {self._prepare}."
-            return self.refusal(f"is not prepared in {self.directory}: {remedy}")
+            manual = f"put {self._manual} into its downloads/manual, then " if self._manual else ""
+            missing = f"is not prepared in {self.directory}"
+            return self.refusal(f"{missing}: {manual}prepare it {self._prepare}.")
         if isinstance(error, NotImplementedError):
+            other = f"is prepared in {self.directory}, but not as array_record, for access by index"
             place = f"--dataset_version_dir={shlex.quote(self.directory)}"
-            return self.refusal(
-                f"is prepared in {self.directory}, but not as array_record, which reading by index "
-                f"takes: add that with `tfds convert_format {place} "
-                f"--out_file_format=array_record` {_INSTALLED}."
-            )
+            convert = f"`tfds convert_format {place} --out_file_format=array_record`"
+            return self.refusal(f"{other}: add that with {convert} {_INSTALLED}.")
         return self.damaged(f"the prepared dataset cannot be read ({one_line(error)})")
 
 
 def _example(records: Records, i: int, spec: Labelled) -> Example:
-    """Raises UserError for a record that is damaged or not what the dataset promises."""
     record = records[i]
-    read = functools.partial(_image, shape=spec.shape) if spec.shape else _text
-    data = read(records, i, record[spec.feature], spec.feature)
-    label = np.asarray(record["label"])
-    is_label = not label.ndim and label.dtype.kind in "iu"
-    if not (is_label and 0 <= label < spec.n_classes):
+    value, label = record[spec.feature], np.asarray(record["label"])
+    if spec.shape:
+        data: Input = _image(records, i, value, spec)
+    else:
+        data = _text(records, i, value, spec.feature)
+    if label.ndim or label.dtype.kind not in "iu" or not 0 <= label < spec.n_classes:
         wanted = f"where 0 to {spec.n_classes - 1} is expected"
         raise records.wrong(i, f"has the label {label.tolist()!r} {wanted}")
     return Example((data,), int(label))
 
 
-def _image(
-    records: Records, i: int, value: Any, feature: str, shape: tuple[int, ...]
-) -> np.ndarray:
+def _image(records: Records, i: int, value: Any, spec: Labelled) -> np.ndarray:
     image = np.asarray(value)
-    fits = all(want in (0, got) for want, got in zip(shape, image.shape))
-    if image.ndim != len(shape) or not fits or image.dtype != np.uint8 or not image.size:
-        wanted = f"uint8 [{','.join(str(size or 'any') for size in shape)}]"
+    fits = all(want in (0, got) for want, got in zip(spec.shape, image.shape))
+    if image.ndim != len(spec.shape) or not fits or image.dtype != np.uint8 or not image.size:
+        wanted = f"uint8 [{','.join(str(size or 'any') for size in spec.shape)}]"
         found = f"{image.dtype} {list(image.shape)}"
-        raise records.wrong(i, f"has {found} where {wanted} is expected in {feature!r}")
+        raise records.wrong(i, f"has {found} where {wanted} is expected in {spec.feature!r}")
     return image
 
 
 def _text(records: Records, i: int, value: Any, feature: str) -> bytes:
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")
-    if not isinstance(value, bytes):
-        found = f"has {type(value).__name__} where text is expected in {feature!r}"
-        raise records.wrong(i, found)
-    return value
+    raise records.wrong(i, f"has {type(value).__name__} where text is expected in {feature!r}")
 
 
 def _text_feature(dataset: NamedDataset) -> str:

@@ -23,43 +23,46 @@ def open_wikitext103(path: str, cache_dir: Path) -> Documents:
     """The articles of the archive in the directory `path`, or of its unpacked files there.
 
     Those of a split put together are its file (the paper counts 28,475, 60 and 60). Raises
-    UserError where something is missing or unreadable; while documents are read also where the file
-    changed, is damaged or has no article.
+    UserError where a file is missing, unreadable, changed or damaged, or has no article.
     """
     origin, raw = _locate(path), RawFiles(cache_dir)
     is_archive = origin.is_file()
+    folder = f"{FOLDER}/" if is_archive else ""
+    names = {split: folder + member for split, member in MEMBERS.items()}
+    files = {split: origin / name for split, name in names.items()}
     if is_archive:
-        (sha256,) = raw.sha256([origin])
         with readable(origin):
             try:
                 with zipfile.ZipFile(origin) as archive:
                     sizes = {info.filename: info.file_size for info in archive.infolist()}
             except zipfile.BadZipFile as error:
                 raise _broken(origin, f"no whole zip archive ({error})") from error
-        names = {split: f"{FOLDER}/{member}" for split, member in MEMBERS.items()}
     else:
-        names, files = MEMBERS, {split: origin / member for split, member in MEMBERS.items()}
         sizes = {file.name: file.stat().st_size for file in files.values() if file.is_file()}
     for name in names.values():
         if name not in sizes:
             raise _broken(origin, f"without {name}")
         if not sizes[name]:
             raise _broken(origin, f"without text in {Path(name).name}")
-    if not is_archive:
+    if is_archive:
+        (sha256,) = raw.sha256([origin])
+    else:
         hashes, sha256 = raw.hashes(files)
 
     def documents(split: str) -> Iterator[bytes]:
         if is_archive:
-            return _articles(origin, _from_archive(origin, sha256, names[split]))
-        return _articles(origin, _from_file(files[split], hashes[split], raw))
+            yield from _articles(origin, _from_archive(origin, sha256, names[split]))
+        else:
+            with raw.open(files[split], hashes[split]) as reader:
+                yield from _articles(origin, lines(reader, files[split]))
 
     n_bytes = {split: sizes[name] for split, name in names.items()}
     facts = {"directory": str(origin.resolve()), "sha256": sha256, "n_bytes": n_bytes}
     return Documents(f"wikitext103-{VERSION}-{sha256[:24]}", documents, facts)
 
 
-def _from_archive(archive: Path, sha256: str, name: str) -> Iterator[bytes]:
-    """The lines of a member."""
+def _from_archive(archive: Path, sha256: str, name: str) -> Iterator[tuple[int, bytes]]:
+    """The numbered lines of a member."""
     with readable(archive), open(archive, "rb") as file:
         if digest_of(file) != sha256:
             raise changed(archive)
@@ -68,27 +71,22 @@ def _from_archive(archive: Path, sha256: str, name: str) -> Iterator[bytes]:
             with zipfile.ZipFile(file) as opened, opened.open(name) as text:
                 assert isinstance(text, zipfile.ZipExtFile)  # opened for reading
                 reader = io.BufferedReader(text, 1 << 20)  # zipfile's own readline is slow
-                yield from (line for _, line in lines(reader, archive / name))
-        # RuntimeError: encrypted.
+                yield from lines(reader, archive / name)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            # RuntimeError: encrypted.
             raise _broken(archive, f"damaged in {name} ({error})") from error
 
 
-def _from_file(file: Path, sha256: str, raw: RawFiles) -> Iterator[bytes]:
-    with raw.open(file, sha256) as reader:
-        yield from (line for _, line in lines(reader, file))
-
-
-def _articles(origin: Path, text: Iterable[bytes]) -> Iterator[bytes]:
-    """Cuts lines into articles at each title but the first; what precedes that belongs to it.
+def _articles(origin: Path, text: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
+    """Cuts numbered lines at each title but the first; what precedes that belongs to it.
 
     A title is a line ` = Title = ` (sections have `= =`) between two blank lines: the training text
     has hundreds of lines of that form, from tables and formulas, in the middle of a paragraph.
     """
     article: list[bytes] = []
     titled, blank_before = False, True
-    for line, after in itertools.pairwise(itertools.chain(text, [b""])):
-        if not article and not titled and line.startswith(codecs.BOM_UTF8):
+    for (number, line), (_, after) in itertools.pairwise(itertools.chain(text, [(0, b"")])):
+        if number == 1 and line.startswith(codecs.BOM_UTF8):
             raise _broken(origin, "changed, with a byte-order mark at the head of a file")
         bare = line.strip()
         is_title = bare.startswith(b"= ") and bare.endswith(b" =") and len(bare) > 4
@@ -107,13 +105,10 @@ def _articles(origin: Path, text: Iterable[bytes]) -> Iterator[bytes]:
 def _locate(path: str) -> Path:
     """The archive, or the directory of the unpacked files."""
     root = manual_dir(path)
-    if root.is_file():
-        return root
-    if (root / ARCHIVE).is_file():
-        return root / ARCHIVE
-    for folder in (root, root / FOLDER):
-        if any((folder / member).exists() for member in MEMBERS.values()):
-            return folder
+    found = [file for file in (root, root / ARCHIVE) if file.is_file()]
+    found += [f for f in (root, root / FOLDER) if any((f / m).exists() for m in MEMBERS.values())]
+    if found:
+        return found[0]
     remedy = (
         f"download {ARCHIVE} ({ARCHIVE_BYTES:,} bytes, from wikitext.smerity.com; not "
         "wikitext-103-v1.zip, which has <unk> for rare words), put it into "
