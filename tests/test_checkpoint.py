@@ -263,8 +263,9 @@ def test_an_older_format_is_refused(tmp_path):
 
 SAVE_FOR_EVER = """
 import itertools, sys
-sys.path.insert(0, {repository!r})
-from tests.test_checkpoint import CheckpointStore, bits_state
+sys.path[:0] = [{repository!r}, {repository!r} + "/tests"]
+from saved_states import bits_state
+from uoe_jax.train.checkpoint import CheckpointStore
 store = CheckpointStore({workdir!r})
 start = (store.latest_step() or 0) + 1
 for step in itertools.count(start):
