@@ -61,7 +61,7 @@ def test_round_trip_is_bit_exact(tmp_path):
     with CheckpointStore(tmp_path) as store:
         assert store.latest_step() == 7
         assert_same_bits(store.restore(7, abstract(state)), state)
-        found = store.metadata(7)
+        found = metadata.read_metadata(store.directory / "7")
     assert found["config"] == {"model": {"k": 4, "gate": "sigmoid"}}
     assert found["format_version"] == metadata.FORMAT_VERSION
     assert found["versions"]["jax"] == jax.__version__
@@ -263,8 +263,9 @@ def test_an_older_format_is_refused(tmp_path):
 
 SAVE_FOR_EVER = """
 import itertools, sys
-sys.path.insert(0, {repository!r})
-from tests.test_checkpoint import CheckpointStore, bits_state
+sys.path[:0] = [{repository!r}, {repository!r} + "/tests"]
+from saved_states import bits_state
+from uoe_jax.train.checkpoint import CheckpointStore
 store = CheckpointStore({workdir!r})
 start = (store.latest_step() or 0) + 1
 for step in itertools.count(start):

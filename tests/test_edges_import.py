@@ -18,7 +18,7 @@ from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.exchange.plan_import import plan
 from uoe_jax.exchange.tensors import Tensor, Tensors, write
 from uoe_jax.train.checkpoint import CheckpointStore
-from uoe_jax.train.start import check_init_from
+from uoe_jax.train.restore import check_init_from
 
 BASE = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, hidden_act="silu",

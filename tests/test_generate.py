@@ -19,8 +19,7 @@ from uoe_jax.data.tokenizers.base import ByteTokenizer
 from uoe_jax.errors import UserError
 from uoe_jax.infer import command
 from uoe_jax.infer.experts import all_experts, choices
-from uoe_jax.infer.growing import GrowingText
-from uoe_jax.infer.sample import Sampler, pick
+from uoe_jax.infer.sample import GrowingText, Sampler, pick
 from uoe_jax.train.restore import restored
 
 CUT = dict(n_experts=4, k=2, capacity_window=32, capacity_factor=0.75)

@@ -245,10 +245,9 @@ def test_compilation_and_long_evaluations_are_shown(monkeypatch):
     progress = Progress(0, stream=stream)
     with progress.compiling("the train step"):
         now[0] = 12.34
-    show = progress.counting("evaluation", 400)
     for done in range(1, 101):
         now[0] += 0.25
-        show(done)
+        progress.count("evaluation", done, 400)
     assert stream.getvalue().splitlines() == [
         "compiling the train step …",
         "compiled the train step in 12.3 s",

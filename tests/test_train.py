@@ -28,7 +28,7 @@ from helpers import (
 from uoe_jax.config import from_dict
 from uoe_jax.data.tokenizers.load import ByteTokenizer
 from uoe_jax.train.loop import Clock
-from uoe_jax.train.summary import sample_prompt
+from uoe_jax.train.main import sample_prompt
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """`uoe generate`: prompts from the command line, a file or a terminal, and their continuations."""
 
 import argparse
+import bisect
 import dataclasses
 import json
 import re
@@ -22,33 +23,29 @@ _LINES = "start it in a terminal, or send it lines"
 def configured(options: argparse.Namespace, config: Config) -> Config:
     """The run's configuration with the options for sampling and experts; UserError for bad ones."""
     values = config_lib.to_dict(config)
-    for name, _, _ in config_lib.leaves(config_lib.GenerateConfig()):
-        text = getattr(options, name)
-        if text is not None:
+    for name in values["generate"]:
+        if (text := getattr(options, name)) is not None:
             values["generate"][name] = config_lib.parse_value(f"generate.{name}", text)
     config = dataclasses.replace(config, generate=config_lib.from_dict(values).generate)
     if config.model.task != "language":
         remedy = "gives classes and no text; use uoe eval"
         raise ConfigError("config.model.task", config.model.task, remedy)
+    problem, batch = "", options.batch
     given = [f"--{name}" for name in ("prompt", "prompts", "chat") if getattr(options, name)]
     if len(given) > 1:
-        problem = "prompts come from one place; give one of these"
-        raise UserError(f"{given[0]} and {given[1]}: {problem}")
-    if options.out and not options.prompts:
-        problem = "is for --prompts=FILE; a single text goes to the screen"
-        raise UserError(f"--out={options.out}: {problem}")
-    if "" in options.stop:
-        problem = "an empty string ends every text before it begins"
-        raise UserError(f"--stop: {problem}; give one with characters, or leave it out")
-    if not (options.batch.isdecimal() and 0 < int(options.batch) < 1_000_000):
-        batch = config_lib.printable(options.batch)
-        raise UserError(f"--batch={batch}: give a whole number from 1 on")
-    if options.experts is None:
-        return config
-    found = choices(config, options.experts)
+        problem = f"{given[0]} and {given[1]}: prompts come from one place; give one of these"
+    elif options.out and not options.prompts:
+        problem = f"--out={options.out}: is for --prompts=FILE; a single text goes to the screen"
+    elif "" in options.stop:
+        remedy = "give one with characters, or leave it out"
+        problem = f"--stop: an empty string ends every text before it begins; {remedy}"
+    elif not (batch.isdecimal() and 0 < int(batch) < 1_000_000):
+        problem = f"--batch={config_lib.printable(batch)}: give a whole number from 1 on"
+    found = [config] if problem or options.experts is None else choices(config, options.experts)
     if len(found) > 1:
-        problem = "a text is written with one K; give one number"
-        raise UserError(f"--experts={options.experts}: {problem}")
+        problem = f"--experts={options.experts}: a text is written with one K; give one number"
+    if problem:
+        raise UserError(problem)
     return found[0]
 
 
@@ -87,8 +84,7 @@ def run_generate(options: argparse.Namespace, config: Config) -> None:
 def read_prompts(name: str) -> dict[int, str]:
     """The prompts of a file by line number, from 1: its lines, or "prompt" of its JSON lines.
 
-    A file has JSON lines by its name or by its first line. Empty lines are left out. UserError
-    where it cannot be read or holds none; or, with its line, where one is no prompt.
+    A file has JSON lines by its name or by its first line. Empty lines are left out.
     """
     wanted = 'give text, one prompt a line, or JSON lines of {"prompt": "…"}'
     try:
@@ -103,8 +99,7 @@ def read_prompts(name: str) -> dict[int, str]:
     found = {number: line for number, line in numbered if line.strip()}
     first = json_of(next(iter(found.values()), ""))
     if name.lower().endswith(JSON_LINES) or isinstance(first, dict):
-        where = f"--prompts={name}: line"
-        found = {number: _prompt_of(line, f"{where} {number}") for number, line in found.items()}
+        found = {n: _prompt_of(line, f"--prompts={name}: line {n}") for n, line in found.items()}
     else:
         whole = json_of(text) if text.lstrip().startswith(("{", "[")) else None
         parts = [whole, *whole] if isinstance(whole, list) else [whole]
@@ -129,19 +124,15 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _write(out: str | None, completions: list[Any]) -> None:
-    if not coordination.is_process_zero():
-        return
     # JSON is UTF-8; where the screen is not, other characters are escaped.
-    escaped = not out and not takes_utf8(sys.stdout)
-    found = [
-        {"prompt": c.prompt, "text": c.followed, "tokens": c.n_tokens, "ended": c.ended}
-        for c in completions
-    ]
-    lines = "".join(json.dumps(one, ensure_ascii=escaped) + "\n" for one in found)
-    if out:
+    escaped, lines = not out and not takes_utf8(sys.stdout), ""
+    for c in completions:
+        one = {"prompt": c.prompt, "text": c.followed, "tokens": c.n_tokens, "ended": c.ended}
+        lines += json.dumps(one, ensure_ascii=escaped) + "\n"
+    if not out:
+        _show(lines)
+    elif coordination.is_process_zero():
         write_out(out, lines)
-    else:
-        print(lines, end="", flush=True)
 
 
 def _show(text: str) -> None:
@@ -156,34 +147,29 @@ def _say(text: str) -> None:
 
 def _full(sampler: Any) -> str:
     """Why a text ended before --max_tokens."""
-    config = sampler.config
-    context, limit = config.model.context_length, config.generate.max_tokens
+    context, limit = sampler.config.model.context_length, sampler.config.generate.max_tokens
     return f"the context of {context} tokens was full before --max_tokens={limit}"
 
 
 def _one(sampler: Any, options: argparse.Namespace) -> None:
-    """Shows the one prompt and its continuation, token by token."""
+    """Shows the one prompt and its continuation, token by token or (no_stream) at once."""
     prompt = sampler.config.generate.prompt
+    sampler.encoded(prompt)  # a prompt that cannot be continued is not shown
     if options.no_stream:
         completion = sampler.complete([prompt], options.stop)[0]
         _show(completion.text)
     else:
-        sampler.encoded(prompt)  # a prompt that cannot be continued is not shown
         _show(prompt)
         completion = sampler.complete([prompt], options.stop, show=lambda _, text: _show(text))[0]
     _show("\n")
     limit = f"limit of {completion.n_tokens} tokens"
-    if completion.cut:
-        limit += f": {_full(sampler)}"
+    limit += f": {_full(sampler)}" if completion.cut else ""
     ends = {"document": "end of document", "stop": "stop string", "limit": limit}
     _say(ends[completion.ended])
 
 
 def chat(sampler: Any, stops: list[str], lines: TextIO) -> None:
-    """Continues the text so far with every line from the terminal, raw; an empty line ends it.
-
-    Where the text no longer fits the context, its beginning is dropped, with a notice.
-    """
+    """Continues the text so far with every line from the terminal, raw; an empty line ends it."""
     if coordination.are_several():
         remedy = "start this once, and not by srun or its like"
         raise UserError(f"--chat: one terminal works with one process; {remedy}")
@@ -212,28 +198,17 @@ def fitting(sampler: Any, text: str) -> str:
     """The end of a text that leaves room in the context: max_tokens, at most a quarter of it."""
     context = sampler.config.model.context_length
     room = max(1, context - 1 - min(sampler.config.generate.max_tokens, max(1, context // 4)))
-    if len(sampler.tokenizer.encode(text)) <= room:
-        return text
-    low, high = 0, len(text)  # characters to drop, by bisection
-    while low < high:
-        middle = (low + high) // 2
-        if len(sampler.tokenizer.encode(text[middle:])) <= room:
-            high = middle
-        else:
-            low = middle + 1
-    return text[low:]
+    fits = lambda dropped: len(sampler.tokenizer.encode(text[dropped:])) <= room  # noqa: E731
+    return text if fits(0) else text[bisect.bisect_left(range(len(text)), True, key=fits) :]
 
 
 def _report(sampler: Any, step: int) -> None:
     from uoe_jax.costs.memory import cache_bytes
 
     m, cache = sampler.config.model, sampler.cache_bytes
-    rate = "too few tokens to time"
-    if sampler.timed:
-        rate = f"{sampler.timed / sampler.seconds:.1f} tokens/s once compiled"
-    unions = m.unions().items()
-    experts = "".join(f"{r.k} of {r.n_experts} experts in {name}; " for name, r in unions)
-    _say(f"step {step}: {experts}{rate}")
+    parts = [f"{r.k} of {r.n_experts} experts in {name}" for name, r in m.unions().items()]
+    rate = f"{sampler.timed / sampler.seconds:.1f} tokens/s once compiled" if sampler.timed else ""
+    _say(f"step {step}: " + "; ".join([*parts, rate or "too few tokens to time"]))
     if cache:
         dense = cache_bytes(m, rows=1, dense=True)
         share = f"{cache / dense:.2f} of the {dense / 1e3:.1f} kB of dense attention"

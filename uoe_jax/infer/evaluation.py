@@ -24,9 +24,8 @@ from uoe_jax.workdir import check_record
 def run_eval(options: argparse.Namespace, config: Config) -> None:
     """Prints the measures of a split; UserError for data or experts that are not the run's."""
     split, experts = options.split, options.experts
-    config, data = agreed_data(
-        config, options.workdir, step=options.step, split=split, experts=experts
-    )
+    given = {"step": options.step, "split": split, "experts": experts}
+    config, data = agreed_data(config, options.workdir, **given)
     coordination.on_process_zero(lambda: check_record(options.workdir, data.record, store=False))
     per_word = coordination.on_process_zero(lambda: targets_per_word(config, data, split))
     name = "test" if split == "test" else "eval"
@@ -41,9 +40,9 @@ def run_eval(options: argparse.Namespace, config: Config) -> None:
                 line["experts"] = {block: routing.k for block, routing in c.model.unions().items()}
                 line["forward_flops_per_token"] = forward_flops_per_token(c.model)
             if per_word is not None:
-                loss = found[f"{name}/loss"]
-                found[f"{name}/perplexity"] = _exp(loss)
-                found[f"{name}/perplexity_per_word"] = _exp(loss * per_word)
+                loss, most = found[f"{name}/loss"], 700.0  # JSON has no infinity
+                found[f"{name}/perplexity"] = math.exp(min(loss, most))
+                found[f"{name}/perplexity_per_word"] = math.exp(min(loss * per_word, most))
             if coordination.is_process_zero():
                 print(json.dumps({**line, **found}), flush=True)
 
@@ -55,8 +54,3 @@ def targets_per_word(config: Config, data: DataBundle, split: str) -> float | No
     documents = text_source(config.data, default_cache_dir(), quiet=True).documents(split)
     words = sum(len(document.split()) for document in ticking(documents))
     return data.record["n_targets"][split] / max(words, 1)
-
-
-def _exp(x: float) -> float:
-    """A finite exp, as JSON has no infinity."""
-    return math.exp(min(x, 700.0))

@@ -2,17 +2,15 @@
 
 import dataclasses
 import re
+from typing import Any
 
-from uoe_jax.config.schema import Config, RoutingConfig
+from uoe_jax.config.schema import Config
 from uoe_jax.config.validate import check_model
 from uoe_jax.errors import UserError
 
 
 def with_experts(config: Config, k: dict[str, int]) -> Config:
-    """The configuration with another K in the blocks named ("smha", "uome"); slots follow.
-
-    UserError for a block that the model lacks, a K beyond its N, or a gate that excludes K.
-    """
+    """The configuration with another K in the blocks named ("smha", "uome"); slots follow."""
     unions = config.model.unions()
     for name, value in k.items():
         if name not in unions:
@@ -23,8 +21,7 @@ def with_experts(config: Config, k: dict[str, int]) -> Config:
         if not 1 <= value <= n:
             remedy = "give a number from 1 to that"
             raise UserError(f"--experts={value}: {name} has {n} experts; {remedy}")
-    changed = {name: dataclasses.replace(unions[name], k=value) for name, value in k.items()}
-    found = _with_routing(config, changed)
+    found = _with_routing(config, {name: {"k": value} for name, value in k.items()})
     check_model(found.model)
     return found
 
@@ -32,26 +29,22 @@ def with_experts(config: Config, k: dict[str, int]) -> Config:
 def all_experts(config: Config) -> Config:
     """All experts for every patch, with slots for all: the dense model, if gates weigh alike."""
     unions = config.model.unions()
-    found = with_experts(config, {name: routing.n_experts for name, routing in unions.items()})
-    changed = {
-        name: dataclasses.replace(r, capacity_factor=max(1.0, r.capacity_factor))
-        for name, r in found.model.unions().items()
-    }
-    return _with_routing(found, changed)
+    found = with_experts(config, {name: r.n_experts for name, r in unions.items()})
+    slots = {name: {"capacity_factor": max(1.0, r.capacity_factor)} for name, r in unions.items()}
+    return _with_routing(found, slots)
 
 
-def _with_routing(config: Config, changed: dict[str, RoutingConfig]) -> Config:
-    """The configuration with another routing of the blocks named ("smha", "uome")."""
+def _with_routing(config: Config, changed: dict[str, dict[str, Any]]) -> Config:
+    """The configuration with these values in the routing of the blocks named."""
     m = config.model
-    smha, uome = changed.get("smha", m.smha), changed.get("uome", m.uome)
-    return dataclasses.replace(config, model=dataclasses.replace(m, smha=smha, uome=uome))
+    new = {name: dataclasses.replace(getattr(m, name), **v) for name, v in changed.items()}
+    return dataclasses.replace(config, model=dataclasses.replace(m, **new))
 
 
 def choices(config: Config, text: str) -> list[Config]:
     """A configuration for each K of `--experts`: '2', 'smha=3,uome=4', or (in eval) '1..4'."""
     unions = config.model.unions()
-    numbers = re.fullmatch(r"(\d{1,6})(?:\.\.(\d{1,6}))?", text)
-    if numbers:
+    if numbers := re.fullmatch(r"(\d{1,6})(?:\.\.(\d{1,6}))?", text):
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
         if first > last:
             raise UserError(f"--experts={text}: the range must ascend, such as 1..4")

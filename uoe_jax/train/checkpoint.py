@@ -8,13 +8,13 @@ displace the best checkpoint.
 
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Callable, Mapping, Self
 
 import jax
 from etils import epath
@@ -29,7 +29,6 @@ from uoe_jax.train.orbax_writer import is_no_space, open_writer
 from uoe_jax.workdir import checkpoint_path, is_remote
 
 log = logging.getLogger(__name__)
-
 SPACE_MARGIN = 1.1  # file metadata and chunk padding; the state itself hardly compresses
 
 
@@ -37,18 +36,9 @@ class CheckpointStore:
     """The checkpoints of one workdir. One writer a directory; all processes make every call.
 
     Args:
-      workdir: the run's directory, local or `gs://`.
-      keep_latest: how many of the newest checkpoints stay (at least 1); older ones are deleted once
-        a new one is committed.
-      keep_best: how many of those with the lowest metrics["loss"] stay as well.
-      write_bytes: host memory for writing, more than the largest leaf's; None: no limit.
+      keep_latest, keep_best: how many stay of the newest, and of those with the lowest loss.
       read_only: for evaluation and export: changes nothing, also not what a run is writing.
-
-    Attributes:
-      pinned: a step that is kept besides the latest and the best, or None.
-
-    Raises:
-      UserError: the directory cannot be written, or (read_only) is not there.
+      write_bytes: host memory for writing, more than the largest leaf's; None: no limit.
     """
 
     def __init__(
@@ -62,28 +52,24 @@ class CheckpointStore:
         if keep_latest < 1:
             remedy = "must be at least 1, or nothing could be resumed"
             raise ConfigError("checkpoint.keep_latest", keep_latest, remedy)
-        if keep_best < 0:
-            raise ConfigError("checkpoint.keep_best", keep_best, "must be 0 or more")
         # Absolute: Orbax refuses a relative path after it has made directories there.
         root = checkpoint_path(workdir)
         self._remote = is_remote(root)
         self.directory, self._damaged = root / "checkpoints", root / "damaged"
         self._read_only, self._keep_latest, self._keep_best = read_only, keep_latest, keep_best
-        # (Step, loss, bytes) of the save that may not have ended.
-        self._in_flight: tuple[int, float | None, int] | None = None
+        self.pinned: int | None = None  # a step that stays as well
+        self._in_flight: tuple[int, float | None, int] | None = None  # step, loss, bytes of a save
+        self._losses: dict[int, float | None] = {}  # of the committed steps
         self._deleter = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._deletions: list[concurrent.futures.Future[None]] = []
-        self._closed = False
         on_all(self._open_directory)
         self._orbax = open_writer(self.directory, read_only, write_bytes)
-        self._losses: dict[int, float | None] = {}  # of the committed steps
         self._read_list()
-        self.pinned: int | None = None
 
     def _read_list(self) -> None:
         """Reads which checkpoints there are; in process 0, as no two look at the same moment."""
-        found = on_process_zero(lambda: [*metadata_lib.list_checkpoints(self.directory).items()])
-        self._losses = dict(found)
+        found = metadata_lib.list_checkpoints
+        self._losses = dict(on_process_zero(lambda: [*found(self.directory).items()]))
 
     def _open_directory(self) -> None:
         if self._read_only:
@@ -104,30 +90,21 @@ class CheckpointStore:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Starts to write `state` as the checkpoint of `step`; waits for the save before this one.
+        """Starts to write a tree of jax.Array as the checkpoint of `step`; waits for the last save.
 
         Returns once the buffers are copied and may be donated; False, with a warning, where there
-        is a checkpoint of this step already.
-
-        Args:
-          state: a pytree of jax.Array (typed PRNG keys too), none of size 0.
-          metrics: a finite metrics["loss"] makes this checkpoint a candidate for the best.
-          metadata: JSON values to keep, such as the configuration; secrets are left out.
-
-        Raises:
-          BadNumbers: a floating leaf is not finite; nothing was written.
-          RunError: no space for this checkpoint, or the save before this one failed.
-          UserError: an array of size 0.
-          ValueError: a leaf that is no jax.Array, a negative step, a reserved metadata key.
+        is a checkpoint of this step already. A finite metrics["loss"] makes it a candidate for the
+        best. metadata: JSON values to keep; secrets are left out.
         """
-        self._check_writable()
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if self._read_only:
+            raise ValueError("this CheckpointStore was opened with read_only=True")
+        if type(step) is not int or step < 0:
             raise ValueError(f"step must be an int of 0 or more, not {step!r}")
         metadata = dict(metadata or {})
         if reserved := sorted(set(metadata) & set(metadata_lib.RESERVED)):
             raise ValueError(f"metadata keys {reserved} are this module's own")
-        leaves = metadata_lib.describe(state)
         nbytes = verify.check_storable(state)
+        leaves = metadata_lib.describe(state)
         self.wait()
         if step in self.steps():
             log.warning("%s: holds a checkpoint of step %d already", self.directory, step)
@@ -135,14 +112,14 @@ class CheckpointStore:
         words, not_finite = fingerprints(state)
         if not_finite:
             more = f" and {len(not_finite) - 1} more are" if len(not_finite) > 1 else " is"
-            raise BadNumbers(
-                f"{not_finite[0]}{more} not finite at step {step}, so no checkpoint of it was "
-                "written; lower config.optimizer.learning_rate and use a new --workdir "
-                f"({self._resumes_from()})"
-            )
+            problem = f"{not_finite[0]}{more} not finite at step {step}"
+            remedy = "lower config.optimizer.learning_rate and use a new --workdir"
+            result = f"so no checkpoint of it was written; {remedy} ({self._resumes_from()})"
+            raise BadNumbers(f"{problem}, {result}")
         on_process_zero(lambda: self._check_space(step, nbytes))
         self._orbax.reload()  # empties its list, which does not know of our deletions
-        loss = metadata_lib.ranking_loss(metrics)
+        found = float((metrics or {}).get("loss", math.nan))
+        loss = found if math.isfinite(found) else None
         leaves = {name: {**leaf, "fingerprint": words[name]} for name, leaf in leaves.items()}
         content = metadata_lib.sealed(metadata, leaves, loss)
         self._in_flight = (step, loss, nbytes)
@@ -169,110 +146,86 @@ class CheckpointStore:
             self._orbax.wait()
         except Exception as error:
             raise self._save_failed(error) from error
-        step, loss, _ = self._in_flight
-        self._in_flight = None
+        (step, loss, _), self._in_flight = self._in_flight, None
         if is_process_zero():
             verify.check(self.directory / str(step), self._damaged, self.latest_step())
         self._losses[step] = loss
-        self._prune()
+        latest, best = self.steps()[-self._keep_latest :], self._by_loss()[: self._keep_best]
+        for old in self._losses.keys() - {*latest, *best, self.pinned}:
+            self._delete(old)
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending, once wait() or check() saw them end."""
         return sorted(self._losses)
 
-    def latest_step(self) -> int | None:
-        """The newest committed step, or None."""
-        return max(self.steps(), default=None)
+    def latest_step(self, most: float = math.inf) -> int | None:
+        """The newest committed step, of `most` or earlier; None without one."""
+        return max((step for step in self._losses if step <= most), default=None)
 
     def best_step(self) -> int | None:
         """The committed step with the lowest loss, the newest of equals; None without a loss."""
         return next(iter(self._by_loss()), None)
 
     def rank(self, step: int, loss: float) -> None:
-        """Stores the loss that ranks the checkpoint of `step`, measured after the save.
+        """Stores the loss of the checkpoint of `step`, measured later; ignores one not finite."""
+        if self._read_only:
+            raise ValueError("this CheckpointStore was opened with read_only=True")
+        path = self._path(step)
+        if math.isfinite(loss):
+            problem = f"{path}: the validation loss cannot be written here"
+            write = os_error_as(RunError, problem, AGAIN)(metadata_lib.write_loss)
+            on_process_zero(lambda: write(path, loss))
+            self._losses[step] = loss
 
-        One that is not finite is ignored. Raises UserError for no such step, RunError where it
-        cannot be written.
+    def restore(self, step: int, abstract: Any, partial: bool = False) -> Any:
+        """Reads the checkpoint of `step` into the structure and shardings of `abstract`.
+
+        `abstract` is the tree that was saved, of jax.ShapeDtypeStruct, or (`partial`) a part of it
+        as nested dicts. Raises, in every process, CheckpointDamaged where it is not as it was
+        saved, and RunError where it cannot be read now (rights, memory, the network).
         """
-        self._check_writable()
-        path, found = self._path(step), metadata_lib.ranking_loss({"loss": loss})
-        if found is None:
-            return
-        problem = f"{path}: the validation loss cannot be written here"
-        guarded = os_error_as(RunError, problem, AGAIN)(metadata_lib.write_loss)
-        on_process_zero(lambda: guarded(path, found))
-        self._losses[step] = found
-
-    def metadata(self, step: int) -> dict[str, Any]:
-        """The caller's metadata of a checkpoint, with `format_version`, `versions` and `loss`.
-
-        `leaves` is {"params/w": {"dtype": "bfloat16", "shape": [3, 4], "fingerprint": "0f3a…"}}.
-        Raises UserError for no such step or a newer format, CheckpointDamaged if it is damaged.
-        """
-        return metadata_lib.read_metadata(self._path(step))
-
-    def restore(self, step: int, abstract_state: Any, partial: bool = False) -> Any:
-        """Reads the checkpoint of `step` into the structure and shardings of `abstract_state`.
-
-        Args:
-          abstract_state: the tree that was saved, with a jax.ShapeDtypeStruct with a sharding (or
-            an array) for each leaf. Only the sharding may differ.
-          partial: `abstract_state` is a part of that tree, as nested dicts; the rest is not read.
-
-        Raises:
-          UserError: no such step, another format, or other leaves, dtypes or shapes.
-          CheckpointDamaged: it is not as it was saved; in every process, also where one sees it.
-          RunError: it cannot be read now (rights, memory, the network).
-          ValueError: a leaf without a sharding.
-        """
-        return saved.restore(self._path(step), abstract_state, partial)[0]
+        return saved.restore(self._path(step), abstract, partial)[0]
 
     def restore_newest(
-        self,
-        abstract_state: Any,
-        report: Callable[[str], None] = log.warning,
-        partial: bool = False,
+        self, abstract: Any, report: Callable[[str], None] = log.warning, partial: bool = False
     ) -> tuple[Any, int, dict[str, Any]] | None:
-        """Restores the newest checkpoint that is not damaged; None where there never was one.
+        """(State, step, metadata) of the newest good checkpoint; None where there never was one.
 
         Newer damaged ones are then moved to `<workdir>/damaged` (not where read_only), and `report`
         is called with a sentence about each, in process 0. Arguments and errors as of `restore`.
-
-        Returns:
-          (state, step, metadata).
-
-        Raises:
-          RunError: all are damaged; a run never starts from the beginning by itself.
+        RunError where all are damaged: a run never starts from the beginning by itself.
         """
         damaged: dict[int, str] = {}
         self.wait()
         for step in reversed(self.steps()):
             try:
-                state, metadata = saved.restore(self._path(step), abstract_state, partial)
+                state, metadata = saved.restore(self._path(step), abstract, partial)
             except CheckpointDamaged as error:
                 if self._read_only and not on_process_zero((self.directory / str(step)).exists):
                     self._read_list()  # the run itself deleted it, and has newer ones
-                    return self.restore_newest(abstract_state, report, partial)
+                    return self.restore_newest(abstract, report, partial)
                 damaged[step] = error.reason
                 continue
             # Only now: a fault of all checkpoints has another reason.
             for bad, reason in damaged.items():
-                done = "passed over" if self._read_only else f"moved to {self.quarantine(bad)}"
-                damage = f"this checkpoint is damaged ({reason}); {done}"
+                path, done = self.directory / str(bad), "passed over"
+                if not self._read_only:
+                    move = functools.partial(metadata_lib.quarantine, path, self._damaged)
+                    done = f"moved to {on_process_zero(move)}"
+                    del self._losses[bad]
                 if is_process_zero():
-                    report(f"{self.directory / str(bad)}: {damage}, going on with an older one")
+                    damage = f"this checkpoint is damaged ({reason}); {done}"
+                    report(f"{path}: {damage}, going on with an older one")
             return state, step, metadata
         if damaged:
             step, reason = max(damaged.items())
-            raise RunError(
-                f"{self.directory}: no checkpoint can be read as it was saved (step {step}: "
-                f"{reason}); fix that, or move this directory away to start from the beginning"
-            )
+            problem = f"no checkpoint can be read as it was saved (step {step}: {reason})"
+            remedy = "fix that, or move this directory away to start from the beginning"
+            raise RunError(f"{self.directory}: {problem}; {remedy}")
         if aside := on_process_zero(lambda: metadata_lib.quarantined(self._damaged)):
-            raise RunError(
-                f"{self._damaged}: holds the damaged checkpoints of this run ({', '.join(aside)}) "
-                "and no good one is left; move this directory away to start from the beginning"
-            )
+            problem = f"holds the damaged checkpoints of this run ({', '.join(aside)})"
+            remedy = "move this directory away to start from the beginning"
+            raise RunError(f"{self._damaged}: {problem} and no good one is left; {remedy}")
         return None
 
     def delete_after(self, step: int) -> None:
@@ -280,18 +233,8 @@ class CheckpointStore:
         for later in [s for s in self.steps() if s > step]:
             self._delete(later)
 
-    def quarantine(self, step: int) -> str:
-        """Moves a damaged checkpoint out of the list; returns where it is now."""
-        path = self.directory / str(step)
-        place = on_process_zero(lambda: os.fspath(metadata_lib.quarantine(path, self._damaged)))
-        del self._losses[step]
-        return place
-
     def close(self) -> None:
-        """Waits for the save in flight and closes; RunError if it failed."""
-        if self._closed:
-            return
-        self._closed = True
+        """Waits for the save in flight and closes; RunError if it failed. Safe to call twice."""
         try:
             self.wait()
         finally:
@@ -310,10 +253,6 @@ class CheckpointStore:
                 raise
             log.error("%s", error)  # the error under way matters more
 
-    def _check_writable(self) -> None:
-        if self._read_only:
-            raise ValueError("this CheckpointStore was opened with read_only=True")
-
     def _path(self, step: int) -> epath.Path:
         self.wait()
         if step not in self.steps():
@@ -323,14 +262,8 @@ class CheckpointStore:
         return self.directory / str(step)
 
     def _by_loss(self) -> list[int]:
-        ranked = sorted((loss, -step) for step, loss in self._losses.items() if loss is not None)
-        return [-negative for _, negative in ranked]
-
-    def _prune(self) -> None:
-        """Deletes what is neither among the latest nor the best; called after a commit."""
-        latest, best = self.steps()[-self._keep_latest :], self._by_loss()[: self._keep_best]
-        for step in set(self._losses) - {*latest, *best, self.pinned}:
-            self._delete(step)
+        ranked = [(loss, -step) for step, loss in self._losses.items() if loss is not None]
+        return [-negative for _, negative in sorted(ranked)]
 
     def _delete(self, step: int) -> None:
         """Removes a step from the list at once, and its files in the background in process 0."""
@@ -349,27 +282,22 @@ class CheckpointStore:
         self._deletions.append(self._deleter.submit(path.rmtree))
 
     def _check_space(self, step: int, nbytes: int) -> None:
-        for deletion in self._deletions:
-            if error := deletion.exception():  # waits for it
+        while self._deletions:
+            if error := self._deletions.pop(0).exception():  # waits for it
                 message = "%s: an old checkpoint could not be deleted (%s)"
                 log.warning(message, self.directory, error)
-        self._deletions.clear()
-        if self._remote:
-            return
         problem = f"{self.directory}: the checkpoint of step {step} cannot be written here"
         remedy = "put the directory back, or start in another --workdir"
         with os_error_as(RunError, problem, remedy):
-            free = _free_bytes(self.directory)
-        if free < nbytes * SPACE_MARGIN:
-            raise self._no_space(step, nbytes)
+            if not self._remote and _free_bytes(self.directory) < nbytes * SPACE_MARGIN:
+                raise self._no_space(step, nbytes)
 
     def _no_space(self, step: int, nbytes: int) -> RunError:
         free = "unknown" if self._remote else f"{_free_bytes(self.directory):,}"
-        needed = f"{math.ceil(nbytes * SPACE_MARGIN):,}"
-        return RunError(
-            f"{self.directory}: no space for the checkpoint of step {step}: {needed} bytes needed, "
-            f"{free} free; make space and run the same command again ({self._resumes_from()})"
-        )
+        needed = f"{math.ceil(nbytes * SPACE_MARGIN):,} bytes needed, {free} free"
+        remedy = f"make space and run the same command again ({self._resumes_from()})"
+        problem = f"no space for the checkpoint of step {step}: {needed}"
+        return RunError(f"{self.directory}: {problem}; {remedy}")
 
     def _resumes_from(self) -> str:
         latest = self.latest_step()
@@ -379,8 +307,7 @@ class CheckpointStore:
     def _save_failed(self, error: Exception) -> RunError:
         """Makes the store usable again; returns the error to raise."""
         assert self._in_flight is not None
-        step, _, nbytes = self._in_flight
-        self._in_flight = None
+        (step, _, nbytes), self._in_flight = self._in_flight, None
         if jax.process_count() == 1:  # the partial checkpoint may be what fills the disk
             for left in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):

@@ -1,8 +1,6 @@
 """Evaluation: every row of a split counted once, whatever the batch size."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +10,11 @@ from uoe_jax.data.pipeline import Rows, eval_batches
 from uoe_jax.data.prefetch import Prefetcher
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed import watchdog
-from uoe_jax.train.measures import measures
 from uoe_jax.train.progress import Progress
 from uoe_jax.train.step import Params, Program
-from uoe_jax.train.task import Sums, task_of
+from uoe_jax.train.task import Sums, measures, task_of
+
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
 
 class Interrupted(Exception):
@@ -37,39 +36,35 @@ def evaluate(
 ) -> tuple[dict[str, Any], float]:
     """Measures a split, all of it or (`whole=False`) its first `limit` batches.
 
-    Args:
-      step, seen: of the run, and the shapes that this process has compiled for; for the watchdog.
-      stop: called before every batch; the same in all processes.
-      name: what the keys of the measures begin with.
-      progress: where to show compilation and batches done.
-
-    Returns:
-      (`<name>/…` measures, the loss that ranks checkpoints). The latter is of the first `limit`
-      batches, so of the same rows at every evaluation. Interrupted if `stop` returned True.
+    Returns (`<name>/…` measures, the loss that ranks checkpoints). The latter is of the first
+    `limit` batches, so of the same rows at every evaluation. step, seen: of the run, and the shapes
+    that this process has compiled for; for the watchdog. stop: called before every batch, the same
+    in all processes; Interrupted where it is True.
     """
     size = config.eval_batch_size
-    local_rows = mesh_lib.local_rows(program.devices, size)
+    local_rows = mesh_lib.local_rows(program.mesh, size)
     phase = "evaluation" if name == "eval" else "testing"
     progress = Progress(0, silent=True) if progress is None else progress
     seen = set() if seen is None else seen
     n_batches = -(-len(rows) // size)
-    show = progress.counting(phase, n_batches if whole else min(limit, n_batches))
+    if limit and not whole:
+        n_batches = min(limit, n_batches)
     total: Sums | None = None
     ranking: Sums | None = None
-    batches = eval_batches(rows, size, 0 if whole else limit, local_rows)
-    for i, batch in enumerate(_prefetched(batches), start=1):
-        new = is_new(("eval", batch), seen)
-        watchdog.at(phase, step, slow=new)
-        if stop():
-            raise Interrupted
-        compiling = progress.compiling("the evaluation step") if new else contextlib.nullcontext()
-        with compiling:
-            sums = program.eval_step(params, mesh_lib.put_batch(program.devices, batch))
-        before, total = total, sums if total is None else _add(total, sums)
-        # At most one batch ahead of the device: a stop must not wait for a queue.
-        jax.block_until_ready(before)
-        ranking = total if i == limit else ranking
-        show(i)
+    batches = eval_batches(rows, size, n_batches, local_rows)
+    with Prefetcher(lambda _: next(batches), 0, n_batches) as prefetcher:
+        for i in range(n_batches):
+            batch = prefetcher.get(i)
+            new = is_new("eval", batch, seen)
+            watchdog.at(phase, step, slow=new)
+            if stop():
+                raise Interrupted
+            with progress.compiling("the evaluation step", new):
+                sums = program.eval_step(params, mesh_lib.put_batch(program.mesh, batch))
+            before, total = total, sums if total is None else _add(total, sums)
+            jax.block_until_ready(before)  # one batch ahead: a stop must not wait for a queue
+            ranking = total if i + 1 == limit else ranking
+            progress.count(phase, i + 1, n_batches)
     host = jax.device_get(total)
     found = measures(host, config, name)
     found[f"{name}/rows"] = int(host.rows) // config.model.rows_per_example
@@ -78,26 +73,9 @@ def evaluate(
     return found, task.ranking(task.measures(ranked, config))
 
 
-def is_new(what: tuple[str, dict[str, Any]], seen: set[Any]) -> bool:
+def is_new(program: str, batch: dict[str, Any], seen: set[Any]) -> bool:
     """Whether a program meets a batch of such shapes for the first time; adds them to `seen`."""
-    name, batch = what
-    shapes = (name, *((key, a.shape) for key, a in sorted(batch.items())))
+    shapes = (program, *((key, a.shape) for key, a in sorted(batch.items())))
     new = shapes not in seen
     seen.add(shapes)
     return new
-
-
-def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches, made in a thread while the device works."""
-    end = object()
-    with Prefetcher(lambda _: next(batches, end), 0, 2**62) as prefetcher:
-        for i in range(2**62):
-            batch = prefetcher.get(i)
-            if batch is end:
-                return
-            yield batch
-
-
-@jax.jit
-def _add(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)

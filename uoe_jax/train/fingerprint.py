@@ -4,24 +4,18 @@ A checkpoint stores those of its leaves, as nothing else would notice a flipped 
 neither Orbax nor TensorStore keeps a checksum of array data.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 class Fingerprints(NamedTuple):
-    """Of the leaves of a tree, by name.
+    """Of the leaves of a tree, by name."""
 
-    Attributes:
-      words: 8 hex digits for each leaf; of typed PRNG keys, those of their data.
-      not_finite: the floating leaves that hold a NaN or an infinity, in the order of the tree.
-    """
-
-    words: dict[str, str]
-    not_finite: list[str]
+    words: dict[str, str]  # 8 hex digits for each leaf; of typed PRNG keys, those of their data
+    not_finite: list[str]  # floating leaves with a NaN or an infinity, in the order of the tree
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -35,28 +29,19 @@ def fingerprints(tree: Any) -> Fingerprints:
     Any change of one element changes its leaf's fingerprint; any other change does with probability
     1 - 2^-32. Moves only scalars between devices, and waits for the result.
     """
-    named = [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-    if not named:
-        return Fingerprints({}, [])
-    first, replicated = named[0][1].sharding, None
+    named = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    first, replicated = next(iter(named.values())).sharding, None
     if isinstance(first, NamedSharding):
         replicated = NamedSharding(first.mesh, PartitionSpec())
-    words, bad = jax.device_get(_compiled(replicated)([leaf for _, leaf in named]))
-    return Fingerprints(
-        {name: f"{int(word):08x}" for (name, _), word in zip(named, words)},
-        [name for (name, _), is_bad in zip(named, bad) if is_bad],
-    )
+    compiled = jax.jit(_all_words, out_shardings=replicated)  # so that every process can read them
+    words, bad = jax.device_get(compiled(list(named.values())))
+    hexes = {name: f"{int(word):08x}" for name, word in zip(named, words)}
+    return Fingerprints(hexes, [name for name, is_bad in zip(named, bad) if is_bad])
 
 
-@functools.cache
-def _compiled(replicated: Sharding | None) -> Any:
-    """The fingerprints of a list of leaves, replicated so that every process can read them."""
-
-    def all_of(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        words, bad = zip(*map(_word_and_bad, leaves))
-        return jnp.stack(words), jnp.stack(bad)
-
-    return jax.jit(all_of, out_shardings=replicated)
+def _all_words(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    words, bad = zip(*map(_word_and_bad, leaves))
+    return jnp.stack(words), jnp.stack(bad)
 
 
 def _word_and_bad(x: jax.Array) -> tuple[jax.Array, jax.Array]:

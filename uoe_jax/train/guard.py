@@ -5,36 +5,27 @@ recent ones. It then changes only the counters here: parameters, optimizer state
 biases and running moments stay.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+import optax
+from jax import Array
 
 from uoe_jax.config.schema import GuardConfig
 
-# Good steps in the running moments, and those that must come before a step can be a spike.
-WINDOW = 128
+WINDOW = 128  # good steps in the running moments; after as many, a step can be a spike
 
 
 class Guard(NamedTuple):
-    """What is known of the steps before; checkpointed with the parameters.
+    """What is known of the steps before; checkpointed with the parameters. Counts are int32."""
 
-    Attributes:
-      skipped: bad steps of the whole run, without those that a rollback took back, int32.
-      in_a_row: those since the last good one, int32.
-      seen: good steps, int32.
-      mean, variance: running ones of (loss, gradient norm) over good steps, float32 [2].
-      offset: batches skipped by rollbacks; step s takes batch s + offset, int32.
-      rollbacks: number of rollbacks, int32.
-    """
-
-    skipped: jax.Array
-    in_a_row: jax.Array
-    seen: jax.Array
-    mean: jax.Array
-    variance: jax.Array
-    offset: jax.Array
-    rollbacks: jax.Array
+    skipped: Array  # bad steps of the whole run, without those that a rollback took back
+    in_a_row: Array  # bad steps since the last good one
+    seen: Array  # good steps
+    mean: Array  # running mean of (loss, gradient norm) over good steps, float32 [2]
+    variance: Array  # and their variance
+    offset: Array  # batches skipped by rollbacks; step s takes batch s + offset
+    rollbacks: Array
 
 
 def fresh() -> Guard:
@@ -43,9 +34,7 @@ def fresh() -> Guard:
     return Guard(zero, zero, zero, moments, moments, zero, zero)
 
 
-def judge(
-    c: GuardConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array
-) -> tuple[jax.Array, Guard]:
+def judge(c: GuardConfig, guard: Guard, loss: Array, grad_norm: Array) -> tuple[Array, Guard]:
     """(Whether a step with these global values is bad, the guard after it)."""
     found = jnp.stack([loss, grad_norm]).astype(jnp.float32)
     bad = ~jnp.isfinite(found).all()
@@ -56,16 +45,9 @@ def judge(
     # 0 times an infinity would spoil the moments.
     weight = 1 / jnp.minimum(guard.seen + 1, WINDOW).astype(jnp.float32)
     delta = jnp.where(bad, 0, jnp.minimum(found, 1e18) - guard.mean)
-    good = guard._replace(
-        in_a_row=jnp.zeros_like(guard.in_a_row),
-        seen=guard.seen + 1,
-        mean=guard.mean + weight * delta,
-        variance=(1 - weight) * (guard.variance + weight * delta**2),
-    )
+    mean = guard.mean + weight * delta
+    variance = (1 - weight) * (guard.variance + weight * delta**2)
+    none = jnp.zeros_like(guard.in_a_row)
+    good = guard._replace(in_a_row=none, seen=guard.seen + 1, mean=mean, variance=variance)
     skipped = guard._replace(skipped=guard.skipped + 1, in_a_row=guard.in_a_row + 1)
-    return bad, select_state(bad, good, skipped)
-
-
-def select_state(bad: jax.Array, new: Any, old: Any) -> Any:
-    """`new`, or `old` where the step is bad."""
-    return jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old)
+    return bad, optax.tree_utils.tree_where(bad, skipped, good)

@@ -9,10 +9,9 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import math
+import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Mapping
 
 import jax
 from etils import epath
@@ -32,9 +31,7 @@ _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 # Signs that reading failed though the checkpoint may be good. The names are TensorStore's.
 _TRANSIENT = "RESOURCE_EXHAUSTED PERMISSION_DENIED UNAUTHENTICATED UNAVAILABLE DEADLINE_EXCEEDED"
 _TRANSIENT_CODES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ESTALE)
-_SECRET = re.compile(
-    r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE
-)
+_SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|credentials?|(api|access)_?key)$")
 _USER_IN_URL = re.compile(r"(\w[\w+.-]*://)[^/\s:@]*:[^/\s]*@")
 _REDACTED = "…redacted…"
 
@@ -47,21 +44,17 @@ class CheckpointDamaged(RunError):
         self.reason = reason
 
 
-# --- metadata -------------------------------------------------------------------------------------
-
-
 def describe(tree: Any) -> dict[str, dict[str, Any]]:
-    """{leaf name: {"dtype", "shape"}} of a tree of arrays or ShapeDtypeStructs.
+    """{leaf name: {"dtype", "shape"}} of a tree of arrays or ShapeDtypeStructs with shardings.
 
     Orbax's own record has plain uint32 for a typed PRNG key, and a list or dict for a named tuple.
     """
     found: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
-        name = leaf_name(path)
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise ValueError(f"{name}: leaves must be arrays, not {type(leaf).__name__}")
-        if name in found:
+        if (name := leaf_name(path)) in found:
             raise ValueError(f"{name}: two leaves have this name")
+        if leaf.sharding is None:  # Orbax would fall back on the saved devices
+            raise ValueError(f"{name} has no sharding")
         found[name] = {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
     return found
 
@@ -71,31 +64,26 @@ def kind(leaf: Mapping[str, Any]) -> str:
     return f"{leaf['dtype']}{list(leaf['shape'])}"
 
 
-def sealed(
-    metadata: Mapping[str, Any], leaves: Mapping[str, Any], loss: float | None
-) -> dict[str, Any]:
+def sealed(metadata: dict[str, Any], leaves: Any, loss: float | None) -> dict[str, Any]:
     """The metadata to store: the caller's without secrets, ours, and the digest of both."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     ours = {"format_version": FORMAT_VERSION, "versions": versions, "leaves": leaves, "loss": loss}
-    return _with_digest({**redacted(metadata), **ours})
+    return _with_digest({**_redacted(metadata), **ours})
 
 
-def redacted(value: Any, key: str = "") -> Any:
+def _redacted(value: Any, key: str = "") -> Any:
     """A JSON value without secrets: values of keys that name one, and passwords in addresses."""
     if _SECRET.search(re.split(r"[./]", key)[-1]) and value not in (None, ""):
         return _REDACTED
     if isinstance(value, Mapping):
-        return {k: redacted(v, str(k)) for k, v in value.items()}
+        return {k: _redacted(v, str(k)) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redacted(v) for v in value]
+        return [_redacted(v) for v in value]
     return _USER_IN_URL.sub(rf"\1{_REDACTED}@", value) if isinstance(value, str) else value
 
 
 def read_metadata(path: epath.Path) -> dict[str, Any]:
-    """The metadata of a checkpoint as process 0 reads them, in every process.
-
-    UserError for a newer format; CheckpointDamaged where they are not as they were written.
-    """
+    """The metadata of a checkpoint; UserError for another format, or CheckpointDamaged."""
     found = on_process_zero(lambda: metadata_or_fault(path))
     if isinstance(found, str):
         raise CheckpointDamaged(path, found)
@@ -119,22 +107,15 @@ def metadata_or_fault(path: epath.Path) -> dict[str, Any] | str:
     raise UserError(f"{path}: {problem}; start in a new --workdir")
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
+def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
     content = json.loads(json.dumps(content))  # as a reader finds it: string keys, no tuples
-    return {**content, "digest": _digest(content)}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {**content, "digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _has_digest(found: Mapping[str, Any]) -> bool:
+def _has_digest(found: dict[str, Any]) -> bool:
     content = {name: value for name, value in found.items() if name != "digest"}
-    return found["digest"] == _digest(content)
-
-
-# --- the list of checkpoints and their losses -----------------------------------------------------
+    return found["digest"] == _with_digest(content)["digest"]
 
 
 def list_checkpoints(directory: epath.Path) -> dict[int, float | None]:
@@ -145,12 +126,6 @@ def list_checkpoints(directory: epath.Path) -> dict[int, float | None]:
         if is_step and (not is_remote(path) or (path / COMMITTED).exists()):
             found[int(path.name)] = _read_loss(path)
     return found
-
-
-def ranking_loss(metrics: Mapping[str, Any] | None) -> float | None:
-    """The loss that ranks a checkpoint; None where there is none or it is not finite."""
-    loss = math.nan if not metrics else float(metrics.get("loss", math.nan))
-    return loss if math.isfinite(loss) else None
 
 
 def _read_loss(path: epath.Path) -> float | None:
@@ -169,10 +144,7 @@ def write_loss(path: epath.Path, loss: float) -> None:
     write_json(path / _LOSS, _with_digest({"loss": loss}))
 
 
-# --- damaged checkpoints --------------------------------------------------------------------------
-
-
-def quarantine(path: epath.Path, directory: epath.Path) -> epath.Path:
+def quarantine(path: epath.Path, directory: epath.Path) -> str:
     """Moves a damaged checkpoint into `directory`, under a free name; called in process 0."""
     names = itertools.chain([path.name], (f"{path.name}.{i}" for i in itertools.count(2)))
     target = next(directory / name for name in names if not (directory / name).exists())
@@ -187,7 +159,7 @@ def quarantine(path: epath.Path, directory: epath.Path) -> epath.Path:
         problem = f"this checkpoint is damaged and cannot be moved to {target}"
         remedy = "move it away by hand and run the same command again"
         raise RunError(f"{path}: {problem} ({first_line(error)}); {remedy}") from error
-    return target
+    return os.fspath(target)
 
 
 def _copy_tree(source: epath.Path, target: epath.Path) -> None:
@@ -203,7 +175,7 @@ def quarantined(directory: epath.Path) -> list[str]:
 
 
 def raise_if_transient(path: epath.Path, error: Exception) -> None:
-    """RunError where reading failed for a reason that may pass, such as the network."""
+    """RunError where `error` has a cause that may pass, such as the network."""
     kinds = (MemoryError, PermissionError, ConnectionError, TimeoutError)
     transient = isinstance(error, kinds) or getattr(error, "errno", None) in _TRANSIENT_CODES
     if transient or any(sign in str(error) for sign in _TRANSIENT.split()):

@@ -11,17 +11,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Callable, Iterator, Mapping
 
 from etils import epath
 
 from uoe_jax.errors import AGAIN, RunError, UserError, os_error_as
-from uoe_jax.train.tensorboard import TensorBoardWriter
-from uoe_jax.workdir import is_remote, locate, os_errors
+from uoe_jax.workdir import is_remote, locate, os_errors, write_text
 
 log = logging.getLogger(__name__)
-
 UPLOAD_EVERY_S = 60
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -38,7 +35,6 @@ class MetricsWriter:
       resume_step: the step of the checkpoint the run goes on from; lines of later steps and a torn
         last line are cut off (atomically). None for a fresh run: the file is emptied.
       owed: the evaluation of `resume_step` is cut off as well, as it is done again.
-      tensorboard: whether to write TensorBoard files; if they fail, the run goes on.
     """
 
     def __init__(
@@ -50,40 +46,37 @@ class MetricsWriter:
     ) -> None:
         root = locate(workdir)
         self.path = root / "metrics.jsonl"
-        last = -1 if resume_step is None else resume_step
-        with os_error_as(UserError, f"{self.path}: cannot be written", "choose another --workdir"):
-            self._file = (_Object if is_remote(root) else _File)(self.path, last, owed)
-        self._tensorboard = None
-        if tensorboard:
-            self._tensorboard = TensorBoardWriter(root / "tensorboard", resume_step)
+        problem, remedy = f"{self.path}: cannot be written", "choose another --workdir"
+        with os_error_as(UserError, problem, remedy), os_errors(self.path):
+            data = self.path.read_bytes() if self.path.exists() else b""
+            kept = _cut(data, -1 if resume_step is None else resume_step, owed)
+            self._file = (_Object if is_remote(root) else _File)(self.path, data, kept)
+        self._closed, board = False, root / "tensorboard"
+        self._tensorboard = TensorBoardWriter(board, resume_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one line. Scalars and arrays of numpy or jax are accepted (and waited for).
-
-        Raises:
-          RunError: the line could not be written (disk full), or the file was deleted.
-          ValueError, TypeError: a key "step", or a value that is no number, string or list of them.
-        """
+        """Writes one line. Scalars and arrays of numpy or jax are accepted (and waited for)."""
         if "step" in metrics:
             raise ValueError('metrics: the key "step" is the writer\'s own')
         plain = {key: _plain(key, value) for key, value in metrics.items()}
         line = json.dumps({"step": int(step), **plain}, allow_nan=False)
-        with self._run_errors():
+        with os_error_as(RunError, f"{self.path}: a line could not be written", AGAIN):
             self._file.write(line.encode() + b"\n")
         if self._tensorboard:
             self._tensorboard.write(int(step), plain)
 
     def flush(self) -> None:
         """Puts everything written so far on the disk, or uploads it."""
-        with self._run_errors():
+        with os_error_as(RunError, f"{self.path}: a line could not be written", AGAIN):
             self._file.sync()
         if self._tensorboard:
             self._tensorboard.flush()
 
     def close(self) -> None:
         """Flushes and closes both; safe to call twice."""
-        if self._file.closed:
+        if self._closed:
             return
+        self._closed = True
         try:
             self.flush()
         finally:
@@ -91,38 +84,24 @@ class MetricsWriter:
             if self._tensorboard:
                 self._tensorboard.close()
 
-    def _run_errors(self) -> contextlib.AbstractContextManager[None]:
-        return os_error_as(RunError, f"{self.path}: a line could not be written", AGAIN)
-
 
 class NullWriter:
     """A MetricsWriter that writes nothing, for all processes but process 0."""
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, *_: object) -> None:
         pass
 
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    flush = close = write
 
 
 class _File:
     """metrics.jsonl on a file system. Raises OSError; RunError where the file was replaced."""
 
-    def __init__(self, path: epath.Path, last_step: int, owed: bool) -> None:
-        self._path, self.closed = path, False
+    def __init__(self, path: epath.Path, old: bytes, kept: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = path.read_bytes() if path.exists() else b""
-        if (kept := _cut(data, last_step, owed)) != data:
-            temporary = path.parent / (path.name + ".tmp")
-            with temporary.open("wb") as file:
-                file.write(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        self._file = path.open("ab")
+        if kept != old:
+            write_text(path, kept.decode())
+        self._path, self._file = path, path.open("ab")
 
     def write(self, line: bytes) -> None:
         self._check()
@@ -131,22 +110,18 @@ class _File:
 
     def sync(self) -> None:
         self._check()
-        self._file.flush()
         os.fsync(self._file.fileno())
 
     def _check(self) -> None:
         """A deleted file accepts lines for ever, and nobody would read them."""
-        try:
-            same = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            same = False
-        if not same:
-            problem = "was deleted or replaced while the run was writing it"
-            remedy = "put the directory back, or start again in another --workdir"
-            raise RunError(f"{self._path}: {problem}; {remedy}")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                return
+        problem = "was deleted or replaced while the run was writing it"
+        remedy = "put the directory back, or start again in another --workdir"
+        raise RunError(f"{self._path}: {problem}; {remedy}")
 
     def close(self) -> None:
-        self.closed = True
         with contextlib.suppress(OSError):  # of a last flush; reported before
             self._file.close()
 
@@ -154,13 +129,9 @@ class _File:
 class _Object:
     """metrics.jsonl on gs://: kept in memory, and uploaded whole. Raises OSError."""
 
-    def __init__(self, path: epath.Path, last_step: int, owed: bool) -> None:
-        self._path, self.closed = path, False
-        with os_errors(path):
-            data = path.read_bytes() if path.exists() else b""
-        self._data = bytearray(_cut(data, last_step, owed))
-        self._changed = self._data != data
-        self._uploaded = time.monotonic()
+    def __init__(self, path: epath.Path, old: bytes, kept: bytes) -> None:
+        self._path, self._data = path, bytearray(kept)
+        self._changed, self._uploaded = kept != old, time.monotonic()
 
     def write(self, line: bytes) -> None:
         self._data += line
@@ -179,43 +150,36 @@ class _Object:
             self._changed, self._uploaded = False, time.monotonic()
 
     def close(self) -> None:
-        self.closed = True
+        pass
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of `<workdir>/metrics.jsonl` as dicts; UserError where it cannot be read.
-
-    "nan" and "inf" become floats; a torn last line is left out.
-    """
-    path = locate(workdir) / "metrics.jsonl"
-    with os_error_as(UserError, f"{path}: cannot be read", "fix that, or check --workdir"):
-        try:
-            with os_errors(path):
-                data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: there are no metrics here; check --workdir") from error
+    """The lines of `<workdir>/metrics.jsonl` as dicts; a torn last line is left out."""
+    path, remedy = locate(workdir) / "metrics.jsonl", "fix that, or check --workdir"
+    with os_error_as(UserError, f"{path}: cannot be read", remedy), os_errors(path):
+        if not path.exists():
+            raise UserError(f"{path}: there are no metrics here; check --workdir")
+        data = path.read_bytes()
     return [{key: _restore(value) for key, value in record.items()} for _, record in _records(data)]
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The complete lines of a metrics file with their content."""
     for line in data.splitlines(keepends=True):
-        try:
-            record = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:  # a torn line, or zeros after a power cut
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield line, record
+        with contextlib.suppress(ValueError):  # a torn line, or zeros after a power cut
+            record = json.loads(line.decode("utf-8-sig")) if line.endswith(b"\n") else None
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line, record
 
 
 def _cut(data: bytes, last_step: int, owed: bool) -> bytes:
     """The complete lines of a metrics file up to `last_step`; owed: without its evaluation."""
-
-    def stays(record: dict[str, Any]) -> bool:
+    kept = []
+    for line, record in _records(data):
         again = owed and record["step"] == last_step and any(k.startswith("eval/") for k in record)
-        return record["step"] <= last_step and not again
-
-    return b"".join(line for line, record in _records(data) if stays(record))
+        if record["step"] <= last_step and not again:
+            kept.append(line)
+    return b"".join(kept)
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -237,3 +201,66 @@ def _restore(value: Any) -> Any:
     if isinstance(value, list):
         return [_restore(item) for item in value]
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+class TensorBoardWriter:
+    """A copy for TensorBoard: numbers under their key, those of a flat list as key/<layer>.
+
+    Strings and deeper lists are left out. Never raises: the first failure is logged and ends it.
+    tensorboardX's SummaryWriter would block for ever once its thread has died of a full disk, so
+    this uses the synchronous writer below it. Earlier events after `resume_step` are hidden.
+    """
+
+    def __init__(self, directory: epath.Path, resume_step: int | None) -> None:
+        self._failed = False
+
+        def start() -> None:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
+
+            self._events, self._summaries = event_pb2, summary_pb2
+            directory.mkdir(parents=True, exist_ok=True)
+            # The file name has whole seconds only: a quick restart would overwrite the file.
+            suffix = f".{os.getpid()}.{time.time_ns()}"
+            self._writer = EventsWriter(os.fspath(directory / "events"), suffix)
+            first = 0 if resume_step is None else resume_step + 1
+            log_start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._event(first, session_log=log_start)
+
+        self._attempt(start)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """metrics: as `metrics` writes them, plain JSON."""
+
+        def do() -> None:
+            value = self._summaries.Summary.Value
+            values = [value(tag=tag, simple_value=x) for tag, x in _scalars(metrics)]
+            self._event(step, summary=self._summaries.Summary(value=values))
+
+        self._attempt(do)
+
+    def flush(self) -> None:
+        self._attempt(lambda: self._writer.flush())
+
+    def close(self) -> None:
+        self._attempt(lambda: self._writer.close())
+
+    def _event(self, step: int, **what: Any) -> None:
+        self._writer.write_event(self._events.Event(wall_time=time.time(), step=step, **what))
+
+    def _attempt(self, do: Callable[[], object]) -> None:
+        if not self._failed:
+            try:
+                do()
+            except Exception as error:
+                self._failed = True
+                message = "no more TensorBoard files (%s: %s); metrics.jsonl has everything"
+                log.warning(message, type(error).__name__, error)
+
+
+def _scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in metrics.items():
+        items = {key: value}
+        if isinstance(value, list):
+            items = {f"{key}/{layer}": item for layer, item in enumerate(value)}
+        yield from ((tag, float(x)) for tag, x in items.items() if isinstance(x, (int, float)))

@@ -3,14 +3,12 @@
 import errno
 import logging
 import os
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Iterator
 
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 log = logging.getLogger(__name__)
-
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,21 +30,17 @@ class _Unlisted:
         raise ValueError(f"no step {step} is looked for")
 
 
-def open_writer(
-    directory: epath.Path, read_only: bool, write_bytes: int | None
-) -> ocp.training.Checkpointer:
-    """Orbax's checkpointer for an existing directory; arguments as of CheckpointStore."""
+def open_writer(path: epath.Path, read_only: bool, limit: int | None) -> ocp.training.Checkpointer:
+    """Orbax's writer for a directory; it deletes nothing. limit: bytes of host memory."""
     logging.getLogger("absl").addFilter(_drop_orbax_tracebacks)
     context = ocp.Context()
-    context.memory.write_concurrent_bytes = write_bytes
+    context.memory.write_concurrent_bytes = limit
     with context:
         writer = ocp.training.Checkpointer(
-            directory,
-            # The store decides what stays.
+            path,
             preservation_policy=ocp.training.preservation_policies.PreserveAll(),
             step_name_format=_Unlisted(),
-            # A process killed in a save or deletion leaves `*.orbax-checkpoint-tmp*`.
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=not read_only,  # left where a process was killed in a save
         )
     # In every save Orbax asks JAX, with the step, whether to stop. JAX expects ascending numbers in
     # such calls, so that `coordination.preempted`, which has its own, missed a SIGTERM in a save.
@@ -58,9 +52,7 @@ def is_no_space(error: BaseException) -> bool:
     """Whether an error or its cause says that disk, quota or file size limit is used up."""
     # TensorStore, which writes the arrays, has the reason as text only.
     texts = [os.strerror(code) for code in _NO_SPACE]
-    link: BaseException | None = error
-    while link is not None:
-        if getattr(link, "errno", None) in _NO_SPACE or any(text in str(link) for text in texts):
-            return True
-        link = link.__cause__ or link.__context__
-    return False
+    if getattr(error, "errno", None) in _NO_SPACE or any(text in str(error) for text in texts):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and is_no_space(cause)

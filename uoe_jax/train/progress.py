@@ -4,19 +4,18 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, Iterator, TextIO
 
 EVALUATION_LINE_S = 10  # between two lines about a running evaluation
+_BAR = "step {n_fmt}/{total_fmt} |{bar}|{postfix}"
 
 
 class Progress:
     """Step, loss, the task's other measures, tokens a second and time left.
 
     Args:
-      total: the step at which the run is done; 0: there is no training, and no bar.
-      start: steps done before this process began.
-      stream: where to write; sys.stderr by default. Only a terminal gets carriage returns.
+      total, start: the last step (0: there is no training, and no bar), and steps done before.
+      stream: sys.stderr by default. Only a terminal gets carriage returns.
       silent: shows nothing; for all processes but process 0.
     """
 
@@ -25,47 +24,32 @@ class Progress:
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._total, self._silent = total, silent
-        # (Time, step) of the first update; what was before it is compilation.
-        self._first: tuple[float, int] | None = None
+        self._first: tuple[float, int] | None = None  # time and step, after compilation
+        self._counted = self._shown = 0.0  # times of the first batch, and of the last line on them
         self._bar: Any = None
         if total and not silent and self._stream.isatty() and os.environ.get("TERM") != "dumb":
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total,
-                initial=start,
-                file=self._stream,
-                dynamic_ncols=True,
-                bar_format="step {n_fmt}/{total_fmt} |{bar}|{postfix}",
+                total=total, initial=start, file=self._stream, dynamic_ncols=True, bar_format=_BAR
             )
 
-    def update(
-        self, step: int, loss: float, measures: str, tokens_per_second: float | None
-    ) -> None:
-        """Shows the state after `step` steps.
-
-        measures: the task's other measures. tokens_per_second: None where it is not known yet.
-        """
-        facts = [f"loss {loss:.4f}", measures]
-        if tokens_per_second is not None:
-            facts.append(f"{tokens_per_second:,.0f} tokens/s")
-        if left := self._time_left(step):
-            facts.append(f"{left} left")
+    def update(self, step: int, loss: float, measures: str, tokens_per_s: float | None) -> None:
+        """Shows the state after `step` steps; measures: the task's others, as text."""
+        facts, now = [f"loss {loss:.4f}", measures], time.monotonic()
+        if tokens_per_s is not None:
+            facts.append(f"{tokens_per_s:,.0f} tokens/s")
+        if self._first is None or step <= self._first[1]:
+            self._first = (now, step)
+        else:
+            start, first = self._first
+            seconds = round((now - start) / (step - first) * max(self._total - step, 0))
+            facts.append(f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left")
         if self._bar is None:
             self.print(f"step {step}/{self._total}  " + "  ".join(facts))
         else:
             self._bar.set_postfix_str("  ".join(facts), refresh=False)
             self._bar.update(step - self._bar.n)
-
-    def _time_left(self, step: int) -> str:
-        """Empty where it is not known yet."""
-        now = time.monotonic()
-        if self._first is None or step <= self._first[1]:
-            self._first = (now, step)
-            return ""
-        start, first = self._first
-        seconds = round((now - start) / (step - first) * max(self._total - step, 0))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def print(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -77,29 +61,24 @@ class Progress:
             self._bar.write(text, file=self._stream)
 
     @contextlib.contextmanager
-    def compiling(self, what: str) -> Iterator[None]:
-        """Says that `what` is compiled in the block, and how long that took."""
-        self.print(f"compiling {what} …")
+    def compiling(self, what: str, is_new: bool = True) -> Iterator[None]:
+        """Says that `what`, where it is new, is compiled in the block, and how long that took."""
         start = time.monotonic()
+        if is_new:
+            self.print(f"compiling {what} …")
         yield
-        self.print(f"compiled {what} in {time.monotonic() - start:.1f} s")
+        if is_new:
+            self.print(f"compiled {what} in {time.monotonic() - start:.1f} s")
 
-    def counting(self, what: str, total: int) -> Callable[[int], None]:
-        """A function to call with the number of batches done; it prints from time to time."""
-        start = printed = 0.0
-
-        def show(done: int) -> None:
-            nonlocal start, printed
-            now = time.monotonic()
-            if done == 1:  # which waited for the compiler
-                start = printed = now
-            elif now - printed >= EVALUATION_LINE_S:
-                printed = now
-                left = round((now - start) / (done - 1) * (total - done))
-                count = f"{done:,} of {total:,} batches"
-                self.print(f"{what}: {count}, {left // 60}:{left % 60:02} left")
-
-        return show
+    def count(self, what: str, done: int, total: int) -> None:
+        """Says from time to time how many batches are done."""
+        now = time.monotonic()
+        if done == 1:  # which waited for the compiler
+            self._counted = self._shown = now
+        elif now - self._shown >= EVALUATION_LINE_S:
+            self._shown = now
+            left = round((now - self._counted) / (done - 1) * (total - done))
+            self.print(f"{what}: {done:,} of {total:,} batches, {left // 60}:{left % 60:02} left")
 
     def close(self) -> None:
         """Leaves the last state of the bar on the screen; safe to call twice."""

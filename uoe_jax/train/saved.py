@@ -7,8 +7,7 @@ all agree that it worked, and each leaf is compared with its fingerprint.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Callable, Mapping, TypeVar, cast
 
 import jax
 from etils import epath
@@ -17,82 +16,64 @@ from orbax.checkpoint import v1 as ocp
 
 from uoe_jax.distributed.coordination import RemoteProcessError, on_all, on_process_zero
 from uoe_jax.errors import ConfigError, RunError, UserError
-from uoe_jax.train.fingerprint import fingerprints, leaf_name
-from uoe_jax.train.metadata import (
-    METADATA,
-    STATE,
-    CheckpointDamaged,
-    describe,
-    first_line,
-    kind,
-    list_checkpoints,
-    raise_if_transient,
-    read_metadata,
-)
+from uoe_jax.train import metadata as metadata_lib
+from uoe_jax.train.fingerprint import fingerprints
+from uoe_jax.train.metadata import STATE, CheckpointDamaged, describe, kind, read_metadata
 from uoe_jax.workdir import checkpoint_path, locate
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Fitting = tuple[Any, list[str], dict[str, str]]
 _TREE, _INIT_FROM = "_METADATA", "config.train.init_from"
 
 
 def restore(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any, dict[str, Any]]:
     """(State or `partial` state of a checkpoint, its metadata); see CheckpointStore.restore."""
-    _check_placed(abstract)
     metadata, expected = read_metadata(path), describe(abstract)
     stored = {n: leaf for n, leaf in metadata["leaves"].items() if n in expected or not partial}
     if not partial and all(name.startswith("params/") for name in stored):
         problem = "holds parameters alone, as an imported model does"
         remedy = f"train them in a new --workdir with --{_INIT_FROM}={path}"
         raise UserError(f"{path}: {problem}; {remedy}")
-    if differences := list(_differences(stored, expected)):
+    if differences := _differences(stored, expected):
+        name, found = next(iter(differences.items()))
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-        problem = f"this checkpoint does not fit the model: {differences[0]}{more}"
+        problem = f"this checkpoint does not fit the model: {name} is {found}{more}"
         remedy = "use the configuration it was saved with, or another --workdir"
         raise UserError(f"{path}: {problem}; {remedy}")
     return _load(path, abstract, stored, partial), metadata
 
 
-def checkpoints_of(path: str | os.PathLike[str]) -> list[str]:
+def checkpoints_of(path: str | os.PathLike[str]) -> list[epath.Path]:
     """The checkpoints of a workdir, newest first, or the one given; ConfigError for none."""
 
     def find() -> list[str]:
         root = checkpoint_path(path, _INIT_FROM)
         below = root / "checkpoints"
         if below.is_dir():
-            return [os.fspath(below / str(s)) for s in sorted(list_checkpoints(below))[::-1]]
+            steps = sorted(metadata_lib.list_checkpoints(below), reverse=True)
+            return [os.fspath(below / str(step)) for step in steps]
         is_step = root.is_dir() and root.parent.name == "checkpoints"
-        return [os.fspath(root)] if is_step or (root / METADATA).exists() else []
+        return [os.fspath(root)] if is_step or (root / metadata_lib.METADATA).exists() else []
 
     found = on_process_zero(find)
     if not found:
         remedy = "give the workdir of a run, or one of its checkpoints/<step>"
         raise ConfigError(_INIT_FROM, os.fspath(path), f"there is no checkpoint; {remedy}")
-    return found
+    return [locate(name) for name in found]
 
 
-def load_params(
-    path: str | os.PathLike[str], abstract_params: Any
-) -> tuple[Any, list[str], dict[str, str]]:
+def load_params(path: str | os.PathLike[str], abstract_params: Any) -> Fitting:
     """The parameters of another run that fit: same name, dtype and shape. Touches nothing there.
 
-    Args:
-      path: a workdir, whose newest good checkpoint is taken, or one checkpoint; local or `gs://`.
-      abstract_params: nested dicts of jax.ShapeDtypeStruct with shardings.
-
-    Returns:
-      (nested dicts with None for what does not fit, names of the leaves taken, {name of the others:
-      why}). Names as in the checkpoint, `params/…`.
-
-    Raises:
-      ConfigError: no good checkpoint there, or nothing fits.
-      CheckpointDamaged: the checkpoint given is damaged.
+    path: a workdir, whose newest good checkpoint is taken, or one checkpoint. Returns (nested dicts
+    like `abstract_params` with None for what does not fit, names of the leaves taken, {name of the
+    others: why}). Names are as in the checkpoint, `params/…`. ConfigError where nothing fits.
     """
-    _check_placed(abstract_params)
     paths = checkpoints_of(path)
-    for one in paths:
+    for checkpoint in paths:
         try:
-            return _params_of(locate(one), abstract_params, os.fspath(path))
+            return _params_of(checkpoint, abstract_params, os.fspath(path))
         except CheckpointDamaged as error:
             if len(paths) == 1:
                 raise
@@ -101,20 +82,13 @@ def load_params(
     raise ConfigError(_INIT_FROM, os.fspath(path), problem)
 
 
-def _params_of(
-    path: epath.Path, abstract: Any, given: str
-) -> tuple[Any, list[str], dict[str, str]]:
+def _params_of(path: epath.Path, abstract: Any, given: str) -> Fitting:
     stored, here = read_metadata(path)["leaves"], describe({"params": abstract})
-    fresh = {}
-    for name, leaf in here.items():
-        if name not in stored:
-            fresh[name] = "not in the checkpoint"
-        elif kind(stored[name]) != kind(leaf):
-            fresh[name] = f"{kind(stored[name])} there, {kind(leaf)} here"
+    fresh = {name: why for name, why in _differences(stored, here).items() if name in here}
     taken = [name for name in here if name not in fresh]
     if not taken:
-        first = next((f"{name}: {why}" for name, why in fresh.items()), "it has none")
-        problem = f"none of its parameters fits the model ({first})"
+        name, why = next(iter(fresh.items()))
+        problem = f"none of its parameters fits the model ({name}: {why})"
         remedy = "give a run of a model that has layers in common"
         raise ConfigError(_INIT_FROM, given, f"{problem}; {remedy}")
     flat = flatten_dict({"params": abstract}, sep="/")
@@ -124,7 +98,7 @@ def _params_of(
     return tree, taken, fresh
 
 
-def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: bool = False) -> Any:
+def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: bool) -> Any:
     """Reads a tree onto its shardings, and compares it with the fingerprints in `leaves`."""
 
     def check_there() -> None:
@@ -132,7 +106,11 @@ def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: b
             raise FileNotFoundError(f"{STATE}/{_TREE} is missing")
 
     def read() -> Any:
-        with _without_barriers(partial), jax.transfer_guard("allow"):
+        context = ocp.Context()  # for reading in this process alone: it waits for no other
+        context.multiprocessing.primary_host = me = ocp.multihost.process_index()
+        context.multiprocessing.active_processes = {me}
+        context.pytree.loading.partial_load = partial
+        with context, jax.transfer_guard("allow"):
             return ocp.load(path, abstract)
 
     # Before Orbax counts its operations: if one process is a count behind, the next save hangs.
@@ -148,56 +126,38 @@ def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: b
     return tree
 
 
-def _check_placed(abstract: Any) -> None:
-    """ValueError for a leaf without a sharding: Orbax would fall back on the saved devices."""
-    for at, leaf in jax.tree.leaves_with_path(abstract):
-        if getattr(leaf, "sharding", None) is None:
-            raise ValueError(f"{leaf_name(at)} has no sharding")
-
-
-def _without_barriers(partial: bool) -> ocp.Context:
-    """Orbax's context for reading in this process alone: it waits for no other."""
-    context = ocp.Context()
-    context.multiprocessing.primary_host = me = ocp.multihost.process_index()
-    context.multiprocessing.active_processes = {me}
-    context.pytree.loading.partial_load = partial
-    return context
-
-
 def _in_each(path: epath.Path, do: Callable[[], T]) -> T:
     """The result of `do` here, once it worked in all; else CheckpointDamaged or RunError in all."""
-    values: list[T] = []
-    reasons: list[str] = []
+    failure: list[RunError] = []
 
-    def attempt() -> None:
+    def attempt() -> T | None:
         try:
-            values.append(do())
+            return do()
         except Exception as error:
-            raise_if_transient(path, error)
-            reasons.append(f"it cannot be read: {first_line(error)}")
+            metadata_lib.raise_if_transient(path, error)
+            failure.append(RunError(f"it cannot be read: {metadata_lib.first_line(error)}"))
+            return None
 
     def agree() -> None:
-        if reasons:
-            raise _Damage(reasons[0])
+        if failure:
+            raise failure[0]
 
-    on_all(attempt)
+    value = on_all(attempt)
     try:
         on_all(agree)
-    except (_Damage, RemoteProcessError) as error:
+    except (RunError, RemoteProcessError) as error:
         raise CheckpointDamaged(path, str(error)) from error
-    return values[0]
+    return cast(T, value)
 
 
-class _Damage(RunError):
-    """The reason alone, on its way to all processes."""
-
-
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    for name in sorted({*saved, *wanted}):
-        if name not in wanted:
-            yield f"{name} is in the checkpoint and not in the model"
-        elif name not in saved:
-            yield f"{name} is in the model and not in the checkpoint"
-        elif kind(saved[name]) != kind(wanted[name]):
-            here = f"{kind(saved[name])} in the checkpoint and {kind(wanted[name])} in the model"
-            yield f"{name} is {here}"
+def _differences(stored: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+    """Where the leaves that do not fit are, or of which kind, by name."""
+    found = {}
+    for name in sorted({*stored, *here}):
+        if name not in here:
+            found[name] = "in the checkpoint and not in the model"
+        elif name not in stored:
+            found[name] = "in the model and not in the checkpoint"
+        elif (there := kind(stored[name])) != kind(here[name]):
+            found[name] = f"{there} in the checkpoint and {kind(here[name])} in the model"
+    return found

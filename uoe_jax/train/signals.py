@@ -4,9 +4,8 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
-from typing import Any, Self
+from typing import Self
 
 from uoe_jax.distributed import coordination
 
@@ -23,11 +22,9 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested: str | None = None  # the name of the first signal
-        self._shared = coordination.are_several()
-        self._calls = 0  # the same in all processes
-        self._stop = False
-        self._interrupts = 0
-        self._old: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+        self._shared, self._stop = coordination.are_several(), False
+        self._calls = self._interrupts = 0  # calls: the same number in all processes
+        self._restore = contextlib.ExitStack()
 
     def should_stop(self) -> bool:
         """Whether to stop here; several processes return True from the same call on."""
@@ -43,10 +40,9 @@ class StopSignal:
         self.requested = self.requested or signal.Signals(number).name
         if self._shared and first:
             os.kill(os.getpid(), signal.SIGTERM)
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                raise KeyboardInterrupt
+        self._interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and self._interrupts > 1:
+            raise KeyboardInterrupt
         if first:  # not print, which may be what was interrupted
             again = " (again: at once)" if number == signal.SIGINT else ""
             with contextlib.suppress(OSError):  # stderr may be closed
@@ -54,14 +50,12 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGUSR1") if self._shared else ("SIGINT", "SIGTERM", "SIGUSR1"):
-                if hasattr(signal, name):  # Windows has no SIGUSR1
-                    number = getattr(signal, name)
-                    self._old[number] = signal.signal(number, self._handle)
+            own = () if self._shared else (signal.SIGTERM,)
+            for number in (signal.SIGINT, signal.SIGUSR1, *own):
+                old = signal.signal(number, self._handle)
+                # None: the old handler was not Python's and cannot be restored from here.
+                self._restore.callback(signal.signal, number, old or signal.SIG_DFL)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            # None: the old handler was not Python's and cannot be restored from here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._old.clear()
+        self._restore.close()

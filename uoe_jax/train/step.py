@@ -1,15 +1,15 @@
 """The compiled part of training: state, optimizer, the train step and the evaluation step."""
 
-import functools
+import contextlib
 import math
-from typing import Any, Callable, NamedTuple, Protocol
+from typing import Any, Callable, Iterator, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 
 from uoe_jax.config.baselines import MoEConfig
 from uoe_jax.config.schema import Config, ModelConfig, OptimizerConfig
@@ -21,9 +21,9 @@ from uoe_jax.train import guard as guard_lib
 from uoe_jax.train.task import TASKS, Batch, Sums, task_of
 
 Params = dict[str, Any]  # nested, by module and weight name
-
-# Of the loss in float16, where a token's share of a mean over millions underflows.
-HALF_SCALE = 4096.0
+Rebuild = Callable[[Params], Stack]  # the module of these parameters
+Optimizer: TypeAlias = optax.GradientTransformation
+HALF_SCALE = 4096.0  # of the loss in float16, where a token's share of a mean underflows
 
 
 class TrainState(NamedTuple):
@@ -35,37 +35,16 @@ class TrainState(NamedTuple):
     guard: guard_lib.Guard
 
 
-class TrainStep(Protocol):
-    """A jitted train step, which can also be lowered from shapes."""
-
-    def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, dict[str, Any]]: ...
-    def lower(self, *args: Any) -> jax.stages.Lowered: ...
-
-
 class Program(NamedTuple):
-    """A configuration compiled for a mesh.
+    """A configuration compiled for a mesh; `abstract…` are trees of ShapeDtypeStruct."""
 
-    Attributes:
-      init: key -> TrainState, with its shardings.
-      train_step: (state, batch) -> (state, metrics on device); donates the state.
-      eval_step: (params, batch) -> Sums.
-      abstract, abstract_batch: TrainState and batch of a train step as ShapeDtypeStructs.
-      model: params -> the model (Transformer or Classifier).
-    """
-
-    mesh: Mesh | AbstractMesh
-    init: Callable[[jax.Array], TrainState]
-    train_step: TrainStep
+    mesh: Any  # Mesh; of a program that is only planned, AbstractMesh
+    init: Callable[[jax.Array], TrainState]  # from a key, with its shardings
+    train_step: jax.stages.Wrapped  # (state, batch) -> (state, metrics on device); donates state
     eval_step: Callable[[Params, Batch], Sums]
     abstract: TrainState
-    abstract_batch: dict[str, jax.ShapeDtypeStruct]
-    model: Callable[[Params], Any]
-
-    @property
-    def devices(self) -> Mesh:
-        """The mesh of a program that runs; that of a planned one may be abstract."""
-        assert isinstance(self.mesh, Mesh), self.mesh
-        return self.mesh
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]  # of a train step
+    model: Callable[[Params], Any]  # Transformer or Classifier
 
 
 def learning_rate(c: OptimizerConfig, decay_steps: int) -> optax.Schedule:
@@ -81,9 +60,7 @@ def learning_rate(c: OptimizerConfig, decay_steps: int) -> optax.Schedule:
     return lambda count: schedule(count + 1)
 
 
-def make_optimizer(
-    c: OptimizerConfig, decay_steps: int, decayed: Params
-) -> optax.GradientTransformation:
+def make_optimizer(c: OptimizerConfig, decay_steps: int, decayed: Params) -> Optimizer:
     """AdamW with clipping by global norm; decayed: a tree of bool, where weight decay applies."""
     clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
     rate, mask = learning_rate(c, decay_steps), lambda _: decayed
@@ -93,27 +70,21 @@ def make_optimizer(
     return optax.chain(clip, adam)
 
 
-def cast_optimizer_state(
-    dtype: jnp.dtype, inner: optax.GradientTransformation
-) -> optax.GradientTransformation:
+def cast_optimizer_state(dtype: jnp.dtype, inner: Optimizer) -> Optimizer:
     """The optimizer with its float state in `dtype` between steps, and in float32 in a step."""
 
-    def cast(state: optax.OptState, to: Any) -> optax.OptState:
+    def cast(state: Any, to: Any) -> Any:
         is_float = lambda a: jnp.issubdtype(a.dtype, jnp.floating)  # noqa: E731
         return jax.tree.map(lambda a: a.astype(to) if is_float(a) else a, state)
 
-    def update(
-        grads: Params, state: optax.OptState, params: Params
-    ) -> tuple[Params, optax.OptState]:
+    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
         updates, state = inner.update(grads, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
-    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
+    return Optimizer(lambda params: cast(inner.init(params), dtype), update)
 
 
-def functional(
-    c: ModelConfig,
-) -> tuple[Callable[[jax.Array], Params], Callable[[Params], Stack], nnx.State]:
+def functional(c: ModelConfig) -> tuple[Callable[[jax.Array], Params], Rebuild, nnx.State]:
     """(Key -> params, params -> module, abstract state with the weights' declarations)."""
     model = TASKS[c.task].model
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: model(c, rngs=nnx.Rngs(0))))
@@ -145,14 +116,20 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     optimizer = make_optimizer(config.optimizer, config.decay_steps, decayed)
     replicated = jax.NamedSharding(mesh, mesh_lib.EVERYWHERE)
     rows = jax.NamedSharding(mesh, mesh_lib.ROWS)
+    task = task_of(config)
 
     def init(key: jax.Array) -> TrainState:
-        params = init_params(key)
-        step = jnp.zeros((), jnp.int32)
+        params, step = init_params(key), jnp.zeros((), jnp.int32)
         return TrainState(step, params, optimizer.init(params), guard_lib.fresh())
 
     def eval_step(params: Params, batch: Batch) -> Sums:
-        return task_of(config).sums(rebuild(params), batch, config)
+        return task.sums(rebuild(params), batch, config)
+
+    @contextlib.contextmanager
+    def on_mesh() -> Iterator[None]:  # also where the caller has not set the mesh
+        sequence_parallel = mesh_lib.sequence_parallel(config.mesh.sequence_parallel)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), sequence_parallel:
+            yield
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     # Optimizer moments are sharded as their parameters; scalars are replicated.
@@ -161,30 +138,21 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     )
     guard_shardings = jax.tree.map(lambda _: replicated, shapes.guard)
     placed = TrainState._make((replicated, shardings, opt_shardings, guard_shardings))
-    struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+    struct = jax.ShapeDtypeStruct
+    train_step = on_mesh()(_train_step(config, rebuild, optimizer))
+    ins, outs, eval_ins = (placed, rows), (placed, replicated), (shardings, rows)
     return Program(
         mesh=mesh,
         init=jax.jit(init, out_shardings=placed),
-        train_step=jax.jit(
-            _on_mesh(_train_step(config, rebuild, optimizer), mesh, config),
-            donate_argnums=0,
-            in_shardings=(placed, rows),
-            out_shardings=(placed, replicated),
-        ),
-        eval_step=jax.jit(
-            _on_mesh(eval_step, mesh, config),
-            in_shardings=(shardings, rows),
-            out_shardings=replicated,
-        ),
-        abstract=jax.tree.map(struct, shapes, placed),
-        abstract_batch=abstract_batch(config, rows),
+        train_step=jax.jit(train_step, donate_argnums=0, in_shardings=ins, out_shardings=outs),
+        eval_step=jax.jit(on_mesh()(eval_step), in_shardings=eval_ins, out_shardings=replicated),
+        abstract=jax.tree.map(lambda a, s: struct(a.shape, a.dtype, sharding=s), shapes, placed),
+        abstract_batch={n: struct(*a, sharding=rows) for n, a in task.shapes(config).items()},
         model=rebuild,
     )
 
 
-def _train_step(
-    config: Config, rebuild: Callable[[Params], Stack], optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+def _train_step(config: Config, rebuild: Rebuild, optimizer: Optimizer) -> Callable[..., Any]:
     rate = learning_rate(config.optimizer, config.decay_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -198,36 +166,11 @@ def _train_step(
             updates, opt = optimizer.update(grads, state.opt, state.params)
             used_rate = jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32)
         params = rebalance(config.model, optax.apply_updates(state.params, updates), sums.routing)
-        params, opt = guard_lib.select_state(bad, (params, opt), (state.params, state.opt))
+        params, opt = optax.tree_utils.tree_where(bad, (state.params, state.opt), (params, opt))
         found = {"sums": sums, "grad_norm": grad_norm, "learning_rate": used_rate, "guard": guard}
         return TrainState(state.step + 1, params, opt, guard), found
 
     return train_step
-
-
-def _on_mesh(
-    f: Callable[..., Any], mesh: Mesh | AbstractMesh, config: Config
-) -> Callable[..., Any]:
-    """f on the mesh, also where the caller has not set it, with sequence_parallel as configured."""
-
-    @functools.wraps(f)
-    def wrapped(*args: Any) -> Any:
-        with (
-            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
-            mesh_lib.sequence_parallel(config.mesh.sequence_parallel),
-        ):
-            return f(*args)
-
-    return wrapped
-
-
-def abstract_batch(config: Config, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a train step's batch."""
-    shapes = task_of(config).shapes(config)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype) in shapes.items()
-    }
 
 
 def row_keys(config: Config, step: jax.Array) -> jax.Array:
@@ -243,12 +186,11 @@ def rebalance(c: ModelConfig, params: Params, routing: Stats) -> Params:
     layers = dict(params["layers"])
     for name, r in c.routed().items():
         place = c.place_of(name)
-        router = dict(layers[place].get("router", {}))
+        router, stats = dict(layers[place].get("router", {})), routing[name]
         if r.bias_rate:
-            chosen_N = routing[name].chosen_N
-            router["load_bias"] = rebalanced(router["load_bias"], chosen_N, r.bias_rate)
+            router["load_bias"] = rebalanced(router["load_bias"], stats.chosen_N, r.bias_rate)
         if "balance_weight" in router:
-            router["balance_weight"] = adapted(router["balance_weight"], routing[name], c.moe)
+            router["balance_weight"] = adapted(router["balance_weight"], stats, c.moe)
         if router:
             layers[place] = {**layers[place], "router": router}
     return {**params, "layers": layers}
@@ -273,7 +215,7 @@ def routing_loss(c: ModelConfig, params: Params, routing: Stats) -> jax.Array:
 
 
 def accumulated_gradients(
-    config: Config, rebuild: Callable[[Params], Stack], params: Params, batch: Batch
+    config: Config, rebuild: Rebuild, params: Params, batch: Batch
 ) -> tuple[Params, Sums]:
     """Gradient of the mean loss plus routing losses of the batch, over `accumulation` microbatches.
 
@@ -309,7 +251,6 @@ def accumulated_gradients(
         return jax.tree.map(jnp.add, total, gradient(params, batch)), None
 
     batches = jax.tree.map(microbatches, batch)
-    first = jax.tree.map(lambda a: a[0], batches)
-    shapes = jax.eval_shape(gradient, params, first)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], batches))
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     return jax.lax.scan(add, zero, batches)[0]

@@ -11,58 +11,79 @@ from uoe_jax.config.schema import Config
 from uoe_jax.data.augment import as_floats
 from uoe_jax.models.classifier import Classifier
 from uoe_jax.models.decoder import Stack, Stats, Transformer
+from uoe_jax.moe.routing import RoutingStats
 
 Batch = dict[str, jax.Array]
+Shapes = dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype by name, of a train step's batch
 
 
 class Sums(NamedTuple):
-    """Sums over the rows of a batch, which add up over batches; float32.
+    """Sums over the rows of a batch, which add up over batches; float32."""
 
-    Attributes:
-      nll: negative log-likelihood in nats over `count` targets, which are valid tokens or examples.
-      tokens, rows: what the blocks compute on.
-      routing: statistics per layer.
-    """
-
-    nll: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # hides a method of tuples
+    nll: jax.Array  # negative log-likelihood in nats, over the targets
+    count: jax.Array  # type: ignore[assignment]  # targets: valid tokens or examples
     correct: jax.Array
-    tokens: jax.Array
+    tokens: jax.Array  # that the blocks compute on
     n_bytes: jax.Array
-    rows: jax.Array
-    routing: Stats
+    rows: jax.Array  # that the blocks compute on
+    routing: Stats  # per layer
 
 
 class Task(NamedTuple):
-    """One value of model.task.
-
-    Attributes:
-      model: its class.
-      shapes: config -> {name: (shape, dtype)} of a train step's batch.
-      sums: (model, batch, config) -> Sums; a training batch also has a random key a row, `keys`.
-      counts: batch -> (targets, rows the blocks compute on), float32.
-      measures: (sums on the host, config) -> measures by name.
-      ranking: measures -> what ranks checkpoints, the lowest first.
-      summary: measures -> the same as text.
-    """
+    """One value of model.task."""
 
     model: type[Stack]
-    shapes: Callable[[Config], dict[str, tuple[tuple[int, ...], Any]]]
-    sums: Callable[[Any, Batch, Config], Sums]
-    counts: Callable[[Batch], tuple[jax.Array, jax.Array]]
-    measures: Callable[[Sums, Config], dict[str, float]]
-    ranking: Callable[[dict[str, float]], float]
-    summary: Callable[[dict[str, float]], str]
+    shapes: Callable[[Config], Shapes]
+    sums: Callable[[Any, Batch, Config], Sums]  # of a model; training batches also have row `keys`
+    counts: Callable[[Batch], tuple[jax.Array, jax.Array]]  # targets, rows for blocks; float32
+    measures: Callable[[Sums, Config], dict[str, float]]  # by name, of sums on the host
+    ranking: Callable[[dict[str, float]], float]  # what ranks checkpoints, the lowest first
+    summary: Callable[[dict[str, float]], str]  # measures as text
 
 
 def task_of(c: Config) -> Task:
     return TASKS[c.model.task]
 
 
-# --- language modeling ----------------------------------------------------------------------------
+def measures(sums: Sums, config: Config, prefix: str) -> dict[str, Any]:
+    """All measures of sums on the host: `<prefix>/loss`, `<prefix>/smha/dropped`, …"""
+    found: dict[str, Any] = {**task_of(config).measures(sums, config)}
+    for block, stats in sums.routing.items():
+        values = routing_measures(stats, float(sums.rows))
+        found |= {f"{block}/{name}": value for name, value in values.items()}
+    return {f"{prefix}/{name}": value for name, value in found.items()}
 
 
-def _text_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
+def measures_text(measures: dict[str, Any], prefix: str, config: Config) -> str:
+    """The measures of an evaluation in a line; their keys begin with `prefix/`."""
+    own = {name.removeprefix(f"{prefix}/"): value for name, value in measures.items()}
+    return f"loss {own['loss']:.4f}, {task_of(config).summary(own)} ({own['rows']} rows)"
+
+
+def routing_measures(stats: RoutingStats, rows: float) -> dict[str, list[Any]]:
+    """Measures of routing per layer, which is the leading axis of every leaf; `entropy` in nats."""
+    s = RoutingStats._make(np.asarray(x, np.float64) for x in stats)
+    chosen = np.maximum(s.chosen_N.sum(-1), 1)
+    patches = np.maximum(s.patches, 1)
+    kept_share = np.where(s.chosen_N.any(-1), s.kept_N.sum(-1) / chosen, 1.0)  # none chosen: all
+    by_quarter = s.kept_4 / np.maximum(s.chosen_4, 1) / np.maximum(kept_share, 1e-9)[:, None]
+    load = s.chosen_N.shape[-1] * s.chosen_N / chosen[:, None]
+    found: dict[str, Any] = {
+        "dropped": 1 - kept_share,  # share of the patches' choices without a slot
+        "untouched": s.untouched / patches,  # share of patches that no expert took
+        # Kept share in each quarter of the row, relative to the mean.
+        "kept_by_quarter": np.where(s.chosen_4 > 0, by_quarter, 1.0),
+        "load": load,  # share of all choices by expert, times N
+        "load_max": load.max(-1),
+        "dead": (s.chosen_N == 0).sum(-1),  # experts that nobody chose
+        "entropy": s.entropy / patches,
+        "balance": s.balance / max(rows, 1),
+        "z": s.z / max(rows, 1),
+    }
+    return {name: value.tolist() for name, value in found.items()}
+
+
+def _text_shapes(c: Config) -> Shapes:
     rows = c.train.batch_size
     names = ("tokens", "targets", "segments", "positions")
     by_token = dict.fromkeys(names, ((rows, c.model.context_length), jnp.int32))
@@ -74,17 +95,10 @@ def _text_sums(model: Transformer, batch: Batch, c: Config) -> Sums:
     nll_BL, routing = model.nll(
         batch["tokens"], batch["targets"], batch["segments"], batch["positions"], batch.get("keys")
     )
-    valid_BL = batch["segments"] > 0
     tokens, rows = _text_counts(batch)
-    return Sums(
-        nll=jnp.where(valid_BL, nll_BL, 0).sum(),
-        count=tokens,
-        correct=jnp.zeros(()),
-        tokens=tokens,
-        n_bytes=batch["n_bytes"].sum(dtype=jnp.float32),
-        rows=rows,
-        routing=routing,
-    )
+    nll, correct = jnp.where(batch["segments"] > 0, nll_BL, 0).sum(), jnp.zeros(())
+    n_bytes = batch["n_bytes"].sum(dtype=jnp.float32)
+    return Sums(nll, tokens, correct, tokens, n_bytes, rows, routing)
 
 
 def _text_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -113,10 +127,7 @@ def _text_summary(found: dict[str, float]) -> str:
     return ", ".join(parts) or f"perplexity {math.exp(min(found['loss'], 700)):.2f} per token"
 
 
-# --- classification -------------------------------------------------------------------------------
-
-
-def _class_shapes(c: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
+def _class_shapes(c: Config) -> Shapes:
     m, rows = c.model, c.train.batch_size
     pair = (2,) if m.classifier.n_inputs == 2 else ()
     inputs = ((m.image.height, m.image.width, m.image.channels), jnp.uint8)
@@ -149,15 +160,9 @@ def _class_sums(model: Classifier, batch: Batch, c: Config) -> Sums:
     found_B = logits_BC.argmax(axis=-1)
     right_B = jnp.where(found_B == batch["label"], batch["share"], 0)
     right_B += jnp.where(found_B == batch["other"], 1 - batch["share"], 0)
-    return Sums(
-        nll=jnp.where(valid_B, nll_B, 0).sum(),
-        count=examples,
-        correct=jnp.where(valid_B, right_B, 0).sum(),
-        tokens=(batch["segments"] > 0).sum(dtype=jnp.float32),
-        n_bytes=jnp.zeros(()),
-        rows=rows,
-        routing=routing,
-    )
+    nll, correct = (jnp.where(valid_B, a, 0).sum() for a in (nll_B, right_B))
+    tokens, n_bytes = (batch["segments"] > 0).sum(dtype=jnp.float32), jnp.zeros(())
+    return Sums(nll, examples, correct, tokens, n_bytes, rows, routing)
 
 
 def _class_counts(batch: Batch) -> tuple[jax.Array, jax.Array]:

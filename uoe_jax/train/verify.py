@@ -4,14 +4,14 @@ Orbax only warns where it merges nothing, and a file system may lose what it has
 data are not read back here: a restore compares their fingerprints.
 """
 
+import collections
 import contextlib
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Iterable
 
 import jax
 import tensorstore
@@ -25,8 +25,7 @@ from uoe_jax.train.metadata import COMMITTED, STATE
 from uoe_jax.workdir import SHOWS_UP_S, is_remote
 
 MANIFEST = "manifest.ocdbt"
-# Orbax's files, without which a restore fails, or gives another type.
-_ORBAX_FILES = ("_METADATA", "_sharding")
+_ORBAX_FILES = ("_METADATA", "_sharding")  # without them a restore fails, or gives another type
 # A key of the manifest: the description of an array, or a chunk of it.
 _KEY = re.compile(r"(.*)/(zarr\.json|c(?:/\d+)*)", re.DOTALL)
 
@@ -46,10 +45,7 @@ def check_storable(state: Any) -> int:
 
 
 def check(path: epath.Path, damaged: epath.Path, latest: int | None) -> None:
-    """Moves a checkpoint that is not whole into `damaged` and raises RunError; in process 0.
-
-    latest: the newest good checkpoint, for the message.
-    """
+    """Moves a checkpoint that is not whole into `damaged` and raises RunError; in process 0."""
     if not (reason := fault(path)):
         return
     moved = ""
@@ -68,8 +64,7 @@ def fault(path: epath.Path) -> str:
     """What is wrong with the checkpoint at `path`, "" for nothing; called in process 0.
 
     Its metadata must be as they were written, the manifest must list every leaf with all of its
-    chunks and what each process wrote, and the data files must be there and long enough. Takes some
-    milliseconds, as no array data are read. RunError where it cannot be read now.
+    chunks and what each process wrote, and the data files must be there and long enough.
     """
     # What other machines wrote may show up late on a network file system.
     deadline = time.monotonic() + (SHOWS_UP_S if coordination.are_several() else 0)
@@ -99,9 +94,9 @@ def _fault(path: epath.Path) -> str:
     if not (state / MANIFEST).exists():
         return f"{STATE}/{MANIFEST} is missing: what the processes wrote was not merged"
     entries = _entries(state)
-    for process in state.glob("ocdbt.process_*"):
-        if not (process / MANIFEST).exists():  # of a process that had nothing to write
-            continue
+    # A process that had nothing to write has no manifest.
+    for manifest in state.glob(f"ocdbt.process_*/{MANIFEST}"):
+        process = manifest.parent
         if lost := sorted(_entries(process).keys() - entries.keys()):
             return f"{lost[0]} of {process.name} is missing in {STATE}/{MANIFEST}"
     return _missing_chunks(metadata["leaves"], state, entries) or _short_file(state, entries)
@@ -118,9 +113,9 @@ def _dump(directory: epath.Path, node: str | None = None) -> Any:
     return tensorstore.ocdbt.dump(store, node).result()
 
 
-def _entries(directory: epath.Path) -> dict[str, dict[str, Any]]:
+def _entries(directory: epath.Path) -> dict[str, Any]:
     """All entries, by key, of the newest version of the manifest of a directory."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     versions = _dump(directory)["versions"][-1:]
     nodes: list[tuple[Any, bytes]] = [(v["root"].get("location"), b"") for v in versions]
     while nodes:
@@ -134,12 +129,10 @@ def _entries(directory: epath.Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _missing_chunks(
-    leaves: Mapping[str, Any], state: epath.Path, entries: Mapping[str, dict[str, Any]]
-) -> str:
+def _missing_chunks(leaves: Iterable[str], state: epath.Path, entries: dict[str, Any]) -> str:
     """Which leaf the manifest lacks, or has not whole."""
     described: dict[str, Any] = {}
-    chunks: dict[str, int] = {}
+    chunks: collections.Counter[str] = collections.Counter()
     for key, entry in entries.items():
         if match := _KEY.fullmatch(key):
             name = match[1].replace("/", ".")  # Orbax joins the parts of a leaf's name by dots
@@ -147,28 +140,25 @@ def _missing_chunks(
                 value = entry.get("inline_value") or _dump(state, entry["indirect_value"])
                 described[name] = json.loads(value)
             else:
-                chunks[name] = chunks.get(name, 0) + 1
+                chunks[name] += 1
     for leaf in leaves:
         name = leaf.replace("/", ".")
         if name not in described:
             return f"{leaf} is missing in {STATE}/{MANIFEST}"
-        array = described[name]
-        sizes = zip(
-            array["shape"], array["chunk_grid"]["configuration"]["chunk_shape"], strict=True
-        )
-        expected = math.prod(-(-n // size) for n, size in sizes)
-        if (found := chunks.get(name, 0)) != expected:
-            return f"{found} of {expected} chunks of {leaf} are in {STATE}/{MANIFEST}"
+        sizes = described[name]["chunk_grid"]["configuration"]["chunk_shape"]
+        counts = [-(-n // size) for n, size in zip(described[name]["shape"], sizes, strict=True)]
+        if (expected := math.prod(counts)) != chunks[name]:
+            return f"{chunks[name]} of {expected} chunks of {leaf} are in {STATE}/{MANIFEST}"
     return ""
 
 
-def _short_file(state: epath.Path, entries: Mapping[str, dict[str, Any]]) -> str:
+def _short_file(state: epath.Path, entries: dict[str, Any]) -> str:
     """Which data file is missing, or shorter than the manifest says."""
-    lengths: dict[str, int] = {}
+    lengths: collections.Counter[str] = collections.Counter()
     for entry in entries.values():
         if place := entry.get("indirect_value"):
             _, root, name, start, size = place.split(":")
-            lengths[root + name] = max(lengths.get(root + name, 0), int(start) + int(size))
+            lengths[root + name] = max(lengths[root + name], int(start) + int(size))
     for file, length in lengths.items():
         path = state / file
         if not path.exists():
