@@ -12,17 +12,14 @@ Input = bytes | np.ndarray
 
 
 class TextSource(Protocol):
-    """Where documents come from.
-
-    Attributes:
-      key: names this content under these rules; caches derived from it are keyed by it.
-      documents: takes a split.
-    """
+    """Where documents come from."""
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """Names this content under these rules; caches derived from it are keyed by it."""
+
     @property
-    def documents(self) -> Callable[[str], Iterable[bytes]]: ...
+    def documents(self) -> Callable[[str], Iterable[bytes]]: ...  # of a split
     def record(self) -> dict[str, Any]:
         """JSON-able, for the run's record."""
 
@@ -43,7 +40,7 @@ class Example(NamedTuple):
     """One labelled example.
 
     Attributes:
-      inputs: one, or two to compare: text (bytes), token ids (int [T]), or an image
+      inputs: one, or two to compare: text, token ids (int [T]) or an image
         (uint8 [height,width,channels]).
       label: the class, from 0.
     """
@@ -60,20 +57,16 @@ class Examples(Protocol):
 
 
 class ExampleSource(Protocol):
-    """Where labelled examples come from.
-
-    Attributes:
-      n_classes: labels are below it.
-      vocab_size: 0 for text and images; else the inputs are token ids below it.
-      examples: takes a split.
-    """
+    """Where labelled examples come from."""
 
     @property
     def n_classes(self) -> int: ...
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """0 for text and images; else the inputs are token ids below it."""
+
     @property
-    def examples(self) -> Callable[[str], Examples]: ...
+    def examples(self) -> Callable[[str], Examples]: ...  # of a split
     def record(self) -> dict[str, Any]:
         """JSON-able, for the run's record."""
 

@@ -29,7 +29,7 @@ class PackedRows:
       n_bytes []: bytes of text that the valid targets stand for; 0 where they are unknown.
     """
 
-    needs_all_rows = False  # every row is full
+    needs_all_rows = False  # see LabelledRows
 
     def __init__(self, store: TokenStore, length: int, multiple: int, tokenizer: Tokenizer) -> None:
         """Raises UserError unless `length` is a positive multiple of `multiple`, the patch size."""
@@ -44,13 +44,11 @@ class PackedRows:
         self._bytes_V = tokenizer.bytes_per_token
         self._bytes_E = None if store.bytes_unknown else store.bytes_E
         # At least one element, so that a split of empty documents is no special case below.
-        tokens_T = store.tokens_T
-        self._tokens_T = tokens_T if tokens_T.size else np.zeros(1, tokens_T.dtype)
+        self._tokens_T = store.tokens_T if store.tokens_T.size else np.zeros(1, np.int64)
         self._offsets = store.offsets  # int64 [D + 1], into the tokens
         sizes_D = np.diff(store.offsets) + 1  # targets per document: its tokens and the separator
-        # int64 [D + 1], into the padded documents laid end to end
-        self._starts = np.zeros(len(sizes_D) + 1, np.int64)
-        np.cumsum(-(-sizes_D // multiple) * multiple, out=self._starts[1:])
+        padded_D = -(-sizes_D // multiple) * multiple
+        self._starts = np.append(0, np.cumsum(padded_D))  # [D + 1], of documents laid end to end
         self.n_targets = int(sizes_D.sum())
 
     def __len__(self) -> int:
@@ -59,13 +57,10 @@ class PackedRows:
     def __getitem__(self, i: int) -> Row:
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
-        lo = i * self.length
-        hi = lo + self.length
-        # Padded documents are never empty, so `starts` ascends strictly: the documents
-        # first … last - 1 overlap this row.
+        lo, hi = i * self.length, (i + 1) * self.length
+        # Padded documents are never empty, so the starts ascend strictly. These overlap the row:
         first = np.searchsorted(self._starts, lo, "right") - 1
-        last = np.searchsorted(self._starts[:-1], hi, "left")
-        starts = self._starts[first:last]
+        starts = self._starts[first : np.searchsorted(self._starts[:-1], hi, "left")]
 
         at_L = np.arange(lo, hi)
         piece_L = np.searchsorted(starts, at_L, "right")  # 1, 2, …
@@ -76,33 +71,24 @@ class PackedRows:
         valid_L = within_L <= n_L  # false past the end of the last document as well
 
         next_L = begin_L + within_L
-        ids_L = self._tokens_T.take(next_L - 1, mode="clip")
-        tokens_L = np.where(within_L == 0, self._start, ids_L) * valid_L
-        ids_L = self._tokens_T.take(next_L, mode="clip")
-        targets_L = np.where(within_L == n_L, self._separator, ids_L) * valid_L
-        positions_L = (at_L - np.maximum(starts, lo)[piece_L - 1]) * valid_L
+        inputs_L = self._tokens_T.take(next_L - 1, mode="clip")
+        inputs_L = np.where(within_L == 0, self._start, inputs_L)
+        targets_L = self._tokens_T.take(next_L, mode="clip")
+        targets_L = np.where(within_L == n_L, self._separator, targets_L) * valid_L
         if self._bytes_V is not None:
             bytes_L = self._bytes_V[targets_L]
         elif self._bytes_E is not None:
             bytes_L = self._bytes_E.take(next_L + doc_L, mode="clip")
         else:
             bytes_L = np.zeros(self.length, np.int32)
-        return {
-            "tokens": tokens_L.astype(np.int32),
-            "targets": targets_L.astype(np.int32),
-            "segments": (piece_L * valid_L).astype(np.int32),
-            "positions": positions_L.astype(np.int32),
-            "n_bytes": np.sum(bytes_L, where=valid_L, dtype=np.int32),
-        }
+        arrays = {"tokens": inputs_L, "targets": targets_L, "segments": piece_L}
+        arrays["positions"] = at_L - np.maximum(starts, lo)[piece_L - 1]
+        row: Row = {name: (a * valid_L).astype(np.int32) for name, a in arrays.items()}
+        return row | {"n_bytes": np.sum(bytes_L, where=valid_L, dtype=np.int32)}
 
     def augmented(self, i: int, seeds: Sequence[int], other: int) -> Row:
         """Row i: text is not augmented."""
         return self[i]
-
-    def padding_row(self) -> Row:
-        zeros_L = np.zeros(self.length, np.int32)
-        names = ("tokens", "targets", "segments", "positions")
-        return {**dict.fromkeys(names, zeros_L), "n_bytes": np.int32(0)}
 
     def n_tokens(self, i: int) -> int:
         return self.length

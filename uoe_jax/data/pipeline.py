@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,29 +28,7 @@ from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError
 from uoe_jax.runtime_env import default_cache_dir as default_cache_dir
 
-
-class Rows(Protocol):
-    """One split as rows of a batch, by index: PackedRows or LabelledRows."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, i: int) -> Row:
-        """Row i for evaluation: a dict of arrays, of the same shapes in every row."""
-
-    def augmented(self, i: int, seeds: Sequence[int], other: int) -> Row:
-        """Row i for training, a pure function of all three; `other` is a row to mix it with."""
-
-    def n_tokens(self, i: int) -> int:
-        """Tokens of row i, without padding where rows differ in length."""
-
-    def padding_row(self) -> Row:
-        """A row of padding: it adds nothing to any sum."""
-
-    def trimmed(self, batch: Batch) -> Batch:
-        """The batch without needless padding; a global batch where `needs_all_rows`."""
-
-    @property
-    def needs_all_rows(self) -> bool:
-        """Whether the shape of a batch depends on the rows of other processes."""
+Rows = PackedRows | LabelledRows  # one split, by index
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,12 +50,12 @@ class DataBundle:
 
     def described(self) -> str:
         """The sizes in words, for the user."""
-        sizes = [f"{len(getattr(self, split)):,}" for split in SPLITS]
+        sizes = " / ".join(f"{len(getattr(self, split)):,}" for split in SPLITS)
         n_files, n_bytes = self.record.get("n_files"), self.record.get("n_bytes")
         read = ""  # some sources count by split
         if isinstance(n_files, int) and isinstance(n_bytes, int):
             read = f" from {n_files:,} files of {n_bytes / 1e6:,.3f} MB"
-        return f"{' / '.join(sizes)} rows of {' / '.join(SPLITS)}{read}"
+        return f"{sizes} rows of {' / '.join(SPLITS)}{read}"
 
 
 def load(config: Config, cache_dir: Path, tokenizer: Tokenizer | None = None) -> DataBundle:
@@ -109,20 +87,19 @@ def _text_splits(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -
     if tokenizer is None:
         cached = cache_dir / "words" / f"{source.key}-{data.min_count}.json"
         tokenizer = tokenizer_of(data, lambda: source.documents("train"), cached)
-    rows, n_documents, unknown = {}, {}, {}
+    stores = {}
     for split in SPLITS:
         read = functools.partial(source.documents, split)
-        store = open_or_build(read, tokenizer, cache_dir, source.key, split)
-        rows[split] = PackedRows(store, model.context_length, model.patch_multiple, tokenizer)
-        n_documents[split] = len(store)
-        if store.bytes_unknown:
-            unknown[split] = store.bytes_unknown
+        stores[split] = open_or_build(read, tokenizer, cache_dir, source.key, split)
+    length, multiple = model.context_length, model.patch_multiple
+    rows = {name: PackedRows(store, length, multiple, tokenizer) for name, store in stores.items()}
     facts = {
-        "n_documents": n_documents,
+        "n_documents": {split: len(store) for split, store in stores.items()},
         **_record(source),
         "tokenizer": tokenizer.fingerprint,
         "n_targets": {split: rows[split].n_targets for split in SPLITS},
     }
+    unknown = {split: s.bytes_unknown for split, s in stores.items() if s.bytes_unknown}
     if unknown:
         split, why = next(iter(unknown.items()))
         facts["bits_per_byte"] = f"not reported for {', '.join(unknown)}: {why} ({split})"
@@ -134,17 +111,14 @@ def _labelled_splits(config: Config, cache_dir: Path, tokenizer: Tokenizer | Non
     facts = SOURCES[config.data.source].facts
     if tokenizer is None and facts is not None and facts.text:
         tokenizer = tokenizer_of(config.data, lambda: _texts(source.examples("train")))
-    rows = {
-        split: LabelledRows(source.examples(split), source.n_classes, split, config, tokenizer)
-        for split in SPLITS
-    }
+    make = functools.partial(LabelledRows, config=config, tokenizer=tokenizer)
+    rows = {split: make(source.examples(split), source.n_classes, split) for split in SPLITS}
     fingerprint = tokenizer.fingerprint if tokenizer else None
     ids = tokenizer.vocab_size if tokenizer else source.vocab_size or known_vocabulary(config)[0]
     return rows, tokenizer, ids, {**_record(source), "tokenizer": fingerprint}
 
 
 def _texts(examples: Examples) -> Iterator[bytes]:
-    """The inputs of examples of text."""
     for i in ticking(range(len(examples))):
         for text in examples[i].inputs:
             assert isinstance(text, bytes), type(text)
@@ -181,7 +155,7 @@ class TrainBatches:
             raise ConfigError("train.seed", seed, "must be from 0 to 4294967295.")
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._local_rows = _checked_rows(local_rows, batch_size)
-        self._window, self._group = window, (-1, np.zeros((0, 0), np.int64))
+        self._window, self._group = window, (-1, [[0]])
         # grain orders indices only: it would measure each row that it fetched.
         self._order = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat(None)
 
@@ -189,7 +163,7 @@ class TrainBatches:
         if step < 0:
             raise IndexError(f"step {step}")
         entries = self._entries(step)
-        row = lambda r: self._row(int(entries[r]))  # noqa: E731
+        row = lambda r: self._row(entries[r])  # noqa: E731
         return _batch(self._rows, row, self._batch_size, self._local_rows)
 
     def _entries(self, step: int) -> Sequence[int]:
@@ -203,11 +177,11 @@ class TrainBatches:
             lengths = [self._rows.n_tokens(int(self._order[int(i)])) for i in entries]
             by_length = entries[np.argsort(lengths, kind="stable")].reshape(w, b)
             drawn = np.random.default_rng((self._seed, group)).permutation(w)
-            self._group = (group, by_length[drawn])
+            self._group = (group, by_length[drawn].tolist())
         return self._group[1][turn]
 
     def _row(self, entry: int) -> Row:
-        """The row of an entry; the next entry names the row it may be mixed with."""
+        """The row of an entry, which may be mixed with that of the next one."""
         row, other = int(self._order[entry]), int(self._order[entry + 1])
         return self._rows.augmented(row, (self._seed, entry), other)
 
@@ -223,18 +197,23 @@ def eval_batches(
     """
     local = _checked_rows(local_rows, batch_size)
     n_batches = -(-len(rows) // batch_size)
+    padding: Row = {}
+    if len(rows) % batch_size:
+        padding = {name: np.zeros_like(a) for name, a in rows[0].items()}
+        padding |= {name: np.int32(-1) for name in ("label", "other") if name in padding}
     for b in range(min(n_batches, limit) if limit else n_batches):
-        base = b * batch_size
-        row = lambda r: rows[base + r] if base + r < len(rows) else rows.padding_row()  # noqa: E731
+        start = b * batch_size
+        row = lambda r: rows[start + r] if start + r < len(rows) else padding  # noqa: E731
         yield _batch(rows, row, batch_size, local)
 
 
 def _batch(rows: Rows, row: Callable[[int], Row], batch_size: int, local: list[int]) -> Batch:
     """The rows `local` of a global batch, of the shape that all of its rows need."""
-    if not rows.needs_all_rows:
-        return _stack([row(r) for r in local])
-    whole = rows.trimmed(_stack([row(r) for r in range(batch_size)]))
-    return {name: a[local] for name, a in whole.items()}
+    made = [row(r) for r in (range(batch_size) if rows.needs_all_rows else local)]
+    batch = {name: np.stack([one[name] for one in made]) for name in made[0]}
+    if rows.needs_all_rows:
+        batch = {name: a[local] for name, a in rows.trimmed(batch).items()}
+    return batch
 
 
 def _checked_rows(local_rows: Iterable[int] | None, batch_size: int) -> list[int]:
@@ -242,7 +221,3 @@ def _checked_rows(local_rows: Iterable[int] | None, batch_size: int) -> list[int
     if not rows or any(not 0 <= r < batch_size for r in rows):
         raise ValueError(f"local_rows={rows} are no rows of a batch of {batch_size}")
     return rows
-
-
-def _stack(rows: list[Row]) -> Batch:
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

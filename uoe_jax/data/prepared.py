@@ -7,23 +7,23 @@ first collect a whole split, beyond 1 GB through TensorFlow.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, NoReturn, Protocol
 
 import numpy as np
 
 from uoe_jax.distributed.watchdog import tick, ticking
-from uoe_jax.errors import RunError, UserError, reason
+from uoe_jax.errors import RunError, UserError, os_error_as, reason
 from uoe_jax.runtime_env import expanded
 from uoe_jax.workdir import write_json
 
@@ -40,21 +40,22 @@ Record = Mapping[str, Any]
 Splits = Mapping[str, Callable[[], Iterable[Record]]]
 
 
-# ---- datasets -----------------------------------------------------------------------------------
+# ---- datasets ----
 
 
 class Records:
-    """Random access to one split of a dataset in tfds's format: dicts of its features."""
+    """Random access to one split of a dataset in tfds's format: dicts of its features.
+
+    source: a data source of tfds. damaged: makes an error of what is wrong.
+    """
 
     def __init__(self, source: Any, split: str, damaged: Callable[[str], UserError]) -> None:
-        """source: a data source of tfds. damaged: makes an error of what is wrong."""
         self._source, self._split, self._damaged = source, split, damaged
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Raises UserError where the record is damaged."""
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         try:
@@ -85,9 +86,9 @@ def open_records(directory: Path, split: str, n_records: int) -> Records:
     except Exception as error:  # tfds, etils and array_record each raise their own
         raise _damaged(directory, one_line(error)) from error
     if n_found != n_records:
-        found = f"{n_found} records in its {split} split where {n_records} were prepared"
-        raise _damaged(directory, found)
-    return Records(source, split, lambda what: _damaged(directory, what))
+        wanted = f"where {n_records} were prepared"
+        raise _damaged(directory, f"{n_found} records in its {split} split {wanted}")
+    return Records(source, split, functools.partial(_damaged, directory))
 
 
 def _damaged(directory: Path, what: str) -> UserError:
@@ -116,8 +117,7 @@ def dataset_directory(
     """
     home = Path(cache_dir) / "sources" / key
     if not home.is_dir():
-        # RuntimeErrors are array_record's, such as of a full disk.
-        with new_directory(home, "prepare the dataset", (OSError, RuntimeError)) as new:
+        with new_directory(home, "prepare the dataset") as new:
             directory = new / name / version
             directory.mkdir(parents=True)
             for split, n_records in _write(directory, name, version, fields, splits).items():
@@ -126,19 +126,18 @@ def dataset_directory(
 
 
 @contextlib.contextmanager
-def new_directory(
-    home: Path, what: str, errors: tuple[type[Exception], ...] = (OSError,)
-) -> Iterator[Path]:
+def new_directory(home: Path, what: str) -> Iterator[Path]:
     """A directory to fill, which becomes `home` at the end, unless another process was first.
 
     Any number of processes may do this at once, with equal results. `home` is complete or absent,
-    also after a kill. Raises RunError, which says `what` for, where one of `errors` came up.
+    also after a kill. Raises RunError, which says `what` for, where an OSError came up.
     """
-    try:
+    remedy = "free space there or set UOE_CACHE elsewhere"
+    with os_error_as(RunError, f"{home}: cannot {what}", remedy):
         home.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
-        try:
-            new = work / "new"
+        prefix = f".{home.name}-"
+        with TemporaryDirectory(None, prefix, home.parent, ignore_cleanup_errors=True) as work:
+            new = Path(work, "new")
             new.mkdir()
             yield new
             try:
@@ -146,11 +145,6 @@ def new_directory(
             except OSError:
                 if not home.is_dir():
                     raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except errors as error:
-        remedy = "free space there or set UOE_CACHE elsewhere."
-        raise RunError(f"{home}: cannot {what} ({error}): {remedy}") from error
 
 
 def record_counts(directory: Path) -> dict[str, int]:
@@ -168,18 +162,13 @@ def _write(
     """Writes the splits record by record; returns how many records each has."""
     import tensorflow_datasets as tfds
 
-    features = {bytes: tfds.features.Text, int: lambda: tfds.features.Scalar(np.int64)}
-    identity = tfds.core.dataset_info.DatasetIdentity(
-        name, tfds.core.Version(version), str(directory), __name__
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity,
-        features=tfds.features.FeaturesDict({f: features[kind]() for f, kind in fields.items()}),
-        disable_shuffling=True,
-    )
-    writer = tfds.core.SequentialWriter(
-        info, max_examples_per_shard=2**62, file_format="array_record"
-    )
+    kinds = {bytes: tfds.features.Text, int: lambda: tfds.features.Scalar(np.int64)}
+    features = tfds.features.FeaturesDict({f: kinds[kind]() for f, kind in fields.items()})
+    number = tfds.core.Version(version)
+    identity = tfds.core.dataset_info.DatasetIdentity(name, number, str(directory), __name__)
+    info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
+    one_shard = {"max_examples_per_shard": 2**62}
+    writer = tfds.core.SequentialWriter(info, **one_shard, file_format="array_record")
     writer.initialize_splits(list(splits))
     counts = dict.fromkeys(splits, 0)
     try:
@@ -188,16 +177,17 @@ def _write(
                 writer.add_examples({split: batch})
                 counts[split] += len(batch)
         writer.close_all()
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(Exception):  # the first error is the one to report
             writer.close_all()
+        if isinstance(error, RuntimeError):  # array_record's, such as of a full disk
+            raise OSError(str(error)) from error
         raise
     return counts
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    size = 0
+    batch, size = list[Record](), 0
     for record in ticking(records):
         batch.append(record)
         size += 100 + sum(len(value) for value in record.values() if isinstance(value, bytes))
@@ -208,7 +198,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-# ---- raw files ----------------------------------------------------------------------------------
+# ---- raw files ----
 
 
 class RawFiles:
@@ -223,13 +213,12 @@ class RawFiles:
 
     def sha256(self, files: Sequence[Path]) -> list[str]:
         """Of each file, in hexadecimal. Raises UserError for one that is unreadable or changes."""
-        memo = self._remembered()
+        memo, hashes = self._remembered(), []
         new: dict[str, list[Any]] = {}
-        hashes = []
         try:
             for file in ticking(files):
-                known = memo.get(os.path.abspath(file))
-                times = _times(file)
+                name, times = os.path.abspath(file), _times(file)
+                known = memo.get(name)
                 if isinstance(known, list) and known[:-1] == times and isinstance(known[-1], str):
                     hashes.append(known[-1])
                     continue
@@ -237,7 +226,7 @@ class RawFiles:
                 if _times(file) != times:
                     raise changed(file)
                 if time.time_ns() - max(times[1:]) > SETTLED_NS:
-                    new[os.path.abspath(file)] = [*times, hashes[-1]]
+                    new[name] = [*times, hashes[-1]]
         finally:
             if new:  # also what was hashed before an interruption
                 self._remember(new)
@@ -254,7 +243,8 @@ class RawFiles:
 
         Raises UserError where it is unreadable and, at the end, where it is not what was hashed.
         """
-        with readable(file), _HashedFile(file) as raw:
+        with readable(file), open(file, "rb", buffering=0) as opened:
+            raw = _HashedFile(opened)
             reader = io.BufferedReader(raw, 1 << 20)
             yield reader
             while reader.read(1 << 20):
@@ -264,14 +254,12 @@ class RawFiles:
             raise changed(file)
 
     def _remembered(self) -> dict[str, Any]:
-        try:
+        if not self._memo.exists():
+            return {}
+        with contextlib.suppress(OSError, ValueError):
             memo = json.loads(self._memo.read_text(encoding="utf-8"))
             if isinstance(memo, dict):
                 return memo
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError):
-            pass
         log.warning("%s: is damaged; files are hashed again", self._memo)
         return {}
 
@@ -287,24 +275,19 @@ class RawFiles:
 
 
 class _HashedFile(io.RawIOBase):
-    """A file, read from its start. digest: of all that was read."""
+    """Reads an unbuffered file from its start. digest: of all that was read."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = open(file, "rb", buffering=0)
-        self.digest = hashlib.sha256()
+    def __init__(self, file: io.FileIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        n = self._file.readinto(buffer) or 0
+        n = self._file.readinto(buffer)
         self.digest.update(memoryview(buffer)[:n])
         tick()
         return n
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 @contextlib.contextmanager

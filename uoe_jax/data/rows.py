@@ -8,7 +8,7 @@ import numpy as np
 from uoe_jax.config.data import SOURCES
 from uoe_jax.config.schema import Config
 from uoe_jax.data import augment
-from uoe_jax.data.examples import Example, Examples, Input
+from uoe_jax.data.examples import Example, Examples
 from uoe_jax.data.packing import Batch, Row
 from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.errors import UserError
@@ -31,61 +31,51 @@ class LabelledRows:
         config: Config,
         tokenizer: Tokenizer | None,
     ) -> None:
-        """name: of the split, for errors. tokenizer: of text; other inputs have their token ids."""
+        """name: of the split, for errors. tokenizer: of text."""
         self._examples, self._n_classes, self._name = examples, n_classes, name
         self._model, self._augment, self._tokenizer = config.model, config.augment, tokenizer
-        facts = SOURCES[config.data.source].facts
+        facts, length = SOURCES[config.data.source].facts, config.model.context_length
         self._resize = facts is not None and facts.resize
         self._size = (config.model.image.height, config.model.image.width)
-        self._step = -(-config.model.context_length // config.data.buckets)
+        self._step = -(-length // config.data.buckets)
+        self._ones_L = np.ones(length, np.int32)
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, i: int) -> Row:
-        example = self._read(i)
         if self._model.stem == "image":
-            return _row(self._image(augment.fitted, i, example), self._ones(), example.label)
-        return self._token_row(example)
+            return _row(*self._image(augment.fitted, i), self._ones_L)
+        return self._token_row(self._read(i))
 
     def augmented(self, i: int, seeds: Sequence[int], other: int) -> Row:
         """Row i as `seeds` draw it: an image is augmented and may be mixed with example `other`."""
         if self._model.stem != "image":
             return self[i]
         c, rng = self._augment, np.random.default_rng(seeds)
-        augmented = functools.partial(augment.augmented, c=c, rng=rng)
-        example = self._read(i)
-        image = self._image(augmented, i, example)
+        draw = functools.partial(augment.augmented, c=c, rng=rng)
+        image, label = self._image(draw, i)
         mix = augment.mixing(c, rng, *self._size)
         if mix is None:
-            return _row(image, self._ones(), example.label)
-        second = self._read(other)
-        image = augment.mixed(image, self._image(augmented, other, second), mix)
-        return _row(image, self._ones(), example.label, second.label, mix.share)
+            return _row(image, label, self._ones_L)
+        second, other_label = self._image(draw, other)
+        mixed = augment.mixed(image, second, mix)
+        return _row(mixed, label, self._ones_L) | _target(label, other_label, mix.share)
 
     def n_tokens(self, i: int) -> int:
         """The valid tokens of row i; of a pair, of the longer input."""
         return int(np.sum(self[i]["segments"], axis=-1).max())
 
-    def padding_row(self) -> Row:
-        return self._padding
-
-    @functools.cached_property
-    def _padding(self) -> Row:
-        zeros = {name: np.zeros_like(a) for name, a in self[0].items()}
-        return {**zeros, "label": np.int32(-1), "other": np.int32(-1)}
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether the shape of a batch depends on the rows of other processes (data.buckets)."""
+        return self._model.stem == "tokens" and self._step < self._model.context_length
 
     def trimmed(self, batch: Batch) -> Batch:
-        """A global batch cut to the bucket of its longest row (data.buckets)."""
-        if not self.needs_all_rows:
-            return batch
+        """A global batch cut to the bucket of its longest row."""
         longest = max(int(batch["segments"].sum(axis=-1).max()), 1)
         length = min(-(-longest // self._step) * self._step, self._model.context_length)
         return batch | {name: batch[name][..., :length] for name in ("inputs", "segments")}
-
-    @property
-    def needs_all_rows(self) -> bool:
-        return self._model.stem == "tokens" and self._step < self._model.context_length
 
     def _read(self, i: int) -> Example:
         example = self._examples[i]
@@ -101,10 +91,10 @@ class LabelledRows:
             raise UserError(f"{key}: {found} {len(example.inputs)}; give that")
         return example
 
-    def _image(self, make: Callable[..., np.ndarray], i: int, example: Example) -> np.ndarray:
-        """The image of example i, uint8 [height,width,channels], at the size the model takes."""
+    def _image(self, make: Callable[..., np.ndarray], i: int) -> tuple[np.ndarray, int]:
+        """(image of example i at the size the model takes, its label)."""
+        example, channels = self._read(i), self._model.image.channels
         height, width = self._size
-        channels = self._model.image.channels
         try:
             image = make(example.inputs[0], height=height, width=width, resize=self._resize)
             if image.shape[-1] != channels:
@@ -113,37 +103,31 @@ class LabelledRows:
         except ValueError as error:
             what = f"example {i} of the {self._name} split cannot be used: {error}"
             raise UserError(f"config.data.path: {what}") from error
-        return image
-
-    def _ones(self) -> np.ndarray:
-        return np.ones(self._model.context_length, np.int32)
+        return image, example.label
 
     def _token_row(self, example: Example) -> Row:
         length = self._model.context_length
         inputs_IL = np.zeros((len(example.inputs), length), np.int32)
         segments_IL = np.zeros_like(inputs_IL)
         for ids_L, segments_L, given in zip(inputs_IL, segments_IL, example.inputs):
-            ids_T = self._ids(given)
-            if not isinstance(given, bytes) and given.ndim == 3 and len(ids_T) != length:
-                found = f"an image of the {self._name} split has {len(ids_T)} pixels; give that"
-                raise UserError(f"config.model.context_length={length}: {found}")
-            ids_T = ids_T[:length]
-            ids_L[: len(ids_T)] = ids_T
-            segments_L[: len(ids_T)] = 1
+            if isinstance(given, bytes):
+                assert self._tokenizer is not None  # `pipeline.load` gives text its tokenizer
+                given = self._tokenizer.encode(given)
+            elif given.ndim == 3:
+                given = augment.grey_tokens(given)
+                if len(given) != length:
+                    found = f"an image of the {self._name} split has {len(given)} pixels; give that"
+                    raise UserError(f"config.model.context_length={length}: {found}")
+            n = min(len(given), length)
+            ids_L[:n], segments_L[:n] = given[:n], 1
         if len(inputs_IL) == 1:
             inputs_IL, segments_IL = inputs_IL[0], segments_IL[0]
-        return _row(inputs_IL, segments_IL, example.label)
-
-    def _ids(self, given: Input) -> np.ndarray:
-        if isinstance(given, bytes):
-            assert self._tokenizer is not None  # `pipeline.load` gives text its tokenizer
-            return self._tokenizer.encode(given)
-        return given if given.ndim == 1 else augment.grey_tokens(given)
+        return _row(inputs_IL, example.label, segments_IL)
 
 
-def _row(
-    inputs: np.ndarray, segments: np.ndarray, label: int, other: int | None = None, share: float = 1
-) -> Row:
-    other = label if other is None else other
-    target: Row = {"label": np.int32(label), "other": np.int32(other), "share": np.float32(share)}
-    return {"inputs": inputs, "segments": segments, **target}
+def _row(inputs: np.ndarray, label: int, segments: np.ndarray) -> Row:
+    return {"inputs": inputs, "segments": segments, **_target(label, label, 1)}
+
+
+def _target(label: int, other: int, share: float) -> Row:
+    return {"label": np.int32(label), "other": np.int32(other), "share": np.float32(share)}

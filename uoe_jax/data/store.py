@@ -29,14 +29,13 @@ class DamagedStore(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenStore:
-    """Documents as token ids, without separators. The arrays are read-only.
+    """Documents as token ids, without separators. The arrays are read-only, large ones mapped.
 
     Attributes:
-      tokens_T: the ids of all documents in order, in the smallest unsigned type; memory-mapped.
+      tokens_T: the ids of all documents in order, in the smallest unsigned type.
       offsets: int64 [n_docs + 1]; document d is tokens_T[offsets[d]:offsets[d + 1]].
       bytes_E: uint16 [n_tokens + n_docs], bytes of the document per token, and after the tokens of
-        each document the bytes of its separator; memory-mapped. None where the tokenizer has
-        `bytes_per_token`.
+        each document the bytes of its separator. None where the tokenizer has `bytes_per_token`.
       bytes_unknown: why the tokens of a document do not add up to its bytes; "" where they do.
     """
 
@@ -67,9 +66,10 @@ class TokenStore:
                     raise DamagedStore(f"{name} has {found} bytes where {size} were written")
             elements = {"tokens": meta["n_tokens"], "offsets": 0, "bytes": meta["n_documents"]}
             for name, n in elements.items():
-                if f"{name}_crc" in meta:  # an empty array cannot be memory-mapped
-                    arrays[name] = np.load(directory / f"{name}.npy", mmap_mode="r" if n else None)
-            for name, values in arrays.items():
+                if f"{name}_crc" not in meta:
+                    continue
+                # An empty array cannot be memory-mapped.
+                values = np.load(directory / f"{name}.npy", mmap_mode="r" if n else None)
                 checked = values.nbytes <= CHECKED_BYTES or name == "offsets"
                 if checked and zlib.crc32(values.data) != meta[f"{name}_crc"]:
                     raise DamagedStore(f"{name}.npy does not have the checksum it was written with")
@@ -85,37 +85,36 @@ class TokenStore:
     def write(documents: Iterable[str | bytes], tokenizer: Tokenizer, directory: Path) -> None:
         """Tokenises into `directory`, which must exist; store.json is written last."""
         offsets = array("q", [0])  # eight bytes a document, where a list of ints takes forty
-        unknown, sizes = "", None
+        unknown, dtypes = "", {"tokens": np.min_scalar_type(tokenizer.vocab_size - 1)}
+        dtypes["offsets"] = np.dtype(np.int64)
+        if tokenizer.bytes_per_token is None:
+            dtypes["bytes"] = np.dtype(np.uint16)
+        arrays, files = {}, {name: directory / f"{name}.npy" for name in dtypes}
         with contextlib.ExitStack() as stack:
-            dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-            tokens = stack.enter_context(_GrowingArray(directory / "tokens.npy", dtype))
-            if tokenizer.bytes_per_token is None:
-                file = directory / "bytes.npy"
-                sizes = stack.enter_context(_GrowingArray(file, np.dtype(np.uint16)))
+            for name, dtype in dtypes.items():
+                growing = contextlib.closing(_GrowingArray(files[name], dtype))
+                arrays[name] = stack.enter_context(growing)
             for d, document in enumerate(ticking(documents)):
-                if sizes is None:
+                if "bytes" not in arrays:
                     ids = tokenizer.encode(document)
                 else:
                     ids, sizes_E = tokenizer.encode_with_bytes(document)
-                    sizes.append(sizes_E)
+                    arrays["bytes"].append(sizes_E)
                     n, found = len(as_bytes(document)), int(sizes_E.sum(dtype=np.int64))
                     if found != n and not unknown:
                         unknown = f"the tokens of document {d} stand for {found} of its {n} bytes"
-                tokens.append(ids)
+                arrays["tokens"].append(ids)
                 offsets.append(offsets[-1] + len(ids))
-        offsets_D = np.frombuffer(offsets, np.int64)
-        np.save(directory / "offsets.npy", offsets_D)
-        names = ["tokens.npy", "offsets.npy", *(["bytes.npy"] if sizes else [])]
+            arrays["offsets"].append(np.frombuffer(offsets, np.int64))
         meta = {
             "format": FORMAT,
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "n_documents": len(offsets) - 1,
             "n_tokens": offsets[-1],
-            "tokens_crc": tokens.crc,
-            "offsets_crc": zlib.crc32(offsets_D.data),
-            "sizes": {name: (directory / name).stat().st_size for name in names},
-            **({"bytes_crc": sizes.crc, "bytes_unknown": unknown} if sizes else {}),
+            "sizes": {file.name: file.stat().st_size for file in files.values()},
+            **{f"{name}_crc": written.crc for name, written in arrays.items()},
+            "bytes_unknown": unknown,
         }
         (directory / "store.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -125,8 +124,8 @@ class _GrowingArray:
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self._file, self._dtype = open(path, "wb"), dtype
-        self._length, self.crc = 0, 0
-        self._start = self._write_header()
+        self._length = self.crc = 0
+        self._start = self._write_header()  # numpy pads it for exactly this: an axis that grows
 
     def append(self, values: np.ndarray) -> None:
         values = np.ascontiguousarray(values, self._dtype)
@@ -141,14 +140,9 @@ class _GrowingArray:
         np.lib.format.write_array_header_1_0(self._file, header)
         return self._file.tell()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def close(self) -> None:
         with self._file:
-            # numpy pads headers for exactly this: an axis that grew
-            if kind is None and (end := self._write_header()) != self._start:
-                raise AssertionError(f"the .npy header grew from {self._start} to {end} bytes")
+            assert self._write_header() == self._start, "the .npy header grew"
 
 
 def open_or_build(
