@@ -8,6 +8,7 @@ import numpy as np
 
 SPLITS = ("train", "validation", "test")
 
+# Text, token ids (int [T]) or an image (uint8 [height,width,channels]).
 Input = bytes | np.ndarray
 
 
@@ -18,15 +19,14 @@ class TextSource(Protocol):
     def key(self) -> str:
         """Names this content under these rules; caches derived from it are keyed by it."""
 
-    @property
-    def documents(self) -> Callable[[str], Iterable[bytes]]: ...  # of a split
+    def documents(self, split: str, /) -> Iterable[bytes]: ...
     def record(self) -> dict[str, Any]:
         """JSON-able, for the run's record."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """A built-in `TextSource`; `documents` takes a split, `facts` are the record."""
+    """A built-in `TextSource`; `facts` are the record."""
 
     key: str
     documents: Callable[[str], Iterable[bytes]]
@@ -37,16 +37,10 @@ class Documents:
 
 
 class Example(NamedTuple):
-    """One labelled example.
+    """One labelled example."""
 
-    Attributes:
-      inputs: one, or two to compare: text, token ids (int [T]) or an image
-        (uint8 [height,width,channels]).
-      label: the class, from 0.
-    """
-
-    inputs: tuple[Input, ...]
-    label: int
+    inputs: tuple[Input, ...]  # one, or two to compare
+    label: int  # the class, from 0
 
 
 class Examples(Protocol):
@@ -65,8 +59,7 @@ class ExampleSource(Protocol):
     def vocab_size(self) -> int:
         """0 for text and images; else the inputs are token ids below it."""
 
-    @property
-    def examples(self) -> Callable[[str], Examples]: ...  # of a split
+    def examples(self, split: str, /) -> Examples: ...
     def record(self) -> dict[str, Any]:
         """JSON-able, for the run's record."""
 
@@ -89,7 +82,7 @@ class Indexed:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSource:
-    """A built-in `ExampleSource`; `examples` takes a split, `facts` are the record."""
+    """A built-in `ExampleSource`; `facts` are the record."""
 
     n_classes: int
     examples: Callable[[str], Examples]

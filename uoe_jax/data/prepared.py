@@ -1,9 +1,8 @@
 """What sources on disk share: datasets that are prepared once, and raw files that are hashed once.
 
-A prepared dataset has TensorFlow Datasets' format (array_record), and the hash of its content in
-its name: it is complete and right, or absent. No TensorFlow is needed, and tfds (0.4 s to import)
-only to write or read. `SequentialWriter` writes, in our order: a `GeneratorBasedBuilder` would
-first collect a whole split, beyond 1 GB through TensorFlow.
+A prepared dataset has TensorFlow Datasets' format (array_record) and the hash of its content in its
+name: it is complete and right, or absent. tfds (0.4 s to import, no TensorFlow) only writes and
+reads it; with `SequentialWriter`, as a `GeneratorBasedBuilder` would first collect a whole split.
 """
 
 import contextlib
@@ -29,8 +28,7 @@ from uoe_jax.workdir import write_json
 
 log = logging.getLogger(__name__)
 
-# Where unpacking Long Range Arena's archive leaves its content.
-ARENA = tuple("lra_release/" * n for n in range(3))
+ARENA = tuple("lra_release/" * n for n in range(3))  # where LRA's archive leaves its content
 BATCH_BYTES = 8 << 20  # between two progress notes of tfds, which cost milliseconds
 LINE_BYTES = 256 << 20
 HASHED_BYTES = 1 << 20  # at a time
@@ -44,12 +42,10 @@ Splits = Mapping[str, Callable[[], Iterable[Record]]]
 
 
 class Records:
-    """Random access to one split of a dataset in tfds's format: dicts of its features.
-
-    source: a data source of tfds. damaged: makes an error of what is wrong.
-    """
+    """Random access to one split of a dataset in tfds's format: dicts of its features."""
 
     def __init__(self, source: Any, split: str, damaged: Callable[[str], UserError]) -> None:
+        """source: a data source of tfds. damaged: makes an error of what is wrong."""
         self._source, self._split, self._damaged = source, split, damaged
 
     def __len__(self) -> int:
@@ -64,7 +60,7 @@ class Records:
             raise self.wrong(i, f"cannot be read ({one_line(error)})") from error
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return ticking(map(self.__getitem__, range(len(self))))
+        return map(self.__getitem__, range(len(self)))
 
     def many(self, indices: np.ndarray) -> list[dict[str, Any]]:
         try:
@@ -118,10 +114,7 @@ def dataset_directory(
     home = Path(cache_dir) / "sources" / key
     if not home.is_dir():
         with new_directory(home, "prepare the dataset") as new:
-            directory = new / name / version
-            directory.mkdir(parents=True)
-            for split, n_records in _write(directory, name, version, fields, splits).items():
-                open_records(directory, split, n_records)
+            _write(new / name / version, fields, splits)
     return home / name / version
 
 
@@ -156,16 +149,15 @@ def record_counts(directory: Path) -> dict[str, int]:
         raise _damaged(directory, one_line(error)) from error
 
 
-def _write(
-    directory: Path, name: str, version: str, fields: Mapping[str, type], splits: Splits
-) -> dict[str, int]:
-    """Writes the splits record by record; returns how many records each has."""
+def _write(directory: Path, fields: Mapping[str, type], splits: Splits) -> None:
+    """Writes a dataset record by record, in our order."""
     import tensorflow_datasets as tfds
 
+    directory.mkdir(parents=True)
     kinds = {bytes: tfds.features.Text, int: lambda: tfds.features.Scalar(np.int64)}
     features = tfds.features.FeaturesDict({f: kinds[kind]() for f, kind in fields.items()})
-    number = tfds.core.Version(version)
-    identity = tfds.core.dataset_info.DatasetIdentity(name, number, str(directory), __name__)
+    named = directory.parent.name, tfds.core.Version(directory.name), str(directory), __name__
+    identity = tfds.core.dataset_info.DatasetIdentity(*named)
     info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
     one_shard = {"max_examples_per_shard": 2**62}
     writer = tfds.core.SequentialWriter(info, **one_shard, file_format="array_record")
@@ -183,7 +175,8 @@ def _write(
         if isinstance(error, RuntimeError):  # array_record's, such as of a full disk
             raise OSError(str(error)) from error
         raise
-    return counts
+    for split, n_records in counts.items():
+        open_records(directory, split, n_records)
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -202,13 +195,10 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 class RawFiles:
-    """Reads files by their SHA-256 and notices those that change.
-
-    `cache_dir` keeps each hash with the file's path, size and times: reading 100 GB at every start
-    would take minutes.
-    """
+    """Reads files by their SHA-256 and notices those that change."""
 
     def __init__(self, cache_dir: Path) -> None:
+        # Each hash with path, size and times: reading 100 GB at every start would take minutes.
         self._memo = Path(cache_dir) / "hashes.json"
 
     def sha256(self, files: Sequence[Path]) -> list[str]:
@@ -217,16 +207,17 @@ class RawFiles:
         new: dict[str, list[Any]] = {}
         try:
             for file in ticking(files):
-                name, times = os.path.abspath(file), _times(file)
-                known = memo.get(name)
-                if isinstance(known, list) and known[:-1] == times and isinstance(known[-1], str):
-                    hashes.append(known[-1])
-                    continue
-                hashes.append(_sha256(file))
-                if _times(file) != times:
-                    raise changed(file)
-                if time.time_ns() - max(times[1:]) > SETTLED_NS:
-                    new[name] = [*times, hashes[-1]]
+                with readable(file):
+                    name, times = os.path.abspath(file), _times(file)
+                    known = memo.get(name)
+                    is_known = isinstance(known, list) and known[:-1] == times
+                    if not is_known or not isinstance(known[-1], str):
+                        known = [*times, _sha256(file)]
+                        if _times(file) != times:
+                            raise changed(file)
+                        if time.time_ns() - max(times[1:]) > SETTLED_NS:
+                            new[name] = known
+                hashes.append(known[-1])
         finally:
             if new:  # also what was hashed before an interruption
                 self._remember(new)
@@ -254,7 +245,7 @@ class RawFiles:
             raise changed(file)
 
     def _remembered(self) -> dict[str, Any]:
-        if not self._memo.exists():
+        if not os.path.exists(self._memo):
             return {}
         with contextlib.suppress(OSError, ValueError):
             memo = json.loads(self._memo.read_text(encoding="utf-8"))
@@ -263,9 +254,8 @@ class RawFiles:
         log.warning("%s: is damaged; files are hashed again", self._memo)
         return {}
 
-    def _remember(self, new: Mapping[str, list[Any] | None]) -> None:
-        # What another process writes between reading and writing is hashed once more.
-        memo = {**self._remembered(), **new}
+    def _remember(self, new: dict[str, Any]) -> None:
+        memo = self._remembered() | new  # what others write meanwhile is hashed once more
         try:
             self._memo.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._memo, {file: v for file, v in memo.items() if v is not None})
@@ -338,13 +328,12 @@ def manual_dir(path: str) -> Path:
 
 def _times(file: Path) -> list[int]:
     """[size, time of the last change of the content, and of the file's entry, both in ns]."""
-    with readable(file):
-        found = os.stat(file)
+    found = os.stat(file)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _sha256(file: Path) -> str:
-    with readable(file), open(file, "rb") as reader:
+    with open(file, "rb") as reader:
         return digest_of(reader)
 
 

@@ -23,7 +23,7 @@ FORMAT = 1
 CHECKED_BYTES = 256 << 20  # larger arrays are opened without computing their checksum
 
 
-class DamagedStore(Exception):
+class DamagedStore(OSError):
     """The files of a store are not what store.json says; `open_or_build` builds it again."""
 
 
@@ -60,19 +60,17 @@ class TokenStore:
         try:
             meta = json.loads((directory / "store.json").read_text(encoding="utf-8"))
             if meta["format"] != FORMAT:
-                raise DamagedStore(f"format {meta['format']}, this version reads {FORMAT}")
-            for name, size in meta["sizes"].items():
-                if (found := (directory / name).stat().st_size) != size:
-                    raise DamagedStore(f"{name} has {found} bytes where {size} were written")
-            elements = {"tokens": meta["n_tokens"], "offsets": 0, "bytes": meta["n_documents"]}
-            for name, n in elements.items():
-                if f"{name}_crc" not in meta:
-                    continue
-                # An empty array cannot be memory-mapped.
-                values = np.load(directory / f"{name}.npy", mmap_mode="r" if n else None)
+                raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
+            # Mapped, unless empty, which cannot be.
+            mapped = {"tokens.npy": meta["n_tokens"], "bytes.npy": meta["n_documents"]}
+            for file, size in meta["sizes"].items():
+                if (found := (directory / file).stat().st_size) != size:
+                    raise ValueError(f"{file} has {found} bytes where {size} were written")
+                values = np.load(directory / file, mmap_mode="r" if mapped.get(file) else None)
+                name = file.removesuffix(".npy")
                 checked = values.nbytes <= CHECKED_BYTES or name == "offsets"
                 if checked and zlib.crc32(values.data) != meta[f"{name}_crc"]:
-                    raise DamagedStore(f"{name}.npy does not have the checksum it was written with")
+                    raise ValueError(f"{file} does not have the checksum it was written with")
                 # A plain view: slicing np.memmap costs microseconds in __array_finalize__.
                 arrays[name] = values.view(np.ndarray)
                 arrays[name].flags.writeable = False
@@ -169,10 +167,7 @@ def open_or_build(
             log.warning("%s: damaged (%s); it is built again", home, error)
     with new_directory(home, "write the tokenised data") as new:
         TokenStore.write(documents(), tokenizer, new)
-        try:
-            store = TokenStore.open(new)  # before the rename: the mapping then outlives the name
-        except DamagedStore as error:
-            raise OSError(str(error)) from error
+        store = TokenStore.open(new)  # before the rename: the mapping then outlives the name
         try:
             if home.is_dir():
                 TokenStore.open(home)

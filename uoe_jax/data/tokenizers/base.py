@@ -12,21 +12,13 @@ from uoe_jax.errors import UserError
 
 
 class Tokenizer(abc.ABC):
-    """Bytes to token ids and back.
+    """Bytes to token ids and back."""
 
-    Attributes:
-      vocab_size: V, the separator included.
-      separator: the id of a document's last target; it stands for no bytes.
-      start: the id of a document's first input: the separator, unless the tokenizer has another.
-      fingerprint: equal fingerprints mean equal ids for equal bytes, in any process.
-      tokens_are_words: whether perplexity per token is perplexity per word.
-    """
-
-    vocab_size: int
-    separator: int
-    start: int
-    fingerprint: str
-    tokens_are_words = False
+    vocab_size: int  # V, the separator included
+    separator: int  # the id of a document's last target; it stands for no bytes
+    start: int  # the id of a document's first input: the separator, unless there is another
+    fingerprint: str  # equal ones mean equal ids for equal bytes, in any process
+    tokens_are_words = False  # whether perplexity per token is perplexity per word
 
     @property
     @abc.abstractmethod
@@ -35,10 +27,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Ids [T] without separators, in the smallest unsigned type.
-
-        A str is encoded as UTF-8, its lone surrogates as the bytes they stand for.
-        """
+        """Ids [T] without separators, in the smallest unsigned type; of a str, see `as_bytes`."""
 
     def encode_with_bytes(self, document: str | bytes) -> tuple[np.ndarray, np.ndarray]:
         """(`encode`, uint16 [T + 1]: bytes of the document per token, the separator last)."""
@@ -87,7 +76,7 @@ def as_bytes(text: str | bytes) -> bytes:
 def known_ids(ids: ArrayLike | Iterable[int], vocab_size: int) -> np.ndarray:
     """int64 [T]. Raises ValueError for an id outside the vocabulary."""
     ids_T = np.asarray(ids, np.int64).reshape(-1)
-    if ids_T.size and not (0 <= np.min(ids_T) and np.max(ids_T) < vocab_size):
+    if ids_T.size and not 0 <= np.min(ids_T) <= np.max(ids_T) < vocab_size:
         found = f"token ids from {np.min(ids_T)} to {np.max(ids_T)}"
         raise ValueError(f"{found} are not all in [0, {vocab_size})")
     return ids_T

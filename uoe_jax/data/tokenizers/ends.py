@@ -8,66 +8,59 @@ were trained.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from uoe_jax.errors import UserError
 
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+CONFIG, SETTINGS = "config.json", "tokenizer_config.json"
+FILES = (CONFIG, "generation_config.json", SETTINGS, "special_tokens_map.json")
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 STARTS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>")
 # Their tokenizer prepends the start token unless add_bos_token says otherwise.
 _ADD_BOS_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
-Files = Mapping[str, Mapping[str, Any]]
-
-
-class UnknownEnds(UserError):
-    """No file names the token that ends a document, and no token has a known name."""
-
 
 class Ends(NamedTuple):
-    """Tokens by their text.
+    """Tokens by their text."""
 
-    Attributes:
-      separator: a document's last target.
-      start: its first input.
-      notes: one sentence for each statement of a file that was not followed.
-    """
+    separator: str  # a document's last target
+    start: str  # its first input
+    notes: tuple[str, ...] = ()  # a sentence for each statement of a file that was not followed
 
-    separator: str
-    start: str
-    notes: tuple[str, ...] = ()
+
+def added_tokens(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of the object in a tokenizer.json, as they stand there."""
+    return [token for token in content.get("added_tokens") or () if isinstance(token, dict)]
 
 
 def special(content: Mapping[str, Any]) -> dict[str, int]:
     """{special token: id} of the object in a tokenizer.json."""
-    added = [token for token in content.get("added_tokens") or () if isinstance(token, dict)]
-    return {token["content"]: token["id"] for token in added if token.get("special")}
+    return {
+        token["content"]: token["id"] for token in added_tokens(content) if token.get("special")
+    }
 
 
 def find_ends_by_name(content: Mapping[str, Any]) -> Ends:
     """The first known separator and start among the special tokens, else the only special token.
 
-    Raises UnknownEnds where there is neither.
+    Raises UserError where there is neither.
     """
     names = list(special(content))
     known = [name for name in SEPARATORS if name in names] or names[: len(names) == 1]
     if known:
         return Ends(known[0], next((name for name in STARTS if name in names), known[0]))
-    raise UnknownEnds(
+    raise UserError(
         f"has no special token known to separate documents ({', '.join(SEPARATORS)}; its special "
         f"tokens: {', '.join(names) or 'none'}); name the token with --config.data.separator"
     )
 
 
 def find_ends(
-    content: Mapping[str, Any], files: Files, separator: str = "", start: str = ""
+    content: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
+    separator: str = "",
+    start: str = "",
 ) -> Ends:
     """The ends of documents for one tokenizer.
 
@@ -76,8 +69,8 @@ def find_ends(
       files: {name: object} of those of `FILES` that the model has.
       separator, start: data.separator and data.start, which come first; "": not set.
 
-    Raises UserError for a given token that is not in the vocabulary and a post-processor that
-    prepends several; UnknownEnds where nothing says what ends a document.
+    Raises UserError for a given token that is not in the vocabulary, where nothing says what ends a
+    document, and for a post-processor that prepends several tokens.
     """
     search = _Search(content, files)
     for key, name in (("separator", separator), ("start", start)):
@@ -90,46 +83,43 @@ def find_ends(
 
 
 class _Search:
-    def __init__(self, content: Mapping[str, Any], files: Files) -> None:
-        added = [token for token in content.get("added_tokens") or () if isinstance(token, dict)]
+    def __init__(self, content: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
         self.content, self.files = content, {name: files.get(name, {}) for name in FILES}
-        self.added = {token["content"] for token in added}
-        self.by_id = {i: token for token, i in _vocabulary(content)}
-        self.by_id |= {token["id"]: token["content"] for token in added}
+        self.added = {token["content"] for token in added_tokens(content)}
+        vocabulary = (content.get("model") or {}).get("vocab") or {}
+        if isinstance(vocabulary, dict):
+            self.by_id = {i: token for token, i in vocabulary.items()}
+        else:  # of Unigram: [token, score]
+            self.by_id = {i: entry[0] for i, entry in enumerate(vocabulary)}
+        self.by_id |= {token["id"]: token["content"] for token in added_tokens(content)}
         self.tokens = set(self.by_id.values())
         self.prepended, self.appended = template(content.get("post_processor"))
-        self.model_type = self.files["config.json"].get("model_type")
-        self.settings = self.files["tokenizer_config.json"]
         self.notes: list[str] = []
 
     def start(self, separator: str, end_is_stated: bool) -> str:
         """end_is_stated: some file names the end; then the start is not guessed by name either."""
-        adds, by_class = self.settings.get("add_bos_token"), self._class_adds_bos()
-        if adds is True or (by_class and adds is not False):
-            order = ("tokenizer_config.json", *FILES)
-            return self.stated("bos", order) or (self.prepended or [separator])[0]
-        if adds is False and by_class:
-            return separator  # its class follows that key, whatever the post-processor is
+        settings, model_type = self.files[SETTINGS], self.files[CONFIG].get("model_type")
+        adds, name = settings.get("add_bos_token"), settings.get("tokenizer_class")
+        class_adds = str(name).removesuffix("Fast") in _ADD_BOS_CLASSES
+        if settings and name is None:  # then the class follows from the model's
+            class_adds = model_type in ("llama", "mistral")
+        if adds is True or (class_adds and adds is not False):
+            return self.stated("bos", (SETTINGS, *FILES)) or (self.prepended or [separator])[0]
+        if class_adds:
+            return separator  # its class follows add_bos_token, whatever the post-processor is
         if len(self.prepended) > 1:
             puts = f"puts {' '.join(self.prepended)} in front of a text"
             remedy = "where one token can stand here; name it with --config.data.start"
             raise UserError(f"{puts}, {remedy}")
         if self.prepended:
             return self.prepended[0]
-        if self.settings:
+        if settings:
             return separator  # transformers prepends nothing
         found = self.stated("bos")
-        if found or end_is_stated or self.model_type:
+        if found or end_is_stated or model_type:
             return found or separator
         names = special(self.content)
         return next((name for name in STARTS if name in names), separator)
-
-    def _class_adds_bos(self) -> bool:
-        """Whether the tokenizer's class prepends the start by itself."""
-        name = self.settings.get("tokenizer_class")
-        if self.settings and name is None:  # then the class follows from the model's
-            return self.model_type in ("llama", "mistral")
-        return str(name).removesuffix("Fast") in _ADD_BOS_CLASSES
 
     def stated(self, which: str, order: Sequence[str] = FILES) -> str | None:
         """The token of `bos` or `eos` in the first file that names one of the tokenizer's."""
@@ -159,16 +149,6 @@ class _Search:
         return None
 
 
-def _vocabulary(content: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(token, id) of the model's vocabulary: a dict, or for Unigram a list of [token, score]."""
-    model = content.get("model")
-    found = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(found, dict):
-        yield from found.items()
-    elif isinstance(found, list):
-        yield from ((entry[0], i) for i, entry in enumerate(found))
-
-
 def template(step: Any) -> tuple[list[str], list[str]]:
     """(special tokens that a post-processor prepends to a text, those it appends)."""
     kind = step.get("type") if isinstance(step, dict) else None
@@ -178,13 +158,12 @@ def template(step: Any) -> tuple[list[str], list[str]]:
         return front, back
     if kind in ("RobertaProcessing", "BertProcessing"):
         return [step["cls"][0]], [step["sep"][0]]
-    if kind != "TemplateProcessing":
-        return [], []
     sides: tuple[list[str], list[str]] = [], []
-    seen = False  # the text itself
-    for piece in step.get("single") or ():
-        if "Sequence" in piece:
-            seen = True
-        else:
-            sides[seen].append(piece["SpecialToken"]["id"])
+    if kind == "TemplateProcessing":
+        seen = False  # the text itself
+        for piece in step.get("single") or ():
+            if "Sequence" in piece:
+                seen = True
+            else:
+                sides[seen].append(piece["SpecialToken"]["id"])
     return sides

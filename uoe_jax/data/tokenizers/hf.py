@@ -9,8 +9,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from uoe_jax.data.tokenizers import ends as ends_lib
 from uoe_jax.data.tokenizers.base import Tokenizer, as_bytes, known_ids
-from uoe_jax.data.tokenizers.ends import SEPARATORS, Ends, find_ends, find_ends_by_name, special
+from uoe_jax.data.tokenizers.ends import Ends, added_tokens, find_ends_by_name, special
 from uoe_jax.errors import UserError
 
 EndsOf = Callable[[Mapping[str, Any]], Ends]  # of the object in a tokenizer.json
@@ -66,18 +67,21 @@ class HFTokenizer(Tokenizer):
         if any(end not in special(self.content) for end in self.ends[:2]):
             self._make_ends_special()
         self._library.encode_special_tokens = True  # as text
-        ids = special(self.content)
+        ids, model = special(self.content), self.content["model"]
         self.separator, self.start = ids[self.ends.separator], ids[self.ends.start]
         if kind == "bpe":
             self._read_token_bytes()
-        elif self.content["model"].get("dropout"):
+        elif model.get("dropout"):
             raise UserError("gives a text other tokens every time (model.dropout); put null there")
         else:
             known = self._library.get_vocab(with_added_tokens=True)
             self.vocab_size = max(known.values()) + 1
-            self._unknown = _unknown_id(self.content["model"], known)
+            by_name = known.get(model.get("unk_token") or "")
+            # Of Unigram the id is given. None: there is no unknown token.
+            self._unknown = model["unk_id"] if isinstance(model.get("unk_id"), int) else by_name
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
-        digest = hashlib.sha256(_canonical(self.content).encode()).hexdigest()[:24]
+        canonical = json.dumps(self.content, sort_keys=True, ensure_ascii=False)
+        digest = hashlib.sha256(canonical.encode()).hexdigest()[:24]
         if not self._ends_are(find_ends_by_name):
             digest += f"-{self.separator}-{self.start}"
         self.fingerprint = f"{kind}-{self.vocab_size}-{digest}"
@@ -88,16 +92,16 @@ class HFTokenizer(Tokenizer):
 
         A pair must occur twice to become a token.
         """
-        from tokenizers import Tokenizer as Library
+        import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
-        library = Library(models.BPE())
+        library = tokenizers.Tokenizer(models.BPE())
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         library.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            special_tokens=[SEPARATORS[0]],
+            special_tokens=[ends_lib.SEPARATORS[0]],
             initial_alphabet=list(BYTE_OF),
             show_progress=False,
         )
@@ -107,7 +111,8 @@ class HFTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         """A plain tokenizer.json where the ends follow from it, as after `train`."""
-        follow = self._ends_are(find_ends_by_name) and self._ends_are(lambda c: find_ends(c, {}))
+        stated = lambda content: ends_lib.find_ends(content, {})  # noqa: E731
+        follow = self._ends_are(find_ends_by_name) and self._ends_are(stated)
         if self.kind == "bpe" and follow:
             return json.dumps(self.content, indent=1)
         ends = {} if follow else {"separator": self.ends.separator, "start": self.ends.start}
@@ -155,7 +160,9 @@ class HFTokenizer(Tokenizer):
         unknown_T = np.zeros(len(ids_T), bool) if self._unknown is None else ids_T == self._unknown
         counted_C = _covered(spans_T2[~unknown_T], len(code_C)) | np.isin(code_C, _SPACES)
         counted_C &= ~_covered(spans_T2[unknown_T], len(code_C))
-        before_C = np.concatenate([[0], np.cumsum(_utf8_bytes(code_C) * counted_C)])
+        n_bytes_C = 1 + np.sum([code_C >= limit for limit in (0x80, 0x800, 0x10000)], axis=0)
+        n_bytes_C[(code_C >= 0xDC80) & (code_C <= 0xDCFF)] = 1  # a byte that is not UTF-8
+        before_C = np.append(0, np.cumsum(n_bytes_C * counted_C))
         ends_T = np.maximum.accumulate(spans_T2[:, 1])
         sizes = np.diff(before_C[np.concatenate([[0], ends_T, [len(code_C)]])])
         return ids_T, np.minimum(sizes, _MAX_TOKEN_BYTES).astype(np.uint16)
@@ -182,7 +189,7 @@ class HFTokenizer(Tokenizer):
     def _make_ends_special(self) -> None:
         """The library finds other added tokens in text, where an end would cut a document."""
         vocabulary = self._library.get_vocab(with_added_tokens=True)
-        given = {token["content"]: token for token in self.content.get("added_tokens") or ()}
+        given = {token["content"]: token for token in added_tokens(self.content)}
         plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
         for end in self.ends[:2]:
             known = given.get(end, {"id": vocabulary[end], "content": end})
@@ -202,26 +209,22 @@ class HFTokenizer(Tokenizer):
             lacks = f"has no token for the byte {missing[0]:#04x}"
             raise UserError(f"{lacks}, so not every text can be written with it")
         # The library renumbers added tokens behind a hole.
-        for token in self.content.get("added_tokens") or ():
+        for token in added_tokens(self.content):
             name, i = token["content"], token["id"]
             if self._library.token_to_id(name) != i:
                 where = f"gives its added token {name!r} the id {i}"
                 raise UserError(f"{where}, with ids left out before it")
-        dtype = np.min_scalar_type(self.vocab_size - 1)
-        self._byte_ids = np.array([ids[bytes([b])] for b in range(256)], dtype)
+        byte_ids = [ids[bytes([b])] for b in range(256)]
+        self._byte_ids = np.array(byte_ids, np.min_scalar_type(self.vocab_size - 1))
         self._sizes_V = np.array([len(token) for token in self._bytes], np.int32)
-
-
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, ensure_ascii=False)
 
 
 def _opened(content: Mapping[str, Any]) -> Any:
     """The library's tokenizer. Raises UserError where it takes no such file."""
-    from tokenizers import Tokenizer as Library
+    import tokenizers
 
     try:
-        return Library.from_str(_canonical(content))
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
     except BaseException as error:  # a panic in the library is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
@@ -238,10 +241,9 @@ def _pieces(data: bytes) -> list[str]:
 
 def _check_exact(content: dict[str, Any]) -> None:
     """Raises UserError where encoding alters the text or depends on chance."""
-    model = content["model"]
+    model, steps = content["model"], list(steps_of(content["pre_tokenizer"]))
     if model["type"] != "BPE":
         raise UserError(f"is not byte-level BPE (its model is {model['type']})")
-    steps = list(steps_of(content["pre_tokenizer"]))
     if sum(step["type"] == "ByteLevel" for step in steps) != 1:
         found = "its pre_tokenizer has no ByteLevel step, or several"
         raise UserError(f"is not byte-level BPE ({found})")
@@ -298,21 +300,7 @@ def _as_text(document: str | bytes) -> tuple[str, np.ndarray]:
     return document, code_C
 
 
-def _utf8_bytes(code_C: np.ndarray) -> np.ndarray:
-    """Bytes of each character in UTF-8; 1 for a byte that is not UTF-8."""
-    n_C = 1 + (code_C >= 0x80).astype(np.int64) + (code_C >= 0x800) + (code_C >= 0x10000)
-    n_C[(code_C >= 0xDC80) & (code_C <= 0xDCFF)] = 1
-    return n_C
-
-
 def _covered(spans_T2: np.ndarray, length: int) -> np.ndarray:
     """bool [length]: which characters lie in a span."""
     starts, ends = (np.bincount(column, minlength=length + 1) for column in spans_T2.T)
     return np.cumsum((starts - ends)[:length]) > 0
-
-
-def _unknown_id(model: Mapping[str, Any], known: Mapping[str, int]) -> int | None:
-    """The id of the unknown token; None where there is none."""
-    if isinstance(model.get("unk_id"), int):
-        return model["unk_id"]
-    return known.get(model.get("unk_token") or "")

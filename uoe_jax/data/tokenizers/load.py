@@ -14,7 +14,7 @@ from uoe_jax.data.tokenizers.base import ByteTokenizer, Tokenizer, json_object
 from uoe_jax.data.tokenizers.ends import FILES, find_ends
 from uoe_jax.data.tokenizers.hf import HFTokenizer
 from uoe_jax.data.tokenizers.words import WordTokenizer
-from uoe_jax.errors import ConfigError, RunError, UserError
+from uoe_jax.errors import ConfigError, RunError, UserError, os_error_as
 from uoe_jax.runtime_env import expanded
 from uoe_jax.workdir import read_json, write_text
 
@@ -35,8 +35,8 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
         path = epath.Path(expanded(file, _KEY))
         versions = tuple(_version(path.parent / name) for name in (path.name, *FILES))
         # A file on this machine is read again only where it has changed. Others have no inode.
-        args = (kind, file, path, separator, start)
-        return _read_cached(*args, versions) if versions[0] else _read(*args)
+        read = _read if versions[0] else _read.__wrapped__
+        return read(kind, file, path, separator, start, versions)
     for key, value in (("tokenizer_file", file), ("separator", separator), ("start", start)):
         if value:
             remedy = f"is of no use with data.tokenizer={kind!r}; give 'bpe' or 'library' there"
@@ -52,13 +52,9 @@ def _version(file: epath.Path) -> tuple[int, ...] | None:
 
 
 @functools.lru_cache(maxsize=2)
-def _read_cached(
+def _read(
     kind: str, shown: str, file: epath.Path, separator: str, start: str, versions: object
 ) -> HFTokenizer:
-    return _read(kind, shown, file, separator, start)
-
-
-def _read(kind: str, shown: str, file: epath.Path, separator: str, start: str) -> HFTokenizer:
     """shown: data.tokenizer_file as it was written, for errors."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
@@ -67,15 +63,11 @@ def _read(kind: str, shown: str, file: epath.Path, separator: str, start: str) -
         remedy = f"cannot be read ({reason}); give another file, {_OTHER}"
         raise ConfigError(_KEY, shown, remedy) from error
     try:
-        content = json_object(text)
-        kept = content.get("separator", ""), content.get("start", "")  # by a run
-        ends = functools.partial(
-            find_ends,
-            files=files_beside(file.parent),
-            separator=separator or str(kept[0]),
-            start=start or str(kept[1]),
-        )
-        return HFTokenizer(content, kind, ends)
+        content, files = json_object(text), files_beside(file.parent)
+        # What a run kept has the ends in the file itself.
+        separator = separator or str(content.get("separator", ""))
+        start = start or str(content.get("start", ""))
+        return HFTokenizer(content, kind, lambda c: find_ends(c, files, separator, start))
     except UserError as error:
         raise ConfigError(_KEY, shown, f"{error}; give another file, {_OTHER}") from error
 
@@ -98,17 +90,14 @@ def tokenizer_of(
     if found is not None:
         return found
     if cached is not None and cached.is_file():
-        # Damaged ones are counted again.
-        with contextlib.suppress(UserError, OSError, UnicodeError):
+        with contextlib.suppress(UserError, OSError, UnicodeError):  # damaged: counted again
             return stored(cached.read_text(encoding="utf-8"))
     words = WordTokenizer.train(documents(), c.min_count)
     if cached is not None:
-        try:
+        remedy = "free space there or set UOE_CACHE elsewhere"
+        with os_error_as(RunError, f"{cached}: cannot be written", remedy):
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_text(cached, words.to_json())
-        except OSError as error:
-            remedy = "free space there or set UOE_CACHE elsewhere."
-            raise RunError(f"{cached}: cannot be written ({error}): {remedy}") from error
     return words
 
 

@@ -16,12 +16,8 @@ from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
 
 FORMAT = 1  # of the rules below and of the JSON: raise it with either, or token caches go stale
-NEWLINE, SEPARATOR, UNKNOWN = (
-    b"\n",
-    b"",
-    b"<unk>",
-)  # splitting at spaces gives none of the first two
-SPECIAL = (NEWLINE, SEPARATOR, UNKNOWN)
+# Splitting at spaces gives none of the first two.
+SPECIAL = NEWLINE, SEPARATOR, UNKNOWN = b"\n", b"", b"<unk>"
 CHUNK = 1 << 20  # bytes split at a time, so that no list holds all words of a large document
 
 
@@ -30,9 +26,9 @@ class WordTokenizer(Tokenizer):
 
     Ids go by frequency in the training split, ties by the word's bytes, so that the cutoffs of an
     adaptive softmax cut where they should. The frequency of `<eos>` is the number of newlines, of
-    the separator that of documents, of `<unk>` that of rare words and of the word `<unk>` itself,
-    which stands for rare words in WikiText-103. Runs of spaces, and spaces beside a newline, are
-    not kept; otherwise `decode` gives back the text of known words.
+    the separator that of documents, of `<unk>` that of rare words and of the word `<unk>` itself
+    (WikiText-103 has it). Runs of spaces, and spaces beside a newline, are not kept; otherwise
+    `decode` gives back the text of known words.
 
     A word stands for its bytes and the space or newline after it. `<eos>` stands for the bytes of
     the training split that this leaves per newline, rounded down (0 in "a b\\nc d\\n", 2 in
@@ -78,7 +74,6 @@ class WordTokenizer(Tokenizer):
 
     @property
     def bytes_per_token(self) -> np.ndarray:
-        """int32 [V]; see the class."""
         special = {NEWLINE: self._line_bytes, SEPARATOR: 0, UNKNOWN: 0}
         return np.array([special.get(word, len(word) + 1) for word in self._words], np.int32)
 
@@ -91,7 +86,6 @@ class WordTokenizer(Tokenizer):
         return np.concatenate([np.zeros(0, self._dtype), *parts])
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
-        """Words with single spaces between, `<unk>` among them; separators are dropped."""
         ids_T = known_ids(ids, self.vocab_size)
         words = [self._words[i] for i in ids_T[ids_T != self.separator].tolist()]
         return re.sub(rb" ?\n ?", b"\n", b" ".join(words))
@@ -111,15 +105,13 @@ class WordTokenizer(Tokenizer):
             if (kind, version) != ("words", FORMAT):
                 raise ValueError(f"{kind!r} of format {version!r}, this version reads {FORMAT}")
             words = [word.encode("utf-8", "surrogateescape") for word in found["words"]]
-            line_bytes = found["line_bytes"]
+            unique, line_bytes = set(words), found["line_bytes"]
+            is_whole = len(unique) == len(words) and unique.issuperset(SPECIAL)
+            if not is_whole or type(line_bytes) is not int or line_bytes < 0:
+                raise ValueError("a word twice, no <unk>, separator or newline, or no line_bytes")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"the vocabulary of words cannot be read ({reason})") from error
-        unique = set(words)
-        is_whole = len(unique) == len(words) and unique.issuperset(SPECIAL)
-        if not is_whole or type(line_bytes) is not int or line_bytes < 0:
-            what = "a word twice, no <unk>, separator or newline, or no line_bytes"
-            raise UserError(f"the vocabulary of words is damaged ({what})")
         return cls(words, line_bytes)
 
 

@@ -42,14 +42,11 @@ def keep_tokenizer(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
 
 def check_tokenizer(config: Config, workdir: str) -> None:
     """Raises ConfigError for a data.tokenizer_file that is unusable or not the run's tokenizer."""
-    data, name = config.data, config.data.tokenizer_file
+    key, data, name = "config.data.tokenizer_file", config.data, config.data.tokenizer_file
     kept = read_tokenizer(workdir)
-    if kept is not None and not (
-        name and os.path.isfile(expanded(name, "config.data.tokenizer_file"))
-    ):
+    if kept is not None and not (name and os.path.isfile(expanded(name, key))):
         return
     given = load_tokenizer(data.tokenizer, name, data.separator, data.start)
     if kept is not None and given is not None and given.fingerprint != kept.fingerprint:
         remedy = "give that one, or none, or start in another --workdir"
-        what = f"is not the tokenizer of the run in {workdir}"
-        raise ConfigError("config.data.tokenizer_file", name, f"{what}; {remedy}")
+        raise ConfigError(key, name, f"is not the tokenizer of the run in {workdir}; {remedy}")
