@@ -24,29 +24,19 @@ EMPTY = 128  # the grey that RandAugment's geometric operations fill in, as in i
 TRANSLATED = 150 / 331  # of a side, the strongest shift; searched on images of 331 pixels
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
 
+Rng = np.random.Generator
 Pixels = TypeVar("Pixels", np.ndarray, "jax.Array")
 
 
 class Mix(NamedTuple):
-    """How two images and their labels are mixed.
+    """How two images and their labels are mixed."""
 
-    Attributes:
-      share: weight of the first label, from 0 to 1; the second has 1 - share.
-      box: top, bottom, left, right of what the second image covers (CutMix); None: mixup.
-    """
-
-    share: float
-    box: tuple[int, int, int, int] | None
+    share: float  # weight of the first label, from 0 to 1; the second has the rest
+    box: tuple[int, int, int, int] | None  # top, bottom, left, right of the second; None: mixup
 
 
 def augmented(
-    image: np.ndarray,
-    c: AugmentConfig,
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    *,
-    resize: bool = False,
+    image: np.ndarray, c: AugmentConfig, rng: Rng, height: int, width: int, *, resize: bool = False
 ) -> np.ndarray:
     """One draw of crops, flips and RandAugment for training; `mixing` comes after.
 
@@ -78,14 +68,10 @@ def augmented(
 
 
 def fitted(image: np.ndarray, height: int, width: int, *, resize: bool = False) -> np.ndarray:
-    """The image at the size the model takes, without a draw.
+    """uint8 [height,width,channels], the size the model takes, of uint8 [any,any,1 or 3].
 
-    Args:
-      image: uint8 [any height, any width, 1 or 3].
-      resize: of another size, the centre is cut out, 7/8 of the tighter pair of sides, and resized
-        (as for ImageNet); else it is refused.
-
-    Returns uint8 [height,width,channels]. Raises ValueError for an image that cannot be used.
+    resize: of another size, the centre is cut out, 7/8 of the tighter pair of sides, and resized
+    (as for ImageNet); else it is refused. Raises ValueError for an image that cannot be used.
     """
     _check(image)
     h, w, _ = image.shape
@@ -99,7 +85,7 @@ def fitted(image: np.ndarray, height: int, width: int, *, resize: bool = False) 
     return _resized(image, box, height, width)
 
 
-def mixing(c: AugmentConfig, rng: np.random.Generator, height: int, width: int) -> Mix | None:
+def mixing(c: AugmentConfig, rng: Rng, height: int, width: int) -> Mix | None:
     """Draws how a pair of images is mixed; None where neither mixup nor CutMix is on.
 
     In this order: which of them, where both are on; the weight from Beta(alpha, alpha); for CutMix
@@ -158,16 +144,14 @@ def _check(image: np.ndarray) -> None:
         raise ValueError(f"{found} is no image: uint8 [height,width,1 or 3] is expected")
 
 
-def _span(size: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
+def _span(size: int, share: float, rng: Rng) -> tuple[int, int]:
     """Start and end of `share` of a side around a drawn centre, cut off at the side's ends."""
     length = int(size * share)
     start = int(rng.integers(size)) - length // 2
     return max(start, 0), min(start + length, size)
 
 
-def _resized_crop(
-    image: np.ndarray, area: float, rng: np.random.Generator, height: int, width: int
-) -> np.ndarray:
+def _resized_crop(image: np.ndarray, area: float, rng: Rng, height: int, width: int) -> np.ndarray:
     """Inception's crop: draws share of the area and log aspect, up to ten times, then top and left.
 
     If none fits, the largest centre crop of an allowed aspect is taken.

@@ -22,10 +22,10 @@ Batch = dict[str, np.ndarray]  # a row with a leading B
 class PackedRows:
     """Random access to packed rows; each target of each document is in exactly one row.
 
-    `rows[i]` is a dict of int32 arrays:
-      tokens, targets [L]: inputs and what follows them; 0 at padding.
-      segments [L]: 1, 2, … for the pieces of documents in this row, in order; 0 at padding.
-      positions [L]: from 0 at the first token of the piece in this row; 0 at padding.
+    `rows[i]` is a dict of int32 arrays, with 0 at padding:
+      tokens, targets [L]: inputs and what follows them.
+      segments [L]: 1, 2, … for the pieces of documents in this row, in order.
+      positions [L]: from 0 at the first token of the piece in this row.
       n_bytes []: bytes of text that the valid targets stand for; 0 where they are unknown.
     """
 

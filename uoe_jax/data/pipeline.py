@@ -29,24 +29,19 @@ from uoe_jax.errors import ConfigError
 from uoe_jax.runtime_env import default_cache_dir as default_cache_dir
 
 Rows = PackedRows | LabelledRows  # one split, by index
+LocalRows = Iterable[int] | None  # this process's rows of a global batch; None: all
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DataBundle:
-    """The three splits and what the model must fit.
-
-    Attributes:
-      tokenizer: of text; None where the inputs are token ids or images.
-      vocab_size: of the token ids; 0 for images.
-      record: JSON-able facts for the run's record.
-    """
+    """The three splits and what the model must fit."""
 
     train: Rows
     validation: Rows
     test: Rows
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    record: dict[str, Any]
+    tokenizer: Tokenizer | None  # of text
+    vocab_size: int  # of the token ids; 0 for images
+    record: dict[str, Any]  # JSON-able facts for the run's record
 
     def described(self) -> str:
         """The sizes in words, for the user."""
@@ -65,14 +60,13 @@ def load(config: Config, cache_dir: Path, tokenizer: Tokenizer | None = None) ->
     where the source cannot be read, a split has no rows, or the data do not fit the model.
     """
     check_source(config)
-    is_text = SOURCES[config.data.source].facts is None
-    make = _text_splits if is_text else _labelled_splits
+    make = _text_splits if SOURCES[config.data.source].facts is None else _labelled_splits
     rows, tokenizer, vocab_size, facts = make(config, cache_dir, tokenizer)
-    for split in SPLITS:
-        if not len(rows[split]):
+    n_rows = {split: len(rows[split]) for split in SPLITS}
+    for split, n in n_rows.items():
+        if not n:
             remedy = f"its {split} split holds nothing to learn from: choose another data.path."
             raise ConfigError("data.source", config.data.source, remedy)
-    n_rows = {split: len(rows[split]) for split in SPLITS}
     record = {"source": config.data.source, **facts, "n_rows": n_rows}
     return DataBundle(**rows, tokenizer=tokenizer, vocab_size=vocab_size, record=record)
 
@@ -136,18 +130,11 @@ def _record(source: TextSource | ExampleSource) -> dict[str, Any]:
 class TrainBatches:
     """`batches[step]`: dict of arrays [B, …], or of `local_rows` of them; reshuffled every epoch.
 
-    Args:
-      local_rows: this process's rows of the global batch; all by default.
-      window: as many consecutive batches are filled by length and come in a drawn order; 1: none.
+    window: as many consecutive batches are filled by length and come in a drawn order; 1: none.
     """
 
     def __init__(
-        self,
-        rows: Rows,
-        batch_size: int,
-        seed: int,
-        local_rows: Iterable[int] | None = None,
-        window: int = 1,
+        self, rows: Rows, batch_size: int, seed: int, local_rows: LocalRows = None, window: int = 1
     ) -> None:
         import grain  # imports jax, a second or two, which only training pays for
 
@@ -187,13 +174,11 @@ class TrainBatches:
 
 
 def eval_batches(
-    rows: Rows, batch_size: int, limit: int = 0, local_rows: Iterable[int] | None = None
+    rows: Rows, batch_size: int, limit: int = 0, local_rows: LocalRows = None
 ) -> Iterator[Batch]:
     """Every row once, in order; padding rows, which count for nothing, fill the last batch.
 
-    Args:
-      limit: at most this many batches; 0: all.
-      local_rows: this process's rows of each global batch; all processes yield as many batches.
+    limit: at most this many batches; 0: all. All processes yield as many.
     """
     local = _checked_rows(local_rows, batch_size)
     n_batches = -(-len(rows) // batch_size)
@@ -216,7 +201,7 @@ def _batch(rows: Rows, row: Callable[[int], Row], batch_size: int, local: list[i
     return batch
 
 
-def _checked_rows(local_rows: Iterable[int] | None, batch_size: int) -> list[int]:
+def _checked_rows(local_rows: LocalRows, batch_size: int) -> list[int]:
     rows = list(range(batch_size)) if local_rows is None else [int(r) for r in local_rows]
     if not rows or any(not 0 <= r < batch_size for r in rows):
         raise ValueError(f"local_rows={rows} are no rows of a batch of {batch_size}")

@@ -12,11 +12,9 @@ class Prefetcher(Generic[T]):
     """Computes fetch(start), fetch(start + 1), … stop - 1 in a daemon thread, up to `depth` ahead.
 
     Use it as a context manager, or call `close`: else a thread stays behind that holds batches on
-    the device.
-
-    grain's prefetch iterators do not fit here. Their `close` (or the exit of the process) waits
-    without limit for a fetch under way; after an error they go on with the next step, or repeat it
-    but lose a SystemExit and wait for ever; and they hold one batch more than their buffer.
+    the device. grain's prefetch iterators do not fit here. Their `close` (or the exit of the
+    process) waits without limit for a fetch under way; after an error they go on with the next
+    step, or repeat it but lose a SystemExit and wait for ever; and they hold one batch more.
     """
 
     def __init__(self, fetch: Callable[[int], T], start: int, stop: int, depth: int = 2) -> None:
@@ -25,8 +23,7 @@ class Prefetcher(Generic[T]):
         self._fetch, self._depth = fetch, depth
         self._steps, self._next = range(start, stop), start
         self._ready: deque[tuple[Any, BaseException | None]] = deque()  # (item, what was raised)
-        self._closed = False
-        self._changed = threading.Condition()
+        self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="uoe-prefetch", daemon=True)
         self._thread.start()
 

@@ -209,7 +209,7 @@ class RawFiles:
             for file in ticking(files):
                 with readable(file):
                     name, times = os.path.abspath(file), _times(file)
-                    known = memo.get(name)
+                    known: Any = memo.get(name)
                     is_known = isinstance(known, list) and known[:-1] == times
                     if not is_known or not isinstance(known[-1], str):
                         known = [*times, _sha256(file)]

@@ -19,12 +19,11 @@ def add_source(
 ) -> None:
     """Makes `data.source=name` a source of your own, in each process that calls this.
 
-    A config file is a good place for the call. ValueError where a built-in source has that name.
+    A config file is a good place for the call. Raises ValueError for the name of a built-in source.
 
-    Args:
-      opened: takes the `data` section. Without `facts` it gives the documents of a language model,
-        with them the examples of a classifier. With several processes every document counts as
-        progress; what takes longer before the first one calls `watchdog.tick` as it goes on.
+    opened: takes the `data` section. Without `facts` it gives the documents of a language model,
+    with them the examples of a classifier. With several processes every document counts as
+    progress; what takes longer before the first one calls `watchdog.tick` as it goes on.
     """
     if name in SOURCES and SOURCES[name].open is None:
         raise ValueError(f"data.source={name!r} is built in; choose another name")

@@ -152,11 +152,9 @@ def open_or_build(
 ) -> TokenStore:
     """The store of one split from the cache, or built into it.
 
-    Args:
-      documents: called only where the store must be built.
-      key: names the source's content; with the tokenizer's fingerprint it names the store.
-
-    Raises RunError as `new_directory`, and where what was written does not read back.
+    documents: called only where the store must be built. key: names the source's content; with the
+    tokenizer's fingerprint it names the store. Raises RunError as `new_directory`, and where what
+    was written does not read back.
     """
     kind = "-sized" if tokenizer.bytes_per_token is None else ""  # with bytes.npy
     home = Path(cache_dir) / "tokens" / f"{key}-{tokenizer.fingerprint}{kind}-{split}"

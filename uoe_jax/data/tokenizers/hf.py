@@ -29,19 +29,14 @@ _MAX_TOKEN_BYTES = np.iinfo(np.uint16).max  # counted for one token
 class HFTokenizer(Tokenizer):
     """A tokenizer.json, read by the `tokenizers` library.
 
-    Of kind "bpe" it is byte-level BPE and exact: any bytes come back, and each token stands for a
-    fixed number of bytes. Bytes that are not UTF-8, which the library does not take, become their
-    one-byte tokens; the text between them is encoded piece by piece.
+    Kind "bpe": byte-level BPE, exact: any bytes come back, and each token stands for a fixed number
+    of bytes. Bytes that are not UTF-8, which the library does not take, become their one-byte
+    tokens; the text between them is encoded piece by piece.
 
-    Of kind "library" it may be any tokenizer. Bytes that are not UTF-8 become U+FFFD, and the bytes
-    a token stands for follow from its place in the document (`encode_with_bytes`).
+    Kind "library": any tokenizer. Bytes that are not UTF-8 become U+FFFD, and the bytes a token
+    stands for follow from its place in the document (`encode_with_bytes`).
 
     Special tokens are never found in text: `<|endoftext|>` in a document is text like any other.
-
-    Attributes:
-      kind: "bpe" or "library".
-      content: the object in the file, without truncation and padding.
-      ends: the tokens that end and begin a document.
     """
 
     _bytes: list[bytes] | None = None  # of each token, by id, of kind "bpe"
@@ -88,10 +83,7 @@ class HFTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, documents: Iterable[bytes], vocab_size: int) -> Self:
-        """Byte-level BPE of at most `vocab_size` tokens: separator, 256 bytes, commonest pairs.
-
-        A pair must occur twice to become a token.
-        """
+        """Byte-level BPE of at most `vocab_size` tokens: separator, 256 bytes, pairs seen twice."""
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -120,7 +112,6 @@ class HFTokenizer(Tokenizer):
 
     @property
     def bytes_per_token(self) -> np.ndarray | None:
-        """int32 [V] where exact, 0 for special tokens and unused ids; else None."""
         return None if self._bytes is None else self._sizes_V.copy()
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -168,13 +159,12 @@ class HFTokenizer(Tokenizer):
         return ids_T, np.minimum(sizes, _MAX_TOKEN_BYTES).astype(np.uint16)
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
-        """Exact for kind "bpe"; special tokens are dropped."""
         if self._bytes is None:
             return self.decode(ids).encode()
         return b"".join([self._bytes[i] for i in known_ids(ids, self.vocab_size).tolist()])
 
     def decode(self, ids: ArrayLike | Iterable[int]) -> str:
-        """Text, of kind "library" as the library writes it; special tokens are dropped."""
+        """Of kind "library" as the library writes it, without special tokens."""
         if self._bytes is not None:
             return super().decode(ids)
         known = known_ids(ids, self.vocab_size).tolist()
@@ -242,10 +232,9 @@ def _pieces(data: bytes) -> list[str]:
 def _check_exact(content: dict[str, Any]) -> None:
     """Raises UserError where encoding alters the text or depends on chance."""
     model, steps = content["model"], list(steps_of(content["pre_tokenizer"]))
-    if model["type"] != "BPE":
-        raise UserError(f"is not byte-level BPE (its model is {model['type']})")
-    if sum(step["type"] == "ByteLevel" for step in steps) != 1:
-        found = "its pre_tokenizer has no ByteLevel step, or several"
+    n_levels = sum(step["type"] == "ByteLevel" for step in steps)
+    if model["type"] != "BPE" or n_levels != 1:
+        found = f"its model is {model['type']}, with {n_levels} ByteLevel steps in pre_tokenizer"
         raise UserError(f"is not byte-level BPE ({found})")
     for step in steps:
         removes = step["type"] not in _LOSSLESS or step.get("behavior") == "Removed"
