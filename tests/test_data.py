@@ -457,14 +457,6 @@ def test_many_tiny_one_huge_and_a_jump_to_any_row():
             rows[outside]
 
 
-@pytest.mark.parametrize("length, multiple", [(30, 4), (0, 4), (16, 0), (2, 4)])
-def test_row_length_must_be_a_multiple_of_the_patch(length, multiple):
-    with pytest.raises(
-        UserError, match=f"model.context_length={length} .*patch size {multiple}: use"
-    ):
-        packed([b"x"], length, multiple)
-
-
 # ---- batches ------------------------------------------------------------------------------------------------------
 
 ROWS = packed([bytes([65 + i % 26]) * (i % 37) for i in range(100)], 16, 4)  # 130-odd rows

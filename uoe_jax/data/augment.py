@@ -42,8 +42,7 @@ def augmented(
 
     In this order: the random resized crop (for crop_area below 1, else `fitted`, which draws
     nothing), the padded crop (its top, then its left edge), the flip, RandAugment (each layer draws
-    an operation, then the sign of its strength, used or not). Arguments, result and errors are
-    those of `fitted`.
+    an operation, then the sign of its strength, used or not). Otherwise as `fitted`.
     """
     _check(image)
     if c.crop_area < 1:
@@ -105,7 +104,7 @@ def mixing(c: AugmentConfig, rng: Rng, height: int, width: int) -> Mix | None:
 
 
 def mixed(a: np.ndarray, b: np.ndarray, mix: Mix) -> np.ndarray:
-    """uint8 [height,width,channels] of two such images. Raises ValueError for unequal shapes."""
+    """Two images uint8 [height,width,channels] as one. Raises ValueError for unequal shapes."""
     if a.shape != b.shape:
         raise ValueError(f"images of shapes {a.shape} and {b.shape} cannot be mixed")
     if mix.box is None:
@@ -120,9 +119,8 @@ def mixed(a: np.ndarray, b: np.ndarray, mix: Mix) -> np.ndarray:
 def grey_tokens(image: np.ndarray) -> np.ndarray:
     """The image as a sequence of grey pixels, row by row: int32 [height*width], from 0 to 255.
 
-    Colours become grey as in Long Range Arena, whose tf.image.rgb_to_grayscale works in float32 and
-    truncates 255.5 times the value. For 237 of the 16.7 million colours, the order of the float32
-    sum decides between two neighbouring greys.
+    Colours become grey as by the tf.image.rgb_to_grayscale of Long Range Arena: in float32, times
+    255.5, truncated. For 237 of the 16.7 million colours the order of the sum decides.
     """
     _check(image)
     if image.shape[-1] == 1:

@@ -1,10 +1,10 @@
 """Rows of a fixed length out of documents of any length: row i is a pure function of i.
 
-Letters: L row length, P patch size, D number of documents, T their tokens. A document becomes the
+Letters: L row length, P patch size, D number of documents. A document of n tokens becomes the
 inputs [START, t0 … t(n-1)] and the targets [t0 … t(n-1), SEP] (START is SEP with most tokenizers),
 padded to a multiple of P. The padded documents are laid end to end in store order and cut every L
-positions. P divides both, so no patch holds two documents, and a patch that is not all padding
-begins with a valid token.
+positions. P divides L, so no patch holds two documents, and a patch that is not all padding begins
+with a valid token.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ import numpy as np
 
 from uoe_jax.data.store import TokenStore
 from uoe_jax.data.tokenizers.base import Tokenizer
-from uoe_jax.errors import UserError
 
 Row = dict[str, np.ndarray | np.int32 | np.float32]
 Batch = dict[str, np.ndarray]  # a row with a leading B
@@ -29,16 +28,10 @@ class PackedRows:
       n_bytes []: bytes of text that the valid targets stand for; 0 where they are unknown.
     """
 
-    needs_all_rows = False  # see LabelledRows
+    needs_all_rows = False  # this and what no row of text needs: see LabelledRows
 
     def __init__(self, store: TokenStore, length: int, multiple: int, tokenizer: Tokenizer) -> None:
-        """Raises UserError unless `length` is a positive multiple of `multiple`, the patch size."""
-        if multiple < 1 or length < 1 or length % multiple:
-            at_least = max(length, 1) + -max(length, 1) % max(multiple, 1)
-            raise UserError(
-                f"model.context_length={length} is not a multiple of the patch size {multiple}: "
-                f"use {at_least}, or another patch_size."
-            )
+        """length, multiple: L and P; `config.validate` refuses an L that P does not divide."""
         self.length = length
         self._separator, self._start = tokenizer.separator, tokenizer.start
         self._bytes_V = tokenizer.bytes_per_token
@@ -87,7 +80,6 @@ class PackedRows:
         return row | {"n_bytes": np.sum(bytes_L, where=valid_L, dtype=np.int32)}
 
     def augmented(self, i: int, seeds: Sequence[int], other: int) -> Row:
-        """Row i: text is not augmented."""
         return self[i]
 
     def n_tokens(self, i: int) -> int:

@@ -44,20 +44,18 @@ class DataBundle:
     record: dict[str, Any]  # JSON-able facts for the run's record
 
     def described(self) -> str:
-        """The sizes in words, for the user."""
         sizes = " / ".join(f"{len(getattr(self, split)):,}" for split in SPLITS)
+        text = f"{sizes} rows of {' / '.join(SPLITS)}"
         n_files, n_bytes = self.record.get("n_files"), self.record.get("n_bytes")
-        read = ""  # some sources count by split
-        if isinstance(n_files, int) and isinstance(n_bytes, int):
-            read = f" from {n_files:,} files of {n_bytes / 1e6:,.3f} MB"
-        return f"{sizes} rows of {' / '.join(SPLITS)}{read}"
+        if isinstance(n_files, int) and isinstance(n_bytes, int):  # some sources count by split
+            text += f" from {n_files:,} files of {n_bytes / 1e6:,.3f} MB"
+        return text
 
 
 def load(config: Config, cache_dir: Path, tokenizer: Tokenizer | None = None) -> DataBundle:
     """Prepares, tokenises and packs all splits, or finds them in the cache.
 
-    tokenizer: the one stored with the run; None: the one of the configuration. Raises UserError
-    where the source cannot be read, a split has no rows, or the data do not fit the model.
+    tokenizer: the one stored with the run; None: the one of the configuration. Raises UserError.
     """
     check_source(config)
     make = _text_splits if SOURCES[config.data.source].facts is None else _labelled_splits
@@ -81,12 +79,12 @@ def _text_splits(config: Config, cache_dir: Path, tokenizer: Tokenizer | None) -
     if tokenizer is None:
         cached = cache_dir / "words" / f"{source.key}-{data.min_count}.json"
         tokenizer = tokenizer_of(data, lambda: source.documents("train"), cached)
-    stores = {}
+    rows, stores = {}, {}
     for split in SPLITS:
         read = functools.partial(source.documents, split)
-        stores[split] = open_or_build(read, tokenizer, cache_dir, source.key, split)
-    length, multiple = model.context_length, model.patch_multiple
-    rows = {name: PackedRows(store, length, multiple, tokenizer) for name, store in stores.items()}
+        store = open_or_build(read, tokenizer, cache_dir, source.key, split)
+        rows[split] = PackedRows(store, model.context_length, model.patch_multiple, tokenizer)
+        stores[split] = store
     facts = {
         "n_documents": {split: len(store) for split, store in stores.items()},
         **_record(source),
@@ -138,8 +136,6 @@ class TrainBatches:
     ) -> None:
         import grain  # imports jax, a second or two, which only training pays for
 
-        if not 0 <= seed < 2**32:
-            raise ConfigError("train.seed", seed, "must be from 0 to 4294967295.")
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._local_rows = _checked_rows(local_rows, batch_size)
         self._window, self._group = window, (-1, [[0]])
@@ -147,10 +143,13 @@ class TrainBatches:
         self._order = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat(None)
 
     def __getitem__(self, step: int) -> Batch:
-        if step < 0:
-            raise IndexError(f"step {step}")
         entries = self._entries(step)
-        row = lambda r: self._row(entries[r])  # noqa: E731
+
+        def row(r: int) -> Row:
+            entry = entries[r]  # the next one names the row that it may be mixed with
+            i, other = int(self._order[entry]), int(self._order[entry + 1])
+            return self._rows.augmented(i, (self._seed, entry), other)
+
         return _batch(self._rows, row, self._batch_size, self._local_rows)
 
     def _entries(self, step: int) -> Sequence[int]:
@@ -167,11 +166,6 @@ class TrainBatches:
             self._group = (group, by_length[drawn].tolist())
         return self._group[1][turn]
 
-    def _row(self, entry: int) -> Row:
-        """The row of an entry, which may be mixed with that of the next one."""
-        row, other = int(self._order[entry]), int(self._order[entry + 1])
-        return self._rows.augmented(row, (self._seed, entry), other)
-
 
 def eval_batches(
     rows: Rows, batch_size: int, limit: int = 0, local_rows: LocalRows = None
@@ -180,14 +174,12 @@ def eval_batches(
 
     limit: at most this many batches; 0: all. All processes yield as many.
     """
-    local = _checked_rows(local_rows, batch_size)
-    n_batches = -(-len(rows) // batch_size)
-    padding: Row = {}
+    local, padding = _checked_rows(local_rows, batch_size), Row()
     if len(rows) % batch_size:
         padding = {name: np.zeros_like(a) for name, a in rows[0].items()}
         padding |= {name: np.int32(-1) for name in ("label", "other") if name in padding}
-    for b in range(min(n_batches, limit) if limit else n_batches):
-        start = b * batch_size
+    starts = range(0, len(rows), batch_size)
+    for start in starts[: limit or None]:
         row = lambda r: rows[start + r] if start + r < len(rows) else padding  # noqa: E731
         yield _batch(rows, row, batch_size, local)
 

@@ -18,8 +18,6 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, fetch: Callable[[int], T], start: int, stop: int, depth: int = 2) -> None:
-        if depth < 1:
-            raise ValueError(f"depth {depth} is below 1")
         self._fetch, self._depth = fetch, depth
         self._steps, self._next = range(start, stop), start
         self._ready: deque[tuple[Any, BaseException | None]] = deque()  # (item, what was raised)
@@ -28,10 +26,7 @@ class Prefetcher(Generic[T]):
         self._thread.start()
 
     def get(self, step: int) -> T:
-        """Waits for fetch(step), and raises what it raised, as often as this is called.
-
-        Steps are taken in order (else ValueError), before `stop` (else IndexError).
-        """
+        """Waits for fetch(step) and raises what it raised, again at each call; takes every step."""
         with self._changed:
             if step >= self._steps.stop:
                 raise IndexError(f"step {step} is not before stop={self._steps.stop}")

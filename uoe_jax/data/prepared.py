@@ -38,9 +38,6 @@ Record = Mapping[str, Any]
 Splits = Mapping[str, Callable[[], Iterable[Record]]]
 
 
-# ---- datasets ----
-
-
 class Records:
     """Random access to one split of a dataset in tfds's format: dicts of its features."""
 
@@ -108,8 +105,6 @@ def dataset_directory(
       name, version: what tfds calls it; the version is three numbers.
       fields: of every record, in this order: `bytes` or `int`.
       splits: called once each, only where the dataset must be written; no split may be empty.
-
-    Raises RunError as `new_directory`.
     """
     home = Path(cache_dir) / "sources" / key
     if not home.is_dir():
@@ -123,7 +118,7 @@ def new_directory(home: Path, what: str) -> Iterator[Path]:
     """A directory to fill, which becomes `home` at the end, unless another process was first.
 
     Any number of processes may do this at once, with equal results. `home` is complete or absent,
-    also after a kill. Raises RunError, which says `what` for, where an OSError came up.
+    also after a kill. Raises an OSError as RunError, which says `what` for.
     """
     remedy = "free space there or set UOE_CACHE elsewhere"
     with os_error_as(RunError, f"{home}: cannot {what}", remedy):
@@ -191,9 +186,6 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-# ---- raw files ----
-
-
 class RawFiles:
     """Reads files by their SHA-256 and notices those that change."""
 
@@ -202,7 +194,7 @@ class RawFiles:
         self._memo = Path(cache_dir) / "hashes.json"
 
     def sha256(self, files: Sequence[Path]) -> list[str]:
-        """Of each file, in hexadecimal. Raises UserError for one that is unreadable or changes."""
+        """Of each file. Raises UserError for one that is unreadable or changes."""
         memo, hashes = self._remembered(), []
         new: dict[str, list[Any]] = {}
         try:
@@ -230,15 +222,12 @@ class RawFiles:
 
     @contextlib.contextmanager
     def open(self, file: Path, sha256: str) -> Iterator[BinaryIO]:
-        """The file, to be read once from its beginning on.
-
-        Raises UserError where it is unreadable and, at the end, where it is not what was hashed.
-        """
+        """Reads a file once. Raises UserError, at the end where it is not what was hashed."""
         with readable(file), open(file, "rb", buffering=0) as opened:
             raw = _HashedFile(opened)
-            reader = io.BufferedReader(raw, 1 << 20)
+            reader = io.BufferedReader(raw, HASHED_BYTES)
             yield reader
-            while reader.read(1 << 20):
+            while reader.read(HASHED_BYTES):
                 pass
         if raw.digest.hexdigest() != sha256:
             self._remember({os.path.abspath(file): None})

@@ -1,9 +1,8 @@
 """What every tokenizer provides, and the byte tokenizer."""
 
-import abc
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,29 +10,26 @@ from numpy.typing import ArrayLike
 from uoe_jax.errors import UserError
 
 
-class Tokenizer(abc.ABC):
+class Tokenizer(Protocol):
     """Bytes to token ids and back."""
 
     vocab_size: int  # V, the separator included
     separator: int  # the id of a document's last target; it stands for no bytes
     start: int  # the id of a document's first input: the separator, unless there is another
     fingerprint: str  # equal ones mean equal ids for equal bytes, in any process
-    tokens_are_words = False  # whether perplexity per token is perplexity per word
+    tokens_are_words: bool = False  # whether perplexity per token is perplexity per word
 
     @property
-    @abc.abstractmethod
     def bytes_per_token(self) -> np.ndarray | None:
         """int32 [V], bytes of text per token, for bits per byte; None: see `encode_with_bytes`."""
 
-    @abc.abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray:
         """Ids [T] without separators, in the smallest unsigned type; of a str, see `as_bytes`."""
 
     def encode_with_bytes(self, document: str | bytes) -> tuple[np.ndarray, np.ndarray]:
         """(`encode`, uint16 [T + 1]: bytes of the document per token, the separator last)."""
-        raise NotImplementedError
+        raise TypeError("every token has a fixed number of bytes; see bytes_per_token")
 
-    @abc.abstractmethod
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
         """The text without separators. Raises ValueError for an id outside the vocabulary."""
 
@@ -41,7 +37,6 @@ class Tokenizer(abc.ABC):
         """As `decode_bytes`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    @abc.abstractmethod
     def to_json(self) -> str:
         """What `load.stored` reads."""
 

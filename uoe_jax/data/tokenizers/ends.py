@@ -20,6 +20,8 @@ STARTS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>")
 # Their tokenizer prepends the start token unless add_bos_token says otherwise.
 _ADD_BOS_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
+Files = Mapping[str, Mapping[str, Any]]
+
 
 class Ends(NamedTuple):
     """Tokens by their text."""
@@ -42,10 +44,7 @@ def special(content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def find_ends_by_name(content: Mapping[str, Any]) -> Ends:
-    """The first known separator and start among the special tokens, else the only special token.
-
-    Raises UserError where there is neither.
-    """
+    """The known separator and start among the special tokens, else the only one; else UserError."""
     names = list(special(content))
     known = [name for name in SEPARATORS if name in names] or names[: len(names) == 1]
     if known:
@@ -57,10 +56,7 @@ def find_ends_by_name(content: Mapping[str, Any]) -> Ends:
 
 
 def find_ends(
-    content: Mapping[str, Any],
-    files: Mapping[str, Mapping[str, Any]],
-    separator: str = "",
-    start: str = "",
+    content: Mapping[str, Any], files: Files, separator: str = "", start: str = ""
 ) -> Ends:
     """The ends of documents for one tokenizer.
 
@@ -69,8 +65,8 @@ def find_ends(
       files: {name: object} of those of `FILES` that the model has.
       separator, start: data.separator and data.start, which come first; "": not set.
 
-    Raises UserError for a given token that is not in the vocabulary, where nothing says what ends a
-    document, and for a post-processor that prepends several tokens.
+    Raises UserError where nothing says what ends a document, several tokens are prepended, or a
+    given token is not in the vocabulary.
     """
     search = _Search(content, files)
     for key, name in (("separator", separator), ("start", start)):
@@ -83,7 +79,7 @@ def find_ends(
 
 
 class _Search:
-    def __init__(self, content: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, content: Mapping[str, Any], files: Files) -> None:
         self.content, self.files = content, {name: files.get(name, {}) for name in FILES}
         self.added = {token["content"] for token in added_tokens(content)}
         vocabulary = (content.get("model") or {}).get("vocab") or {}
@@ -141,8 +137,7 @@ class _Search:
         token = self.by_id.get(value) if type(value) is int else None
         if isinstance(value, str) and value in self.tokens:
             token = value
-        looks_special = token is not None and re.fullmatch(r"[<\[](?!0x).+[>\]]", token)
-        if token in self.added or looks_special:
+        if token in self.added or re.fullmatch(r"[<\[](?!0x).+[>\]]", token or ""):
             return token
         unused = "which is no special token of tokenizer.json; it is not used"
         self.notes.append(f"{file} has {key}={value!r}, {unused}")

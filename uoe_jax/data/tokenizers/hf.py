@@ -47,7 +47,7 @@ class HFTokenizer(Tokenizer):
         """content: the object in a tokenizer.json, or in what `to_json` wrote.
 
         ends: finds the ends; by default those that `to_json` wrote, else by name. Raises UserError
-        where it is no tokenizer.json, is not exact (kind "bpe"), or its ends are unknown.
+        for what is no tokenizer.json, not exact (kind "bpe"), or has unknown ends.
         """
         if "file" in content and "kind" in content:
             separator, start = content.get("separator"), content.get("start")
@@ -103,8 +103,8 @@ class HFTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         """A plain tokenizer.json where the ends follow from it, as after `train`."""
-        stated = lambda content: ends_lib.find_ends(content, {})  # noqa: E731
-        follow = self._ends_are(find_ends_by_name) and self._ends_are(stated)
+        finders = find_ends_by_name, lambda content: ends_lib.find_ends(content, {})
+        follow = all(self._ends_are(find) for find in finders)
         if self.kind == "bpe" and follow:
             return json.dumps(self.content, indent=1)
         ends = {} if follow else {"separator": self.ends.separator, "start": self.ends.start}
@@ -125,7 +125,7 @@ class HFTokenizer(Tokenizer):
                 parts.append(self._byte_ids[np.frombuffer(as_bytes(piece), np.uint8)])
             elif piece:
                 parts.append(self._library_ids(piece))
-        ids_T = np.concatenate(parts)
+        ids_T = np.concatenate(parts).astype(self._dtype, copy=False)
         if (n_bytes := int(self._sizes_V[ids_T].sum(dtype=np.int64))) != len(data):
             raise UserError(
                 f"data.tokenizer_file: the tokens of a document of {len(data)} bytes stand for "
@@ -159,16 +159,11 @@ class HFTokenizer(Tokenizer):
         return ids_T, np.minimum(sizes, _MAX_TOKEN_BYTES).astype(np.uint16)
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
-        if self._bytes is None:
-            return self.decode(ids).encode()
-        return b"".join([self._bytes[i] for i in known_ids(ids, self.vocab_size).tolist()])
-
-    def decode(self, ids: ArrayLike | Iterable[int]) -> str:
-        """Of kind "library" as the library writes it, without special tokens."""
-        if self._bytes is not None:
-            return super().decode(ids)
+        """Exact for kind "bpe", else what the library writes; special tokens are dropped."""
         known = known_ids(ids, self.vocab_size).tolist()
-        return self._library.decode(known, skip_special_tokens=True)
+        if self._bytes is None:
+            return self._library.decode(known, skip_special_tokens=True).encode()
+        return b"".join([self._bytes[i] for i in known])
 
     def _ends_are(self, find: EndsOf) -> bool:
         try:
@@ -194,9 +189,9 @@ class HFTokenizer(Tokenizer):
         vocabulary = self._library.get_vocab(with_added_tokens=False)
         self._bytes = _token_bytes(explicit["added_tokens"], vocabulary)
         self.vocab_size = len(self._bytes)
-        ids = {token: i for i, token in enumerate(self._bytes) if len(token) == 1}
-        if missing := [b for b in range(256) if bytes([b]) not in ids]:
-            lacks = f"has no token for the byte {missing[0]:#04x}"
+        by_byte = {token[0]: i for i, token in enumerate(self._bytes) if len(token) == 1}
+        if missing := set(range(256)) - by_byte.keys():
+            lacks = f"has no token for the byte {min(missing):#04x}"
             raise UserError(f"{lacks}, so not every text can be written with it")
         # The library renumbers added tokens behind a hole.
         for token in added_tokens(self.content):
@@ -204,8 +199,7 @@ class HFTokenizer(Tokenizer):
             if self._library.token_to_id(name) != i:
                 where = f"gives its added token {name!r} the id {i}"
                 raise UserError(f"{where}, with ids left out before it")
-        byte_ids = [ids[bytes([b])] for b in range(256)]
-        self._byte_ids = np.array(byte_ids, np.min_scalar_type(self.vocab_size - 1))
+        self._byte_ids = np.array([by_byte[b] for b in range(256)])
         self._sizes_V = np.array([len(token) for token in self._bytes], np.int32)
 
 

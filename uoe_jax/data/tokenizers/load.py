@@ -26,7 +26,7 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
     """The tokenizer of `data.tokenizer`; None for words, which are counted in the data.
 
     The arguments are data.tokenizer, .tokenizer_file, .separator and .start. Raises ConfigError
-    where the file is missing or unusable, or a key is set that this kind ignores.
+    for a missing or unusable file, and for a key that this kind ignores.
     """
     if kind in FROM_FILE:
         if not file:
@@ -89,8 +89,8 @@ def tokenizer_of(
     found = load_tokenizer(c.tokenizer, c.tokenizer_file, c.separator, c.start)
     if found is not None:
         return found
-    if cached is not None and cached.is_file():
-        with contextlib.suppress(UserError, OSError, UnicodeError):  # damaged: counted again
+    if cached is not None:
+        with contextlib.suppress(UserError, OSError, UnicodeError):  # absent or damaged: count
             return stored(cached.read_text(encoding="utf-8"))
     words = WordTokenizer.train(documents(), c.min_count)
     if cached is not None:
@@ -108,7 +108,7 @@ def stored(text: str) -> Tokenizer:
     if kind == "bytes" and content.get("fingerprint") == ByteTokenizer.fingerprint:
         return ByteTokenizer()
     if kind == "words":
-        return WordTokenizer.from_json(text)
+        return WordTokenizer.from_json(content)
     if kind in FROM_FILE:
         return HFTokenizer(content, kind)
     raise UserError("is no tokenizer that this version of uoe_jax knows")

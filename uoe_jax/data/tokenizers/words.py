@@ -5,8 +5,8 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,11 +24,10 @@ CHUNK = 1 << 20  # bytes split at a time, so that no list holds all words of a l
 class WordTokenizer(Tokenizer):
     """One token per word between spaces; a newline is `<eos>`; all rare words are `<unk>`.
 
-    Ids go by frequency in the training split, ties by the word's bytes, so that the cutoffs of an
-    adaptive softmax cut where they should. The frequency of `<eos>` is the number of newlines, of
-    the separator that of documents, of `<unk>` that of rare words and of the word `<unk>` itself
-    (WikiText-103 has it). Runs of spaces, and spaces beside a newline, are not kept; otherwise
-    `decode` gives back the text of known words.
+    Ids go by frequency in the training split, ties by the word's bytes, as the cutoffs of an
+    adaptive softmax expect. `<eos>` counts newlines, the separator documents, `<unk>` rare words
+    and the word `<unk>` itself (WikiText-103 has it). Runs of spaces, and spaces beside a newline,
+    are not kept; otherwise `decode` gives back the text of known words.
 
     A word stands for its bytes and the space or newline after it. `<eos>` stands for the bytes of
     the training split that this leaves per newline, rounded down (0 in "a b\\nc d\\n", 2 in
@@ -53,7 +52,7 @@ class WordTokenizer(Tokenizer):
     @classmethod
     def train(cls, documents: Iterable[bytes], min_count: int) -> Self:
         """The words that occur at least `min_count` times. Raises ConfigError where none does."""
-        counts: Counter[bytes] = Counter()
+        counts = Counter[bytes]()
         n_documents = n_bytes = 0
         for document in documents:
             n_documents, n_bytes = n_documents + 1, n_bytes + len(document)
@@ -97,15 +96,13 @@ class WordTokenizer(Tokenizer):
         return json.dumps(found, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Raises UserError for what `to_json` did not write."""
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """content: the object that `to_json` wrote. Raises UserError for another one."""
         try:
-            found = json.loads(text)
-            kind, version = found["kind"], found["format"]
-            if (kind, version) != ("words", FORMAT):
-                raise ValueError(f"{kind!r} of format {version!r}, this version reads {FORMAT}")
-            words = [word.encode("utf-8", "surrogateescape") for word in found["words"]]
-            unique, line_bytes = set(words), found["line_bytes"]
+            if (version := content["format"]) != FORMAT:
+                raise ValueError(f"format {version!r}, this version reads {FORMAT}")
+            words = [word.encode("utf-8", "surrogateescape") for word in content["words"]]
+            unique, line_bytes = set(words), content["line_bytes"]
             is_whole = len(unique) == len(words) and unique.issuperset(SPECIAL)
             if not is_whole or type(line_bytes) is not int or line_bytes < 0:
                 raise ValueError("a word twice, no <unk>, separator or newline, or no line_bytes")
