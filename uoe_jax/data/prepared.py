@@ -297,10 +297,8 @@ class Reader(Protocol):
 
 def lines(reader: Reader, file: Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line with its end) of `file`. Raises UserError for one above LINE_BYTES."""
-    number = 0
-    while line := reader.readline(LINE_BYTES + 1):
-        number += 1
-        tick()
+    read = functools.partial(reader.readline, LINE_BYTES + 1)
+    for number, line in enumerate(ticking(iter(read, b"")), 1):
         if len(line) > LINE_BYTES:
             remedy = f"is longer than {LINE_BYTES:,} bytes: cut it into several."
             raise UserError(f"{file}, line {number}: {remedy}")
@@ -329,7 +327,6 @@ def _sha256(file: Path) -> str:
 def digest_of(reader: BinaryIO) -> str:
     """The SHA-256 of the rest of a reader, in hexadecimal."""
     digest = hashlib.sha256()
-    while block := reader.read(HASHED_BYTES):
+    for block in ticking(iter(functools.partial(reader.read, HASHED_BYTES), b"")):
         digest.update(block)
-        tick()
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from etils import epath
 from uoe_jax.config.fields import leaves
 from uoe_jax.config.schema import Config, ModelConfig
 from uoe_jax.data.tokenizers.base import ByteTokenizer
-from uoe_jax.data.tokenizers.workdir import read_tokenizer
+from uoe_jax.data.tokenizers.load import read_tokenizer
 from uoe_jax.distributed.coordination import on_process_zero
 from uoe_jax.errors import ConfigError
 from uoe_jax.train.checkpoint import CheckpointStore

@@ -226,10 +226,12 @@ def _pieces(data: bytes) -> list[str]:
 def _check_exact(content: dict[str, Any]) -> None:
     """Raises UserError where encoding alters the text or depends on chance."""
     model, steps = content["model"], list(steps_of(content["pre_tokenizer"]))
-    n_levels = sum(step["type"] == "ByteLevel" for step in steps)
-    if model["type"] != "BPE" or n_levels != 1:
-        found = f"its model is {model['type']}, with {n_levels} ByteLevel steps in pre_tokenizer"
-        raise UserError(f"is not byte-level BPE ({found})")
+    if model["type"] != "BPE":
+        raise UserError(f"is not byte-level BPE (its model is {model['type']})")
+    if sum(step["type"] == "ByteLevel" for step in steps) != 1:
+        raise UserError(
+            "is not byte-level BPE (its pre_tokenizer has no ByteLevel step, or several)"
+        )
     for step in steps:
         removes = step["type"] not in _LOSSLESS or step.get("behavior") == "Removed"
         if removes or step.get("add_prefix_space"):

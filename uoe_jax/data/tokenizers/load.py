@@ -1,4 +1,4 @@
-"""Opens the tokenizer that the configuration, a run or the cache names."""
+"""Opens the tokenizer that the configuration or the cache names, and keeps a run's own."""
 
 import contextlib
 import functools
@@ -10,14 +10,16 @@ from typing import Any
 from etils import epath
 
 from uoe_jax.config.data import FROM_FILE, DataConfig
+from uoe_jax.config.schema import Config
 from uoe_jax.data.tokenizers.base import ByteTokenizer, Tokenizer, json_object
 from uoe_jax.data.tokenizers.ends import FILES, find_ends
 from uoe_jax.data.tokenizers.hf import HFTokenizer
 from uoe_jax.data.tokenizers.words import WordTokenizer
-from uoe_jax.errors import ConfigError, RunError, UserError, os_error_as
+from uoe_jax.errors import ConfigError, RunError, UserError, os_error_as, reason
 from uoe_jax.runtime_env import expanded
-from uoe_jax.workdir import read_json, write_text
+from uoe_jax.workdir import locate, os_errors, read_json, read_text, write_text
 
+TOKENIZER = "tokenizer.json"
 _KEY = "config.data.tokenizer_file"
 _OTHER = "or make one with uoe tokenizer train --config=… --vocab=4096 --out=tokenizer.json"
 
@@ -57,19 +59,16 @@ def _read(
 ) -> HFTokenizer:
     """shown: data.tokenizer_file as it was written, for errors."""
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except Exception as error:  # the clients of gs:// raise exceptions of a dozen kinds
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        remedy = f"cannot be read ({reason}); give another file, {_OTHER}"
-        raise ConfigError(_KEY, shown, remedy) from error
-    try:
-        content, files = json_object(text), files_beside(file.parent)
+        with os_errors(file):
+            content = json_object(read_text(file))
+        files = files_beside(file.parent)
         # What a run kept has the ends in the file itself.
         separator = separator or str(content.get("separator", ""))
         start = start or str(content.get("start", ""))
         return HFTokenizer(content, kind, lambda c: find_ends(c, files, separator, start))
-    except UserError as error:
-        raise ConfigError(_KEY, shown, f"{error}; give another file, {_OTHER}") from error
+    except (OSError, ValueError, UserError) as error:
+        why = str(error) if isinstance(error, UserError) else f"cannot be read ({reason(error)})"
+        raise ConfigError(_KEY, shown, f"{why}; give another file, {_OTHER}") from error
 
 
 def files_beside(directory: Any) -> dict[str, dict[str, Any]]:
@@ -112,3 +111,44 @@ def stored(text: str) -> Tokenizer:
     if kind in FROM_FILE:
         return HFTokenizer(content, kind)
     raise UserError("is no tokenizer that this version of uoe_jax knows")
+
+
+# ---- the copy in a run's workdir: its file or data may have changed since the run began ----
+
+
+def read_tokenizer(workdir: str) -> Tokenizer | None:
+    """The kept tokenizer; None without one, as for bytes. Raises UserError for a damaged file."""
+    file = locate(workdir) / TOKENIZER
+    try:
+        with os_errors(file):
+            return stored(read_text(file)) if file.is_file() else None
+    except (OSError, UnicodeError, UserError) as error:
+        raise UserError(f"{file}: {error}; restore it, or start in another --workdir") from error
+
+
+def tokenizer_of_run(config: Config, workdir: str) -> Tokenizer:
+    """The tokenizer that a run was trained with. Raises UserError where it is lost."""
+    kept = ByteTokenizer() if config.data.tokenizer == "bytes" else read_tokenizer(workdir)
+    if kept is None:
+        lost = "is gone, and with it what the run's tokens mean; restore it"
+        raise UserError(f"{locate(workdir) / TOKENIZER}: {lost}")
+    return kept
+
+
+def keep_tokenizer(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
+    """Stores a tokenizer that came from a file or from data."""
+    file = workdir / TOKENIZER
+    if tokenizer is not None and not isinstance(tokenizer, ByteTokenizer) and not file.exists():
+        write_text(file, tokenizer.to_json())
+
+
+def check_tokenizer(config: Config, workdir: str) -> None:
+    """Raises ConfigError for a data.tokenizer_file that is unusable or not the run's tokenizer."""
+    data, name = config.data, config.data.tokenizer_file
+    kept = read_tokenizer(workdir)
+    if kept is not None and not (name and os.path.isfile(expanded(name, _KEY))):
+        return
+    given = load_tokenizer(data.tokenizer, name, data.separator, data.start)
+    if kept is not None and given is not None and given.fingerprint != kept.fingerprint:
+        remedy = "give that one, or none, or start in another --workdir"
+        raise ConfigError(_KEY, name, f"is not the tokenizer of the run in {workdir}; {remedy}")

@@ -63,8 +63,9 @@ class WordTokenizer(Tokenizer):
         unknown = counts.pop(UNKNOWN, 0)
         kept = {word: n for word, n in counts.items() if n >= min_count}
         if not kept:
-            none = "no word occurs that often in the training split"
-            remedy = f"{none}; give a smaller number, or another data.path"
+            remedy = (
+                "no word of the training split occurs that often; give less, or other data.path"
+            )
             raise ConfigError("config.data.min_count", min_count, remedy)
         unknown += counts.total() - sum(kept.values())
         kept |= {NEWLINE: newlines, SEPARATOR: n_documents, UNKNOWN: unknown}
