@@ -8,20 +8,16 @@ import numpy as np
 
 SPLITS = ("train", "validation", "test")
 
-# Text, token ids (int [T]) or an image (uint8 [height,width,channels]).
-Input = bytes | np.ndarray
+Input = bytes | np.ndarray  # text, token ids (int [T]) or an image (uint8 [height,width,channels])
 
 
 class TextSource(Protocol):
     """Where documents come from."""
 
     @property
-    def key(self) -> str:
-        """Names this content under these rules; caches derived from it are keyed by it."""
-
+    def key(self) -> str: ...  # names this content under these rules; caches are keyed by it
     def documents(self, split: str, /) -> Iterable[bytes]: ...
-    def record(self) -> dict[str, Any]:
-        """JSON-able, for the run's record."""
+    def record(self) -> dict[str, Any]: ...  # JSON-able, for the run's record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +52,9 @@ class ExampleSource(Protocol):
     @property
     def n_classes(self) -> int: ...
     @property
-    def vocab_size(self) -> int:
-        """0 for text and images; else the inputs are token ids below it."""
-
+    def vocab_size(self) -> int: ...  # 0 for text and images; else the inputs are ids below it
     def examples(self, split: str, /) -> Examples: ...
-    def record(self) -> dict[str, Any]:
-        """JSON-able, for the run's record."""
+    def record(self) -> dict[str, Any]: ...  # JSON-able, for the run's record
 
 
 @dataclasses.dataclass(frozen=True)

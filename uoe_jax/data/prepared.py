@@ -100,11 +100,9 @@ def dataset_directory(
 ) -> Path:
     """The directory of the dataset `key`, for `open_records`; written first where it is absent.
 
-    Args:
-      key: names the content; equal keys mean equal records.
-      name, version: what tfds calls it; the version is three numbers.
-      fields: of every record, in this order: `bytes` or `int`.
-      splits: called once each, only where the dataset must be written; no split may be empty.
+    key: names the content; equal keys mean equal records. name, version: what tfds calls it; the
+    version is three numbers. fields: of every record, in this order: `bytes` or `int`. splits:
+    called once each, only where the dataset must be written; no split may be empty.
     """
     home = Path(cache_dir) / "sources" / key
     if not home.is_dir():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from uoe_jax.data.prepared import new_directory
 from uoe_jax.data.tokenizers.base import Tokenizer, as_bytes
@@ -29,26 +30,19 @@ class DamagedStore(OSError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenStore:
-    """Documents as token ids, without separators. The arrays are read-only, large ones mapped.
+    """Documents as token ids, without separators. The arrays are read-only, large ones mapped."""
 
-    Attributes:
-      tokens_T: the ids of all documents in order, in the smallest unsigned type.
-      offsets: int64 [n_docs + 1]; document d is tokens_T[offsets[d]:offsets[d + 1]].
-      bytes_E: uint16 [n_tokens + n_docs], bytes of the document per token, and after the tokens of
-        each document the bytes of its separator. None where the tokenizer has `bytes_per_token`.
-      bytes_unknown: why the tokens of a document do not add up to its bytes; "" where they do.
-    """
-
-    tokens_T: np.ndarray
-    offsets: np.ndarray
+    tokens_T: np.ndarray  # the ids of all documents in order, in the smallest unsigned type
+    offsets: np.ndarray  # int64 [n_docs + 1]; document d is tokens_T[offsets[d]:offsets[d + 1]]
+    # uint16 [n_tokens + n_docs], bytes of the document per token, and after the tokens of each
+    # document the bytes of its separator; None where the tokenizer has `bytes_per_token`.
     bytes_E: np.ndarray | None = None
-    bytes_unknown: str = ""
+    bytes_unknown: str = ""  # why the tokens of a document do not add up to its bytes; "": they do
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, d: int) -> np.ndarray:
-        """The ids of document d, a view."""
         if not 0 <= d < len(self):
             raise IndexError(f"document {d} of {len(self)}")
         return self.tokens_T[self.offsets[d] : self.offsets[d + 1]]
@@ -83,14 +77,16 @@ class TokenStore:
     def write(documents: Iterable[str | bytes], tokenizer: Tokenizer, directory: Path) -> None:
         """Tokenises into `directory`, which must exist; store.json is written last."""
         offsets = array("q", [0])  # eight bytes a document, where a list of ints takes forty
-        unknown, dtypes = "", {"tokens": np.min_scalar_type(tokenizer.vocab_size - 1)}
-        dtypes["offsets"] = np.dtype(np.int64)
+        unknown, arrays = "", {}
+        dtypes: dict[str, DTypeLike] = {
+            "tokens": np.min_scalar_type(tokenizer.vocab_size - 1),
+            "offsets": np.int64,
+        }
         if tokenizer.bytes_per_token is None:
-            dtypes["bytes"] = np.dtype(np.uint16)
-        arrays, files = {}, {name: directory / f"{name}.npy" for name in dtypes}
+            dtypes["bytes"] = np.uint16
         with contextlib.ExitStack() as stack:
             for name, dtype in dtypes.items():
-                growing = contextlib.closing(_GrowingArray(files[name], dtype))
+                growing = contextlib.closing(_GrowingArray(directory / f"{name}.npy", dtype))
                 arrays[name] = stack.enter_context(growing)
             for d, document in enumerate(ticking(documents)):
                 if "bytes" not in arrays:
@@ -110,7 +106,7 @@ class TokenStore:
             "vocab_size": tokenizer.vocab_size,
             "n_documents": len(offsets) - 1,
             "n_tokens": offsets[-1],
-            "sizes": {file.name: file.stat().st_size for file in files.values()},
+            "sizes": {f"{n}.npy": (directory / f"{n}.npy").stat().st_size for n in arrays},
             **{f"{name}_crc": written.crc for name, written in arrays.items()},
             "bytes_unknown": unknown,
         }
@@ -120,8 +116,8 @@ class TokenStore:
 class _GrowingArray:
     """A one-dimensional .npy file that is appended to; crc: of its elements."""
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self._file, self._dtype = open(path, "wb"), dtype
+    def __init__(self, path: Path, dtype: DTypeLike) -> None:
+        self._file, self._dtype = open(path, "wb"), np.dtype(dtype)
         self._length = self.crc = 0
         self._start = self._write_header()  # numpy pads it for exactly this: an axis that grows
 

@@ -20,7 +20,7 @@ STARTS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>")
 # Their tokenizer prepends the start token unless add_bos_token says otherwise.
 _ADD_BOS_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
-Files = Mapping[str, Mapping[str, Any]]
+Files = Mapping[str, Mapping[str, Any]]  # {name: object} of those that the model has
 
 
 class Ends(NamedTuple):
@@ -58,15 +58,11 @@ def find_ends_by_name(content: Mapping[str, Any]) -> Ends:
 def find_ends(
     content: Mapping[str, Any], files: Files, separator: str = "", start: str = ""
 ) -> Ends:
-    """The ends of documents for one tokenizer.
+    """The ends for one tokenizer. content: the object in its tokenizer.json. files: see `FILES`.
 
-    Args:
-      content: the object in its tokenizer.json.
-      files: {name: object} of those of `FILES` that the model has.
-      separator, start: data.separator and data.start, which come first; "": not set.
-
-    Raises UserError where nothing says what ends a document, several tokens are prepended, or a
-    given token is not in the vocabulary.
+    separator, start: data.separator and data.start, which come first; "": not set. Raises UserError
+    where nothing says what ends a document, several tokens are prepended, or a given token is not
+    in the vocabulary.
     """
     search = _Search(content, files)
     for key, name in (("separator", separator), ("start", start)):
