@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from uoe_jax.config import Config, from_dict
 from uoe_jax.data import pipeline
-from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.pipeline import TrainBatches, eval_batches
 from uoe_jax.data.prefetch import Prefetcher
+from uoe_jax.data.rows import PackedRows
 from uoe_jax.data.sources import stdlib
 from uoe_jax.data.store import DamagedStore, TokenStore, open_or_build
 from uoe_jax.data.tokenizers.base import ByteTokenizer

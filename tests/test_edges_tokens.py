@@ -9,7 +9,7 @@ from test_exchange import LLAMA, config_of, exported, run_of
 
 from uoe_jax.config import from_dict, to_dict
 from uoe_jax.data import pipeline
-from uoe_jax.data.packing import PackedRows
+from uoe_jax.data.rows import PackedRows
 from uoe_jax.data.store import TokenStore
 from uoe_jax.data.tokenizers.ends import find_ends
 from uoe_jax.data.tokenizers.hf import HFTokenizer

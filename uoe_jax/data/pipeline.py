@@ -18,9 +18,8 @@ from uoe_jax.config.data import SOURCES
 from uoe_jax.config.schema import Config
 from uoe_jax.config.validate import check_source
 from uoe_jax.data.examples import SPLITS, Examples, ExampleSource, TextSource
-from uoe_jax.data.packing import Batch, PackedRows, Row
 from uoe_jax.data.registry import known_vocabulary, labelled_source, text_source
-from uoe_jax.data.rows import LabelledRows
+from uoe_jax.data.rows import Batch, LabelledRows, PackedRows, Row
 from uoe_jax.data.store import open_or_build
 from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.data.tokenizers.load import tokenizer_of

@@ -127,10 +127,8 @@ class HFTokenizer(Tokenizer):
                 parts.append(self._library_ids(piece))
         ids_T = np.concatenate(parts).astype(self._dtype, copy=False)
         if (n_bytes := int(self._sizes_V[ids_T].sum(dtype=np.int64))) != len(data):
-            raise UserError(
-                f"data.tokenizer_file: the tokens of a document of {len(data)} bytes stand for "
-                f"{n_bytes}; this tokenizer is not exact, use another file"
-            )
+            found = f"the tokens of a document of {len(data)} bytes stand for {n_bytes}"
+            raise UserError(f"data.tokenizer_file: {found}; it is not exact, use another file")
         return ids_T
 
     def _library_ids(self, text: str) -> np.ndarray:

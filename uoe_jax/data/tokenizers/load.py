@@ -38,7 +38,7 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
         versions = tuple(_version(path.parent / name) for name in (path.name, *FILES))
         # A file on this machine is read again only where it has changed. Others have no inode.
         read = _read if versions[0] else _read.__wrapped__
-        return read(kind, file, path, separator, start, versions)
+        return read(kind, file, separator, start, versions)
     for key, value in (("tokenizer_file", file), ("separator", separator), ("start", start)):
         if value:
             remedy = f"is of no use with data.tokenizer={kind!r}; give 'bpe' or 'library' there"
@@ -54,10 +54,9 @@ def _version(file: epath.Path) -> tuple[int, ...] | None:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(
-    kind: str, shown: str, file: epath.Path, separator: str, start: str, versions: object
-) -> HFTokenizer:
-    """shown: data.tokenizer_file as it was written, for errors."""
+def _read(kind: str, shown: str, separator: str, start: str, versions: object) -> HFTokenizer:
+    """shown: data.tokenizer_file as it was written. versions: of the files that are read."""
+    file = epath.Path(expanded(shown, _KEY))
     try:
         with os_errors(file):
             content = json_object(read_text(file))
