@@ -1,7 +1,7 @@
 """Image augmentation: uint8 in and out, pure functions of the image and of a generator's draws.
 
-The draws are part of batch = f(seed, step). A function draws in the order of the steps in its
-docstring; a step that the configuration turns off draws nothing. Pillow resamples.
+The draws are part of batch = f(seed, step): made in the order of the steps in a docstring, and none
+for a step that the configuration turns off. Pillow resamples.
 """
 
 import math
@@ -193,10 +193,9 @@ def _moved(image: Image.Image, *coefficients: float) -> Image.Image:
     return image.transform(size, how, coefficients, Resampling.NEAREST, fillcolor=_fill(image))
 
 
-# The operations of the RandAugment paper (arXiv:1909.13719): of an image, a strength from 0 to 1
-# and its sign. Their order is part of the draw. Ranges as in torchvision, except that strength 0
-# changes nothing: the threshold 256 solarises no pixel. Strength 30 shears by 0.3, rotates by 30
-# degrees, keeps four bits.
+# RandAugment (arXiv:1909.13719): functions of an image, a strength from 0 to 1 and its sign. Their
+# order is part of the draw. Ranges as in torchvision, except that strength 0 changes nothing: the
+# threshold 256 solarises no pixel.
 RAND_OPS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "identity": lambda im, m, sign: im,
     "autocontrast": lambda im, m, sign: ImageOps.autocontrast(im),

@@ -158,9 +158,9 @@ class TrainBatches:
             return range(step * b, (step + 1) * b)
         group, turn = divmod(step, w)
         if self._group[0] != group:
-            entries = np.arange(group * w * b, (group + 1) * w * b)
-            lengths = [self._rows.n_tokens(int(self._order[int(i)])) for i in entries]
-            by_length = entries[np.argsort(lengths, kind="stable")].reshape(w, b)
+            first = group * w * b
+            lengths = [self._rows.n_tokens(int(self._order[first + i])) for i in range(w * b)]
+            by_length = first + np.argsort(lengths, kind="stable").reshape(w, b)
             drawn = np.random.default_rng((self._seed, group)).permutation(w)
             self._group = (group, by_length[drawn].tolist())
         return self._group[1][turn]

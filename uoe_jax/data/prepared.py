@@ -286,9 +286,7 @@ def changed(file: Path) -> UserError:
     return UserError(f"{file}: changed while it was being read: run again.")
 
 
-class Reader(Protocol):
-    """What bytes are read from: a file, also one that is decompressed meanwhile."""
-
+class Reader(Protocol):  # a file, also one that is decompressed meanwhile
     def read(self, size: int, /) -> bytes: ...
     def readline(self, size: int, /) -> bytes: ...
 

@@ -140,27 +140,22 @@ class _GrowingArray:
 
 
 def open_or_build(
-    documents: Callable[[], Iterable[str | bytes]],
-    tokenizer: Tokenizer,
-    cache_dir: Path,
-    key: str,
-    split: str,
+    read: Callable[[], Iterable[bytes]], tokenizer: Tokenizer, cache_dir: Path, key: str, split: str
 ) -> TokenStore:
     """The store of one split from the cache, or built into it.
 
-    documents: called only where the store must be built. key: names the source's content; with the
-    tokenizer's fingerprint it names the store. Raises RunError as `new_directory`, and where what
-    was written does not read back.
+    read: gives the documents, where the store must be built. key: names the source's content.
+    Raises RunError as `new_directory`, and where what was written does not read back.
     """
     kind = "-sized" if tokenizer.bytes_per_token is None else ""  # with bytes.npy
-    home = Path(cache_dir) / "tokens" / f"{key}-{tokenizer.fingerprint}{kind}-{split}"
+    home = cache_dir / "tokens" / f"{key}-{tokenizer.fingerprint}{kind}-{split}"
     if home.is_dir():
         try:
             return TokenStore.open(home)
         except DamagedStore as error:
             log.warning("%s: damaged (%s); it is built again", home, error)
     with new_directory(home, "write the tokenised data") as new:
-        TokenStore.write(documents(), tokenizer, new)
+        TokenStore.write(read(), tokenizer, new)
         store = TokenStore.open(new)  # before the rename: the mapping then outlives the name
         try:
             if home.is_dir():

@@ -1,10 +1,9 @@
 """Which tokens end and begin a document: what the model's files say, else a guess by name.
 
-The end is `eos_token_id` of config.json or generation_config.json, `eos_token` of
-tokenizer_config.json or special_tokens_map.json, or what the post-processor of tokenizer.json
-appends to a text. The start is what `transformers` prepends to a text (`add_bos_token`, else the
-post-processor). Where it prepends nothing, a document begins with the separator, as such models
-were trained.
+End: `eos_token_id` of config.json or generation_config.json, `eos_token` of tokenizer_config.json
+or special_tokens_map.json, or what the post-processor of tokenizer.json appends to a text. Start:
+what `transformers` prepends to a text (`add_bos_token`, else the post-processor); where that is
+nothing, the separator, as such models were trained.
 """
 
 import re
@@ -20,7 +19,8 @@ STARTS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>")
 # Their tokenizer prepends the start token unless add_bos_token says otherwise.
 _ADD_BOS_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
-Files = Mapping[str, Mapping[str, Any]]  # {name: object} of those that the model has
+Json = Mapping[str, Any]  # an object
+Files = Mapping[str, Json]  # {name: object} of those that the model has
 
 
 class Ends(NamedTuple):
@@ -31,19 +31,17 @@ class Ends(NamedTuple):
     notes: tuple[str, ...] = ()  # a sentence for each statement of a file that was not followed
 
 
-def added_tokens(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+def added_tokens(content: Json) -> list[dict[str, Any]]:
     """Of the object in a tokenizer.json, as they stand there."""
     return [token for token in content.get("added_tokens") or () if isinstance(token, dict)]
 
 
-def special(content: Mapping[str, Any]) -> dict[str, int]:
+def special(content: Json) -> dict[str, int]:
     """{special token: id} of the object in a tokenizer.json."""
-    return {
-        token["content"]: token["id"] for token in added_tokens(content) if token.get("special")
-    }
+    return {t["content"]: t["id"] for t in added_tokens(content) if t.get("special")}
 
 
-def find_ends_by_name(content: Mapping[str, Any]) -> Ends:
+def find_ends_by_name(content: Json) -> Ends:
     """The known separator and start among the special tokens, else the only one; else UserError."""
     names = list(special(content))
     known = [name for name in SEPARATORS if name in names] or names[: len(names) == 1]
@@ -55,9 +53,7 @@ def find_ends_by_name(content: Mapping[str, Any]) -> Ends:
     )
 
 
-def find_ends(
-    content: Mapping[str, Any], files: Files, separator: str = "", start: str = ""
-) -> Ends:
+def find_ends(content: Json, files: Files, separator: str = "", start: str = "") -> Ends:
     """The ends for one tokenizer. content: the object in its tokenizer.json. files: see `FILES`.
 
     separator, start: data.separator and data.start, which come first; "": not set. Raises UserError
@@ -75,7 +71,7 @@ def find_ends(
 
 
 class _Search:
-    def __init__(self, content: Mapping[str, Any], files: Files) -> None:
+    def __init__(self, content: Json, files: Files) -> None:
         self.content, self.files = content, {name: files.get(name, {}) for name in FILES}
         self.added = {token["content"] for token in added_tokens(content)}
         vocabulary = (content.get("model") or {}).get("vocab") or {}

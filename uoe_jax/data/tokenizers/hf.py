@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 
 from uoe_jax.data.tokenizers import ends as ends_lib
 from uoe_jax.data.tokenizers.base import Tokenizer, as_bytes, known_ids
-from uoe_jax.data.tokenizers.ends import Ends, added_tokens, find_ends_by_name, special
+from uoe_jax.data.tokenizers.ends import Ends, Json, added_tokens, find_ends_by_name, special
 from uoe_jax.errors import UserError
 
-EndsOf = Callable[[Mapping[str, Any]], Ends]  # of the object in a tokenizer.json
+EndsOf = Callable[[Json], Ends]  # of the object in a tokenizer.json
 # Pre-tokenizers that keep every character.
 _LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")
 # The characters that stand for bytes in byte-level vocabularies, as in GPT-2's encoder.py: bytes
@@ -41,9 +41,7 @@ class HFTokenizer(Tokenizer):
 
     _bytes: list[bytes] | None = None  # of each token, by id, of kind "bpe"
 
-    def __init__(
-        self, content: Mapping[str, Any], kind: str = "bpe", ends: EndsOf | None = None
-    ) -> None:
+    def __init__(self, content: Json, kind: str = "bpe", ends: EndsOf | None = None) -> None:
         """content: the object in a tokenizer.json, or in what `to_json` wrote.
 
         ends: finds the ends; by default those that `to_json` wrote, else by name. Raises UserError
@@ -193,15 +191,14 @@ class HFTokenizer(Tokenizer):
             raise UserError(f"{lacks}, so not every text can be written with it")
         # The library renumbers added tokens behind a hole.
         for token in added_tokens(self.content):
-            name, i = token["content"], token["id"]
-            if self._library.token_to_id(name) != i:
-                where = f"gives its added token {name!r} the id {i}"
+            if self._library.token_to_id(token["content"]) != token["id"]:
+                where = f"gives its added token {token['content']!r} the id {token['id']}"
                 raise UserError(f"{where}, with ids left out before it")
         self._byte_ids = np.array([by_byte[b] for b in range(256)])
         self._sizes_V = np.array([len(token) for token in self._bytes], np.int32)
 
 
-def _opened(content: Mapping[str, Any]) -> Any:
+def _opened(content: Json) -> Any:
     """The library's tokenizer. Raises UserError where it takes no such file."""
     import tokenizers
 
@@ -227,9 +224,7 @@ def _check_exact(content: dict[str, Any]) -> None:
     if model["type"] != "BPE":
         raise UserError(f"is not byte-level BPE (its model is {model['type']})")
     if sum(step["type"] == "ByteLevel" for step in steps) != 1:
-        raise UserError(
-            "is not byte-level BPE (its pre_tokenizer has no ByteLevel step, or several)"
-        )
+        raise UserError("is not byte-level BPE (its pre_tokenizer has no ByteLevel, or several)")
     for step in steps:
         removes = step["type"] not in _LOSSLESS or step.get("behavior") == "Removed"
         if removes or step.get("add_prefix_space"):
@@ -262,11 +257,10 @@ def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> lis
     named = {token["content"]: (token["id"], token["content"].encode()) for token in plain}
     for token, i in sorted(vocabulary.items()):
         if token not in named and i not in found:
-            try:
-                named[token] = i, bytes([BYTE_OF[c] for c in token])
-            except KeyError as error:
+            if not BYTE_OF.keys() >= set(token):
                 what = f"its token {token!r} does not stand for bytes"
-                raise UserError(f"is not byte-level BPE ({what})") from error
+                raise UserError(f"is not byte-level BPE ({what})")
+            named[token] = i, bytes(BYTE_OF[c] for c in token)
     for token, (i, data) in named.items():
         if found.setdefault(i, data) != data:
             raise UserError(f"has two tokens of the id {i}, one of them {token!r}")

@@ -78,12 +78,9 @@ class WordTokenizer(Tokenizer):
         return np.array([special.get(word, len(word) + 1) for word in self._words], np.int32)
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        unknown = itertools.repeat(self._unknown)
-        parts = [
-            np.fromiter(map(self._ids.get, words, unknown), self._dtype, len(words))
-            for words in ticking(split_words(as_bytes(text)))
-        ]
-        return np.concatenate([np.zeros(0, self._dtype), *parts])
+        words = itertools.chain.from_iterable(ticking(split_words(as_bytes(text))))
+        ids = map(self._ids.get, words, itertools.repeat(self._unknown))
+        return np.fromiter(ids, self._dtype)
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
         ids_T = known_ids(ids, self.vocab_size)
