@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MARGIN = 0.875  # of the short side that evaluation keeps where it resizes: 224 of 256
 ASPECTS = (3 / 4, 4 / 3)  # of random crops, width by height
 CROP_TRIALS = 10
-EMPTY = 128  # the grey that RandAugment's geometric operations fill in, as in its authors' code
+EMPTY = "#808080"  # the 128 that RandAugment's geometric operations fill in, as its authors do
 TRANSLATED = 150 / 331  # of a side, the strongest shift; searched on images of 331 pixels
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
 
@@ -183,14 +183,9 @@ def _to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).reshape(image.height, image.width, -1)
 
 
-def _fill(image: Image.Image) -> int | tuple[int, ...]:
-    return EMPTY if image.mode == "L" else (EMPTY,) * 3
-
-
 def _moved(image: Image.Image, *coefficients: float) -> Image.Image:
     """The pixel at (x, y) is the nearest one to (a x + b y + c, d x + e y + f)."""
-    size, how = image.size, Transform.AFFINE
-    return image.transform(size, how, coefficients, Resampling.NEAREST, fillcolor=_fill(image))
+    return image.transform(image.size, Transform.AFFINE, coefficients, fillcolor=EMPTY)
 
 
 # RandAugment (arXiv:1909.13719): functions of an image, a strength from 0 to 1 and its sign. Their
@@ -200,7 +195,7 @@ RAND_OPS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "identity": lambda im, m, sign: im,
     "autocontrast": lambda im, m, sign: ImageOps.autocontrast(im),
     "equalize": lambda im, m, sign: ImageOps.equalize(im),
-    "rotate": lambda im, m, sign: im.rotate(30 * m * sign, fillcolor=_fill(im)),
+    "rotate": lambda im, m, sign: im.rotate(30 * m * sign, fillcolor=EMPTY),
     "solarize": lambda im, m, sign: ImageOps.solarize(im, round(256 * (1 - m))),
     "color": lambda im, m, sign: ImageEnhance.Color(im).enhance(1 + 0.9 * m * sign),
     "posterize": lambda im, m, sign: ImageOps.posterize(im, 8 - round(4 * m)),
