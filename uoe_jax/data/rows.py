@@ -89,9 +89,6 @@ class PackedRows:
     def augmented(self, i: int, seeds: Sequence[int], other: int) -> Row:
         return self[i]
 
-    def n_tokens(self, i: int) -> int:
-        return self.length
-
     def trimmed(self, batch: Batch) -> Batch:
         return batch
 
@@ -133,10 +130,6 @@ class LabelledRows:
             return self._image_row(image, label, label)
         second, other_label = self._image(draw, other)
         return self._image_row(augment.mixed(image, second, mix), label, other_label, mix.share)
-
-    def n_tokens(self, i: int) -> int:
-        """The valid tokens of row i; of a pair, of the longer input."""
-        return int(np.sum(self[i]["segments"], axis=-1).max())
 
     @property
     def needs_all_rows(self) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,10 +36,14 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
             remedy = "tokenizers 'bpe' and 'library' take a file; give one"
             raise ConfigError(_KEY, file, f"{remedy}, {_OTHER}")
         path = epath.Path(expanded(file, _KEY))
-        versions = tuple(_version(path.parent / name) for name in (path.name, *FILES))
-        # A file on this machine is read again only where it has changed. Others have no inode.
-        read = _read if versions[0] else _read.__wrapped__
-        return read(kind, file, separator, start, versions)
+        try:
+            with os_errors(path):
+                text = read_text(path)
+            return _opened(kind, text, json.dumps(files_beside(path.parent)), separator, start)
+        except (OSError, ValueError, UserError) as error:
+            known = isinstance(error, UserError)
+            why = str(error) if known else f"cannot be read ({reason(error)})"
+            raise ConfigError(_KEY, file, f"{why}; give another file, {_OTHER}") from error
     for key, value in (("tokenizer_file", file), ("separator", separator), ("start", start)):
         if value:
             remedy = f"is of no use with data.tokenizer={kind!r}; give 'bpe' or 'library' there"
@@ -46,28 +51,14 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
     return ByteTokenizer() if kind == "bytes" else None
 
 
-def _version(file: epath.Path) -> tuple[int, ...] | None:
-    with contextlib.suppress(OSError, ValueError):
-        found = os.stat(file)
-        return found.st_ino, found.st_size, found.st_mtime_ns
-    return None
-
-
-@functools.lru_cache(maxsize=2)
-def _read(kind: str, shown: str, separator: str, start: str, versions: object) -> HFTokenizer:
-    """shown: data.tokenizer_file as it was written. versions: of the files that are read."""
-    file = epath.Path(expanded(shown, _KEY))
-    try:
-        with os_errors(file):
-            content = json_object(read_text(file))
-        files = files_beside(file.parent)
-        # What a run kept has the ends in the file itself.
-        separator = separator or str(content.get("separator", ""))
-        start = start or str(content.get("start", ""))
-        return HFTokenizer(content, kind, lambda c: find_ends(c, files, separator, start))
-    except (OSError, ValueError, UserError) as error:
-        why = str(error) if isinstance(error, UserError) else f"cannot be read ({reason(error)})"
-        raise ConfigError(_KEY, shown, f"{why}; give another file, {_OTHER}") from error
+@functools.lru_cache(maxsize=2)  # a command asks for its tokenizer up to three times
+def _opened(kind: str, text: str, files: str, separator: str, start: str) -> HFTokenizer:
+    """text: of the file. files: JSON of `files_beside`."""
+    content, beside = json_object(text), json.loads(files)
+    # What a run kept has the ends in the file itself.
+    separator = separator or str(content.get("separator", ""))
+    start = start or str(content.get("start", ""))
+    return HFTokenizer(content, kind, lambda c: find_ends(c, beside, separator, start))
 
 
 def files_beside(directory: Any) -> dict[str, dict[str, Any]]:
