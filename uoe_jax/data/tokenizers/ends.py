@@ -63,8 +63,7 @@ def find_ends(content: Json, files: Files, separator: str = "", start: str = "")
     search = _Search(content, files)
     for key, name in (("separator", separator), ("start", start)):
         if name and name not in search.tokens:
-            remedy = f"which data.{key} names; give the text of a token it has"
-            raise UserError(f"has no token {name!r}, {remedy}")
+            raise UserError(f"has no token {name!r}, which data.{key} names; give one that it has")
     stated = search.stated("eos") or next(iter(search.appended), None)
     last = separator or stated or find_ends_by_name(content).separator
     return Ends(last, start or search.start(last, stated is not None), tuple(search.notes))
@@ -96,9 +95,8 @@ class _Search:
         if class_adds:
             return separator  # its class follows add_bos_token, whatever the post-processor is
         if len(self.prepended) > 1:
-            puts = f"puts {' '.join(self.prepended)} in front of a text"
-            remedy = "where one token can stand here; name it with --config.data.start"
-            raise UserError(f"{puts}, {remedy}")
+            puts = f"puts {' '.join(self.prepended)} in front of a text, where one token can stand"
+            raise UserError(f"{puts} here; name it with --config.data.start")
         if self.prepended:
             return self.prepended[0]
         if settings:
@@ -131,8 +129,7 @@ class _Search:
             token = value
         if token in self.added or re.fullmatch(r"[<\[](?!0x).+[>\]]", token or ""):
             return token
-        unused = "which is no special token of tokenizer.json; it is not used"
-        self.notes.append(f"{file} has {key}={value!r}, {unused}")
+        self.notes.append(f"{file} has {key}={value!r}; no special token, so it is not used")
         return None
 
 

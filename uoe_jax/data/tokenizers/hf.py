@@ -187,8 +187,7 @@ class HFTokenizer(Tokenizer):
         self.vocab_size = len(self._bytes)
         by_byte = {token[0]: i for i, token in enumerate(self._bytes) if len(token) == 1}
         if missing := set(range(256)) - by_byte.keys():
-            lacks = f"has no token for the byte {min(missing):#04x}"
-            raise UserError(f"{lacks}, so not every text can be written with it")
+            raise UserError(f"has no token for the byte {min(missing):#04x}, which a text may have")
         # The library renumbers added tokens behind a hole.
         for token in added_tokens(self.content):
             if self._library.token_to_id(token["content"]) != token["id"]:
@@ -252,14 +251,12 @@ def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> lis
     found: dict[int, bytes] = {token["id"]: b"" for token in added if token["special"]}
     plain = [token for token in added if not token["special"]]
     if strips := [token["content"] for token in plain if token["lstrip"] or token["rstrip"]]:
-        takes = f"the added token {strips[0]!r} takes the spaces beside it"
-        raise UserError(f"does not give back its text ({takes})")
+        raise UserError(f"does not give back its text (token {strips[0]!r} takes spaces beside it)")
     named = {token["content"]: (token["id"], token["content"].encode()) for token in plain}
     for token, i in sorted(vocabulary.items()):
         if token not in named and i not in found:
             if not BYTE_OF.keys() >= set(token):
-                what = f"its token {token!r} does not stand for bytes"
-                raise UserError(f"is not byte-level BPE ({what})")
+                raise UserError(f"is not byte-level BPE (its token {token!r} stands for no bytes)")
             named[token] = i, bytes(BYTE_OF[c] for c in token)
     for token, (i, data) in named.items():
         if found.setdefault(i, data) != data:

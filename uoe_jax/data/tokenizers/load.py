@@ -33,16 +33,16 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
     """
     if kind in FROM_FILE:
         if not file:
-            remedy = "tokenizers 'bpe' and 'library' take a file; give one"
-            raise ConfigError(_KEY, file, f"{remedy}, {_OTHER}")
+            raise ConfigError(_KEY, file, f"{kind!r} takes a file; give one, {_OTHER}")
         path = epath.Path(expanded(file, _KEY))
         try:
             with os_errors(path):
                 text = read_text(path)
             return _opened(kind, text, json.dumps(files_beside(path.parent)), separator, start)
         except (OSError, ValueError, UserError) as error:
-            known = isinstance(error, UserError)
-            why = str(error) if known else f"cannot be read ({reason(error)})"
+            why = (
+                f"{error}" if isinstance(error, UserError) else f"cannot be read ({reason(error)})"
+            )
             raise ConfigError(_KEY, file, f"{why}; give another file, {_OTHER}") from error
     for key, value in (("tokenizer_file", file), ("separator", separator), ("start", start)):
         if value:
