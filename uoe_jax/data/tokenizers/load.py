@@ -40,9 +40,7 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
                 text = read_text(path)
             return _opened(kind, text, json.dumps(files_beside(path.parent)), separator, start)
         except (OSError, ValueError, UserError) as error:
-            why = (
-                f"{error}" if isinstance(error, UserError) else f"cannot be read ({reason(error)})"
-            )
+            why = error if isinstance(error, UserError) else f"cannot be read ({reason(error)})"
             raise ConfigError(_KEY, file, f"{why}; give another file, {_OTHER}") from error
     for key, value in (("tokenizer_file", file), ("separator", separator), ("start", start)):
         if value:
