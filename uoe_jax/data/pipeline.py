@@ -52,7 +52,7 @@ class DataBundle:
 
 
 def load(config: Config, cache_dir: Path, tokenizer: Tokenizer | None = None) -> DataBundle:
-    """Prepares, tokenises and packs all splits. tokenizer: a run's own; None: the configuration's."""
+    """Prepares, tokenises and packs all splits. tokenizer: a run's own, else the configured one."""
     check_source(config)
     make = _text_splits if SOURCES[config.data.source].facts is None else _labelled_splits
     rows, tokenizer, vocab_size, facts = make(config, cache_dir, tokenizer)
