@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from uoe_jax.config import Config, from_dict
 from uoe_jax.data import pipeline
-from uoe_jax.data.packing import PackedRows
 from uoe_jax.data.pipeline import TrainBatches, eval_batches
 from uoe_jax.data.prefetch import Prefetcher
+from uoe_jax.data.rows import PackedRows
 from uoe_jax.data.sources import stdlib
 from uoe_jax.data.store import DamagedStore, TokenStore, open_or_build
 from uoe_jax.data.tokenizers.base import ByteTokenizer
@@ -457,14 +457,6 @@ def test_many_tiny_one_huge_and_a_jump_to_any_row():
             rows[outside]
 
 
-@pytest.mark.parametrize("length, multiple", [(30, 4), (0, 4), (16, 0), (2, 4)])
-def test_row_length_must_be_a_multiple_of_the_patch(length, multiple):
-    with pytest.raises(
-        UserError, match=f"model.context_length={length} .*patch size {multiple}: use"
-    ):
-        packed([b"x"], length, multiple)
-
-
 # ---- batches ------------------------------------------------------------------------------------------------------
 
 ROWS = packed([bytes([65 + i % 26]) * (i % 37) for i in range(100)], 16, 4)  # 130-odd rows
@@ -518,8 +510,8 @@ def test_batches_that_share_rows_out_by_length_hold_the_same_rows_in_any_process
         def __len__(self):
             return len(lengths)
 
-        def n_tokens(self, i):
-            return lengths[i]
+        def __getitem__(self, i):
+            return {"segments": np.ones(lengths[i], np.int32)}
 
         def augmented(self, i, seeds, other):
             return {"row": np.int32(i), "tokens": np.int32(lengths[i])}

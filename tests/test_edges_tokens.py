@@ -10,9 +10,9 @@ from tokenizer_files import sentencepiece_like
 
 from uoe_jax.config import from_dict, to_dict
 from uoe_jax.data import pipeline
-from uoe_jax.data.packing import PackedRows
+from uoe_jax.data.rows import PackedRows
 from uoe_jax.data.store import TokenStore
-from uoe_jax.data.tokenizers.ends import UnknownEnds, find_ends
+from uoe_jax.data.tokenizers.ends import find_ends
 from uoe_jax.data.tokenizers.hf import HFTokenizer
 from uoe_jax.data.tokenizers.load import load_tokenizer, stored
 from uoe_jax.errors import ConfigError, UserError
@@ -178,7 +178,7 @@ def test_ends_of_documents_are_what_the_files_say(name):
 
 
 def test_ends_that_nothing_says_are_asked_for_by_key():
-    with pytest.raises(UnknownEnds, match="--config.data.separator"):
+    with pytest.raises(UserError, match="--config.data.separator"):
         find_ends(content("<x>", "<y>"), {})
     with pytest.raises(UserError, match="has no token '<z>', which data.separator names"):
         find_ends(content("<x>", "<y>"), {}, "<z>")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizer_files import sentencepiece_like
 
 from uoe_jax import cli
-from uoe_jax.data.packing import PackedRows
+from uoe_jax.data.rows import PackedRows
 from uoe_jax.data.store import TokenStore
 from uoe_jax.data.tokenizers import words as vocabulary
 from uoe_jax.data.tokenizers.base import ByteTokenizer

@@ -20,7 +20,7 @@ from uoe_jax.config.schema import Config
 from uoe_jax.config.validate import check_training
 from uoe_jax.data.registry import known_vocabulary, text_source
 from uoe_jax.data.tokenizers.hf import HFTokenizer
-from uoe_jax.data.tokenizers.workdir import check_tokenizer
+from uoe_jax.data.tokenizers.load import check_tokenizer
 from uoe_jax.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, ConfigError, UserError, os_error_as
 from uoe_jax.exchange.transfer import run_export
 from uoe_jax.infer.command import run_generate

@@ -1,12 +1,12 @@
 """Image augmentation: uint8 in and out, pure functions of the image and of a generator's draws.
 
-The draws are part of batch = f(seed, step). A function draws in the order of the steps in its
-docstring; a step that the configuration turns off draws nothing. Pillow resamples.
+The draws are part of batch = f(seed, step): made in the order of the steps in a docstring, and none
+for a step that the configuration turns off. Pillow resamples.
 """
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -20,45 +20,29 @@ if TYPE_CHECKING:
 MARGIN = 0.875  # of the short side that evaluation keeps where it resizes: 224 of 256
 ASPECTS = (3 / 4, 4 / 3)  # of random crops, width by height
 CROP_TRIALS = 10
-EMPTY = 128  # the grey that RandAugment's geometric operations fill in, as in its authors' code
+EMPTY = "#808080"  # the 128 that RandAugment's geometric operations fill in, as its authors do
 TRANSLATED = 150 / 331  # of a side, the strongest shift; searched on images of 331 pixels
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
 
+Rng = np.random.Generator
 Pixels = TypeVar("Pixels", np.ndarray, "jax.Array")
 
 
 class Mix(NamedTuple):
-    """How two images and their labels are mixed.
+    """How two images and their labels are mixed."""
 
-    Attributes:
-      share: weight of the first label, from 0 to 1; the second has 1 - share.
-      box: top, bottom, left, right in pixels of what the second image covers (CutMix);
-        None: each pixel is a weighted mean (mixup).
-    """
-
-    share: float
-    box: tuple[int, int, int, int] | None
+    share: float  # weight of the first label, from 0 to 1; the second has the rest
+    box: tuple[int, int, int, int] | None  # top, bottom, left, right of the second; None: mixup
 
 
 def augmented(
-    image: np.ndarray,
-    c: AugmentConfig,
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    *,
-    resize: bool = False,
+    image: np.ndarray, c: AugmentConfig, rng: Rng, height: int, width: int, *, resize: bool = False
 ) -> np.ndarray:
     """One draw of crops, flips and RandAugment for training; `mixing` comes after.
 
     In this order: the random resized crop (for crop_area below 1, else `fitted`, which draws
-    nothing), the padded crop, the flip, RandAugment.
-
-    Args:
-      image: uint8 [any height, any width, 1 or 3].
-      resize: see `fitted`.
-
-    Returns uint8 [height,width,channels]. Raises ValueError for an image that cannot be used.
+    nothing), the padded crop (its top, then its left edge), the flip, RandAugment (each layer draws
+    an operation, then the sign of its strength, used or not). Otherwise as `fitted`.
     """
     _check(image)
     if c.crop_area < 1:
@@ -66,24 +50,27 @@ def augmented(
     else:
         image = fitted(image, height, width, resize=resize)
     if c.crop_padding:
-        image = _padded_crop(image, c.crop_padding, rng)
+        both = (c.crop_padding, c.crop_padding)
+        top, left = (int(rng.integers(2 * c.crop_padding + 1)) for _ in range(2))
+        image = np.pad(image, (both, both, (0, 0)))[top : top + height, left : left + width]
     if c.flip and rng.integers(2):
         image = image[:, ::-1]
     if c.rand_layers:
-        image = _rand_augmented(image, c.rand_layers, c.rand_magnitude, rng)
+        names = [name for name in RAND_OPS if image.shape[-1] == 3 or name != "color"]
+        pillow = _to_pillow(image)
+        for _ in range(c.rand_layers):
+            name = names[int(rng.integers(len(names)))]
+            sign = 1 - 2 * int(rng.integers(2))
+            pillow = RAND_OPS[name](pillow, c.rand_magnitude / 30, sign)
+        image = _to_array(pillow)
     return np.ascontiguousarray(image)
 
 
 def fitted(image: np.ndarray, height: int, width: int, *, resize: bool = False) -> np.ndarray:
-    """The image at the size the model takes, without a draw.
+    """uint8 [height,width,channels], the size the model takes, of uint8 [any,any,1 or 3].
 
-    Args:
-      image: uint8 [any height, any width, 1 or 3].
-      resize: of another size, the centre is cut out, 7/8 of the tighter pair of sides, and resized
-        (as for ImageNet); else it is refused.
-
-    Returns uint8 [height,width,channels], the same pixels where the size is right. Raises
-    ValueError for another size without `resize`, and for what is no image.
+    resize: of another size, the centre is cut out, 7/8 of the tighter pair of sides, and resized
+    (as for ImageNet); else it is refused. Raises ValueError for an image that cannot be used.
     """
     _check(image)
     h, w, _ = image.shape
@@ -97,12 +84,11 @@ def fitted(image: np.ndarray, height: int, width: int, *, resize: bool = False) 
     return _resized(image, box, height, width)
 
 
-def mixing(c: AugmentConfig, rng: np.random.Generator, height: int, width: int) -> Mix | None:
+def mixing(c: AugmentConfig, rng: Rng, height: int, width: int) -> Mix | None:
     """Draws how a pair of images is mixed; None where neither mixup nor CutMix is on.
 
-    In this order: which of them, where both are on (half of the time each), the weight from
-    Beta(alpha, alpha), and for CutMix the row and the column of the box's centre. The image's edge
-    may cut the box; the share is the area that is kept.
+    In this order: which of them, where both are on; the weight from Beta(alpha, alpha); for CutMix
+    row and column of the box's centre. The edge may cut the box; the share is the area kept.
     """
     if not c.mixup and not c.cutmix:
         return None
@@ -118,7 +104,7 @@ def mixing(c: AugmentConfig, rng: np.random.Generator, height: int, width: int) 
 
 
 def mixed(a: np.ndarray, b: np.ndarray, mix: Mix) -> np.ndarray:
-    """uint8 [height,width,channels] of two such images. Raises ValueError for unequal shapes."""
+    """Two images uint8 [height,width,channels] as one. Raises ValueError for unequal shapes."""
     if a.shape != b.shape:
         raise ValueError(f"images of shapes {a.shape} and {b.shape} cannot be mixed")
     if mix.box is None:
@@ -133,9 +119,8 @@ def mixed(a: np.ndarray, b: np.ndarray, mix: Mix) -> np.ndarray:
 def grey_tokens(image: np.ndarray) -> np.ndarray:
     """The image as a sequence of grey pixels, row by row: int32 [height*width], from 0 to 255.
 
-    Colours become grey as in Long Range Arena, whose tf.image.rgb_to_grayscale works in float32 and
-    truncates 255.5 times the value. For 237 of the 16.7 million colours, the order of the float32
-    sum decides between two neighbouring greys.
+    Colours become grey as by the tf.image.rgb_to_grayscale of Long Range Arena: in float32, times
+    255.5, truncated. For 237 of the 16.7 million colours the order of the sum decides.
     """
     _check(image)
     if image.shape[-1] == 1:
@@ -151,34 +136,23 @@ def as_floats(image: Pixels, bound: float) -> Pixels:
 
 
 def _check(image: np.ndarray) -> None:
-    is_uint8 = image.dtype == np.uint8 and image.size
-    if not is_uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
+    has_pixels = image.ndim == 3 and image.size and image.shape[-1] in (1, 3)
+    if image.dtype != np.uint8 or not has_pixels:
         found = f"{image.dtype} {list(image.shape)}"
         raise ValueError(f"{found} is no image: uint8 [height,width,1 or 3] is expected")
 
 
-def _span(size: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
+def _span(size: int, share: float, rng: Rng) -> tuple[int, int]:
     """Start and end of `share` of a side around a drawn centre, cut off at the side's ends."""
     length = int(size * share)
     start = int(rng.integers(size)) - length // 2
     return max(start, 0), min(start + length, size)
 
 
-def _padded_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws the top, then the left edge."""
-    h, w, _ = image.shape
-    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-    top, left = int(rng.integers(2 * padding + 1)), int(rng.integers(2 * padding + 1))
-    return padded[top : top + h, left : left + w]
+def _resized_crop(image: np.ndarray, area: float, rng: Rng, height: int, width: int) -> np.ndarray:
+    """Inception's crop: draws share of the area and log aspect, up to ten times, then top and left.
 
-
-def _resized_crop(
-    image: np.ndarray, area: float, rng: np.random.Generator, height: int, width: int
-) -> np.ndarray:
-    """Inception's crop: up to ten times draws a share of the area and the logarithm of an aspect.
-
-    The first that fits draws its top and left edge. If none fits, the largest centre crop of an
-    allowed aspect is taken.
+    If none fits, the largest centre crop of an allowed aspect is taken.
     """
     h, w, _ = image.shape
     low, high = ASPECTS
@@ -209,51 +183,25 @@ def _to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).reshape(image.height, image.width, -1)
 
 
-def _rand_augmented(
-    image: np.ndarray, layers: int, magnitude: int, rng: np.random.Generator
-) -> np.ndarray:
-    """RandAugment: each layer draws an operation, then the sign of its strength, used or not."""
-    names = [name for name in RAND_OPS if image.shape[-1] == 3 or name != "color"]
-    pillow = _to_pillow(image)
-    for _ in range(layers):
-        name = names[int(rng.integers(len(names)))]
-        sign = 1 - 2 * int(rng.integers(2))
-        pillow = RAND_OPS[name](pillow, magnitude / 30, sign)
-    return _to_array(pillow)
-
-
-def _fill(image: Image.Image) -> int | tuple[int, ...]:
-    return EMPTY if image.mode == "L" else (EMPTY,) * 3
-
-
 def _moved(image: Image.Image, *coefficients: float) -> Image.Image:
     """The pixel at (x, y) is the nearest one to (a x + b y + c, d x + e y + f)."""
-    size, how = image.size, Transform.AFFINE
-    return image.transform(size, how, coefficients, Resampling.NEAREST, fillcolor=_fill(image))
+    return image.transform(image.size, Transform.AFFINE, coefficients, fillcolor=EMPTY)
 
 
-_Op = Callable[[Image.Image, float, int], Image.Image]
-
-
-def _enhanced(kind: Callable[[Image.Image], Any]) -> _Op:
-    return lambda im, m, sign: kind(im).enhance(1 + 0.9 * m * sign)
-
-
-# The operations of the RandAugment paper (arXiv:1909.13719): of an image, a strength from 0 to 1
-# and its sign. Their order is part of the draw. Ranges as in torchvision, except that strength 0
-# changes nothing: the threshold 256 solarises no pixel. Strength 30 shears by 0.3, rotates by 30
-# degrees, keeps four bits.
-RAND_OPS: dict[str, _Op] = {
+# RandAugment (arXiv:1909.13719): functions of an image, a strength from 0 to 1 and its sign. Their
+# order is part of the draw. Ranges as in torchvision, except that strength 0 changes nothing: the
+# threshold 256 solarises no pixel.
+RAND_OPS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "identity": lambda im, m, sign: im,
     "autocontrast": lambda im, m, sign: ImageOps.autocontrast(im),
     "equalize": lambda im, m, sign: ImageOps.equalize(im),
-    "rotate": lambda im, m, sign: im.rotate(30 * m * sign, fillcolor=_fill(im)),
+    "rotate": lambda im, m, sign: im.rotate(30 * m * sign, fillcolor=EMPTY),
     "solarize": lambda im, m, sign: ImageOps.solarize(im, round(256 * (1 - m))),
-    "color": _enhanced(ImageEnhance.Color),
+    "color": lambda im, m, sign: ImageEnhance.Color(im).enhance(1 + 0.9 * m * sign),
     "posterize": lambda im, m, sign: ImageOps.posterize(im, 8 - round(4 * m)),
-    "contrast": _enhanced(ImageEnhance.Contrast),
-    "brightness": _enhanced(ImageEnhance.Brightness),
-    "sharpness": _enhanced(ImageEnhance.Sharpness),
+    "contrast": lambda im, m, sign: ImageEnhance.Contrast(im).enhance(1 + 0.9 * m * sign),
+    "brightness": lambda im, m, sign: ImageEnhance.Brightness(im).enhance(1 + 0.9 * m * sign),
+    "sharpness": lambda im, m, sign: ImageEnhance.Sharpness(im).enhance(1 + 0.9 * m * sign),
     "shear_x": lambda im, m, sign: _moved(im, 1, 0.3 * m * sign, 0, 0, 1, 0),
     "shear_y": lambda im, m, sign: _moved(im, 1, 0, 0, 0.3 * m * sign, 1, 0),
     "translate_x": lambda im, m, sign: _moved(im, 1, 0, TRANSLATED * m * sign * im.width, 0, 1, 0),

@@ -8,28 +8,21 @@ import numpy as np
 
 SPLITS = ("train", "validation", "test")
 
-Input = bytes | np.ndarray
+Input = bytes | np.ndarray  # text, token ids (int [T]) or an image (uint8 [height,width,channels])
 
 
 class TextSource(Protocol):
-    """Where documents come from.
-
-    Attributes:
-      key: names this content under these rules; caches derived from it are keyed by it.
-      documents: takes a split.
-    """
+    """Where documents come from."""
 
     @property
-    def key(self) -> str: ...
-    @property
-    def documents(self) -> Callable[[str], Iterable[bytes]]: ...
-    def record(self) -> dict[str, Any]:
-        """JSON-able, for the run's record."""
+    def key(self) -> str: ...  # names this content under these rules; caches are keyed by it
+    def documents(self, split: str, /) -> Iterable[bytes]: ...
+    def record(self) -> dict[str, Any]: ...  # JSON-able, for the run's record
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """A built-in `TextSource`; `documents` takes a split, `facts` are the record."""
+    """A built-in `TextSource`; `facts` are the record."""
 
     key: str
     documents: Callable[[str], Iterable[bytes]]
@@ -40,16 +33,10 @@ class Documents:
 
 
 class Example(NamedTuple):
-    """One labelled example.
+    """One labelled example."""
 
-    Attributes:
-      inputs: one, or two to compare: text (bytes), token ids (int [T]), or an image
-        (uint8 [height,width,channels]).
-      label: the class, from 0.
-    """
-
-    inputs: tuple[Input, ...]
-    label: int
+    inputs: tuple[Input, ...]  # one, or two to compare
+    label: int  # the class, from 0
 
 
 class Examples(Protocol):
@@ -60,22 +47,14 @@ class Examples(Protocol):
 
 
 class ExampleSource(Protocol):
-    """Where labelled examples come from.
-
-    Attributes:
-      n_classes: labels are below it.
-      vocab_size: 0 for text and images; else the inputs are token ids below it.
-      examples: takes a split.
-    """
+    """Where labelled examples come from."""
 
     @property
     def n_classes(self) -> int: ...
     @property
-    def vocab_size(self) -> int: ...
-    @property
-    def examples(self) -> Callable[[str], Examples]: ...
-    def record(self) -> dict[str, Any]:
-        """JSON-able, for the run's record."""
+    def vocab_size(self) -> int: ...  # 0 for text and images; else the inputs are ids below it
+    def examples(self, split: str, /) -> Examples: ...
+    def record(self) -> dict[str, Any]: ...  # JSON-able, for the run's record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +75,7 @@ class Indexed:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSource:
-    """A built-in `ExampleSource`; `examples` takes a split, `facts` are the record."""
+    """A built-in `ExampleSource`; `facts` are the record."""
 
     n_classes: int
     examples: Callable[[str], Examples]

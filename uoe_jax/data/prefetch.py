@@ -11,34 +11,27 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Computes fetch(start), fetch(start + 1), … stop - 1 in a daemon thread, up to `depth` ahead.
 
-    `get(step)` takes the steps in order and raises what `fetch` raised at that step, as often as it
-    is called. Use it as a context manager, or call `close`: else a thread stays behind that holds
-    batches on the device.
-
-    grain's prefetch iterators do not fit here. Their `close` (or the exit of the process) waits
-    without limit for a fetch under way; after an error they go on with the next step, or repeat it
-    but lose a SystemExit and wait for ever; and they hold one batch more than their buffer.
+    Use it as a context manager, or call `close`: else a thread stays behind that holds batches on
+    the device. grain's prefetch iterators do not fit here. Their `close` (or the exit of the
+    process) waits without limit for a fetch under way; after an error they go on with the next
+    step, or repeat it but lose a SystemExit and wait for ever; and they hold one batch more.
     """
 
     def __init__(self, fetch: Callable[[int], T], start: int, stop: int, depth: int = 2) -> None:
-        if depth < 1:
-            raise ValueError(f"depth {depth} is below 1")
-        self._fetch, self._next, self._stop, self._depth = fetch, start, stop, depth
+        self._fetch, self._depth = fetch, depth
+        self._steps, self._next = range(start, stop), start
         self._ready: deque[tuple[Any, BaseException | None]] = deque()  # (item, what was raised)
-        self._closed = False
-        self._changed = threading.Condition()
-        name = "uoe-prefetch"
-        self._thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
+        self._changed, self._closed = threading.Condition(), False
+        self._thread = threading.Thread(target=self._work, name="uoe-prefetch", daemon=True)
         self._thread.start()
 
     def get(self, step: int) -> T:
-        """Waits for fetch(step). Raises what it raised; IndexError past `stop`; ValueError else."""
+        """Waits for fetch(step) and raises what it raised, again at each call; takes every step."""
         with self._changed:
-            if step >= self._stop:
-                raise IndexError(f"step {step} is not before stop={self._stop}")
+            if step >= self._steps.stop:
+                raise IndexError(f"step {step} is not before stop={self._steps.stop}")
             if step != self._next:
-                order = f"step {step} asked for, {self._next} is next"
-                raise ValueError(f"steps are taken in order: {order}")
+                raise ValueError(f"step {step} was asked for, and {self._next} is next in order")
             self._changed.wait_for(lambda: self._ready or self._closed)
             if self._closed:
                 raise RuntimeError("the prefetcher is closed")
@@ -65,8 +58,8 @@ class Prefetcher(Generic[T]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _work(self, start: int) -> None:
-        for step in range(start, self._stop):
+    def _work(self) -> None:
+        for step in self._steps:
             with self._changed:
                 # Wait before the fetch: at most `depth` batches exist besides the consumer's own.
                 self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)

@@ -1,36 +1,34 @@
 """What sources on disk share: datasets that are prepared once, and raw files that are hashed once.
 
-A prepared dataset has TensorFlow Datasets' format (array_record), and the hash of its content in
-its name: it is complete and right, or absent. No TensorFlow is needed, and tfds (0.4 s to import)
-only to write or read. `SequentialWriter` writes, in our order: a `GeneratorBasedBuilder` would
-first collect a whole split, beyond 1 GB through TensorFlow.
+A prepared dataset has TensorFlow Datasets' format (array_record) and the hash of its content in its
+name: it is complete and right, or absent. tfds (0.4 s to import, no TensorFlow) only writes and
+reads it; with `SequentialWriter`, as a `GeneratorBasedBuilder` would first collect a whole split.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, NoReturn, Protocol
 
 import numpy as np
 
 from uoe_jax.distributed.watchdog import tick, ticking
-from uoe_jax.errors import RunError, UserError, reason
+from uoe_jax.errors import RunError, UserError, os_error_as, reason
 from uoe_jax.runtime_env import expanded
 from uoe_jax.workdir import write_json
 
 log = logging.getLogger(__name__)
 
-# Where unpacking Long Range Arena's archive leaves its content.
-ARENA = tuple("lra_release/" * n for n in range(3))
+ARENA = tuple("lra_release/" * n for n in range(3))  # where LRA's archive leaves its content
 BATCH_BYTES = 8 << 20  # between two progress notes of tfds, which cost milliseconds
 LINE_BYTES = 256 << 20
 HASHED_BYTES = 1 << 20  # at a time
@@ -38,9 +36,6 @@ SETTLED_NS = 2_000_000_000  # a file system's coarsest clock: a younger file may
 
 Record = Mapping[str, Any]
 Splits = Mapping[str, Callable[[], Iterable[Record]]]
-
-
-# ---- datasets -----------------------------------------------------------------------------------
 
 
 class Records:
@@ -54,7 +49,6 @@ class Records:
         return len(self._source)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Raises UserError where the record is damaged."""
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         try:
@@ -63,7 +57,7 @@ class Records:
             raise self.wrong(i, f"cannot be read ({one_line(error)})") from error
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return ticking(map(self.__getitem__, range(len(self))))
+        return map(self.__getitem__, range(len(self)))
 
     def many(self, indices: np.ndarray) -> list[dict[str, Any]]:
         try:
@@ -85,9 +79,9 @@ def open_records(directory: Path, split: str, n_records: int) -> Records:
     except Exception as error:  # tfds, etils and array_record each raise their own
         raise _damaged(directory, one_line(error)) from error
     if n_found != n_records:
-        found = f"{n_found} records in its {split} split where {n_records} were prepared"
-        raise _damaged(directory, found)
-    return Records(source, split, lambda what: _damaged(directory, what))
+        wanted = f"where {n_records} were prepared"
+        raise _damaged(directory, f"{n_found} records in its {split} split {wanted}")
+    return Records(source, split, functools.partial(_damaged, directory))
 
 
 def _damaged(directory: Path, what: str) -> UserError:
@@ -106,39 +100,30 @@ def dataset_directory(
 ) -> Path:
     """The directory of the dataset `key`, for `open_records`; written first where it is absent.
 
-    Args:
-      key: names the content; equal keys mean equal records.
-      name, version: what tfds calls it; the version is three numbers.
-      fields: of every record, in this order: `bytes` or `int`.
-      splits: called once each, only where the dataset must be written; no split may be empty.
-
-    Raises RunError as `new_directory`.
+    key: names the content; equal keys mean equal records. name, version: what tfds calls it; the
+    version is three numbers. fields: of every record, in this order: `bytes` or `int`. splits:
+    called once each, only where the dataset must be written; no split may be empty.
     """
     home = Path(cache_dir) / "sources" / key
     if not home.is_dir():
-        # RuntimeErrors are array_record's, such as of a full disk.
-        with new_directory(home, "prepare the dataset", (OSError, RuntimeError)) as new:
-            directory = new / name / version
-            directory.mkdir(parents=True)
-            for split, n_records in _write(directory, name, version, fields, splits).items():
-                open_records(directory, split, n_records)
+        with new_directory(home, "prepare the dataset") as new:
+            _write(new / name / version, fields, splits)
     return home / name / version
 
 
 @contextlib.contextmanager
-def new_directory(
-    home: Path, what: str, errors: tuple[type[Exception], ...] = (OSError,)
-) -> Iterator[Path]:
+def new_directory(home: Path, what: str) -> Iterator[Path]:
     """A directory to fill, which becomes `home` at the end, unless another process was first.
 
     Any number of processes may do this at once, with equal results. `home` is complete or absent,
-    also after a kill. Raises RunError, which says `what` for, where one of `errors` came up.
+    also after a kill. Raises an OSError as RunError, which says `what` for.
     """
-    try:
+    remedy = "free space there or set UOE_CACHE elsewhere"
+    with os_error_as(RunError, f"{home}: cannot {what}", remedy):
         home.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
-        try:
-            new = work / "new"
+        prefix = f".{home.name}-"
+        with TemporaryDirectory(None, prefix, home.parent, ignore_cleanup_errors=True) as work:
+            new = Path(work, "new")
             new.mkdir()
             yield new
             try:
@@ -146,11 +131,6 @@ def new_directory(
             except OSError:
                 if not home.is_dir():
                     raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except errors as error:
-        remedy = "free space there or set UOE_CACHE elsewhere."
-        raise RunError(f"{home}: cannot {what} ({error}): {remedy}") from error
 
 
 def record_counts(directory: Path) -> dict[str, int]:
@@ -162,24 +142,18 @@ def record_counts(directory: Path) -> dict[str, int]:
         raise _damaged(directory, one_line(error)) from error
 
 
-def _write(
-    directory: Path, name: str, version: str, fields: Mapping[str, type], splits: Splits
-) -> dict[str, int]:
-    """Writes the splits record by record; returns how many records each has."""
+def _write(directory: Path, fields: Mapping[str, type], splits: Splits) -> None:
+    """Writes a dataset record by record, in our order."""
     import tensorflow_datasets as tfds
 
-    features = {bytes: tfds.features.Text, int: lambda: tfds.features.Scalar(np.int64)}
-    identity = tfds.core.dataset_info.DatasetIdentity(
-        name, tfds.core.Version(version), str(directory), __name__
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity,
-        features=tfds.features.FeaturesDict({f: features[kind]() for f, kind in fields.items()}),
-        disable_shuffling=True,
-    )
-    writer = tfds.core.SequentialWriter(
-        info, max_examples_per_shard=2**62, file_format="array_record"
-    )
+    directory.mkdir(parents=True)
+    kinds = {bytes: tfds.features.Text, int: lambda: tfds.features.Scalar(np.int64)}
+    features = tfds.features.FeaturesDict({f: kinds[kind]() for f, kind in fields.items()})
+    named = directory.parent.name, tfds.core.Version(directory.name), str(directory), __name__
+    identity = tfds.core.dataset_info.DatasetIdentity(*named)
+    info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
+    one_shard = {"max_examples_per_shard": 2**62}
+    writer = tfds.core.SequentialWriter(info, **one_shard, file_format="array_record")
     writer.initialize_splits(list(splits))
     counts = dict.fromkeys(splits, 0)
     try:
@@ -188,16 +162,18 @@ def _write(
                 writer.add_examples({split: batch})
                 counts[split] += len(batch)
         writer.close_all()
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(Exception):  # the first error is the one to report
             writer.close_all()
+        if isinstance(error, RuntimeError):  # array_record's, such as of a full disk
+            raise OSError(str(error)) from error
         raise
-    return counts
+    for split, n_records in counts.items():
+        open_records(directory, split, n_records)
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    size = 0
+    batch, size = list[Record](), 0
     for record in ticking(records):
         batch.append(record)
         size += 100 + sum(len(value) for value in record.values() if isinstance(value, bytes))
@@ -208,36 +184,30 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-# ---- raw files ----------------------------------------------------------------------------------
-
-
 class RawFiles:
-    """Reads files by their SHA-256 and notices those that change.
-
-    `cache_dir` keeps each hash with the file's path, size and times: reading 100 GB at every start
-    would take minutes.
-    """
+    """Reads files by their SHA-256 and notices those that change."""
 
     def __init__(self, cache_dir: Path) -> None:
+        # Each hash with path, size and times: reading 100 GB at every start would take minutes.
         self._memo = Path(cache_dir) / "hashes.json"
 
     def sha256(self, files: Sequence[Path]) -> list[str]:
-        """Of each file, in hexadecimal. Raises UserError for one that is unreadable or changes."""
-        memo = self._remembered()
+        """Of each file. Raises UserError for one that is unreadable or changes."""
+        memo, hashes = self._remembered(), []
         new: dict[str, list[Any]] = {}
-        hashes = []
         try:
             for file in ticking(files):
-                known = memo.get(os.path.abspath(file))
-                times = _times(file)
-                if isinstance(known, list) and known[:-1] == times and isinstance(known[-1], str):
-                    hashes.append(known[-1])
-                    continue
-                hashes.append(_sha256(file))
-                if _times(file) != times:
-                    raise changed(file)
-                if time.time_ns() - max(times[1:]) > SETTLED_NS:
-                    new[os.path.abspath(file)] = [*times, hashes[-1]]
+                with readable(file):
+                    name, times = os.path.abspath(file), _times(file)
+                    known: Any = memo.get(name)
+                    is_known = isinstance(known, list) and known[:-1] == times
+                    if not is_known or not isinstance(known[-1], str):
+                        known = [*times, _sha256(file)]
+                        if _times(file) != times:
+                            raise changed(file)
+                        if time.time_ns() - max(times[1:]) > SETTLED_NS:
+                            new[name] = known
+                hashes.append(known[-1])
         finally:
             if new:  # also what was hashed before an interruption
                 self._remember(new)
@@ -250,34 +220,29 @@ class RawFiles:
 
     @contextlib.contextmanager
     def open(self, file: Path, sha256: str) -> Iterator[BinaryIO]:
-        """The file, to be read once from its beginning on.
-
-        Raises UserError where it is unreadable and, at the end, where it is not what was hashed.
-        """
-        with readable(file), _HashedFile(file) as raw:
-            reader = io.BufferedReader(raw, 1 << 20)
+        """Reads a file once. Raises UserError, at the end where it is not what was hashed."""
+        with readable(file), open(file, "rb", buffering=0) as opened:
+            raw = _HashedFile(opened)
+            reader = io.BufferedReader(raw, HASHED_BYTES)
             yield reader
-            while reader.read(1 << 20):
+            while reader.read(HASHED_BYTES):
                 pass
         if raw.digest.hexdigest() != sha256:
             self._remember({os.path.abspath(file): None})
             raise changed(file)
 
     def _remembered(self) -> dict[str, Any]:
-        try:
+        if not os.path.exists(self._memo):
+            return {}
+        with contextlib.suppress(OSError, ValueError):
             memo = json.loads(self._memo.read_text(encoding="utf-8"))
             if isinstance(memo, dict):
                 return memo
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError):
-            pass
         log.warning("%s: is damaged; files are hashed again", self._memo)
         return {}
 
-    def _remember(self, new: Mapping[str, list[Any] | None]) -> None:
-        # What another process writes between reading and writing is hashed once more.
-        memo = {**self._remembered(), **new}
+    def _remember(self, new: dict[str, Any]) -> None:
+        memo = self._remembered() | new  # what others write meanwhile is hashed once more
         try:
             self._memo.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._memo, {file: v for file, v in memo.items() if v is not None})
@@ -287,24 +252,19 @@ class RawFiles:
 
 
 class _HashedFile(io.RawIOBase):
-    """A file, read from its start. digest: of all that was read."""
+    """Reads an unbuffered file from its start. digest: of all that was read."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = open(file, "rb", buffering=0)
-        self.digest = hashlib.sha256()
+    def __init__(self, file: io.FileIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        n = self._file.readinto(buffer) or 0
+        n = self._file.readinto(buffer)
         self.digest.update(memoryview(buffer)[:n])
         tick()
         return n
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 @contextlib.contextmanager
@@ -326,19 +286,15 @@ def changed(file: Path) -> UserError:
     return UserError(f"{file}: changed while it was being read: run again.")
 
 
-class Reader(Protocol):
-    """What bytes are read from: a file, also one that is decompressed meanwhile."""
-
+class Reader(Protocol):  # a file, also one that is decompressed meanwhile
     def read(self, size: int, /) -> bytes: ...
     def readline(self, size: int, /) -> bytes: ...
 
 
 def lines(reader: Reader, file: Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line with its end) of `file`. Raises UserError for one above LINE_BYTES."""
-    number = 0
-    while line := reader.readline(LINE_BYTES + 1):
-        number += 1
-        tick()
+    read = functools.partial(reader.readline, LINE_BYTES + 1)
+    for number, line in enumerate(ticking(iter(read, b"")), 1):
         if len(line) > LINE_BYTES:
             remedy = f"is longer than {LINE_BYTES:,} bytes: cut it into several."
             raise UserError(f"{file}, line {number}: {remedy}")
@@ -355,20 +311,18 @@ def manual_dir(path: str) -> Path:
 
 def _times(file: Path) -> list[int]:
     """[size, time of the last change of the content, and of the file's entry, both in ns]."""
-    with readable(file):
-        found = os.stat(file)
+    found = os.stat(file)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _sha256(file: Path) -> str:
-    with readable(file), open(file, "rb") as reader:
+    with open(file, "rb") as reader:
         return digest_of(reader)
 
 
 def digest_of(reader: BinaryIO) -> str:
     """The SHA-256 of the rest of a reader, in hexadecimal."""
     digest = hashlib.sha256()
-    while block := reader.read(HASHED_BYTES):
+    for block in ticking(iter(functools.partial(reader.read, HASHED_BYTES), b"")):
         digest.update(block)
-        tick()
     return digest.hexdigest()

@@ -19,15 +19,11 @@ def add_source(
 ) -> None:
     """Makes `data.source=name` a source of your own, in each process that calls this.
 
-    A config file is a good place for the call.
+    A config file is a good place for the call. Raises ValueError for the name of a built-in source.
 
-    Args:
-      opened: takes the `data` section. Without `facts` it gives the documents of a language model,
-        with them the examples of a classifier. With several processes every document counts as
-        progress; what takes longer before the first one calls `watchdog.tick` as it goes on.
-
-    Raises:
-      ValueError: a built-in source has that name.
+    opened: takes the `data` section. Without `facts` it gives the documents of a language model,
+    with them the examples of a classifier. With several processes every document counts as
+    progress; what takes longer before the first one calls `watchdog.tick` as it goes on.
     """
     if name in SOURCES and SOURCES[name].open is None:
         raise ValueError(f"data.source={name!r} is built in; choose another name")
@@ -35,10 +31,7 @@ def add_source(
 
 
 def text_source(c: DataConfig, cache_dir: Path, quiet: bool = False) -> TextSource:
-    """The documents of a language model. Raises UserError.
-
-    quiet: does not print which files are skipped.
-    """
+    """The documents of a language model; quiet: does not print which files are skipped."""
     built_in: dict[str, Callable[[], TextSource]] = {
         "stdlib": lambda: stdlib.open_stdlib(c.path, cache_dir),
         "text": lambda: text.open_text(c.path, cache_dir, c.held_out, quiet),
@@ -50,16 +43,16 @@ def text_source(c: DataConfig, cache_dir: Path, quiet: bool = False) -> TextSour
 
 
 def labelled_source(c: DataConfig, cache_dir: Path) -> ExampleSource:
-    """The examples of a classifier. Raises UserError."""
+    """The examples of a classifier."""
     built_in: dict[str, Callable[[], ExampleSource]] = {
         "listops": lambda: listops.open_listops(c.listops),
         "aan": lambda: aan.open_aan(c.path, cache_dir),
         "pathfinder": lambda: pathfinder.open_pathfinder(c.path, c.pathfinder),
         "digits": digits.open_digits,
     }
-    if opened := SOURCES[c.source].open:
-        return opened(c)
-    return built_in.get(c.source, lambda: tfds.open_named(c.source, c.path))()
+    named = lambda: tfds.open_named(c.source, c.path)  # noqa: E731
+    opened = SOURCES[c.source].open
+    return opened(c) if opened else built_in.get(c.source, named)()
 
 
 def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
@@ -68,8 +61,7 @@ def known_vocabulary(c: Config) -> tuple[int, Tokenizer | None]:
     The ids are 0 for images, for words that are still to be counted, and for a tokenizer_file that
     is not there: a plan can do without it, and so can a run that keeps its own.
     """
-    d = c.data
-    facts = SOURCES[d.source].facts
+    d, facts = c.data, SOURCES[c.data.source].facts
     if c.model.stem == "image":
         return 0, None
     if d.source == "listops":

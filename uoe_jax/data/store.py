@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from uoe_jax.data.prepared import new_directory
 from uoe_jax.data.tokenizers.base import Tokenizer, as_bytes
@@ -23,33 +24,25 @@ FORMAT = 1
 CHECKED_BYTES = 256 << 20  # larger arrays are opened without computing their checksum
 
 
-class DamagedStore(Exception):
+class DamagedStore(OSError):
     """The files of a store are not what store.json says; `open_or_build` builds it again."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenStore:
-    """Documents as token ids, without separators. The arrays are read-only.
+    """Documents as token ids, without separators. The arrays are read-only, large ones mapped."""
 
-    Attributes:
-      tokens_T: the ids of all documents in order, in the smallest unsigned type; memory-mapped.
-      offsets: int64 [n_docs + 1]; document d is tokens_T[offsets[d]:offsets[d + 1]].
-      bytes_E: uint16 [n_tokens + n_docs], bytes of the document per token, and after the tokens of
-        each document the bytes of its separator; memory-mapped. None where the tokenizer has
-        `bytes_per_token`.
-      bytes_unknown: why the tokens of a document do not add up to its bytes; "" where they do.
-    """
-
-    tokens_T: np.ndarray
-    offsets: np.ndarray
+    tokens_T: np.ndarray  # the ids of all documents in order, in the smallest unsigned type
+    offsets: np.ndarray  # int64 [n_docs + 1]; document d is tokens_T[offsets[d]:offsets[d + 1]]
+    # uint16 [n_tokens + n_docs], bytes of the document per token, and after the tokens of each
+    # document the bytes of its separator; None where the tokenizer has `bytes_per_token`.
     bytes_E: np.ndarray | None = None
-    bytes_unknown: str = ""
+    bytes_unknown: str = ""  # why the tokens of a document do not add up to its bytes; "": they do
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, d: int) -> np.ndarray:
-        """The ids of document d, a view."""
         if not 0 <= d < len(self):
             raise IndexError(f"document {d} of {len(self)}")
         return self.tokens_T[self.offsets[d] : self.offsets[d + 1]]
@@ -61,18 +54,17 @@ class TokenStore:
         try:
             meta = json.loads((directory / "store.json").read_text(encoding="utf-8"))
             if meta["format"] != FORMAT:
-                raise DamagedStore(f"format {meta['format']}, this version reads {FORMAT}")
-            for name, size in meta["sizes"].items():
-                if (found := (directory / name).stat().st_size) != size:
-                    raise DamagedStore(f"{name} has {found} bytes where {size} were written")
-            elements = {"tokens": meta["n_tokens"], "offsets": 0, "bytes": meta["n_documents"]}
-            for name, n in elements.items():
-                if f"{name}_crc" in meta:  # an empty array cannot be memory-mapped
-                    arrays[name] = np.load(directory / f"{name}.npy", mmap_mode="r" if n else None)
-            for name, values in arrays.items():
+                raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
+            # Mapped, unless empty, which cannot be.
+            mapped = {"tokens.npy": meta["n_tokens"], "bytes.npy": meta["n_documents"]}
+            for file, size in meta["sizes"].items():
+                if (found := (directory / file).stat().st_size) != size:
+                    raise ValueError(f"{file} has {found} bytes where {size} were written")
+                values = np.load(directory / file, mmap_mode="r" if mapped.get(file) else None)
+                name = file.removesuffix(".npy")
                 checked = values.nbytes <= CHECKED_BYTES or name == "offsets"
                 if checked and zlib.crc32(values.data) != meta[f"{name}_crc"]:
-                    raise DamagedStore(f"{name}.npy does not have the checksum it was written with")
+                    raise ValueError(f"{file} does not have the checksum it was written with")
                 # A plain view: slicing np.memmap costs microseconds in __array_finalize__.
                 arrays[name] = values.view(np.ndarray)
                 arrays[name].flags.writeable = False
@@ -85,37 +77,38 @@ class TokenStore:
     def write(documents: Iterable[str | bytes], tokenizer: Tokenizer, directory: Path) -> None:
         """Tokenises into `directory`, which must exist; store.json is written last."""
         offsets = array("q", [0])  # eight bytes a document, where a list of ints takes forty
-        unknown, sizes = "", None
+        unknown, arrays = "", {}
+        dtypes: dict[str, DTypeLike] = {
+            "tokens": np.min_scalar_type(tokenizer.vocab_size - 1),
+            "offsets": np.int64,
+        }
+        if tokenizer.bytes_per_token is None:
+            dtypes["bytes"] = np.uint16
         with contextlib.ExitStack() as stack:
-            dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-            tokens = stack.enter_context(_GrowingArray(directory / "tokens.npy", dtype))
-            if tokenizer.bytes_per_token is None:
-                file = directory / "bytes.npy"
-                sizes = stack.enter_context(_GrowingArray(file, np.dtype(np.uint16)))
+            for name, dtype in dtypes.items():
+                growing = contextlib.closing(_GrowingArray(directory / f"{name}.npy", dtype))
+                arrays[name] = stack.enter_context(growing)
             for d, document in enumerate(ticking(documents)):
-                if sizes is None:
+                if "bytes" not in arrays:
                     ids = tokenizer.encode(document)
                 else:
                     ids, sizes_E = tokenizer.encode_with_bytes(document)
-                    sizes.append(sizes_E)
+                    arrays["bytes"].append(sizes_E)
                     n, found = len(as_bytes(document)), int(sizes_E.sum(dtype=np.int64))
                     if found != n and not unknown:
                         unknown = f"the tokens of document {d} stand for {found} of its {n} bytes"
-                tokens.append(ids)
+                arrays["tokens"].append(ids)
                 offsets.append(offsets[-1] + len(ids))
-        offsets_D = np.frombuffer(offsets, np.int64)
-        np.save(directory / "offsets.npy", offsets_D)
-        names = ["tokens.npy", "offsets.npy", *(["bytes.npy"] if sizes else [])]
+            arrays["offsets"].append(np.frombuffer(offsets, np.int64))
         meta = {
             "format": FORMAT,
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "n_documents": len(offsets) - 1,
             "n_tokens": offsets[-1],
-            "tokens_crc": tokens.crc,
-            "offsets_crc": zlib.crc32(offsets_D.data),
-            "sizes": {name: (directory / name).stat().st_size for name in names},
-            **({"bytes_crc": sizes.crc, "bytes_unknown": unknown} if sizes else {}),
+            "sizes": {f"{n}.npy": (directory / f"{n}.npy").stat().st_size for n in arrays},
+            **{f"{name}_crc": written.crc for name, written in arrays.items()},
+            "bytes_unknown": unknown,
         }
         (directory / "store.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -123,10 +116,10 @@ class TokenStore:
 class _GrowingArray:
     """A one-dimensional .npy file that is appended to; crc: of its elements."""
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self._file, self._dtype = open(path, "wb"), dtype
-        self._length, self.crc = 0, 0
-        self._start = self._write_header()
+    def __init__(self, path: Path, dtype: DTypeLike) -> None:
+        self._file, self._dtype = open(path, "wb"), np.dtype(dtype)
+        self._length = self.crc = 0
+        self._write_header()
 
     def append(self, values: np.ndarray) -> None:
         values = np.ascontiguousarray(values, self._dtype)
@@ -134,51 +127,36 @@ class _GrowingArray:
         self.crc = zlib.crc32(values.data, self.crc)
         self._length += len(values)
 
-    def _write_header(self) -> int:
+    def close(self) -> None:
+        with self._file:
+            self._write_header()
+
+    def _write_header(self) -> None:
+        """Of the length so far; numpy pads the header for exactly this: an axis that grows."""
         descr = np.lib.format.dtype_to_descr(self._dtype)
         header = {"descr": descr, "fortran_order": False, "shape": (self._length,)}
         self._file.seek(0)
         np.lib.format.write_array_header_1_0(self._file, header)
-        return self._file.tell()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file:
-            # numpy pads headers for exactly this: an axis that grew
-            if kind is None and (end := self._write_header()) != self._start:
-                raise AssertionError(f"the .npy header grew from {self._start} to {end} bytes")
 
 
 def open_or_build(
-    documents: Callable[[], Iterable[str | bytes]],
-    tokenizer: Tokenizer,
-    cache_dir: Path,
-    key: str,
-    split: str,
+    read: Callable[[], Iterable[bytes]], tokenizer: Tokenizer, cache_dir: Path, key: str, split: str
 ) -> TokenStore:
     """The store of one split from the cache, or built into it.
 
-    Args:
-      documents: called only where the store must be built.
-      key: names the source's content; with the tokenizer's fingerprint it names the store.
-
+    read: gives the documents, where the store must be built. key: names the source's content.
     Raises RunError as `new_directory`, and where what was written does not read back.
     """
     kind = "-sized" if tokenizer.bytes_per_token is None else ""  # with bytes.npy
-    home = Path(cache_dir) / "tokens" / f"{key}-{tokenizer.fingerprint}{kind}-{split}"
+    home = cache_dir / "tokens" / f"{key}-{tokenizer.fingerprint}{kind}-{split}"
     if home.is_dir():
         try:
             return TokenStore.open(home)
         except DamagedStore as error:
             log.warning("%s: damaged (%s); it is built again", home, error)
     with new_directory(home, "write the tokenised data") as new:
-        TokenStore.write(documents(), tokenizer, new)
-        try:
-            store = TokenStore.open(new)  # before the rename: the mapping then outlives the name
-        except DamagedStore as error:
-            raise OSError(str(error)) from error
+        TokenStore.write(read(), tokenizer, new)
+        store = TokenStore.open(new)  # before the rename: the mapping then outlives the name
         try:
             if home.is_dir():
                 TokenStore.open(home)

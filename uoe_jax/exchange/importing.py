@@ -17,7 +17,7 @@ from uoe_jax.config.load import to_dict
 from uoe_jax.config.schema import Config, ModelConfig
 from uoe_jax.config.validate import check_source
 from uoe_jax.data.pipeline import DataBundle, TrainBatches, default_cache_dir, load
-from uoe_jax.data.tokenizers.workdir import keep_tokenizer
+from uoe_jax.data.tokenizers.load import keep_tokenizer
 from uoe_jax.distributed import coordination
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed.watchdog import ticking

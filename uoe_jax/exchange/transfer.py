@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def _tokenizer(config: Config, workdir: str) -> Tokenizer | None:
     """The run's tokenizer; None of an imported model that came without one."""
-    from uoe_jax.data.tokenizers.workdir import read_tokenizer, tokenizer_of_run
+    from uoe_jax.data.tokenizers.load import read_tokenizer, tokenizer_of_run
     from uoe_jax.exchange.importing import SOURCE
     from uoe_jax.workdir import locate
 

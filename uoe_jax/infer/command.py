@@ -58,7 +58,7 @@ def run_generate(options: argparse.Namespace, config: Config) -> None:
     from uoe_jax.distributed import setup
 
     setup.start(config)
-    from uoe_jax.data.tokenizers.workdir import tokenizer_of_run
+    from uoe_jax.data.tokenizers.load import tokenizer_of_run
     from uoe_jax.infer.sample import Sampler
     from uoe_jax.train.restore import restored
 

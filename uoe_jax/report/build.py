@@ -9,7 +9,7 @@ from etils.epath import Path
 
 from uoe_jax.config.schema import Config
 from uoe_jax.data.pipeline import DataBundle
-from uoe_jax.data.tokenizers.workdir import tokenizer_of_run
+from uoe_jax.data.tokenizers.load import tokenizer_of_run
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
 from uoe_jax.report.sample import RoutingSample, of_rows, of_text, routes

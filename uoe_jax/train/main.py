@@ -15,7 +15,7 @@ from uoe_jax.config.load import with_vocabulary
 from uoe_jax.config.schema import Config, GenerateConfig
 from uoe_jax.data.pipeline import DataBundle, default_cache_dir, load
 from uoe_jax.data.tokenizers.base import Tokenizer
-from uoe_jax.data.tokenizers.workdir import keep_tokenizer, read_tokenizer
+from uoe_jax.data.tokenizers.load import keep_tokenizer, read_tokenizer
 from uoe_jax.distributed import coordination, watchdog
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed.coordination import is_process_zero, on_all, on_process_zero

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from uoe_jax.config.fields import leaves
 from uoe_jax.config.schema import Config
 from uoe_jax.data.tokenizers.base import ByteTokenizer
-from uoe_jax.data.tokenizers.workdir import read_tokenizer
+from uoe_jax.data.tokenizers.load import read_tokenizer
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed.coordination import on_process_zero
 from uoe_jax.errors import ConfigError, UserError

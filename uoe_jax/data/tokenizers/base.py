@@ -1,9 +1,8 @@
 """What every tokenizer provides, and the byte tokenizer."""
 
-import abc
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,40 +10,26 @@ from numpy.typing import ArrayLike
 from uoe_jax.errors import UserError
 
 
-class Tokenizer(abc.ABC):
-    """Bytes to token ids and back.
+class Tokenizer(Protocol):
+    """Bytes to token ids and back."""
 
-    Attributes:
-      vocab_size: V, the separator included.
-      separator: the id of a document's last target; it stands for no bytes.
-      start: the id of a document's first input: the separator, unless the tokenizer has another.
-      fingerprint: equal fingerprints mean equal ids for equal bytes, in any process.
-      tokens_are_words: whether perplexity per token is perplexity per word.
-    """
-
-    vocab_size: int
-    separator: int
-    start: int
-    fingerprint: str
-    tokens_are_words = False
+    vocab_size: int  # V, the separator included
+    separator: int  # the id of a document's last target; it stands for no bytes
+    start: int  # the id of a document's first input: the separator, unless there is another
+    fingerprint: str  # equal ones mean equal ids for equal bytes, in any process
+    tokens_are_words: bool = False  # whether perplexity per token is perplexity per word
 
     @property
-    @abc.abstractmethod
     def bytes_per_token(self) -> np.ndarray | None:
         """int32 [V], bytes of text per token, for bits per byte; None: see `encode_with_bytes`."""
 
-    @abc.abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Ids [T] without separators, in the smallest unsigned type.
-
-        A str is encoded as UTF-8, its lone surrogates as the bytes they stand for.
-        """
+        """Ids [T] without separators, in the smallest unsigned type; of a str, see `as_bytes`."""
 
     def encode_with_bytes(self, document: str | bytes) -> tuple[np.ndarray, np.ndarray]:
         """(`encode`, uint16 [T + 1]: bytes of the document per token, the separator last)."""
-        raise NotImplementedError
+        raise TypeError("every token has a fixed number of bytes; see bytes_per_token")
 
-    @abc.abstractmethod
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
         """The text without separators. Raises ValueError for an id outside the vocabulary."""
 
@@ -52,7 +37,6 @@ class Tokenizer(abc.ABC):
         """As `decode_bytes`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    @abc.abstractmethod
     def to_json(self) -> str:
         """What `load.stored` reads."""
 
@@ -87,7 +71,7 @@ def as_bytes(text: str | bytes) -> bytes:
 def known_ids(ids: ArrayLike | Iterable[int], vocab_size: int) -> np.ndarray:
     """int64 [T]. Raises ValueError for an id outside the vocabulary."""
     ids_T = np.asarray(ids, np.int64).reshape(-1)
-    if ids_T.size and not (0 <= np.min(ids_T) and np.max(ids_T) < vocab_size):
+    if ids_T.size and not 0 <= np.min(ids_T) <= np.max(ids_T) < vocab_size:
         found = f"token ids from {np.min(ids_T)} to {np.max(ids_T)}"
         raise ValueError(f"{found} are not all in [0, {vocab_size})")
     return ids_T

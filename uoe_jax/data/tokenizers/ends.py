@@ -1,135 +1,111 @@
 """Which tokens end and begin a document: what the model's files say, else a guess by name.
 
-The end is `eos_token_id` of config.json or generation_config.json, `eos_token` of
-tokenizer_config.json or special_tokens_map.json, or what the post-processor of tokenizer.json
-appends to a text. The start is what `transformers` prepends to a text (`add_bos_token`, else the
-post-processor). Where it prepends nothing, a document begins with the separator, as such models
-were trained.
+End: `eos_token_id` of config.json or generation_config.json, `eos_token` of tokenizer_config.json
+or special_tokens_map.json, or what the post-processor of tokenizer.json appends to a text. Start:
+what `transformers` prepends to a text (`add_bos_token`, else the post-processor); where that is
+nothing, the separator, as such models were trained.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from uoe_jax.errors import UserError
 
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+CONFIG, SETTINGS = "config.json", "tokenizer_config.json"
+FILES = (CONFIG, "generation_config.json", SETTINGS, "special_tokens_map.json")
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 STARTS = ("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>")
 # Their tokenizer prepends the start token unless add_bos_token says otherwise.
 _ADD_BOS_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
-Files = Mapping[str, Mapping[str, Any]]
-
-
-class UnknownEnds(UserError):
-    """No file names the token that ends a document, and no token has a known name."""
+Json = Mapping[str, Any]  # an object
+Files = Mapping[str, Json]  # {name: object} of those that the model has
 
 
 class Ends(NamedTuple):
-    """Tokens by their text.
+    """Tokens by their text."""
 
-    Attributes:
-      separator: a document's last target.
-      start: its first input.
-      notes: one sentence for each statement of a file that was not followed.
-    """
-
-    separator: str
-    start: str
-    notes: tuple[str, ...] = ()
+    separator: str  # a document's last target
+    start: str  # its first input
+    notes: tuple[str, ...] = ()  # a sentence for each statement of a file that was not followed
 
 
-def special(content: Mapping[str, Any]) -> dict[str, int]:
+def added_tokens(content: Json) -> list[dict[str, Any]]:
+    """Of the object in a tokenizer.json, as they stand there."""
+    return [token for token in content.get("added_tokens") or () if isinstance(token, dict)]
+
+
+def special(content: Json) -> dict[str, int]:
     """{special token: id} of the object in a tokenizer.json."""
-    added = [token for token in content.get("added_tokens") or () if isinstance(token, dict)]
-    return {token["content"]: token["id"] for token in added if token.get("special")}
+    return {t["content"]: t["id"] for t in added_tokens(content) if t.get("special")}
 
 
-def find_ends_by_name(content: Mapping[str, Any]) -> Ends:
-    """The first known separator and start among the special tokens, else the only special token.
-
-    Raises UnknownEnds where there is neither.
-    """
+def find_ends_by_name(content: Json) -> Ends:
+    """The known separator and start among the special tokens, else the only one; else UserError."""
     names = list(special(content))
     known = [name for name in SEPARATORS if name in names] or names[: len(names) == 1]
     if known:
         return Ends(known[0], next((name for name in STARTS if name in names), known[0]))
-    raise UnknownEnds(
+    raise UserError(
         f"has no special token known to separate documents ({', '.join(SEPARATORS)}; its special "
         f"tokens: {', '.join(names) or 'none'}); name the token with --config.data.separator"
     )
 
 
-def find_ends(
-    content: Mapping[str, Any], files: Files, separator: str = "", start: str = ""
-) -> Ends:
-    """The ends of documents for one tokenizer.
+def find_ends(content: Json, files: Files, separator: str = "", start: str = "") -> Ends:
+    """The ends for one tokenizer. content: the object in its tokenizer.json. files: see `FILES`.
 
-    Args:
-      content: the object in its tokenizer.json.
-      files: {name: object} of those of `FILES` that the model has.
-      separator, start: data.separator and data.start, which come first; "": not set.
-
-    Raises UserError for a given token that is not in the vocabulary and a post-processor that
-    prepends several; UnknownEnds where nothing says what ends a document.
+    separator, start: data.separator and data.start, which come first; "": not set. Raises UserError
+    where nothing says what ends a document, several tokens are prepended, or a given token is not
+    in the vocabulary.
     """
     search = _Search(content, files)
     for key, name in (("separator", separator), ("start", start)):
         if name and name not in search.tokens:
-            remedy = f"which data.{key} names; give the text of a token it has"
-            raise UserError(f"has no token {name!r}, {remedy}")
+            raise UserError(f"has no token {name!r}, which data.{key} names; give one that it has")
     stated = search.stated("eos") or next(iter(search.appended), None)
     last = separator or stated or find_ends_by_name(content).separator
     return Ends(last, start or search.start(last, stated is not None), tuple(search.notes))
 
 
 class _Search:
-    def __init__(self, content: Mapping[str, Any], files: Files) -> None:
-        added = [token for token in content.get("added_tokens") or () if isinstance(token, dict)]
+    def __init__(self, content: Json, files: Files) -> None:
         self.content, self.files = content, {name: files.get(name, {}) for name in FILES}
-        self.added = {token["content"] for token in added}
-        self.by_id = {i: token for token, i in _vocabulary(content)}
-        self.by_id |= {token["id"]: token["content"] for token in added}
+        self.added = {token["content"] for token in added_tokens(content)}
+        vocabulary = (content.get("model") or {}).get("vocab") or {}
+        if isinstance(vocabulary, dict):
+            self.by_id = {i: token for token, i in vocabulary.items()}
+        else:  # of Unigram: [token, score]
+            self.by_id = {i: entry[0] for i, entry in enumerate(vocabulary)}
+        self.by_id |= {token["id"]: token["content"] for token in added_tokens(content)}
         self.tokens = set(self.by_id.values())
         self.prepended, self.appended = template(content.get("post_processor"))
-        self.model_type = self.files["config.json"].get("model_type")
-        self.settings = self.files["tokenizer_config.json"]
         self.notes: list[str] = []
 
     def start(self, separator: str, end_is_stated: bool) -> str:
         """end_is_stated: some file names the end; then the start is not guessed by name either."""
-        adds, by_class = self.settings.get("add_bos_token"), self._class_adds_bos()
-        if adds is True or (by_class and adds is not False):
-            order = ("tokenizer_config.json", *FILES)
-            return self.stated("bos", order) or (self.prepended or [separator])[0]
-        if adds is False and by_class:
-            return separator  # its class follows that key, whatever the post-processor is
+        settings, model_type = self.files[SETTINGS], self.files[CONFIG].get("model_type")
+        adds, name = settings.get("add_bos_token"), settings.get("tokenizer_class")
+        class_adds = str(name).removesuffix("Fast") in _ADD_BOS_CLASSES
+        if settings and name is None:  # then the class follows from the model's
+            class_adds = model_type in ("llama", "mistral")
+        if adds is True or (class_adds and adds is not False):
+            return self.stated("bos", (SETTINGS, *FILES)) or (self.prepended or [separator])[0]
+        if class_adds:
+            return separator  # its class follows add_bos_token, whatever the post-processor is
         if len(self.prepended) > 1:
-            puts = f"puts {' '.join(self.prepended)} in front of a text"
-            remedy = "where one token can stand here; name it with --config.data.start"
-            raise UserError(f"{puts}, {remedy}")
+            puts = f"puts {' '.join(self.prepended)} in front of a text, where one token can stand"
+            raise UserError(f"{puts} here; name it with --config.data.start")
         if self.prepended:
             return self.prepended[0]
-        if self.settings:
+        if settings:
             return separator  # transformers prepends nothing
         found = self.stated("bos")
-        if found or end_is_stated or self.model_type:
+        if found or end_is_stated or model_type:
             return found or separator
         names = special(self.content)
         return next((name for name in STARTS if name in names), separator)
-
-    def _class_adds_bos(self) -> bool:
-        """Whether the tokenizer's class prepends the start by itself."""
-        name = self.settings.get("tokenizer_class")
-        if self.settings and name is None:  # then the class follows from the model's
-            return self.model_type in ("llama", "mistral")
-        return str(name).removesuffix("Fast") in _ADD_BOS_CLASSES
 
     def stated(self, which: str, order: Sequence[str] = FILES) -> str | None:
         """The token of `bos` or `eos` in the first file that names one of the tokenizer's."""
@@ -151,22 +127,10 @@ class _Search:
         token = self.by_id.get(value) if type(value) is int else None
         if isinstance(value, str) and value in self.tokens:
             token = value
-        looks_special = token is not None and re.fullmatch(r"[<\[](?!0x).+[>\]]", token)
-        if token in self.added or looks_special:
+        if token in self.added or re.fullmatch(r"[<\[](?!0x).+[>\]]", token or ""):
             return token
-        unused = "which is no special token of tokenizer.json; it is not used"
-        self.notes.append(f"{file} has {key}={value!r}, {unused}")
+        self.notes.append(f"{file} has {key}={value!r}; no special token, so it is not used")
         return None
-
-
-def _vocabulary(content: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(token, id) of the model's vocabulary: a dict, or for Unigram a list of [token, score]."""
-    model = content.get("model")
-    found = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(found, dict):
-        yield from found.items()
-    elif isinstance(found, list):
-        yield from ((entry[0], i) for i, entry in enumerate(found))
 
 
 def template(step: Any) -> tuple[list[str], list[str]]:
@@ -178,13 +142,12 @@ def template(step: Any) -> tuple[list[str], list[str]]:
         return front, back
     if kind in ("RobertaProcessing", "BertProcessing"):
         return [step["cls"][0]], [step["sep"][0]]
-    if kind != "TemplateProcessing":
-        return [], []
     sides: tuple[list[str], list[str]] = [], []
-    seen = False  # the text itself
-    for piece in step.get("single") or ():
-        if "Sequence" in piece:
-            seen = True
-        else:
-            sides[seen].append(piece["SpecialToken"]["id"])
+    if kind == "TemplateProcessing":
+        seen = False  # the text itself
+        for piece in step.get("single") or ():
+            if "Sequence" in piece:
+                seen = True
+            else:
+                sides[seen].append(piece["SpecialToken"]["id"])
     return sides

@@ -3,17 +3,18 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from uoe_jax.data.tokenizers import ends as ends_lib
 from uoe_jax.data.tokenizers.base import Tokenizer, as_bytes, known_ids
-from uoe_jax.data.tokenizers.ends import SEPARATORS, Ends, find_ends, find_ends_by_name, special
+from uoe_jax.data.tokenizers.ends import Ends, Json, added_tokens, find_ends_by_name, special
 from uoe_jax.errors import UserError
 
-EndsOf = Callable[[Mapping[str, Any]], Ends]  # of the object in a tokenizer.json
+EndsOf = Callable[[Json], Ends]  # of the object in a tokenizer.json
 # Pre-tokenizers that keep every character.
 _LOSSLESS = ("ByteLevel", "Split", "Digits", "Punctuation")
 # The characters that stand for bytes in byte-level vocabularies, as in GPT-2's encoder.py: bytes
@@ -28,30 +29,23 @@ _MAX_TOKEN_BYTES = np.iinfo(np.uint16).max  # counted for one token
 class HFTokenizer(Tokenizer):
     """A tokenizer.json, read by the `tokenizers` library.
 
-    Of kind "bpe" it is byte-level BPE and exact: any bytes come back, and each token stands for a
-    fixed number of bytes. Bytes that are not UTF-8, which the library does not take, become their
-    one-byte tokens; the text between them is encoded piece by piece.
+    Kind "bpe": byte-level BPE, exact: any bytes come back, and each token stands for a fixed number
+    of bytes. Bytes that are not UTF-8, which the library does not take, become their one-byte
+    tokens; the text between them is encoded piece by piece.
 
-    Of kind "library" it may be any tokenizer. Bytes that are not UTF-8 become U+FFFD, and the bytes
-    a token stands for follow from its place in the document (`encode_with_bytes`).
+    Kind "library": any tokenizer. Bytes that are not UTF-8 become U+FFFD, and the bytes a token
+    stands for follow from its place in the document (`encode_with_bytes`).
 
     Special tokens are never found in text: `<|endoftext|>` in a document is text like any other.
-
-    Attributes:
-      kind: "bpe" or "library".
-      content: the object in the file, without truncation and padding.
-      ends: the tokens that end and begin a document.
     """
 
     _bytes: list[bytes] | None = None  # of each token, by id, of kind "bpe"
 
-    def __init__(
-        self, content: Mapping[str, Any], kind: str = "bpe", ends: EndsOf | None = None
-    ) -> None:
+    def __init__(self, content: Json, kind: str = "bpe", ends: EndsOf | None = None) -> None:
         """content: the object in a tokenizer.json, or in what `to_json` wrote.
 
         ends: finds the ends; by default those that `to_json` wrote, else by name. Raises UserError
-        where it is no tokenizer.json, is not exact (kind "bpe"), or its ends are unknown.
+        for what is no tokenizer.json, not exact (kind "bpe"), or has unknown ends.
         """
         if "file" in content and "kind" in content:
             separator, start = content.get("separator"), content.get("start")
@@ -66,38 +60,38 @@ class HFTokenizer(Tokenizer):
         if any(end not in special(self.content) for end in self.ends[:2]):
             self._make_ends_special()
         self._library.encode_special_tokens = True  # as text
-        ids = special(self.content)
+        ids, model = special(self.content), self.content["model"]
         self.separator, self.start = ids[self.ends.separator], ids[self.ends.start]
         if kind == "bpe":
             self._read_token_bytes()
-        elif self.content["model"].get("dropout"):
+        elif model.get("dropout"):
             raise UserError("gives a text other tokens every time (model.dropout); put null there")
         else:
             known = self._library.get_vocab(with_added_tokens=True)
             self.vocab_size = max(known.values()) + 1
-            self._unknown = _unknown_id(self.content["model"], known)
+            by_name = known.get(model.get("unk_token") or "")
+            # Of Unigram the id is given. None: there is no unknown token.
+            self._unknown = model["unk_id"] if isinstance(model.get("unk_id"), int) else by_name
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
-        digest = hashlib.sha256(_canonical(self.content).encode()).hexdigest()[:24]
+        canonical = json.dumps(self.content, sort_keys=True, ensure_ascii=False)
+        digest = hashlib.sha256(canonical.encode()).hexdigest()[:24]
         if not self._ends_are(find_ends_by_name):
             digest += f"-{self.separator}-{self.start}"
         self.fingerprint = f"{kind}-{self.vocab_size}-{digest}"
 
     @classmethod
     def train(cls, documents: Iterable[bytes], vocab_size: int) -> Self:
-        """Byte-level BPE of at most `vocab_size` tokens: separator, 256 bytes, commonest pairs.
-
-        A pair must occur twice to become a token.
-        """
-        from tokenizers import Tokenizer as Library
+        """Byte-level BPE of at most `vocab_size` tokens: separator, 256 bytes, pairs seen twice."""
+        import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
-        library = Library(models.BPE())
+        library = tokenizers.Tokenizer(models.BPE())
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         library.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            special_tokens=[SEPARATORS[0]],
+            special_tokens=[ends_lib.SEPARATORS[0]],
             initial_alphabet=list(BYTE_OF),
             show_progress=False,
         )
@@ -107,7 +101,8 @@ class HFTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         """A plain tokenizer.json where the ends follow from it, as after `train`."""
-        follow = self._ends_are(find_ends_by_name) and self._ends_are(lambda c: find_ends(c, {}))
+        finders = find_ends_by_name, lambda content: ends_lib.find_ends(content, {})
+        follow = all(self._ends_are(find) for find in finders)
         if self.kind == "bpe" and follow:
             return json.dumps(self.content, indent=1)
         ends = {} if follow else {"separator": self.ends.separator, "start": self.ends.start}
@@ -115,7 +110,6 @@ class HFTokenizer(Tokenizer):
 
     @property
     def bytes_per_token(self) -> np.ndarray | None:
-        """int32 [V] where exact, 0 for special tokens and unused ids; else None."""
         return None if self._bytes is None else self._sizes_V.copy()
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -129,12 +123,10 @@ class HFTokenizer(Tokenizer):
                 parts.append(self._byte_ids[np.frombuffer(as_bytes(piece), np.uint8)])
             elif piece:
                 parts.append(self._library_ids(piece))
-        ids_T = np.concatenate(parts)
+        ids_T = np.concatenate(parts).astype(self._dtype, copy=False)
         if (n_bytes := int(self._sizes_V[ids_T].sum(dtype=np.int64))) != len(data):
-            raise UserError(
-                f"data.tokenizer_file: the tokens of a document of {len(data)} bytes stand for "
-                f"{n_bytes}; this tokenizer is not exact, use another file"
-            )
+            found = f"the tokens of a document of {len(data)} bytes stand for {n_bytes}"
+            raise UserError(f"data.tokenizer_file: {found}; it is not exact, use another file")
         return ids_T
 
     def _library_ids(self, text: str) -> np.ndarray:
@@ -155,23 +147,19 @@ class HFTokenizer(Tokenizer):
         unknown_T = np.zeros(len(ids_T), bool) if self._unknown is None else ids_T == self._unknown
         counted_C = _covered(spans_T2[~unknown_T], len(code_C)) | np.isin(code_C, _SPACES)
         counted_C &= ~_covered(spans_T2[unknown_T], len(code_C))
-        before_C = np.concatenate([[0], np.cumsum(_utf8_bytes(code_C) * counted_C)])
+        n_bytes_C = 1 + np.sum([code_C >= limit for limit in (0x80, 0x800, 0x10000)], axis=0)
+        n_bytes_C[(code_C >= 0xDC80) & (code_C <= 0xDCFF)] = 1  # a byte that is not UTF-8
+        before_C = np.append(0, np.cumsum(n_bytes_C * counted_C))
         ends_T = np.maximum.accumulate(spans_T2[:, 1])
         sizes = np.diff(before_C[np.concatenate([[0], ends_T, [len(code_C)]])])
         return ids_T, np.minimum(sizes, _MAX_TOKEN_BYTES).astype(np.uint16)
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
-        """Exact for kind "bpe"; special tokens are dropped."""
-        if self._bytes is None:
-            return self.decode(ids).encode()
-        return b"".join([self._bytes[i] for i in known_ids(ids, self.vocab_size).tolist()])
-
-    def decode(self, ids: ArrayLike | Iterable[int]) -> str:
-        """Text, of kind "library" as the library writes it; special tokens are dropped."""
-        if self._bytes is not None:
-            return super().decode(ids)
+        """Exact for kind "bpe", else what the library writes; special tokens are dropped."""
         known = known_ids(ids, self.vocab_size).tolist()
-        return self._library.decode(known, skip_special_tokens=True)
+        if self._bytes is None:
+            return self._library.decode(known, skip_special_tokens=True).encode()
+        return b"".join([self._bytes[i] for i in known])
 
     def _ends_are(self, find: EndsOf) -> bool:
         try:
@@ -182,7 +170,7 @@ class HFTokenizer(Tokenizer):
     def _make_ends_special(self) -> None:
         """The library finds other added tokens in text, where an end would cut a document."""
         vocabulary = self._library.get_vocab(with_added_tokens=True)
-        given = {token["content"]: token for token in self.content.get("added_tokens") or ()}
+        given = {token["content"]: token for token in added_tokens(self.content)}
         plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
         for end in self.ends[:2]:
             known = given.get(end, {"id": vocabulary[end], "content": end})
@@ -197,31 +185,24 @@ class HFTokenizer(Tokenizer):
         vocabulary = self._library.get_vocab(with_added_tokens=False)
         self._bytes = _token_bytes(explicit["added_tokens"], vocabulary)
         self.vocab_size = len(self._bytes)
-        ids = {token: i for i, token in enumerate(self._bytes) if len(token) == 1}
-        if missing := [b for b in range(256) if bytes([b]) not in ids]:
-            lacks = f"has no token for the byte {missing[0]:#04x}"
-            raise UserError(f"{lacks}, so not every text can be written with it")
+        by_byte = {token[0]: i for i, token in enumerate(self._bytes) if len(token) == 1}
+        if missing := set(range(256)) - by_byte.keys():
+            raise UserError(f"has no token for the byte {min(missing):#04x}, which a text may have")
         # The library renumbers added tokens behind a hole.
-        for token in self.content.get("added_tokens") or ():
-            name, i = token["content"], token["id"]
-            if self._library.token_to_id(name) != i:
-                where = f"gives its added token {name!r} the id {i}"
+        for token in added_tokens(self.content):
+            if self._library.token_to_id(token["content"]) != token["id"]:
+                where = f"gives its added token {token['content']!r} the id {token['id']}"
                 raise UserError(f"{where}, with ids left out before it")
-        dtype = np.min_scalar_type(self.vocab_size - 1)
-        self._byte_ids = np.array([ids[bytes([b])] for b in range(256)], dtype)
+        self._byte_ids = np.array([by_byte[b] for b in range(256)])
         self._sizes_V = np.array([len(token) for token in self._bytes], np.int32)
 
 
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, ensure_ascii=False)
-
-
-def _opened(content: Mapping[str, Any]) -> Any:
+def _opened(content: Json) -> Any:
     """The library's tokenizer. Raises UserError where it takes no such file."""
-    from tokenizers import Tokenizer as Library
+    import tokenizers
 
     try:
-        return Library.from_str(_canonical(content))
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
     except BaseException as error:  # a panic in the library is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
@@ -238,13 +219,11 @@ def _pieces(data: bytes) -> list[str]:
 
 def _check_exact(content: dict[str, Any]) -> None:
     """Raises UserError where encoding alters the text or depends on chance."""
-    model = content["model"]
+    model, steps = content["model"], list(steps_of(content["pre_tokenizer"]))
     if model["type"] != "BPE":
         raise UserError(f"is not byte-level BPE (its model is {model['type']})")
-    steps = list(steps_of(content["pre_tokenizer"]))
     if sum(step["type"] == "ByteLevel" for step in steps) != 1:
-        found = "its pre_tokenizer has no ByteLevel step, or several"
-        raise UserError(f"is not byte-level BPE ({found})")
+        raise UserError("is not byte-level BPE (its pre_tokenizer has no ByteLevel, or several)")
     for step in steps:
         removes = step["type"] not in _LOSSLESS or step.get("behavior") == "Removed"
         if removes or step.get("add_prefix_space"):
@@ -272,16 +251,13 @@ def _token_bytes(added: list[dict[str, Any]], vocabulary: dict[str, int]) -> lis
     found: dict[int, bytes] = {token["id"]: b"" for token in added if token["special"]}
     plain = [token for token in added if not token["special"]]
     if strips := [token["content"] for token in plain if token["lstrip"] or token["rstrip"]]:
-        takes = f"the added token {strips[0]!r} takes the spaces beside it"
-        raise UserError(f"does not give back its text ({takes})")
+        raise UserError(f"does not give back its text (token {strips[0]!r} takes spaces beside it)")
     named = {token["content"]: (token["id"], token["content"].encode()) for token in plain}
     for token, i in sorted(vocabulary.items()):
         if token not in named and i not in found:
-            try:
-                named[token] = i, bytes([BYTE_OF[c] for c in token])
-            except KeyError as error:
-                what = f"its token {token!r} does not stand for bytes"
-                raise UserError(f"is not byte-level BPE ({what})") from error
+            if not BYTE_OF.keys() >= set(token):
+                raise UserError(f"is not byte-level BPE (its token {token!r} stands for no bytes)")
+            named[token] = i, bytes(BYTE_OF[c] for c in token)
     for token, (i, data) in named.items():
         if found.setdefault(i, data) != data:
             raise UserError(f"has two tokens of the id {i}, one of them {token!r}")
@@ -298,21 +274,7 @@ def _as_text(document: str | bytes) -> tuple[str, np.ndarray]:
     return document, code_C
 
 
-def _utf8_bytes(code_C: np.ndarray) -> np.ndarray:
-    """Bytes of each character in UTF-8; 1 for a byte that is not UTF-8."""
-    n_C = 1 + (code_C >= 0x80).astype(np.int64) + (code_C >= 0x800) + (code_C >= 0x10000)
-    n_C[(code_C >= 0xDC80) & (code_C <= 0xDCFF)] = 1
-    return n_C
-
-
 def _covered(spans_T2: np.ndarray, length: int) -> np.ndarray:
     """bool [length]: which characters lie in a span."""
     starts, ends = (np.bincount(column, minlength=length + 1) for column in spans_T2.T)
     return np.cumsum((starts - ends)[:length]) > 0
-
-
-def _unknown_id(model: Mapping[str, Any], known: Mapping[str, int]) -> int | None:
-    """The id of the unknown token; None where there is none."""
-    if isinstance(model.get("unk_id"), int):
-        return model["unk_id"]
-    return known.get(model.get("unk_token") or "")

@@ -1,7 +1,8 @@
-"""Opens the tokenizer that the configuration, a run or the cache names."""
+"""Opens the tokenizer that the configuration or the cache names, and keeps a run's own."""
 
 import contextlib
 import functools
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 from etils import epath
 
 from uoe_jax.config.data import FROM_FILE, DataConfig
+from uoe_jax.config.schema import Config
 from uoe_jax.data.tokenizers.base import ByteTokenizer, Tokenizer, json_object
 from uoe_jax.data.tokenizers.ends import FILES, find_ends
 from uoe_jax.data.tokenizers.hf import HFTokenizer
 from uoe_jax.data.tokenizers.words import WordTokenizer
-from uoe_jax.errors import ConfigError, RunError, UserError
+from uoe_jax.errors import ConfigError, RunError, UserError, os_error_as, reason
 from uoe_jax.runtime_env import expanded
-from uoe_jax.workdir import read_json, write_text
+from uoe_jax.workdir import locate, os_errors, read_json, read_text, write_text
 
+TOKENIZER = "tokenizer.json"
 _KEY = "config.data.tokenizer_file"
 _OTHER = "or make one with uoe tokenizer train --config=… --vocab=4096 --out=tokenizer.json"
 
@@ -26,17 +29,19 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
     """The tokenizer of `data.tokenizer`; None for words, which are counted in the data.
 
     The arguments are data.tokenizer, .tokenizer_file, .separator and .start. Raises ConfigError
-    where the file is missing or unusable, or a key is set that this kind ignores.
+    for a missing or unusable file, and for a key that this kind ignores.
     """
     if kind in FROM_FILE:
         if not file:
-            remedy = "tokenizers 'bpe' and 'library' take a file; give one"
-            raise ConfigError(_KEY, file, f"{remedy}, {_OTHER}")
+            raise ConfigError(_KEY, file, f"{kind!r} takes a file; give one, {_OTHER}")
         path = epath.Path(expanded(file, _KEY))
-        versions = tuple(_version(path.parent / name) for name in (path.name, *FILES))
-        # A file on this machine is read again only where it has changed. Others have no inode.
-        args = (kind, file, path, separator, start)
-        return _read_cached(*args, versions) if versions[0] else _read(*args)
+        try:
+            with os_errors(path):
+                text = read_text(path)
+            return _opened(kind, text, json.dumps(files_beside(path.parent)), separator, start)
+        except (OSError, ValueError, UserError) as error:
+            why = error if isinstance(error, UserError) else f"cannot be read ({reason(error)})"
+            raise ConfigError(_KEY, file, f"{why}; give another file, {_OTHER}") from error
     for key, value in (("tokenizer_file", file), ("separator", separator), ("start", start)):
         if value:
             remedy = f"is of no use with data.tokenizer={kind!r}; give 'bpe' or 'library' there"
@@ -44,40 +49,14 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
     return ByteTokenizer() if kind == "bytes" else None
 
 
-def _version(file: epath.Path) -> tuple[int, ...] | None:
-    with contextlib.suppress(OSError, ValueError):
-        found = os.stat(file)
-        return found.st_ino, found.st_size, found.st_mtime_ns
-    return None
-
-
-@functools.lru_cache(maxsize=2)
-def _read_cached(
-    kind: str, shown: str, file: epath.Path, separator: str, start: str, versions: object
-) -> HFTokenizer:
-    return _read(kind, shown, file, separator, start)
-
-
-def _read(kind: str, shown: str, file: epath.Path, separator: str, start: str) -> HFTokenizer:
-    """shown: data.tokenizer_file as it was written, for errors."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except Exception as error:  # the clients of gs:// raise exceptions of a dozen kinds
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        remedy = f"cannot be read ({reason}); give another file, {_OTHER}"
-        raise ConfigError(_KEY, shown, remedy) from error
-    try:
-        content = json_object(text)
-        kept = content.get("separator", ""), content.get("start", "")  # by a run
-        ends = functools.partial(
-            find_ends,
-            files=files_beside(file.parent),
-            separator=separator or str(kept[0]),
-            start=start or str(kept[1]),
-        )
-        return HFTokenizer(content, kind, ends)
-    except UserError as error:
-        raise ConfigError(_KEY, shown, f"{error}; give another file, {_OTHER}") from error
+@functools.lru_cache(maxsize=2)  # a command asks for its tokenizer up to three times
+def _opened(kind: str, text: str, files: str, separator: str, start: str) -> HFTokenizer:
+    """text: of the file. files: JSON of `files_beside`."""
+    content, beside = json_object(text), json.loads(files)
+    # What a run kept has the ends in the file itself.
+    separator = separator or str(content.get("separator", ""))
+    start = start or str(content.get("start", ""))
+    return HFTokenizer(content, kind, lambda c: find_ends(c, beside, separator, start))
 
 
 def files_beside(directory: Any) -> dict[str, dict[str, Any]]:
@@ -97,18 +76,15 @@ def tokenizer_of(
     found = load_tokenizer(c.tokenizer, c.tokenizer_file, c.separator, c.start)
     if found is not None:
         return found
-    if cached is not None and cached.is_file():
-        # Damaged ones are counted again.
-        with contextlib.suppress(UserError, OSError, UnicodeError):
+    if cached is not None:
+        with contextlib.suppress(UserError, OSError, UnicodeError):  # absent or damaged: count
             return stored(cached.read_text(encoding="utf-8"))
     words = WordTokenizer.train(documents(), c.min_count)
     if cached is not None:
-        try:
+        remedy = "free space there or set UOE_CACHE elsewhere"
+        with os_error_as(RunError, f"{cached}: cannot be written", remedy):
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_text(cached, words.to_json())
-        except OSError as error:
-            remedy = "free space there or set UOE_CACHE elsewhere."
-            raise RunError(f"{cached}: cannot be written ({error}): {remedy}") from error
     return words
 
 
@@ -119,7 +95,48 @@ def stored(text: str) -> Tokenizer:
     if kind == "bytes" and content.get("fingerprint") == ByteTokenizer.fingerprint:
         return ByteTokenizer()
     if kind == "words":
-        return WordTokenizer.from_json(text)
+        return WordTokenizer.from_json(content)
     if kind in FROM_FILE:
         return HFTokenizer(content, kind)
     raise UserError("is no tokenizer that this version of uoe_jax knows")
+
+
+# ---- the copy in a run's workdir: its file or data may have changed since the run began ----
+
+
+def read_tokenizer(workdir: str) -> Tokenizer | None:
+    """The kept tokenizer; None without one, as for bytes. Raises UserError for a damaged file."""
+    file = locate(workdir) / TOKENIZER
+    try:
+        with os_errors(file):
+            return stored(read_text(file)) if file.is_file() else None
+    except (OSError, UnicodeError, UserError) as error:
+        raise UserError(f"{file}: {error}; restore it, or start in another --workdir") from error
+
+
+def tokenizer_of_run(config: Config, workdir: str) -> Tokenizer:
+    """The tokenizer that a run was trained with. Raises UserError where it is lost."""
+    kept = ByteTokenizer() if config.data.tokenizer == "bytes" else read_tokenizer(workdir)
+    if kept is None:
+        lost = "is gone, and with it what the run's tokens mean; restore it"
+        raise UserError(f"{locate(workdir) / TOKENIZER}: {lost}")
+    return kept
+
+
+def keep_tokenizer(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
+    """Stores a tokenizer that came from a file or from data."""
+    file = workdir / TOKENIZER
+    if tokenizer is not None and not isinstance(tokenizer, ByteTokenizer) and not file.exists():
+        write_text(file, tokenizer.to_json())
+
+
+def check_tokenizer(config: Config, workdir: str) -> None:
+    """Raises ConfigError for a data.tokenizer_file that is unusable or not the run's tokenizer."""
+    data, name = config.data, config.data.tokenizer_file
+    kept = read_tokenizer(workdir)
+    if kept is not None and not (name and os.path.isfile(expanded(name, _KEY))):
+        return
+    given = load_tokenizer(data.tokenizer, name, data.separator, data.start)
+    if kept is not None and given is not None and given.fingerprint != kept.fingerprint:
+        remedy = "give that one, or none, or start in another --workdir"
+        raise ConfigError(_KEY, name, f"is not the tokenizer of the run in {workdir}; {remedy}")

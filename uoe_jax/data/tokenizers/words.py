@@ -5,8 +5,8 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,23 +16,18 @@ from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
 
 FORMAT = 1  # of the rules below and of the JSON: raise it with either, or token caches go stale
-NEWLINE, SEPARATOR, UNKNOWN = (
-    b"\n",
-    b"",
-    b"<unk>",
-)  # splitting at spaces gives none of the first two
-SPECIAL = (NEWLINE, SEPARATOR, UNKNOWN)
+# Splitting at spaces gives none of the first two.
+SPECIAL = NEWLINE, SEPARATOR, UNKNOWN = b"\n", b"", b"<unk>"
 CHUNK = 1 << 20  # bytes split at a time, so that no list holds all words of a large document
 
 
 class WordTokenizer(Tokenizer):
     """One token per word between spaces; a newline is `<eos>`; all rare words are `<unk>`.
 
-    Ids go by frequency in the training split, ties by the word's bytes, so that the cutoffs of an
-    adaptive softmax cut where they should. The frequency of `<eos>` is the number of newlines, of
-    the separator that of documents, of `<unk>` that of rare words and of the word `<unk>` itself,
-    which stands for rare words in WikiText-103. Runs of spaces, and spaces beside a newline, are
-    not kept; otherwise `decode` gives back the text of known words.
+    Ids go by frequency in the training split, ties by the word's bytes, as the cutoffs of an
+    adaptive softmax expect. `<eos>` counts newlines, the separator documents, `<unk>` rare words
+    and the word `<unk>` itself (WikiText-103 has it). Runs of spaces, and spaces beside a newline,
+    are not kept; otherwise `decode` gives back the text of known words.
 
     A word stands for its bytes and the space or newline after it. `<eos>` stands for the bytes of
     the training split that this leaves per newline, rounded down (0 in "a b\\nc d\\n", 2 in
@@ -57,7 +52,7 @@ class WordTokenizer(Tokenizer):
     @classmethod
     def train(cls, documents: Iterable[bytes], min_count: int) -> Self:
         """The words that occur at least `min_count` times. Raises ConfigError where none does."""
-        counts: Counter[bytes] = Counter()
+        counts = Counter[bytes]()
         n_documents = n_bytes = 0
         for document in documents:
             n_documents, n_bytes = n_documents + 1, n_bytes + len(document)
@@ -68,8 +63,9 @@ class WordTokenizer(Tokenizer):
         unknown = counts.pop(UNKNOWN, 0)
         kept = {word: n for word, n in counts.items() if n >= min_count}
         if not kept:
-            none = "no word occurs that often in the training split"
-            remedy = f"{none}; give a smaller number, or another data.path"
+            remedy = (
+                "no word of the training split occurs that often; give less, or other data.path"
+            )
             raise ConfigError("config.data.min_count", min_count, remedy)
         unknown += counts.total() - sum(kept.values())
         kept |= {NEWLINE: newlines, SEPARATOR: n_documents, UNKNOWN: unknown}
@@ -78,20 +74,15 @@ class WordTokenizer(Tokenizer):
 
     @property
     def bytes_per_token(self) -> np.ndarray:
-        """int32 [V]; see the class."""
         special = {NEWLINE: self._line_bytes, SEPARATOR: 0, UNKNOWN: 0}
         return np.array([special.get(word, len(word) + 1) for word in self._words], np.int32)
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        unknown = itertools.repeat(self._unknown)
-        parts = [
-            np.fromiter(map(self._ids.get, words, unknown), self._dtype, len(words))
-            for words in ticking(split_words(as_bytes(text)))
-        ]
-        return np.concatenate([np.zeros(0, self._dtype), *parts])
+        words = itertools.chain.from_iterable(ticking(split_words(as_bytes(text))))
+        ids = map(self._ids.get, words, itertools.repeat(self._unknown))
+        return np.fromiter(ids, self._dtype)
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
-        """Words with single spaces between, `<unk>` among them; separators are dropped."""
         ids_T = known_ids(ids, self.vocab_size)
         words = [self._words[i] for i in ids_T[ids_T != self.separator].tolist()]
         return re.sub(rb" ?\n ?", b"\n", b" ".join(words))
@@ -103,23 +94,19 @@ class WordTokenizer(Tokenizer):
         return json.dumps(found, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Raises UserError for what `to_json` did not write."""
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """content: the object that `to_json` wrote. Raises UserError for another one."""
         try:
-            found = json.loads(text)
-            kind, version = found["kind"], found["format"]
-            if (kind, version) != ("words", FORMAT):
-                raise ValueError(f"{kind!r} of format {version!r}, this version reads {FORMAT}")
-            words = [word.encode("utf-8", "surrogateescape") for word in found["words"]]
-            line_bytes = found["line_bytes"]
+            if (version := content["format"]) != FORMAT:
+                raise ValueError(f"format {version!r}, this version reads {FORMAT}")
+            words = [word.encode("utf-8", "surrogateescape") for word in content["words"]]
+            unique, line_bytes = set(words), content["line_bytes"]
+            is_whole = len(unique) == len(words) and unique.issuperset(SPECIAL)
+            if not is_whole or type(line_bytes) is not int or line_bytes < 0:
+                raise ValueError("a word twice, no <unk>, separator or newline, or no line_bytes")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"the vocabulary of words cannot be read ({reason})") from error
-        unique = set(words)
-        is_whole = len(unique) == len(words) and unique.issuperset(SPECIAL)
-        if not is_whole or type(line_bytes) is not int or line_bytes < 0:
-            what = "a word twice, no <unk>, separator or newline, or no line_bytes"
-            raise UserError(f"the vocabulary of words is damaged ({what})")
         return cls(words, line_bytes)
 
 
