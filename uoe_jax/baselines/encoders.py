@@ -27,7 +27,7 @@ class EncoderAttention(Attention):
     """A subclass writes `mix`, how queries, keys and values become the heads' values."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
+        super().__init__(c.d_model, c.n_heads, rngs=rngs, **options(c))
 
     def mix(self, q: Array, k: Array, v: Array, x_BLD: Array, valid_BL: Array) -> Array:
         """[B,L,h,k] from q, k, v [B,L,h,k], the block's input, and which tokens are not padding."""

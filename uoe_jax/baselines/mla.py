@@ -19,7 +19,16 @@ from jax.ad_checkpoint import checkpoint_name
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed.manual import WHOLE, Region
 from uoe_jax.layers.attention import attend, group_keys
-from uoe_jax.layers.common import Block, Tokens, add_bias, linear, pad_sequence, rms_norm, rotate
+from uoe_jax.layers.common import (
+    Block,
+    Outputs,
+    Tokens,
+    add_bias,
+    linear,
+    pad_sequence,
+    rms_norm,
+    rotate,
+)
 from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
 
 
@@ -52,9 +61,7 @@ class MLA(Block):
         self.w_o = weight(rngs, (h, dh, d), ("heads", None, "embed"), scaled_normal(d, c.out_scale))
         self.bias_out = weight_if(c.bias, rngs, (d,), (None,), zeros)
 
-    def _forward(
-        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[Array, None, tuple[Array, Array]]:
+    def _forward(self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE) -> Outputs:
         shared_BLD, x_BLD = region.gather_inputs(x_BLD.astype(self.dtype))
         latent_BLJ, rotary_BLk = self._latent(shared_BLD, tokens.rotary)
         if self.w_down is not None:
@@ -64,9 +71,7 @@ class MLA(Block):
         k, v = (checkpoint_name(self._matmul(own_BLJ, w), "qkv") for w in (self.w_k, self.w_v))
         shape = (*k.shape[:3], rotary_BLk.shape[-1])
         k = jnp.concatenate([k, jnp.broadcast_to(own_rotary_BLk[:, :, None], shape)], axis=-1)
-        keys_BH = tokens.keys_B
-        if keys_BH is not None:
-            keys_BH = group_keys(keys_BH, k.shape[2], region.shard_index)
+        keys_BH = group_keys(tokens.keys_B, k.shape[2], region.shard_index)
         o = attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BH)
         y_BLD = region.reduce_outputs(self._matmul(o, self.w_o, axes=2))
         bias_D = region.weight_for_local_tokens(self.bias_out)

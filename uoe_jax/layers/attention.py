@@ -10,17 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed.manual import WHOLE, Region
-from uoe_jax.layers.common import (
-    Block,
-    Tokens,
-    add_bias,
-    along_last,
-    fold,
-    linear,
-    mask_empty_segments,
-    rms_norm,
-    rotate,
-)
+from uoe_jax.layers import common
+from uoe_jax.layers.common import Block, Outputs, Tokens, add_bias, linear
 from uoe_jax.layers.flash import Masks, flash_attention
 from uoe_jax.layers.fused import fits_cudnn, fused
 from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
@@ -31,10 +22,10 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
-    segments: Array | None,
-    causal: bool,
-    drop_rate: float = 0.0,
-    keys_RG: Array | None = None,
+    segments: Array | None,  # int32 [R,S]; a token attends to its own segment only
+    causal: bool,  # a token attends to itself and those before it in the order given
+    drop_rate: float = 0.0,  # dropout of the attention weights, where there are keys for it
+    keys_RG: Array | None = None,  # a random key for each row and key/value head (`group_keys`)
     lengths: Array | None = None,
 ) -> Array:
     """Softmax attention [R,S,H,e] over k [R,S,G,k] and v [R,S,G,e], scale 1/sqrt(k).
@@ -42,19 +33,14 @@ def attend(
     Softmax in float32. G divides H. On NVIDIA GPUs in 16 bits this is cuDNN's kernel where it takes
     the shapes (`fits_cudnn`), else `flash_attention`.
 
-    Args:
-      segments: int32 [R,S]; a token attends to its own segment only. None: no restriction.
-      causal: a token attends to itself and those before it in the order given.
-      drop_rate: dropout of the attention weights, where there are keys.
-      keys_RG: a random key for each row and key/value head (`group_keys`); None: no dropout.
-      lengths: int32 [R], the filled places of each row; the others come last, and nothing attends
-        to them. The output of an empty place is unspecified; a kernel may leave NaN there.
+    lengths: int32 [R], the filled places of each row; the others come last, and nothing attends to
+    them. The output of an empty place is unspecified; a kernel may leave NaN there.
     """
     r, s, h, dh = q.shape
     g, dv = v.shape[2:]
     if fits_cudnn(q, v, drop_rate if keys_RG is not None else 0.0):
         return fused(q, k, v, segments, causal, lengths, "cudnn")
-    segments = mask_empty_segments(segments, lengths, s)
+    segments = common.mask_empty_segments(segments, lengths, s)
     q_AQSk = q.reshape(r, s, g, h // g, dh).transpose(0, 2, 3, 1, 4).reshape(r * g, h // g, s, dh)
     k_ASk, v_ASe = (a.transpose(0, 2, 1, 3).reshape(r * g, s, a.shape[-1]) for a in (k, v))
     # In 16 bits a scale that is no power of two would round the queries again: there it goes on the
@@ -68,9 +54,11 @@ def attend(
     return o_AQSe.reshape(r, g, h // g, s, dv).transpose(0, 3, 1, 2, 4).reshape(r, s, h, dv)
 
 
-def group_keys(keys_B: Array, g: int, shard: int | Array = 0) -> Array:
-    """A key for each row and each of the g key/value heads of a shard, [B,G]."""
-    return jax.vmap(lambda i: fold(keys_B, i), out_axes=1)(g * shard + jnp.arange(g))
+def group_keys(keys_B: Array | None, g: int, shard: int | Array = 0) -> Array | None:
+    """A key for each row and each of the g key/value heads of a shard, [B,G]; None: None."""
+    if keys_B is None:
+        return None
+    return jax.vmap(lambda i: common.fold(keys_B, i), out_axes=1)(g * shard + jnp.arange(g))
 
 
 def attend_one(q: Array, k: Array, v: Array, last: Array) -> Array:
@@ -83,7 +71,7 @@ def attend_one(q: Array, k: Array, v: Array, last: Array) -> Array:
     g, s = k.shape[-3:-1]
     q_GQk, f32 = q.reshape(*rows, g, h // g, dh), jnp.float32
     scores_GQS = jnp.einsum("...gqk,...gsk->...gqs", q_GQk, k, preferred_element_type=f32)
-    seen_S = along_last(jnp.arange(s), scores_GQS) <= last[..., None, None, None]
+    seen_S = common.along_last(jnp.arange(s), scores_GQS) <= last[..., None, None, None]
     weights_GQS = jax.nn.softmax(jnp.where(seen_S, scores_GQS * dh**-0.5, -1e30)).astype(v.dtype)
     o_GQk = jnp.einsum("...gqs,...gsk->...gqk", weights_GQS, v, preferred_element_type=f32)
     return o_GQk.reshape(q.shape).astype(q.dtype)
@@ -105,11 +93,12 @@ def put(cache_GSk: Array, k_Gk: Array, at: Array) -> Array:
     return cache_GSk.at[(*grid, at[..., None])].set(k_Gk, mode="drop", unique_indices=True)
 
 
-def placed(x: Array, scale: nnx.Param | None, eps: float | None, rotary: Any) -> Array:
-    """Queries or keys [...,heads,k] after QK-norm (where the block has it) and rotary positions."""
-    if scale is not None and eps is not None:
-        x = rms_norm(x, scale[...], eps).astype(x.dtype)
-    return rotate(x, rotary)
+def placed(block: Any, q: Array, k: Array, rotary: Any) -> tuple[Array, Array]:
+    """Queries and keys [...,heads,k] after the block's QK-norm, if any, and rotary positions."""
+    if (eps := block.qk_norm_eps) is not None:
+        q = common.rms_norm(q, block.q_scale[...], eps).astype(q.dtype)
+        k = common.rms_norm(k, block.k_scale[...], eps).astype(k.dtype)
+    return common.rotate(q, rotary), common.rotate(k, rotary)
 
 
 class DenseCache(NamedTuple):
@@ -121,18 +110,20 @@ class DenseCache(NamedTuple):
 
 def options(c: ModelConfig) -> dict[str, Any]:
     """Keyword arguments that all attention blocks have in common."""
-    eps = c.norm_eps if c.qk_norm else None
-    biases = dict(bias=c.bias, qkv_bias=c.qkv_bias)
-    core = dict(causal=c.causal, drop_rate=c.attention_dropout, qk_norm_eps=eps)
-    return dict(dtype=c.dtype, out_scale=c.out_scale, **biases, **core)
+    return dict(
+        n_kv_heads=c.kv_heads,
+        bias=c.bias,
+        qkv_bias=c.qkv_bias,
+        causal=c.causal,
+        drop_rate=c.attention_dropout,
+        qk_norm_eps=c.norm_eps if c.qk_norm else None,
+        dtype=c.dtype,
+        out_scale=c.out_scale,
+    )
 
 
 class Attention(Block):
-    """Multi-head attention with grouped key/value heads. On a mesh, heads are over `expert`.
-
-    bias: of all projections; qkv_bias: of queries, keys and values alone.
-    qk_norm_eps: RMSNorm over every query and key, with one scale for all heads; None: none.
-    """
+    """Multi-head attention with grouped key/value heads. On a mesh, heads are over `expert`."""
 
     def __init__(
         self,
@@ -140,18 +131,18 @@ class Attention(Block):
         n_heads: int,
         *,
         n_kv_heads: int = 0,
-        bias: bool = False,
-        qkv_bias: bool = False,
+        bias: bool = False,  # of all projections
+        qkv_bias: bool = False,  # of queries, keys and values alone
         causal: bool = False,
         drop_rate: float = 0.0,
-        qk_norm_eps: float | None = None,
+        qk_norm_eps: float | None = None,  # QK-norm with one scale for all heads; None: none
         dtype: Any = jnp.float32,
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ) -> None:
         d, h, g, dh = d_model, n_heads, n_kv_heads or n_heads, d_model // n_heads
-        self.causal, self.drop_rate, self.dtype = causal, drop_rate, dtype
-        self.qk_norm_eps = qk_norm_eps
+        self.causal, self.dtype = causal, dtype
+        self.drop_rate, self.qk_norm_eps = drop_rate, qk_norm_eps
         into, biased = ("embed", "heads", None), bias or qkv_bias
         self.w_q = weight(rngs, (d, h, dh), into, scaled_normal(d))
         self.w_k: nnx.Param | None = weight(rngs, (d, g, dh), into, scaled_normal(d))
@@ -164,9 +155,7 @@ class Attention(Block):
         self.k_scale = weight_if(qk_norm_eps, rngs, (dh,), (None,), ones)
         self.bias_out = weight_if(bias, rngs, (d,), (None,), zeros)
 
-    def _forward(
-        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[Array, RoutingStats | None, tuple[Array, Array]]:
+    def _forward(self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE) -> Outputs:
         shared_BLD, x_BLD = region.gather_inputs(x_BLD.astype(self.dtype))
         q, k, v = self._project(x_BLD, tokens.rotary)
         o = self._mix(q, k, v, x_BLD, tokens, region)
@@ -184,17 +173,14 @@ class Attention(Block):
         self, q: Array, k: Array, v: Array, x_BLD: Array, tokens: Tokens, region: Region
     ) -> Array:
         """The heads' values [B,L,H,k] from q [B,L,H,k], k and v [B,L,G,k] and the block's input."""
-        keys_BG = tokens.keys_B
-        if keys_BG is not None:
-            keys_BG = group_keys(keys_BG, k.shape[2], region.shard_index)
+        keys_BG = group_keys(tokens.keys_B, k.shape[2], region.shard_index)
         return attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BG)
 
     def _project(self, x: Array, rotary: Any) -> tuple[Array, Array, Array]:
         assert self.w_k is not None  # only Reformer has none, and overrides this
         q, k = self._heads(x, self.w_q, self.b_q), self._heads(x, self.w_k, self.b_k)
         v = self._heads(x, self.w_v, self.b_v)
-        q = placed(q, self.q_scale, self.qk_norm_eps, rotary)
-        return q, placed(k, self.k_scale, self.qk_norm_eps, rotary), v
+        return *placed(self, q, k, rotary), v
 
     def _heads(self, x: Array, w: nnx.Param, b: nnx.Param | None) -> Array:
         return checkpoint_name(add_bias(linear(x, w[...].astype(self.dtype)), b), "qkv")

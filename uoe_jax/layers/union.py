@@ -11,28 +11,21 @@ from jax import Array
 from uoe_jax.config.fields import check_declared
 from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.distributed.manual import WHOLE, Region
-from uoe_jax.layers.common import Block, Tokens, add_bias, fold, valid_tokens
-from uoe_jax.layers.router import Router, RouterCache, patches
+from uoe_jax.layers.common import Block, Outputs, Tokens, add_bias, fold, valid_tokens
+from uoe_jax.layers.mlp import MLP
+from uoe_jax.layers.router import Router, patches
 from uoe_jax.moe.dispatch import backend_for, combine_slots, gather_own, gather_rows, gather_slots
 from uoe_jax.moe.routing import UNION, RoutingRule, RoutingStats, Selection
 
 
 class Slots(NamedTuple):
-    """What the experts get beside the activations: the tokens in their slots, by expert and row.
+    """What the experts get beside the activations: the tokens in their slots, by expert and row."""
 
-    Attributes:
-      weight_NRS: float32 combine weight, 0 for padding tokens and empty slots.
-      filled_NRS: bool, False in empty slots.
-      segments_NRS: int32 documents; None: one document per row, no padding.
-      rotary: (cos, sin) float32 [N,R,S,Dh/2] at the tokens' true positions, or None.
-      keys_NR: in training, a random key per expert and row; None: evaluation.
-    """
-
-    weight_NRS: Array
-    filled_NRS: Array
-    segments_NRS: Array | None
-    rotary: tuple[Array, Array] | None
-    keys_NR: Array | None
+    weight_NRS: Array  # float32 combine weight, 0 for padding tokens and empty slots
+    filled_NRS: Array  # bool, False in empty slots
+    segments_NRS: Array | None  # int32 documents; None: one per row, no padding
+    rotary: tuple[Array, Array] | None  # (cos, sin) float32 [N,R,S,Dh/2] at the true positions
+    keys_NR: Array | None  # in training, a random key per expert and row
 
 
 def per_expert(x_NRSX: Array, w_NXY: Array) -> Array:
@@ -41,13 +34,11 @@ def per_expert(x_NRSX: Array, w_NXY: Array) -> Array:
     One batched matmul over [N,R·S,X], the fastest form. Rows that all experts share are not copied,
     except single tokens (decoding), where a copy costs less than another layout of the weights.
     """
-    rows, r, s, x = x_NRSX.shape
-    n = w_NXY.shape[0]
-    if rows == 1 and s == 1:
-        x_NRSX = jnp.broadcast_to(x_NRSX, (n, r, s, x))
-    elif rows == 1:
+    (rows, r, s, x), n = x_NRSX.shape, w_NXY.shape[0]
+    if rows == 1 and s > 1:
         return jnp.einsum("tx,nxy->nty", x_NRSX.reshape(r * s, x), w_NXY).reshape(n, r, s, -1)
-    return jnp.einsum("ntx,nxy->nty", x_NRSX.reshape(n, r * s, x), w_NXY).reshape(n, r, s, -1)
+    x_NTX = jnp.broadcast_to(x_NRSX, (n, r, s, x)).reshape(n, r * s, x)
+    return jnp.einsum("ntx,nxy->nty", x_NTX, w_NXY).reshape(n, r, s, -1)
 
 
 def per_expert_each(x_NRSX: Array, ws_NXY: Sequence[Array]) -> list[Array]:
@@ -60,6 +51,11 @@ def per_expert_each(x_NRSX: Array, ws_NXY: Sequence[Array]) -> list[Array]:
         return [per_expert(x_NRSX, w) for w in ws_NXY]
     y = per_expert(x_NRSX, jnp.concatenate(ws_NXY, axis=-1))
     return jnp.split(y, list(itertools.accumulate(w.shape[-1] for w in ws_NXY[:-1])), axis=-1)
+
+
+def per_row(b_NX: nnx.Param | None) -> Array | None:
+    """The experts' biases [N,…] as [N,1,1,…], to be added to all their rows."""
+    return None if b_NX is None else b_NX[...][:, None, None]
 
 
 class Union(Block):
@@ -75,31 +71,33 @@ class Union(Block):
 
     A subclass sets `bias_out` and writes `_project` (tokens to every expert's first projections)
     and `_experts` (from these to weighted outputs); to decode, `_start_cache` and `decode_step`.
+
+    Raises:
+      ValueError: K > N; causal with a unit or priority that depends on later tokens; called in
+        training, `sequence_group` does not divide the rows of a device.
+      ConfigError: a value of the routing that its declaration does not allow.
     """
+
+    bias_out: nnx.Param | None
+    shared: MLP | None = None  # experts that take every token
 
     def __init__(
         self, d: int, r: RoutingConfig, causal: bool, dtype: Any, rule: RoutingRule, rngs: nnx.Rngs
     ) -> None:
         if rule is UNION:  # baselines make their routing from a section that is checked already
             check_declared("routing", r)
-        n, k, unit, priority = r.n_experts, r.k, r.unit, r.priority
-        if k > n:
-            raise ValueError(f"routing.k={k}: a patch chooses at most n_experts={n} experts")
-        future = "in a causal block depends on later patches; use"
-        if causal and unit != "patch":
-            raise ValueError(f"unit={unit!r} {future} 'patch'")
-        if causal and priority != "position":
-            raise ValueError(f"priority={priority!r} {future} 'position'")
+        if r.k > r.n_experts:
+            most = f"a patch chooses at most n_experts={r.n_experts} experts"
+            raise ValueError(f"routing.k={r.k}: {most}")
+        for key, wanted in (("unit", "patch"), ("priority", "position")):
+            if causal and (value := getattr(r, key)) != wanted:
+                future = f"in a causal block depends on later patches; use {wanted!r}"
+                raise ValueError(f"{key}={value!r} {future}")
         self.routing, self.causal, self.dtype = r, causal, dtype
-        self.bias_out: nnx.Param | None
         self.router = Router(d, r, causal, rule, rngs)
 
     def __call__(self, x_BLD: Array, tokens: Tokens | None = None) -> tuple[Array, RoutingStats]:
-        """(y_BLD, routing statistics). The last patch is padded where P does not divide L.
-
-        Raises:
-          ValueError: in training, `sequence_group` does not divide the rows of a device.
-        """
+        """(y_BLD, routing statistics). The last patch is padded where P does not divide L."""
         y_BLD, stats = super().__call__(x_BLD, tokens)
         assert stats is not None  # a union routes
         return y_BLD, stats
@@ -112,18 +110,11 @@ class Union(Block):
         """From projections at the slots to ([N,R,S,D] weighted outputs, what a prefill keeps)."""
         raise NotImplementedError
 
-    def _shared_experts(self, x: Array) -> Array | None:
-        """The output [...,D] of experts that take every token; None where there are none."""
-        return None
-
-    def _forward(
-        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[Array, RoutingStats, tuple[Selection, Any]]:
+    def _forward(self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE) -> Outputs:
         p, length = self.routing.patch_size, tokens.positions_BL.shape[1]
         tokens = tokens.padded(length + -length % p)
-        shared_BMPD, x_BMPD = (
-            patches(x, p) for x in region.gather_inputs(x_BLD.astype(self.dtype))
-        )
+        inputs = region.gather_inputs(x_BLD.astype(self.dtype))
+        shared_BMPD, x_BMPD = (patches(x, p) for x in inputs)
         b, m, _, d = x_BMPD.shape
         valid_BL = valid_tokens(tokens.segments_BL, tokens.positions_BL)
         with jax.named_scope("route"):
@@ -146,14 +137,17 @@ class Union(Block):
         with jax.named_scope("combine"):
             y_BMX = combine_slots(y_NRSD.reshape(n, r, c, p * d), selection, how)
         with jax.named_scope("union"):
-            shared = self._shared_experts(x_BMPD.reshape(b, m * p, d))
-            y_BLD = _add(y_BMX.reshape(b, m * p, d), shared)
-            y_BLD = region.reduce_outputs(y_BLD[:, :length])
+            y_BLD, x_BLD = (a.reshape(b, m * p, d) for a in (y_BMX, x_BMPD))
+            y_BLD = region.reduce_outputs(self._add_shared(y_BLD, x_BLD)[:, :length])
         bias_D = region.weight_for_local_tokens(self.bias_out)
         if bias_D is not None:
             valid_BL1 = region.local_tokens(valid_BL[:, :length])[..., None]
             y_BLD = add_bias(y_BLD, jnp.where(valid_BL1, bias_D[None, None], 0))
         return y_BLD, stats, (selection, kept)
+
+    def _add_shared(self, y: Array, x: Array) -> Array:
+        """The experts' sum y [...,D] and the shared experts' output for the tokens x [...,D]."""
+        return y if self.shared is None else y + self.shared.partial(x)
 
     def _select(
         self, x_BMPD: Array, valid_BMP: Array, tokens: Tokens, region: Region
@@ -198,11 +192,9 @@ class Union(Block):
         For inspection: all experts and rows on one device, whatever the mesh.
         """
         y_BLD, _, (selection, _) = self._forward(x_BLD, tokens)
-        place_BMN = selection.place_BMN
-        n = place_BMN.shape[2]
-        weights_XN = selection.weights_NRC.reshape(n, -1).T
-        index_XN = place_BMN.reshape(-1, n)
-        taken_XN = jnp.take_along_axis(weights_XN, index_XN, axis=0, mode="fill", fill_value=-1)
+        place_BMN, n = selection.place_BMN, self.routing.n_experts
+        of_slots = selection.weights_NRC.reshape(n, -1).T, place_BMN.reshape(-1, n)
+        taken_XN = jnp.take_along_axis(*of_slots, axis=0, mode="fill", fill_value=-1)
         return y_BLD, taken_XN.reshape(place_BMN.shape)
 
     def all_expert_outputs(self, x_BLD: Array, tokens: Tokens) -> Array:
@@ -210,29 +202,12 @@ class Union(Block):
 
         Their sum is the union with K = N and nothing dropped.
         """
-        n, (b, l) = self.routing.n_experts, x_BLD.shape[:2]
-
-        def for_each(a: Array) -> Array:
-            return jnp.broadcast_to(a[None], (n, *a.shape))
-
-        slots = Slots(
-            weight_NRS=jnp.ones((n, b, l), jnp.float32),
-            filled_NRS=jnp.ones((n, b, l), bool),
-            segments_NRS=jax.tree.map(for_each, tokens.segments_BL),
-            rotary=jax.tree.map(for_each, tokens.rotary),
-            keys_NR=None,
-        )
+        n, filled_BL = self.routing.n_experts, jnp.ones(x_BLD.shape[:2], bool)
+        weight_BL = filled_BL.astype(jnp.float32)
+        one = Slots(weight_BL, filled_BL, tokens.segments_BL, tokens.rotary, keys_NR=None)
+        slots = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (n, *a.shape)), one)
         return self._experts(self._project(x_BLD.astype(self.dtype)[None]), slots)[0]
-
-    def _router_cache(self, selection: Selection, tokens: Tokens) -> RouterCache:
-        valid_BL = valid_tokens(tokens.segments_BL, tokens.positions_BL)
-        return self.router.start_cache(selection, valid_BL.sum(axis=1))
 
     def _sum_experts(self, y_NR1D: Array, x_BD: Array) -> Array:
         """The block's output [B,D] for one token of each row, from its experts' outputs."""
-        y_BD = _add(y_NR1D.sum(axis=0)[:, 0], self._shared_experts(x_BD))
-        return add_bias(y_BD, self.bias_out)
-
-
-def _add(y: Array, more: Array | None) -> Array:
-    return y if more is None else y + more
+        return add_bias(self._add_shared(y_NR1D.sum(axis=0)[:, 0], x_BD), self.bias_out)

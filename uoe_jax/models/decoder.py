@@ -54,8 +54,8 @@ def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> Block:
     if c.attention in ATTENTIONS:
         return ATTENTIONS[c.attention](c, rngs=rngs)
     if c.attention == "smha":
-        return SMHA(c.d_model, c.n_heads, c.smha, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
-    return Attention(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
+        return SMHA(c.d_model, c.n_heads, c.smha, rngs=rngs, **options(c))
+    return Attention(c.d_model, c.n_heads, rngs=rngs, **options(c))
 
 
 def make_mlp(c: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -72,9 +72,9 @@ class Layer(nnx.Module):
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.names, self.drop_rate = (c.attention, c.mlp), c.dropout
-        self.attention_norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+        self.attention_norm = Norm(c, rngs=rngs)
         self.attention = make_attention(c, rngs)
-        self.mlp_norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+        self.mlp_norm = Norm(c, rngs=rngs)
         self.mlp = make_mlp(c, rngs)
 
     def _blocks(self) -> tuple[tuple[Norm, Block], tuple[Norm, Block]]:
@@ -144,7 +144,7 @@ class Stack(nnx.Module):
         learned = c.position == "learned"
         self.positions = weight_if(learned, rngs, shape, (None, "embed"), init)
         self.layers = _stack(lambda r: Layer(c, rngs=r), c.n_layers, rngs.params())
-        self.norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+        self.norm = Norm(c, rngs=rngs)
 
     def _scan(self, f: Callable[[Layer, Any], tuple[Any, Any]], x: Array) -> tuple[Any, Any]:
         """(x after `f(layer, x)` for all layers in turn, the other results stacked over layers)."""
