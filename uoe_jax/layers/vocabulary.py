@@ -16,6 +16,8 @@ from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed.manual import Region, run
 from uoe_jax.layers.chunked import chunked_nll, chunked_sums
 
+Result = tuple[Array, None]  # of a shard: its activations, no sums
+
 
 def lookup(table: nnx.Param, ids_BL: Array, dtype: Any) -> Array:
     """Rows of a table [V,D] at ids, [B,L,D] in `dtype`, sharded as between blocks.
@@ -25,7 +27,7 @@ def lookup(table: nnx.Param, ids_BL: Array, dtype: Any) -> Array:
     """
     whole = table.shape[0]
 
-    def on_shard(table: nnx.Param, ids_BL: Array, _: Any, region: Region) -> tuple[Array, None]:
+    def on_shard(table: nnx.Param, ids_BL: Array, _: Any, region: Region) -> Result:
         table_vD = table[...].astype(jnp.float32)
         v = table_vD.shape[0]
         if v == whole:
@@ -43,13 +45,13 @@ def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: Array) -> Array:
     """float32 logits [B,L,V] of all tokens; head [D,V], or (tied) the embedding [V,D]."""
     sharded = mesh_lib.is_sharded("vocab", head.shape[0 if tied else 1])
 
-    def on_shard(head: nnx.Param, x_BLD: Array, _: Any, region: Region) -> tuple[Array, None]:
+    def on_shard(head: nnx.Param, x_BLD: Array, _: Any, region: Region) -> Result:
         x_BLD = region.gather_inputs(x_BLD)[1] if sharded else x_BLD
         kernel_Dv = (head[...].T if tied else head[...]).astype(x_BLD.dtype)
         return jnp.matmul(x_BLD, kernel_Dv, preferred_element_type=jnp.float32), None
 
-    where = dict(shard_last=sharded, on_local_tokens=not sharded)
-    return run(on_shard, head, x_BLD, dtype=x_BLD.dtype, **where)[0]
+    how: dict[str, Any] = dict(dtype=x_BLD.dtype, shard_last=sharded, on_local_tokens=not sharded)
+    return run(on_shard, head, x_BLD, **how)[0]
 
 
 def vocabulary_nll(head: nnx.Param, tied: bool, x_BLD: Array, targets_BL: Array) -> Array:
@@ -60,9 +62,7 @@ def vocabulary_nll(head: nnx.Param, tied: bool, x_BLD: Array, targets_BL: Array)
     """
     sharded = mesh_lib.is_sharded("vocab", head.shape[0 if tied else 1])
 
-    def on_shard(
-        head: nnx.Param, x_BLD: Array, targets_BL: Array, region: Region
-    ) -> tuple[Array, None]:
+    def on_shard(head: nnx.Param, x_BLD: Array, targets_BL: Array, region: Region) -> Result:
         kernel_vD = head[...] if tied else head[...].T
         x_BLD = region.gather_inputs(x_BLD)[1] if sharded else x_BLD
         target_T = (targets_BL if sharded else region.local_tokens(targets_BL)).reshape(-1)
@@ -76,5 +76,5 @@ def vocabulary_nll(head: nnx.Param, tied: bool, x_BLD: Array, targets_BL: Array)
         nll_BL = (jnp.log(total_T) + top_T - hit_T).reshape(x_BLD.shape[:2])
         return region.local_tokens(nll_BL), None
 
-    where = dict(on_local_tokens=not sharded)
-    return run(on_shard, head, x_BLD, targets_BL, dtype=x_BLD.dtype, **where)[0]
+    how: dict[str, Any] = dict(dtype=x_BLD.dtype, on_local_tokens=not sharded)
+    return run(on_shard, head, x_BLD, targets_BL, **how)[0]

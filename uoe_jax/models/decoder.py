@@ -16,18 +16,10 @@ from uoe_jax.baselines import ATTENTIONS, MLPS
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.config.validate import check_cutoffs
 from uoe_jax.distributed import mesh as mesh_lib
-from uoe_jax.distributed.mesh import constrain_activations
+from uoe_jax.layers import common
 from uoe_jax.layers.adaptive import AdaptiveHead, embed, make_vocabulary
 from uoe_jax.layers.attention import Attention, options
-from uoe_jax.layers.common import (
-    SAVED_NAMES,
-    Block,
-    Norm,
-    Tokens,
-    dropout,
-    positions_like,
-    rotary_tables,
-)
+from uoe_jax.layers.common import Block, Norm, Tokens, positions_like
 from uoe_jax.layers.mlp import MLP, mlp_options
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.union import Union
@@ -84,8 +76,8 @@ class Layer(nnx.Module):
         found = {}
         for i, (norm, block) in enumerate(self._blocks()):
             y_BLD, stats = block(norm(x_BLD), tokens.folded(2 * i))
-            y_BLD = dropout(y_BLD, self.drop_rate, tokens.folded(2 * i + 1).keys_B)
-            x_BLD = constrain_activations(x_BLD + y_BLD)
+            y_BLD = common.dropout(y_BLD, self.drop_rate, tokens.folded(2 * i + 1).keys_B)
+            x_BLD = mesh_lib.constrain_activations(x_BLD + y_BLD)
             x_BLD = checkpoint_name(x_BLD, "block_out") if i == 0 else x_BLD
             if stats is not None:
                 found[self.names[i]] = stats
@@ -110,9 +102,7 @@ class Layer(nnx.Module):
             caches.append(cache)
         return x_BLD, tuple(caches)
 
-    def decode_step(
-        self, x_BD: Array, caches: tuple[Any, ...], t_B: Array, rotary: Any
-    ) -> tuple[Array, tuple[Any, ...]]:
+    def decode_step(self, x_BD: Array, caches: Any, t_B: Array, rotary: Any) -> tuple[Array, Any]:
         new = []
         for (norm, block), cache in zip(self._blocks(), caches):
             y_BD, cache = block.decode_step(norm(x_BD), cache, t_B, rotary)
@@ -121,17 +111,12 @@ class Layer(nnx.Module):
         return x_BD, tuple(new)
 
 
-def _checkpoint(policy: Any = None) -> Callable[[Callable], Callable]:
-    return lambda f: jax.checkpoint(f, policy=policy, prevent_cse=False)
-
-
-# The remat policies: what the backward pass may keep of a layer; everything else is recomputed, and
-# weights are gathered over fsdp again. "none" keeps the whole weights of all layers too.
-REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda f: f,
-    "slots": _checkpoint(jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)),
-    "dots": _checkpoint(jax.checkpoint_policies.dots_saveable),
-    "block": _checkpoint(),
+# What the backward pass may keep of a layer; everything else is recomputed, and weights are
+# gathered over fsdp again. remat="none" keeps everything, the whole weights of all layers too.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "slots": jax.checkpoint_policies.save_only_these_names(*common.SAVED_NAMES),
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "block": None,
 }
 
 
@@ -159,8 +144,9 @@ class Stack(nnx.Module):
             weights, i = xs
             return nnx.merge(graphdef, weights)(x_BLD, tokens.folded(i))
 
-        layers = jnp.arange(self.config.n_layers)
-        return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, (stacked, layers))
+        if (remat := self.config.remat) != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
+        return jax.lax.scan(layer, x_BLD, (stacked, jnp.arange(self.config.n_layers)))
 
     def routes(self, x_BLD: Array, tokens: Tokens) -> dict[str, Array]:
         """[layers,B,M,N] by routed block: its experts' weights of each patch (`Union.routed`).
@@ -171,17 +157,16 @@ class Stack(nnx.Module):
 
     def positioned(self, x: Array, positions: Array) -> Array:
         """x [...,D] plus the learned positions, where the model has them."""
-        return x if self.positions is None else x + self._lookup(self.positions, positions)
-
-    def _lookup(self, table: nnx.Param, ids: Array) -> Array:
-        return lookup(table, ids, self.config.dtype)
+        if self.positions is None:
+            return x
+        return x + lookup(self.positions, positions, self.config.dtype)
 
     def rotary(self, positions: Array) -> tuple[Array, Array] | None:
         """Rotary tables, where the model has them."""
         c = self.config
         if c.position != "rope":
             return None
-        return rotary_tables(positions, c.rotary_dim, c.rope_theta, c.rope_stretch)
+        return common.rotary_tables(positions, c.rotary_dim, c.rope_theta, c.rope_stretch)
 
 
 class Transformer(Stack):
@@ -205,40 +190,20 @@ class Transformer(Stack):
         else:
             self.head = weight_if(not c.tie_embeddings, rngs, shape[::-1], axes[::-1], small)
 
-    def __call__(
-        self,
-        tokens_BL: Array,
-        segments_BL: Array | None = None,
-        positions_BL: Array | None = None,
-        keys_B: Array | None = None,
-    ) -> tuple[Array, Stats]:
-        """Logits of the next token; of an adaptive softmax, its log-probabilities.
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, Stats]:
+        """(logits float32 [B,L,V] of the next token, statistics); arguments of `embed_inputs`.
 
-        Args:
-          tokens_BL: int32.
-          segments_BL: int32, the document of each token, 0 for padding; None: one per row.
-          positions_BL: int32, counted inside the document; None: from the start of the row.
-          keys_B: in training, a random key per row (dropout, router noise); None: evaluation.
-
-        Returns:
-          (logits float32 [B,L,V], routing statistics by block, stacked over layers).
+        Of an adaptive softmax the logits are log-probabilities.
         """
-        x_BLD, stats = self.run(*self.embed_inputs(tokens_BL, segments_BL, positions_BL, keys_B))
+        x_BLD, stats = self.run(*self.embed_inputs(*args, **kwargs))
         return self._logits(x_BLD), stats
 
-    def nll(
-        self,
-        tokens_BL: Array,
-        targets_BL: Array,
-        segments_BL: Array | None = None,
-        positions_BL: Array | None = None,
-        keys_B: Array | None = None,
-    ) -> tuple[Array, Stats]:
-        """(-log p of the targets in nats, float32 [B,L], routing statistics).
+    def nll(self, tokens_BL: Array, targets_BL: Array, *args: Any) -> tuple[Array, Stats]:
+        """(-log p of the targets in nats, float32 [B,L], statistics); arguments as of `__call__`.
 
-        The other arguments are those of `__call__`. The logits of all tokens never exist at once.
+        The logits of all tokens never exist at once.
         """
-        x_BLD, stats = self.run(*self.embed_inputs(tokens_BL, segments_BL, positions_BL, keys_B))
+        x_BLD, stats = self.run(*self.embed_inputs(tokens_BL, *args))
         if isinstance(self.head, AdaptiveHead):
             return self.head.nll(self.norm(x_BLD), targets_BL, self.embedding), stats
         return vocabulary_nll(*self._head(), self.norm(x_BLD), targets_BL), stats
@@ -250,18 +215,21 @@ class Transformer(Stack):
         positions_BL: Array | None = None,
         keys_B: Array | None = None,
     ) -> tuple[Array, Tokens]:
-        """The input of the first layer [B,L,D], and its tokens; arguments as of `__call__`."""
+        """The input of the first layer [B,L,D], and its tokens.
+
+        Args:
+          tokens_BL: int32.
+          segments_BL: int32, the document of each token, 0 for padding; None: one per row.
+          positions_BL: int32, counted inside the document; None: from the start of the row.
+          keys_B: in training, a random key per row (dropout, router noise); None: evaluation.
+        """
         if positions_BL is None:
             positions_BL = positions_like(tokens_BL)
         tokens = Tokens(segments_BL, positions_BL, self.rotary(positions_BL), keys_B)
         return self.embedded(tokens_BL, positions_BL), tokens
 
     def prefill(self, tokens_BL: Array, length_B: Array, context: int) -> tuple[Array, Cache]:
-        """Runs prompts padded on the right.
-
-        Returns:
-          (logits float32 [B,V] after each prompt, a cache for `context` tokens).
-        """
+        """(logits float32 [B,V] after prompts padded on the right, a cache of `context` tokens)."""
         with mesh_lib.by_partitioner():
             positions_BL = positions_like(tokens_BL)
             segments_BL = (positions_BL < length_B[:, None]).astype(jnp.int32)
