@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed.manual import Region
 from uoe_jax.layers.attention import Attention, options
-from uoe_jax.layers.common import Tokens, linear, pad_sequence, rotate, valid_tokens
+from uoe_jax.layers.common import Tokens, layer_norm, linear, pad_sequence, rotate, valid_tokens
 from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
 
 SMALL = 1e-4  # added to every feature of Performer, as the authors do
@@ -40,10 +40,7 @@ class EncoderAttention(Attention):
 
 
 def softmax_over(scores: Array, allowed: Array | None = None) -> Array:
-    """float32 softmax over the last axis, of what is allowed (bool, broadcast; None: all).
-
-    Uniform where nothing is allowed.
-    """
+    """float32 softmax over the last axis, of what is allowed; uniform where nothing is."""
     scores = scores.astype(jnp.float32)
     return jax.nn.softmax(scores if allowed is None else jnp.where(allowed, scores, -1e30))
 
@@ -175,9 +172,9 @@ class Performer(EncoderAttention):
         q, k = (a.astype(jnp.float32) * a.shape[-1] ** -0.25 for a in (q, k))
         along_q, along_k = (exact_einsum("blhk,jk->blhj", a, w_Jk) for a in (q, k))
         half_q, half_k = (jnp.square(a).sum(axis=-1, keepdims=True) / 2 for a in (q, k))
-        most_q = jax.lax.stop_gradient(along_q.max(axis=-1, keepdims=True))
+        most_q = along_q.max(axis=-1, keepdims=True)
         most_k = jnp.where(valid, along_k, -1e30).max(axis=(1, 3), keepdims=True)
-        most_k = jax.lax.stop_gradient(most_k)
+        most_q, most_k = jax.lax.stop_gradient((most_q, most_k))
         phi_q = jnp.exp(along_q - half_q - most_q) + SMALL
         phi_k = jnp.exp(jnp.where(valid, along_k - half_k - most_k, 0)) + SMALL
         phi_k = jnp.where(valid, phi_k, 0)
@@ -218,10 +215,11 @@ class LongShort(EncoderAttention):
         self.window, self.eps = c.long_short.window, c.norm_eps
         shape, axes = (d, h, c.long_short.rank), ("embed", "heads", None)
         self.w_p = weight(rngs, shape, axes, scaled_normal(d))
-        self.near_scale, self.far_scale, self.near_bias, self.far_bias = (
-            weight(rngs, (h, dh), ("heads", None), init, exact=True)
-            for init in (ones, ones, zeros, zeros)
-        )
+        of_head = (h, dh), ("heads", None)
+        self.near_scale = weight(rngs, *of_head, ones, exact=True)
+        self.far_scale = weight(rngs, *of_head, ones, exact=True)
+        self.near_bias = weight(rngs, *of_head, zeros, exact=True)
+        self.far_bias = weight(rngs, *of_head, zeros, exact=True)
 
     def mix(self, q: Array, k: Array, v: Array, x_BLD: Array, valid_BL: Array) -> Array:
         b, length, h, dh = q.shape
@@ -229,8 +227,10 @@ class LongShort(EncoderAttention):
         scores_BLhJ = linear(x_BLD, self.w_p[...].astype(x_BLD.dtype))
         p_BhJL = softmax_over(scores_BLhJ.transpose(0, 2, 3, 1), valid_BL[:, None, None])
         far = (einsum("blhk,bhjl->bjhk", a, p_BhJL) for a in (k, v))
-        far_k, far_v = (self._norm(a, self.far_scale, self.far_bias, q.dtype) for a in far)
-        near = (self._norm(a, self.near_scale, self.near_bias, q.dtype) for a in (k, v))
+        far_norm = self.far_scale[...], self.far_bias[...], self.eps
+        far_k, far_v = (layer_norm(a, *far_norm).astype(q.dtype) for a in far)
+        near_norm = self.near_scale[...], self.near_bias[...], self.eps
+        near = (layer_norm(a, *near_norm).astype(q.dtype) for a in (k, v))
         near_k, near_v, valid = (around(pad_sequence(a, more), w) for a in (*near, valid_BL))
         # From here on by segment (s) of w queries (q), which see 2·w near keys (t).
         q = pad_sequence(q, more).reshape(b, -1, w, h, dh)
@@ -238,18 +238,10 @@ class LongShort(EncoderAttention):
         near_scores = jnp.where(valid[:, :, None, None], near_scores, -1e30)
         far_scores = einsum("bsqhk,bjhk->bshqj", q, far_k)
         scores = jnp.concatenate([near_scores, far_scores], axis=-1) * dh**-0.5
-        weights = softmax_over(scores)
-        near_weights, far_weights = weights[..., : 2 * w], weights[..., 2 * w :]
+        near_weights, far_weights = jnp.split(softmax_over(scores), [2 * w], axis=-1)
         y = einsum("bsthk,bshqt->bsqhk", near_v, near_weights)
         y = y + einsum("bjhk,bshqj->bsqhk", far_v, far_weights)
         return y.reshape(b, -1, h, dh)[:, :length]
-
-    def _norm(self, x: Array, scale: nnx.Param, bias: nnx.Param, dtype: Any) -> Array:
-        """LayerNorm over the last axis of [...,h,k], each head with its own scale and bias."""
-        y = x.astype(jnp.float32)
-        y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
-        return (y * scale[...][None, None] + bias[...][None, None]).astype(dtype)
 
 
 def around(a_BL: Array, window: int) -> Array:
@@ -301,9 +293,8 @@ class Reformer(EncoderAttention):
 
         def at(a_BhLX: Array) -> Array:
             """[B,h,L,X] in sorted order, cut in chunks: [B,h,U,chunks,chunk,X]."""
-            index = order_BhUL.reshape(b, h, u * l, 1)
-            sorted_rows = jnp.take_along_axis(a_BhLX, index, axis=2)
-            return sorted_rows.reshape(*chunks, a_BhLX.shape[-1])
+            rows = jnp.take_along_axis(a_BhLX, order_BhUL.reshape(b, h, u * l, 1), axis=2)
+            return rows.reshape(*chunks, a_BhLX.shape[-1])
 
         own = order_BhUL.reshape(chunks)
         valid = jnp.take_along_axis(valid_BL[:, None, None], order_BhUL, axis=-1).reshape(own.shape)
@@ -325,10 +316,7 @@ class Reformer(EncoderAttention):
         return combined(mixed, total, place_BhUL).transpose(0, 2, 1, 3)[:, :length]
 
     def _sorted(self, hashed_BhLk: Array, valid_BL: Array) -> tuple[Array, Array]:
-        """(int32 [B,h,U,L] every round's tokens in the order of their buckets, the inverse).
-
-        Padding comes last.
-        """
+        """(int32 [B,h,U,L] every round's tokens by bucket, padding last; the inverse)."""
         directions = jax.lax.stop_gradient(self.rotations[...])
         hashed_BhLk = jax.lax.stop_gradient(hashed_BhLk).astype(jnp.float32)
         turned = exact_einsum("bhlk,hkun->bhuln", hashed_BhLk, directions)
@@ -353,10 +341,7 @@ def unit(x: Array) -> Array:
 
 
 def before(a: Array, last_B: Array) -> Array:
-    """The chunk before each of [B,h,U,chunks,…].
-
-    Before a round's first, that is the last one with tokens of the round before.
-    """
+    """The chunk before each of [B,h,U,chunks,…]; a round's first follows the last of another."""
     index = last_B.reshape(-1, *(1,) * (a.ndim - 1))
     index = jnp.broadcast_to(index, (*a.shape[:3], 1, *a.shape[4:]))
     wrapped = jnp.roll(jnp.take_along_axis(a, index, axis=3), 1, axis=2)

@@ -1,10 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; V3, arXiv 2412.19437, section 2.1.1).
 
-Keys and values are projected from a narrow latent of a token. The KV cache holds that latent, and
-one rotary key that all heads share. A query has two parts: Dh numbers without positions, for keys
-made of the latent, and `d_rope` rotated ones, for the shared key. Latents are normalised (RMSNorm).
-Decoding makes no keys or values of earlier tokens: the projections out of the latent are applied to
-the query and to the weighted sum of latents.
+Keys and values are projected from a token's narrow latent (RMSNorm). The KV cache holds that
+latent, and one rotary key that all heads share. A query has Dh numbers without positions, for keys
+made of the latent, and `d_rope` rotated ones, for the shared key. Decoding makes no keys or values
+of earlier tokens: it projects the query, and the weighted sum of latents.
 """
 
 import functools

@@ -72,8 +72,7 @@ def mlp_flops(c: ModelConfig, length: int, training: bool = False) -> float:
 
 
 def tail_shares(c: ModelConfig) -> tuple[float, ...]:
-    """The share of a text's tokens in each tail of an adaptive softmax, by Zipf's law: rank r ~
-    1/r."""
+    """The share of tokens in each tail of an adaptive softmax, by Zipf's law: rank r ~ 1/r."""
     edges = (*c.cutoff_list, c.vocab_size)
     up_to = [math.log(n + 0.5) + 0.57722 for n in edges]  # the harmonic number of n
     return tuple((end - start) / up_to[-1] for start, end in zip(up_to, up_to[1:]))

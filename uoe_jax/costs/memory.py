@@ -1,8 +1,7 @@
-"""Bytes that a layer saves for the backward pass, of decoding caches; parameters a token leaves
-idle.
+"""Bytes saved for the backward pass and of decoding caches; parameters a token leaves idle.
 
-Counted from the configuration, for one device that holds everything. Working memory inside a layer
-is not counted. `models.count` counts parameters.
+Counted from the configuration, for one device that holds everything, without a layer's working
+memory. `models.count` counts parameters.
 """
 
 from uoe_jax.config.schema import ModelConfig, RoutingConfig
@@ -15,9 +14,8 @@ ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 def idle_parameters(c: ModelConfig) -> float:
     """Parameters of the model that a token does not use on average.
 
-    Of N experts a token uses the K it chose, or as many as have a slot for it where those are
-    fewer; under expert choice as many as have a slot. Vectors of the vocabulary and biases of
-    experts count as used.
+    Of N experts a token uses the K it chose, or as many as have a slot for it if those are fewer
+    (or under expert choice). Vectors of the vocabulary and biases of experts count as used.
     """
     idle = ATTENTIONS[c.attention](c, c.block_length).idle if c.attention in ATTENTIONS else 0.0
     for name, r in c.routed().items():
@@ -33,15 +31,12 @@ def idle_parameters(c: ModelConfig) -> float:
 
 
 def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1) -> int:
-    """Bytes one layer saves of `rows` examples for the backward pass, with remat='slots' or
-    'block'.
+    """Bytes one layer saves of `rows` examples for the backward pass.
 
-    'block' saves the layer's input. 'slots' also saves the state between attention and MLP, and of
+    remat='block' saves the layer's input; 'slots' also the state between attention and MLP, and of
     each block the projections at the slots, the heads' outputs, the selection and its logits.
-
-    Args:
-      parts: devices that share the experts (in a dense block, heads and hidden units).
-      stream_parts: devices that share the activations between blocks.
+    `parts` devices share the experts (in a dense block, heads and hidden units), `stream_parts` the
+    activations between blocks.
 
     Raises:
       ValueError: another remat policy, whose choice is the compiler's.
@@ -78,12 +73,9 @@ def _kept_at_slots(c: ModelConfig, r: RoutingConfig, rows: int, width: float, pa
 
 
 def selection_bytes(r: RoutingConfig, rows: int, length: int) -> int:
-    """The selection of one block: patch, validity and weight of every slot, each patch's slot.
-
-    Under `sequence_capacity_factor` also which buffer row holds which row of the batch.
-    """
+    """The selection of one block: patch, validity and weight of every slot, each patch's slot."""
     m, held = r.patches(length), int(rows * r.row_share())
-    bounded = r.sequence_capacity_factor > 0
+    bounded = r.sequence_capacity_factor > 0  # then also which buffer row holds which batch row
     return r.n_experts * (9 * held * r.slots(m) + 4 * rows * m + bounded * 4 * (held + rows))
 
 

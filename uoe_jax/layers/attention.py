@@ -79,8 +79,7 @@ def attend_one(q: Array, k: Array, v: Array, last: Array) -> Array:
 
 def cache_of(k_SGk: Array, places: int) -> Array:
     """Keys or values [...,S,G,k] as a cache holds them, [...,G,places,k]."""
-    k_GSk = k_SGk.swapaxes(-3, -2)
-    return jnp.pad(k_GSk, (*((0, 0),) * (k_GSk.ndim - 2), (0, places - k_GSk.shape[-2]), (0, 0)))
+    return common.pad_sequence(k_SGk.swapaxes(-3, -2), places - k_SGk.shape[-3], axis=-2)
 
 
 def put(cache_GSk: Array, k_Gk: Array, at: Array) -> Array:

@@ -57,11 +57,9 @@ class Norm(nnx.Module):
         self.bias = weight_if(c.norm == "layernorm", rngs, (d,), (None,), zeros, exact=True)
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
         if self.bias is None:
-            return rms_norm(y, self.scale[...], self.eps).astype(x.dtype)
-        y = rms_norm(y - y.mean(-1, keepdims=True), self.scale[...], self.eps)
-        return (y + along_last(self.bias[...], y)).astype(x.dtype)
+            return rms_norm(x, self.scale[...], self.eps).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], self.eps).astype(x.dtype)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -69,6 +67,13 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
     return y * along_last(scale, y)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """float32 LayerNorm over the last axis; scale and bias have the last axes of x."""
+    y = x.astype(jnp.float32)
+    y = rms_norm(y - y.mean(-1, keepdims=True), scale, eps)
+    return y + along_last(bias, y)
 
 
 def along_last(v: Array, like: Array) -> Array:
@@ -173,9 +178,10 @@ class Block(nnx.Module):
         raise NotImplementedError
 
 
-def pad_sequence(a_BL: Array, more: int) -> Array:
-    """[B,L,…] with `more` zeros at the end of every row."""
-    return jnp.pad(a_BL, ((0, 0), (0, more), *((0, 0),) * (a_BL.ndim - 2))) if more else a_BL
+def pad_sequence(a: Array, more: int, axis: int = 1) -> Array:
+    """[B,L,…] with `more` zeros at the end of every row, or of another axis."""
+    widths = [(0, more if i == axis % a.ndim else 0) for i in range(a.ndim)]
+    return jnp.pad(a, widths) if more else a
 
 
 def valid_tokens(segments_BL: Array | None, like: Array) -> Array:
