@@ -17,17 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed.manual import WHOLE, Region
+from uoe_jax.layers import common
 from uoe_jax.layers.attention import attend, group_keys
-from uoe_jax.layers.common import (
-    Block,
-    Outputs,
-    Tokens,
-    add_bias,
-    linear,
-    pad_sequence,
-    rms_norm,
-    rotate,
-)
+from uoe_jax.layers.common import Block, Outputs, Step, Tokens, add_bias, linear
 from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
 
 
@@ -79,28 +71,26 @@ class MLA(Block):
     def _latent(self, x: Array, rotary: Any) -> tuple[Array, Array]:
         """(normalised latent [...,J], rotated shared key [...,d_rope])."""
         both, j = self._matmul(x, self.w_latent), self.latent_scale.shape[0]
-        latent = rms_norm(both[..., :j], self.latent_scale[...], self.eps).astype(self.dtype)
-        return latent, rotate(both[..., None, j:], rotary)[..., 0, :]
+        latent = common.rms_norm(both[..., :j], self.latent_scale[...], self.eps).astype(self.dtype)
+        return latent, common.rotate(both[..., None, j:], rotary)[..., 0, :]
 
     def _narrow(self, x: Array) -> Array:
         assert self.w_down is not None and self.q_scale is not None  # there is a q_rank
         narrow = self._matmul(x, self.w_down)
-        return rms_norm(narrow, self.q_scale[...], self.eps).astype(self.dtype)
+        return common.rms_norm(narrow, self.q_scale[...], self.eps).astype(self.dtype)
 
     def _queries(self, x: Array, rotary: Any) -> Array:
         """[...,H,Dh + d_rope], the latter rotated, from x or its narrow form."""
         q, dh = checkpoint_name(self._matmul(x, self.w_q), "qkv"), self.w_k.shape[-1]
-        return jnp.concatenate([q[..., :dh], rotate(q[..., dh:], rotary)], axis=-1)
+        return jnp.concatenate([q[..., :dh], common.rotate(q[..., dh:], rotary)], axis=-1)
 
     def _matmul(self, x: Array, w: nnx.Param, axes: int = 1) -> Array:
         return linear(x, w[...].astype(self.dtype), axes)
 
     def _start_cache(self, state: Any, tokens: Tokens, context: int) -> MLACache:
-        return MLACache(*(pad_sequence(a, context - a.shape[1]) for a in state))
+        return MLACache(*(common.pad_sequence(a, context - a.shape[1]) for a in state))
 
-    def decode_step(
-        self, x_BD: Array, cache: MLACache, t_B: Array, rotary: Any
-    ) -> tuple[Array, MLACache]:
+    def decode_step(self, x_BD: Array, cache: MLACache, t_B: Array, rotary: Any) -> Step:
         x_BD = x_BD.astype(self.dtype)
         latent_BJ, rotary_Bk = self._latent(x_BD, rotary)
         at, dh = (jnp.arange(x_BD.shape[0]), t_B), self.w_k.shape[-1]

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed.manual import WHOLE, Region
 from uoe_jax.layers import common
-from uoe_jax.layers.common import Block, Outputs, Tokens, add_bias, linear
+from uoe_jax.layers.common import Block, Outputs, Step, Tokens, add_bias, linear
 from uoe_jax.layers.flash import Masks, flash_attention
 from uoe_jax.layers.fused import fits_cudnn, fused
 from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
@@ -191,9 +191,7 @@ class Attention(Block):
         k, v = state
         return DenseCache(cache_of(k, context), cache_of(v, context))
 
-    def decode_step(
-        self, x_BD: Array, cache: DenseCache, t_B: Array, rotary: Any
-    ) -> tuple[Array, DenseCache]:
+    def decode_step(self, x_BD: Array, cache: DenseCache, t_B: Array, rotary: Any) -> Step:
         x_BD = x_BD.astype(self.dtype)
         q, k, v = self._project(x_BD, rotary)
         cache = DenseCache(put(cache.k, k, t_B), put(cache.v, v, t_B))

@@ -142,6 +142,7 @@ class Tokens(NamedTuple):
 
 # What a block gives: y_BLD, statistics where something is routed, what decoding needs of a prompt.
 Outputs = tuple[Array, RoutingStats | None, Any]
+Step = tuple[Array, Any]  # y_BD for one token of each row, the cache with it
 
 
 class Block(nnx.Module):
@@ -173,7 +174,7 @@ class Block(nnx.Module):
         """The cache after a prompt, of which `state` is the third of the outputs."""
         raise NotImplementedError
 
-    def decode_step(self, x_BD: Array, cache: Any, t_B: Array, rotary: Any) -> tuple[Array, Any]:
+    def decode_step(self, x_BD: Array, cache: Any, t_B: Array, rotary: Any) -> Step:
         """(y_BD of token `t_B` of each row, the cache with it); rotary tables are [B,Dh/2]."""
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed.manual import WHOLE, Region
-from uoe_jax.layers.common import GATED, Block, Outputs, Tokens, activate, add_bias, linear
+from uoe_jax.layers.common import GATED, Block, Outputs, Step, Tokens, activate, add_bias, linear
 from uoe_jax.layers.weights import scaled_normal, weight, weight_if, zeros
 
 
@@ -62,5 +62,5 @@ class MLP(Block):
     def _start_cache(self, state: None, tokens: Tokens, context: int) -> tuple[()]:
         return ()
 
-    def decode_step(self, x_BD: Array, cache: Any, t_B: Array, rotary: Any) -> tuple[Array, Any]:
+    def decode_step(self, x_BD: Array, cache: Any, t_B: Array, rotary: Any) -> Step:
         return self._forward(x_BD[:, None])[0][:, 0], cache

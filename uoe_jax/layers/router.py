@@ -12,8 +12,8 @@ from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.layers.common import Tokens, along_last, pad_sequence, valid_mean, valid_tokens
 from uoe_jax.layers.weights import scaled_normal, weight_if, zeros
 from uoe_jax.moe import routing as routing_lib
-from uoe_jax.moe.dispatch import Selection
-from uoe_jax.moe.routing import Decision, RoutingRule, RoutingStats
+from uoe_jax.moe.dispatch import Decision, Selection
+from uoe_jax.moe.routing import RoutingRule, RoutingStats
 
 
 class RouterCache(NamedTuple):
@@ -90,15 +90,14 @@ class Router(nnx.Module):
 
     def decode_step(self, x_BD: Array, cache: RouterCache, t_B: Array) -> RouterCache:
         """Routes token `t_B` of each row: the first token of a patch chooses for all of it."""
+        assert self.kernel is not None  # a causal model routes patches
         r = self.routing
         first_B1 = (t_B % r.patch_size == 0)[:, None]
         opens_window_B1 = first_B1 & (t_B // r.patch_size % r.capacity_window == 0)[:, None]
-        assert self.kernel is not None  # a causal model routes patches
         logits_BN = router_logits(x_BD.astype(jnp.float32), self.kernel, self.bias)
         scores_BN = self.rule.scores(logits_BN)
-        everyone = jnp.ones((x_BD.shape[0], 1), bool)
-        ranked_BN = routing_lib.biased(scores_BN, self._load_bias())
-        chosen_BN = self.rule.choose(ranked_BN[:, None], everyone, r.k)[:, 0]
+        ranked_B1N = routing_lib.biased(scores_BN, self._load_bias())[:, None]
+        chosen_BN = self.rule.choose(ranked_B1N, jnp.ones_like(first_B1), r.k)[:, 0]
         weight_BN = self.rule.weigh(r, logits_BN, scores_BN, chosen_BN)
         taken_BN = jnp.where(opens_window_B1, 0, cache.taken_BN)
         accepted_BN = chosen_BN & (taken_BN < r.window_capacity()) & first_B1

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.layers.attention import attend, attend_one, cache_of, group_keys, placed, put
-from uoe_jax.layers.common import Tokens, add_bias
+from uoe_jax.layers.common import Step, Tokens, add_bias
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert, per_expert_each, per_row
 from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
@@ -109,9 +109,7 @@ class SMHA(Union):
         router = self.router.start_cache(selection, tokens)
         return SMHACache(cache_of(k, places), cache_of(v, places), router)
 
-    def decode_step(
-        self, x_BD: Array, cache: SMHACache, t_B: Array, rotary: Any
-    ) -> tuple[Array, SMHACache]:
+    def decode_step(self, x_BD: Array, cache: SMHACache, t_B: Array, rotary: Any) -> Step:
         x_BD = x_BD.astype(self.dtype)
         router = self.router.decode_step(x_BD, cache.router, t_B)
         q, k, v = self._project(x_BD[None, :, None])

@@ -14,8 +14,9 @@ from uoe_jax.distributed.manual import WHOLE, Region
 from uoe_jax.layers.common import Block, Outputs, Tokens, add_bias, fold, valid_tokens
 from uoe_jax.layers.mlp import MLP
 from uoe_jax.layers.router import Router, patches
-from uoe_jax.moe.dispatch import backend_for, combine_slots, gather_own, gather_rows, gather_slots
-from uoe_jax.moe.routing import UNION, RoutingRule, RoutingStats, Selection
+from uoe_jax.moe import dispatch
+from uoe_jax.moe.dispatch import Selection, combine_slots, gather_own, gather_slots
+from uoe_jax.moe.routing import UNION, RoutingRule, RoutingStats
 
 
 class Slots(NamedTuple):
@@ -113,16 +114,23 @@ class Union(Block):
     def _forward(self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE) -> Outputs:
         p, length = self.routing.patch_size, tokens.positions_BL.shape[1]
         tokens = tokens.padded(length + -length % p)
+        valid_BL = valid_tokens(tokens.segments_BL, tokens.positions_BL)
         inputs = region.gather_inputs(x_BLD.astype(self.dtype))
         shared_BMPD, x_BMPD = (patches(x, p) for x in inputs)
         b, m, _, d = x_BMPD.shape
-        valid_BL = valid_tokens(tokens.segments_BL, tokens.positions_BL)
-        with jax.named_scope("route"):
-            selection, stats = self._select(shared_BMPD, valid_BL.reshape(b, m, p), tokens, region)
-        n, r, c = selection.slots_NRC.shape
-        slots = self._slots(selection, tokens, valid_BL, n * region.shard_index)
+        n = self.routing.n_experts // (region.num_shards or 1)
+        first = n * region.shard_index
+        with jax.named_scope("route"):  # alike on every shard, which then takes its own experts
+            valid_BMP, keys_B = valid_BL.reshape(b, m, p), tokens.folded(0).keys_B
+            decision, stats = self.router(shared_BMPD, valid_BMP, keys_B)
+            if region.num_shards:
+                weights_BMN = region.as_varying(decision.weights_BMN)
+                decision = decision._replace(weights_BMN=weights_BMN).of_experts(first, n)
+            selection = decision.pack()
+        _, r, c = selection.slots_NRC.shape
+        slots = self._slots(selection, tokens, valid_BL, first)
         bounded = bool(self.routing.sequence_capacity_factor)
-        how = backend_for(self.routing.dispatch, x_BMPD.dtype, p, bounded)
+        how = dispatch.backend_for(self.routing.dispatch, x_BMPD.dtype, p, bounded)
         if self.routing.order == "gather":
             with jax.named_scope("dispatch"):
                 x_NRCX = gather_slots(x_BMPD.reshape(b, m, p * d), selection, how)
@@ -149,18 +157,6 @@ class Union(Block):
         """The experts' sum y [...,D] and the shared experts' output for the tokens x [...,D]."""
         return y if self.shared is None else y + self.shared.partial(x)
 
-    def _select(
-        self, x_BMPD: Array, valid_BMP: Array, tokens: Tokens, region: Region
-    ) -> tuple[Selection, RoutingStats]:
-        """The selection of the shard's own experts, and the statistics of all."""
-        decision, stats = self.router(x_BMPD, valid_BMP, tokens.folded(0).keys_B)
-        if region.num_shards:
-            n = self.routing.n_experts // region.num_shards
-            weights_BMN = region.as_varying(decision.weights_BMN)
-            decision = decision._replace(weights_BMN=weights_BMN)
-            decision = decision.of_experts(n * region.shard_index, n)
-        return decision.pack(), stats
-
     def _slots(
         self, selection: Selection, tokens: Tokens, valid_BL: Array, first: int | Array
     ) -> Slots:
@@ -170,7 +166,7 @@ class Union(Block):
 
         def at_slots(values_BLX: Array) -> Array:
             """[B,L,…] to [N,R,S,…]; nothing is differentiated."""
-            rows = gather_rows(values_BLX.reshape(b, m, -1), selection.patch_NRC)
+            rows = dispatch.gather_rows(values_BLX.reshape(b, m, -1), selection.patch_NRC)
             return rows.reshape(n, r, c * p, *values_BLX.shape[2:])
 
         keys_NR, keys_B = None, tokens.folded(1).keys_B

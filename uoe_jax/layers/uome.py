@@ -8,7 +8,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
-from uoe_jax.layers.common import GATED, Tokens, activate, add_bias
+from uoe_jax.layers.common import GATED, Step, Tokens, activate, add_bias
 from uoe_jax.layers.router import RouterCache
 from uoe_jax.layers.union import Slots, Union, per_expert, per_row
 from uoe_jax.layers.weights import scaled_normal, weight, weight_if, zeros
@@ -72,9 +72,7 @@ class UoME(Union):
     def _start_cache(self, state: Any, tokens: Tokens, context: int) -> RouterCache:
         return self.router.start_cache(state[0], tokens)
 
-    def decode_step(
-        self, x_BD: Array, cache: RouterCache, t_B: Array, rotary: Any
-    ) -> tuple[Array, RouterCache]:
+    def decode_step(self, x_BD: Array, cache: RouterCache, t_B: Array, rotary: Any) -> Step:
         x_BD = x_BD.astype(self.dtype)
         cache = self.router.decode_step(x_BD, cache, t_B)
         y_NB1D = self._out(self._project(x_BD[None, :, None]), cache.weight_BN.T[..., None])

@@ -1,16 +1,17 @@
 """Slots: which patch is where (`Selection`), and moving patches to slots and results back.
 
-`gather_slots` and `combine_slots` are each the transpose of the other. Backends:
+`gather_slots` and `combine_slots` are each the transpose of the other. Backends (`backend_for`):
 
-- `inverse` only gathers, forward and backward, through the inverse slot map of the `Selection`: no
-  atomics, deterministic, summed in float32.
+- `inverse` only gathers, forward and backward, through the inverse slot map: no atomics,
+  deterministic, summed in float32.
 - `scatter` lets autodiff turn the gather into a scatter-add and back.
 - `onehot` multiplies by a matrix of zeros and ones, for devices whose gathers are slow: 2·N·C·M·X
   operations each way and a matrix [N,B,C,M], so for large patches, which are few.
 
-`backend_for` chooses. Letters in `layers.common`; X is the P·D values of a patch.
+Letters in `layers.common`; X is the P·D values of a patch.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -55,44 +56,56 @@ def _places(slot_of_BMN: Array, row_of_BN: Array, r: int, c: int) -> Array:
     return jnp.where(slot_of_BMN < c, row_of_BN[:, None] * c + slot_of_BMN, r * c)
 
 
-def all_sequences(b: int, n: int) -> tuple[Array, Array]:
-    """(sequence_NR, row_of_BN) where every expert's buffer has all rows of the batch, in order."""
+Rows = tuple[Array, Array]  # (sequence_NR, row_of_BN) of a `Selection`
+
+
+def all_sequences(b: int, n: int) -> Rows:
+    """Every expert's buffer has all rows of the batch, in order."""
     rows = jnp.arange(b, dtype=jnp.int32)
     return jnp.broadcast_to(rows[None], (n, b)), jnp.broadcast_to(rows[:, None], (b, n))
 
 
-def pack(
-    kept_BMN: Array, weights_BMN: Array, c: int, rows: tuple[Array, Array] | None = None
-) -> Selection:
-    """Numbers the kept patches of each expert in ascending order and lists them by slot.
+class Decision(NamedTuple):
+    """Who takes what, before it is listed by slot."""
 
-    kept_BMN: at most `c` of a row, and none of a row without a buffer row.
-    rows: (sequence_NR, row_of_BN); None: all rows in order (`all_sequences`).
-    """
-    b, m, n = kept_BMN.shape
-    sequence_NR, row_of_BN = rows or all_sequences(b, n)
-    r = sequence_NR.shape[1]
-    slot_of_BMN = jnp.where(kept_BMN, jnp.cumsum(kept_BMN, axis=1, dtype=jnp.int32) - 1, c)
-    filled_BN = kept_BMN.sum(axis=1, dtype=jnp.int32)
-    # An unused buffer row names batch row 0, which is in another row of this expert or in none.
-    rows_1R = jnp.arange(r, dtype=jnp.int32)[None]
-    held_NR = jnp.take_along_axis(row_of_BN.T, sequence_NR, axis=1) == rows_1R
-    filled_NR = jnp.where(held_NR, jnp.take_along_axis(filled_BN.T, sequence_NR, axis=1), 0)
-    valid_NRC = jnp.arange(c, dtype=jnp.int32)[None, None] < filled_NR[..., None]
-    # Every kept patch writes its own slot; the others write past the end and are dropped.
-    rows_BMN = (jnp.arange(n, dtype=jnp.int32)[None] * r + row_of_BN)[:, None]
-    patch_BMN = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32)[None, :, None], (b, m, n))
-    slots = jnp.zeros((n * r, c), jnp.int32).at[rows_BMN, slot_of_BMN].set(patch_BMN, mode="drop")
-    maps = (slots.reshape(n, r, c), valid_NRC, slot_of_BMN, sequence_NR, row_of_BN)
-    # Saved for the backward pass: recomputed, a near tie might fall the other way there.
-    slots_NRC, valid_NRC, slot_of_BMN, sequence_NR, row_of_BN = (
-        checkpoint_name(a, "selection") for a in maps
-    )
-    weights_NBM1 = jnp.transpose(weights_BMN, (2, 0, 1))[..., None]
-    index = _patches(slots_NRC, sequence_NR, m), _places(slot_of_BMN, row_of_BN, r, c)
-    own_NRC = _gather_own(weights_NBM1, *index)[..., 0]
-    weights_NRC = checkpoint_name(jnp.where(valid_NRC, own_NRC, 0), "selection")
-    return Selection(slots_NRC, valid_NRC, weights_NRC, slot_of_BMN, sequence_NR, row_of_BN)
+    kept_BMN: Array  # bool, whether an expert takes a patch; at most `slots` of a row
+    weights_BMN: Array  # float32, the combine weight of every patch in every expert
+    slots: int  # C
+    rows: Rows | None  # under `sequence_capacity_factor`; None: all rows
+
+    def of_experts(self, first: Array | int, n: int) -> "Decision":
+        """The decision of the experts [first, first + n)."""
+        own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n)
+        rows = None if self.rows is None else (own(self.rows[0], axis=0), own(self.rows[1], axis=1))
+        return Decision(own(self.kept_BMN, axis=2), own(self.weights_BMN, axis=2), self.slots, rows)
+
+    def pack(self) -> Selection:
+        """Numbers the kept patches of each expert in ascending order and lists them by slot."""
+        (b, m, n), c = self.kept_BMN.shape, self.slots
+        at = functools.partial(jnp.arange, dtype=jnp.int32)
+        sequence_NR, row_of_BN = self.rows or all_sequences(b, n)
+        r = sequence_NR.shape[1]
+        number_BMN = jnp.cumsum(self.kept_BMN, axis=1, dtype=jnp.int32) - 1
+        slot_of_BMN = jnp.where(self.kept_BMN, number_BMN, c)
+        filled_BN = self.kept_BMN.sum(axis=1, dtype=jnp.int32)
+        # An unused buffer row names batch row 0, which is in another row of this expert or in none.
+        held_NR = jnp.take_along_axis(row_of_BN.T, sequence_NR, axis=1) == at(r)[None]
+        filled_NR = jnp.where(held_NR, jnp.take_along_axis(filled_BN.T, sequence_NR, axis=1), 0)
+        valid_NRC = at(c)[None, None] < filled_NR[..., None]
+        # Every kept patch writes its own slot; the others write past the end and are dropped.
+        place = (at(n)[None] * r + row_of_BN)[:, None], slot_of_BMN
+        patch_BMN = jnp.broadcast_to(at(m)[None, :, None], (b, m, n))
+        slots = jnp.zeros((n * r, c), jnp.int32).at[place].set(patch_BMN, mode="drop")
+        maps = (slots.reshape(n, r, c), valid_NRC, slot_of_BMN, sequence_NR, row_of_BN)
+        # Saved for the backward pass: recomputed, a near tie might fall the other way there.
+        slots_NRC, valid_NRC, slot_of_BMN, sequence_NR, row_of_BN = (
+            checkpoint_name(a, "selection") for a in maps
+        )
+        weights_NBM1 = jnp.transpose(self.weights_BMN, (2, 0, 1))[..., None]
+        index = _patches(slots_NRC, sequence_NR, m), _places(slot_of_BMN, row_of_BN, r, c)
+        own_NRC = _gather_own(weights_NBM1, *index)[..., 0]
+        weights_NRC = checkpoint_name(jnp.where(valid_NRC, own_NRC, 0), "selection")
+        return Selection(slots_NRC, valid_NRC, weights_NRC, slot_of_BMN, sequence_NR, row_of_BN)
 
 
 def backend_for(name: str, dtype: jnp.dtype, patch_size: int, bounded: bool) -> str:

@@ -1,9 +1,8 @@
-"""Routing: logits in, `Decision` out (`decide`); its `pack` lists it by slot as a `Selection`.
+"""Routing: logits in, `dispatch.Decision` out (`decide`).
 
 Pure functions; no parameters, no mesh. Letters in `layers.common`; a sequence is a batch row.
 """
 
-import functools
 from typing import Callable, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.fields import divisors
 from uoe_jax.config.routing import RoutingConfig
-from uoe_jax.moe.dispatch import Selection, pack
+from uoe_jax.moe.dispatch import Decision, Rows
 
 
 class RoutingStats(NamedTuple):
@@ -143,13 +142,8 @@ UNION = RoutingRule(
 )
 
 
-def bound_sequences(
-    chosen_BN: Array, scores_BN: Array, group: int, capacity: int
-) -> tuple[Array, Array]:
-    """For each expert at most `capacity` of every `group` consecutive rows, the best scores.
-
-    Gives (sequence_NR, row_of_BN) of a `Selection`, R = capacity·B/group rows an expert.
-    """
+def bound_sequences(chosen_BN: Array, scores_BN: Array, group: int, capacity: int) -> Rows:
+    """For each expert at most `capacity` of every `group` consecutive rows, the best scores."""
     b, n = chosen_BN.shape
     if b % group:
         rows = f"the {b} rows of the batch: {divisors(b)}"
@@ -163,26 +157,6 @@ def bound_sequences(
     at, rows_1R = (jnp.arange(n)[:, None], sequence_NR), jnp.arange(r, dtype=jnp.int32)[None]
     row_of_NB = jnp.full((n, b), r, jnp.int32).at[at].set(rows_1R, mode="drop")
     return jnp.where(sequence_NR < b, sequence_NR, 0), row_of_NB.T
-
-
-class Decision(NamedTuple):
-    """Who takes what, before it is listed by slot."""
-
-    kept_BMN: Array  # bool, whether an expert takes a patch; at most `slots` of a row
-    weights_BMN: Array  # float32, the combine weight of every patch in every expert
-    slots: int  # C
-    # (sequence_NR, row_of_BN) of a `Selection` under `sequence_capacity_factor`; None: all rows
-    rows: tuple[Array, Array] | None
-
-    def pack(self) -> Selection:
-        """The slots of every expert."""
-        return pack(self.kept_BMN, self.weights_BMN, self.slots, self.rows)
-
-    def of_experts(self, first: Array | int, n: int) -> "Decision":
-        """The decision of the experts [first, first + n)."""
-        own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n)
-        rows = None if self.rows is None else (own(self.rows[0], axis=0), own(self.rows[1], axis=1))
-        return Decision(own(self.kept_BMN, axis=2), own(self.weights_BMN, axis=2), self.slots, rows)
 
 
 def decide(
