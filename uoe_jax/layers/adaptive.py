@@ -112,9 +112,24 @@ class AdaptiveHead(nnx.Module):
         """-log p of the targets, float32 [B,L]; the scores of all tokens never exist at once."""
 
         def on_shard(weights: Any, x: Array, targets_BL: Array, region: Region) -> Result:
-            target_T = region.local_tokens(targets_BL).reshape(-1)
-            pieces, x_TD = self._pieces(weights, None), x.reshape(-1, x.shape[-1])
-            return _nll(pieces, self.cutoffs, x_TD, target_T).reshape(x.shape[:-1]), None
+            (first_vD, _), *tails = self._pieces(weights, None)
+            target_T, n = region.local_tokens(targets_BL).reshape(-1), len(tails) + 1
+            after_T = target_T[:, None] >= jnp.array(self.cutoffs, jnp.int32)[None]
+            piece_T = after_T.sum(axis=-1, dtype=jnp.int32)
+            order_T = jnp.argsort(piece_T)
+            x_TD, target_T, piece_T = (
+                a.at[order_T].get(unique_indices=True)
+                for a in (x.reshape(-1, x.shape[-1]), target_T, piece_T)
+            )
+            starts = [(piece_T < i).sum(dtype=jnp.int32) for i in range(n + 1)]
+            in_first_T = jnp.where(piece_T == 0, target_T, self.cutoffs[0] - 1 + piece_T)
+            all_T = jnp.zeros_like(starts[0]), jnp.full_like(starts[0], target_T.shape[0])
+            nll_T = chunked_nll(x_TD, first_vD, in_first_T, *all_T)
+            for i, (table_vd, projection_Dd) in enumerate(tails):
+                y_Td, in_piece_T = _narrow(x_TD, projection_Dd), target_T - self.cutoffs[i]
+                nll_T += chunked_nll(y_Td, table_vd, in_piece_T, starts[i + 1], starts[i + 2])
+            nll_T = jnp.zeros_like(nll_T).at[order_T].set(nll_T, unique_indices=True)
+            return nll_T.reshape(x.shape[:-1]), None
 
         mesh = mesh_lib.current()
         by_shard = mesh is not None and x_BLD.shape[1] % mesh.shape["expert"] == 0
@@ -136,21 +151,3 @@ class AdaptiveHead(nnx.Module):
 
 def _narrow(x: Array, projection_Dd: Array | None) -> Array:
     return x if projection_Dd is None else x @ projection_Dd.astype(x.dtype)
-
-
-def _nll(pieces: list[Piece], cutoffs: tuple[int, ...], x_TD: Array, target_T: Array) -> Array:
-    """-log p of the targets, float32 [T]."""
-    after_T = target_T[:, None] >= jnp.array(cutoffs, jnp.int32)[None]
-    piece_T = after_T.sum(axis=-1, dtype=jnp.int32)
-    order_T = jnp.argsort(piece_T)
-    x_TD, target_T, piece_T = (
-        a.at[order_T].get(unique_indices=True) for a in (x_TD, target_T, piece_T)
-    )
-    starts = [(piece_T < i).sum(dtype=jnp.int32) for i in range(len(pieces) + 1)]
-    in_first_T = jnp.where(piece_T == 0, target_T, cutoffs[0] - 1 + piece_T)
-    all_T = jnp.zeros_like(starts[0]), jnp.full_like(starts[0], target_T.shape[0])
-    nll_T = chunked_nll(x_TD, pieces[0][0], in_first_T, *all_T)
-    for i, (table_vd, projection_Dd) in enumerate(pieces[1:], 1):
-        y_Td, in_piece_T = _narrow(x_TD, projection_Dd), target_T - cutoffs[i - 1]
-        nll_T += chunked_nll(y_Td, table_vd, in_piece_T, starts[i], starts[i + 1])
-    return jnp.zeros_like(nll_T).at[order_T].set(nll_T, unique_indices=True)

@@ -37,22 +37,16 @@ class Masks(NamedTuple):
 
 
 def flash_attention(
-    q_AQSk: Array,
-    k_ASk: Array,
-    v_ASe: Array,
-    masks: Masks,
-    causal: bool,
-    drop_rate: float = 0.0,
-    scale: float = 1.0,
+    q: Array, k: Array, v: Array, masks: Masks, causal: bool, drop_rate: float, scale: float
 ) -> Array:
-    """softmax(scale·q·kᵀ)·v in the dtype of the queries, [A,Q,S,e]; computed in float32.
+    """softmax(scale·q·kᵀ)·v in the dtype of q [A,Q,S,k] over k [A,S,k] and v [A,S,e]: [A,Q,S,e].
 
-    Every query must attend to something: under a causal mask and in a segment it attends to itself.
+    Computed in float32. Every query must attend to something, such as itself.
     """
-    s, drop_rate = q_AQSk.shape[2], 0.0 if masks.keys_A is None else drop_rate
+    s, drop_rate = q.shape[2], 0.0 if masks.keys_A is None else drop_rate
     tiling = Tiling(causal, tiles.tile(s), s, drop_rate, scale)
     more = -s % tiling.side
-    qkv = (pad_sequence(a, more, axis=-2) for a in (q_AQSk, k_ASk, v_ASe))
+    qkv = (pad_sequence(a, more, axis=-2) for a in (q, k, v))
     if masks.segments_AS is not None:
         masks = masks._replace(segments_AS=pad_sequence(masks.segments_AS, more))
     return _attention(*qkv, masks, tiling)[:, :, :s]

@@ -4,7 +4,7 @@ Letters in `layers.common`. The stack is one `Layer` whose weights have a leadin
 scanned over, so that compile time does not grow with depth.
 """
 
-from typing import Any, Callable, NamedTuple, TypeVar
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.layers import common
 from uoe_jax.layers.adaptive import AdaptiveHead, embed, make_vocabulary
 from uoe_jax.layers.attention import Attention, options
-from uoe_jax.layers.common import Block, Norm, Tokens, positions_like
+from uoe_jax.layers.common import Block, Norm, Step, Tokens, positions_like
 from uoe_jax.layers.mlp import MLP, mlp_options
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.union import Union
@@ -29,16 +29,15 @@ from uoe_jax.layers.weights import scaled_normal, weight, weight_if
 from uoe_jax.moe.routing import RoutingStats
 
 Layers = tuple[nnx.State, ...]  # the weights of every layer
-M = TypeVar("M", bound=nnx.Module)
 Stats = dict[str, RoutingStats]  # by name of the routed block; leaves stacked over layers
 
 
 class Cache(NamedTuple):
-    """Decoding state: the caches of every layer, and int32 [B] the next token's position."""
+    """Decoding state."""
 
-    attention: tuple[Any, ...]
+    attention: tuple[Any, ...]  # the blocks' caches, by layer
     mlp: tuple[Any, ...]
-    next_B: Array
+    next_B: Array  # int32, the next token's position
 
 
 def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -83,32 +82,31 @@ class Layer(nnx.Module):
                 found[self.names[i]] = stats
         return x_BLD, found
 
+    def _each(self, x: Array, apply: Callable[[int, Block, Array], tuple[Array, Any]]) -> Any:
+        """(x after the layer in evaluation, what `apply(i, block, norm(x))` gives beside y)."""
+        found = []
+        for i, (norm, block) in enumerate(self._blocks()):
+            y, more = apply(i, block, norm(x))
+            x = x + y
+            found.append(more)
+        return x, tuple(found)
+
     def routes(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, dict[str, Array]]:
-        """(x_BLD after the layer in evaluation, `Union.routed`'s weights by the union's name)."""
-        found = {}
-        for name, (norm, block) in zip(self.names, self._blocks()):
+        """(x_BLD, `Union.routed`'s weights by the union's name)."""
+
+        def routed(i: int, block: Block, x_BLD: Array) -> tuple[Array, Array | None]:
             if isinstance(block, Union):
-                y_BLD, found[name] = block.routed(norm(x_BLD), tokens)
-            else:
-                y_BLD, _ = block(norm(x_BLD), tokens)
-            x_BLD = x_BLD + y_BLD
-        return x_BLD, found
+                return block.routed(x_BLD, tokens)
+            return block(x_BLD, tokens)[0], None
+
+        x_BLD, found = self._each(x_BLD, routed)
+        return x_BLD, {name: w for name, w in zip(self.names, found) if w is not None}
 
     def prefill(self, x_BLD: Array, tokens: Tokens, context: int) -> tuple[Array, tuple[Any, ...]]:
-        caches = []
-        for norm, block in self._blocks():
-            y_BLD, cache = block.prefill(norm(x_BLD), tokens, context)
-            x_BLD = x_BLD + y_BLD
-            caches.append(cache)
-        return x_BLD, tuple(caches)
+        return self._each(x_BLD, lambda i, block, x: block.prefill(x, tokens, context))
 
-    def decode_step(self, x_BD: Array, caches: Any, t_B: Array, rotary: Any) -> tuple[Array, Any]:
-        new = []
-        for (norm, block), cache in zip(self._blocks(), caches):
-            y_BD, cache = block.decode_step(norm(x_BD), cache, t_B, rotary)
-            x_BD = x_BD + y_BD
-            new.append(cache)
-        return x_BD, tuple(new)
+    def decode_step(self, x_BD: Array, caches: Any, t_B: Array, rotary: Any) -> Step:
+        return self._each(x_BD, lambda i, block, x: block.decode_step(x, caches[i], t_B, rotary))
 
 
 # What the backward pass may keep of a layer; everything else is recomputed, and weights are
@@ -125,10 +123,13 @@ class Stack(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         c = self.config = config
-        shape, init = (c.block_length, c.d_model), scaled_normal(c.d_model)
-        learned = c.position == "learned"
-        self.positions = weight_if(learned, rngs, shape, (None, "embed"), init)
-        self.layers = _stack(lambda r: Layer(c, rngs=r), c.n_layers, rngs.params())
+        table = (c.block_length, c.d_model), (None, "embed"), scaled_normal(c.d_model)
+        self.positions = weight_if(c.position == "learned", rngs, *table)
+        # One layer, whose weights are those of separately initialised ones on a leading layer axis.
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: Layer(c, rngs=nnx.Rngs(0))))
+        one = lambda key: nnx.state(Layer(c, rngs=nnx.Rngs(params=key)))  # noqa: E731
+        stacked = jax.vmap(one)(jax.random.split(rngs.params(), c.n_layers))
+        self.layers = nnx.merge(graphdef, stacked)
         self.norm = Norm(c, rngs=rngs)
 
     def _scan(self, f: Callable[[Layer, Any], tuple[Any, Any]], x: Array) -> tuple[Any, Any]:
@@ -163,10 +164,9 @@ class Stack(nnx.Module):
 
     def rotary(self, positions: Array) -> tuple[Array, Array] | None:
         """Rotary tables, where the model has them."""
-        c = self.config
-        if c.position != "rope":
-            return None
-        return common.rotary_tables(positions, c.rotary_dim, c.rope_theta, c.rope_stretch)
+        c, tables = self.config, common.rotary_tables
+        sizes = c.rotary_dim, c.rope_theta, c.rope_stretch
+        return tables(positions, *sizes) if c.position == "rope" else None
 
 
 class Transformer(Stack):
@@ -244,8 +244,8 @@ class Transformer(Stack):
     ) -> tuple[Array, Cache]:
         """Appends one token to each row; returns (logits float32 [B,V] of the next one, cache).
 
-        Layers are unrolled, so that a donated cache is updated in place. layers: from `each_layer`,
-        once for all steps; None: sliced from the stacked weights in every step, which is slower.
+        Layers are unrolled, so that a donated cache is updated in place. layers: `each_layer`'s,
+        once for all steps; slicing them from the stacked weights in every step is slower.
         """
         with mesh_lib.by_partitioner():
             t_B, caches = cache.next_B, []
@@ -253,8 +253,7 @@ class Transformer(Stack):
             graphdef = nnx.graphdef(self.layers)
             each = zip(layers or self.each_layer(), cache.attention, cache.mlp, strict=True)
             for weights, *own in each:
-                layer = nnx.merge(graphdef, weights)
-                x_BD, new = layer.decode_step(x_BD, tuple(own), t_B, rotary)
+                x_BD, new = nnx.merge(graphdef, weights).decode_step(x_BD, own, t_B, rotary)
                 caches.append(new)
             attention, mlp = zip(*caches)
             return self._logits(x_BD), Cache(attention, mlp, t_B + 1)
@@ -280,10 +279,3 @@ class Transformer(Stack):
         head = self.embedding if self.head is None else self.head
         assert isinstance(head, nnx.Param)  # vectors in pieces have an AdaptiveHead
         return head, self.head is None
-
-
-def _stack(make: Callable[[nnx.Rngs], M], n: int, key: Array) -> M:
-    """One module with the weights of `n` separately initialised ones on a leading layer axis."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    states = jax.vmap(lambda k: nnx.split(make(nnx.Rngs(params=k)))[1])(jax.random.split(key, n))
-    return nnx.merge(graphdef, states)
