@@ -1,7 +1,7 @@
 """Efficient attentions of encoders: dense attention's projections, another way to mix the values.
 
-None of them can be causal here. A row's padding comes last and changes nothing: where the authors
-cut the padded length in pieces, the row's own number of tokens is cut.
+None can be causal here. Padding comes last and changes nothing: where the authors cut the padded
+length in pieces, the row's own number of tokens is cut.
 """
 
 import functools
@@ -60,8 +60,7 @@ class Linformer(EncoderAttention):
 
     Wang et al. 2020, arXiv 2006.04768. K̄ = EᵀK and V̄ = FᵀV with E, F [L,J] that all heads share,
     and softmax attention over these J. Padding is zero in both sums. E and F belong to positions,
-    so the context length is part of the model. Of the authors' ways to share projections: one for
-    all heads of a layer, keys and values apart.
+    so the context length is part of the model.
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -85,10 +84,9 @@ class Nystromformer(EncoderAttention):
 
     Xiong et al. 2021, arXiv 2102.03902. softmax(Q·K̃ᵀ) · pinv(softmax(Q̃·K̃ᵀ)) · softmax(Q̃·Kᵀ)·V,
     the pseudo-inverse by iterated products, plus a depthwise convolution of the values over the
-    tokens. Landmark j is the mean of the tokens ⌊j·n/J⌋ to ⌊(j+1)·n/J⌋ of a row of n tokens without
-    its padding; the authors cut the padded length, which is the same for full rows that J divides.
-    The first guess of the inverse is made for every head of every row by itself (the authors'
-    default takes a maximum over the batch).
+    tokens. Landmark j is the mean of the tokens ⌊j·n/J⌋ to ⌊(j+1)·n/J⌋ of a row's n tokens. The
+    first guess of the inverse is of every head and row by itself (the authors' default takes a
+    maximum over the batch).
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -115,17 +113,13 @@ class Nystromformer(EncoderAttention):
         y_BLhk = exact_einsum("bhlj,bhjk->blhk", to_few_BhLJ, few_BhJk)
         if self.w_conv is None:
             return y_BLhk
-        return y_BLhk + convolved(v * valid_BL[..., None, None].astype(v.dtype), self.w_conv)
-
-
-def convolved(v: Array, w_conv: nnx.Param) -> Array:
-    """v convolved over the tokens, each head with its own kernel: float32 [B,L,h,k]."""
-    b, length, h, dh = v.shape
-    rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
-    kernel = w_conv[...].T[:, None].astype(v.dtype)  # [width,1,h]
-    form = dict(dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=jnp.float32)
-    y = jax.lax.conv_general_dilated(rows, kernel, (1,), "SAME", feature_group_count=h, **form)
-    return y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
+        b, length, h, dh = v.shape
+        v = v * valid_BL[..., None, None].astype(v.dtype)
+        rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
+        kernel = self.w_conv[...].T[:, None].astype(v.dtype)  # [width,1,h]
+        form = dict(dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=jnp.float32)
+        y = jax.lax.conv_general_dilated(rows, kernel, (1,), "SAME", feature_group_count=h, **form)
+        return y_BLhk + y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
 
 
 def landmark_means(valid_BL: Array, n: int) -> tuple[Array, Array]:
@@ -156,9 +150,7 @@ class Performer(EncoderAttention):
     Choromanski et al. 2020, arXiv 2009.14794. exp(q·k) is the mean of φ(q)·φ(k) over J random
     directions w, with φ(x) = exp(w·x − ‖x‖²/2); keys and values are then summed once for all
     queries. Directions are orthogonal in blocks of Dh, with the length of normal vectors, drawn
-    once with the weights and shared by the heads of a layer (the authors can redraw them in
-    training). Padding has no features φ(k), and the maximum subtracted in the exponents is of a
-    row's own tokens.
+    once with the weights and shared by a layer's heads (the authors can redraw them in training).
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -204,9 +196,8 @@ class LongShort(EncoderAttention):
     Zhu et al. 2021, arXiv 2107.02192. A token attends, in one softmax, to the tokens of its own
     segment of w and of half a segment on either side, and to J dynamic projections of the whole
     row: P = softmax over the tokens of X·W_p, by head, K̄ = PᵀK, V̄ = PᵀV (equation 3). Both kinds
-    have a LayerNorm of their own (DualLN), here of every head by itself (the authors norm all heads
-    as one vector); K̄ and V̄ are made of keys and values as projected (the authors' code norms
-    these first). Padding is left out of both.
+    have a LayerNorm of their own (DualLN), here of every head by itself (the authors': of all heads
+    as one vector); K̄ and V̄ are of keys and values as projected (the authors' code norms first).
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -261,11 +252,9 @@ class Reformer(EncoderAttention):
     are sorted by bucket, cut in chunks, and attend to their own chunk and the one before it, the
     first of a round to the last of the round before. A token attends to itself only where there is
     nothing else. Rounds are weighed by their softmax totals, and a pair that meets in several
-    rounds counts in each (the paper divides by their number, N_ij; the implementation that this
-    equals does not). Rotary positions, which the authors do not have, turn what is compared and not
-    what is hashed. Directions are drawn once with the weights (the authors' at every step). Padding
-    is sorted to the end and belongs to no chunk; the last chunk is the last one with tokens. A full
-    row has two buckets a chunk.
+    rounds counts in each (the paper divides by their number; the authors' code does not). Rotary
+    positions turn what is compared and not what is hashed. Directions are drawn once with the
+    weights (the authors': at every step). A full row has two buckets a chunk.
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -312,8 +301,11 @@ class Reformer(EncoderAttention):
         scores = jnp.where(valid[..., None, :], scores, -1e30)
         total = jax.nn.logsumexp(scores, axis=-1)
         mixed = einsum("bhucsk,bhucqs->bhucqk", values, jnp.exp(scores - total[..., None]))
-        mixed, total = mixed.reshape(b, h, u, l, dh), total.reshape(b, h, u, l)
-        return combined(mixed, total, place_BhUL).transpose(0, 2, 1, 3)[:, :length]
+        # The rounds' values in the tokens' order, weighed by a softmax of their totals.
+        total_BhUL = jnp.take_along_axis(total.reshape(b, h, u, l), place_BhUL, axis=-1)
+        mixed = jnp.take_along_axis(mixed.reshape(b, h, u, l, dh), place_BhUL[..., None], axis=3)
+        y_BhLk = (mixed * jax.nn.softmax(total_BhUL, axis=2)[..., None]).sum(axis=2)
+        return y_BhLk.transpose(0, 2, 1, 3)[:, :length]
 
     def _sorted(self, hashed_BhLk: Array, valid_BL: Array) -> tuple[Array, Array]:
         """(int32 [B,h,U,L] every round's tokens by bucket, padding last; the inverse)."""
@@ -324,13 +316,6 @@ class Reformer(EncoderAttention):
         bucket_BhUL = jnp.where(valid_BL[:, None, None], bucket_BhUL, 2 * directions.shape[-1])
         order_BhUL = jnp.argsort(bucket_BhUL, axis=-1, stable=True).astype(jnp.int32)
         return order_BhUL, jnp.argsort(order_BhUL, axis=-1).astype(jnp.int32)
-
-
-def combined(mixed_BhULk: Array, total_BhUL: Array, place_BhUL: Array) -> Array:
-    """[B,h,L,k]: the rounds' values in the tokens' order, weighed by a softmax of their totals."""
-    total_BhUL = jnp.take_along_axis(total_BhUL, place_BhUL, axis=-1)
-    mixed_BhULk = jnp.take_along_axis(mixed_BhULk, place_BhUL[..., None], axis=3)
-    return (mixed_BhULk * jax.nn.softmax(total_BhUL, axis=2)[..., None]).sum(axis=2)
 
 
 def unit(x: Array) -> Array:

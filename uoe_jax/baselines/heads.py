@@ -23,9 +23,9 @@ class MoSA(SMHA):
 
     Piękos, Csordás, Schmidhuber 2025, arXiv 2505.00315. A head takes the `capacity_factor`·L tokens
     with the highest sigmoid router scores, attends among them at their true positions, and scales
-    its output by the scores: an SMHA of one head an expert. Which tokens are best depends on later
-    ones, so this is for encoders: the authors' language models mask by position among tokens chosen
-    with knowledge of the future. They also add some dense heads, and rotate half of a head.
+    its output by the scores: an SMHA of one head an expert. For encoders: the authors' language
+    models mask by position among tokens chosen with knowledge of the future. They also add some
+    dense heads, and rotate half of a head.
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -52,27 +52,21 @@ class MoH(Attention):
         self.w_shared = weight_if(s > 1, rngs, (d, s), axes, init, exact=True)
         self.w_kinds = weight_if(s, rngs, (d, 2), axes, init, exact=True)
 
-    def weights(self, x_BLD: Array) -> tuple[Array, Array, Array]:
-        """(float32 [B,L,H] of every head; of routed ones [B,L,H−S] logits, bool the choice)."""
-        x = x_BLD.astype(jnp.float32)
-        logits = router_logits(x, self.w_routed)
-        scores = jax.nn.softmax(logits)
-        chosen = choose_experts(scores, jnp.ones(scores.shape[:2], bool), self.k)
-        routed = rescaled(scores, chosen, self.k)
-        if self.w_kinds is None:
-            return routed, logits, chosen
-        kinds = 2 * jax.nn.softmax(router_logits(x, self.w_kinds))
-        shared = kinds[..., :1]
-        if self.w_shared is not None:
-            shared *= self.n_shared * jax.nn.softmax(router_logits(x, self.w_shared))
-        return jnp.concatenate([shared, kinds[..., 1:] * routed], axis=-1), logits, chosen
-
     def _weighed(
         self, o: Array, x_BLD: Array, segments_BL: Array | None, region: Region
     ) -> tuple[Array, RoutingStats]:
-        weights_BLH, logits, chosen = self.weights(x_BLD)
+        x, valid_BL = x_BLD.astype(jnp.float32), valid_tokens(segments_BL, x_BLD)
+        logits = router_logits(x, self.w_routed)
+        scores = jax.nn.softmax(logits)
+        chosen = choose_experts(scores, jnp.ones(scores.shape[:2], bool), self.k)
+        weights_BLH = rescaled(scores, chosen, self.k)
+        if self.w_kinds is not None:
+            kinds = 2 * jax.nn.softmax(router_logits(x, self.w_kinds))
+            shared = kinds[..., :1]
+            if self.w_shared is not None:
+                shared *= self.n_shared * jax.nn.softmax(router_logits(x, self.w_shared))
+            weights_BLH = jnp.concatenate([shared, kinds[..., 1:] * weights_BLH], axis=-1)
         h, weights_BLH = o.shape[2], region.as_varying(weights_BLH)
         own_BLh = jax.lax.dynamic_slice_in_dim(weights_BLH, h * region.shard_index, h, axis=2)
-        valid_BL = valid_tokens(segments_BL, x_BLD)
         chosen = chosen & valid_BL[..., None]
         return o * own_BLh[..., None].astype(o.dtype), statistics(logits, chosen, chosen, valid_BL)

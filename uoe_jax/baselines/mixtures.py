@@ -1,9 +1,8 @@
 """The five mixtures of experts, chosen by `model.mlp`: a `UoME` with another `RoutingRule` each.
 
-A mixture's experts are small MLPs of their own, never parts of one; shared experts take every
-token. They are routed, dispatched and combined as unions are, over the mesh axis `expert`. Capacity
-is counted inside a row, and the balance loss is of each row by itself, so that a row does not
-depend on the rest of the batch; the authors count both over the batch.
+A mixture's experts are small MLPs of their own, never parts of one. Capacity and the balance loss
+are of each row by itself, so that a row does not depend on the rest of the batch; the authors count
+both over the batch.
 """
 
 from typing import Callable
@@ -28,10 +27,7 @@ SIGMOID = UNION._replace(
 
 
 class Mixture(UoME):
-    """N routed experts of hidden width `d_expert`, and `n_shared` more as one MLP for every token.
-
-    With biases, hidden units of the routed experts have theirs, and the block has one output bias.
-    """
+    """N routed experts of width `d_expert`, and `n_shared` more as one MLP for every token."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         moe, width, options = c.moe, c.d_expert, mlp_options(c)
@@ -52,9 +48,9 @@ def token_choice(moe: MoEConfig) -> RoutingRule:
     K = 1 is the Switch Transformer (Fedus, Zoph, Shazeer 2021, arXiv 2101.03961), whose output is
     scaled by the softmax probability; K > 1 is GShard (Lepikhin et al. 2020, arXiv 2006.16668) and
     Mixtral (Jiang et al. 2024, arXiv 2401.04088), whose chosen probabilities are rescaled to sum
-    to 1. GShard counts capacity in groups across the batch and serves first choices before second
-    ones; here it is counted in windows of a row, token by token, as a causal model must. GShard's
-    balance loss counts first choices, here all K; it draws the second expert, here the second best.
+    to 1. GShard counts capacity in groups across the batch, first choices first; here it is counted
+    in windows of a row, token by token, as a causal model must. GShard's balance loss counts first
+    choices, here all K; it draws the second expert, here the second best.
     """
     if moe.k == 1:
         return SOFTMAX
@@ -81,9 +77,8 @@ def deepseek_moe(moe: MoEConfig) -> RoutingRule:
     2.1.2): experts are chosen by sigmoid(logit) + load-balancing bias (`model.moe.bias_rate`) and
     weighed by the chosen sigmoids rescaled to sum to `model.moe.scale`. The balance loss is over
     the sigmoids rescaled to sum to 1, and counts the choices made with the bias (equation 18:
-    without it). Tokens beyond an expert's capacity are dropped, which DeepSeek does not do: `uoe
-    compare` sets capacity_factor = N / K, with which none is. V3's limit to a few groups of experts
-    is left out.
+    without it). Tokens beyond an expert's capacity are dropped, which DeepSeek does not do; with
+    capacity_factor = N / K none is. V3's limit to a few groups of experts is left out.
     """
     if moe.score == "softmax":
         return SOFTMAX
@@ -96,25 +91,21 @@ def xmoe(moe: MoEConfig) -> RoutingRule:
     """Small experts, of which a token takes as many as it needs.
 
     Yang et al. 2024, arXiv 2403.18926. A token takes its best experts until their softmax
-    probabilities sum to `model.moe.threshold`, each weighed by its probability. Capacity is that of
-    K experts a token: K is how many are expected. An untrained router chooses nearly all, and slots
-    go by position, as a causal model must (the authors': first choices first); capacity_factor =
-    N/K drops nothing. The balance loss counts all choices (the authors': first choices).
+    probabilities sum to `model.moe.threshold`, each weighed by its probability. K is how many are
+    expected, for the capacity. An untrained router chooses nearly all, and slots go by position
+    (the authors': first choices first); capacity_factor = N/K drops nothing. The balance loss
+    counts all choices (the authors': first choices).
     """
-    return SOFTMAX._replace(choose=lambda scores, valid, k: until(scores, valid, moe.threshold))
 
+    def choose(scores: Array, valid: Array, k: int) -> Array:
+        scores = jax.lax.stop_gradient(scores)
+        order = jnp.argsort(-scores, axis=-1, stable=True)  # the lower index wins a tie
+        descending = jnp.take_along_axis(scores, order, axis=-1)
+        wanted = jnp.cumsum(descending, axis=-1) - descending < moe.threshold
+        rank = jnp.argsort(order, axis=-1)
+        return jnp.take_along_axis(wanted, rank, axis=-1) & valid[..., None]
 
-def until(scores: Array, valid: Array, threshold: float) -> Array:
-    """bool [...,N]: each valid token's best experts until their scores sum to the threshold.
-
-    An expert is chosen if the better ones alone stay below it; the lower index wins a tie.
-    """
-    scores = jax.lax.stop_gradient(scores)
-    order = jnp.argsort(-scores, axis=-1, stable=True)
-    descending = jnp.take_along_axis(scores, order, axis=-1)
-    wanted = jnp.cumsum(descending, axis=-1) - descending < threshold
-    rank = jnp.argsort(order, axis=-1)
-    return jnp.take_along_axis(wanted, rank, axis=-1) & valid[..., None]
+    return SOFTMAX._replace(choose=choose)
 
 
 def skywork_moe(moe: MoEConfig) -> RoutingRule:
@@ -140,10 +131,5 @@ def skywork_moe(moe: MoEConfig) -> RoutingRule:
     )
 
 
-RULES: dict[str, Callable[[MoEConfig], RoutingRule]] = {
-    "token_choice": token_choice,
-    "expert_choice": expert_choice,
-    "deepseek_moe": deepseek_moe,
-    "xmoe": xmoe,
-    "skywork_moe": skywork_moe,
-}
+_RULES = (token_choice, expert_choice, deepseek_moe, xmoe, skywork_moe)
+RULES: dict[str, Callable[[MoEConfig], RoutingRule]] = {f.__name__: f for f in _RULES}

@@ -24,10 +24,8 @@ from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
 
 
 class MLACache(NamedTuple):
-    """Latents [B,context,J] and rotated shared keys [B,context,d_rope]."""
-
-    latent: Array
-    rotary: Array
+    latent: Array  # [B,context,J]
+    rotary: Array  # rotated shared keys [B,context,d_rope]
 
 
 class MLA(Block):

@@ -21,13 +21,11 @@ class Cost(NamedTuple):
 
 
 def dense(c: ModelConfig, length: int) -> Cost:
-    """Full attention, the reference."""
     core = 4 * c.n_heads * c.head_dim * computed_scores(length, c.causal)
     return _with_projections(c, length, core)._replace(sums=length * c.n_heads)
 
 
 def _with_projections(c: ModelConfig, length: int, core: float) -> Cost:
-    """Of a block with the dense block's projections around another core."""
     width = c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)
     return Cost(2 * length * c.d_model * width + core, core, length * width)
 

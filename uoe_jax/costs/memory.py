@@ -63,20 +63,15 @@ def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1)
 
 def _kept_at_slots(c: ModelConfig, r: RoutingConfig, rows: int, width: float, parts: int) -> int:
     """Bytes of `width` values at the slots of `rows` rows, the selection, and its logits."""
+    m, held = r.patches(c.block_length), int(rows * r.row_share())
     at_slots = r.slot_tokens(c.block_length) * r.row_share()
     kept = int(ITEM_SIZE[c.dtype] * rows * at_slots * width) // parts
-    kept += selection_bytes(r, rows, c.block_length) // parts
-    if r.unit == "sequence":
-        return kept
+    # Patch, validity and weight of every slot, each patch's slot; which buffer row holds which row.
+    bounded = r.sequence_capacity_factor > 0
+    selection = 9 * held * r.slots(m) + 4 * rows * m + bounded * 4 * (held + rows)
+    kept += r.n_experts * selection // parts
     # Every device has the logits of all experts.
-    return kept + 4 * r.n_experts * rows * r.patches(c.block_length)
-
-
-def selection_bytes(r: RoutingConfig, rows: int, length: int) -> int:
-    """The selection of one block: patch, validity and weight of every slot, each patch's slot."""
-    m, held = r.patches(length), int(rows * r.row_share())
-    bounded = r.sequence_capacity_factor > 0  # then also which buffer row holds which batch row
-    return r.n_experts * (9 * held * r.slots(m) + 4 * rows * m + bounded * 4 * (held + rows))
+    return kept + (4 * r.n_experts * rows * m if r.unit != "sequence" else 0)
 
 
 def cache_bytes(c: ModelConfig, rows: int, dense: bool = False) -> int:

@@ -4,10 +4,10 @@ The first piece is scored for every token, with one more score for each further 
 tail is scored only for tokens whose target is in it: log p = log softmax over the first piece and
 the tails, plus, in a tail, log softmax inside it. With `cutoff_div`, tail i has vectors of width
 D / div^i and one projection, in the embedding too. Losses are exact: tokens are sorted by the piece
-of their target and scored chunk by chunk, none dropped, with one chunk's scores in memory.
+of their target and scored chunk by chunk.
 
-On a mesh the tables are sharded over `fsdp` like other weights and whole over `expert`, over which
-the tokens are sharded instead (where the axis divides L; else every shard scores all its rows).
+On a mesh the tables are whole over `expert`, over which the tokens are sharded instead (where the
+axis divides L; else every shard scores all its rows).
 """
 
 from typing import Any
@@ -80,8 +80,8 @@ def split(vocabulary: Vocabulary, dtype: Any, cutoffs: tuple[int, ...] = ()) -> 
     if not isinstance(vocabulary, Pieces):
         return [(table_vD, None) for table_vD in jnp.split(cast(vocabulary), cutoffs)]
     weights = {name: cast(w) for name, w in nnx.state(vocabulary).items()}
-    tables = [name for name in weights if name.startswith("table")]
-    return [(weights[f"table_{i}"], weights.get(f"projection_{i}")) for i in range(len(tables))]
+    n = len(weights) // 2 + 1  # the first table has no projection
+    return [(weights[f"table_{i}"], weights.get(f"projection_{i}")) for i in range(n)]
 
 
 class AdaptiveHead(nnx.Module):

@@ -26,15 +26,13 @@ def attend(
     causal: bool,  # a token attends to itself and those before it in the order given
     drop_rate: float = 0.0,  # dropout of the attention weights, where there are keys for it
     keys_RG: Array | None = None,  # a random key for each row and key/value head (`group_keys`)
-    lengths: Array | None = None,
+    lengths: Array | None = None,  # int32 [R], the filled places of each row; the others come last
 ) -> Array:
     """Softmax attention [R,S,H,e] over k [R,S,G,k] and v [R,S,G,e], scale 1/sqrt(k).
 
-    Softmax in float32. G divides H. On NVIDIA GPUs in 16 bits this is cuDNN's kernel where it takes
-    the shapes (`fits_cudnn`), else `flash_attention`.
-
-    lengths: int32 [R], the filled places of each row; the others come last, and nothing attends to
-    them. The output of an empty place is unspecified; a kernel may leave NaN there.
+    Softmax in float32. On NVIDIA GPUs in 16 bits this is cuDNN's kernel where it takes the shapes
+    (`fits_cudnn`), else `flash_attention`. Nothing attends to empty places; their output is
+    unspecified, and a kernel may leave NaN there.
     """
     r, s, h, dh = q.shape
     g, dv = v.shape[2:]
@@ -46,10 +44,8 @@ def attend(
     # In 16 bits a scale that is no power of two would round the queries again: there it goes on the
     # float32 scores. In float32 it goes on the queries, which are fewer.
     q_scale, scale = (dh**-0.5, 1.0) if q.dtype.itemsize == 4 else (1.0, dh**-0.5)
-    masks = Masks(
-        None if segments is None else jnp.repeat(segments, g, axis=0),
-        None if keys_RG is None else keys_RG.reshape(-1),
-    )
+    segments_AS = None if segments is None else jnp.repeat(segments, g, axis=0)
+    masks = Masks(segments_AS, None if keys_RG is None else keys_RG.reshape(-1))
     o_AQSe = flash_attention(q_AQSk * q_scale, k_ASk, v_ASe, masks, causal, drop_rate, scale)
     return o_AQSe.reshape(r, g, h // g, s, dv).transpose(0, 3, 1, 2, 4).reshape(r, s, h, dv)
 
@@ -83,9 +79,9 @@ def cache_of(k_SGk: Array, places: int) -> Array:
 
 
 def put(cache_GSk: Array, k_Gk: Array, at: Array) -> Array:
-    """A cache [...,G,S,k] with the keys or values [...,G,k] of one token of each row at its place.
+    """A cache [...,G,S,k] with one token's keys or values [...,G,k] in each row's place `at` [...].
 
-    at: int32 [...]; a place past the end writes nothing.
+    A place past the end writes nothing.
     """
     *rows, g, _ = k_Gk.shape
     grid = jnp.meshgrid(*map(jnp.arange, (*rows, g)), indexing="ij", sparse=True)
@@ -101,24 +97,16 @@ def placed(block: Any, q: Array, k: Array, rotary: Any) -> tuple[Array, Array]:
 
 
 class DenseCache(NamedTuple):
-    """Keys and values [B,G,context,k]."""
-
-    k: Array
+    k: Array  # [B,G,context,k]
     v: Array
 
 
 def options(c: ModelConfig) -> dict[str, Any]:
     """Keyword arguments that all attention blocks have in common."""
-    return dict(
-        n_kv_heads=c.kv_heads,
-        bias=c.bias,
-        qkv_bias=c.qkv_bias,
-        causal=c.causal,
-        drop_rate=c.attention_dropout,
-        qk_norm_eps=c.norm_eps if c.qk_norm else None,
-        dtype=c.dtype,
-        out_scale=c.out_scale,
-    )
+    weights = dict(n_kv_heads=c.kv_heads, bias=c.bias, qkv_bias=c.qkv_bias, out_scale=c.out_scale)
+    eps = c.norm_eps if c.qk_norm else None
+    core = dict(causal=c.causal, drop_rate=c.attention_dropout, qk_norm_eps=eps, dtype=c.dtype)
+    return weights | core
 
 
 class Attention(Block):
@@ -177,8 +165,8 @@ class Attention(Block):
 
     def _project(self, x: Array, rotary: Any) -> tuple[Array, Array, Array]:
         assert self.w_k is not None  # only Reformer has none, and overrides this
-        q, k = self._heads(x, self.w_q, self.b_q), self._heads(x, self.w_k, self.b_k)
-        v = self._heads(x, self.w_v, self.b_v)
+        weights = (self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v)
+        q, k, v = (self._heads(x, w, b) for w, b in weights)
         return *placed(self, q, k, rotary), v
 
     def _heads(self, x: Array, w: nnx.Param, b: nnx.Param | None) -> Array:
@@ -188,8 +176,7 @@ class Attention(Block):
         return linear(o, self.w_o[...].astype(self.dtype), axes=2)
 
     def _start_cache(self, state: Any, tokens: Tokens, context: int) -> DenseCache:
-        k, v = state
-        return DenseCache(cache_of(k, context), cache_of(v, context))
+        return DenseCache(*(cache_of(a, context) for a in state))
 
     def decode_step(self, x_BD: Array, cache: DenseCache, t_B: Array, rotary: Any) -> Step:
         x_BD = x_BD.astype(self.dtype)

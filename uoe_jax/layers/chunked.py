@@ -1,7 +1,7 @@
 """Vocabulary losses a chunk of tokens at a time, forward and backward.
 
-The scores of all tokens never exist at once. The backward pass recomputes them: one more matmul of
-the head for memory that does not grow with tokens x vocabulary. T counts one device's tokens.
+The backward pass recomputes the scores: one more matmul of the head for memory that does not grow
+with tokens x vocabulary. T counts one device's tokens.
 """
 
 import jax

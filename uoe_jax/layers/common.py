@@ -41,8 +41,8 @@ SAVED_NAMES = ("selection", "qkv", "heads", "hidden", "block_out")
 def linear(x: Array, w: Array, axes: int = 1) -> Array:
     """Contracts the last `axes` axes of x with the first of w: [...,X] and [X,Y] to [...,Y].
 
-    Computed as a product of two matrices, whatever axes tokens and heads have: with more axes XLA
-    transposes their gradient on CPUs, slower than an MLP's matmuls (docs/appendix).
+    As a product of two matrices: with more axes XLA transposes their gradient on CPUs, slower than
+    an MLP's matmuls (docs/appendix).
     """
     lead, rows = x.shape[: x.ndim - axes], math.prod(w.shape[:axes])
     return (x.reshape(-1, rows) @ w.reshape(rows, -1)).reshape(*lead, *w.shape[axes:])
@@ -84,8 +84,8 @@ def along_last(v: Array, like: Array) -> Array:
 def add_bias(y: Array, bias: nnx.Param | Array | None) -> Array:
     """y plus a bias that has the last axes of y, or as many axes with some of size 1; None: y.
 
-    Added in float32 and then rounded: the gradient of a bias sums over all tokens, and a running
-    sum in 16 bits stops growing once it is a few hundred times a term.
+    Added in float32 and then rounded, as its gradient sums over all tokens: a running sum in 16
+    bits stops growing once it is a few hundred times a term.
     """
     return y if bias is None else (y.astype(jnp.float32) + along_last(bias[...], y)).astype(y.dtype)
 
@@ -153,10 +153,8 @@ class Block(nnx.Module):
 
     dtype: Any  # compute dtype
 
-    def __call__(
-        self, x_BLD: Array, tokens: Tokens | None = None
-    ) -> tuple[Array, RoutingStats | None]:
-        """(y_BLD, routing statistics where something is routed)."""
+    def __call__(self, x_BLD: Array, tokens: Tokens | None = None) -> tuple[Array, Any]:
+        """(y_BLD, `RoutingStats` where something is routed, else None)."""
         tokens = tokens_like(x_BLD) if tokens is None else tokens
         forward = lambda block, *args: block._forward(*args)[:2]  # noqa: E731
         return run(forward, self, x_BLD, tokens, dtype=self.dtype)
@@ -232,9 +230,8 @@ def rotary_tables(
 ) -> tuple[Array, Array]:
     """cos and sin of the rotary angles, float32 [...,Dh/2] for positions [...].
 
-    stretch: (factor, low, high, length) for contexts longer than the `length` of training, as in
-    Llama 3.1: a frequency is divided by `factor` if it turns fewer than `low` times in `length`,
-    kept if more than `high` times, and blended in between.
+    stretch: (factor, low, high, length of training), as in Llama 3.1: a frequency is divided by
+    `factor` if it turns fewer than `low` times in `length`, kept if more than `high` times.
     """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if stretch:

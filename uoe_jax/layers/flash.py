@@ -1,8 +1,7 @@
 """FlashAttention (Dao et al. 2022, arXiv 2205.14135) in plain XLA operations.
 
-Scores exist one tile at a time, forward and backward, so memory grows with a row's length and not
-with its square. Tiles behind a causal mask are not computed. The backward pass keeps the output and
-each query's log-sum-exp, and recomputes the tiles.
+Scores exist one tile at a time, forward and backward. Tiles behind a causal mask are not computed.
+The backward pass keeps the output and each query's log-sum-exp, and recomputes the tiles.
 """
 
 import functools

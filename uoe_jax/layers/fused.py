@@ -1,9 +1,8 @@
 """cuDNN attention on NVIDIA GPUs in 16 bits: `jax.nn.dot_product_attention` and its packed form.
 
-With a mask for packed documents, cuDNN computes every score and reads the mask for each. Given
-where documents begin and end, it computes the scores within documents alone (docs/appendix).
-That packed form is not public in JAX yet: where it is missing, and for rows of more documents than
-it is compiled for, the mask is used. Rows of one document each need neither.
+Given where packed documents begin and end, cuDNN computes the scores within them alone; given a
+mask, all (docs/appendix). That packed form is not public in JAX yet: where it is missing, and for
+rows of more documents than it is compiled for, the mask is used. Rows of one document need neither.
 """
 
 import functools

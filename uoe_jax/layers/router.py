@@ -52,12 +52,9 @@ class Router(nnx.Module):
         self, x_BMPD: Array, valid_BMP: Array, keys_B: Array | None = None
     ) -> tuple[Decision, RoutingStats]:
         """Routes whole rows; valid_BMP is False for padding tokens, keys_B is given in training."""
-        if self.causal:
-            summary_BMD = x_BMPD[:, :, 0].astype(jnp.float32)
-        else:
-            summary_BMD = valid_mean(x_BMPD, valid_BMP)
-        logits = sequence_logits = None
+        logits, sequence_logits, first_BMD = None, None, x_BMPD[:, :, 0].astype(jnp.float32)
         if self.kernel is not None:  # kept for the backward pass, as few as they are
+            summary_BMD = first_BMD if self.causal else valid_mean(x_BMPD, valid_BMP)
             logits = router_logits(summary_BMD, self.kernel, self.bias)
             logits = checkpoint_name(logits, "selection")
         if self.sequence_kernel is not None:

@@ -84,10 +84,9 @@ class SMHA(Union):
         q, k = placed(self, q, k, slots.rotary)
         # Empty slots come last: a causal mask hides them, and without it they are a length.
         lengths_NR = None if self.causal else slots.filled_NRS.sum(axis=-1, dtype=jnp.int32)
-        by_row = (q, k, v, slots.segments_NRS, slots.keys_NR, lengths_NR)  # [N,R,…] to [N·R,…]
-        q_, k_, v_, segments, keys, lengths = jax.tree.map(
-            lambda a: a.reshape(-1, *a.shape[2:]), by_row
-        )
+        merge = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731  # [N,R,…] to [N·R,…]
+        more = slots.segments_NRS, slots.keys_NR, lengths_NR
+        (q_, k_, v_), (segments, keys, lengths) = jax.tree.map(merge, ((q, k, v), more))
         keys = group_keys(keys, k.shape[3])
         o = attend(q_, k_, v_, segments, self.causal, self.drop_rate, keys, lengths)
         o = o.reshape(q.shape)

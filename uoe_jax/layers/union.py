@@ -43,10 +43,9 @@ def per_expert(x_NRSX: Array, w_NXY: Array) -> Array:
 
 
 def per_expert_each(x_NRSX: Array, ws_NXY: Sequence[Array]) -> list[Array]:
-    """`per_expert` for several matrices of the same rows.
+    """`per_expert` for several matrices of the same rows, concatenated to read these once.
 
-    Concatenated they are one matmul, which reads the rows once. For single tokens, reading the rows
-    again is cheaper than copying the matrices.
+    For single tokens, reading the rows again is cheaper than copying the matrices.
     """
     if x_NRSX.shape[2] == 1:
         return [per_expert(x_NRSX, w) for w in ws_NXY]
@@ -99,9 +98,7 @@ class Union(Block):
 
     def __call__(self, x_BLD: Array, tokens: Tokens | None = None) -> tuple[Array, RoutingStats]:
         """(y_BLD, routing statistics). The last patch is padded where P does not divide L."""
-        y_BLD, stats = super().__call__(x_BLD, tokens)
-        assert stats is not None  # a union routes
-        return y_BLD, stats
+        return super().__call__(x_BLD, tokens)
 
     def _project(self, x_NRSD: Array) -> tuple[Array, ...]:
         """Every expert's projections of its tokens, [N,R,S,…]; x [1,R,S,D]: the same tokens."""
@@ -174,13 +171,10 @@ class Union(Block):
             experts_N, own_key = first + jnp.arange(n), lambda i, rows_R: fold(keys_B[rows_R], i)
             keys_NR = jax.vmap(own_key)(experts_N, selection.sequence_NR)
         weight_NRS = jnp.repeat(selection.weights_NRC, p, axis=-1)
-        return Slots(
-            weight_NRS=weight_NRS * at_slots(valid_BL.astype(jnp.float32)),
-            filled_NRS=jnp.repeat(selection.valid_NRC, p, axis=-1),
-            segments_NRS=jax.tree.map(at_slots, tokens.segments_BL),
-            rotary=jax.tree.map(at_slots, tokens.rotary),
-            keys_NR=keys_NR,
-        )
+        weight_NRS = weight_NRS * at_slots(valid_BL.astype(jnp.float32))
+        filled_NRS = jnp.repeat(selection.valid_NRC, p, axis=-1)
+        segments_NRS, rotary = jax.tree.map(at_slots, (tokens.segments_BL, tokens.rotary))
+        return Slots(weight_NRS, filled_NRS, segments_NRS, rotary, keys_NR)
 
     def routed(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, Array]:
         """(y_BLD, float32 [B,M,N] combine weight of a patch in each expert, -1 if not taken).

@@ -1,8 +1,7 @@
 """Embedding lookup, logits and loss of a vocabulary in one table.
 
 A vocabulary is sharded over `expert` where the axis divides it. Then every shard looks up the ids
-it holds, and the reduction that ends a block combines them; scores stay sharded over the
-vocabulary.
+it holds, one reduction combines them, and scores stay sharded over the vocabulary.
 """
 
 from typing import Any

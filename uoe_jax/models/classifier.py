@@ -70,11 +70,9 @@ class Classifier(Stack):
     ) -> tuple[Array, Tokens]:
         """The input of the first layer [B·I,L,D], and its tokens.
 
-        Args:
-          inputs: int32 token ids [B,L], or images float32 [B,height,width,channels]; with two
-            inputs [B,2,…].
-          segments: int32 [B,L] or [B,2,L], 1 at tokens, 0 at padding, which comes last; None: none.
-          keys_B: in training, a random key per example; None: evaluation.
+        inputs: int32 token ids [B,L], or images float32 [B,height,width,channels]; with two inputs
+        [B,2,…]. segments: int32 [B,L] or [B,2,L], 1 at tokens, 0 at padding, which comes last.
+        keys_B: in training, a random key per example.
         """
         n_inputs = self.config.classifier.n_inputs
         if n_inputs > 1:  # every input is a row of its own

@@ -132,29 +132,25 @@ class Stack(nnx.Module):
         self.layers = nnx.merge(graphdef, stacked)
         self.norm = Norm(c, rngs=rngs)
 
-    def _scan(self, f: Callable[[Layer, Any], tuple[Any, Any]], x: Array) -> tuple[Any, Any]:
-        """(x after `f(layer, x)` for all layers in turn, the other results stacked over layers)."""
+    def _scan(self, f: Callable[..., tuple[Array, Any]], x: Array, remat: str = "none") -> Any:
+        """(x after `f(layer, x, i)` for all layers in turn, the other results, over layers)."""
         graphdef, stacked = nnx.split(self.layers)
-        return jax.lax.scan(lambda x, weights: f(nnx.merge(graphdef, weights), x), x, stacked)
+        step = lambda x, xs: f(nnx.merge(graphdef, xs[0]), x, xs[1])  # noqa: E731
+        if remat != "none":
+            step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+        return jax.lax.scan(step, x, (stacked, jnp.arange(self.config.n_layers)))
 
     def run(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, Stats]:
         """All layers; returns (x_BLD before the last norm, statistics by block, over layers)."""
-        graphdef, stacked = nnx.split(self.layers)
-
-        def layer(x_BLD, xs):
-            weights, i = xs
-            return nnx.merge(graphdef, weights)(x_BLD, tokens.folded(i))
-
-        if (remat := self.config.remat) != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-        return jax.lax.scan(layer, x_BLD, (stacked, jnp.arange(self.config.n_layers)))
+        each = lambda layer, x, i: layer(x, tokens.folded(i))  # noqa: E731
+        return self._scan(each, x_BLD, self.config.remat)
 
     def routes(self, x_BLD: Array, tokens: Tokens) -> dict[str, Array]:
         """[layers,B,M,N] by routed block: its experts' weights of each patch (`Union.routed`).
 
         Takes what `embed_inputs` gives; on a mesh, within `mesh.by_partitioner()`.
         """
-        return self._scan(lambda layer, x_BLD: layer.routes(x_BLD, tokens), x_BLD)[1]
+        return self._scan(lambda layer, x, i: layer.routes(x, tokens), x_BLD)[1]
 
     def positioned(self, x: Array, positions: Array) -> Array:
         """x [...,D] plus the learned positions, where the model has them."""
@@ -210,19 +206,12 @@ class Transformer(Stack):
 
     def embed_inputs(
         self,
-        tokens_BL: Array,
-        segments_BL: Array | None = None,
-        positions_BL: Array | None = None,
-        keys_B: Array | None = None,
+        tokens_BL: Array,  # int32
+        segments_BL: Array | None = None,  # int32 documents, 0 for padding; None: one per row
+        positions_BL: Array | None = None,  # int32, inside the document; None: inside the row
+        keys_B: Array | None = None,  # in training, a random key per row; None: evaluation
     ) -> tuple[Array, Tokens]:
-        """The input of the first layer [B,L,D], and its tokens.
-
-        Args:
-          tokens_BL: int32.
-          segments_BL: int32, the document of each token, 0 for padding; None: one per row.
-          positions_BL: int32, counted inside the document; None: from the start of the row.
-          keys_B: in training, a random key per row (dropout, router noise); None: evaluation.
-        """
+        """The input of the first layer [B,L,D], and its tokens."""
         if positions_BL is None:
             positions_BL = positions_like(tokens_BL)
         tokens = Tokens(segments_BL, positions_BL, self.rotary(positions_BL), keys_B)
@@ -234,7 +223,8 @@ class Transformer(Stack):
             positions_BL = positions_like(tokens_BL)
             segments_BL = (positions_BL < length_B[:, None]).astype(jnp.int32)
             x_BLD, tokens = self.embed_inputs(tokens_BL, segments_BL, positions_BL)
-            x_BLD, caches = self._scan(lambda layer, x: layer.prefill(x, tokens, context), x_BLD)
+            each = lambda layer, x, i: layer.prefill(x, tokens, context)  # noqa: E731
+            x_BLD, caches = self._scan(each, x_BLD)
             attention, mlp = (self._unstack(c) for c in caches)
             last_BD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
             return self._logits(last_BD), Cache(attention, mlp, length_B.astype(jnp.int32))

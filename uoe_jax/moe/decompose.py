@@ -1,8 +1,7 @@
 """Dense weights to expert weights and back: lossless reshapes and transposes, both ways.
 
 Weights are dicts of numpy or jax arrays, with any leading axes (a model's layers), written "…"
-here. Arrays are taken one at a time; of numpy arrays, results are views where numpy can make one. A
-model's abstract tree goes through `jax.eval_shape`.
+here. Of numpy arrays, results are views where numpy can make one.
 
     MLP        w_up, w_gate […,D,F]     w_down […,F,D]     b_up, b_gate […,F]     bias_out […,D]
     UoME       w_up, w_gate […,N,D,f]   w_down […,N,f,D]   b_up, b_gate […,N,f]   bias_out […,D]
@@ -71,10 +70,9 @@ def split(
 
     Args:
       params: of `dense_config(config)`, or of a model that is dense where `config` routes.
-      routers: {"smha" or "uome": {"kernel": float32 […,D,N], …}} with all leaves of
-        `router_shapes`. None: zeros, with which every gate gives weight 1; with K = N and nothing
-        dropped this is the dense model's function. To train with K < N give random ones: at zero
-        all experts tie, and every patch chooses the first K.
+      routers: {"smha" or "uome": all leaves of `router_shapes`}. None: zeros, with which every gate
+        gives weight 1; with K = N and nothing dropped this is the dense model's function. To train
+        with K < N give random ones: at zero every patch chooses the first K.
 
     Raises:
       ConfigError: N does not divide what it must.
@@ -125,21 +123,20 @@ def merge(params: Weights, config: ModelConfig) -> Weights:
 def cut_leaf(path: str, a: Any, config: ModelConfig) -> Any:
     """One leaf of the dense model, by its dotted path, as `config` has it: `split` leaf by leaf."""
     axes, n = _routed_leaf(path, config)
-    return _cut(a, axes, n) if n else a
+    return _cut(a, axes, n) if n and axes else a
 
 
 def join_leaf(path: str, a: Any, config: ModelConfig) -> Any:
     """The inverse of `cut_leaf`."""
     axes, n = _routed_leaf(path, config)
-    return _join(a, axes) if n else a
+    return _join(a, axes) if n and axes else a
 
 
 def _routed_leaf(path: str, config: ModelConfig) -> tuple[list[str], int]:
-    """(axes of the leaf, experts of its block); 0 where nothing is routed."""
+    """(axes of the leaf, none where it is not cut; experts of its block, 0 where none)."""
     block, _, name = path.removeprefix("layers.").partition(".")
     experts = {BLOCKS[section]: routing.n_experts for section, routing in config.unions().items()}
-    axes = AXES.get(block, {}).get(name, [])
-    return axes, experts.get(block, 0) if axes else 0
+    return AXES.get(block, {}).get(name, []), experts.get(block, 0)
 
 
 def _block(layers: Weights, block: str) -> Weights:

@@ -111,9 +111,8 @@ class Decision(NamedTuple):
 def backend_for(name: str, dtype: jnp.dtype, patch_size: int, bounded: bool) -> str:
     """Resolves `auto` for the device that jax runs on.
 
-    Scatter-add was measured faster only for 16-bit values on CPUs, where gathers convert one by
-    one. On TPUs, whose gathers are slow, patches of 16 tokens make the one-hot product cheap (not
-    measured), unless `bounded` by sequence_capacity_factor.
+    Scatter-add was faster only for 16-bit values on CPUs, where gathers convert one by one. On TPUs
+    patches of 16 tokens make the one-hot product cheap (not measured), unless rows are `bounded`.
     """
     if name != "auto":
         return name

@@ -124,14 +124,10 @@ def gate(name: str, logits_BMN: Array, scores_BMN: Array, chosen_BMN: Array, k: 
 class RoutingRule(NamedTuple):
     """What a router makes of its logits [...,N]: `UNION` for unions, another for each baseline."""
 
-    # logits -> log of scores that sum to 1, for the balance loss and the entropy
-    log_shares: Callable[[Array], Array]
-    # logits -> scores that rank experts, and tokens for an expert
-    scores: Callable[[Array], Array]
-    # (ranked [B,M,N], valid [B,M], K) -> bool [B,M,N]
-    choose: Callable[[Array, Array, int], Array]
-    # (routing, logits, scores, chosen) -> combine weights float32 [B,M,N]
-    weigh: Callable[[RoutingConfig, Array, Array, Array], Array]
+    log_shares: Callable[[Array], Array]  # log of scores that sum to 1, for balance and entropy
+    scores: Callable[[Array], Array]  # scores that rank experts, and tokens for an expert
+    choose: Callable[[Array, Array, int], Array]  # (ranked [B,M,N], valid [B,M], K) -> bool
+    weigh: Callable[[RoutingConfig, Array, Array, Array], Array]  # (…, logits, scores, chosen)
 
 
 UNION = RoutingRule(
