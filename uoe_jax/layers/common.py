@@ -39,11 +39,9 @@ SAVED_NAMES = ("selection", "qkv", "heads", "hidden", "block_out")
 
 
 def linear(x: Array, w: Array, axes: int = 1) -> Array:
-    """Contracts the last `axes` axes of x with the first of w: [...,X] and [X,Y] to [...,Y].
-
-    As a product of two matrices: with more axes XLA transposes their gradient on CPUs, slower than
-    an MLP's matmuls (docs/appendix).
-    """
+    """Contracts the last `axes` axes of x with the first of w: [...,X] and [X,Y] to [...,Y]."""
+    # As a product of two matrices: with more axes XLA transposes their gradient on CPUs, slower
+    # than an MLP's matmuls (docs/appendix).
     lead, rows = x.shape[: x.ndim - axes], math.prod(w.shape[:axes])
     return (x.reshape(-1, rows) @ w.reshape(rows, -1)).reshape(*lead, *w.shape[axes:])
 
@@ -82,11 +80,9 @@ def along_last(v: Array, like: Array) -> Array:
 
 
 def add_bias(y: Array, bias: nnx.Param | Array | None) -> Array:
-    """y plus a bias that has the last axes of y, or as many axes with some of size 1; None: y.
-
-    Added in float32 and then rounded, as its gradient sums over all tokens: a running sum in 16
-    bits stops growing once it is a few hundred times a term.
-    """
+    """y plus a bias that has the last axes of y, or as many axes with some of size 1; None: y."""
+    # Added in float32 and then rounded, as its gradient sums over all tokens: a running sum in 16
+    # bits stops growing once it is a few hundred times a term.
     return y if bias is None else (y.astype(jnp.float32) + along_last(bias[...], y)).astype(y.dtype)
 
 

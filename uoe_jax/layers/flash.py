@@ -145,10 +145,8 @@ def _dropped(weight: Array, masks: Masks, tiling: Tiling, pair: Pair) -> Array:
 
 
 def _product(subscripts: str, a: Array, b: Array) -> Array:
-    """A batched product over A, summed in float32; `subscripts` are those of an einsum.
-
-    Q and the tokens of a tile are merged in one axis: a plain batched matmul is fastest on CPUs.
-    """
+    """A batched product over A, summed in float32; `subscripts` are those of an einsum."""
+    # Q and the tokens of a tile are merged in one axis: a plain batched matmul is fastest on CPUs.
     x, q, t = a.shape[:3]
     flat = [o.reshape(x, q * t, o.shape[-1]) if o.ndim == 4 else o for o in (a, b)]
     y = jnp.einsum(subscripts.replace("q", ""), *flat, preferred_element_type=jnp.float32)

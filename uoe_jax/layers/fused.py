@@ -37,11 +37,9 @@ def _on_nvidia() -> bool:
 
 @functools.cache
 def _packed_form(grouped: bool) -> Any:
-    """JAX's module with the packed form, which needs Hopper GPUs or newer; None: neither here.
-
-    grouped: several queries share a key head. Before 0.11.1 JAX gave cuDNN the key offsets of
-    ungrouped heads, so that keys of other heads were read (jax-ml/jax #39521).
-    """
+    """JAX's module with the packed form, which needs Hopper GPUs or newer; None: neither here."""
+    # grouped: several queries share a key head. Before 0.11.1 JAX gave cuDNN the key offsets of
+    # ungrouped heads, so that keys of other heads were read (jax-ml/jax #39521).
     if grouped and jax.__version_info__ < (0, 11, 1):
         return None
     if not _on_nvidia() or float(jax.devices()[0].compute_capability) < 9:

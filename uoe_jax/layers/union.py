@@ -30,11 +30,9 @@ class Slots(NamedTuple):
 
 
 def per_expert(x_NRSX: Array, w_NXY: Array) -> Array:
-    """Every expert's rows times its matrix, [N,R,S,Y]; x [1,R,S,X]: the same rows for all experts.
-
-    One batched matmul over [N,R·S,X], the fastest form. Rows that all experts share are not copied,
-    except single tokens (decoding), where a copy costs less than another layout of the weights.
-    """
+    """Every expert's rows times its matrix, [N,R,S,Y]; x [1,R,S,X]: the same rows for all."""
+    # One batched matmul is the fastest form. Rows that all experts share are not copied, except
+    # single tokens (decoding), where a copy costs less than another layout of the weights.
     (rows, r, s, x), n = x_NRSX.shape, w_NXY.shape[0]
     if rows == 1 and s > 1:
         return jnp.einsum("tx,nxy->nty", x_NRSX.reshape(r * s, x), w_NXY).reshape(n, r, s, -1)
@@ -43,10 +41,8 @@ def per_expert(x_NRSX: Array, w_NXY: Array) -> Array:
 
 
 def per_expert_each(x_NRSX: Array, ws_NXY: Sequence[Array]) -> list[Array]:
-    """`per_expert` for several matrices of the same rows, concatenated to read these once.
-
-    For single tokens, reading the rows again is cheaper than copying the matrices.
-    """
+    """`per_expert` for several matrices of the same rows, concatenated to read these once."""
+    # For single tokens, reading the rows again is cheaper than copying the matrices.
     if x_NRSX.shape[2] == 1:
         return [per_expert(x_NRSX, w) for w in ws_NXY]
     y = per_expert(x_NRSX, jnp.concatenate(ws_NXY, axis=-1))
@@ -177,10 +173,8 @@ class Union(Block):
         return Slots(weight_NRS, filled_NRS, segments_NRS, rotary, keys_NR)
 
     def routed(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, Array]:
-        """(y_BLD, float32 [B,M,N] combine weight of a patch in each expert, -1 if not taken).
-
-        For inspection: all experts and rows on one device, whatever the mesh.
-        """
+        """(y_BLD, float32 [B,M,N] combine weight of a patch in each expert, -1 if not taken)."""
+        # For inspection: all experts and rows on one device, whatever the mesh.
         y_BLD, _, (selection, _) = self._forward(x_BLD, tokens)
         place_BMN, n = selection.place_BMN, self.routing.n_experts
         of_slots = selection.weights_NRC.reshape(n, -1).T, place_BMN.reshape(-1, n)
@@ -188,10 +182,8 @@ class Union(Block):
         return y_BLD, taken_XN.reshape(place_BMN.shape)
 
     def all_expert_outputs(self, x_BLD: Array, tokens: Tokens) -> Array:
-        """[N,B,L,D], every expert's output for every token at weight 1.
-
-        Their sum is the union with K = N and nothing dropped.
-        """
+        """[N,B,L,D], every expert's output for every token at weight 1."""
+        # Their sum is the union with K = N and nothing dropped.
         n, filled_BL = self.routing.n_experts, jnp.ones(x_BLD.shape[:2], bool)
         weight_BL = filled_BL.astype(jnp.float32)
         one = Slots(weight_BL, filled_BL, tokens.segments_BL, tokens.rotary, keys_NR=None)

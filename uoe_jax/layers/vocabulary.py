@@ -19,11 +19,9 @@ Result = tuple[Array, None]  # of a shard: its activations, no sums
 
 
 def lookup(table: nnx.Param, ids_BL: Array, dtype: Any) -> Array:
-    """Rows of a table [V,D] at ids, [B,L,D] in `dtype`, sharded as between blocks.
-
-    Looked up in float32 and then rounded: a row's gradient sums over all places of its id, and a
-    running sum in 16 bits stops growing for frequent entries.
-    """
+    """Rows of a table [V,D] at ids, [B,L,D] in `dtype`, sharded as between blocks."""
+    # Looked up in float32 and then rounded: a row's gradient sums over all places of its id, and a
+    # running sum in 16 bits stops growing for frequent entries.
     whole = table.shape[0]
 
     def on_shard(table: nnx.Param, ids_BL: Array, _: Any, region: Region) -> Result:
@@ -54,11 +52,9 @@ def vocabulary_scores(head: nnx.Param, tied: bool, x_BLD: Array) -> Array:
 
 
 def vocabulary_nll(head: nnx.Param, tied: bool, x_BLD: Array, targets_BL: Array) -> Array:
-    """-log softmax(logits) at the targets, float32 [B,L], sharded as between blocks.
-
-    The logits of all tokens never exist. Over a sharded vocabulary every shard sums its own
-    entries, and three numbers a token cross `expert`.
-    """
+    """-log softmax(logits) at the targets, float32 [B,L], sharded as between blocks."""
+    # The logits of all tokens never exist. Over a sharded vocabulary every shard sums its own
+    # entries, and three numbers a token cross `expert`.
     sharded = mesh_lib.is_sharded("vocab", head.shape[0 if tied else 1])
 
     def on_shard(head: nnx.Param, x_BLD: Array, targets_BL: Array, region: Region) -> Result:

@@ -195,10 +195,8 @@ class Transformer(Stack):
         return self._logits(x_BLD), stats
 
     def nll(self, tokens_BL: Array, targets_BL: Array, *args: Any) -> tuple[Array, Stats]:
-        """(-log p of the targets in nats, float32 [B,L], statistics); arguments as of `__call__`.
-
-        The logits of all tokens never exist at once.
-        """
+        """(-log p of the targets in nats, float32 [B,L], statistics); arguments of `__call__`."""
+        # The logits of all tokens never exist at once.
         x_BLD, stats = self.run(*self.embed_inputs(tokens_BL, *args))
         if isinstance(self.head, AdaptiveHead):
             return self.head.nll(self.norm(x_BLD), targets_BL, self.embedding), stats
@@ -232,11 +230,9 @@ class Transformer(Stack):
     def decode_step(
         self, tokens_B: Array, cache: Cache, layers: Layers | None = None
     ) -> tuple[Array, Cache]:
-        """Appends one token to each row; returns (logits float32 [B,V] of the next one, cache).
-
-        Layers are unrolled, so that a donated cache is updated in place. layers: `each_layer`'s,
-        once for all steps; slicing them from the stacked weights in every step is slower.
-        """
+        """Appends one token to each row; returns (logits float32 [B,V] of the next one, cache)."""
+        # Layers are unrolled, so that a donated cache is updated in place. layers: `each_layer`'s,
+        # once for all steps; slicing them from the stacked weights in every step is slower.
         with mesh_lib.by_partitioner():
             t_B, caches = cache.next_B, []
             rotary, x_BD = self.rotary(t_B), self.embedded(tokens_B, t_B)

@@ -109,11 +109,9 @@ class Decision(NamedTuple):
 
 
 def backend_for(name: str, dtype: jnp.dtype, patch_size: int, bounded: bool) -> str:
-    """Resolves `auto` for the device that jax runs on.
-
-    Scatter-add was faster only for 16-bit values on CPUs, where gathers convert one by one. On TPUs
-    patches of 16 tokens make the one-hot product cheap (not measured), unless rows are `bounded`.
-    """
+    """Resolves `auto` for the device that jax runs on."""
+    # Scatter-add was faster only for 16-bit values on CPUs, where gathers convert one by one. Large
+    # patches make the one-hot product cheap on TPUs (not measured), unless rows are `bounded`.
     if name != "auto":
         return name
     platform = jax.default_backend()
@@ -161,10 +159,8 @@ def _patch_or_none(selection: Selection) -> Array:
 
 
 def _one_hot_product(subscripts: str, selection: Selection, values: Array) -> Array:
-    """Values times the [N,B,C,M] zeros and ones of which slot holds which patch: exact.
-
-    A value that is not finite spreads over its row; those of empty slots are left out.
-    """
+    """Values times the [N,B,C,M] zeros and ones of which slot holds which patch: exact."""
+    # A value that is not finite spreads over its row; those of empty slots are left out.
     valid_NRC1, of_slots = selection.valid_NRC[..., None], subscripts.endswith("bmf")
     patch_M = jnp.arange(selection.slot_of_BMN.shape[1], dtype=jnp.int32)
     held_NBCM = (selection.slots_NRC[..., None] == patch_M[None, None, None]) & valid_NRC1
