@@ -29,10 +29,7 @@ class MLACache(NamedTuple):
 
 
 class MLA(Block):
-    """model.attention='mla'. With `bias`, only the output has one.
-
-    On a mesh, heads are sharded over `expert`, and every shard makes the latents.
-    """
+    """model.attention='mla'; of biases, only the output has one. Every shard makes the latents."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         d, h, dh, j, q_rank = c.d_model, c.n_heads, c.head_dim, c.mla.kv_rank, c.mla.q_rank

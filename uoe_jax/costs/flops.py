@@ -112,8 +112,10 @@ def ends_flops(c: ModelConfig, length: int) -> float:
 
 
 def forward_flops(c: ModelConfig, length: int | None = None, training: bool = False) -> float:
-    """Forward pass over one example of `length` tokens, by default the context."""
-    # training: `sequence_capacity_factor` bounds an expert's rows.
+    """Forward pass over one example of `length` tokens, by default the context.
+
+    training: `sequence_capacity_factor` bounds an expert's rows.
+    """
     length = length or c.block_length
     per_layer = attention_flops(c, length, training) + mlp_flops(c, length, training)
     return c.rows_per_example * c.n_layers * per_layer + ends_flops(c, length)
@@ -125,6 +127,8 @@ def forward_flops_per_token(c: ModelConfig) -> float:
 
 
 def train_flops(c: ModelConfig, rows: int, length: int | None = None) -> float:
-    """One optimizer step over `rows` examples: the backward pass is twice the forward, no remat."""
-    # length: of rows that are padded to less than the context (data.buckets).
+    """One optimizer step over `rows` examples: the backward pass is twice the forward, no remat.
+
+    length: of rows that are padded to less than the context (data.buckets).
+    """
     return 3 * rows * forward_flops(c, length, training=True)

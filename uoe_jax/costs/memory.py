@@ -12,9 +12,11 @@ ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def idle_parameters(c: ModelConfig) -> float:
-    """Parameters of the model that a token does not use on average."""
-    # Of N experts a token uses the K it chose, or as many as have a slot for it if those are fewer
-    # (or under expert choice). Vectors of the vocabulary and biases of experts count as used.
+    """Parameters of the model that a token does not use on average.
+
+    Of N experts a token uses the K it chose, or as many as have a slot for it if those are fewer
+    (or under expert choice). Vectors of the vocabulary and biases of experts count as used.
+    """
     idle = ATTENTIONS[c.attention](c, c.block_length).idle if c.attention in ATTENTIONS else 0.0
     for name, r in c.routed().items():
         # All experts may take a token under expert choice. (XMoE: K are expected.)

@@ -77,7 +77,7 @@ def cache_of(k_SGk: Array, places: int) -> Array:
 
 
 def put(cache_GSk: Array, k_Gk: Array, at: Array) -> Array:
-    """A cache [...,G,S,k] with a token's keys or values [...,G,k] in each row's place `at` [...]."""
+    """A cache [...,G,S,k] with a token's keys or values [...,G,k] at each row's place [...]."""
     # A place past the end writes nothing.
     *rows, g, _ = k_Gk.shape
     grid = jnp.meshgrid(*map(jnp.arange, (*rows, g)), indexing="ij", sparse=True)

@@ -19,10 +19,7 @@ def mlp_options(c: ModelConfig) -> dict[str, Any]:
 
 
 class MLP(Block):
-    """y = act(x·W_up)·W_down; gated, y = (act(x·W_gate) * (x·W_up))·W_down.
-
-    On a mesh, hidden units are sharded over `expert`.
-    """
+    """y = act(x·W_up)·W_down; gated, y = (act(x·W_gate) * (x·W_up))·W_down."""
 
     def __init__(
         self,

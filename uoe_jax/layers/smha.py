@@ -28,8 +28,7 @@ class SMHACache(NamedTuple):
 class SMHA(Union):
     """Selective Multi-Head Attention: in a head, only the tokens in its expert's slots attend.
 
-    Raises:
-      ValueError: N does not divide H or G; else as `Union`.
+    Raises ValueError if N does not divide H or G; else as `Union`.
     """
 
     def __init__(

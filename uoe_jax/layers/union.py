@@ -69,8 +69,8 @@ class Union(Block):
     and `_experts` (from these to weighted outputs); to decode, `_start_cache` and `decode_step`.
 
     Raises:
-      ValueError: K > N; causal with a unit or priority that depends on later tokens; called in
-        training, `sequence_group` does not divide the rows of a device.
+      ValueError: K > N; causal with a unit or priority that depends on later tokens; in training,
+        `sequence_group` does not divide the rows of a device.
       ConfigError: a value of the routing that its declaration does not allow.
     """
 

@@ -16,11 +16,7 @@ from uoe_jax.moe.routing import UNION, RoutingRule
 
 
 class UoME(Union):
-    """Union-of-MLP-Experts.
-
-    Raises:
-      ValueError: N does not divide F; else as `Union`.
-    """
+    """Union-of-MLP-Experts; raises ValueError if N does not divide F, else as `Union`."""
 
     def __init__(
         self,

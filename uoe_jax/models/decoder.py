@@ -230,9 +230,11 @@ class Transformer(Stack):
     def decode_step(
         self, tokens_B: Array, cache: Cache, layers: Layers | None = None
     ) -> tuple[Array, Cache]:
-        """Appends one token to each row; returns (logits float32 [B,V] of the next one, cache)."""
-        # Layers are unrolled, so that a donated cache is updated in place. layers: `each_layer`'s,
-        # once for all steps; slicing them from the stacked weights in every step is slower.
+        """Appends one token to each row; returns (logits float32 [B,V] of the next one, cache).
+
+        layers: `each_layer`'s, once for all steps; slicing the stacked weights anew is slower.
+        """
+        # Layers are unrolled, so that a donated cache is updated in place.
         with mesh_lib.by_partitioner():
             t_B, caches = cache.next_B, []
             rotary, x_BD = self.rotary(t_B), self.embedded(tokens_B, t_B)

@@ -182,10 +182,8 @@ def _read(
     names: tuple[str, ...] | None = None,
     where: str = "",
 ) -> dict[str, Any]:
-    """Sizes by axis, "…" for the leading ones; refuses missing, unknown and unfitting leaves.
-
-    Given `sizes` and `names` the leaves must be exactly these; without, they must fit each other.
-    """
+    """Sizes by axis, "…" for the leading ones; refuses missing, unknown and unfitting leaves."""
+    # Given `sizes` and `names` the leaves must be exactly these; without, they must fit each other.
     where = where or (f"layers.{block}" if names else block)
     allowed, sizes = names or tuple(AXES[block]), dict(sizes or {})
     for name in names or REQUIRED[block]:
