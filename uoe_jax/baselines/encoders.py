@@ -1,7 +1,7 @@
 """Efficient attentions of encoders: dense attention's projections, another way to mix the values.
 
-None of them can be causal here. A row's padding comes last and changes nothing: where the authors
-cut the padded length in pieces, the row's own number of tokens is cut.
+None can be causal here. Padding comes last and changes nothing: where the authors cut the padded
+length in pieces, the row's own number of tokens is cut.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed.manual import Region
 from uoe_jax.layers.attention import Attention, options
-from uoe_jax.layers.common import Tokens, linear, pad_sequence, rotate, valid_tokens
+from uoe_jax.layers.common import Tokens, layer_norm, linear, pad_sequence, rotate, valid_tokens
 from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
 
 SMALL = 1e-4  # added to every feature of Performer, as the authors do
@@ -27,7 +27,7 @@ class EncoderAttention(Attention):
     """A subclass writes `mix`, how queries, keys and values become the heads' values."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
+        super().__init__(c.d_model, c.n_heads, rngs=rngs, **options(c))
 
     def mix(self, q: Array, k: Array, v: Array, x_BLD: Array, valid_BL: Array) -> Array:
         """[B,L,h,k] from q, k, v [B,L,h,k], the block's input, and which tokens are not padding."""
@@ -40,10 +40,7 @@ class EncoderAttention(Attention):
 
 
 def softmax_over(scores: Array, allowed: Array | None = None) -> Array:
-    """float32 softmax over the last axis, of what is allowed (bool, broadcast; None: all).
-
-    Uniform where nothing is allowed.
-    """
+    """float32 softmax over the last axis, of what is allowed; uniform where nothing is."""
     scores = scores.astype(jnp.float32)
     return jax.nn.softmax(scores if allowed is None else jnp.where(allowed, scores, -1e30))
 
@@ -63,8 +60,7 @@ class Linformer(EncoderAttention):
 
     Wang et al. 2020, arXiv 2006.04768. K̄ = EᵀK and V̄ = FᵀV with E, F [L,J] that all heads share,
     and softmax attention over these J. Padding is zero in both sums. E and F belong to positions,
-    so the context length is part of the model. Of the authors' ways to share projections: one for
-    all heads of a layer, keys and values apart.
+    so the context length is part of the model.
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -88,10 +84,9 @@ class Nystromformer(EncoderAttention):
 
     Xiong et al. 2021, arXiv 2102.03902. softmax(Q·K̃ᵀ) · pinv(softmax(Q̃·K̃ᵀ)) · softmax(Q̃·Kᵀ)·V,
     the pseudo-inverse by iterated products, plus a depthwise convolution of the values over the
-    tokens. Landmark j is the mean of the tokens ⌊j·n/J⌋ to ⌊(j+1)·n/J⌋ of a row of n tokens without
-    its padding; the authors cut the padded length, which is the same for full rows that J divides.
-    The first guess of the inverse is made for every head of every row by itself (the authors'
-    default takes a maximum over the batch).
+    tokens. Landmark j is the mean of the tokens ⌊j·n/J⌋ to ⌊(j+1)·n/J⌋ of a row's n tokens. The
+    first guess of the inverse is of every head and row by itself (the authors' default takes a
+    maximum over the batch).
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -118,17 +113,13 @@ class Nystromformer(EncoderAttention):
         y_BLhk = exact_einsum("bhlj,bhjk->blhk", to_few_BhLJ, few_BhJk)
         if self.w_conv is None:
             return y_BLhk
-        return y_BLhk + convolved(v * valid_BL[..., None, None].astype(v.dtype), self.w_conv)
-
-
-def convolved(v: Array, w_conv: nnx.Param) -> Array:
-    """v convolved over the tokens, each head with its own kernel: float32 [B,L,h,k]."""
-    b, length, h, dh = v.shape
-    rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
-    kernel = w_conv[...].T[:, None].astype(v.dtype)  # [width,1,h]
-    form = dict(dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=jnp.float32)
-    y = jax.lax.conv_general_dilated(rows, kernel, (1,), "SAME", feature_group_count=h, **form)
-    return y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
+        b, length, h, dh = v.shape
+        v = v * valid_BL[..., None, None].astype(v.dtype)
+        rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
+        kernel = self.w_conv[...].T[:, None].astype(v.dtype)  # [width,1,h]
+        form = dict(dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=jnp.float32)
+        y = jax.lax.conv_general_dilated(rows, kernel, (1,), "SAME", feature_group_count=h, **form)
+        return y_BLhk + y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
 
 
 def landmark_means(valid_BL: Array, n: int) -> tuple[Array, Array]:
@@ -159,9 +150,7 @@ class Performer(EncoderAttention):
     Choromanski et al. 2020, arXiv 2009.14794. exp(q·k) is the mean of φ(q)·φ(k) over J random
     directions w, with φ(x) = exp(w·x − ‖x‖²/2); keys and values are then summed once for all
     queries. Directions are orthogonal in blocks of Dh, with the length of normal vectors, drawn
-    once with the weights and shared by the heads of a layer (the authors can redraw them in
-    training). Padding has no features φ(k), and the maximum subtracted in the exponents is of a
-    row's own tokens.
+    once with the weights and shared by a layer's heads (the authors can redraw them in training).
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -175,9 +164,9 @@ class Performer(EncoderAttention):
         q, k = (a.astype(jnp.float32) * a.shape[-1] ** -0.25 for a in (q, k))
         along_q, along_k = (exact_einsum("blhk,jk->blhj", a, w_Jk) for a in (q, k))
         half_q, half_k = (jnp.square(a).sum(axis=-1, keepdims=True) / 2 for a in (q, k))
-        most_q = jax.lax.stop_gradient(along_q.max(axis=-1, keepdims=True))
+        most_q = along_q.max(axis=-1, keepdims=True)
         most_k = jnp.where(valid, along_k, -1e30).max(axis=(1, 3), keepdims=True)
-        most_k = jax.lax.stop_gradient(most_k)
+        most_q, most_k = jax.lax.stop_gradient((most_q, most_k))
         phi_q = jnp.exp(along_q - half_q - most_q) + SMALL
         phi_k = jnp.exp(jnp.where(valid, along_k - half_k - most_k, 0)) + SMALL
         phi_k = jnp.where(valid, phi_k, 0)
@@ -207,9 +196,8 @@ class LongShort(EncoderAttention):
     Zhu et al. 2021, arXiv 2107.02192. A token attends, in one softmax, to the tokens of its own
     segment of w and of half a segment on either side, and to J dynamic projections of the whole
     row: P = softmax over the tokens of X·W_p, by head, K̄ = PᵀK, V̄ = PᵀV (equation 3). Both kinds
-    have a LayerNorm of their own (DualLN), here of every head by itself (the authors norm all heads
-    as one vector); K̄ and V̄ are made of keys and values as projected (the authors' code norms
-    these first). Padding is left out of both.
+    have a LayerNorm of their own (DualLN), here of every head by itself (the authors': of all heads
+    as one vector); K̄ and V̄ are of keys and values as projected (the authors' code norms first).
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -218,10 +206,11 @@ class LongShort(EncoderAttention):
         self.window, self.eps = c.long_short.window, c.norm_eps
         shape, axes = (d, h, c.long_short.rank), ("embed", "heads", None)
         self.w_p = weight(rngs, shape, axes, scaled_normal(d))
-        self.near_scale, self.far_scale, self.near_bias, self.far_bias = (
-            weight(rngs, (h, dh), ("heads", None), init, exact=True)
-            for init in (ones, ones, zeros, zeros)
-        )
+        of_head = (h, dh), ("heads", None)
+        self.near_scale = weight(rngs, *of_head, ones, exact=True)
+        self.far_scale = weight(rngs, *of_head, ones, exact=True)
+        self.near_bias = weight(rngs, *of_head, zeros, exact=True)
+        self.far_bias = weight(rngs, *of_head, zeros, exact=True)
 
     def mix(self, q: Array, k: Array, v: Array, x_BLD: Array, valid_BL: Array) -> Array:
         b, length, h, dh = q.shape
@@ -229,8 +218,10 @@ class LongShort(EncoderAttention):
         scores_BLhJ = linear(x_BLD, self.w_p[...].astype(x_BLD.dtype))
         p_BhJL = softmax_over(scores_BLhJ.transpose(0, 2, 3, 1), valid_BL[:, None, None])
         far = (einsum("blhk,bhjl->bjhk", a, p_BhJL) for a in (k, v))
-        far_k, far_v = (self._norm(a, self.far_scale, self.far_bias, q.dtype) for a in far)
-        near = (self._norm(a, self.near_scale, self.near_bias, q.dtype) for a in (k, v))
+        far_norm = self.far_scale[...], self.far_bias[...], self.eps
+        far_k, far_v = (layer_norm(a, *far_norm).astype(q.dtype) for a in far)
+        near_norm = self.near_scale[...], self.near_bias[...], self.eps
+        near = (layer_norm(a, *near_norm).astype(q.dtype) for a in (k, v))
         near_k, near_v, valid = (around(pad_sequence(a, more), w) for a in (*near, valid_BL))
         # From here on by segment (s) of w queries (q), which see 2·w near keys (t).
         q = pad_sequence(q, more).reshape(b, -1, w, h, dh)
@@ -238,18 +229,10 @@ class LongShort(EncoderAttention):
         near_scores = jnp.where(valid[:, :, None, None], near_scores, -1e30)
         far_scores = einsum("bsqhk,bjhk->bshqj", q, far_k)
         scores = jnp.concatenate([near_scores, far_scores], axis=-1) * dh**-0.5
-        weights = softmax_over(scores)
-        near_weights, far_weights = weights[..., : 2 * w], weights[..., 2 * w :]
+        near_weights, far_weights = jnp.split(softmax_over(scores), [2 * w], axis=-1)
         y = einsum("bsthk,bshqt->bsqhk", near_v, near_weights)
         y = y + einsum("bjhk,bshqj->bsqhk", far_v, far_weights)
         return y.reshape(b, -1, h, dh)[:, :length]
-
-    def _norm(self, x: Array, scale: nnx.Param, bias: nnx.Param, dtype: Any) -> Array:
-        """LayerNorm over the last axis of [...,h,k], each head with its own scale and bias."""
-        y = x.astype(jnp.float32)
-        y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
-        return (y * scale[...][None, None] + bias[...][None, None]).astype(dtype)
 
 
 def around(a_BL: Array, window: int) -> Array:
@@ -269,11 +252,9 @@ class Reformer(EncoderAttention):
     are sorted by bucket, cut in chunks, and attend to their own chunk and the one before it, the
     first of a round to the last of the round before. A token attends to itself only where there is
     nothing else. Rounds are weighed by their softmax totals, and a pair that meets in several
-    rounds counts in each (the paper divides by their number, N_ij; the implementation that this
-    equals does not). Rotary positions, which the authors do not have, turn what is compared and not
-    what is hashed. Directions are drawn once with the weights (the authors' at every step). Padding
-    is sorted to the end and belongs to no chunk; the last chunk is the last one with tokens. A full
-    row has two buckets a chunk.
+    rounds counts in each (the paper divides by their number; the authors' code does not). Rotary
+    positions turn what is compared and not what is hashed. Directions are drawn once with the
+    weights (the authors': at every step). A full row has two buckets a chunk.
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -301,9 +282,8 @@ class Reformer(EncoderAttention):
 
         def at(a_BhLX: Array) -> Array:
             """[B,h,L,X] in sorted order, cut in chunks: [B,h,U,chunks,chunk,X]."""
-            index = order_BhUL.reshape(b, h, u * l, 1)
-            sorted_rows = jnp.take_along_axis(a_BhLX, index, axis=2)
-            return sorted_rows.reshape(*chunks, a_BhLX.shape[-1])
+            rows = jnp.take_along_axis(a_BhLX, order_BhUL.reshape(b, h, u * l, 1), axis=2)
+            return rows.reshape(*chunks, a_BhLX.shape[-1])
 
         own = order_BhUL.reshape(chunks)
         valid = jnp.take_along_axis(valid_BL[:, None, None], order_BhUL, axis=-1).reshape(own.shape)
@@ -321,14 +301,14 @@ class Reformer(EncoderAttention):
         scores = jnp.where(valid[..., None, :], scores, -1e30)
         total = jax.nn.logsumexp(scores, axis=-1)
         mixed = einsum("bhucsk,bhucqs->bhucqk", values, jnp.exp(scores - total[..., None]))
-        mixed, total = mixed.reshape(b, h, u, l, dh), total.reshape(b, h, u, l)
-        return combined(mixed, total, place_BhUL).transpose(0, 2, 1, 3)[:, :length]
+        # The rounds' values in the tokens' order, weighed by a softmax of their totals.
+        total_BhUL = jnp.take_along_axis(total.reshape(b, h, u, l), place_BhUL, axis=-1)
+        mixed = jnp.take_along_axis(mixed.reshape(b, h, u, l, dh), place_BhUL[..., None], axis=3)
+        y_BhLk = (mixed * jax.nn.softmax(total_BhUL, axis=2)[..., None]).sum(axis=2)
+        return y_BhLk.transpose(0, 2, 1, 3)[:, :length]
 
     def _sorted(self, hashed_BhLk: Array, valid_BL: Array) -> tuple[Array, Array]:
-        """(int32 [B,h,U,L] every round's tokens in the order of their buckets, the inverse).
-
-        Padding comes last.
-        """
+        """(int32 [B,h,U,L] every round's tokens by bucket, padding last; the inverse)."""
         directions = jax.lax.stop_gradient(self.rotations[...])
         hashed_BhLk = jax.lax.stop_gradient(hashed_BhLk).astype(jnp.float32)
         turned = exact_einsum("bhlk,hkun->bhuln", hashed_BhLk, directions)
@@ -336,13 +316,6 @@ class Reformer(EncoderAttention):
         bucket_BhUL = jnp.where(valid_BL[:, None, None], bucket_BhUL, 2 * directions.shape[-1])
         order_BhUL = jnp.argsort(bucket_BhUL, axis=-1, stable=True).astype(jnp.int32)
         return order_BhUL, jnp.argsort(order_BhUL, axis=-1).astype(jnp.int32)
-
-
-def combined(mixed_BhULk: Array, total_BhUL: Array, place_BhUL: Array) -> Array:
-    """[B,h,L,k]: the rounds' values in the tokens' order, weighed by a softmax of their totals."""
-    total_BhUL = jnp.take_along_axis(total_BhUL, place_BhUL, axis=-1)
-    mixed_BhULk = jnp.take_along_axis(mixed_BhULk, place_BhUL[..., None], axis=3)
-    return (mixed_BhULk * jax.nn.softmax(total_BhUL, axis=2)[..., None]).sum(axis=2)
 
 
 def unit(x: Array) -> Array:
@@ -353,10 +326,7 @@ def unit(x: Array) -> Array:
 
 
 def before(a: Array, last_B: Array) -> Array:
-    """The chunk before each of [B,h,U,chunks,…].
-
-    Before a round's first, that is the last one with tokens of the round before.
-    """
+    """The chunk before each of [B,h,U,chunks,…]; a round's first follows the last of another."""
     index = last_B.reshape(-1, *(1,) * (a.ndim - 1))
     index = jnp.broadcast_to(index, (*a.shape[:3], 1, *a.shape[4:]))
     wrapped = jnp.roll(jnp.take_along_axis(a, index, axis=3), 1, axis=2)

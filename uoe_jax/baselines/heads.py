@@ -5,19 +5,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from uoe_jax.baselines.mixtures import SIGMOID
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed.manual import Region
 from uoe_jax.layers.attention import Attention, options
 from uoe_jax.layers.common import valid_tokens
+from uoe_jax.layers.router import router_logits
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.weights import scaled_normal, weight, weight_if
-from uoe_jax.moe.routing import UNION, RoutingStats, choose_experts, rescaled, statistics
+from uoe_jax.moe.routing import RoutingStats, choose_experts, rescaled, statistics
 
-MOSA = UNION._replace(
-    log_shares=lambda logits: jax.nn.log_softmax(jax.nn.log_sigmoid(logits)),
-    scores=jax.nn.sigmoid,
-    weigh=lambda r, logits, scores, chosen: scores,
-)
+MOSA = SIGMOID._replace(weigh=lambda r, logits, scores, chosen: scores)
 
 
 class MoSA(SMHA):
@@ -25,9 +23,9 @@ class MoSA(SMHA):
 
     Piękos, Csordás, Schmidhuber 2025, arXiv 2505.00315. A head takes the `capacity_factor`·L tokens
     with the highest sigmoid router scores, attends among them at their true positions, and scales
-    its output by the scores: an SMHA of one head an expert. Which tokens are best depends on later
-    ones, so this is for encoders: the authors' language models mask by position among tokens chosen
-    with knowledge of the future. They also add some dense heads, and rotate half of a head.
+    its output by the scores: an SMHA of one head an expert. For encoders: the authors' language
+    models mask by position among tokens chosen with knowledge of the future. They also add some
+    dense heads, and rotate half of a head.
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -46,7 +44,7 @@ class MoH(Attention):
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
+        super().__init__(c.d_model, c.n_heads, rngs=rngs, **options(c))
         d, s = c.d_model, c.moh.n_shared
         self.n_shared, self.k = s, c.moh.k
         axes, init = ("embed", None), scaled_normal(d, 0.3)
@@ -54,37 +52,21 @@ class MoH(Attention):
         self.w_shared = weight_if(s > 1, rngs, (d, s), axes, init, exact=True)
         self.w_kinds = weight_if(s, rngs, (d, 2), axes, init, exact=True)
 
-    def weights(self, x_BLD: Array) -> tuple[Array, Array, Array]:
-        """Of the heads.
-
-        Returns:
-          (float32 [B,L,H] every head's weight; of the H−S routed heads, float32 [B,L,H−S] logits
-          and bool [B,L,H−S] whether a token chose them).
-        """
-        x = x_BLD.astype(jnp.float32)
-        logits = _scores(x, self.w_routed)
-        scores = jax.nn.softmax(logits)
-        chosen = choose_experts(scores, jnp.ones(scores.shape[:2], bool), self.k)
-        routed = rescaled(scores, chosen, self.k)
-        if self.w_kinds is None:
-            return routed, logits, chosen
-        shared: Array | float = 1.0
-        if self.w_shared is not None:
-            shared = self.n_shared * jax.nn.softmax(_scores(x, self.w_shared))
-        kinds = 2 * jax.nn.softmax(_scores(x, self.w_kinds))
-        weights = jnp.concatenate([kinds[..., :1] * shared, kinds[..., 1:] * routed], axis=-1)
-        return weights, logits, chosen
-
     def _weighed(
         self, o: Array, x_BLD: Array, segments_BL: Array | None, region: Region
     ) -> tuple[Array, RoutingStats]:
-        weights_BLH, logits, chosen = self.weights(x_BLD)
+        x, valid_BL = x_BLD.astype(jnp.float32), valid_tokens(segments_BL, x_BLD)
+        logits = router_logits(x, self.w_routed)
+        scores = jax.nn.softmax(logits)
+        chosen = choose_experts(scores, jnp.ones(scores.shape[:2], bool), self.k)
+        weights_BLH = rescaled(scores, chosen, self.k)
+        if self.w_kinds is not None:
+            kinds = 2 * jax.nn.softmax(router_logits(x, self.w_kinds))
+            shared = kinds[..., :1]
+            if self.w_shared is not None:
+                shared *= self.n_shared * jax.nn.softmax(router_logits(x, self.w_shared))
+            weights_BLH = jnp.concatenate([shared, kinds[..., 1:] * weights_BLH], axis=-1)
         h, weights_BLH = o.shape[2], region.as_varying(weights_BLH)
         own_BLh = jax.lax.dynamic_slice_in_dim(weights_BLH, h * region.shard_index, h, axis=2)
-        valid_BL = valid_tokens(segments_BL, x_BLD)
         chosen = chosen & valid_BL[..., None]
         return o * own_BLh[..., None].astype(o.dtype), statistics(logits, chosen, chosen, valid_BL)
-
-
-def _scores(x: Array, kernel: nnx.Param) -> Array:
-    return jnp.matmul(x, kernel[...], precision=jax.lax.Precision.HIGHEST)

@@ -1,10 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; V3, arXiv 2412.19437, section 2.1.1).
 
-Keys and values are projected from a narrow latent of a token. The KV cache holds that latent, and
-one rotary key that all heads share. A query has two parts: Dh numbers without positions, for keys
-made of the latent, and `d_rope` rotated ones, for the shared key. Latents are normalised (RMSNorm).
-Decoding makes no keys or values of earlier tokens: the projections out of the latent are applied to
-the query and to the weighted sum of latents.
+Keys and values are projected from a token's narrow latent (RMSNorm). The KV cache holds that
+latent, and one rotary key that all heads share. A query has Dh numbers without positions, for keys
+made of the latent, and `d_rope` rotated ones, for the shared key. Decoding makes no keys or values
+of earlier tokens: it projects the query, and the weighted sum of latents.
 """
 
 import functools
@@ -18,23 +17,19 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.distributed.manual import WHOLE, Region
+from uoe_jax.layers import common
 from uoe_jax.layers.attention import attend, group_keys
-from uoe_jax.layers.common import Block, Tokens, add_bias, linear, pad_sequence, rms_norm, rotate
+from uoe_jax.layers.common import Block, Outputs, Step, Tokens, add_bias, linear
 from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
 
 
 class MLACache(NamedTuple):
-    """Latents [B,context,J] and rotated shared keys [B,context,d_rope]."""
-
-    latent: Array
-    rotary: Array
+    latent: Array  # [B,context,J]
+    rotary: Array  # rotated shared keys [B,context,d_rope]
 
 
 class MLA(Block):
-    """model.attention='mla'. With `bias`, only the output has one.
-
-    On a mesh, heads are sharded over `expert`, and every shard makes the latents.
-    """
+    """model.attention='mla'; of biases, only the output has one. Every shard makes the latents."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         d, h, dh, j, q_rank = c.d_model, c.n_heads, c.head_dim, c.mla.kv_rank, c.mla.q_rank
@@ -52,9 +47,7 @@ class MLA(Block):
         self.w_o = weight(rngs, (h, dh, d), ("heads", None, "embed"), scaled_normal(d, c.out_scale))
         self.bias_out = weight_if(c.bias, rngs, (d,), (None,), zeros)
 
-    def _forward(
-        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[Array, None, tuple[Array, Array]]:
+    def _forward(self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE) -> Outputs:
         shared_BLD, x_BLD = region.gather_inputs(x_BLD.astype(self.dtype))
         latent_BLJ, rotary_BLk = self._latent(shared_BLD, tokens.rotary)
         if self.w_down is not None:
@@ -64,9 +57,7 @@ class MLA(Block):
         k, v = (checkpoint_name(self._matmul(own_BLJ, w), "qkv") for w in (self.w_k, self.w_v))
         shape = (*k.shape[:3], rotary_BLk.shape[-1])
         k = jnp.concatenate([k, jnp.broadcast_to(own_rotary_BLk[:, :, None], shape)], axis=-1)
-        keys_BH = tokens.keys_B
-        if keys_BH is not None:
-            keys_BH = group_keys(keys_BH, k.shape[2], region.shard_index)
+        keys_BH = group_keys(tokens.keys_B, k.shape[2], region.shard_index)
         o = attend(q, k, v, tokens.segments_BL, self.causal, self.drop_rate, keys_BH)
         y_BLD = region.reduce_outputs(self._matmul(o, self.w_o, axes=2))
         bias_D = region.weight_for_local_tokens(self.bias_out)
@@ -75,28 +66,26 @@ class MLA(Block):
     def _latent(self, x: Array, rotary: Any) -> tuple[Array, Array]:
         """(normalised latent [...,J], rotated shared key [...,d_rope])."""
         both, j = self._matmul(x, self.w_latent), self.latent_scale.shape[0]
-        latent = rms_norm(both[..., :j], self.latent_scale[...], self.eps).astype(self.dtype)
-        return latent, rotate(both[..., None, j:], rotary)[..., 0, :]
+        latent = common.rms_norm(both[..., :j], self.latent_scale[...], self.eps).astype(self.dtype)
+        return latent, common.rotate(both[..., None, j:], rotary)[..., 0, :]
 
     def _narrow(self, x: Array) -> Array:
         assert self.w_down is not None and self.q_scale is not None  # there is a q_rank
         narrow = self._matmul(x, self.w_down)
-        return rms_norm(narrow, self.q_scale[...], self.eps).astype(self.dtype)
+        return common.rms_norm(narrow, self.q_scale[...], self.eps).astype(self.dtype)
 
     def _queries(self, x: Array, rotary: Any) -> Array:
         """[...,H,Dh + d_rope], the latter rotated, from x or its narrow form."""
         q, dh = checkpoint_name(self._matmul(x, self.w_q), "qkv"), self.w_k.shape[-1]
-        return jnp.concatenate([q[..., :dh], rotate(q[..., dh:], rotary)], axis=-1)
+        return jnp.concatenate([q[..., :dh], common.rotate(q[..., dh:], rotary)], axis=-1)
 
     def _matmul(self, x: Array, w: nnx.Param, axes: int = 1) -> Array:
         return linear(x, w[...].astype(self.dtype), axes)
 
     def _start_cache(self, state: Any, tokens: Tokens, context: int) -> MLACache:
-        return MLACache(*(pad_sequence(a, context - a.shape[1]) for a in state))
+        return MLACache(*(common.pad_sequence(a, context - a.shape[1]) for a in state))
 
-    def decode_step(
-        self, x_BD: Array, cache: MLACache, t_B: Array, rotary: Any
-    ) -> tuple[Array, MLACache]:
+    def decode_step(self, x_BD: Array, cache: MLACache, t_B: Array, rotary: Any) -> Step:
         x_BD = x_BD.astype(self.dtype)
         latent_BJ, rotary_Bk = self._latent(x_BD, rotary)
         at, dh = (jnp.arange(x_BD.shape[0]), t_B), self.w_k.shape[-1]

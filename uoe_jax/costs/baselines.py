@@ -11,30 +11,21 @@ from uoe_jax.layers.tiles import computed_scores
 
 
 class Cost(NamedTuple):
-    """Of one attention block and one row.
+    """Of one attention block and one row."""
 
-    Attributes:
-      flops: forward pass. core: of these, what compares tokens and mixes values.
-      kept: values saved for the backward pass under remat='slots'. sums: float32 values beside
-        them, each query's log-sum-exp in every head whose attention is computed in tiles.
-      idle: parameters that a token does not use.
-    """
-
-    flops: float
-    core: float
-    kept: float
-    sums: float = 0
-    idle: float = 0
+    flops: float  # forward pass
+    core: float  # of these, what compares tokens and mixes values
+    kept: float  # values saved for the backward pass under remat='slots'
+    sums: float = 0  # float32 values beside them: log-sum-exp of queries, where computed in tiles
+    idle: float = 0  # parameters that a token does not use
 
 
 def dense(c: ModelConfig, length: int) -> Cost:
-    """Full attention, the reference."""
     core = 4 * c.n_heads * c.head_dim * computed_scores(length, c.causal)
     return _with_projections(c, length, core)._replace(sums=length * c.n_heads)
 
 
 def _with_projections(c: ModelConfig, length: int, core: float) -> Cost:
-    """Of a block with the dense block's projections around another core."""
     width = c.head_dim * (2 * c.n_heads + 2 * c.kv_heads)
     return Cost(2 * length * c.d_model * width + core, core, length * width)
 
@@ -49,13 +40,18 @@ def moh(c: ModelConfig, length: int) -> Cost:
 
 
 def mla(c: ModelConfig, length: int) -> Cost:
-    d, h, dh, j, dr = c.d_model, c.n_heads, c.head_dim, c.mla.kv_rank, c.rotary_dim
-    narrow = c.mla.q_rank
+    d, h, dh, dr, j, narrow = (
+        c.d_model,
+        c.n_heads,
+        c.head_dim,
+        c.rotary_dim,
+        c.mla.kv_rank,
+        c.mla.q_rank,
+    )
     queries = (d + h * (dh + dr)) * narrow if narrow else d * h * (dh + dr)
     products = d * (j + dr) + 2 * j * h * dh + queries + h * dh * d
     core = 2 * computed_scores(length, c.causal) * h * (2 * dh + dr)
-    kept = length * h * ((dh + dr) + 3 * dh)
-    return Cost(2 * length * products + core, core, kept, length * h)
+    return Cost(2 * length * products + core, core, length * h * (4 * dh + dr), length * h)
 
 
 def linformer(c: ModelConfig, length: int) -> Cost:
@@ -76,10 +72,8 @@ def performer(c: ModelConfig, length: int) -> Cost:
 def long_short(c: ModelConfig, length: int) -> Cost:
     j, w = c.long_short.rank, c.long_short.window
     padded = -(-length // w) * w
-    core = 2 * length * c.d_model * c.n_heads * j
-    return _with_projections(
-        c, length, core + (4 * length * j + padded * (8 * w + 4 * j)) * c.d_model
-    )
+    core = (2 * length * c.n_heads * j + 4 * length * j + padded * (8 * w + 4 * j)) * c.d_model
+    return _with_projections(c, length, core)
 
 
 def reformer(c: ModelConfig, length: int) -> Cost:
@@ -89,13 +83,5 @@ def reformer(c: ModelConfig, length: int) -> Cost:
     return Cost(6 * length * d**2 + core, core, length * 3 * d)
 
 
-ATTENTIONS: dict[str, Callable[[ModelConfig, int], Cost]] = {
-    "dense": dense,
-    "moh": moh,
-    "mla": mla,
-    "linformer": linformer,
-    "nystromformer": nystromformer,
-    "performer": performer,
-    "long_short": long_short,
-    "reformer": reformer,
-}
+_COSTS = (dense, moh, mla, linformer, nystromformer, performer, long_short, reformer)
+ATTENTIONS: dict[str, Callable[[ModelConfig, int], Cost]] = {f.__name__: f for f in _COSTS}

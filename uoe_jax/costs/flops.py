@@ -1,9 +1,8 @@
 """Floating-point operations of the model, as the compiled program executes them.
 
 Counted from the configuration; a multiply-add counts 2. Attention is counted in whole tiles
-(`layers.tiles`): a row of one tile fully, a longer one under a causal mask about half. Routed
-blocks are counted by their slots, filled or not. Elementwise work and dispatch are left out, though
-with routing.dispatch='onehot' the latter is a product too.
+(`layers.tiles`), routed blocks by their slots, filled or not. Elementwise work and dispatch are
+left out, though with routing.dispatch='onehot' the latter is a product too.
 """
 
 import math
@@ -26,6 +25,7 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
 }
 ON_SLOTS = ("smha", "mosa")  # attentions whose heads work on slots
+Shares = Sequence[float] | None  # of tokens in each tail of an adaptive softmax
 
 
 def routing_flops(r: RoutingConfig, d_model: int, length: int) -> float:
@@ -72,34 +72,30 @@ def mlp_flops(c: ModelConfig, length: int, training: bool = False) -> float:
 
 
 def tail_shares(c: ModelConfig) -> tuple[float, ...]:
-    """The share of a text's tokens in each tail of an adaptive softmax, by Zipf's law: rank r ~
-    1/r."""
+    """The share of tokens in each tail of an adaptive softmax, by Zipf's law: rank r ~ 1/r."""
     edges = (*c.cutoff_list, c.vocab_size)
     up_to = [math.log(n + 0.5) + 0.57722 for n in edges]  # the harmonic number of n
     return tuple((end - start) / up_to[-1] for start, end in zip(up_to, up_to[1:]))
 
 
-def scored_pieces(
-    c: ModelConfig, shares: Sequence[float] | None = None
-) -> list[tuple[float, int, int]]:
+def scored_pieces(c: ModelConfig, shares: Shares = None) -> list[tuple[float, int, int]]:
     """(share of tokens it is scored for, scores of such a token, width) of every vocabulary piece.
 
-    shares: those of an adaptive softmax's tails. None: the tokens whose target is in them
-    (`tail_shares`), as in losses. Log-probabilities of all entries score every tail for every
-    token.
+    shares: of an adaptive softmax's tails; None: `tail_shares`, of the tokens whose target is in
+    them, as in losses. Log-probabilities of all entries score every tail for every token.
     """
     (first, width), *tails = c.vocabulary_pieces
     shares = tail_shares(c) if shares is None else shares
     return [(1, first + len(tails), width), *((share, *tail) for share, tail in zip(shares, tails))]
 
 
-def score_flops(c: ModelConfig, length: int, shares: Sequence[float] | None = None) -> float:
+def score_flops(c: ModelConfig, length: int, shares: Shares = None) -> float:
     """The vocabulary's scores over one row; shares as in `scored_pieces`."""
     pieces = scored_pieces(c, shares)
     return 2 * length * sum(share * scores * width for share, scores, width in pieces)
 
 
-def vocabulary_flops(c: ModelConfig, length: int, shares: Sequence[float] | None = None) -> float:
+def vocabulary_flops(c: ModelConfig, length: int, shares: Shares = None) -> float:
     """The language model's head, and the projections of an adaptive embedding and head."""
     narrow = sum(c.d_model * width for _, width in c.vocabulary_pieces if width < c.d_model)
     return score_flops(c, length, shares) + 2 * length * 2 * narrow
@@ -116,9 +112,9 @@ def ends_flops(c: ModelConfig, length: int) -> float:
 
 
 def forward_flops(c: ModelConfig, length: int | None = None, training: bool = False) -> float:
-    """Forward pass of the model over one example of `length` tokens, by default the context.
+    """Forward pass over one example of `length` tokens, by default the context.
 
-    training: `sequence_capacity_factor` bounds an expert's rows; in evaluation it never does.
+    training: `sequence_capacity_factor` bounds an expert's rows.
     """
     length = length or c.block_length
     per_layer = attention_flops(c, length, training) + mlp_flops(c, length, training)
@@ -133,6 +129,6 @@ def forward_flops_per_token(c: ModelConfig) -> float:
 def train_flops(c: ModelConfig, rows: int, length: int | None = None) -> float:
     """One optimizer step over `rows` examples: the backward pass is twice the forward, no remat.
 
-    length: tokens of a row, where batches are padded to less than the context (data.buckets).
+    length: of rows that are padded to less than the context (data.buckets).
     """
     return 3 * rows * forward_flops(c, length, training=True)

@@ -1,8 +1,7 @@
-"""Bytes that a layer saves for the backward pass, of decoding caches; parameters a token leaves
-idle.
+"""Bytes saved for the backward pass and of decoding caches; parameters a token leaves idle.
 
-Counted from the configuration, for one device that holds everything. Working memory inside a layer
-is not counted. `models.count` counts parameters.
+Counted from the configuration, for one device that holds everything, without a layer's working
+memory. `models.count` counts parameters.
 """
 
 from uoe_jax.config.schema import ModelConfig, RoutingConfig
@@ -15,9 +14,8 @@ ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 def idle_parameters(c: ModelConfig) -> float:
     """Parameters of the model that a token does not use on average.
 
-    Of N experts a token uses the K it chose, or as many as have a slot for it where those are
-    fewer; under expert choice as many as have a slot. Vectors of the vocabulary and biases of
-    experts count as used.
+    Of N experts a token uses the K it chose, or as many as have a slot for it if those are fewer
+    (or under expert choice). Vectors of the vocabulary and biases of experts count as used.
     """
     idle = ATTENTIONS[c.attention](c, c.block_length).idle if c.attention in ATTENTIONS else 0.0
     for name, r in c.routed().items():
@@ -33,15 +31,12 @@ def idle_parameters(c: ModelConfig) -> float:
 
 
 def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1) -> int:
-    """Bytes one layer saves of `rows` examples for the backward pass, with remat='slots' or
-    'block'.
+    """Bytes one layer saves of `rows` examples for the backward pass.
 
-    'block' saves the layer's input. 'slots' also saves the state between attention and MLP, and of
+    remat='block' saves the layer's input; 'slots' also the state between attention and MLP, and of
     each block the projections at the slots, the heads' outputs, the selection and its logits.
-
-    Args:
-      parts: devices that share the experts (in a dense block, heads and hidden units).
-      stream_parts: devices that share the activations between blocks.
+    `parts` devices share the experts (in a dense block, heads and hidden units), `stream_parts` the
+    activations between blocks.
 
     Raises:
       ValueError: another remat policy, whose choice is the compiler's.
@@ -68,23 +63,15 @@ def kept_bytes(c: ModelConfig, rows: int, parts: int = 1, stream_parts: int = 1)
 
 def _kept_at_slots(c: ModelConfig, r: RoutingConfig, rows: int, width: float, parts: int) -> int:
     """Bytes of `width` values at the slots of `rows` rows, the selection, and its logits."""
+    m, held = r.patches(c.block_length), int(rows * r.row_share())
     at_slots = r.slot_tokens(c.block_length) * r.row_share()
     kept = int(ITEM_SIZE[c.dtype] * rows * at_slots * width) // parts
-    kept += selection_bytes(r, rows, c.block_length) // parts
-    if r.unit == "sequence":
-        return kept
-    # Every device has the logits of all experts.
-    return kept + 4 * r.n_experts * rows * r.patches(c.block_length)
-
-
-def selection_bytes(r: RoutingConfig, rows: int, length: int) -> int:
-    """The selection of one block: patch, validity and weight of every slot, each patch's slot.
-
-    Under `sequence_capacity_factor` also which buffer row holds which row of the batch.
-    """
-    m, held = r.patches(length), int(rows * r.row_share())
+    # Patch, validity and weight of every slot, each patch's slot; which buffer row holds which row.
     bounded = r.sequence_capacity_factor > 0
-    return r.n_experts * (9 * held * r.slots(m) + 4 * rows * m + bounded * 4 * (held + rows))
+    selection = 9 * held * r.slots(m) + 4 * rows * m + bounded * 4 * (held + rows)
+    kept += r.n_experts * selection // parts
+    # Every device has the logits of all experts.
+    return kept + (4 * r.n_experts * rows * m if r.unit != "sequence" else 0)
 
 
 def cache_bytes(c: ModelConfig, rows: int, dense: bool = False) -> int:

@@ -1,7 +1,7 @@
 """Vocabulary losses a chunk of tokens at a time, forward and backward.
 
-The scores of all tokens never exist at once. The backward pass recomputes them: one more matmul of
-the head for memory that does not grow with tokens x vocabulary. T counts one device's tokens.
+The backward pass recomputes the scores: one more matmul of the head for memory that does not grow
+with tokens x vocabulary. T counts one device's tokens.
 """
 
 import jax
@@ -11,6 +11,7 @@ from jax import Array
 from uoe_jax.layers import tiles
 
 Bound = Array | int  # a position among the tokens
+_rows, _put = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
 
 
 def chunked_nll(x_Td: Array, table_vd: Array, target_T: Array, start: Bound, stop: Bound) -> Array:
@@ -26,8 +27,7 @@ def chunked_sums(
     """(log-sum-exp of the scores, the target's score) of tokens start … stop-1; float32 [T].
 
     Zeros for other tokens, and a score of 0 for a target that is not in the table. Differentiable
-    in x and table; the work is that of stop - start tokens. Products are computed in the dtype of
-    x, and the gradient of the table is summed in float32.
+    in x and table. Products are in the dtype of x; the table's gradient is summed in float32.
     """
     return _forward(x_Td, table_vd, target_T, start, stop)[0]
 
@@ -48,7 +48,7 @@ def _forward(x_Td, table_vd, target_T, start, stop):
         new_hit_t = jnp.where(_hits(target_t, scores_tv), scores_tv, 0).sum(axis=-1)
         log_sum_t = jnp.where(own_t, jax.nn.logsumexp(scores_tv, axis=-1), log_sum_t)
         hit_t = jnp.where(own_t, new_hit_t, hit_t)
-        return _put(sums[0], log_sum_t, at), _put(sums[1], hit_t, at)
+        return _put(sums[0], log_sum_t, at, 0), _put(sums[1], hit_t, at, 0)
 
     # Made like x, sums vary over the same axes of a mesh as what is added to them.
     zero_T = jnp.zeros_like(x_Td, jnp.float32, shape=(n,))
@@ -66,17 +66,16 @@ def _backward(kept, d):
 
     def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         at, own_t = _chunk(i, size, n, start, stop)
-        by_token = (x_Td, target_T, log_sum_T, d[0] / scale, d[1] / scale, sums[0])
-        x_td, target_t, log_sum_t, d_log_sum_t, d_hit_t, dx_td = (
-            _rows(a, at, size) for a in by_token
-        )
+        x_td, target_t, log_sum_t = (_rows(a, at, size) for a in (x_Td, target_T, log_sum_T))
+        d_log_sum_t, d_hit_t = (_rows(a / scale, at, size) for a in d)
+        dx_td = _rows(sums[0], at, size)
         scores_tv = entry_scores(x_td, kernel_vd)
         d_tv = jnp.exp(scores_tv - log_sum_t[:, None]) * d_log_sum_t[:, None]
         d_tv += jnp.where(_hits(target_t, scores_tv), d_hit_t[:, None], 0)
         d_tv = jnp.where(own_t[:, None], d_tv, 0).astype(x_td.dtype)
         dx_td += jnp.matmul(d_tv, kernel_vd, preferred_element_type=jnp.float32)
         d_table_vd = sums[1] + jnp.matmul(d_tv.T, x_td, preferred_element_type=jnp.float32)
-        return _put(sums[0], dx_td, at), d_table_vd
+        return _put(sums[0], dx_td, at, 0), d_table_vd
 
     zeros = tuple(jnp.zeros_like(x_Td, jnp.float32, shape=a.shape) for a in (x_Td, table_vd))
     sums = jax.lax.fori_loop(0, -((start - stop) // size), add, zeros)
@@ -93,14 +92,6 @@ def _chunk(i: Array, size: int, n: int, start: Bound, stop: Bound) -> tuple[Arra
     at = jnp.minimum(first, n - size)
     token_t = at + jnp.arange(size, dtype=jnp.int32)
     return at, (token_t >= first) & (token_t < stop)
-
-
-def _rows(a: Array, at: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(a, at, size, axis=0)
-
-
-def _put(a: Array, rows: Array, at: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(a, rows, at, axis=0)
 
 
 def _hits(target_t: Array, scores_tv: Array) -> Array:

@@ -21,14 +21,14 @@ of a row on one device, t tokens of a tile or chunk, d the width of a piece of t
 """
 
 import math
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from uoe_jax.config.schema import GATED_ACTIVATIONS
+from uoe_jax.config.schema import GATED_ACTIVATIONS, ModelConfig
 from uoe_jax.distributed.manual import WHOLE, Region, run
 from uoe_jax.layers.weights import ones, weight, weight_if, zeros
 from uoe_jax.moe.routing import RoutingStats
@@ -39,11 +39,9 @@ SAVED_NAMES = ("selection", "qkv", "heads", "hidden", "block_out")
 
 
 def linear(x: Array, w: Array, axes: int = 1) -> Array:
-    """Contracts the last `axes` axes of x with the first of w: [...,X] and [X,Y] to [...,Y].
-
-    Computed as a product of two matrices, whatever axes tokens and heads have: with more axes XLA
-    transposes their gradient on CPUs, slower than an MLP's matmuls (docs/appendix).
-    """
+    """Contracts the last `axes` axes of x with the first of w: [...,X] and [X,Y] to [...,Y]."""
+    # As a product of two matrices: with more axes XLA transposes their gradient on CPUs, slower
+    # than an MLP's matmuls (docs/appendix).
     lead, rows = x.shape[: x.ndim - axes], math.prod(w.shape[:axes])
     return (x.reshape(-1, rows) @ w.reshape(rows, -1)).reshape(*lead, *w.shape[axes:])
 
@@ -51,19 +49,15 @@ def linear(x: Array, w: Array, axes: int = 1) -> Array:
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last axis, computed in float32."""
 
-    def __init__(self, d: int, *, kind: str = "rmsnorm", eps: float = 1e-6, rngs: nnx.Rngs) -> None:
-        self.kind, self.eps = kind, eps
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        d, self.eps = c.d_model, c.norm_eps
         self.scale = weight(rngs, (d,), (None,), ones, exact=True)
-        self.bias = weight_if(kind == "layernorm", rngs, (d,), (None,), zeros, exact=True)
+        self.bias = weight_if(c.norm == "layernorm", rngs, (d,), (None,), zeros, exact=True)
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
-        if self.bias is not None:
-            y = y - y.mean(-1, keepdims=True)
-        y = rms_norm(y, self.scale[...], self.eps)
-        if self.bias is not None:
-            y = y + along_last(self.bias[...], y)
-        return y.astype(x.dtype)
+        if self.bias is None:
+            return rms_norm(x, self.scale[...], self.eps).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], self.eps).astype(x.dtype)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -73,26 +67,28 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return y * along_last(scale, y)
 
 
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """float32 LayerNorm over the last axis; scale and bias have the last axes of x."""
+    y = x.astype(jnp.float32)
+    y = rms_norm(y - y.mean(-1, keepdims=True), scale, eps)
+    return y + along_last(bias, y)
+
+
 def along_last(v: Array, like: Array) -> Array:
     """v with leading axes of size 1, to broadcast over the last axes of `like`."""
     return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
 def add_bias(y: Array, bias: nnx.Param | Array | None) -> Array:
-    """y plus a bias that has the last axes of y, or as many axes with some of size 1; None: y.
-
-    Added in float32 and then rounded: the gradient of a bias sums over all tokens, and a running
-    sum in 16 bits stops growing once it is a few hundred times a term.
-    """
+    """y plus a bias that has the last axes of y, or as many axes with some of size 1; None: y."""
+    # Added in float32 and then rounded, as its gradient sums over all tokens: a running sum in 16
+    # bits stops growing once it is a few hundred times a term.
     return y if bias is None else (y.astype(jnp.float32) + along_last(bias[...], y)).astype(y.dtype)
 
 
 @jax.custom_jvp
 def gelu(x: Array) -> Array:
-    """Exact GELU, x·Φ(x), with its derivative written out.
-
-    The derivative of erf fails in a manual region on jax 0.12.0.
-    """
+    """Exact GELU, x·Φ(x); the derivative of erf fails in a manual region on jax 0.12.0."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -119,19 +115,12 @@ def activate(name: str, up: Array, gate: Array | None) -> Array:
 
 
 class Tokens(NamedTuple):
-    """What a block knows of its tokens beside their activations.
+    """What a block knows of its tokens beside their activations."""
 
-    Attributes:
-      segments_BL: int32, the document of a token, 0 for padding; None: one document, no padding.
-      positions_BL: int32, counted inside the document.
-      rotary: (cos, sin), each float32 [B,L,Dh/2]; None: no rotary positions.
-      keys_B: in training, a random key per row for dropout and router noise; None: evaluation.
-    """
-
-    segments_BL: Array | None
-    positions_BL: Array
-    rotary: tuple[Array, Array] | None = None
-    keys_B: Array | None = None
+    segments_BL: Array | None  # int32 documents, 0 for padding; None: one document, no padding
+    positions_BL: Array  # int32, counted inside the document
+    rotary: tuple[Array, Array] | None = None  # (cos, sin), each float32 [B,L,Dh/2]
+    keys_B: Array | None = None  # in training, a key per row for dropout and router noise
 
     def folded(self, i: int | Array) -> "Tokens":
         """The same tokens with `i` folded into their keys, for the i-th place that draws."""
@@ -144,8 +133,12 @@ class Tokens(NamedTuple):
             return self
         segments_BL = jnp.ones((b, l), jnp.int32) if self.segments_BL is None else self.segments_BL
         arrays = self._replace(segments_BL=segments_BL, keys_B=None)
-        padded = jax.tree.map(lambda a: pad_sequence(a, to - l), arrays)
-        return padded._replace(keys_B=self.keys_B)
+        return jax.tree.map(lambda a: pad_sequence(a, to - l), arrays)._replace(keys_B=self.keys_B)
+
+
+# What a block gives: y_BLD, statistics where something is routed, what decoding needs of a prompt.
+Outputs = tuple[Array, RoutingStats | None, Any]
+Step = tuple[Array, Any]  # y_BD for one token of each row, the cache with it
 
 
 class Block(nnx.Module):
@@ -156,19 +149,14 @@ class Block(nnx.Module):
 
     dtype: Any  # compute dtype
 
-    def __call__(
-        self, x_BLD: Array, tokens: Tokens | None = None
-    ) -> tuple[Array, RoutingStats | None]:
-        """(y_BLD, routing statistics where something is routed)."""
+    def __call__(self, x_BLD: Array, tokens: Tokens | None = None) -> tuple[Array, Any]:
+        """(y_BLD, `RoutingStats` where something is routed, else None)."""
         tokens = tokens_like(x_BLD) if tokens is None else tokens
-        return run(
-            lambda block, *args: block._forward(*args)[:2], self, x_BLD, tokens, dtype=self.dtype
-        )
+        forward = lambda block, *args: block._forward(*args)[:2]  # noqa: E731
+        return run(forward, self, x_BLD, tokens, dtype=self.dtype)
 
-    def _forward(
-        self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE
-    ) -> tuple[Array, RoutingStats | None, Any]:
-        """What `__call__` returns, and what `_start_cache` needs, from the shard's own weights."""
+    def _forward(self, x_BLD: Array, tokens: Tokens, region: Region = WHOLE) -> Outputs:
+        """The outputs of a shard's own weights."""
         raise NotImplementedError
 
     def prefill(self, x_BLD: Array, tokens: Tokens, context: int) -> tuple[Array, Any]:
@@ -177,16 +165,18 @@ class Block(nnx.Module):
         return y_BLD, self._start_cache(state, tokens, context)
 
     def _start_cache(self, state: Any, tokens: Tokens, context: int) -> Any:
+        """The cache after a prompt, of which `state` is the third of the outputs."""
         raise NotImplementedError
 
-    def decode_step(self, x_BD: Array, cache: Any, t_B: Array, rotary: Any) -> tuple[Array, Any]:
+    def decode_step(self, x_BD: Array, cache: Any, t_B: Array, rotary: Any) -> Step:
         """(y_BD of token `t_B` of each row, the cache with it); rotary tables are [B,Dh/2]."""
         raise NotImplementedError
 
 
-def pad_sequence(a_BL: Array, more: int) -> Array:
-    """[B,L,…] with `more` zeros at the end of every row."""
-    return jnp.pad(a_BL, ((0, 0), (0, more), *((0, 0),) * (a_BL.ndim - 2))) if more else a_BL
+def pad_sequence(a: Array, more: int, axis: int = 1) -> Array:
+    """[B,L,…] with `more` zeros at the end of every row, or of another axis."""
+    widths = [(0, more if i == axis % a.ndim else 0) for i in range(a.ndim)]
+    return jnp.pad(a, widths) if more else a
 
 
 def valid_tokens(segments_BL: Array | None, like: Array) -> Array:
@@ -223,8 +213,7 @@ def dropout(x: Array, rate: float, keys_B: Array | None) -> Array:
 
 def positions_like(ids_BL: Array) -> Array:
     """int32 [B,L], counted from the start of every row of [B,L,…]."""
-    b, l = ids_BL.shape[:2]
-    return jnp.broadcast_to(jnp.arange(l, dtype=jnp.int32), (b, l))
+    return jnp.broadcast_to(jnp.arange(ids_BL.shape[1], dtype=jnp.int32), ids_BL.shape[:2])
 
 
 def tokens_like(x_BLD: Array) -> Tokens:
@@ -233,19 +222,15 @@ def tokens_like(x_BLD: Array) -> Tokens:
 
 
 def rotary_tables(
-    positions_BL: Array,
-    head_dim: int,
-    theta: float,
-    stretch: tuple[float, float, float, float] | None = None,
+    positions_BL: Array, head_dim: int, theta: float, stretch: Sequence[float] | None = None
 ) -> tuple[Array, Array]:
     """cos and sin of the rotary angles, float32 [...,Dh/2] for positions [...].
 
-    stretch: (factor, low, high, length) for contexts longer than the `length` of training, as in
-    Llama 3.1: a frequency is divided by `factor` if it turns fewer than `low` times in `length`,
-    kept if more than `high` times, and blended in between.
+    stretch: (factor, low, high, length of training), as in Llama 3.1: a frequency is divided by
+    `factor` if it turns fewer than `low` times in `length`, kept if more than `high` times.
     """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if stretch is not None:
+    if stretch:
         factor, low, high, length = stretch
         turns = length * frequency / (2 * math.pi)
         kept = jnp.clip((turns - low) / (high - low), 0, 1)

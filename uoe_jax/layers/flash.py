@@ -1,8 +1,7 @@
 """FlashAttention (Dao et al. 2022, arXiv 2205.14135) in plain XLA operations.
 
-Scores exist one tile at a time, forward and backward, so memory grows with a row's length and not
-with its square. Tiles behind a causal mask are not computed. The backward pass keeps the output and
-each query's log-sum-exp, and recomputes the tiles.
+Scores exist one tile at a time, forward and backward. Tiles behind a causal mask are not computed.
+The backward pass keeps the output and each query's log-sum-exp, and recomputes the tiles.
 """
 
 import functools
@@ -15,60 +14,41 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.layers import tiles
-from uoe_jax.layers.common import dropout, fold
+from uoe_jax.layers.common import dropout, fold, pad_sequence
 
 MASKED = -1e30  # the score of a key that a query may not attend to
 Pair = tuple[Any, Any]  # tile of queries, tile of keys
 
 
 class Tiling(NamedTuple):
-    """What is static of a call; hashable, so that its compilation is found again.
+    """What is static of a call; hashable, so that its compilation is found again."""
 
-    Attributes:
-      causal: a token attends to itself and those before it.
-      side: tokens of a tile. length: of a row; padding fills up its last tile.
-      drop_rate: dropout of the attention weights. scale: of the scores.
-    """
-
-    causal: bool
-    side: int
-    length: int
-    drop_rate: float
-    scale: float
+    causal: bool  # a token attends to itself and those before it
+    side: int  # tokens of a tile
+    length: int  # of a row; padding fills up its last tile
+    drop_rate: float  # dropout of the attention weights
+    scale: float  # of the scores
 
 
 class Masks(NamedTuple):
-    """segments_AS: int32, a token attends to its own segment only; keys_A: of dropout; or None."""
-
-    segments_AS: Array | None
-    keys_A: Array | None
+    segments_AS: Array | None  # int32, a token attends to its own segment only
+    keys_A: Array | None  # of dropout
 
 
 def flash_attention(
-    q_AQSk: Array,
-    k_ASk: Array,
-    v_ASe: Array,
-    masks: Masks,
-    causal: bool,
-    drop_rate: float = 0.0,
-    scale: float = 1.0,
+    q: Array, k: Array, v: Array, masks: Masks, causal: bool, drop_rate: float, scale: float
 ) -> Array:
-    """softmax(scale·q·kᵀ)·v in the dtype of the queries, [A,Q,S,e]; computed in float32.
+    """softmax(scale·q·kᵀ)·v in the dtype of q [A,Q,S,k] over k [A,S,k] and v [A,S,e]: [A,Q,S,e].
 
-    Every query must attend to something: under a causal mask and in a segment it attends to itself.
+    Computed in float32. Every query must attend to something, such as itself.
     """
-    s = q_AQSk.shape[2]
-    if masks.keys_A is None:
-        drop_rate = 0.0
+    s, drop_rate = q.shape[2], 0.0 if masks.keys_A is None else drop_rate
     tiling = Tiling(causal, tiles.tile(s), s, drop_rate, scale)
-    if more := -s % tiling.side:
-        q_AQSk, k_ASk, v_ASe = (
-            jnp.pad(a, (*((0, 0),) * (a.ndim - 2), (0, more), (0, 0)))
-            for a in (q_AQSk, k_ASk, v_ASe)
-        )
-        if masks.segments_AS is not None:
-            masks = masks._replace(segments_AS=jnp.pad(masks.segments_AS, ((0, 0), (0, more))))
-    return _attention(q_AQSk, k_ASk, v_ASe, masks, tiling)[:, :, :s]
+    more = -s % tiling.side
+    qkv = (pad_sequence(a, more, axis=-2) for a in (q, k, v))
+    if masks.segments_AS is not None:
+        masks = masks._replace(segments_AS=pad_sequence(masks.segments_AS, more))
+    return _attention(*qkv, masks, tiling)[:, :, :s]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -77,8 +57,7 @@ def _attention(q, k, v, masks, tiling):
 
 
 def _forward(q, k, v, masks, tiling):
-    def add(sums: tuple[Array, ...], pair: Pair) -> tuple[Array, ...]:
-        """Adds a tile to the sums, rescaled to the new largest score."""
+    def add(sums: tuple[Array, ...], pair: Pair) -> tuple[Array, ...]:  # rescaled to a new largest
         o, top, total = (_part(a, pair[0], tiling, 2) for a in sums)
         scores = _scores(q, k, masks, tiling, pair)
         new_top = jnp.maximum(top, scores.max(axis=-1))
@@ -125,7 +104,7 @@ def _backward(tiling, kept, d_o):
 
     zeros = tuple(jnp.zeros_like(a, jnp.float32) for a in (q, k, v))
     found = _over_pairs(add, zeros, tiling)
-    return (*(a.astype(b.dtype) for a, b in zip(found, (q, k, v))), None)
+    return *(a.astype(b.dtype) for a, b in zip(found, (q, k, v))), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -144,9 +123,8 @@ def _scores(q: Array, k: Array, masks: Masks, tiling: Tiling, pair: Pair) -> Arr
     """float32 [A,Q,t,t], MASKED where a query may not attend."""
     q_t, k_s = _part(q, pair[0], tiling, 2), _part(k, pair[1], tiling, 1)
     scores = _product("aqtk,ask->aqts", q_t, k_s) * tiling.scale
-    query_t1, key_1t = (at * tiling.side + jnp.arange(tiling.side) for at in pair)
-    query_t1, key_1t = query_t1[:, None], key_1t[None]
-    allowed = None
+    query_t, key_t = (at * tiling.side + jnp.arange(tiling.side) for at in pair)
+    query_t1, key_1t, allowed = query_t[:, None], key_t[None], None
     if tiling.causal:
         allowed = (key_1t <= query_t1)[None]
     elif tiling.length % tiling.side:
@@ -167,10 +145,8 @@ def _dropped(weight: Array, masks: Masks, tiling: Tiling, pair: Pair) -> Array:
 
 
 def _product(subscripts: str, a: Array, b: Array) -> Array:
-    """A batched product over A, summed in float32; `subscripts` are those of an einsum.
-
-    Q and the tokens of a tile are merged in one axis: a plain batched matmul is fastest on CPUs.
-    """
+    """A batched product over A, summed in float32; `subscripts` are those of an einsum."""
+    # Q and the tokens of a tile are merged in one axis: a plain batched matmul is fastest on CPUs.
     x, q, t = a.shape[:3]
     flat = [o.reshape(x, q * t, o.shape[-1]) if o.ndim == 4 else o for o in (a, b)]
     y = jnp.einsum(subscripts.replace("q", ""), *flat, preferred_element_type=jnp.float32)

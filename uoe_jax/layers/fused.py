@@ -1,9 +1,8 @@
 """cuDNN attention on NVIDIA GPUs in 16 bits: `jax.nn.dot_product_attention` and its packed form.
 
-With a mask for packed documents, cuDNN computes every score and reads the mask for each. Given
-where documents begin and end, it computes the scores within documents alone (docs/appendix).
-That packed form is not public in JAX yet: where it is missing, and for rows of more documents than
-it is compiled for, the mask is used. Rows of one document each need neither.
+Given where packed documents begin and end, cuDNN computes the scores within them alone; given a
+mask, all (docs/appendix). That packed form is not public in JAX yet: where it is missing, and for
+rows of more documents than it is compiled for, the mask is used. Rows of one document need neither.
 """
 
 import functools
@@ -23,9 +22,7 @@ Kernel = Literal["cudnn", "xla"]
 
 
 def fits_cudnn(q: Array, v: Array, drop_rate: float) -> bool:
-    """Whether cuDNN's kernel can be used: on an NVIDIA GPU, in 16 bits, without dropout, for rows
-    of even length and heads whose keys and values have one width, a multiple of 8 up to 128.
-    """
+    """Whether cuDNN's kernel takes the shapes: on an NVIDIA GPU in 16 bits without dropout."""
     dh, even = q.shape[-1], q.shape[1] % 2 == 0
     sizes = dh == v.shape[-1] and dh % 8 == 0 and dh <= 128 and even
     return q.dtype.itemsize == 2 and sizes and not drop_rate and _on_nvidia()
@@ -40,11 +37,9 @@ def _on_nvidia() -> bool:
 
 @functools.cache
 def _packed_form(grouped: bool) -> Any:
-    """JAX's module with the packed form, which needs Hopper GPUs or newer; None: neither here.
-
-    grouped: several queries share a key head. Before 0.11.1 JAX gave cuDNN the key offsets of
-    ungrouped heads, so that keys of other heads were read (jax-ml/jax #39521).
-    """
+    """JAX's module with the packed form, which needs Hopper GPUs or newer; None: neither here."""
+    # grouped: several queries share a key head. Before 0.11.1 JAX gave cuDNN the key offsets of
+    # ungrouped heads, so that keys of other heads were read (jax-ml/jax #39521).
     if grouped and jax.__version_info__ < (0, 11, 1):
         return None
     if not _on_nvidia() or float(jax.devices()[0].compute_capability) < 9:
@@ -67,9 +62,9 @@ def fused(
 ) -> Array:
     """`attention.attend` by `jax.nn.dot_product_attention`; kernel "xla" runs on any device."""
     if segments is None:
+        attention = functools.partial(jax.nn.dot_product_attention, implementation=kernel)
         sizes = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-        attention = functools.partial(jax.nn.dot_product_attention, implementation=kernel, **sizes)
-        o = attention(q, k, v, is_causal=causal)
+        o = attention(q, k, v, is_causal=causal, **sizes)
     else:
         segments = mask_empty_segments(segments, lengths, q.shape[1])
         o = _of_documents(q, k, v, segments, causal, kernel)
@@ -96,11 +91,7 @@ _of_documents.defvjp(_forward, _backward)
 
 
 def _packed_or_masked(
-    use: Callable[[Callable[..., Array]], Any],
-    grouped: bool,
-    segments: Array,
-    causal: bool,
-    kernel: Kernel,
+    use: Callable[..., Any], grouped: bool, segments: Array, causal: bool, kernel: Kernel
 ) -> Any:
     """`use` of the attention of q, k, v in the fastest form that the rows allow."""
     plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=kernel)
@@ -126,12 +117,10 @@ def _packed_or_masked(
 def runs(segments: Array, n: int) -> tuple[Array, Array, Array]:
     """Where the runs of equal numbers (documents) of each row of `segments` [B,S] are.
 
-    Returns:
-      (int32 [B,n+1] the first token of each run, int32 [B,n] its length, both -1 behind a row's
-      last run; int32, the most runs of a row). With more than n runs only the last is valid.
+    (int32 [B,n+1] the first token of each run, int32 [B,n] its length, both -1 behind a row's last
+    run; int32, the most runs of a row). With more than n runs only the last is valid.
     """
-    first_of_row = jnp.ones((segments.shape[0], 1), bool)
-    begins = jnp.concatenate([first_of_row, segments[:, 1:] != segments[:, :-1]], axis=1)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     run = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1
     each = jnp.arange(n, dtype=jnp.int32)
     length = (run[..., None] == each[None, None]).sum(axis=1, dtype=jnp.int32)

@@ -10,9 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
 from uoe_jax.layers.attention import attend, attend_one, cache_of, group_keys, placed, put
-from uoe_jax.layers.common import Tokens, add_bias
+from uoe_jax.layers.common import Step, Tokens, add_bias
 from uoe_jax.layers.router import RouterCache
-from uoe_jax.layers.union import Slots, Union, per_expert, per_expert_each
+from uoe_jax.layers.union import Slots, Union, per_expert, per_expert_each, per_row
 from uoe_jax.layers.weights import ones, scaled_normal, weight, weight_if, zeros
 from uoe_jax.moe.routing import UNION, RoutingRule
 
@@ -28,38 +28,23 @@ class SMHACache(NamedTuple):
 class SMHA(Union):
     """Selective Multi-Head Attention: in a head, only the tokens in its expert's slots attend.
 
-    Args:
-      d_model, n_heads, n_kv_heads: D, H and G of the whole block; an expert has H/N and G/N heads.
-      routing: N, K, capacity, patch size, gate.
-      bias: biases of q, k, v per expert, and one output bias. qkv_bias: the former alone.
-      causal: a token sees no later one, the first token of a patch chooses for all of it, and
-        routing that depends on later tokens is refused.
-      drop_rate: dropout of attention weights.
-      qk_norm_eps: RMSNorm over every query and key, with one scale for all experts; None: none.
-      dtype: compute dtype; weights are float32.
-      out_scale: factor on the initial standard deviation of the output projection.
-      rule: what the router's logits mean.
-
-    Raises:
-      ValueError: N does not divide H or G; K > N; causal with a unit or priority that depends on
-        later tokens.
-      ConfigError: a value of `routing` that its declaration does not allow.
+    Raises ValueError if N does not divide H or G; else as `Union`.
     """
 
     def __init__(
         self,
         d_model: int,
-        n_heads: int,
+        n_heads: int,  # H of the whole block; an expert has H/N heads, and G/N key/value heads
         routing: RoutingConfig,
         *,
-        n_kv_heads: int = 0,
-        bias: bool = False,
-        qkv_bias: bool = False,
+        n_kv_heads: int = 0,  # G; 0: H
+        bias: bool = False,  # of q, k, v per expert, and one output bias
+        qkv_bias: bool = False,  # the former alone
         causal: bool = False,
-        drop_rate: float = 0.0,
-        qk_norm_eps: float | None = None,
-        dtype: Any = jnp.float32,
-        out_scale: float = 1.0,
+        drop_rate: float = 0.0,  # dropout of attention weights
+        qk_norm_eps: float | None = None,  # QK-norm with one scale for all experts; None: none
+        dtype: Any = jnp.float32,  # of the computation; weights are float32
+        out_scale: float = 1.0,  # on the initial standard deviation of the output projection
         rule: RoutingRule = UNION,
         rngs: nnx.Rngs,
     ) -> None:
@@ -85,41 +70,31 @@ class SMHA(Union):
 
     def _project(self, x_NRSD: Array) -> tuple[Array, ...]:
         n, d, _, dh = self.w_q.shape
-        kernels = [
-            w[...].astype(self.dtype).reshape(n, d, -1) for w in (self.w_q, self.w_k, self.w_v)
-        ]
-        heads = (y.reshape(*y.shape[:3], -1, dh) for y in per_expert_each(x_NRSD, kernels))
-        biases = (
-            None if b is None else b[...][:, None, None] for b in (self.b_q, self.b_k, self.b_v)
-        )
-        return tuple(add_bias(y, b) for y, b in zip(heads, biases))
+        weights = (w[...].astype(self.dtype) for w in (self.w_q, self.w_k, self.w_v))
+        projected = per_expert_each(x_NRSD, [w.reshape(n, d, -1) for w in weights])
+        heads = (y.reshape(*y.shape[:3], -1, dh) for y in projected)
+        biases = (self.b_q, self.b_k, self.b_v)
+        return tuple(add_bias(y, per_row(b)) for y, b in zip(heads, biases))
 
     def _experts(
         self, projected: tuple[Array, ...], slots: Slots
     ) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = (checkpoint_name(a, "qkv") for a in projected)
-        q, k = self._placed(q, k, slots.rotary)
-
+        q, k = placed(self, q, k, slots.rotary)
         # Empty slots come last: a causal mask hides them, and without it they are a length.
         lengths_NR = None if self.causal else slots.filled_NRS.sum(axis=-1, dtype=jnp.int32)
-        by_row = (q, k, v, slots.segments_NRS, slots.keys_NR, lengths_NR)  # [N,R,…] to [N·R,…]
-        q_, k_, v_, segments, keys, lengths = jax.tree.map(
-            lambda a: a.reshape(-1, *a.shape[2:]), by_row
-        )
-        keys = None if keys is None else group_keys(keys, k.shape[3])
+        merge = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731  # [N,R,…] to [N·R,…]
+        more = slots.segments_NRS, slots.keys_NR, lengths_NR
+        (q_, k_, v_), (segments, keys, lengths) = jax.tree.map(merge, ((q, k, v), more))
+        keys = group_keys(keys, k.shape[3])
         o = attend(q_, k_, v_, segments, self.causal, self.drop_rate, keys, lengths)
         o = o.reshape(q.shape)
         if lengths_NR is not None:  # the kernel may leave NaN in empty slots, and 0 * NaN is NaN
             o = jnp.where(slots.filled_NRS[..., None, None], o, 0)
         return self._out(o, slots.weight_NRS), (k, v)
 
-    def _placed(self, q: Array, k: Array, rotary: Any) -> tuple[Array, Array]:
-        q = placed(q, self.q_scale, self.qk_norm_eps, rotary)
-        return q, placed(k, self.k_scale, self.qk_norm_eps, rotary)
-
     def _out(self, o: Array, weight_NRS: Array) -> Array:
-        # Weights go on the heads' values, which are narrower than the outputs: the same sum, and no
-        # outputs kept for the gradient.
+        # Weights go on the narrow values of heads: the same sum, no outputs kept for the gradient.
         o = o * weight_NRS[..., None, None].astype(self.dtype)
         n, h, dh, d = self.w_o.shape
         kernel = self.w_o[...].astype(self.dtype).reshape(n, h * dh, d)
@@ -129,17 +104,15 @@ class SMHA(Union):
         """A cache with a place for every token that an expert may take among `context`."""
         selection, (k, v) = state
         places = self.routing.slot_tokens(context)
-        router = self._router_cache(selection, tokens)
+        router = self.router.start_cache(selection, tokens)
         return SMHACache(cache_of(k, places), cache_of(v, places), router)
 
-    def decode_step(
-        self, x_BD: Array, cache: SMHACache, t_B: Array, rotary: Any
-    ) -> tuple[Array, SMHACache]:
+    def decode_step(self, x_BD: Array, cache: SMHACache, t_B: Array, rotary: Any) -> Step:
         x_BD = x_BD.astype(self.dtype)
         router = self.router.decode_step(x_BD, cache.router, t_B)
         q, k, v = self._project(x_BD[None, :, None])
         tables = None if rotary is None else tuple(t[None, :, None] for t in rotary)
-        q, k = self._placed(q, k, tables)
+        q, k = placed(self, q, k, tables)
         p = self.routing.patch_size
         place_NB = ((router.filled_BN - 1) * p + (t_B % p)[:, None]).T
         # Experts that did not take the patch write past the end, which drops the write.

@@ -8,46 +8,28 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.routing import RoutingConfig
-from uoe_jax.layers.common import GATED, Tokens, activate, add_bias
+from uoe_jax.layers.common import GATED, Step, Tokens, activate, add_bias
 from uoe_jax.layers.router import RouterCache
-from uoe_jax.layers.union import Slots, Union, per_expert
+from uoe_jax.layers.union import Slots, Union, per_expert, per_row
 from uoe_jax.layers.weights import scaled_normal, weight, weight_if, zeros
 from uoe_jax.moe.routing import UNION, RoutingRule
 
 
 class UoME(Union):
-    """Union-of-MLP-Experts.
-
-    Args:
-      d_model, d_hidden: D and F of the whole MLP; an expert has F/N hidden units.
-      routing: N, K, capacity, patch size, gate.
-      activation: gelu, gelu_tanh, relu, swiglu or geglu.
-      bias: hidden biases per expert, and one output bias.
-      causal: the first token of a patch chooses for all of it, and routing that depends on later
-        tokens is refused.
-      dtype: compute dtype; weights are float32.
-      out_scale, fan_in: the output projection starts with standard deviation
-        out_scale / sqrt(fan_in); fan_in=0 stands for F.
-      rule: what the router's logits mean.
-
-    Raises:
-      ValueError: N does not divide F; K > N; causal with a unit or priority that depends on later
-        tokens.
-      ConfigError: a value of `routing` that its declaration does not allow.
-    """
+    """Union-of-MLP-Experts; raises ValueError if N does not divide F, else as `Union`."""
 
     def __init__(
         self,
         d_model: int,
-        d_hidden: int,
+        d_hidden: int,  # F of the whole MLP; an expert has F/N hidden units
         routing: RoutingConfig,
         *,
         activation: str = "gelu",
-        bias: bool = False,
+        bias: bool = False,  # hidden biases per expert, and one output bias
         causal: bool = False,
-        dtype: Any = jnp.float32,
-        out_scale: float = 1.0,
-        fan_in: int = 0,
+        dtype: Any = jnp.float32,  # of the computation; weights are float32
+        out_scale: float = 1.0,  # w_down starts with standard deviation out_scale / sqrt(fan_in)
+        fan_in: int = 0,  # 0: F
         rule: RoutingRule = UNION,
         rngs: nnx.Rngs,
     ) -> None:
@@ -67,12 +49,12 @@ class UoME(Union):
         self.bias_out = weight_if(bias, rngs, (d,), (None,), zeros)
 
     def _project(self, x_NRSD: Array) -> tuple[Array, ...]:
-        found = []
-        for kernel, bias in ((self.w_up, self.b_up), (self.w_gate, self.b_gate)):
-            if kernel is not None:
-                y_NRSf = per_expert(x_NRSD, kernel[...].astype(self.dtype))
-                found.append(add_bias(y_NRSf, None if bias is None else bias[...][:, None, None]))
-        return tuple(found)
+        pairs = (self.w_up, self.b_up), (self.w_gate, self.b_gate)
+        return tuple(
+            add_bias(per_expert(x_NRSD, w[...].astype(self.dtype)), per_row(b))
+            for w, b in pairs
+            if w is not None
+        )
 
     def _experts(self, projected: tuple[Array, ...], slots: Slots) -> tuple[Array, None]:
         return self._out(projected, slots.weight_NRS), None
@@ -84,11 +66,9 @@ class UoME(Union):
         return per_expert(hidden_NRSf, self.w_down[...].astype(self.dtype))
 
     def _start_cache(self, state: Any, tokens: Tokens, context: int) -> RouterCache:
-        return self._router_cache(state[0], tokens)
+        return self.router.start_cache(state[0], tokens)
 
-    def decode_step(
-        self, x_BD: Array, cache: RouterCache, t_B: Array, rotary: Any
-    ) -> tuple[Array, RouterCache]:
+    def decode_step(self, x_BD: Array, cache: RouterCache, t_B: Array, rotary: Any) -> Step:
         x_BD = x_BD.astype(self.dtype)
         cache = self.router.decode_step(x_BD, cache, t_B)
         y_NB1D = self._out(self._project(x_BD[None, :, None]), cache.weight_BN.T[..., None])

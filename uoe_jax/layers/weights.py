@@ -7,8 +7,7 @@ from flax import nnx
 from jax import Array
 
 Initializer = Callable[[Array, tuple[int, ...], Any], Array]
-zeros = nnx.initializers.zeros
-ones = nnx.initializers.ones
+zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
 
 
 def weight(
@@ -21,11 +20,11 @@ def weight(
 ) -> nnx.Param:
     """Declares a float32 weight: shape, logical axes (its sharding follows), initialiser.
 
-    exact: used in float32 whatever the compute dtype. trained: False for random projections that
-    stay as drawn; stop their gradient where they are used. Weight decay applies to matrices: not to
-    vectors, nor to the scales and biases of several experts or heads.
+    exact: used in float32 whatever the compute dtype. trained: False for projections that stay as
+    drawn; stop their gradient where they are used. Weight decay applies to matrices only.
     """
     assert len(shape) == len(axes), (shape, axes)
+    # Scales and biases of several experts or heads are no matrices.
     decay = trained and init not in (zeros, ones) and len(shape) > 1
     value = init(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, logical_axes=axes, decay=decay, exact=exact)

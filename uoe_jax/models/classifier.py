@@ -1,19 +1,15 @@
 """The classifier on the same layers: token ids or images in, one row of class scores out."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from uoe_jax.config.schema import ModelConfig
-from uoe_jax.layers.common import (
-    Tokens,
-    add_bias,
-    fold,
-    gelu,
-    positions_like,
-    valid_mean,
-    valid_tokens,
-)
+from uoe_jax.layers import common
+from uoe_jax.layers.common import Tokens, add_bias
+from uoe_jax.layers.vocabulary import lookup
 from uoe_jax.layers.weights import scaled_normal, weight, weight_if, zeros
 from uoe_jax.models.decoder import Stack, Stats
 
@@ -45,76 +41,63 @@ class Classifier(Stack):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        c, d, head = config, config.d_model, config.classifier
-        image, cls, small = c.stem == "image", head.pooling == "cls", scaled_normal(d)
+        c, d, head, small = config, config.d_model, config.classifier, scaled_normal(config.d_model)
+        image = c.stem == "image"
         if not image and c.vocab_size < 1:
             raise ValueError("vocab_size must be set before the model is built")
         self.project = Linear(c.image.values, d, rngs=rngs) if image else None
         shape, axes = (c.vocab_size, d), ("vocab", "embed")
         self.embedding = weight_if(not image, rngs, shape, axes, small)
         super().__init__(c, rngs=rngs)
-        self.cls = weight_if(cls, rngs, (d,), (None,), small)
+        self.cls = weight_if(head.pooling == "cls", rngs, (d,), (None,), small)
         self.hidden = Linear(c.d_pooled, head.d_head, rngs=rngs) if head.d_head else None
         self.classes = Linear(head.d_head or c.d_pooled, head.n_classes, rngs=rngs)
 
-    def __call__(
-        self, inputs: Array, segments: Array | None = None, keys_B: Array | None = None
-    ) -> tuple[Array, Stats]:
-        """Scores of the classes.
-
-        Args:
-          inputs: int32 token ids [B,L], or images float32 [B,height,width,channels]; with two
-            inputs [B,2,…].
-          segments: int32 [B,L] or [B,2,L], 1 at tokens, 0 at padding, which comes last; None: none.
-          keys_B: in training, a random key per example; None: evaluation.
-
-        Returns:
-          (logits float32 [B,n_classes], routing statistics by block, stacked over layers).
-        """
-        x_BLD, tokens = self.embed_inputs(inputs, segments, keys_B)
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, Stats]:
+        """(logits float32 [B,n_classes], statistics); arguments of `embed_inputs`."""
+        x_BLD, tokens = self.embed_inputs(*args, **kwargs)
         x_BLD, stats = self.run(x_BLD, tokens)
-        pooled_BD = self._pool(self.norm(x_BLD), tokens.segments_BL)
-        n_inputs = self.config.classifier.n_inputs
-        return self._score(pooled_BD.reshape(-1, n_inputs, pooled_BD.shape[-1])), stats
+        features = self._pool(self.norm(x_BLD), tokens.segments_BL)
+        if self.config.classifier.n_inputs == 2:
+            u_BD, v_BD = features[::2], features[1::2]
+            features = jnp.concatenate([u_BD, v_BD, u_BD * v_BD, u_BD - v_BD], axis=-1)
+        if self.hidden is not None:
+            features = common.gelu(self.hidden(features))
+        return self.classes(features), stats
 
     def embed_inputs(
         self, inputs: Array, segments: Array | None = None, keys_B: Array | None = None
     ) -> tuple[Array, Tokens]:
-        """The input of the first layer [B·I,L,D], and its tokens; arguments as of `__call__`."""
+        """The input of the first layer [B·I,L,D], and its tokens.
+
+        inputs: int32 token ids [B,L], or images float32 [B,height,width,channels]; with two inputs
+        [B,2,…]. segments: int32 [B,L] or [B,2,L], 1 at tokens, 0 at padding, which comes last.
+        keys_B: in training, a random key per example.
+        """
         n_inputs = self.config.classifier.n_inputs
         if n_inputs > 1:  # every input is a row of its own
             inputs = inputs.reshape(-1, *inputs.shape[2:])
             segments = None if segments is None else segments.reshape(-1, segments.shape[-1])
             if keys_B is not None:
-                keys_B = jnp.stack([fold(keys_B, i) for i in range(n_inputs)], axis=1).reshape(-1)
-        x_BLD = self._embed(inputs)
-        if self.cls is not None and segments is not None:
-            segments = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=1)
-        positions_BL = positions_like(x_BLD)
+                keys = [common.fold(keys_B, i) for i in range(n_inputs)]
+                keys_B = jnp.stack(keys, axis=1).reshape(-1)
+        if self.project is not None:
+            pixels = squares(inputs, self.config.image.patch)
+            x_BLD = self.project(pixels.astype(self.config.dtype))
+        elif self.embedding is not None:
+            x_BLD = lookup(self.embedding, inputs, self.config.dtype)
+        if self.cls is not None:
+            cls_B1D = jnp.broadcast_to(self.cls[...], (x_BLD.shape[0], 1, x_BLD.shape[-1]))
+            # Rounded last, as in add_bias.
+            x_BLD = jnp.concatenate([cls_B1D.astype(x_BLD.dtype), x_BLD], axis=1)
+            if segments is not None:
+                segments = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=1)
+        positions_BL = common.positions_like(x_BLD)
         tokens = Tokens(segments, positions_BL, self.rotary(positions_BL), keys_B)
         return self.positioned(x_BLD, positions_BL), tokens
-
-    def _embed(self, inputs: Array) -> Array:
-        if self.project is None:
-            assert self.embedding is not None  # a stem of tokens
-            x_BLD = self._lookup(self.embedding, inputs)
-        else:
-            x_BLD = self.project(squares(inputs, self.config.image.patch).astype(self.config.dtype))
-        if self.cls is None:
-            return x_BLD
-        cls_B1D = jnp.broadcast_to(self.cls[...], (x_BLD.shape[0], 1, x_BLD.shape[-1]))
-        cls_B1D = cls_B1D.astype(x_BLD.dtype)  # rounded last, as in add_bias
-        return jnp.concatenate([cls_B1D, x_BLD], axis=1)
 
     def _pool(self, x_BLD: Array, segments_BL: Array | None) -> Array:
         """float32 [B,D]; zeros for a row of padding only."""
         if self.cls is not None:
             return x_BLD[:, 0].astype(jnp.float32)
-        return valid_mean(x_BLD, valid_tokens(segments_BL, x_BLD))
-
-    def _score(self, pooled_BID: Array) -> Array:
-        u_BD = features = pooled_BID[:, 0]
-        if pooled_BID.shape[1] == 2:
-            v_BD = pooled_BID[:, 1]
-            features = jnp.concatenate([u_BD, v_BD, u_BD * v_BD, u_BD - v_BD], axis=-1)
-        return self.classes(features if self.hidden is None else gelu(self.hidden(features)))
+        return common.valid_mean(x_BLD, common.valid_tokens(segments_BL, x_BLD))

@@ -27,8 +27,7 @@ def abstract_weights(c: ModelConfig) -> dict[str, nnx.Variable]:
 
 def parameters(c: ModelConfig, *within: str) -> int:
     """Parameters of the model; within: only those of its attributes of these names."""
-    weights = abstract_weights(c).items()
-    return sum(math.prod(w.shape) for path, w in weights if not within or _top(path) in within)
+    return sum(math.prod(w.shape) for w in _weights(c, within))
 
 
 def layer_parameters(c: ModelConfig) -> int:
@@ -49,12 +48,12 @@ def classifier_parameters(c: ModelConfig) -> int:
 def parameters_per_device(c: ModelConfig, shape: Mapping[str, int], *within: str) -> int:
     """`parameters` that one device of a mesh with axes of these sizes holds."""
     mesh, total = AbstractMesh(tuple(shape.values()), tuple(shape)), 0
-    for path, w in abstract_weights(c).items():
-        if not within or _top(path) in within:
-            spec = weight_spec(mesh, w.logical_axes, w.shape)
-            total += math.prod(w.shape) // math.prod(shape[a] for a in spec if a is not None)
+    for w in _weights(c, within):
+        spec = weight_spec(mesh, w.logical_axes, w.shape)
+        total += math.prod(w.shape) // math.prod(shape[a] for a in spec if a is not None)
     return total
 
 
-def _top(path: str) -> str:
-    return path.split(".", 1)[0]
+def _weights(c: ModelConfig, within: tuple[str, ...]) -> list[nnx.Variable]:
+    weights = abstract_weights(c).items()
+    return [w for path, w in weights if not within or path.split(".", 1)[0] in within]

@@ -4,7 +4,7 @@ Letters in `layers.common`. The stack is one `Layer` whose weights have a leadin
 scanned over, so that compile time does not grow with depth.
 """
 
-from typing import Any, Callable, NamedTuple, TypeVar
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,10 @@ from uoe_jax.baselines import ATTENTIONS, MLPS
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.config.validate import check_cutoffs
 from uoe_jax.distributed import mesh as mesh_lib
-from uoe_jax.distributed.mesh import constrain_activations
+from uoe_jax.layers import common
 from uoe_jax.layers.adaptive import AdaptiveHead, embed, make_vocabulary
 from uoe_jax.layers.attention import Attention, options
-from uoe_jax.layers.common import (
-    SAVED_NAMES,
-    Block,
-    Norm,
-    Tokens,
-    dropout,
-    positions_like,
-    rotary_tables,
-)
+from uoe_jax.layers.common import Block, Norm, Step, Tokens, positions_like
 from uoe_jax.layers.mlp import MLP, mlp_options
 from uoe_jax.layers.smha import SMHA
 from uoe_jax.layers.union import Union
@@ -37,16 +29,15 @@ from uoe_jax.layers.weights import scaled_normal, weight, weight_if
 from uoe_jax.moe.routing import RoutingStats
 
 Layers = tuple[nnx.State, ...]  # the weights of every layer
-M = TypeVar("M", bound=nnx.Module)
 Stats = dict[str, RoutingStats]  # by name of the routed block; leaves stacked over layers
 
 
 class Cache(NamedTuple):
-    """Decoding state: the caches of every layer, and int32 [B] the next token's position."""
+    """Decoding state."""
 
-    attention: tuple[Any, ...]
+    attention: tuple[Any, ...]  # the blocks' caches, by layer
     mlp: tuple[Any, ...]
-    next_B: Array
+    next_B: Array  # int32, the next token's position
 
 
 def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -54,8 +45,8 @@ def make_attention(c: ModelConfig, rngs: nnx.Rngs) -> Block:
     if c.attention in ATTENTIONS:
         return ATTENTIONS[c.attention](c, rngs=rngs)
     if c.attention == "smha":
-        return SMHA(c.d_model, c.n_heads, c.smha, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
-    return Attention(c.d_model, c.n_heads, n_kv_heads=c.kv_heads, rngs=rngs, **options(c))
+        return SMHA(c.d_model, c.n_heads, c.smha, rngs=rngs, **options(c))
+    return Attention(c.d_model, c.n_heads, rngs=rngs, **options(c))
 
 
 def make_mlp(c: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -72,9 +63,9 @@ class Layer(nnx.Module):
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.names, self.drop_rate = (c.attention, c.mlp), c.dropout
-        self.attention_norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+        self.attention_norm = Norm(c, rngs=rngs)
         self.attention = make_attention(c, rngs)
-        self.mlp_norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+        self.mlp_norm = Norm(c, rngs=rngs)
         self.mlp = make_mlp(c, rngs)
 
     def _blocks(self) -> tuple[tuple[Norm, Block], tuple[Norm, Block]]:
@@ -84,54 +75,46 @@ class Layer(nnx.Module):
         found = {}
         for i, (norm, block) in enumerate(self._blocks()):
             y_BLD, stats = block(norm(x_BLD), tokens.folded(2 * i))
-            y_BLD = dropout(y_BLD, self.drop_rate, tokens.folded(2 * i + 1).keys_B)
-            x_BLD = constrain_activations(x_BLD + y_BLD)
+            y_BLD = common.dropout(y_BLD, self.drop_rate, tokens.folded(2 * i + 1).keys_B)
+            x_BLD = mesh_lib.constrain_activations(x_BLD + y_BLD)
             x_BLD = checkpoint_name(x_BLD, "block_out") if i == 0 else x_BLD
             if stats is not None:
                 found[self.names[i]] = stats
         return x_BLD, found
 
+    def _each(self, x: Array, apply: Callable[[int, Block, Array], tuple[Array, Any]]) -> Any:
+        """(x after the layer in evaluation, what `apply(i, block, norm(x))` gives beside y)."""
+        found = []
+        for i, (norm, block) in enumerate(self._blocks()):
+            y, more = apply(i, block, norm(x))
+            x = x + y
+            found.append(more)
+        return x, tuple(found)
+
     def routes(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, dict[str, Array]]:
-        """(x_BLD after the layer in evaluation, `Union.routed`'s weights by the union's name)."""
-        found = {}
-        for name, (norm, block) in zip(self.names, self._blocks()):
+        """(x_BLD, `Union.routed`'s weights by the union's name)."""
+
+        def routed(i: int, block: Block, x_BLD: Array) -> tuple[Array, Array | None]:
             if isinstance(block, Union):
-                y_BLD, found[name] = block.routed(norm(x_BLD), tokens)
-            else:
-                y_BLD, _ = block(norm(x_BLD), tokens)
-            x_BLD = x_BLD + y_BLD
-        return x_BLD, found
+                return block.routed(x_BLD, tokens)
+            return block(x_BLD, tokens)[0], None
+
+        x_BLD, found = self._each(x_BLD, routed)
+        return x_BLD, {name: w for name, w in zip(self.names, found) if w is not None}
 
     def prefill(self, x_BLD: Array, tokens: Tokens, context: int) -> tuple[Array, tuple[Any, ...]]:
-        caches = []
-        for norm, block in self._blocks():
-            y_BLD, cache = block.prefill(norm(x_BLD), tokens, context)
-            x_BLD = x_BLD + y_BLD
-            caches.append(cache)
-        return x_BLD, tuple(caches)
+        return self._each(x_BLD, lambda i, block, x: block.prefill(x, tokens, context))
 
-    def decode_step(
-        self, x_BD: Array, caches: tuple[Any, ...], t_B: Array, rotary: Any
-    ) -> tuple[Array, tuple[Any, ...]]:
-        new = []
-        for (norm, block), cache in zip(self._blocks(), caches):
-            y_BD, cache = block.decode_step(norm(x_BD), cache, t_B, rotary)
-            x_BD = x_BD + y_BD
-            new.append(cache)
-        return x_BD, tuple(new)
+    def decode_step(self, x_BD: Array, caches: Any, t_B: Array, rotary: Any) -> Step:
+        return self._each(x_BD, lambda i, block, x: block.decode_step(x, caches[i], t_B, rotary))
 
 
-def _checkpoint(policy: Any = None) -> Callable[[Callable], Callable]:
-    return lambda f: jax.checkpoint(f, policy=policy, prevent_cse=False)
-
-
-# The remat policies: what the backward pass may keep of a layer; everything else is recomputed, and
-# weights are gathered over fsdp again. "none" keeps the whole weights of all layers too.
-REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda f: f,
-    "slots": _checkpoint(jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)),
-    "dots": _checkpoint(jax.checkpoint_policies.dots_saveable),
-    "block": _checkpoint(),
+# What the backward pass may keep of a layer; everything else is recomputed, and weights are
+# gathered over fsdp again. remat="none" keeps everything, the whole weights of all layers too.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "slots": jax.checkpoint_policies.save_only_these_names(*common.SAVED_NAMES),
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "block": None,
 }
 
 
@@ -140,48 +123,46 @@ class Stack(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         c = self.config = config
-        shape, init = (c.block_length, c.d_model), scaled_normal(c.d_model)
-        learned = c.position == "learned"
-        self.positions = weight_if(learned, rngs, shape, (None, "embed"), init)
-        self.layers = _stack(lambda r: Layer(c, rngs=r), c.n_layers, rngs.params())
-        self.norm = Norm(c.d_model, kind=c.norm, eps=c.norm_eps, rngs=rngs)
+        table = (c.block_length, c.d_model), (None, "embed"), scaled_normal(c.d_model)
+        self.positions = weight_if(c.position == "learned", rngs, *table)
+        # One layer, whose weights are those of separately initialised ones on a leading layer axis.
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: Layer(c, rngs=nnx.Rngs(0))))
+        one = lambda key: nnx.state(Layer(c, rngs=nnx.Rngs(params=key)))  # noqa: E731
+        stacked = jax.vmap(one)(jax.random.split(rngs.params(), c.n_layers))
+        self.layers = nnx.merge(graphdef, stacked)
+        self.norm = Norm(c, rngs=rngs)
 
-    def _scan(self, f: Callable[[Layer, Any], tuple[Any, Any]], x: Array) -> tuple[Any, Any]:
-        """(x after `f(layer, x)` for all layers in turn, the other results stacked over layers)."""
+    def _scan(self, f: Callable[..., tuple[Array, Any]], x: Array, remat: str = "none") -> Any:
+        """(x after `f(layer, x, i)` for all layers in turn, the other results, over layers)."""
         graphdef, stacked = nnx.split(self.layers)
-        return jax.lax.scan(lambda x, weights: f(nnx.merge(graphdef, weights), x), x, stacked)
+        step = lambda x, xs: f(nnx.merge(graphdef, xs[0]), x, xs[1])  # noqa: E731
+        if remat != "none":
+            step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+        return jax.lax.scan(step, x, (stacked, jnp.arange(self.config.n_layers)))
 
     def run(self, x_BLD: Array, tokens: Tokens) -> tuple[Array, Stats]:
         """All layers; returns (x_BLD before the last norm, statistics by block, over layers)."""
-        graphdef, stacked = nnx.split(self.layers)
-
-        def layer(x_BLD, xs):
-            weights, i = xs
-            return nnx.merge(graphdef, weights)(x_BLD, tokens.folded(i))
-
-        layers = jnp.arange(self.config.n_layers)
-        return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, (stacked, layers))
+        each = lambda layer, x, i: layer(x, tokens.folded(i))  # noqa: E731
+        return self._scan(each, x_BLD, self.config.remat)
 
     def routes(self, x_BLD: Array, tokens: Tokens) -> dict[str, Array]:
         """[layers,B,M,N] by routed block: its experts' weights of each patch (`Union.routed`).
 
         Takes what `embed_inputs` gives; on a mesh, within `mesh.by_partitioner()`.
         """
-        return self._scan(lambda layer, x_BLD: layer.routes(x_BLD, tokens), x_BLD)[1]
+        return self._scan(lambda layer, x, i: layer.routes(x, tokens), x_BLD)[1]
 
     def positioned(self, x: Array, positions: Array) -> Array:
         """x [...,D] plus the learned positions, where the model has them."""
-        return x if self.positions is None else x + self._lookup(self.positions, positions)
-
-    def _lookup(self, table: nnx.Param, ids: Array) -> Array:
-        return lookup(table, ids, self.config.dtype)
+        if self.positions is None:
+            return x
+        return x + lookup(self.positions, positions, self.config.dtype)
 
     def rotary(self, positions: Array) -> tuple[Array, Array] | None:
         """Rotary tables, where the model has them."""
-        c = self.config
-        if c.position != "rope":
-            return None
-        return rotary_tables(positions, c.rotary_dim, c.rope_theta, c.rope_stretch)
+        c, tables = self.config, common.rotary_tables
+        sizes = c.rotary_dim, c.rope_theta, c.rope_stretch
+        return tables(positions, *sizes) if c.position == "rope" else None
 
 
 class Transformer(Stack):
@@ -205,68 +186,43 @@ class Transformer(Stack):
         else:
             self.head = weight_if(not c.tie_embeddings, rngs, shape[::-1], axes[::-1], small)
 
-    def __call__(
-        self,
-        tokens_BL: Array,
-        segments_BL: Array | None = None,
-        positions_BL: Array | None = None,
-        keys_B: Array | None = None,
-    ) -> tuple[Array, Stats]:
-        """Logits of the next token; of an adaptive softmax, its log-probabilities.
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, Stats]:
+        """(logits float32 [B,L,V] of the next token, statistics); arguments of `embed_inputs`.
 
-        Args:
-          tokens_BL: int32.
-          segments_BL: int32, the document of each token, 0 for padding; None: one per row.
-          positions_BL: int32, counted inside the document; None: from the start of the row.
-          keys_B: in training, a random key per row (dropout, router noise); None: evaluation.
-
-        Returns:
-          (logits float32 [B,L,V], routing statistics by block, stacked over layers).
+        Of an adaptive softmax the logits are log-probabilities.
         """
-        x_BLD, stats = self.run(*self.embed_inputs(tokens_BL, segments_BL, positions_BL, keys_B))
+        x_BLD, stats = self.run(*self.embed_inputs(*args, **kwargs))
         return self._logits(x_BLD), stats
 
-    def nll(
-        self,
-        tokens_BL: Array,
-        targets_BL: Array,
-        segments_BL: Array | None = None,
-        positions_BL: Array | None = None,
-        keys_B: Array | None = None,
-    ) -> tuple[Array, Stats]:
-        """(-log p of the targets in nats, float32 [B,L], routing statistics).
-
-        The other arguments are those of `__call__`. The logits of all tokens never exist at once.
-        """
-        x_BLD, stats = self.run(*self.embed_inputs(tokens_BL, segments_BL, positions_BL, keys_B))
+    def nll(self, tokens_BL: Array, targets_BL: Array, *args: Any) -> tuple[Array, Stats]:
+        """(-log p of the targets in nats, float32 [B,L], statistics); arguments of `__call__`."""
+        # The logits of all tokens never exist at once.
+        x_BLD, stats = self.run(*self.embed_inputs(tokens_BL, *args))
         if isinstance(self.head, AdaptiveHead):
             return self.head.nll(self.norm(x_BLD), targets_BL, self.embedding), stats
         return vocabulary_nll(*self._head(), self.norm(x_BLD), targets_BL), stats
 
     def embed_inputs(
         self,
-        tokens_BL: Array,
-        segments_BL: Array | None = None,
-        positions_BL: Array | None = None,
-        keys_B: Array | None = None,
+        tokens_BL: Array,  # int32
+        segments_BL: Array | None = None,  # int32 documents, 0 for padding; None: one per row
+        positions_BL: Array | None = None,  # int32, inside the document; None: inside the row
+        keys_B: Array | None = None,  # in training, a random key per row; None: evaluation
     ) -> tuple[Array, Tokens]:
-        """The input of the first layer [B,L,D], and its tokens; arguments as of `__call__`."""
+        """The input of the first layer [B,L,D], and its tokens."""
         if positions_BL is None:
             positions_BL = positions_like(tokens_BL)
         tokens = Tokens(segments_BL, positions_BL, self.rotary(positions_BL), keys_B)
         return self.embedded(tokens_BL, positions_BL), tokens
 
     def prefill(self, tokens_BL: Array, length_B: Array, context: int) -> tuple[Array, Cache]:
-        """Runs prompts padded on the right.
-
-        Returns:
-          (logits float32 [B,V] after each prompt, a cache for `context` tokens).
-        """
+        """(logits float32 [B,V] after prompts padded on the right, a cache of `context` tokens)."""
         with mesh_lib.by_partitioner():
             positions_BL = positions_like(tokens_BL)
             segments_BL = (positions_BL < length_B[:, None]).astype(jnp.int32)
             x_BLD, tokens = self.embed_inputs(tokens_BL, segments_BL, positions_BL)
-            x_BLD, caches = self._scan(lambda layer, x: layer.prefill(x, tokens, context), x_BLD)
+            each = lambda layer, x, i: layer.prefill(x, tokens, context)  # noqa: E731
+            x_BLD, caches = self._scan(each, x_BLD)
             attention, mlp = (self._unstack(c) for c in caches)
             last_BD = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)[:, 0]
             return self._logits(last_BD), Cache(attention, mlp, length_B.astype(jnp.int32))
@@ -276,17 +232,16 @@ class Transformer(Stack):
     ) -> tuple[Array, Cache]:
         """Appends one token to each row; returns (logits float32 [B,V] of the next one, cache).
 
-        Layers are unrolled, so that a donated cache is updated in place. layers: from `each_layer`,
-        once for all steps; None: sliced from the stacked weights in every step, which is slower.
+        layers: `each_layer`'s, once for all steps; slicing the stacked weights anew is slower.
         """
+        # Layers are unrolled, so that a donated cache is updated in place.
         with mesh_lib.by_partitioner():
             t_B, caches = cache.next_B, []
             rotary, x_BD = self.rotary(t_B), self.embedded(tokens_B, t_B)
             graphdef = nnx.graphdef(self.layers)
             each = zip(layers or self.each_layer(), cache.attention, cache.mlp, strict=True)
             for weights, *own in each:
-                layer = nnx.merge(graphdef, weights)
-                x_BD, new = layer.decode_step(x_BD, tuple(own), t_B, rotary)
+                x_BD, new = nnx.merge(graphdef, weights).decode_step(x_BD, own, t_B, rotary)
                 caches.append(new)
             attention, mlp = zip(*caches)
             return self._logits(x_BD), Cache(attention, mlp, t_B + 1)
@@ -312,10 +267,3 @@ class Transformer(Stack):
         head = self.embedding if self.head is None else self.head
         assert isinstance(head, nnx.Param)  # vectors in pieces have an AdaptiveHead
         return head, self.head is None
-
-
-def _stack(make: Callable[[nnx.Rngs], M], n: int, key: Array) -> M:
-    """One module with the weights of `n` separately initialised ones on a leading layer axis."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    states = jax.vmap(lambda k: nnx.split(make(nnx.Rngs(params=k)))[1])(jax.random.split(key, n))
-    return nnx.merge(graphdef, states)

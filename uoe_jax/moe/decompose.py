@@ -1,8 +1,7 @@
 """Dense weights to expert weights and back: lossless reshapes and transposes, both ways.
 
 Weights are dicts of numpy or jax arrays, with any leading axes (a model's layers), written "…"
-here. Arrays are taken one at a time; of numpy arrays, results are views where numpy can make one. A
-model's abstract tree goes through `jax.eval_shape`.
+here. Of numpy arrays, results are views where numpy can make one.
 
     MLP        w_up, w_gate […,D,F]     w_down […,F,D]     b_up, b_gate […,F]     bias_out […,D]
     UoME       w_up, w_gate […,N,D,f]   w_down […,N,f,D]   b_up, b_gate […,N,f]   bias_out […,D]
@@ -10,8 +9,7 @@ model's abstract tree goes through `jax.eval_shape`.
     SMHA       w_q […,N,D,h,Dh]  w_k, w_v […,N,D,g,Dh]  w_o […,N,h,Dh,D]  b_q […,N,h,Dh]  bias_out
 
 and b_k, b_v as b_q; q_scale, k_scale […,Dh] are shared by all heads of either. Expert i holds
-hidden units [i·f, (i+1)·f), or heads [i·h, (i+1)·h) with the key/value heads they use, [i·g,
-(i+1)·g).
+hidden units [i·f, (i+1)·f), or heads [i·h, (i+1)·h) and their key/value heads [i·g, (i+1)·g).
 """
 
 import dataclasses
@@ -27,7 +25,7 @@ from uoe_jax.errors import ConfigError, UserError
 Weights = dict[str, Any]
 
 # The dense layouts. The expert layouts follow: N in front, and the axis in CUT is 1/N of it.
-AXES = {
+_LAYOUTS = {
     "mlp": dict(w_up="D F", w_gate="D F", w_down="F D", b_up="F", b_gate="F", bias_out="D"),
     "attention": dict(
         w_q="D H Dh", w_k="D G Dh", w_v="D G Dh", w_o="H Dh D",
@@ -35,6 +33,7 @@ AXES = {
     ),
     "router": dict(kernel="D N", bias="N", sequence_kernel="D N", sequence_bias="N", load_bias="N"),
 }  # fmt: skip
+AXES = {block: {k: a.split() for k, a in leaves.items()} for block, leaves in _LAYOUTS.items()}
 CUT = {"F": "d_hidden", "H": "n_heads", "G": "n_kv_heads"}
 REQUIRED = {"mlp": ("w_up", "w_down"), "attention": ("w_q", "w_k", "w_v", "w_o")}
 BLOCKS = {"smha": "attention", "uome": "mlp"}  # a section of the configuration: the block it routes
@@ -50,13 +49,13 @@ def split_block(block: str, dense: Weights, n: int, key: str = "n_experts") -> W
       UserError: a leaf is missing, unknown or of a shape that does not fit.
     """
     _check_even(block, _read(block, dense), n, key)
-    return {name: _cut(a, AXES[block][name].split(), n) for name, a in dense.items()}
+    return {name: _cut(a, AXES[block][name], n) for name, a in dense.items()}
 
 
 def merge_block(block: str, experts: Weights) -> Weights:
     """The inverse of `split_block`; raises UserError for leaves as it does."""
     _read(block, experts, experts=True)
-    return {name: _join(a, AXES[block][name].split()) for name, a in experts.items()}
+    return {name: _join(a, AXES[block][name]) for name, a in experts.items()}
 
 
 def dense_config(config: ModelConfig) -> ModelConfig:
@@ -67,15 +66,13 @@ def dense_config(config: ModelConfig) -> ModelConfig:
 def split(
     params: Weights, config: ModelConfig, routers: dict[str, Weights] | None = None
 ) -> Weights:
-    """The parameters of the dense model as those of `config`, whose routed blocks are cut in
-    experts.
+    """The dense model's parameters as those of `config`, with routed blocks cut in experts.
 
     Args:
       params: of `dense_config(config)`, or of a model that is dense where `config` routes.
-      routers: {"smha" or "uome": {"kernel": float32 […,D,N], …}} with all leaves of
-        `router_shapes`. None: zeros, with which every gate gives weight 1; with K = N and nothing
-        dropped this is the dense model's function. To train with K < N give random ones: at zero
-        all experts tie, and every patch chooses the first K.
+      routers: {"smha" or "uome": all leaves of `router_shapes`}. None: zeros, with which every gate
+        gives weight 1; with K = N and nothing dropped this is the dense model's function. To train
+        with K < N give random ones: at zero every patch chooses the first K.
 
     Raises:
       ConfigError: N does not divide what it must.
@@ -86,41 +83,38 @@ def split(
         wanted = f"give one for each routed block of the model, {sorted(routed)}"
         raise UserError(f"routers={sorted(routers)}: {wanted}")
     for section, routing in routed.items():
-        block, n, sizes = BLOCKS[section], routing.n_experts, _sizes(config)
-        dense = _block(layers, block)
+        block, n = BLOCKS[section], routing.n_experts
+        dense, sizes, shapes = (
+            _block(layers, block),
+            _sizes(config, n),
+            router_shapes(config, routing),
+        )
         _read(block, dense, sizes=sizes, names=_names(block, config))
         experts = split_block(block, dense, n, f"config.model.{section}.n_experts")
         if routers is None:
             xp = next(iter(dense.values())).__array_namespace__()
-            shapes = router_shapes(config, routing)
             router = {name: xp.zeros(shape, np.float32) for name, shape in shapes.items()}
         else:
-            router, names = dict(routers[section]), _router_names(routing)
-            _read("router", router, False, sizes | {"N": n}, names, f"routers.{section}")
+            router = dict(routers[section])
+            _read("router", router, False, sizes, tuple(shapes), f"routers.{section}")
         layers[block] = experts | {"router": router}
     return {**params, "layers": layers}
 
 
 def merge(params: Weights, config: ModelConfig) -> Weights:
-    """The parameters of `config` as those of `dense_config(config)`: experts joined, routers
-    dropped.
+    """The parameters of `config` as those of `dense_config(config)`, without routers.
 
-    The inverse of `split` for given routers. The dense model computes what the routed one would
-    with every patch in every expert at weight 1.
-
-    Raises:
-      ConfigError, UserError: as `split`.
+    The inverse of `split` for given routers; raises the same. The dense model computes what the
+    routed one would with every patch in every expert at weight 1.
     """
     layers = dict(params.get("layers", {}))
     for section, routing in config.unions().items():
-        block, n = BLOCKS[section], routing.n_experts
-        experts, dense = dict(_block(layers, block)), _sizes(config)
+        block, sizes = BLOCKS[section], _sizes(config, routing.n_experts)
+        experts = dict(_block(layers, block))
         if experts.pop("router", None) is None:
             routed = "the block has no experts, as config.model says it has"
             raise UserError(f"layers.{block}.router is missing: {routed}")
-        _check_even(block, dense, n, f"config.model.{section}.n_experts")
-        sizes = {a: size for a, size in dense.items() if a not in CUT}
-        sizes |= {a.lower(): dense[a] // n for a in CUT} | {"N": n}
+        _check_even(block, sizes, routing.n_experts, f"config.model.{section}.n_experts")
         _read(block, experts, True, sizes, _names(block, config))
         layers[block] = merge_block(block, experts)
     return {**params, "layers": layers}
@@ -128,21 +122,21 @@ def merge(params: Weights, config: ModelConfig) -> Weights:
 
 def cut_leaf(path: str, a: Any, config: ModelConfig) -> Any:
     """One leaf of the dense model, by its dotted path, as `config` has it: `split` leaf by leaf."""
-    block, name, n = _routed_leaf(path, config)
-    return _cut(a, AXES[block][name].split(), n) if n else a
+    axes, n = _routed_leaf(path, config)
+    return _cut(a, axes, n) if n and axes else a
 
 
 def join_leaf(path: str, a: Any, config: ModelConfig) -> Any:
     """The inverse of `cut_leaf`."""
-    block, name, n = _routed_leaf(path, config)
-    return _join(a, AXES[block][name].split()) if n else a
+    axes, n = _routed_leaf(path, config)
+    return _join(a, axes) if n and axes else a
 
 
-def _routed_leaf(path: str, config: ModelConfig) -> tuple[str, str, int]:
-    """(block, name of the leaf, experts of the block, 0 where it does not route)."""
+def _routed_leaf(path: str, config: ModelConfig) -> tuple[list[str], int]:
+    """(axes of the leaf, none where it is not cut; experts of its block, 0 where none)."""
     block, _, name = path.removeprefix("layers.").partition(".")
     experts = {BLOCKS[section]: routing.n_experts for section, routing in config.unions().items()}
-    return block, name, experts.get(block, 0) if name in AXES.get(block, {}) else 0
+    return AXES.get(block, {}).get(name, []), experts.get(block, 0)
 
 
 def _block(layers: Weights, block: str) -> Weights:
@@ -152,10 +146,10 @@ def _block(layers: Weights, block: str) -> Weights:
     return layers[block]
 
 
-def _sizes(c: ModelConfig) -> dict[str, Any]:
-    """The dense sizes by axis; "…" is the layer axis."""
-    sizes = {"D": c.d_model, "F": c.d_hidden, "H": c.n_heads, "G": c.kv_heads, "Dh": c.head_dim}
-    return {"…": (c.n_layers,), **sizes}
+def _sizes(c: ModelConfig, n: int) -> dict[str, Any]:
+    """The sizes by axis, of the dense model and of n experts; "…" is the layer axis."""
+    dense = {"D": c.d_model, "F": c.d_hidden, "H": c.n_heads, "G": c.kv_heads, "Dh": c.head_dim}
+    return {"…": (c.n_layers,), "N": n, **dense} | {a.lower(): dense[a] // max(n, 1) for a in CUT}
 
 
 def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
@@ -169,17 +163,15 @@ def _names(block: str, c: ModelConfig) -> tuple[str, ...]:
 
 def router_shapes(config: ModelConfig, routing: RoutingConfig) -> dict[str, tuple[int, ...]]:
     """The leaves of a block's router and their shapes, layers in front."""
-    sizes, axes = _sizes(config) | {"N": routing.n_experts}, AXES["router"]
-    names = _router_names(routing)
-    return {name: (*sizes["…"], *(sizes[a] for a in axes[name].split())) for name in names}
-
-
-def _router_names(r: RoutingConfig) -> tuple[str, ...]:
-    """The leaves the router of a block has."""
-    patch, sequence = r.unit != "sequence", r.unit != "patch"
-    present = dict(kernel=patch, bias=patch and r.router_bias, sequence_kernel=sequence)
-    present |= dict(sequence_bias=sequence and r.router_bias, load_bias=r.bias_rate > 0)
-    return tuple(name for name, is_present in present.items() if is_present)
+    patch, sequence, biased = (
+        routing.unit != "sequence",
+        routing.unit != "patch",
+        routing.router_bias,
+    )
+    present = dict(kernel=patch, bias=patch and biased, load_bias=routing.bias_rate > 0)
+    present |= dict(sequence_kernel=sequence, sequence_bias=sequence and biased)
+    sizes, leaves = _sizes(config, routing.n_experts), AXES["router"].items()
+    return {k: (*sizes["…"], *(sizes[a] for a in axes)) for k, axes in leaves if present[k]}
 
 
 def _read(
@@ -190,11 +182,8 @@ def _read(
     names: tuple[str, ...] | None = None,
     where: str = "",
 ) -> dict[str, Any]:
-    """Sizes by axis, "…" for the leading ones; refuses leaves that are missing, unknown or do not
-    fit.
-
-    Given `sizes` and `names` the leaves must be exactly these; without, they must fit each other.
-    """
+    """Sizes by axis, "…" for the leading ones; refuses missing, unknown and unfitting leaves."""
+    # Given `sizes` and `names` the leaves must be exactly these; without, they must fit each other.
     where = where or (f"layers.{block}" if names else block)
     allowed, sizes = names or tuple(AXES[block]), dict(sizes or {})
     for name in names or REQUIRED[block]:
@@ -204,7 +193,7 @@ def _read(
         if name not in allowed:
             has = f"which has {', '.join(allowed)}"
             raise UserError(f"{where}.{name} is not a weight of this block, {has}")
-        axes, shape = AXES[block][name].split(), np.shape(a)
+        axes, shape = AXES[block][name], np.shape(a)
         if experts and set(axes) & set(CUT):
             axes = ["N", *(axis.lower() if axis in CUT else axis for axis in axes)]
         lead = len(shape) - len(axes)
@@ -216,7 +205,7 @@ def _read(
 
 
 def _check_even(block: str, sizes: dict[str, Any], n: int, key: str) -> None:
-    cut = {a: sizes[a] for a in CUT if any(a in axes.split() for axes in AXES[block].values())}
+    cut = {a: sizes[a] for a in CUT if any(a in axes for axes in AXES[block].values())}
     fits = f"the numbers of experts that work are {divisors(math.gcd(*cut.values()))}"
     for a, size in cut.items():
         if n < 1 or size % n:
@@ -226,21 +215,18 @@ def _check_even(block: str, sizes: dict[str, Any], n: int, key: str) -> None:
 
 
 def _cut(a: Any, axes: list[str], n: int) -> Any:
-    """[…,x,F,y] to […,N,x,f,y]."""
-    if not (at := [i for i, axis in enumerate(axes) if axis in CUT]):
-        return a
+    """[…,x,F,y] to […,N,x,f,y]; a leaf without such an axis is left as it is."""
     lead = a.ndim - len(axes)
-    cut = lead + at[0]
-    parts = a.reshape(*a.shape[:cut], n, a.shape[cut] // n, *a.shape[cut + 1 :])
-    return a.__array_namespace__().moveaxis(parts, cut, lead)
+    for cut in (lead + i for i, axis in enumerate(axes) if axis in CUT):
+        a = a.reshape(*a.shape[:cut], n, a.shape[cut] // n, *a.shape[cut + 1 :])
+        a = a.__array_namespace__().moveaxis(a, cut, lead)
+    return a
 
 
 def _join(a: Any, axes: list[str]) -> Any:
     """[…,N,x,f,y] to […,x,F,y]."""
-    if not (at := [i for i, axis in enumerate(axes) if axis in CUT]):
-        return a
-    lead = a.ndim - len(axes) - 1
-    cut = lead + at[0]
-    parts = a.__array_namespace__().moveaxis(a, lead, cut)
-    shape = parts.shape
-    return parts.reshape(*shape[:cut], shape[cut] * shape[cut + 1], *shape[cut + 2 :])
+    for i in (i for i, axis in enumerate(axes) if axis in CUT):
+        lead = a.ndim - len(axes) - 1
+        a = a.__array_namespace__().moveaxis(a, lead, lead + i)
+        a = a.reshape(*a.shape[: lead + i], -1, *a.shape[lead + i + 2 :])
+    return a

@@ -1,16 +1,17 @@
 """Slots: which patch is where (`Selection`), and moving patches to slots and results back.
 
-`gather_slots` and `combine_slots` are each the transpose of the other. Backends:
+`gather_slots` and `combine_slots` are each the transpose of the other. Backends (`backend_for`):
 
-- `inverse` only gathers, forward and backward, through the inverse slot map of the `Selection`: no
-  atomics, deterministic, summed in float32.
+- `inverse` only gathers, forward and backward, through the inverse slot map: no atomics,
+  deterministic, summed in float32.
 - `scatter` lets autodiff turn the gather into a scatter-add and back.
 - `onehot` multiplies by a matrix of zeros and ones, for devices whose gathers are slow: 2·N·C·M·X
   operations each way and a matrix [N,B,C,M], so for large patches, which are few.
 
-`backend_for` chooses. Letters in `layers.common`; X is the P·D values of a patch.
+Letters in `layers.common`; X is the P·D values of a patch.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -22,23 +23,14 @@ BACKENDS = ("inverse", "scatter", "onehot")
 
 
 class Selection(NamedTuple):
-    """Which patches each expert works on.
+    """Which patches each expert works on; all int32 but for validity and weights."""
 
-    Attributes:
-      slots_NRC: int32, the patch in each slot, ascending; empty slots hold 0 and come last.
-      valid_NRC: bool, whether the slot is filled.
-      weights_NRC: float32 combine weight, 0 in empty slots.
-      slot_of_BMN: int32, the inverse: a patch's slot in each expert, C if it has none.
-      sequence_NR: int32, the row of the batch in each row of an expert's buffer; 0 in unused rows.
-      row_of_BN: int32, the inverse: a batch row's buffer row in each expert, R if it has none.
-    """
-
-    slots_NRC: Array
-    valid_NRC: Array
-    weights_NRC: Array
-    slot_of_BMN: Array
-    sequence_NR: Array
-    row_of_BN: Array
+    slots_NRC: Array  # the patch in each slot, ascending; empty slots hold 0 and come last
+    valid_NRC: Array  # bool, whether the slot is filled
+    weights_NRC: Array  # float32 combine weight, 0 in empty slots
+    slot_of_BMN: Array  # the inverse of the slots: a patch's slot in each expert, C if it has none
+    sequence_NR: Array  # the row of the batch in each row of an expert's buffer; 0 in unused rows
+    row_of_BN: Array  # the inverse: a batch row's buffer row in each expert, R if it has none
 
     @property
     def kept_BMN(self) -> Array:
@@ -47,12 +39,12 @@ class Selection(NamedTuple):
 
     @property
     def patch_NRC(self) -> Array:
-        """int32, the patch in each slot, as an index into [B·M]."""
+        """The patch in each slot, as an index into [B·M]."""
         return _patches(self.slots_NRC, self.sequence_NR, self.slot_of_BMN.shape[1])
 
     @property
     def place_BMN(self) -> Array:
-        """int32, the slot of each patch, as an index into [R·C]; R·C where it has none."""
+        """The slot of each patch, as an index into [R·C]; R·C where it has none."""
         return _places(self.slot_of_BMN, self.row_of_BN, *self.slots_NRC.shape[1:])
 
 
@@ -64,55 +56,62 @@ def _places(slot_of_BMN: Array, row_of_BN: Array, r: int, c: int) -> Array:
     return jnp.where(slot_of_BMN < c, row_of_BN[:, None] * c + slot_of_BMN, r * c)
 
 
-def all_sequences(b: int, n: int) -> tuple[Array, Array]:
-    """(sequence_NR, row_of_BN) where every expert's buffer has all rows of the batch, in order."""
+Rows = tuple[Array, Array]  # (sequence_NR, row_of_BN) of a `Selection`
+
+
+def all_sequences(b: int, n: int) -> Rows:
+    """Every expert's buffer has all rows of the batch, in order."""
     rows = jnp.arange(b, dtype=jnp.int32)
     return jnp.broadcast_to(rows[None], (n, b)), jnp.broadcast_to(rows[:, None], (b, n))
 
 
-def pack(
-    kept_BMN: Array, weights_BMN: Array, c: int, rows: tuple[Array, Array] | None = None
-) -> Selection:
-    """Numbers the kept patches of each expert in ascending order and lists them by slot.
+class Decision(NamedTuple):
+    """Who takes what, before it is listed by slot."""
 
-    Args:
-      kept_BMN: bool, whether an expert takes a patch: at most `c` of a row, and none of a row for
-        which it has no buffer row.
-      rows: (sequence_NR, row_of_BN); None: all rows in order (`all_sequences`).
-    """
-    b, m, n = kept_BMN.shape
-    sequence_NR, row_of_BN = all_sequences(b, n) if rows is None else rows
-    r = sequence_NR.shape[1]
-    slot_of_BMN = jnp.where(kept_BMN, jnp.cumsum(kept_BMN, axis=1, dtype=jnp.int32) - 1, c)
-    filled_BN = kept_BMN.sum(axis=1, dtype=jnp.int32)
-    # An unused buffer row names batch row 0, which is in another row of this expert or in none.
-    rows_1R = jnp.arange(r, dtype=jnp.int32)[None]
-    held_NR = jnp.take_along_axis(row_of_BN.T, sequence_NR, axis=1) == rows_1R
-    filled_NR = jnp.where(held_NR, jnp.take_along_axis(filled_BN.T, sequence_NR, axis=1), 0)
-    valid_NRC = jnp.arange(c, dtype=jnp.int32)[None, None] < filled_NR[..., None]
-    # Every kept patch writes its own slot; the others write past the end and are dropped.
-    rows_BMN = (jnp.arange(n, dtype=jnp.int32)[None] * r + row_of_BN)[:, None]
-    patch_BMN = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32)[None, :, None], (b, m, n))
-    slots = jnp.zeros((n * r, c), jnp.int32).at[rows_BMN, slot_of_BMN].set(patch_BMN, mode="drop")
-    maps = (slots.reshape(n, r, c), valid_NRC, slot_of_BMN, sequence_NR, row_of_BN)
-    # Saved for the backward pass: recomputed, a near tie might fall the other way there.
-    slots_NRC, valid_NRC, slot_of_BMN, sequence_NR, row_of_BN = (
-        checkpoint_name(a, "selection") for a in maps
-    )
-    weights_NBM1 = jnp.transpose(weights_BMN, (2, 0, 1))[..., None]
-    index = _patches(slots_NRC, sequence_NR, m), _places(slot_of_BMN, row_of_BN, r, c)
-    own_NRC = _gather_own(weights_NBM1, *index)[..., 0]
-    weights_NRC = checkpoint_name(jnp.where(valid_NRC, own_NRC, 0), "selection")
-    return Selection(slots_NRC, valid_NRC, weights_NRC, slot_of_BMN, sequence_NR, row_of_BN)
+    kept_BMN: Array  # bool, whether an expert takes a patch; at most `slots` of a row
+    weights_BMN: Array  # float32, the combine weight of every patch in every expert
+    slots: int  # C
+    rows: Rows | None  # under `sequence_capacity_factor`; None: all rows
+
+    def of_experts(self, first: Array | int, n: int) -> "Decision":
+        """The decision of the experts [first, first + n)."""
+        own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n)
+        rows = None if self.rows is None else (own(self.rows[0], axis=0), own(self.rows[1], axis=1))
+        return Decision(own(self.kept_BMN, axis=2), own(self.weights_BMN, axis=2), self.slots, rows)
+
+    def pack(self) -> Selection:
+        """Numbers the kept patches of each expert in ascending order and lists them by slot."""
+        (b, m, n), c = self.kept_BMN.shape, self.slots
+        at = functools.partial(jnp.arange, dtype=jnp.int32)
+        sequence_NR, row_of_BN = self.rows or all_sequences(b, n)
+        r = sequence_NR.shape[1]
+        number_BMN = jnp.cumsum(self.kept_BMN, axis=1, dtype=jnp.int32) - 1
+        slot_of_BMN = jnp.where(self.kept_BMN, number_BMN, c)
+        filled_BN = self.kept_BMN.sum(axis=1, dtype=jnp.int32)
+        # An unused buffer row names batch row 0, which is in another row of this expert or in none.
+        held_NR = jnp.take_along_axis(row_of_BN.T, sequence_NR, axis=1) == at(r)[None]
+        filled_NR = jnp.where(held_NR, jnp.take_along_axis(filled_BN.T, sequence_NR, axis=1), 0)
+        valid_NRC = at(c)[None, None] < filled_NR[..., None]
+        # Every kept patch writes its own slot; the others write past the end and are dropped.
+        place = (at(n)[None] * r + row_of_BN)[:, None], slot_of_BMN
+        patch_BMN = jnp.broadcast_to(at(m)[None, :, None], (b, m, n))
+        slots = jnp.zeros((n * r, c), jnp.int32).at[place].set(patch_BMN, mode="drop")
+        maps = (slots.reshape(n, r, c), valid_NRC, slot_of_BMN, sequence_NR, row_of_BN)
+        # Saved for the backward pass: recomputed, a near tie might fall the other way there.
+        slots_NRC, valid_NRC, slot_of_BMN, sequence_NR, row_of_BN = (
+            checkpoint_name(a, "selection") for a in maps
+        )
+        weights_NBM1 = jnp.transpose(self.weights_BMN, (2, 0, 1))[..., None]
+        index = _patches(slots_NRC, sequence_NR, m), _places(slot_of_BMN, row_of_BN, r, c)
+        own_NRC = _gather_own(weights_NBM1, *index)[..., 0]
+        weights_NRC = checkpoint_name(jnp.where(valid_NRC, own_NRC, 0), "selection")
+        return Selection(slots_NRC, valid_NRC, weights_NRC, slot_of_BMN, sequence_NR, row_of_BN)
 
 
 def backend_for(name: str, dtype: jnp.dtype, patch_size: int, bounded: bool) -> str:
-    """Resolves `auto` for the device that jax runs on.
-
-    Scatter-add was measured faster only for 16-bit values on CPUs, where gathers convert one by
-    one. On TPUs, whose gathers are slow, patches of 16 tokens make the one-hot product cheap (not
-    measured), unless `bounded` by sequence_capacity_factor.
-    """
+    """Resolves `auto` for the device that jax runs on."""
+    # Scatter-add was faster only for 16-bit values on CPUs, where gathers convert one by one. Large
+    # patches make the one-hot product cheap on TPUs (not measured), unless rows are `bounded`.
     if name != "auto":
         return name
     platform = jax.default_backend()
@@ -127,8 +126,8 @@ def gather_slots(x_BMX: Array, selection: Selection, backend: str) -> Array:
         return _gather(x_BMX, selection.patch_NRC, selection.place_BMN)
     if backend == "onehot":
         return _one_hot_product("nbcm,bmf->nbcf", selection, x_BMX)
-    b, m, f = x_BMX.shape
-    return x_BMX.reshape(b * m, f).at[_patch_or_none(selection)].get(mode="fill", fill_value=0)
+    rows_XY = x_BMX.reshape(-1, x_BMX.shape[-1])
+    return rows_XY.at[_patch_or_none(selection)].get(mode="fill", fill_value=0)
 
 
 def gather_own(a_NBMX: Array, selection: Selection, backend: str) -> Array:
@@ -148,8 +147,7 @@ def combine_slots(y_NRCX: Array, selection: Selection, backend: str) -> Array:
         return _combine(y_NRCX, selection.patch_NRC, selection.place_BMN)
     if backend == "onehot":
         return _one_hot_product("nbcm,nbcf->bmf", selection, y_NRCX)
-    f = y_NRCX.shape[-1]
-    b, m, _ = selection.slot_of_BMN.shape
+    (b, m, _), f = selection.slot_of_BMN.shape, y_NRCX.shape[-1]
     out = jnp.zeros((b * m, f), y_NRCX.dtype).at[_patch_or_none(selection)].add(y_NRCX, mode="drop")
     return out.reshape(b, m, f)
 
@@ -161,14 +159,11 @@ def _patch_or_none(selection: Selection) -> Array:
 
 
 def _one_hot_product(subscripts: str, selection: Selection, values: Array) -> Array:
-    """Values times the [N,B,C,M] zeros and ones of which slot holds which patch: exact.
-
-    A value that is not finite spreads over its row; those of empty slots are left out.
-    """
-    valid_NRC1 = selection.valid_NRC[..., None]
+    """Values times the [N,B,C,M] zeros and ones of which slot holds which patch: exact."""
+    # A value that is not finite spreads over its row; those of empty slots are left out.
+    valid_NRC1, of_slots = selection.valid_NRC[..., None], subscripts.endswith("bmf")
     patch_M = jnp.arange(selection.slot_of_BMN.shape[1], dtype=jnp.int32)
     held_NBCM = (selection.slots_NRC[..., None] == patch_M[None, None, None]) & valid_NRC1
-    of_slots = subscripts.endswith("bmf")
     values = jnp.where(valid_NRC1, values, 0) if of_slots else values
     # A TPU would round float32 values to bfloat16 in a product of the default precision.
     exact = jax.lax.Precision.HIGHEST if values.dtype == jnp.float32 else None
@@ -178,8 +173,8 @@ def _one_hot_product(subscripts: str, selection: Selection, values: Array) -> Ar
 
 def gather_rows(x_BMX: Array, patch_NRC: Array) -> Array:
     """Rows of patches, [N,R,C,X], at indices into [B·M]; for values without a gradient."""
-    b, m, f = x_BMX.shape
-    return jnp.asarray(x_BMX).reshape(b * m, f).at[patch_NRC].get(mode="promise_in_bounds")
+    rows_XY = jnp.asarray(x_BMX).reshape(-1, x_BMX.shape[-1])
+    return rows_XY.at[patch_NRC].get(mode="promise_in_bounds")
 
 
 def _sum_slots(y_NRCX: Array, place_BMN: Array) -> Array:
@@ -213,8 +208,8 @@ def _combine(y_NRCX, patch_NRC, place_BMN):
     return _sum_slots(y_NRCX, place_BMN)
 
 
-# Only the integer maps are saved. The gradient of an empty slot is a copy of some patch's:
-# harmless, because its combine weight is 0, and cheaper than a mask.
+# Only the integer maps are saved. An empty slot gets the gradient of some patch: harmless, as
+# its combine weight is 0, and cheaper than a mask.
 _gather.defvjp(
     lambda x, patch, place: (_by_pairs(x, patch), place),
     lambda place, d_NRCX: (_sum_slots(d_NRCX, place), None, None),
@@ -225,25 +220,23 @@ _combine.defvjp(
 )
 
 
-def _own_rows(a_NXY: Array, index_NY: Array) -> Array:
-    """[N,…,Y]: of each expert's rows [N,X,Y], those at its own indices [N,…] into X."""
-    n, x, f = a_NXY.shape
-    first_N = x * jnp.arange(n, dtype=jnp.int32).reshape(n, *(1,) * (index_NY.ndim - 1))
-    return a_NXY.reshape(n * x, f).at[index_NY + first_N].get(mode="promise_in_bounds")
+def _own_rows(a_NXYZ: Array, index: Array) -> Array:
+    """[N,…,Z]: of each expert's rows, those at its own indices [N,…] into X·Y."""
+    n, x, y, z = a_NXYZ.shape
+    first_N = x * y * jnp.arange(n, dtype=jnp.int32).reshape(n, *(1,) * (index.ndim - 1))
+    return a_NXYZ.reshape(n * x * y, z).at[index + first_N].get(mode="promise_in_bounds")
 
 
 @jax.custom_vjp
 def _gather_own(a_NBMX, patch_NRC, place_BMN):
-    n, b, m, f = a_NBMX.shape
-    return _own_rows(a_NBMX.reshape(n, b * m, f), patch_NRC)
+    return _own_rows(a_NBMX, patch_NRC)
 
 
 def _gather_own_bwd(place_BMN, d_NRCX):
     """No sum over experts: a patch takes the gradient of its own slot in each expert, or 0."""
-    n, r, c, f = d_NRCX.shape
-    place_NBM = jnp.transpose(place_BMN, (2, 0, 1))
-    d_NBMX = _own_rows(d_NRCX.reshape(n, r * c, f), jnp.minimum(place_NBM, r * c - 1))
-    return jnp.where((place_NBM < r * c)[..., None], d_NBMX, 0).astype(d_NRCX.dtype), None, None
+    places, place_NBM = d_NRCX.shape[1] * d_NRCX.shape[2], jnp.transpose(place_BMN, (2, 0, 1))
+    d_NBMX = _own_rows(d_NRCX, jnp.minimum(place_NBM, places - 1))
+    return jnp.where((place_NBM < places)[..., None], d_NBMX, 0).astype(d_NRCX.dtype), None, None
 
 
-_gather_own.defvjp(lambda f, patch, place: (_gather_own(f, patch, place), place), _gather_own_bwd)
+_gather_own.defvjp(lambda a, patch, place: (_own_rows(a, patch), place), _gather_own_bwd)

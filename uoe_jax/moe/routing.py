@@ -1,9 +1,8 @@
-"""Routing: logits in, `Decision` out (`decide`); its `pack` lists it by slot as a `Selection`.
+"""Routing: logits in, `dispatch.Decision` out (`decide`).
 
 Pure functions; no parameters, no mesh. Letters in `layers.common`; a sequence is a batch row.
 """
 
-import functools
 from typing import Callable, NamedTuple
 
 import jax
@@ -14,36 +13,26 @@ from jax.ad_checkpoint import checkpoint_name
 
 from uoe_jax.config.fields import divisors
 from uoe_jax.config.routing import RoutingConfig
-from uoe_jax.moe.dispatch import Selection, pack
+from uoe_jax.moe.dispatch import Decision, Rows
 
 
 class RoutingStats(NamedTuple):
-    """Sums over the rows of a batch (float32), so that microbatches and processes add up.
+    """Sums over the rows of a batch (float32), so that microbatches and processes add up."""
 
-    Attributes:
-      balance: Switch balance loss of each row, summed; 1 per row where the load is even.
-      z: mean squared logsumexp of each row, summed.
-      patches: valid patches. untouched: those that no expert took.
-      entropy: entropy (nats) of the scores of every valid patch, summed.
-      chosen_N, kept_N: choices made by patches and choices that got a slot, per expert.
-      chosen_4, kept_4: the same by quarter of the row.
-    """
-
-    balance: Array
-    z: Array
-    patches: Array
-    untouched: Array
-    entropy: Array
-    chosen_N: Array
-    kept_N: Array
-    chosen_4: Array
+    balance: Array  # the Switch balance loss of each row; 1 per row where the load is even
+    z: Array  # mean squared logsumexp of each row
+    patches: Array  # valid patches
+    untouched: Array  # those that no expert took
+    entropy: Array  # entropy (nats) of the scores of every valid patch
+    chosen_N: Array  # choices made by patches, per expert
+    kept_N: Array  # choices that got a slot
+    chosen_4: Array  # the same by quarter of the row
     kept_4: Array
 
 
 def choose_experts(scores_BMN: Array, valid_BM: Array, k: int) -> Array:
     """Expert selection: bool [B,M,N], the top K of each valid patch; the lower index wins a tie."""
-    n = scores_BMN.shape[-1]
-    if k == n:
+    if k == (n := scores_BMN.shape[-1]):
         return jnp.broadcast_to(valid_BM[..., None], scores_BMN.shape)
     _, best_BMK = jax.lax.top_k(jax.lax.stop_gradient(scores_BMN), k)
     chosen_BMN = (best_BMK[..., None] == jnp.arange(n)[None, None, None]).any(axis=-2)
@@ -58,10 +47,7 @@ def biased(scores: Array, load_bias_N: Array | None) -> Array:
 
 
 def rebalanced(load_bias_N: Array, chosen_N: Array, rate: float) -> Array:
-    """The load-balancing bias after a step with `chosen_N` choices: up where below the mean.
-
-    Leading axes, of both alike, are layers.
-    """
+    """The load-balancing bias [...,N] after a step with these choices: up where below the mean."""
     return load_bias_N + rate * jnp.sign(chosen_N.mean(axis=-1, keepdims=True) - chosen_N)
 
 
@@ -81,10 +67,7 @@ MANY = 1024  # patches from which counting is faster than sorting, but on GPUs (
 
 
 def keep_by_score(chosen_BMN: Array, scores_BMN: Array, capacity_B: Array, slots: int) -> Array:
-    """Data selection by score: bool [B,M,N], the `capacity_B` best choices of each expert.
-
-    At most `slots`; the lower index wins a tie.
-    """
+    """Data selection by score: bool [B,M,N], each expert's best `capacity_B` (at most `slots`)."""
     offered_BNM = jnp.where(chosen_BMN, jax.lax.stop_gradient(scores_BMN), -1.0).swapaxes(1, 2)
     counts = offered_BNM.shape[-1] >= MANY and jax.default_backend() != "gpu"
     best = by_counting if counts else by_sorting
@@ -139,19 +122,12 @@ def gate(name: str, logits_BMN: Array, scores_BMN: Array, chosen_BMN: Array, k: 
 
 
 class RoutingRule(NamedTuple):
-    """What a router makes of its logits [...,N]: `UNION` for unions, another for each baseline.
+    """What a router makes of its logits [...,N]: `UNION` for unions, another for each baseline."""
 
-    Attributes:
-      log_shares: logits -> log of scores that sum to 1, for the balance loss and the entropy.
-      scores: logits -> scores that rank experts, and tokens for an expert.
-      choose: (ranked [B,M,N], valid [B,M], K) -> bool [B,M,N].
-      weigh: (routing, logits, scores, chosen) -> combine weights float32 [B,M,N].
-    """
-
-    log_shares: Callable[[Array], Array]
-    scores: Callable[[Array], Array]
-    choose: Callable[[Array, Array, int], Array]
-    weigh: Callable[[RoutingConfig, Array, Array, Array], Array]
+    log_shares: Callable[[Array], Array]  # log of scores that sum to 1, for balance and entropy
+    scores: Callable[[Array], Array]  # scores that rank experts, and tokens for an expert
+    choose: Callable[[Array, Array, int], Array]  # (ranked [B,M,N], valid [B,M], K) -> bool
+    weigh: Callable[[RoutingConfig, Array, Array, Array], Array]  # (…, logits, scores, chosen)
 
 
 UNION = RoutingRule(
@@ -162,18 +138,12 @@ UNION = RoutingRule(
 )
 
 
-def bound_sequences(
-    chosen_BN: Array, scores_BN: Array, group: int, capacity: int
-) -> tuple[Array, Array]:
-    """For each expert at most `capacity` of every `group` consecutive rows, the best scores.
-
-    Returns:
-      (sequence_NR, row_of_BN) of a `Selection`, R = capacity·B/group rows an expert.
-    """
+def bound_sequences(chosen_BN: Array, scores_BN: Array, group: int, capacity: int) -> Rows:
+    """For each expert at most `capacity` of every `group` consecutive rows, the best scores."""
     b, n = chosen_BN.shape
     if b % group:
-        fits = f"must divide the {b} rows of the batch: {divisors(b)}"
-        raise ValueError(f"sequence_group={group} {fits}")
+        rows = f"the {b} rows of the batch: {divisors(b)}"
+        raise ValueError(f"sequence_group={group} must divide {rows}")
     offered_BN = jnp.where(chosen_BN, jax.lax.stop_gradient(scores_BN), -1.0)
     best, member = jax.lax.top_k(offered_BN.T.reshape(n, b // group, group), capacity)
     member = jnp.sort(jnp.where(best >= 0, member, group), axis=-1)  # in order, unused rows last
@@ -185,74 +155,37 @@ def bound_sequences(
     return jnp.where(sequence_NR < b, sequence_NR, 0), row_of_NB.T
 
 
-class Decision(NamedTuple):
-    """Who takes what, before it is listed by slot.
-
-    Attributes:
-      kept_BMN: bool, whether an expert takes a patch; at most `slots` of a row for each expert.
-      weights_BMN: float32 combine weight of every patch in every expert.
-      slots: C, static.
-      rows: (sequence_NR, row_of_BN) of a `Selection` under `sequence_capacity_factor`; None: all.
-    """
-
-    kept_BMN: Array
-    weights_BMN: Array
-    slots: int
-    rows: tuple[Array, Array] | None
-
-    def pack(self) -> Selection:
-        """The slots of every expert."""
-        return pack(self.kept_BMN, self.weights_BMN, self.slots, self.rows)
-
-    def of_experts(self, first: Array | int, n: int) -> "Decision":
-        """The decision of the experts [first, first + n)."""
-        own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n)
-        rows = None if self.rows is None else (own(self.rows[0], axis=0), own(self.rows[1], axis=1))
-        return Decision(own(self.kept_BMN, axis=2), own(self.weights_BMN, axis=2), self.slots, rows)
-
-
 def decide(
-    logits_BMN: Array | None,
-    valid_BM: Array,
+    logits_BMN: Array | None,  # float32, of the patches' router; None with unit="sequence"
+    valid_BM: Array,  # bool, False for patches of padding only, which never take a slot
     routing: RoutingConfig,
-    sequence_logits_BN: Array | None = None,
-    load_bias_N: Array | None = None,
-    keys_B: Array | None = None,
+    sequence_logits_BN: Array | None = None,  # of the sequences' router; None with unit="patch"
+    load_bias_N: Array | None = None,  # to choose experts only (loss-free balancing, DeepSeek-V3)
+    keys_B: Array | None = None,  # in training; None: no noise and no `sequence_capacity_factor`
     rule: RoutingRule = UNION,
 ) -> tuple[Decision, RoutingStats]:
     """Decides which experts take each patch, and the combine weights.
 
     A row depends on others only under `sequence_capacity_factor`, in training.
 
-    Args:
-      logits_BMN: float32 logits of the patches' router; None with unit="sequence".
-      valid_BM: bool, False for patches of padding only; they never take a slot.
-      routing: N, K, unit, capacity, priority and gate.
-      sequence_logits_BN: float32 logits of the sequences' router; None with unit="patch".
-      load_bias_N: added to the scores for choosing experts only (loss-free balancing, DeepSeek-V3).
-      keys_B: in training, a key per row for router noise; None: evaluation, without noise and
-        without `sequence_capacity_factor`.
-      rule: what logits mean.
-
     Raises:
       ValueError: `sequence_group` does not divide B.
     """
-    m, r = valid_BM.shape[1], routing
-    # Of whoever chooses experts: [B,M,N], or [B,1,N] where all patches follow their row.
-    if r.unit == "patch":
-        own, asking = _given(logits_BMN), valid_BM
-    else:
-        own, asking = _given(sequence_logits_BN)[:, None], valid_BM.any(axis=1, keepdims=True)
-    own_scores = scores_BMN = rule.scores(own)
-    ranked = biased(_noisy(own, own_scores, r, keys_B, rule), load_bias_N)
-    chosen_BMN = rule.choose(ranked, asking, r.k) & valid_BM[..., None]
+    r, own, asking_BM = routing, logits_BMN, valid_BM
+    if sequence_logits_BN is not None:  # all patches follow their row: [B,1,N] chooses
+        own, asking_BM = sequence_logits_BN[:, None], valid_BM.any(axis=1, keepdims=True)
+    assert own is not None  # `layers.router.Router` has the routers that the unit asks for
+    patch_logits_BMN = None if own is logits_BMN else logits_BMN  # unit="hierarchical"
+    own_scores = ranked = scores_BMN = rule.scores(own)
+    if keys_B is not None and r.router_noise:
+        draw = jax.vmap(lambda key: jax.random.normal(key, own.shape[1:], jnp.float32))
+        ranked = rule.scores(own + r.router_noise * draw(keys_B))
+    chosen_BMN = rule.choose(biased(ranked, load_bias_N), asking_BM, r.k) & valid_BM[..., None]
     weights_BMN = rule.weigh(r, own, own_scores, chosen_BMN)
-    if r.unit == "hierarchical":
-        patch_logits_BMN = _given(logits_BMN)
+    if patch_logits_BMN is not None:
         patch_scores_BMN = rule.scores(patch_logits_BMN)
         scores_BMN = own_scores * patch_scores_BMN
-        patch_weights_BMN = rule.weigh(r, patch_logits_BMN, patch_scores_BMN, chosen_BMN)
-        weights_BMN = weights_BMN * patch_weights_BMN
+        weights_BMN *= rule.weigh(r, patch_logits_BMN, patch_scores_BMN, chosen_BMN)
     rows, offered_BMN = None, chosen_BMN
     if r.sequence_capacity_factor and keys_B is not None:
         asked_BN, group = chosen_BMN.any(axis=1), r.sequence_group
@@ -260,13 +193,10 @@ def decide(
         offered_BMN = chosen_BMN & (rows[1] < rows[0].shape[1])[:, None]
     kept_BMN = _keep(offered_BMN, scores_BMN, valid_BM, r)
     stats = statistics(own, chosen_BMN, kept_BMN, valid_BM, rule)
-    if (
-        r.unit == "hierarchical"
-    ):  # the z-loss is of both routers, the load of the rows' choice alone
-        stats = stats._replace(z=stats.z + _z(_given(logits_BMN), valid_BM).sum())
-    return Decision(
-        kept_BMN, jnp.broadcast_to(weights_BMN, kept_BMN.shape), r.slots(m), rows
-    ), stats
+    if patch_logits_BMN is not None:  # the z-loss is of both routers, the load of the rows' choice
+        stats = stats._replace(z=stats.z + _z(patch_logits_BMN, valid_BM).sum())
+    weights_BMN = jnp.broadcast_to(weights_BMN, kept_BMN.shape)
+    return Decision(kept_BMN, weights_BMN, r.slots(valid_BM.shape[1]), rows), stats
 
 
 def _keep(offered_BMN: Array, scores_BMN: Array, valid_BM: Array, r: RoutingConfig) -> Array:
@@ -279,22 +209,6 @@ def _keep(offered_BMN: Array, scores_BMN: Array, valid_BM: Array, r: RoutingConf
     scores_BMN = jnp.broadcast_to(scores_BMN, offered_BMN.shape)
     capacity_B = jnp.asarray(table)[valid_BM.sum(axis=1)]
     return keep_by_score(offered_BMN, scores_BMN, capacity_B, r.slots(m))
-
-
-def _given(logits: Array | None) -> Array:
-    """Logits that the unit asks for; `layers.router.Router` has their router then."""
-    assert logits is not None
-    return logits
-
-
-def _noisy(
-    logits: Array, scores: Array, r: RoutingConfig, keys_B: Array | None, rule: RoutingRule
-) -> Array:
-    """The scores experts are chosen by: in training of logits with normal noise."""
-    if keys_B is None or not r.router_noise:
-        return scores
-    noise = jax.vmap(lambda key: jax.random.normal(key, logits.shape[1:], jnp.float32))(keys_B)
-    return rule.scores(logits + r.router_noise * noise)
 
 
 def _z(logits_BMN: Array, valid_BM: Array) -> Array:
@@ -319,23 +233,21 @@ def statistics(
     entropy_BM = -(shares * log_shares).sum(-1) * valid_f32_BM
     quarter_4M = (jnp.arange(m)[None] * 4 // m == jnp.arange(4)[:, None]).astype(jnp.float32)
 
-    def sums(mask_BMN):
-        by_position_M = mask_BMN.sum(axis=(0, 2)).astype(jnp.float32)
-        exact = jax.lax.Precision.HIGHEST  # of counts
-        by_quarter_4 = jnp.matmul(quarter_4M, by_position_M, precision=exact)
-        return mask_BMN.sum(axis=(0, 1)).astype(jnp.float32), by_quarter_4
+    def by_expert(mask_BMN: Array) -> Array:
+        return mask_BMN.sum(axis=(0, 1)).astype(jnp.float32)
 
-    chosen_N, chosen_4 = sums(chosen_BMN)
-    kept_N, kept_4 = sums(kept_BMN)
-    untouched_BM = valid_BM & ~kept_BMN.any(axis=-1)
+    def by_quarter(mask_BMN: Array) -> Array:
+        by_position_M = mask_BMN.sum(axis=(0, 2)).astype(jnp.float32)
+        return jnp.matmul(quarter_4M, by_position_M, precision=jax.lax.Precision.HIGHEST)
+
     return RoutingStats(
         balance=n * (share_BN * mean_share_BN).sum(),
         z=_z(logits, valid_BM).sum(),
         patches=valid_BM.sum().astype(jnp.float32),
-        untouched=untouched_BM.sum().astype(jnp.float32),
+        untouched=(valid_BM & ~kept_BMN.any(axis=-1)).sum().astype(jnp.float32),
         entropy=jax.lax.stop_gradient(entropy_BM.sum()),
-        chosen_N=chosen_N,
-        kept_N=kept_N,
-        chosen_4=chosen_4,
-        kept_4=kept_4,
+        chosen_N=by_expert(chosen_BMN),
+        kept_N=by_expert(kept_BMN),
+        chosen_4=by_quarter(chosen_BMN),
+        kept_4=by_quarter(kept_BMN),
     )
