@@ -1,5 +1,6 @@
 """A plan: the compiled step, the counted memory, the predicted time, and a better mesh."""
 
+import contextlib
 import dataclasses
 import itertools
 from typing import Iterator, NamedTuple
@@ -18,55 +19,41 @@ WORTH = 0.03  # of the step's time that another mesh must save to be suggested
 
 
 class Traffic(NamedTuple):
-    """All collectives of one kind over the same mesh axes in a step.
-
-    sent: bytes that a device sends. seconds: (best, worst), None for `cpu`. slow: whether they
-    leave the fast network.
-    """
+    """All collectives of one kind over the same mesh axes in a step."""
 
     kind: str
     axes: tuple[str, ...]
     runs: int
-    sent: float
-    seconds: Range | None
-    slow: bool
+    sent: float  # bytes that a device sends
+    seconds: Range | None  # (best, worst); None for `cpu`
+    slow: bool  # whether they leave the fast network
 
 
 class Suggestion(NamedTuple):
-    """Another mesh of as many devices: its peak in bytes, its step and, counted alike, that of the
-    given mesh."""
+    """Another mesh of as many devices."""
 
     mesh: dict[str, int]
-    peak: float
-    step: Range
+    peak: float  # bytes
+    step: Range  # seconds, as is given_step, that of the given mesh, counted alike
     given_step: Range
 
 
 class Plan(NamedTuple):
-    """Bytes are of one device.
-
-    Attributes:
-      counted: the memory model under the compiler's assumptions. expected: under the hardware's.
-      factor: compiled over counted temporary memory; `peak` has the expected times that.
-      scores: what the peak would grow by with attention scores held in memory.
-      fits, prediction: None for `cpu`, the devices that the step is compiled for.
-      suggestion: a mesh that is faster, or that fits where this does not.
-      least: where no mesh fits, the one that needs least, and its peak.
-    """
+    """Bytes are of one device. What is None for `cpu` is about accelerators."""
 
     config: Config
     hardware: str
     compiled: Compiled
-    counted: Peak
-    expected: Peak
-    factor: float
+    counted: Peak  # the memory model under the compiler's assumptions
+    expected: Peak  # under the hardware's
+    factor: float  # compiled over counted temporary memory; `peak` has the expected times that
     peak: float
-    scores: float
-    fits: bool | None
+    scores: float  # what the peak would grow by with attention scores held in memory
     traffic: tuple[Traffic, ...]
-    prediction: Prediction | None
-    suggestion: Suggestion | None
-    least: tuple[dict[str, int], float] | None
+    fits: bool | None = None
+    prediction: Prediction | None = None
+    suggestion: Suggestion | None = None  # a mesh that is faster, or fits where this does not
+    least: tuple[dict[str, int], float] | None = None  # none fits: which needs least, and its peak
 
 
 def make(config: Config, hardware_name: str) -> Plan:
@@ -86,10 +73,8 @@ def make(config: Config, hardware_name: str) -> Plan:
     expected = counted if hardware is None else peak(config, shape, flash=True)
     total = compiled.peak - compiled.temporary + factor * expected.temporary
     scores = factor * (peak(config, shape, flash=False).temporary - expected.temporary)
-    plan = Plan(
-        config, hardware_name, compiled, counted, expected, factor, total, scores, None,
-        tuple(_traffic(config, hardware, compiled)), None, None, None,
-    )  # fmt: skip
+    traffic = tuple(_traffic(config, hardware, compiled))
+    plan = Plan(config, hardware_name, compiled, counted, expected, factor, total, scores, traffic)
     if hardware is None:
         return plan
     predicted = predict(config, shape, hardware, compiled.collectives)
@@ -101,14 +86,14 @@ def _traffic(config: Config, hardware: Hardware | None, compiled: Compiled) -> I
     m, shape = config.model, config.mesh.shape
     moved = sorted((c for c in compiled.collectives if c.axes), key=lambda c: (c.axes, c.kind))
     for (axes, kind), same in itertools.groupby(moved, key=lambda c: (c.axes, c.kind)):
-        group = list(same)
+        group, seconds, slow = list(same), None, False
+        sent = sum(c.sent * c.times for c in group)
+        if hardware is not None:
+            sent = sum(sent_bytes(c, m) for c in group)
+            seconds = network_seconds(group, shape, hardware, m)
+            slow = ring(axes, shape, hardware).bandwidth < hardware.fast
         runs = sum({c.name: c.times for c in group}.values())
-        if hardware is None:
-            yield Traffic(kind, axes, runs, sum(c.sent * c.times for c in group), None, False)
-            continue
-        slow = ring(axes, shape, hardware).bandwidth < hardware.fast
-        seconds = network_seconds(group, shape, hardware, m)
-        yield Traffic(kind, axes, runs, sum(sent_bytes(c, m) for c in group), seconds, slow)
+        yield Traffic(kind, axes, runs, sent, seconds, slow)
 
 
 def _with_suggestion(plan: Plan, hardware: Hardware) -> Plan:
@@ -141,8 +126,6 @@ def _meshes(config: Config) -> Iterator[MeshConfig]:
         if total % (fsdp * expert) == 0:
             data = total // fsdp // expert
             mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, expert=expert)
-            try:
+            with contextlib.suppress(ConfigError):
                 check_sizes(config, mesh.shape)
-            except ConfigError:
-                continue
-            yield mesh
+                yield mesh

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from uoe_jax.config.schema import MESH_AXES, MeshConfig
@@ -17,7 +16,7 @@ def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshC
     Raises:
       UserError: what cannot be read, a size that is left open, or too many devices to compile for.
     """
-    sizes = given.shape if text is None else _sizes(text)
+    sizes: dict[str, Any] = given.shape if text is None else _sizes(text)
     source = "config.mesh" if text is None else f"--mesh={text}"
     open_axes = [f"{axis}=-1" for axis, size in sizes.items() if size == -1]
     if open_axes and (devices is None or len(open_axes) > 1):
@@ -31,12 +30,13 @@ def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshC
         why = f"{total} devices; the step is compiled here for at most {MAX_DEVICES}"
         remedy = "plan fewer along data, with as many rows for each device"
         raise UserError(f"{f'--devices={devices}' if devices else source}: {why}; {remedy}")
-    mesh = resized(given, sizes)
+    mesh = dataclasses.replace(given, **sizes)
     if devices is None:
         return mesh
     from uoe_jax.distributed import mesh as mesh_lib
 
-    return resized(mesh, mesh_lib.sizes(mesh, devices))
+    filled: dict[str, Any] = mesh_lib.sizes(mesh, devices)
+    return dataclasses.replace(mesh, **filled)
 
 
 def _sizes(text: str) -> dict[str, int]:
@@ -55,8 +55,3 @@ def _sizes(text: str) -> dict[str, int]:
             raise UserError(f"--mesh={text}: {why}")
         sizes[axis] = int(size)
     return dict.fromkeys(MESH_AXES, 1) | sizes
-
-
-def resized(mesh: MeshConfig, sizes: Mapping[str, int]) -> MeshConfig:
-    changes: dict[str, Any] = {axis: sizes[axis] for axis in MESH_AXES}
-    return dataclasses.replace(mesh, **changes)

@@ -1,4 +1,4 @@
-"""Collectives of a step: how long a network takes for them, and which a mesh needs by its sizes."""
+"""How long a network takes for the collectives of a step."""
 
 import itertools
 import math
@@ -42,12 +42,9 @@ def network_seconds(
 
 
 class Ring(NamedTuple):
-    """bandwidth: bytes/s a device sends. once, tree: seconds of an empty message around a ring,
-    and up and down a tree."""
-
-    bandwidth: float
-    once: float
-    tree: float
+    bandwidth: float  # bytes/s a device sends
+    once: float  # seconds of an empty message around it
+    tree: float  # and up and down a tree
 
 
 def ring(axes: tuple[str, ...], shape: Shape, hardware: Hardware) -> Ring:
@@ -57,7 +54,11 @@ def ring(axes: tuple[str, ...], shape: Shape, hardware: Hardware) -> Ring:
     the slow network, so no domain spans it.
     """
     domain = min(hardware.domain, devices(shape) // shape["replica"])
-    members = [sum(place) for place in itertools.product(*(_offsets(axis, shape) for axis in axes))]
+    names, offsets = list(shape), []
+    for axis in axes:
+        stride = math.prod(shape[a] for a in names[names.index(axis) + 1 :])
+        offsets.append(range(0, stride * shape[axis], stride))
+    members = [sum(place) for place in itertools.product(*offsets)]
     local = sum(member < domain for member in members)
     domains = math.ceil(len(members) / local)
     fast, slow = hardware.hops
@@ -66,9 +67,3 @@ def ring(axes: tuple[str, ...], shape: Shape, hardware: Hardware) -> Ring:
         once=(len(members) - domains) * fast + (domains > 1) * domains * slow,
         tree=2 * (math.log2(local) * fast + math.log2(domains) * slow),
     )
-
-
-def _offsets(axis: str, shape: Shape) -> range:
-    names = list(shape)
-    stride = math.prod(shape[a] for a in names[names.index(axis) + 1 :])
-    return range(0, stride * shape[axis], stride)

@@ -20,23 +20,15 @@ from uoe_jax.plan.predict import examples, rows, scored_here, vocabulary_shards
 
 
 class Peak(NamedTuple):
-    """Bytes of one device.
-
-    Attributes:
-      parameters, optimizer, batch: the arguments of a step.
-      gradients: with those that microbatches are added to.
-      kept: by all layers for the backward pass.
-      layer: the working set of one layer's backward pass, with its gathered weights.
-      ends: the working set outside the layers: the vocabulary's scores, or a classifier's inputs.
-    """
+    """Bytes of one device."""
 
     parameters: float
     optimizer: float
     batch: float
-    gradients: float
-    kept: float
-    layer: float
-    ends: float
+    gradients: float  # with those that microbatches are added to
+    kept: float  # by all layers for the backward pass
+    layer: float  # the working set of one layer's backward pass, with its gathered weights
+    ends: float  # that outside the layers: the vocabulary's scores, or a classifier's inputs
 
     @property
     def arguments(self) -> float:

@@ -8,15 +8,7 @@ import math
 from typing import Iterable, Iterator, NamedTuple
 
 from uoe_jax.config.schema import Config, ModelConfig
-from uoe_jax.costs.flops import (
-    attention_flops,
-    core_flops,
-    ends_flops,
-    mlp_flops,
-    score_flops,
-    scored_pieces,
-    train_flops,
-)
+from uoe_jax.costs import flops
 from uoe_jax.costs.memory import ITEM_SIZE
 from uoe_jax.layers.tiles import chunk
 from uoe_jax.models import count
@@ -35,24 +27,16 @@ class Reduction(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Seconds are (best, worst).
+    """Seconds are (best, worst)."""
 
-    Attributes:
-      parts: by kind of work; `experts` and `weights` are collectives over `expert` and over the
-        batch axes.
-      step: best, where the collectives of the batch axes overlap with everything else; worst, where
-        nothing overlaps.
-      mfu: (worst, best) model FLOP/s, as training logs them, over the peak.
-      flops: of the model, as training logs them. executed: with recomputation.
-      reductions: one for each kind of block; empty without an `expert` axis.
-    """
-
+    # By kind of work; `experts` and `weights` are collectives over `expert` and the batch axes.
     parts: dict[str, Range]
+    # Best: collectives of the batch axes overlap with everything else. Worst: nothing overlaps.
     step: Range
-    mfu: Range
-    flops: float
-    executed: float
-    reductions: tuple[Reduction, ...]
+    mfu: Range  # (worst, best) model FLOP/s over the peak
+    flops: float  # of the model, as training logs them
+    executed: float  # with recomputation
+    reductions: tuple[Reduction, ...]  # one for each kind of block; none without an `expert` axis
 
 
 def examples(c: Config, shape: Shape) -> int:
@@ -89,7 +73,7 @@ def scored_here(c: Config, shape: Shape, tokens: float) -> list[tuple[float, flo
     if vocabulary_shards(m, e) > 1:  # its shard of the entries, for all tokens of its rows
         return [(tokens, m.vocab_size / e, 1, m.d_model)]
     own = tokens * scoring_replicas(c, e) / e
-    return [(own, scores, share, width) for share, scores, width in scored_pieces(m)]
+    return [(own, scores, share, width) for share, scores, width in flops.scored_pieces(m)]
 
 
 def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collective]) -> Prediction:
@@ -108,9 +92,10 @@ def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collect
     best, worst = (sum(times) for times in zip(*parts.values()))
     parts["weights"] = weights = network_seconds(others, shape, hardware, c.model)
     step = max(best, weights[0]), worst + weights[1]
-    flops = train_flops(c.model, c.train.batch_size)
-    mfu = flops / (n * peak * step[1]), flops / (n * peak * step[0])
-    return Prediction(parts, step, mfu, flops, products + core, reductions(c, shape, hardware))
+    model_flops = flops.train_flops(c.model, c.train.batch_size)
+    mfu = model_flops / (n * peak * step[1]), model_flops / (n * peak * step[0])
+    executed = products + core
+    return Prediction(parts, step, mfu, model_flops, executed, reductions(c, shape, hardware))
 
 
 def _reached(seconds: float, share: Range) -> Range:
@@ -128,11 +113,11 @@ def executed_flops(c: Config, expert: int) -> tuple[float, float]:
       (matrix products, attention core).
     """
     m, length = c.model, c.model.block_length
-    core: float = m.n_layers * core_flops(m, length, training=True)
-    block = attention_flops(m, length, training=True) + mlp_flops(m, length, training=True)
-    ends = 3 * ends_flops(m, length) + (score_flops(m, length) if m.task == "language" else 0)
+    core: float = m.n_layers * flops.core_flops(m, length, True)
+    block = flops.attention_flops(m, length, True) + flops.mlp_flops(m, length, True)
+    scores = flops.score_flops(m, length) if m.task == "language" else 0
     products = (3 + (m.remat == "block")) * m.rows_per_example * (m.n_layers * block - core)
-    products += scoring_replicas(c, expert) * ends
+    products += scoring_replicas(c, expert) * (3 * flops.ends_flops(m, length) + scores)
     core *= m.rows_per_example * (3.5 + (m.remat in ("slots", "block")))
     return c.train.batch_size * products, c.train.batch_size * core
 
@@ -180,19 +165,18 @@ def reductions(c: Config, shape: Shape, hardware: Hardware) -> tuple[Reduction, 
     m, e, length = c.model, shape["expert"], c.model.block_length
     if e == 1:
         return ()
-    b = rows(c, shape)
-    stream = Array("f32", (b, length, m.d_model))
+    stream = Array("f32", (rows(c, shape), length, m.d_model))
     moved = Collective("all-reduce", stream, stream, ("expert",), e, 1, True, "", "")
     seconds = network_seconds([moved], shape, hardware, m)[0]
-    core = core_flops(m, length, training=True)
-    products = attention_flops(m, length, training=True) - core
-    mlp = mlp_flops(m, length, training=True) / hardware.products[1]
-    blocks = {
-        m.attention: products / hardware.products[1] + core / hardware.attention[1],
-        f"{m.mlp} MLP" if m.mlp == m.attention else m.mlp: mlp,
-    }
-    each = hardware.flops
-    return tuple(Reduction(name, seconds, b * n / e / each) for name, n in blocks.items())
+    core = flops.core_flops(m, length, True)
+    products = flops.attention_flops(m, length, True) - core
+    attention = products / hardware.products[1] + core / hardware.attention[1]
+    mlp = flops.mlp_flops(m, length, True) / hardware.products[1]
+    name = f"{m.mlp} MLP" if m.mlp == m.attention else m.mlp
+    return tuple(
+        Reduction(block, seconds, rows(c, shape) * work / e / hardware.flops)
+        for block, work in ((m.attention, attention), (name, mlp))
+    )
 
 
 def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
@@ -203,12 +187,13 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
     """
     found: list[Collective] = []
     for kind, elements, axes, runs in _moves(c, shape):
+        axes = tuple(axis for axis in axes if shape[axis] > 1)
         group, times = math.prod(shape[a] for a in axes), runs * c.train.accumulation
-        if group > 1 and times:
+        if axes and times:
             whole, part = (Array("f32", (round(n),)) for n in (elements, elements / group))
             before = part if kind == "all-gather" else whole
             after = part if kind == "reduce-scatter" else whole
-            name = f"{len(found)}"
+            name = str(len(found))
             found.append(Collective(kind, before, after, axes, group, times, True, "", name))
     return found
 
@@ -242,10 +227,5 @@ def _moves(c: Config, shape: Shape) -> Iterator[tuple[str, float, tuple[str, ...
     ):
         yield "all-gather", elements, ("fsdp",), gathers
         yield "reduce-scatter", elements, ("fsdp",), gradients
-        yield "all-reduce", elements / shape["fsdp"], _used(shape, *over), gradients
-    yield "all-reduce", count.classifier_parameters(m), _used(shape, "fsdp"), 1
-
-
-def _used(shape: Shape, *more: str) -> tuple[str, ...]:
-    """The batch axes and more, without those of size 1."""
-    return tuple(axis for axis in ("replica", "data", *more) if shape[axis] > 1)
+        yield "all-reduce", elements / shape["fsdp"], ("replica", "data", *over), gradients
+    yield "all-reduce", count.classifier_parameters(m), ("replica", "data", "fsdp"), 1

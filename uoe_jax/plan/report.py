@@ -22,14 +22,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if hasattr(value, "_asdict"):
-            return {name: plain(v) for name, v in value._asdict().items()}
+            return {name: plain(v) for name, v in value._asdict().items() if name not in left_out}
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
-    shown = plan._replace(compiled=plan.compiled._replace(collectives=()))._asdict()
-    found = {name: plain(value) for name, value in shown.items() if name != "config"}
-    del found["compiled"]["collectives"]
+    left_out, c = ("config", "collectives"), plan.config
+    found = plain(plan)
     found["compiled"]["peak"] = plan.compiled.peak
-    c = plan.config
     first = {"mesh": c.mesh.shape, "parameters": parameters(c.model)}
     return {**first, "warnings": list(warnings(plan)), **found}
 
@@ -39,8 +37,7 @@ def warnings(plan: Plan) -> Iterator[str]:
     m, shape, accelerator = plan.config.model, plan.config.mesh.shape, plan.hardware != CPU
     for block, reduction, compute in plan.prediction.reductions if plan.prediction else ():
         if reduction > compute:
-            longer = f"longer than the {_time(compute)} of the work it follows"
-            why = f"takes {_time(reduction)}, {longer}"
+            why = f"takes {_time(reduction)}, longer than {_time(compute)} of work before it"
             remedy = "make mesh.expert smaller and data or fsdp larger"
             yield f"the reduction over expert={shape['expert']} after {block} {why}: {remedy}"
     if plan.least is not None:
@@ -92,11 +89,11 @@ def _tokens(plan: Plan) -> int:
 def _memory(plan: Plan, n: int, hardware: Hardware | None) -> Iterator[str]:
     m, compiled, e = plan.config.model, plan.compiled, plan.expected
     ends = "the vocabulary scores" if m.task == "language" else "the inputs"
-    room, dtype = "", ""
+    working = f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}"
+    room = dtype = ""
     if hardware is not None:
         room = f" of {_gb(hardware.memory)}: {'fits' if plan.fits else 'does not fit'}"
         dtype = "float32 "
-    working = f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}"
     yield from _table(
         ("parameters", _gb(compiled.parameters)),
         ("optimizer", _gb(compiled.optimizer)),
