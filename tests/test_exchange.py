@@ -27,8 +27,7 @@ from uoe_jax.errors import RunError, UserError
 from uoe_jax.exchange import tensors
 from uoe_jax.exchange.calibrate import calibrated
 from uoe_jax.exchange.families import family_for
-from uoe_jax.exchange.importing import _dense_shapes
-from uoe_jax.exchange.layouts import their_shape
+from uoe_jax.exchange.importing import dense_shapes
 from uoe_jax.exchange.plan_import import plan
 from uoe_jax.exchange.tensors import Tensor, Tensors, dotted, write
 from uoe_jax.infer.experts import all_experts
@@ -315,10 +314,10 @@ def test_a_model_is_never_held_twice(tmp_path):
     }.items():
         m = config_of(**{**LLAMA, "tie_embeddings": True, **model}).model
         family, theirs = family_for(m)
-        shapes, rng, drawn = _dense_shapes(m), np.random.default_rng(0), []
+        shapes, rng, drawn = dense_shapes(m), np.random.default_rng(0), []
         for entry in family.entries(m):
-            for i in range(m.n_layers) if "{i}" in entry.theirs else (None,):
-                shape = their_shape(entry, [shapes[path][i is not None :] for path in entry.ours])
+            shape = entry.shape(shapes)
+            for i in entry.layers(m):
                 drawn.append(
                     Tensor(
                         entry.theirs.format(i=i),

@@ -43,9 +43,8 @@ def write_image_processor(m: ModelConfig, out: epath.Path) -> None:
     """preprocessor_config.json that scales pixels as training, unless the imported one does."""
     image, n = m.image, m.image.channels
     if (out / PROCESSOR_FILE).exists():
-        sizes = {"image": {"height": image.height, "channels": n}}
         with contextlib.suppress(UserError):
-            if image_bound(out, sizes, {}) == image.bound:
+            if image_bound(out, {"height": image.height, "channels": n}, False) == image.bound:
                 return
         scaled = f"scales pixels from -{image.bound:g} to {image.bound:g} now, as here"
         print(f"uoe: {PROCESSOR_FILE} {scaled}", file=sys.stderr)

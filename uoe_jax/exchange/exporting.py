@@ -21,8 +21,9 @@ from uoe_jax.exchange.export_files import (
     write_image_processor,
     write_tokenizer,
 )
-from uoe_jax.exchange.families import FAMILIES, LLAMA_SIZES, family_for
-from uoe_jax.exchange.layouts import ALIASES, Entry, Values, into_theirs, their_shape, write_sizes
+from uoe_jax.exchange.families import FAMILIES, LLAMA, family_for
+from uoe_jax.exchange.importing import dense_shapes
+from uoe_jax.exchange.layouts import ALIASES, Entry, Values
 from uoe_jax.exchange.tensors import Tensor, dotted, write
 from uoe_jax.moe import decompose
 from uoe_jax.train.step import Params
@@ -32,18 +33,12 @@ MODELING = "modeling_uoe.py"  # in the package below `hf-code`, which cannot be 
 
 
 class Target(NamedTuple):
-    """Where an export goes, and how.
+    """Where an export goes, and how."""
 
-    Attributes:
-      out: an empty directory. dtype: of the weights.
-      lossy: whether numbers may overflow or underflow in it.
-      source: `source/` of the workdir, with the files of the imported model if there was one.
-    """
-
-    out: epath.Path
-    dtype: str
-    lossy: bool
-    source: epath.Path
+    out: epath.Path  # an empty directory
+    dtype: str  # of the weights
+    lossy: bool  # whether numbers may overflow or underflow in it
+    source: epath.Path  # in the workdir, with the files of the imported model if there was one
 
     def write(self, tensors: Iterable[Tensor]) -> None:
         n_lost = write(self.out, tensors, self.dtype, lossy=self.lossy)
@@ -78,25 +73,17 @@ def export_dense(
     family, theirs = family_for(m)
     flat = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
 
-    def joined(path: str, leaf: jax.Array) -> jax.Array:
-        return decompose.join_leaf(path, leaf, m)
-
-    def shape(path: str) -> tuple[int, ...]:
-        leaf = jax.ShapeDtypeStruct(flat[path].shape, np.float32)
-        return jax.eval_shape(functools.partial(joined, path), leaf).shape
-
     def make(entry: Entry, i: int | None) -> np.ndarray:
         leaves = [flat[path] if i is None else flat[path][i : i + 1] for path in entry.ours]
-        wholes = [np.asarray(joined(path, leaf)) for path, leaf in zip(entry.ours, leaves)]
-        return into_theirs(entry, wholes if i is None else [a[0] for a in wholes])
+        wholes = [np.asarray(decompose.join_leaf(*x, m)) for x in zip(entry.ours, leaves)]
+        return entry.into_theirs(wholes if i is None else [a[0] for a in wholes])
 
     def tensors() -> Iterator[Tensor]:
+        shapes = dense_shapes(m)
         for entry in family.entries(m):
-            layered = "{i}" in entry.theirs
-            theirs_shape = their_shape(entry, [shape(path)[layered:] for path in entry.ours])
-            for i in range(m.n_layers) if layered else (None,):
-                name = entry.theirs.format(i=i)
-                yield Tensor(name, theirs_shape, functools.partial(make, entry, i))
+            for i in entry.layers(m):
+                make_it = functools.partial(make, entry, i)
+                yield Tensor(entry.theirs.format(i=i), entry.shape(shapes), make_it)
 
     target.write(tensors())
     # `torch_dtype` for readers of transformers 4, `dtype` of 5.
@@ -133,7 +120,7 @@ def export_routed(
         "model_type": "uoe",
         "architectures": ["UoEForCausalLM"],
         "auto_map": {auto: f"modeling_uoe.{name}" for auto, name in classes.items()},
-        **write_sizes(m, LLAMA_SIZES),
+        **{theirs: getattr(m, ours) for theirs, ours in LLAMA.sizes.items()},
         "num_key_value_heads": m.kv_heads,
         "max_position_embeddings": m.context_length,
         "tie_word_embeddings": m.tie_embeddings,

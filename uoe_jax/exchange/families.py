@@ -10,51 +10,27 @@ from typing import Any, Iterator, Mapping
 from uoe_jax.config.load import to_dict
 from uoe_jax.config.schema import ModelConfig
 from uoe_jax.errors import UserError
-from uoe_jax.exchange.config_keys import DEFAULTS, GENERATION, IGNORED, Keys
-from uoe_jax.exchange.layouts import (
-    FLAT,
-    GATED,
-    PLAIN,
-    Entry,
-    Family,
-    Values,
-    activation_name,
-    affine,
-    entry,
-    kernel,
-    layer_norm,
-    linear,
-    pixels,
-    read_sizes,
-    under,
-    write_sizes,
-)
+from uoe_jax.exchange import layouts
+from uoe_jax.exchange.config_keys import DEFAULTS, GENERATION, IGNORED, REQUIRED, Keys
+from uoe_jax.exchange.layouts import FLAT, Entry, Family, Values, affine, entry, layer_norm, linear
+
+SIZES = dict(hidden_size="d_model", num_attention_heads="n_heads", num_hidden_layers="n_layers")
+SIZES |= dict(intermediate_size="d_hidden")
 
 # --- Llama, Mistral, Qwen2 -----------------------------------------------------------------------
 
-LLAMA_SIZES = {
-    "hidden_size": "d_model",
-    "num_attention_heads": "n_heads",
-    "num_hidden_layers": "n_layers",
-    "intermediate_size": "d_hidden",
-    "vocab_size": "vocab_size",
-}
 LENGTH = "original_max_position_embeddings"
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", LENGTH)  # of llama3
 THETA, MISTRAL_WINDOW = 10000.0, 4096  # of their classes, where config.json has none
 
 
-def _llama_model(keys: Keys) -> Values:
-    kind, sizes = keys.get("model_type"), read_sizes(keys, LLAMA_SIZES)
-    heads = sizes["n_heads"]
+def _llama_model(keys: Keys, sizes: Values) -> Values:
+    kind, heads = keys.get("model_type"), sizes["n_heads"]
     keys.only("head_dim", None, sizes["d_model"] // heads)
     keys.only("attention_bias", False, None, *[True] * (kind == "qwen2"))
-    for key in ("mlp_bias", "use_sliding_window"):
-        keys.only(key, False, None)
-    kinds = keys.get("layer_types") or []
-    if not isinstance(kinds, list) or any(name != "full_attention" for name in kinds):
-        why = "for which there is no block here (full_attention works)"
-        raise keys.wrong("layer_types", kinds, why)
+    keys.only("mlp_bias", False, None)
+    keys.only("use_sliding_window", False, None)
+    keys.names("layer_types", ["full_attention"])
     context = keys.whole("max_position_embeddings")
     kv_heads = keys.whole("num_key_value_heads", heads)
     if kind == "mistral":
@@ -65,17 +41,12 @@ def _llama_model(keys: Keys) -> Values:
         keys.get("sliding_window")  # use_sliding_window turns it off
     theta, scaling = _rope(keys)
     return dict(
-        activation=keys.name("hidden_act", GATED),
         n_kv_heads=kv_heads,
         context_length=context,
-        norm_eps=keys.number("rms_norm_eps"),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=kind == "qwen2",
         tie_embeddings=keys.flag("tie_word_embeddings", False),
-        **sizes,
-        **dict(task="language", stem="tokens", causal=True, cutoffs=""),
-        **dict(norm="rmsnorm", qk_norm=False, position="rope", bias=False),
     )
 
 
@@ -87,36 +58,33 @@ def _rope(keys: Keys) -> tuple[float, str]:
     Raises:
       UserError: both are there and differ, or there is no code for the kind of frequencies.
     """
-    theta, length = keys.number("rope_theta", None), keys.number(LENGTH, None)
+    top = {name: keys.number(name) for name in ("rope_theta", LENGTH) if keys.has(name)}
     sections = (keys.section(name) for name in ("rope_parameters", "rope_scaling"))
-    found = {_rope_section(section, theta, length) for section in sections if section}
+    found = {_rope_section(section, top) for section in sections if section}
     if len(found) > 1:
         both = "rope_parameters and rope_scaling that differ"
         raise UserError(f"{keys.file} has {both}; make them one")
-    return found.pop() if found else (theta or THETA, "")
+    return found.pop() if found else (top.get("rope_theta", THETA), "")
 
 
-def _rope_section(keys: Keys, theta: float | None, top: float | None) -> tuple[float, str]:
+def _rope_section(keys: Keys, top: Mapping[str, float]) -> tuple[float, str]:
+    """top: numbers of config.json itself, which the section may repeat."""
     name = "rope_type" if keys.has("rope_type") else "type"
     kind = keys.only(name, "default", "llama3", None) or "default"
     if (keys.get("type") or kind) != kind:
         raise keys.wrong("rope_type", kind, f"and type={keys.get('type')!r}; make them one")
-    own = keys.number("rope_theta", None)
-    if None not in (own, theta) and own != theta:
-        why = f"and config.json itself has rope_theta={theta}; make them one"
-        raise keys.wrong("rope_theta", own, why)
-    numbers: list[float] = []
-    if kind == "llama3":
-        length = keys.number(LENGTH, top)
-        if length is None:
-            raise UserError(f"{keys.file} has no {LENGTH}, which llama3 takes; give it")
-        if not length.is_integer():
-            raise keys.wrong(LENGTH, length, "give a whole number")
-        if (top or length) != length:
-            raise keys.wrong(LENGTH, length, f"and config.json itself has {top}; make them one")
-        numbers = [*(keys.number(name) for name in SCALING[:3]), length]
-    keys.close(frozenset(), dict.fromkeys(("partial_rotary_factor", "factor"), (1,)))
-    return own or theta or THETA, ",".join(f"{number:.12g}" for number in numbers)
+    found = {"rope_theta": keys.number("rope_theta", top.get("rope_theta", THETA))}
+    for name in SCALING if kind == "llama3" else ():
+        found[name] = keys.number(name, top.get(name, REQUIRED))
+    for name, value in top.items():
+        if found.get(name, value) != value:
+            why = f"and config.json itself has {value}; make them one"
+            raise keys.wrong(name, found[name], why)
+    theta, *scaling = found.values()
+    if scaling and not scaling[-1].is_integer():
+        raise keys.wrong(LENGTH, scaling[-1], "give a whole number")
+    keys.close(frozenset(), {"partial_rotary_factor": 1, "factor": 1})
+    return theta, ",".join(f"{number:.12g}" for number in scaling)
 
 
 def _llama_config(m: ModelConfig) -> Values:
@@ -126,12 +94,8 @@ def _llama_config(m: ModelConfig) -> Values:
         scaling[LENGTH] = int(m.rope_stretch[-1])
     return {
         "model_type": "qwen2" if m.qkv_bias else "llama",
-        "architectures": ["Qwen2ForCausalLM" if m.qkv_bias else "LlamaForCausalLM"],
-        **write_sizes(m, LLAMA_SIZES),
         "num_key_value_heads": m.kv_heads,
         "max_position_embeddings": m.context_length,
-        "hidden_act": activation_name(GATED, m.activation),
-        "rms_norm_eps": m.norm_eps,
         "tie_word_embeddings": m.tie_embeddings,
         # The same for transformers 4 and for 5, which each read only their own keys.
         "rope_theta": m.rope_theta,
@@ -157,49 +121,39 @@ def _llama_entries(m: ModelConfig) -> Iterator[Entry]:
         yield entry(layer + f"mlp.{x}_proj.weight", f"layers.mlp.w_{x}", linear())
 
 
-_LLAMA_NEEDS = "norm='rmsnorm', position='rope', activation='swiglu' and bias=False"
-_LLAMA_NEEDS += " (Llama, as in --config=uoe_1b)"
-LLAMA = Family("Llama, Mistral or Qwen2", _llama_model, _llama_config, _llama_entries, _LLAMA_NEEDS)
+_LLAMA = dict(norm="rmsnorm", qk_norm=False, position="rope", bias=False, cutoffs="")
+_LLAMA |= dict(task="language", stem="tokens", causal=True)
+LLAMA = Family(
+    kind="Llama, Mistral or Qwen2",
+    sizes={**SIZES, "vocab_size": "vocab_size"},
+    activation=("hidden_act", layouts.GATED),
+    norm_eps="rms_norm_eps",
+    fixed=_LLAMA,
+    model=_llama_model,
+    config=_llama_config,
+    entries=_llama_entries,
+    needs="norm='rmsnorm', position='rope', activation='swiglu' and bias=False (Llama, as in "
+    "--config=uoe_1b)",
+)
 
 
 # --- GPT-2 ---------------------------------------------------------------------------------------
 
-_GPT2_SIZES = {
-    "n_embd": "d_model",
-    "n_head": "n_heads",
-    "n_layer": "n_layers",
-    "n_positions": "context_length",
-    "vocab_size": "vocab_size",
-}
 
-
-def _gpt2_model(keys: Keys) -> Values:
+def _gpt2_model(keys: Keys, sizes: Values) -> Values:
     keys.only("scale_attn_weights", True)
-    for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
-        keys.only(key, False, None)
-    sizes = read_sizes(keys, _GPT2_SIZES)
+    keys.only("scale_attn_by_inverse_layer_idx", False, None)
+    keys.only("reorder_and_upcast_attn", False, None)
     return dict(
-        activation=keys.name("activation_function", PLAIN),
         n_kv_heads=sizes["n_heads"],
         d_hidden=keys.whole("n_inner", 4 * sizes["d_model"]),
-        norm_eps=keys.number("layer_norm_epsilon"),
         tie_embeddings=keys.flag("tie_word_embeddings", True),
-        **sizes,
-        **dict(task="language", stem="tokens", causal=True, norm="layernorm", qk_norm=False),
-        **dict(position="learned", rope_scaling="", bias=True, qkv_bias=False, cutoffs=""),
     )
 
 
 def _gpt2_config(m: ModelConfig) -> Values:
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        **write_sizes(m, _GPT2_SIZES),
-        "n_inner": m.d_hidden,
-        "activation_function": activation_name(PLAIN, m.activation),
-        "layer_norm_epsilon": m.norm_eps,
-        "tie_word_embeddings": m.tie_embeddings,
-    }
+    tied = {"tie_word_embeddings": m.tie_embeddings}
+    return {"model_type": "gpt2", "n_inner": m.d_hidden, **tied}
 
 
 def _gpt2_entries(m: ModelConfig) -> Iterator[Entry]:
@@ -211,53 +165,53 @@ def _gpt2_entries(m: ModelConfig) -> Iterator[Entry]:
     yield from layer_norm("transformer.ln_f", "norm")
     yield from layer_norm(layer + "ln_1", "layers.attention_norm")
     yield from layer_norm(layer + "ln_2", "layers.mlp_norm")
-    for kind, form, x in (("weight", kernel(), "w"), ("bias", FLAT, "b")):
+    for kind, form, x in (("weight", layouts.kernel(), "w"), ("bias", FLAT, "b")):
         yield Entry(f"{layer}attn.c_attn.{kind}", tuple(f"{heads}{x}_{y}" for y in "qkv"), form)
-    yield from affine(layer + "attn.c_proj", kernel(2), heads + "w_o", heads + "bias_out")
-    yield from affine(layer + "mlp.c_fc", kernel(), mlp + "w_up", mlp + "b_up")
-    yield from affine(layer + "mlp.c_proj", kernel(), mlp + "w_down", mlp + "bias_out")
+    yield from affine(layer + "attn.c_proj", layouts.kernel(2), heads + "w_o", heads + "bias_out")
+    yield from affine(layer + "mlp.c_fc", layouts.kernel(), mlp + "w_up", mlp + "b_up")
+    yield from affine(layer + "mlp.c_proj", layouts.kernel(), mlp + "w_down", mlp + "bias_out")
 
 
 _PLAIN_NEEDS = "norm='layernorm', position='learned', activation='gelu', bias=True"
-_NEEDS = f"{_PLAIN_NEEDS} (GPT-2)"
-GPT2 = Family("GPT-2", _gpt2_model, _gpt2_config, _gpt2_entries, _NEEDS, "transformer.")
+_PLAIN = dict(norm="layernorm", qk_norm=False, position="learned", rope_scaling="", cutoffs="")
+_PLAIN |= dict(bias=True, qkv_bias=False)
+_GPT2_SIZES = dict(n_embd="d_model", n_head="n_heads", n_layer="n_layers", vocab_size="vocab_size")
+_GPT2_SIZES |= dict(n_positions="context_length")
+GPT2 = Family(
+    kind="GPT-2",
+    sizes=_GPT2_SIZES,
+    activation=("activation_function", layouts.PLAIN),
+    norm_eps="layer_norm_epsilon",
+    fixed=dict(task="language", stem="tokens", causal=True, **_PLAIN),
+    model=_gpt2_model,
+    config=_gpt2_config,
+    entries=_gpt2_entries,
+    needs=f"{_PLAIN_NEEDS} (GPT-2)",
+    prefix="transformer.",
+)
 
 
 # --- ViT -----------------------------------------------------------------------------------------
 
-_VIT_SIZES = {
-    "hidden_size": "d_model",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "intermediate_size": "d_hidden",
-}
 
-
-def _vit_model(keys: Keys) -> Values:
-    sizes = read_sizes(keys, _VIT_SIZES)
+def _vit_model(keys: Keys, sizes: Values) -> Values:
     keys.only("qkv_bias", True)
     keys.get("tie_word_embeddings")  # there is nothing to tie
     size, patch = keys.whole("image_size"), keys.whole("patch_size")
     if size % patch:
         why = f"which patch_size={patch} does not divide; only whole squares work"
         raise keys.wrong("image_size", size, why)
-    labels = keys.section("id2label")
-    n_labels = len(labels) if labels else 0
+    n_labels = len(keys.section("id2label") or ())
     n_classes = keys.whole("num_labels", n_labels or 2)
-    if labels and n_classes != n_labels:
+    if n_labels and n_classes != n_labels:
         why = f"and {n_labels} names in id2label; make them one"
         raise keys.wrong("num_labels", n_classes, why)
+    channels = keys.whole("num_channels")
     return dict(
-        activation=keys.name("hidden_act", PLAIN),
         n_kv_heads=sizes["n_heads"],
         context_length=(size // patch) ** 2,
-        norm_eps=keys.number("layer_norm_eps"),
-        **sizes,
-        **dict(task="classify", stem="image", causal=False, vocab_size=0, cutoffs=""),
-        **dict(norm="layernorm", qk_norm=False, position="learned", rope_scaling=""),
-        **dict(bias=True, qkv_bias=False),
         classifier=dict(n_classes=n_classes, pooling="cls", n_inputs=1, d_head=0),
-        image=dict(height=size, width=size, channels=keys.whole("num_channels"), patch=patch),
+        image=dict(height=size, width=size, channels=channels, patch=patch),
     )
 
 
@@ -265,10 +219,6 @@ def _vit_config(m: ModelConfig) -> Values:
     labels = {str(i): f"LABEL_{i}" for i in range(m.classifier.n_classes)}
     return {
         "model_type": "vit",
-        "architectures": ["ViTForImageClassification"],
-        **write_sizes(m, _VIT_SIZES),
-        "hidden_act": activation_name(PLAIN, m.activation),
-        "layer_norm_eps": m.norm_eps,
         "image_size": m.image.height,
         "patch_size": m.image.patch,
         "num_channels": m.image.channels,
@@ -281,9 +231,9 @@ def _vit_config(m: ModelConfig) -> Values:
 def _vit_entries(m: ModelConfig) -> Iterator[Entry]:
     stem, layer = "vit.embeddings.", "vit.encoder.layer.{i}."
     heads, mlp = "layers.attention.", "layers.mlp."
-    yield entry(stem + "cls_token", "cls", under(2))
-    yield entry(stem + "position_embeddings", "positions", under(1))
-    squares = pixels(m.image.patch, m.image.channels)
+    yield entry(stem + "cls_token", "cls", layouts.under(2))
+    yield entry(stem + "position_embeddings", "positions", layouts.under(1))
+    squares = layouts.pixels(m.image.patch, m.image.channels)
     projection = stem + "patch_embeddings.projection"
     yield from affine(projection, squares, "project.kernel", "project.bias")
     yield from affine("classifier", linear(), "classes.kernel", "classes.bias")
@@ -300,14 +250,22 @@ def _vit_entries(m: ModelConfig) -> Iterator[Entry]:
 
 
 VIT = Family(
-    "ViT", _vit_model, _vit_config, _vit_entries, f"{_PLAIN_NEEDS}, classifier.pooling='cls' (ViT)"
+    kind="ViT",
+    sizes=SIZES,
+    activation=("hidden_act", layouts.PLAIN),
+    norm_eps="layer_norm_eps",
+    fixed=dict(task="classify", stem="image", causal=False, vocab_size=0, **_PLAIN),
+    model=_vit_model,
+    config=_vit_config,
+    entries=_vit_entries,
+    needs=f"{_PLAIN_NEEDS}, classifier.pooling='cls' (ViT)",
 )
 
 
 # --- which ---------------------------------------------------------------------------------------
 
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "vit": VIT}
-ARCHITECTURES = {  # by model_type
+CLASSES = {  # by model_type; the first is exported
     "llama": ("LlamaForCausalLM", "LlamaModel"),
     "mistral": ("MistralForCausalLM", "MistralModel"),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
@@ -331,15 +289,33 @@ def model_of(family: Family, theirs: Mapping[str, Any]) -> Values:
     Raises:
       UserError: a key has a value that has no block here, or is not known.
     """
-    keys = Keys("config.json", theirs)
-    model = family.model(keys)
-    known, named = ARCHITECTURES[theirs["model_type"]], keys.get("architectures") or []
-    lower = [name.lower() for name in known]
-    if not isinstance(named, list) or any(str(name).lower() not in lower for name in named):
-        why = f"for which there is no block here ({', '.join(known)} work)"
-        raise keys.wrong("architectures", named, why)
+    keys, (activation, names) = Keys("config.json", theirs), family.activation
+    also, names_of = layouts.ALIASES, family.sizes.items()
+    sizes = {ours: keys.whole(name, also=also.get(name, ())) for name, ours in names_of}
+    model = {
+        **sizes,
+        "activation": keys.name(activation, names),
+        "norm_eps": keys.number(family.norm_eps),
+        **family.fixed,
+        **family.model(keys, sizes),
+    }
+    keys.names("architectures", CLASSES[theirs["model_type"]])
     keys.close(IGNORED | GENERATION.keys(), DEFAULTS)
     return model
+
+
+def config_of(family: Family, m: ModelConfig) -> Values:
+    """The inverse of `model_of`, of a model of the family."""
+    theirs, (activation, names) = family.config(m), family.activation
+    # An activation without a name there keeps ours, which is not read back.
+    named = next((name for name, own in names.items() if own == m.activation), m.activation)
+    return {
+        **theirs,
+        "architectures": [CLASSES[theirs["model_type"]][0]],
+        **{name: getattr(m, ours) for name, ours in family.sizes.items()},
+        activation: named,
+        family.norm_eps: m.norm_eps,
+    }
 
 
 def family_for(m: ModelConfig) -> tuple[Family, Values]:
@@ -349,32 +325,30 @@ def family_for(m: ModelConfig) -> tuple[Family, Values]:
       UserError: there is none.
     """
     family = VIT if m.stem == "image" else GPT2 if m.norm == "layernorm" else LLAMA
-    theirs = family.config(m)
+    theirs = config_of(family, m)
     try:
         back = model_of(family, theirs)
     except UserError:  # only an activation without a name in the family is not read back
         back = {"activation": None}
-    wrong = _first_difference(to_dict(m) | {"n_kv_heads": m.kv_heads}, back, "config.model.")
-    if wrong is None:
+    other = next(differences(to_dict(m) | {"n_kv_heads": m.kv_heads}, back), None)
+    if other is None:
         return family, theirs
-    key, value, wanted = wrong
+    key, value, wanted = other
     has = "another" if wanted is None else repr(wanted)
     why = f"the layout of {family.kind} has {has}, so no model of Hugging Face's own loads these"
-    fitting = () if m.task == "classify" else (LLAMA, GPT2)
-    needs = " or ".join(f.needs for f in ((VIT,) if m.stem == "image" else fitting))
-    train = f", or train with {needs}" if needs else ""
+    fitting = (VIT,) if m.stem == "image" else (LLAMA, GPT2) if m.task == "language" else ()
+    train = ", or train with " + " or ".join(f.needs for f in fitting) if fitting else ""
     routed = "--routed, or with " if m.task == "language" else ""
     remedy = f"export with {routed}--format=safetensors{train}"
-    raise UserError(f"{key}={value!r}: {why} weights; {remedy}")
+    raise UserError(f"config.model.{key}={value!r}: {why} weights; {remedy}")
 
 
-def _first_difference(
-    own: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str
-) -> tuple[str, Any, Any] | None:
-    for key, wanted in theirs.items():
-        if isinstance(wanted, Mapping):
-            if found := _first_difference(own[key], wanted, f"{prefix}{key}."):
-                return found
-        elif own[key] != wanted:
-            return f"{prefix}{key}", own[key], wanted
-    return None
+def differences(
+    own: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, own value, the one wanted) wherever these differ."""
+    for key, value in wanted.items():
+        if isinstance(value, Mapping):
+            yield from differences(own[key], value, f"{prefix}{key}.")
+        elif own[key] != value:
+            yield f"{prefix}{key}", own[key], value

@@ -1,5 +1,6 @@
 """What `uoe import` makes of a directory: the configuration and the tokenizer. Imports no jax."""
 
+import copy
 import functools
 from typing import Any, Mapping, NamedTuple
 
@@ -13,7 +14,7 @@ from uoe_jax.data.tokenizers.hf import HFTokenizer, steps_of
 from uoe_jax.data.tokenizers.load import files_beside
 from uoe_jax.errors import UserError
 from uoe_jax.exchange.config_keys import generation_notes, image_bound
-from uoe_jax.exchange.families import MISTRAL_WINDOW, family_of, model_of
+from uoe_jax.exchange.families import MISTRAL_WINDOW, differences, family_of, model_of
 from uoe_jax.exchange.layouts import Family, Values
 from uoe_jax.workdir import checkpoint_path, locate, read_json
 
@@ -25,20 +26,14 @@ AGAIN = "download the model again"
 
 
 class ImportPlan(NamedTuple):
-    """An import before any weight is read.
+    """An import before any weight is read."""
 
-    Attributes:
-      source: the directory. theirs: its config.json.
-      tokenizer: None where the directory has none.
-      notes: what its files say and this import does not follow, a sentence each.
-    """
-
-    source: epath.Path
+    source: epath.Path  # the directory
     family: Family
-    theirs: Values
+    theirs: Values  # its config.json
     config: Config
     tokenizer: HFTokenizer | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what its files say and this import does not follow; sentences
 
 
 def plan(
@@ -71,7 +66,9 @@ def plan(
         family = family_of(theirs)
         model = model_of(family, theirs)
         notes = generation_notes(place, theirs)
-        bound = image_bound(place, model, overrides) if model["stem"] == "image" else None
+        if model["stem"] == "image":
+            overridden = "model.image.bound" in overrides
+            model["image"]["bound"] = image_bound(place, model["image"], overridden)
         values = evaluate(base) if base else config_lib.to_dict(Config())
         tokenizer = read_tokenizer(place, values.get("data", {}), overrides)
         size = model["vocab_size"]
@@ -87,19 +84,18 @@ def plan(
         file = str(target / TOKENIZER)
         values["data"] |= {"tokenizer": tokenizer.kind, "tokenizer_file": file}
     longest = model["context_length"]
-    _set_model(values, model, bound, bool(base))
+    _set_model(values, model, bool(base))
     routing = {"n_experts": experts, "k": k}
-    if capacity is not None:
-        routing["capacity_factor"] = capacity
+    routing |= {} if capacity is None else {"capacity_factor": capacity}
     given = {f"model.{name}.{key}": routing[key] for name in ("smha", "uome") for key in routing}
-    for key, text in (*given.items(), *overrides.items()):
+    for key, text in {**given, **overrides}.items():
         put(values, key, config_lib.parse_value(key, text))
     config = config_lib.from_dict(values)
     _check(config, model, longest, theirs)
     return ImportPlan(place, family, theirs, config, tokenizer, tuple(notes))
 
 
-def _set_model(values: Values, model: Values, bound: float | None, has_base: bool) -> None:
+def _set_model(values: Values, model: Values, has_base: bool) -> None:
     """The imported `model` in the configuration, with blocks cut into experts."""
     if not has_base:
         values["optimizer"] |= TUNING
@@ -108,24 +104,16 @@ def _set_model(values: Values, model: Values, bound: float | None, has_base: boo
     if model["task"] == "language" and model["position"] == "rope":
         model["context_length"] = min(model["context_length"], LONGEST)
     blocks = {"attention": "smha", "mlp": "uome", "moe": {}, "dropout": 0.0, "cutoff_div": 1}
-    values["model"] |= {**blocks, **model}
-    if bound is not None:
-        values["model"]["image"]["bound"] = bound
+    values["model"] |= copy.deepcopy({**blocks, **model})
 
 
-def _check(
-    config: Config, model: Mapping[str, Any], longest: int, theirs: Mapping[str, Any]
-) -> None:
+def _check(config: Config, model: Values, longest: int, theirs: Values) -> None:
     """UserError where the configuration differs from the weights in more than routing and context,
     or the context is longer than the model takes."""
-    own = config_lib.to_dict(config.model)
-    for key, value in model.items():
-        given = own[key]
-        if isinstance(value, Mapping):
-            given = {name: given[name] for name in value}
-        if given != value and key != "context_length":
+    for key, own, value in differences(config_lib.to_dict(config.model), model):
+        if key not in ("context_length", "image.bound"):
             why = f"the weights are of a model with {value!r}"
-            raise UserError(f"--config.model.{key}={given!r}: {why}; leave it out")
+            raise UserError(f"--config.model.{key}={own!r}: {why}; leave it out")
     m, why = config.model, ""
     if theirs["model_type"] == "mistral":
         if theirs.get("sliding_window", MISTRAL_WINDOW) is not None:
@@ -160,14 +148,13 @@ def read_tokenizer(
     _check_prefix_space(files.get("tokenizer_config.json", {}), content)
     named = {key: overrides.get(f"data.{key}", data.get(key, "")) for key in ("separator", "start")}
     ends = functools.partial(find_ends, files=files, **named)
-    try:
-        return HFTokenizer(content, "bpe", ends)
-    except UserError:  # not exact, as SentencePiece's kind and those with a normalizer are not
+    for kind in ("bpe", "library"):  # SentencePiece's and those with a normalizer are not exact
         try:
-            return HFTokenizer(content, "library", ends)
+            return HFTokenizer(content, kind, ends)
         except UserError as error:
-            remedy = "" if ";" in str(error) else f"; {AGAIN}"
-            raise UserError(f"{TOKENIZER} {error}{remedy}") from error
+            failed = error
+    remedy = "" if ";" in str(failed) else f"; {AGAIN}"
+    raise UserError(f"{TOKENIZER} {failed}{remedy}") from failed
 
 
 def _check_prefix_space(settings: Mapping[str, Any], content: Mapping[str, Any]) -> None:

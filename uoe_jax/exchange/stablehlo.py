@@ -24,7 +24,7 @@ from uoe_jax.config.schema import Config, MeshConfig
 from uoe_jax.distributed.mesh import make_mesh
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import RunError
-from uoe_jax.exchange.tensors import dotted
+from uoe_jax.exchange.tensors import dotted, same_bits
 from uoe_jax.exchange.whole import whole_directory
 from uoe_jax.train.step import Params, functional
 from uoe_jax.train.task import task_of
@@ -75,25 +75,21 @@ def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
     with whole_directory(str(out), "--out") as place:
         # On one device nothing is sharded. On the CPU, as elsewhere equal programs may round apart.
         with jax.set_mesh(make_mesh(MeshConfig(), devices=_one_device())):
-            weights, forward = by_name(params), _forward(config, params)
+            weights, forward = _by_name(params), _forward(config, params)
             program, data = _program(config, forward, weights), safetensors.numpy.save(weights)
             files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
             for name, content in ticking(files.items()):
                 _write(place / name, content)
-            found = {name: (place / name).read_bytes() for name in files}
-            if damage := _damage(found, files, config, weights, forward):
+            if damage := _damage(place, files, config, weights, forward):
                 remedy = "nothing is left there: try again, and report it if it stays so"
                 raise RunError(f"--out={out}: {damage}; {remedy}")
 
 
-def by_name(params: Params) -> dict[str, np.ndarray]:
+def _by_name(params: Params) -> dict[str, np.ndarray]:
     """The weights on the host by dotted name, in the order of their names, as jax orders them."""
+    leaves = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     # In C order: safetensors writes the bytes as they lie, whatever the strides.
-    weights = {
-        dotted(path): np.asarray(jax.device_get(leaf), order="C")
-        for path, leaf in jax.tree.leaves_with_path(params)
-    }
-    return dict(sorted(weights.items()))
+    return {name: np.asarray(jax.device_get(leaves[name]), order="C") for name in sorted(leaves)}
 
 
 def _one_device() -> list[jax.Device]:
@@ -160,24 +156,21 @@ def _write(path: epath.Path, content: bytes) -> None:
 
 
 def _damage(
-    found: dict[str, bytes],
+    place: epath.Path,
     files: dict[str, bytes],
     config: Config,
     weights: dict[str, np.ndarray],
     forward: Any,
 ) -> str:
-    """How the files found differ from those written, or from the model; empty where they do not."""
+    """How the files differ from those written, or from the model; empty where they do not."""
     for name, content in files.items():
-        if found[name] != content:
+        if (place / name).read_bytes() != content:
             return f"{name} is not what was written"
-    there = safetensors.numpy.load(found[WEIGHTS])
+    there, none = safetensors.numpy.load(files[WEIGHTS]), np.array(None)
     for name in ticking({**weights, **there}):
-        a, b = weights.get(name), there.get(name)
-        if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+        if not same_bits(weights.get(name, none), there.get(name, none)):
             return f"{name} in {WEIGHTS} is not the model's"
-        if a.tobytes() != b.tobytes():
-            return f"{name} in {WEIGHTS} is not the model's"
-    inputs, program = _example(config), found[PROGRAM]
+    inputs, program = _example(config), files[PROGRAM]
     wanted = np.asarray(jax.jit(forward)(weights, *inputs))
     blob = bytearray(program[16 + int.from_bytes(program[8:16], "little") :])
     got = np.asarray(export.deserialize(blob).call(there, *inputs))

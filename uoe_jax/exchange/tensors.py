@@ -6,6 +6,7 @@ Tensors are read one at a time and written one shard at a time, so a model is ne
 import os
 from typing import Any, Callable, Iterable, NamedTuple
 
+import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 import safetensors.numpy
@@ -15,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import RunError, UserError
-from uoe_jax.train.fingerprint import leaf_name
 from uoe_jax.workdir import read_json, write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,15 +33,19 @@ class Tensors:
       UserError: there are none, a shard is missing, or a file is truncated or no safetensors.
     """
 
-    def __init__(self, directory: epath.Path, option: str = "--from") -> None:
-        self._place, self._option = directory, option
+    def __init__(self, directory: epath.Path) -> None:
+        self._place = directory
         index = read_json(directory / INDEX, _DOWNLOAD)
         self._file_of: dict[str, str]
         if index is None:
             self._file_of = dict.fromkeys(self._open(FILE).keys(), FILE)
         else:
             self._file_of = self._read_index(index.get("weight_map"))
-        self._check_other_files()
+        for name in self.passed_over():  # either may be the right ones
+            if name.endswith(".safetensors") and not name.startswith(_COPIES):
+                why = f"holds {name} beside {min(self._file_of.values())}"
+                remedy = "they may be of two models; take one of them away"
+                raise UserError(f"--from={directory}: {why}, and {remedy}")
 
     def _read_index(self, weight_map: Any) -> dict[str, str]:
         """The index, checked against its files."""
@@ -51,30 +55,18 @@ class Tensors:
             if not isinstance(file, str) or os.path.basename(file) != file:
                 why = f"says that {name} is in {file!r}, which is no file of this directory"
                 raise self._error(INDEX, why)
-        held = {file: set(self._open(file).keys()) for file in sorted(set(weight_map.values()))}
+        held = {file: set(self._open(file).keys()) for file in sorted({*weight_map.values()})}
         for name, file in weight_map.items():
             if name not in held[file]:
                 raise self._error(file, f"lacks {name}, which {INDEX} says it holds")
-        for file, names in held.items():
-            for name in names:
-                named = weight_map.get(name)
-                if named is None:
-                    raise self._error(file, f"holds {name}, which {INDEX} does not name")
-                if named != file and self._bytes(file, name) != self._bytes(named, name):
-                    why = f"holds another {name} than {named}, which {INDEX} names for it"
-                    raise self._error(file, why)
+        for file, name in ((file, name) for file, names in held.items() for name in names):
+            named = weight_map.get(name)
+            if named is None:
+                raise self._error(file, f"holds {name}, which {INDEX} does not name")
+            if named != file and not same_bits(self._get(file, name), self._get(named, name)):
+                why = f"holds another {name} than {named}, which {INDEX} names for it"
+                raise self._error(file, why)
         return weight_map
-
-    def _bytes(self, file: str, name: str) -> bytes:
-        return self._open(file).get_tensor(name).tobytes()
-
-    def _check_other_files(self) -> None:
-        """UserError where other safetensors lie in the directory: either may be the right ones."""
-        named = set(self._file_of.values())
-        for name in self._others():
-            if name not in named and name.endswith(".safetensors") and not name.startswith(_COPIES):
-                why = f"holds {name} beside {min(named)}, and they may be of two models"
-                raise UserError(f"{self._option}={self._place}: {why}; take one of them away")
 
     def passed_over(self) -> list[str]:
         """Names of files of weights in other formats, which are not read."""
@@ -96,7 +88,7 @@ class Tensors:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor in the dtype of its file."""
-        return self._open(self._file_of[name]).get_tensor(name)
+        return self._get(self._file_of[name], name)
 
     def read_float32(self, name: str) -> np.ndarray:
         """A tensor of floats as float32; UserError where it is none, not finite or too large."""
@@ -113,6 +105,9 @@ class Tensors:
             raise self._error(file, f"holds {lost[0]:.6g} in {name}, which float32 cannot hold")
         return held
 
+    def _get(self, file: str, name: str) -> np.ndarray:
+        return self._open(file).get_tensor(name)
+
     def _open(self, file: str) -> Any:
         # Opened for every read: closing gives back the memory of the mapped file.
         if not (self._place / file).is_file():
@@ -125,7 +120,7 @@ class Tensors:
             raise self._error(file, f"cannot be read, cut off perhaps ({error})") from error
 
     def _error(self, file: str, why: str) -> UserError:
-        return UserError(f"{self._option}={self._place}: {file} {why}; {_DOWNLOAD}")
+        return UserError(f"--from={self._place}: {file} {why}; {_DOWNLOAD}")
 
 
 class Tensor(NamedTuple):
@@ -162,7 +157,7 @@ def write(
         max_shard_size=shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        held = {}
+        path, held = directory / file, {}
         for name in ticking(names):
             held[name], lost = cast(by_name[name].make(), kind)
             if len(lost) and not lossy:
@@ -171,9 +166,11 @@ def write(
                 remedy = "give --dtype=float32, or --lossy to go on"
                 raise UserError(f"--dtype={kind}: {why}; {remedy}")
             n_lost += len(lost)
-        safetensors.numpy.save_file(held, str(directory / file), metadata={"format": "pt"})
-        os.chmod(directory / file, 0o666 & ~_umask())  # safetensors lets the owner alone read it
-        _compare(directory / file, held)
+        path.touch()
+        mode = os.stat(path).st_mode
+        safetensors.numpy.save_file(held, str(path), metadata={"format": "pt"})
+        os.chmod(path, mode)  # safetensors lets the owner alone read it
+        _compare(path, held)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(directory / INDEX, index)
@@ -191,12 +188,6 @@ def cast(array: np.ndarray, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     return held, array[(np.isfinite(array) & ~np.isfinite(held)) | ((held == 0) & (array != 0))]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _compare(file: epath.Path, held: dict[str, np.ndarray]) -> None:
     """RunError unless a file holds exactly these."""
     remedy = "write it again, on another disk perhaps"
@@ -204,12 +195,14 @@ def _compare(file: epath.Path, held: dict[str, np.ndarray]) -> None:
         if set(there.keys()) != set(held):
             raise RunError(f"{file}: does not hold the tensors that were written; {remedy}")
         for name, array in ticking(held.items()):
-            found = there.get_tensor(name)
-            same = found.shape == array.shape and found.dtype == array.dtype
-            if not same or found.tobytes() != array.tobytes():
+            if not same_bits(there.get_tensor(name), array):
                 raise RunError(f"{file}: {name} is not what was written; {remedy}")
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
 
 
 def dotted(path: tuple[Any, ...]) -> str:
     """The name of a leaf of a tree of parameters, such as `layers.mlp.w_up`."""
-    return leaf_name(path).replace("/", ".")
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -25,6 +25,11 @@ def _tokenizer(config: Config, workdir: str) -> Tokenizer | None:
     return tokenizer_of_run(config, workdir)
 
 
+def _check_alone(what: str) -> None:
+    if coordination.are_several():
+        raise UserError(f"{what} by one process; start this once, and not by srun or its like")
+
+
 def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     """Raises UserError for what cannot be imported."""
     from uoe_jax.distributed import setup
@@ -33,6 +38,7 @@ def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> Non
     o, workdir = options, options.workdir
     found = plan(o.source, o.config, o.experts, o.k, o.capacity, overrides, workdir)
     setup.start(found.config)
+    _check_alone(f"--workdir={workdir}: a model is imported")
     from uoe_jax.exchange.importing import import_model
 
     import_model(found, workdir)
@@ -56,6 +62,7 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
     from uoe_jax.distributed import setup
 
     setup.start(config)
+    _check_alone(f"--out={options.out}: a model is exported")
     from uoe_jax.exchange import exporting
     from uoe_jax.exchange.importing import SOURCE
     from uoe_jax.exchange.stablehlo import export_stablehlo
@@ -63,9 +70,6 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
     from uoe_jax.train.restore import restored
     from uoe_jax.workdir import locate
 
-    if coordination.are_several():
-        remedy = "start this once, and not by srun or its like"
-        raise UserError(f"--out={options.out}: a model is exported by one process; {remedy}")
     m, source = config.model, locate(options.workdir) / SOURCE
     export = exporting.export_routed if options.routed else exporting.export_dense
     if form == "safetensors":
