@@ -29,7 +29,7 @@ from uoe_jax.exchange.calibrate import calibrated
 from uoe_jax.exchange.families import family_for
 from uoe_jax.exchange.importing import dense_shapes
 from uoe_jax.exchange.plan_import import plan
-from uoe_jax.exchange.tensors import Tensor, Tensors, dotted, write
+from uoe_jax.exchange.tensors import Tensor, Tensors, by_name, write
 from uoe_jax.infer.experts import all_experts
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.restore import restored
@@ -173,7 +173,7 @@ def test_safetensors_have_every_weight_by_name(hf, tmp_path):
         == 0
     )
     there = load_file(tmp_path / "out" / "model.safetensors")
-    flat = {dotted(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    flat = {name: np.asarray(leaf) for name, leaf in by_name(params).items()}
     assert there.keys() == flat.keys() and all(
         there[name].tobytes() == flat[name].tobytes() for name in flat
     )

@@ -7,7 +7,7 @@ class has anyway (`DEFAULTS`). Any other key is refused. The lists are of `trans
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -20,8 +20,7 @@ REQUIRED = object()  # in place of a default
 # Does not change what the dense model computes: names and dates, switches of caches and kernels,
 # initialisation, dropout (import sets model.dropout=0), how the loss is summed, and settings of
 # generation, which generation_config.json keeps.
-IGNORED = frozenset(
-    """
+IGNORED = """
     _name_or_path name_or_path _commit_hash transformers_version model_type torch_dtype dtype
     tokenizer_class finetuning_task task_specific_params prefix license language unsloth_fixed
     unsloth_version is_llama_config transformers.js_config max_sequence_length model_max_length
@@ -36,8 +35,7 @@ IGNORED = frozenset(
     summary_use_proj predict_special_tokens n_special id2label label2id num_labels _num_labels
     is_decoder bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id mask_token_id
     bos_token eos_token pad_token unk_token pooler_act pooler_output_size encoder_stride
-    """.split()
-)
+""".split()
 
 
 def _by_key(*rows: tuple[str, Any]) -> dict[str, Any]:
@@ -47,9 +45,8 @@ def _by_key(*rows: tuple[str, Any]) -> dict[str, Any]:
 # Of every class: any other value but null changes the model, or how it is used.
 DEFAULTS = _by_key(
     ("cross_attention_hidden_size quantization_config auto_map", None),
-    ("add_cross_attention is_encoder_decoder tie_encoder_decoder", False),
-    ("rope_interleaved use_mrope use_parallel_residual", False),
-    ("use_qk_norm qk_norm qk_layernorm use_bias", False),
+    ("add_cross_attention is_encoder_decoder tie_encoder_decoder rope_interleaved", False),
+    ("use_mrope use_parallel_residual use_qk_norm qk_norm qk_layernorm use_bias", False),
     ("pruned_heads", {}),
     ("is_causal", True),
     ("partial_rotary_factor", 1),
@@ -73,8 +70,7 @@ GENERATION = _by_key(
 )
 
 # Of generation_config.json: names, ends (data.ends reads them), caches, speculative decoding.
-IGNORED_IN_GENERATION = frozenset(
-    """
+IGNORED_IN_GENERATION = """
     _from_model_config transformers_version bos_token_id eos_token_id pad_token_id use_cache
     cache_implementation cache_config return_legacy_cache disable_compile compile_config
     prefill_chunk_size max_cache_len low_memory continuous_batching_config is_assistant
@@ -82,8 +78,7 @@ IGNORED_IN_GENERATION = frozenset(
     assistant_early_exit assistant_lookbehind assistant_ensemble_weight target_lookbehind
     prompt_lookup_num_tokens max_matching_ngram_size speculation_type use_mtp trust_remote_code
     output_attentions output_hidden_states output_scores output_logits return_dict_in_generate
-    """.split()
-)
+""".split()
 
 
 class Keys:
@@ -117,11 +112,7 @@ class Keys:
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
         """A finite float above 0, or the default for null."""
-
-        def fits(value: Any) -> bool:
-            return type(value) in (int, float) and 0 < value < math.inf
-
-        value = self._checked((key,), default, fits, "a number above 0")
+        value = self._checked((key,), default, _is_number, "a number above 0")
         return value if value is None else float(value)
 
     def flag(self, key: str, default: bool) -> Any:
@@ -154,16 +145,14 @@ class Keys:
             raise self.wrong(key, value, "give an object")
         return Keys(f"{self.file}: {key}", value) if value else None
 
-    def close(self, ignored: frozenset[str], defaults: Mapping[str, Any]) -> None:
+    def close(self, ignored: Collection[str], defaults: Mapping[str, Any]) -> None:
         """Refuses every key not read nor ignored whose value is neither null nor the default."""
         for key, value in self._values.items():
-            if value is None or key in self._read | ignored:
+            is_default = key in defaults and _among(value, [defaults[key]])
+            if value is None or is_default or key in self._read or key in ignored:
                 continue
             what = "may change what the model computes, and is not known here"
-            if key in defaults:
-                what = "is not supported here"
-                if _among(value, [defaults[key]]):
-                    continue
+            what = "is not supported here" if key in defaults else what
             raise self.wrong(key, value, f"which {what}; take it out if the weights do without it")
 
     def wrong(self, key: str, value: object, remedy: str) -> UserError:
@@ -200,6 +189,10 @@ def _among(value: Any, known: Sequence[Any]) -> bool:
     return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in known)
 
 
+def _is_number(value: Any, above: float = 0) -> bool:
+    return type(value) in (int, float) and above < value < math.inf
+
+
 def _shown(value: object) -> str:
     text = json.dumps(value) if isinstance(value, (dict, list)) else repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
@@ -208,15 +201,13 @@ def _shown(value: object) -> str:
 # --- the files beside config.json ------------------------------------------------------------
 
 GENERATION_FILE, PROCESSOR_FILE = "generation_config.json", "preprocessor_config.json"
-_AGAIN = "download the model again"
+AGAIN = "download the model again"
 # Of preprocessor_config.json: names and formats. Images are RGB and of the model's size here.
-_IGNORED_IN_PROCESSOR = frozenset(
-    """
+_IGNORED_IN_PROCESSOR = """
     image_processor_type feature_extractor_type processor_class _processor_class resample
     do_convert_rgb data_format input_data_format device disable_grouping return_tensors
     default_to_square size crop_size pad_size
-    """.split()
-)
+""".split()
 _VIT_PROCESSORS = [f"ViTImageProcessor{kind}" for kind in ("", "Fast", "Pil")]
 _VIT_PROCESSORS += ["ViTFeatureExtractor"]
 
@@ -224,11 +215,10 @@ _VIT_PROCESSORS += ["ViTFeatureExtractor"]
 def generation_notes(place: epath.Path, theirs: Mapping[str, Any]) -> list[str]:
     """Sentences on settings of generation that `uoe generate` does not follow.
 
-    Raises:
-      UserError: generation_config.json has a key that is not known.
+    UserError where generation_config.json has a key that is not known.
     """
-    beside = read_json(place / GENERATION_FILE, _AGAIN) or {}
-    Keys(GENERATION_FILE, beside).close(IGNORED_IN_GENERATION | GENERATION.keys(), {})
+    beside = read_json(place / GENERATION_FILE, AGAIN) or {}
+    Keys(GENERATION_FILE, beside).close({*IGNORED_IN_GENERATION, *GENERATION}, {})
     notes = []
     for file, values in (("config.json", theirs), (GENERATION_FILE, beside)):
         found = {key: values[key] for key in GENERATION if values.get(key) is not None}
@@ -246,15 +236,11 @@ def image_bound(place: epath.Path, image: Mapping[str, Any], is_overridden: bool
     There a pixel v of 0 to 255 becomes (v * rescale_factor - mean) / std; here it lies between
     -bound and bound. transformers 5 reads `image_processor` of processor_config.json first.
 
-    Args:
-      image: section of `model`. is_overridden: model.image.bound is, so any scale will do.
-
-    Raises:
-      UserError: the two cannot be the same.
+    image: section of `model`. UserError where the two differ, and the bound is not overridden.
     """
-    nested = (read_json(place / "processor_config.json", _AGAIN) or {}).get("image_processor")
-    given = {PROCESSOR_FILE: read_json(place / PROCESSOR_FILE, _AGAIN)}
-    given["processor_config.json"] = nested
+    given = {PROCESSOR_FILE: read_json(place / PROCESSOR_FILE, AGAIN)}
+    nested = read_json(place / "processor_config.json", AGAIN) or {}
+    given["processor_config.json"] = nested.get("image_processor")
     found = {
         file: _bound(Keys(file, values), image, is_overridden)
         for file, values in given.items()
@@ -294,9 +280,9 @@ def _channels(keys: Keys, name: str, n_channels: int) -> list[float]:
     """A number for all channels, or a list of one for each."""
     value = keys.get(name)
     found = [0.5] if value is None else value if isinstance(value, list) else [value]
-    low = 0.0 if name == "image_std" else -math.inf
-    if not all(type(v) in (int, float) and low < v < math.inf for v in found):
-        raise keys.wrong(name, value, f"give a number for each channel{', above 0' * (low == 0)}")
+    low, above = (0.0, ", above 0") if name == "image_std" else (-math.inf, "")
+    if not all(_is_number(v, low) for v in found):
+        raise keys.wrong(name, value, f"give a number for each channel{above}")
     if isinstance(value, list) and len(found) != n_channels:
         raise keys.wrong(name, value, f"and config.json num_channels={n_channels}; make them one")
     return [float(v) for v in found]

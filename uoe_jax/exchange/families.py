@@ -5,6 +5,7 @@ mapping it to a config.json and back gives the same model. Layouts: the `modelin
 `transformers` 5.24.
 """
 
+import abc
 from typing import Any, Iterator, Mapping
 
 from uoe_jax.config.load import to_dict
@@ -12,52 +13,149 @@ from uoe_jax.config.schema import ModelConfig
 from uoe_jax.errors import UserError
 from uoe_jax.exchange import layouts
 from uoe_jax.exchange.config_keys import DEFAULTS, GENERATION, IGNORED, REQUIRED, Keys
-from uoe_jax.exchange.layouts import FLAT, Entry, Family, Values, affine, entry, layer_norm, linear
+from uoe_jax.exchange.layouts import FLAT, Entry, Values, affine, entry, layer_norm, linear
 
 SIZES = dict(hidden_size="d_model", num_attention_heads="n_heads", num_hidden_layers="n_layers")
 SIZES |= dict(intermediate_size="d_hidden")
-
-# --- Llama, Mistral, Qwen2 -----------------------------------------------------------------------
-
 LENGTH = "original_max_position_embeddings"
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", LENGTH)  # of llama3
 THETA, MISTRAL_WINDOW = 10000.0, 4096  # of their classes, where config.json has none
 
 
-def _llama_model(keys: Keys, sizes: Values) -> Values:
-    kind, heads = keys.get("model_type"), sizes["n_heads"]
-    keys.only("head_dim", None, sizes["d_model"] // heads)
-    keys.only("attention_bias", False, None, *[True] * (kind == "qwen2"))
-    keys.only("mlp_bias", False, None)
-    keys.only("use_sliding_window", False, None)
-    keys.names("layer_types", ["full_attention"])
-    context = keys.whole("max_position_embeddings")
-    kv_heads = keys.whole("num_key_value_heads", heads)
-    if kind == "mistral":
-        default = context if "sliding_window" in keys else MISTRAL_WINDOW
-        context = min(context, keys.whole("sliding_window", default))
-        kv_heads = kv_heads if "num_key_value_heads" in keys else 8
-    elif kind == "qwen2":
-        keys.get("sliding_window")  # use_sliding_window turns it off
-    theta, scaling = _rope(keys)
-    return dict(
-        n_kv_heads=kv_heads,
-        context_length=context,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        qkv_bias=kind == "qwen2",
-        tie_embeddings=keys.flag("tie_word_embeddings", False),
+class Family(abc.ABC):
+    """One layout."""
+
+    kind: str  # its name in errors
+    classes: dict[str, tuple[str, ...]]  # {model_type: its classes, the exported one first}
+    sizes: dict[str, str]  # {their key: our key of `model`}
+    activation: tuple[str, dict[str, str]]  # their key, and {their name: ours}
+    norm_eps: str  # their key
+    fixed: Values  # keys of `model` that are the same in all of its models
+    needs: str  # the keys of `model` that a model of it has, for errors
+    prefix = ""  # of names of tensors, which old files leave out
+
+    @abc.abstractmethod
+    def model(self, keys: Keys, sizes: Values) -> Values:
+        """The other keys of `model`."""
+
+    @abc.abstractmethod
+    def config(self, m: ModelConfig) -> Values:
+        """The inverse of `model`, with model_type."""
+
+    @abc.abstractmethod
+    def entries(self, m: ModelConfig) -> Iterator[Entry]:
+        """All tensors."""
+
+    def read(self, theirs: Mapping[str, Any]) -> Values:
+        """Our `model` section of a config.json; UserError for what is not supported or known."""
+        keys, (activation, names) = Keys("config.json", theirs), self.activation
+        also, names_of = layouts.ALIASES, self.sizes.items()
+        sizes = {ours: keys.whole(name, also=also.get(name, ())) for name, ours in names_of}
+        model = {
+            **sizes,
+            "activation": keys.name(activation, names),
+            "norm_eps": keys.number(self.norm_eps),
+            **self.fixed,
+            **self.model(keys, sizes),
+        }
+        keys.names("architectures", self.classes[theirs["model_type"]])
+        keys.close({*IGNORED, *GENERATION}, DEFAULTS)
+        return model
+
+    def write(self, m: ModelConfig) -> Values:
+        """The inverse of `read`, of a model of the family."""
+        theirs, (activation, names) = self.config(m), self.activation
+        # An activation without a name there keeps ours, which is not read back.
+        named = next((name for name, own in names.items() if own == m.activation), m.activation)
+        return {
+            **theirs,
+            "architectures": [self.classes[theirs["model_type"]][0]],
+            **{name: getattr(m, ours) for name, ours in self.sizes.items()},
+            activation: named,
+            self.norm_eps: m.norm_eps,
+        }
+
+
+class _Llama(Family):
+    kind = "Llama, Mistral or Qwen2"
+    classes = {
+        "llama": ("LlamaForCausalLM", "LlamaModel"),
+        "mistral": ("MistralForCausalLM", "MistralModel"),
+        "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
+    }
+    sizes = SIZES | {"vocab_size": "vocab_size"}
+    activation, norm_eps = ("hidden_act", layouts.GATED), "rms_norm_eps"
+    fixed = dict(
+        **dict(norm="rmsnorm", qk_norm=False, position="rope", bias=False, cutoffs=""),
+        **dict(task="language", stem="tokens", causal=True),
     )
+    needs = "norm='rmsnorm', position='rope', activation='swiglu' and bias=False (Llama, as in "
+    needs += "--config=uoe_1b)"
+
+    def model(self, keys: Keys, sizes: Values) -> Values:
+        kind, heads = keys.get("model_type"), sizes["n_heads"]
+        keys.only("head_dim", None, sizes["d_model"] // heads)
+        keys.only("attention_bias", False, None, *[True] * (kind == "qwen2"))
+        keys.only("mlp_bias", False, None)
+        keys.only("use_sliding_window", False, None)
+        keys.names("layer_types", ["full_attention"])
+        context = keys.whole("max_position_embeddings")
+        kv_heads = keys.whole("num_key_value_heads", heads)
+        if kind == "mistral":
+            default = context if "sliding_window" in keys else MISTRAL_WINDOW
+            context = min(context, keys.whole("sliding_window", default))
+            kv_heads = kv_heads if "num_key_value_heads" in keys else 8
+        elif kind == "qwen2":
+            keys.get("sliding_window")  # use_sliding_window turns it off
+        theta, scaling = _rope(keys)
+        return dict(
+            n_kv_heads=kv_heads,
+            context_length=context,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            qkv_bias=kind == "qwen2",
+            tie_embeddings=keys.flag("tie_word_embeddings", False),
+        )
+
+    def config(self, m: ModelConfig) -> Values:
+        scaling: Values | None = None
+        if m.rope_stretch:
+            scaling = {"rope_type": "llama3", **dict(zip(SCALING, m.rope_stretch))}
+            scaling[LENGTH] = int(m.rope_stretch[-1])
+        return {
+            "model_type": "qwen2" if m.qkv_bias else "llama",
+            "num_key_value_heads": m.kv_heads,
+            "max_position_embeddings": m.context_length,
+            "tie_word_embeddings": m.tie_embeddings,
+            # The same for transformers 4 and for 5, which each read only their own keys.
+            "rope_theta": m.rope_theta,
+            "rope_scaling": scaling,
+            "rope_parameters": {
+                "rope_theta": m.rope_theta,
+                **(scaling or {"rope_type": "default"}),
+            },
+        }
+
+    def entries(self, m: ModelConfig) -> Iterator[Entry]:
+        yield entry("model.embed_tokens.weight", "embedding")
+        if not m.tie_embeddings:
+            yield entry("lm_head.weight", "head", linear())
+        yield entry("model.norm.weight", "norm.scale")
+        layer = "model.layers.{i}."
+        yield entry(layer + "input_layernorm.weight", "layers.attention_norm.scale")
+        yield entry(layer + "post_attention_layernorm.weight", "layers.mlp_norm.scale")
+        for x in "qkv":
+            yield entry(layer + f"self_attn.{x}_proj.weight", f"layers.attention.w_{x}", linear())
+            if m.qkv_bias:
+                yield entry(layer + f"self_attn.{x}_proj.bias", f"layers.attention.b_{x}", FLAT)
+        yield entry(layer + "self_attn.o_proj.weight", "layers.attention.w_o", linear(2))
+        for x in ("gate", "up", "down"):
+            yield entry(layer + f"mlp.{x}_proj.weight", f"layers.mlp.w_{x}", linear())
 
 
 def _rope(keys: Keys) -> tuple[float, str]:
-    """(theta, `model.rope_scaling`).
-
-    transformers 5 writes `rope_parameters`, 4 `rope_theta` and `rope_scaling`.
-
-    Raises:
-      UserError: both are there and differ, or there is no code for the kind of frequencies.
-    """
+    """(theta, `model.rope_scaling`) of `rope_parameters`, which transformers 5 writes, or of
+    `rope_theta` and `rope_scaling` of 4; UserError where they differ."""
     top = {name: keys.number(name) for name in ("rope_theta", LENGTH) if keys.has(name)}
     sections = (keys.section(name) for name in ("rope_parameters", "rope_scaling"))
     found = {_rope_section(section, top) for section in sections if section}
@@ -83,195 +181,116 @@ def _rope_section(keys: Keys, top: Mapping[str, float]) -> tuple[float, str]:
     theta, *scaling = found.values()
     if scaling and not scaling[-1].is_integer():
         raise keys.wrong(LENGTH, scaling[-1], "give a whole number")
-    keys.close(frozenset(), {"partial_rotary_factor": 1, "factor": 1})
+    keys.close((), {"partial_rotary_factor": 1, "factor": 1})
     return theta, ",".join(f"{number:.12g}" for number in scaling)
-
-
-def _llama_config(m: ModelConfig) -> Values:
-    scaling: Values | None = None
-    if m.rope_stretch:
-        scaling = {"rope_type": "llama3", **dict(zip(SCALING, m.rope_stretch))}
-        scaling[LENGTH] = int(m.rope_stretch[-1])
-    return {
-        "model_type": "qwen2" if m.qkv_bias else "llama",
-        "num_key_value_heads": m.kv_heads,
-        "max_position_embeddings": m.context_length,
-        "tie_word_embeddings": m.tie_embeddings,
-        # The same for transformers 4 and for 5, which each read only their own keys.
-        "rope_theta": m.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": m.rope_theta, **(scaling or {"rope_type": "default"})},
-    }
-
-
-def _llama_entries(m: ModelConfig) -> Iterator[Entry]:
-    yield entry("model.embed_tokens.weight", "embedding")
-    if not m.tie_embeddings:
-        yield entry("lm_head.weight", "head", linear())
-    yield entry("model.norm.weight", "norm.scale")
-    layer = "model.layers.{i}."
-    yield entry(layer + "input_layernorm.weight", "layers.attention_norm.scale")
-    yield entry(layer + "post_attention_layernorm.weight", "layers.mlp_norm.scale")
-    for x in "qkv":
-        yield entry(layer + f"self_attn.{x}_proj.weight", f"layers.attention.w_{x}", linear())
-        if m.qkv_bias:
-            yield entry(layer + f"self_attn.{x}_proj.bias", f"layers.attention.b_{x}", FLAT)
-    yield entry(layer + "self_attn.o_proj.weight", "layers.attention.w_o", linear(2))
-    for x in ("gate", "up", "down"):
-        yield entry(layer + f"mlp.{x}_proj.weight", f"layers.mlp.w_{x}", linear())
-
-
-_LLAMA = dict(norm="rmsnorm", qk_norm=False, position="rope", bias=False, cutoffs="")
-_LLAMA |= dict(task="language", stem="tokens", causal=True)
-LLAMA = Family(
-    kind="Llama, Mistral or Qwen2",
-    sizes={**SIZES, "vocab_size": "vocab_size"},
-    activation=("hidden_act", layouts.GATED),
-    norm_eps="rms_norm_eps",
-    fixed=_LLAMA,
-    model=_llama_model,
-    config=_llama_config,
-    entries=_llama_entries,
-    needs="norm='rmsnorm', position='rope', activation='swiglu' and bias=False (Llama, as in "
-    "--config=uoe_1b)",
-)
-
-
-# --- GPT-2 ---------------------------------------------------------------------------------------
-
-
-def _gpt2_model(keys: Keys, sizes: Values) -> Values:
-    keys.only("scale_attn_weights", True)
-    keys.only("scale_attn_by_inverse_layer_idx", False, None)
-    keys.only("reorder_and_upcast_attn", False, None)
-    return dict(
-        n_kv_heads=sizes["n_heads"],
-        d_hidden=keys.whole("n_inner", 4 * sizes["d_model"]),
-        tie_embeddings=keys.flag("tie_word_embeddings", True),
-    )
-
-
-def _gpt2_config(m: ModelConfig) -> Values:
-    tied = {"tie_word_embeddings": m.tie_embeddings}
-    return {"model_type": "gpt2", "n_inner": m.d_hidden, **tied}
-
-
-def _gpt2_entries(m: ModelConfig) -> Iterator[Entry]:
-    yield entry("transformer.wte.weight", "embedding")
-    yield entry("transformer.wpe.weight", "positions")
-    if not m.tie_embeddings:
-        yield entry("lm_head.weight", "head", linear())
-    layer, heads, mlp = "transformer.h.{i}.", "layers.attention.", "layers.mlp."
-    yield from layer_norm("transformer.ln_f", "norm")
-    yield from layer_norm(layer + "ln_1", "layers.attention_norm")
-    yield from layer_norm(layer + "ln_2", "layers.mlp_norm")
-    for kind, form, x in (("weight", layouts.kernel(), "w"), ("bias", FLAT, "b")):
-        yield Entry(f"{layer}attn.c_attn.{kind}", tuple(f"{heads}{x}_{y}" for y in "qkv"), form)
-    yield from affine(layer + "attn.c_proj", layouts.kernel(2), heads + "w_o", heads + "bias_out")
-    yield from affine(layer + "mlp.c_fc", layouts.kernel(), mlp + "w_up", mlp + "b_up")
-    yield from affine(layer + "mlp.c_proj", layouts.kernel(), mlp + "w_down", mlp + "bias_out")
 
 
 _PLAIN_NEEDS = "norm='layernorm', position='learned', activation='gelu', bias=True"
 _PLAIN = dict(norm="layernorm", qk_norm=False, position="learned", rope_scaling="", cutoffs="")
 _PLAIN |= dict(bias=True, qkv_bias=False)
-_GPT2_SIZES = dict(n_embd="d_model", n_head="n_heads", n_layer="n_layers", vocab_size="vocab_size")
-_GPT2_SIZES |= dict(n_positions="context_length")
-GPT2 = Family(
-    kind="GPT-2",
-    sizes=_GPT2_SIZES,
-    activation=("activation_function", layouts.PLAIN),
-    norm_eps="layer_norm_epsilon",
-    fixed=dict(task="language", stem="tokens", causal=True, **_PLAIN),
-    model=_gpt2_model,
-    config=_gpt2_config,
-    entries=_gpt2_entries,
-    needs=f"{_PLAIN_NEEDS} (GPT-2)",
-    prefix="transformer.",
-)
 
 
-# --- ViT -----------------------------------------------------------------------------------------
+class _GPT2(Family):
+    kind, prefix, needs = "GPT-2", "transformer.", f"{_PLAIN_NEEDS} (GPT-2)"
+    classes = {"gpt2": ("GPT2LMHeadModel", "GPT2Model")}
+    sizes = dict(n_embd="d_model", n_head="n_heads", n_layer="n_layers", vocab_size="vocab_size")
+    sizes |= dict(n_positions="context_length")
+    activation, norm_eps = ("activation_function", layouts.PLAIN), "layer_norm_epsilon"
+    fixed = dict(task="language", stem="tokens", causal=True, **_PLAIN)
+
+    def model(self, keys: Keys, sizes: Values) -> Values:
+        keys.only("scale_attn_weights", True)
+        keys.only("scale_attn_by_inverse_layer_idx", False, None)
+        keys.only("reorder_and_upcast_attn", False, None)
+        return dict(
+            n_kv_heads=sizes["n_heads"],
+            d_hidden=keys.whole("n_inner", 4 * sizes["d_model"]),
+            tie_embeddings=keys.flag("tie_word_embeddings", True),
+        )
+
+    def config(self, m: ModelConfig) -> Values:
+        tied = {"tie_word_embeddings": m.tie_embeddings}
+        return {"model_type": "gpt2", "n_inner": m.d_hidden, **tied}
+
+    def entries(self, m: ModelConfig) -> Iterator[Entry]:
+        yield entry("transformer.wte.weight", "embedding")
+        yield entry("transformer.wpe.weight", "positions")
+        if not m.tie_embeddings:
+            yield entry("lm_head.weight", "head", linear())
+        layer, heads, mlp = "transformer.h.{i}.", "layers.attention.", "layers.mlp."
+        yield from layer_norm("transformer.ln_f", "norm")
+        yield from layer_norm(layer + "ln_1", "layers.attention_norm")
+        yield from layer_norm(layer + "ln_2", "layers.mlp_norm")
+        for kind, form, x in (("weight", layouts.kernel(), "w"), ("bias", FLAT, "b")):
+            yield Entry(f"{layer}attn.c_attn.{kind}", tuple(f"{heads}{x}_{y}" for y in "qkv"), form)
+        yield from affine(
+            layer + "attn.c_proj", layouts.kernel(2), heads + "w_o", heads + "bias_out"
+        )
+        yield from affine(layer + "mlp.c_fc", layouts.kernel(), mlp + "w_up", mlp + "b_up")
+        yield from affine(layer + "mlp.c_proj", layouts.kernel(), mlp + "w_down", mlp + "bias_out")
 
 
-def _vit_model(keys: Keys, sizes: Values) -> Values:
-    keys.only("qkv_bias", True)
-    keys.get("tie_word_embeddings")  # there is nothing to tie
-    size, patch = keys.whole("image_size"), keys.whole("patch_size")
-    if size % patch:
-        why = f"which patch_size={patch} does not divide; only whole squares work"
-        raise keys.wrong("image_size", size, why)
-    n_labels = len(keys.section("id2label") or ())
-    n_classes = keys.whole("num_labels", n_labels or 2)
-    if n_labels and n_classes != n_labels:
-        why = f"and {n_labels} names in id2label; make them one"
-        raise keys.wrong("num_labels", n_classes, why)
-    channels = keys.whole("num_channels")
-    return dict(
-        n_kv_heads=sizes["n_heads"],
-        context_length=(size // patch) ** 2,
-        classifier=dict(n_classes=n_classes, pooling="cls", n_inputs=1, d_head=0),
-        image=dict(height=size, width=size, channels=channels, patch=patch),
-    )
+class _ViT(Family):
+    kind, needs = "ViT", f"{_PLAIN_NEEDS}, classifier.pooling='cls' (ViT)"
+    classes = {"vit": ("ViTForImageClassification", "ViTModel")}
+    sizes, activation, norm_eps = SIZES, ("hidden_act", layouts.PLAIN), "layer_norm_eps"
+    fixed = dict(task="classify", stem="image", causal=False, vocab_size=0, **_PLAIN)
+
+    def model(self, keys: Keys, sizes: Values) -> Values:
+        keys.only("qkv_bias", True)
+        keys.get("tie_word_embeddings")  # there is nothing to tie
+        size, patch = keys.whole("image_size"), keys.whole("patch_size")
+        if size % patch:
+            why = f"which patch_size={patch} does not divide; only whole squares work"
+            raise keys.wrong("image_size", size, why)
+        n_labels = len(keys.section("id2label") or ())
+        n_classes = keys.whole("num_labels", n_labels or 2)
+        if n_labels and n_classes != n_labels:
+            why = f"and {n_labels} names in id2label; make them one"
+            raise keys.wrong("num_labels", n_classes, why)
+        channels = keys.whole("num_channels")
+        return dict(
+            n_kv_heads=sizes["n_heads"],
+            context_length=(size // patch) ** 2,
+            classifier=dict(n_classes=n_classes, pooling="cls", n_inputs=1, d_head=0),
+            image=dict(height=size, width=size, channels=channels, patch=patch),
+        )
+
+    def config(self, m: ModelConfig) -> Values:
+        labels = {str(i): f"LABEL_{i}" for i in range(m.classifier.n_classes)}
+        return {
+            "model_type": "vit",
+            "image_size": m.image.height,
+            "patch_size": m.image.patch,
+            "num_channels": m.image.channels,
+            "id2label": labels,
+            "label2id": {label: int(i) for i, label in labels.items()},
+            "qkv_bias": True,
+        }
+
+    def entries(self, m: ModelConfig) -> Iterator[Entry]:
+        stem, layer = "vit.embeddings.", "vit.encoder.layer.{i}."
+        heads, mlp = "layers.attention.", "layers.mlp."
+        yield entry(stem + "cls_token", "cls", layouts.under(2))
+        yield entry(stem + "position_embeddings", "positions", layouts.under(1))
+        squares = layouts.pixels(m.image.patch, m.image.channels)
+        projection = stem + "patch_embeddings.projection"
+        yield from affine(projection, squares, "project.kernel", "project.bias")
+        yield from affine("classifier", linear(), "classes.kernel", "classes.bias")
+        yield from layer_norm("vit.layernorm", "norm")
+        yield from layer_norm(layer + "layernorm_before", "layers.attention_norm")
+        yield from layer_norm(layer + "layernorm_after", "layers.mlp_norm")
+        for theirs, x in (("query", "q"), ("key", "k"), ("value", "v")):
+            name = f"{layer}attention.attention.{theirs}"
+            yield from affine(name, linear(), f"{heads}w_{x}", f"{heads}b_{x}")
+        out = layer + "attention.output.dense"
+        yield from affine(out, linear(2), heads + "w_o", heads + "bias_out")
+        yield from affine(layer + "intermediate.dense", linear(), mlp + "w_up", mlp + "b_up")
+        yield from affine(layer + "output.dense", linear(), mlp + "w_down", mlp + "bias_out")
 
 
-def _vit_config(m: ModelConfig) -> Values:
-    labels = {str(i): f"LABEL_{i}" for i in range(m.classifier.n_classes)}
-    return {
-        "model_type": "vit",
-        "image_size": m.image.height,
-        "patch_size": m.image.patch,
-        "num_channels": m.image.channels,
-        "id2label": labels,
-        "label2id": {label: int(i) for i, label in labels.items()},
-        "qkv_bias": True,
-    }
-
-
-def _vit_entries(m: ModelConfig) -> Iterator[Entry]:
-    stem, layer = "vit.embeddings.", "vit.encoder.layer.{i}."
-    heads, mlp = "layers.attention.", "layers.mlp."
-    yield entry(stem + "cls_token", "cls", layouts.under(2))
-    yield entry(stem + "position_embeddings", "positions", layouts.under(1))
-    squares = layouts.pixels(m.image.patch, m.image.channels)
-    projection = stem + "patch_embeddings.projection"
-    yield from affine(projection, squares, "project.kernel", "project.bias")
-    yield from affine("classifier", linear(), "classes.kernel", "classes.bias")
-    yield from layer_norm("vit.layernorm", "norm")
-    yield from layer_norm(layer + "layernorm_before", "layers.attention_norm")
-    yield from layer_norm(layer + "layernorm_after", "layers.mlp_norm")
-    for theirs, x in (("query", "q"), ("key", "k"), ("value", "v")):
-        name = f"{layer}attention.attention.{theirs}"
-        yield from affine(name, linear(), f"{heads}w_{x}", f"{heads}b_{x}")
-    out = layer + "attention.output.dense"
-    yield from affine(out, linear(2), heads + "w_o", heads + "bias_out")
-    yield from affine(layer + "intermediate.dense", linear(), mlp + "w_up", mlp + "b_up")
-    yield from affine(layer + "output.dense", linear(), mlp + "w_down", mlp + "bias_out")
-
-
-VIT = Family(
-    kind="ViT",
-    sizes=SIZES,
-    activation=("hidden_act", layouts.PLAIN),
-    norm_eps="layer_norm_eps",
-    fixed=dict(task="classify", stem="image", causal=False, vocab_size=0, **_PLAIN),
-    model=_vit_model,
-    config=_vit_config,
-    entries=_vit_entries,
-    needs=f"{_PLAIN_NEEDS}, classifier.pooling='cls' (ViT)",
-)
-
-
-# --- which ---------------------------------------------------------------------------------------
-
-FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "vit": VIT}
-CLASSES = {  # by model_type; the first is exported
-    "llama": ("LlamaForCausalLM", "LlamaModel"),
-    "mistral": ("MistralForCausalLM", "MistralModel"),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Model"),
-    "vit": ("ViTForImageClassification", "ViTModel"),
-}
+LLAMA, GPT2, VIT = _Llama(), _GPT2(), _ViT()
+FAMILIES: dict[str, Family] = {**dict.fromkeys(LLAMA.classes, LLAMA), "gpt2": GPT2, "vit": VIT}
 
 
 def family_of(theirs: Mapping[str, Any]) -> Family:
@@ -283,51 +302,12 @@ def family_of(theirs: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
-def model_of(family: Family, theirs: Mapping[str, Any]) -> Values:
-    """Our `model` section of a config.json.
-
-    Raises:
-      UserError: a key has a value that has no block here, or is not known.
-    """
-    keys, (activation, names) = Keys("config.json", theirs), family.activation
-    also, names_of = layouts.ALIASES, family.sizes.items()
-    sizes = {ours: keys.whole(name, also=also.get(name, ())) for name, ours in names_of}
-    model = {
-        **sizes,
-        "activation": keys.name(activation, names),
-        "norm_eps": keys.number(family.norm_eps),
-        **family.fixed,
-        **family.model(keys, sizes),
-    }
-    keys.names("architectures", CLASSES[theirs["model_type"]])
-    keys.close(IGNORED | GENERATION.keys(), DEFAULTS)
-    return model
-
-
-def config_of(family: Family, m: ModelConfig) -> Values:
-    """The inverse of `model_of`, of a model of the family."""
-    theirs, (activation, names) = family.config(m), family.activation
-    # An activation without a name there keeps ours, which is not read back.
-    named = next((name for name, own in names.items() if own == m.activation), m.activation)
-    return {
-        **theirs,
-        "architectures": [CLASSES[theirs["model_type"]][0]],
-        **{name: getattr(m, ours) for name, ours in family.sizes.items()},
-        activation: named,
-        family.norm_eps: m.norm_eps,
-    }
-
-
 def family_for(m: ModelConfig) -> tuple[Family, Values]:
-    """(the family whose layout has the dense model of these sizes, its config.json).
-
-    Raises:
-      UserError: there is none.
-    """
-    family = VIT if m.stem == "image" else GPT2 if m.norm == "layernorm" else LLAMA
-    theirs = config_of(family, m)
+    """(the family whose layout has the dense model, its config.json); UserError without one."""
+    family: Family = VIT if m.stem == "image" else GPT2 if m.norm == "layernorm" else LLAMA
+    theirs = family.write(m)
     try:
-        back = model_of(family, theirs)
+        back = family.read(theirs)
     except UserError:  # only an activation without a name in the family is not read back
         back = {"activation": None}
     other = next(differences(to_dict(m) | {"n_kv_heads": m.kv_heads}, back), None)

@@ -24,8 +24,7 @@ from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.exchange.calibrate import calibrated
 from uoe_jax.exchange.layouts import Entry, Shape
 from uoe_jax.exchange.plan_import import ImportPlan
-from uoe_jax.exchange.tensors import INDEX, Tensors, dotted
-from uoe_jax.exchange.whole import whole_directory
+from uoe_jax.exchange.tensors import INDEX, Tensors, by_name, whole_directory
 from uoe_jax.infer.experts import all_experts
 from uoe_jax.moe import decompose
 from uoe_jax.train.checkpoint import CheckpointStore
@@ -41,8 +40,7 @@ N_BATCHES = 8  # of text, for fitting the routers and for the loss
 def import_model(plan: ImportPlan, workdir: str) -> None:
     """Writes a workdir with the checkpoint of step 0; prints the loss with K and with N experts.
 
-    Raises:
-      UserError: the directory does not fit its config.json or cannot be read; the workdir exists.
+    UserError where the directory does not fit its config.json or cannot be read, or one exists.
     """
     config, mesh = plan.config, mesh_lib.make_mesh(plan.config.mesh)
     with jax.set_mesh(mesh), whole_directory(workdir, "--workdir") as place:
@@ -79,7 +77,7 @@ def _check_names(plan: ImportPlan, source: Tensors) -> None:
     where, shapes, used = f"--from={plan.source}", dense_shapes(plan.config.model), set[str]()
     for entry, _, name in ticking(_tensors(plan, source)):
         used.add(name)
-        if name not in source:
+        if name not in source.file_of:
             why = f"{name} is missing in its weights, and config.json asks for it"
             raise UserError(f"{where}: {why}; download the model again")
         found, wanted = source.shape(name), entry.shape(shapes)
@@ -89,7 +87,7 @@ def _check_names(plan: ImportPlan, source: Tensors) -> None:
         if not fits:
             shape = f"has shape {list(found)} where config.json asks for {list(wanted)}"
             raise UserError(f"{where}: {name} {shape}; they are not of one model")
-    left = [name for name in source.names() if name not in used]
+    left = [name for name in source.file_of if name not in used]
     left = [name for name in left if not _is_known_buffer(plan, source, name)]
     if left:
         which = f"{left[0]} (and {len(left) - 1} more)"
@@ -98,11 +96,8 @@ def _check_names(plan: ImportPlan, source: Tensors) -> None:
 
 
 def _is_known_buffer(plan: ImportPlan, source: Tensors, name: str) -> bool:
-    """Whether a tensor is one that old files have and that follows from the others.
-
-    Raises:
-      UserError: it has such a name and other values.
-    """
+    """Whether a tensor is one of old files that follows from the others; UserError if it does not
+    though it has such a name."""
     m, what = plan.config.model, "the one that config.json asks for"
     if name.startswith("vit.pooler."):
         return True  # a classifier does not use it
@@ -133,24 +128,24 @@ def _tensors(plan: ImportPlan, source: Tensors) -> Iterator[tuple[Entry, int | N
     for entry in plan.family.entries(plan.config.model):
         for layer in entry.layers(plan.config.model):
             name = entry.theirs.format(i=layer)
-            short = name.removeprefix(plan.family.prefix)
-            yield entry, layer, name if name in source or short not in source else short
+            short, names = name.removeprefix(plan.family.prefix), source.file_of
+            yield entry, layer, name if name in names or short not in names else short
 
 
 def dense_shapes(m: ModelConfig) -> dict[str, Shape]:
     """{dotted path: shape} of the dense model."""
     leaves = functional(decompose.dense_config(m))[2]
     tree = declared(leaves, lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32))
-    return {dotted(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {name: leaf.shape for name, leaf in by_name(tree).items()}
 
 
 def _parameters(plan: ImportPlan, source: Tensors, abstract: Params) -> Params:
     """The parameters on their shardings, with random routers."""
     m, shapes, found = plan.config.model, dense_shapes(plan.config.model), {}
-    where = {dotted(path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(abstract)}
+    leaves, structure = by_name(abstract), jax.tree.structure(abstract)
 
     def keep(path: str, dense: np.ndarray) -> None:
-        found[path] = jax.device_put(decompose.cut_leaf(path, dense, m), where[path])
+        found[path] = jax.device_put(decompose.cut_leaf(path, dense, m), leaves[path].sharding)
 
     for entry, layers in itertools.groupby(_tensors(plan, source), key=lambda item: item[0]):
         arrays = [np.empty(shapes[path], np.float32) for path in entry.ours]
@@ -169,7 +164,7 @@ def _parameters(plan: ImportPlan, source: Tensors, abstract: Params) -> Params:
             std = 0.3 * m.d_model**-0.5
             value = rng.normal(0, std, shape) if "kernel" in leaf else np.zeros(shape)
             keep(f"layers.{m.place_of(name)}.router.{leaf}", value.astype(np.float32))
-    return jax.tree.map_with_path(lambda path, _: found[dotted(path)], abstract)
+    return jax.tree.unflatten(structure, [found[path] for path in leaves])
 
 
 def _data(plan: ImportPlan) -> DataBundle | str:

@@ -10,7 +10,6 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 import numpy as np
 
 from uoe_jax.config.schema import ModelConfig
-from uoe_jax.exchange.config_keys import Keys
 
 Values = dict[str, Any]
 Shape = tuple[int, ...]
@@ -32,9 +31,8 @@ class Form(NamedTuple):
         return a if self.axes is None else a.transpose(self.axes)
 
     def shape(self, ours: Shape) -> Shape:
-        """Theirs, of ours."""
-        shape = self.reshaped(ours)
-        return shape if self.axes is None else tuple(shape[axis] for axis in self.axes)
+        """Theirs, of ours; nothing is allocated."""
+        return self.back(np.broadcast_to(np.False_, ours)).shape
 
 
 SAME = Form(lambda shape: shape)
@@ -103,30 +101,9 @@ def layer_norm(theirs: str, ours: str) -> Iterator[Entry]:
     return affine(theirs, SAME, ours + ".scale", ours + ".bias")
 
 
-class Family(NamedTuple):
-    """One layout."""
-
-    kind: str  # its name in errors
-    sizes: dict[str, str]  # {their key: our key of `model`}
-    activation: tuple[str, dict[str, str]]  # their key, and {their name: ours}
-    norm_eps: str  # their key
-    fixed: Values  # keys of `model` that are the same in all of its models
-    model: Callable[[Keys, Values], Values]  # config.json and its sizes -> the other keys
-    config: Callable[[ModelConfig], Values]  # the inverse
-    entries: Callable[[ModelConfig], Iterator[Entry]]  # all tensors
-    needs: str  # the keys of `model` that a model of it has, for errors
-    prefix: str = ""  # of names of tensors, which old files leave out
-
-
-ALIASES = {  # other names of keys in published files
-    "n_embd": ("hidden_size",),
-    "n_head": ("num_attention_heads",),
-    "n_layer": ("num_hidden_layers",),
-    "n_positions": ("max_position_embeddings", "n_ctx"),
-}
-PLAIN = {
-    "gelu": "gelu",
-    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh"),
-    "relu": "relu",
-}
+# Other names of keys in published files.
+ALIASES = dict(n_embd=["hidden_size"], n_head=["num_attention_heads"])
+ALIASES |= dict(n_layer=["num_hidden_layers"], n_positions=["max_position_embeddings", "n_ctx"])
+PLAIN = {"gelu": "gelu", "relu": "relu"}
+PLAIN |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}

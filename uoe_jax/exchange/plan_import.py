@@ -13,16 +13,15 @@ from uoe_jax.data.tokenizers.ends import find_ends
 from uoe_jax.data.tokenizers.hf import HFTokenizer, steps_of
 from uoe_jax.data.tokenizers.load import files_beside
 from uoe_jax.errors import UserError
-from uoe_jax.exchange.config_keys import generation_notes, image_bound
-from uoe_jax.exchange.families import MISTRAL_WINDOW, differences, family_of, model_of
-from uoe_jax.exchange.layouts import Family, Values
-from uoe_jax.workdir import checkpoint_path, locate, read_json
+from uoe_jax.exchange.config_keys import AGAIN, generation_notes, image_bound
+from uoe_jax.exchange.families import MISTRAL_WINDOW, Family, differences, family_of
+from uoe_jax.exchange.layouts import Values
+from uoe_jax.workdir import CONFIG, checkpoint_path, locate, read_json
 
-TOKENIZER, CONFIG = "tokenizer.json", "config.json"
+TOKENIZER = "tokenizer.json"
 LONGEST = 2048  # tokens of a row by default; few training steps hold the rows that models take
 ROUTING = {"gate": "straight_through", "balance_weight": 0.0, "capacity_factor": 1.25}
 TUNING = {"learning_rate": 1e-4, "warmup_steps": 100}
-AGAIN = "download the model again"
 
 
 class ImportPlan(NamedTuple):
@@ -52,9 +51,7 @@ def plan(
         for fine-tuning.
       experts, k, capacity: N, K and capacity_factor of both blocks; `overrides` win.
 
-    Raises:
-      UserError: no such directory, another family, a tokenizer that is not the model's, numbers
-        that do not fit.
+    UserError where the directory cannot be imported, or the numbers do not fit it.
     """
     target = checkpoint_path(workdir)
     try:
@@ -64,7 +61,7 @@ def plan(
             remedy = "give the directory of a model that save_pretrained wrote"
             raise UserError(f"has no {CONFIG}; {remedy}")
         family = family_of(theirs)
-        model = model_of(family, theirs)
+        model = family.read(theirs)
         notes = generation_notes(place, theirs)
         if model["stem"] == "image":
             overridden = "model.image.bound" in overrides
@@ -128,12 +125,9 @@ def _check(config: Config, model: Values, longest: int, theirs: Values) -> None:
 def read_tokenizer(
     place: epath.Path, data: Mapping[str, Any], overrides: Mapping[str, str]
 ) -> HFTokenizer | None:
-    """The tokenizer of a directory; None where it has none.
+    """The tokenizer of a directory; None where it has none. UserError if it cannot be used.
 
     data, overrides: may name the ends of documents (data.separator, data.start).
-
-    Raises:
-      UserError: it cannot be used.
     """
     content = read_json(place / TOKENIZER, AGAIN)
     if content is None:

@@ -24,14 +24,14 @@ from uoe_jax.config.schema import Config, MeshConfig
 from uoe_jax.distributed.mesh import make_mesh
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import RunError
-from uoe_jax.exchange.tensors import dotted, same_bits
-from uoe_jax.exchange.whole import whole_directory
+from uoe_jax.exchange.tensors import by_name, same_bits, whole_directory
 from uoe_jax.train.step import Params, functional
 from uoe_jax.train.task import task_of
 
 MAGIC = b"UOESHLO1"
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, WEIGHTS, EXAMPLE = "model.stablehlo", "model.safetensors", "load.py"
+Weights = dict[str, np.ndarray]  # by dotted name
 _TOLERANCE = 1e-5  # of max|a-b| / max|b|
 
 _LOAD = f'''\
@@ -58,15 +58,12 @@ print("logits", forward(weights, *inputs).shape)
 def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
     """Writes the directory `out`, whole or not at all; reads it back and compares.
 
-    That takes host memory for some four times the weights.
+    That takes host memory for some four times the weights, which may lie on any mesh.
 
     The program takes tokens int32 [b,L] of a language model and gives logits float32 [b,L,V]. Of a
     classifier it takes inputs, token ids int32 [b,L] or images float32 [b,height,width,channels]
     (bytes through `augment.as_floats`), and segments int32 [b,L], 1 at tokens and 0 at padding, and
     gives [b,n_classes]; of two inputs, [b,2,…] each.
-
-    Args:
-      params: as `Program.model` takes them; the weights may lie on any mesh of this process.
 
     Raises:
       UserError: `out` exists, or cannot be written.
@@ -75,21 +72,20 @@ def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
     with whole_directory(str(out), "--out") as place:
         # On one device nothing is sharded. On the CPU, as elsewhere equal programs may round apart.
         with jax.set_mesh(make_mesh(MeshConfig(), devices=_one_device())):
-            weights, forward = _by_name(params), _forward(config, params)
+            leaves = by_name(params)
+            # By name, as jax orders them, and in C order: safetensors writes bytes as they lie.
+            on_host = {name: jax.device_get(leaves[name]) for name in sorted(leaves)}
+            weights = {name: np.asarray(a, order="C") for name, a in on_host.items()}
+            forward = _forward(config, params)
             program, data = _program(config, forward, weights), safetensors.numpy.save(weights)
             files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
             for name, content in ticking(files.items()):
                 _write(place / name, content)
-            if damage := _damage(place, files, config, weights, forward):
+            other = [name for name in files if (place / name).read_bytes() != files[name]]
+            damage = f"{other[0]} is not what was written" if other else ""
+            if damage := damage or _damage(config, files, weights, forward):
                 remedy = "nothing is left there: try again, and report it if it stays so"
                 raise RunError(f"--out={out}: {damage}; {remedy}")
-
-
-def _by_name(params: Params) -> dict[str, np.ndarray]:
-    """The weights on the host by dotted name, in the order of their names, as jax orders them."""
-    leaves = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    # In C order: safetensors writes the bytes as they lie, whatever the strides.
-    return {name: np.asarray(jax.device_get(leaves[name]), order="C") for name in sorted(leaves)}
 
 
 def _one_device() -> list[jax.Device]:
@@ -102,11 +98,11 @@ def _one_device() -> list[jax.Device]:
 
 def _forward(config: Config, params: Params) -> Any:
     """(weights by dotted name, *inputs) -> logits."""
-    rebuild = functional(config.model)[1]
-    names = jax.tree.map_with_path(lambda path, _: dotted(path), params)
+    rebuild, names = functional(config.model)[1], list(by_name(params))
+    tree = jax.tree.structure(params)
 
     def forward(weights: dict[str, jax.Array], *inputs: jax.Array) -> jax.Array:
-        return rebuild(jax.tree.map(weights.get, names))(*inputs)[0]
+        return rebuild(jax.tree.unflatten(tree, [weights[name] for name in names]))(*inputs)[0]
 
     return forward
 
@@ -124,12 +120,11 @@ def _inputs(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return found
 
 
-def _program(config: Config, forward: Any, weights: dict[str, np.ndarray]) -> bytes:
+def _program(config: Config, forward: Any, weights: Weights) -> bytes:
     """The content of `model.stablehlo`."""
     inputs = _inputs(config)
-    parameters = {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()}
     jitted = jax.jit(forward, keep_unused=True)
-    exported = export.export(jitted, platforms=PLATFORMS)(parameters, *inputs.values())
+    exported = export.export(jitted, platforms=PLATFORMS)(weights, *inputs.values())
     blob = bytes(exported.serialize())
 
     def described(name: str, a: Any) -> dict[str, Any]:
@@ -142,7 +137,7 @@ def _program(config: Config, forward: Any, weights: dict[str, np.ndarray]) -> by
         "platforms": list(exported.platforms),
         "inputs": [described(name, a) for name, a in inputs.items()],
         "outputs": [described("logits", a) for a in exported.out_avals],
-        "parameters": [described(name, a) for name, a in parameters.items()],
+        "parameters": [described(name, a) for name, a in weights.items()],
     }
     text = json.dumps(header).encode()
     return MAGIC + len(text).to_bytes(8, "little") + text + blob
@@ -155,17 +150,8 @@ def _write(path: epath.Path, content: bytes) -> None:
         os.fsync(file.fileno())  # or a power cut may leave an empty file under the final name
 
 
-def _damage(
-    place: epath.Path,
-    files: dict[str, bytes],
-    config: Config,
-    weights: dict[str, np.ndarray],
-    forward: Any,
-) -> str:
-    """How the files differ from those written, or from the model; empty where they do not."""
-    for name, content in files.items():
-        if (place / name).read_bytes() != content:
-            return f"{name} is not what was written"
+def _damage(config: Config, files: dict[str, bytes], weights: Weights, forward: Any) -> str:
+    """How the files differ from the model; empty where they do not."""
     there, none = safetensors.numpy.load(files[WEIGHTS]), np.array(None)
     for name in ticking({**weights, **there}):
         if not same_bits(weights.get(name, none), there.get(name, none)):

@@ -3,8 +3,9 @@
 Tensors are read one at a time and written one shard at a time, so a model is never held twice.
 """
 
+import contextlib
 import os
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
@@ -15,8 +16,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from uoe_jax.distributed.watchdog import ticking
-from uoe_jax.errors import RunError, UserError
-from uoe_jax.workdir import read_json, write_json
+from uoe_jax.errors import RunError, UserError, os_error_as
+from uoe_jax.workdir import LiteralPath, is_remote, locate, read_json, write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -27,23 +28,19 @@ _DOWNLOAD = "download the whole model again, or save it with save_pretrained"
 
 
 class Tensors:
-    """The tensors of a directory, by name.
-
-    Raises:
-      UserError: there are none, a shard is missing, or a file is truncated or no safetensors.
-    """
+    """The tensors of a directory, by name; UserError where files are missing, damaged or differ."""
 
     def __init__(self, directory: epath.Path) -> None:
         self._place = directory
         index = read_json(directory / INDEX, _DOWNLOAD)
-        self._file_of: dict[str, str]
+        self.file_of: dict[str, str]  # {tensor: file}
         if index is None:
-            self._file_of = dict.fromkeys(self._open(FILE).keys(), FILE)
+            self.file_of = dict.fromkeys(self._open(FILE).keys(), FILE)
         else:
-            self._file_of = self._read_index(index.get("weight_map"))
+            self.file_of = self._read_index(index.get("weight_map"))
         for name in self.passed_over():  # either may be the right ones
             if name.endswith(".safetensors") and not name.startswith(_COPIES):
-                why = f"holds {name} beside {min(self._file_of.values())}"
+                why = f"holds {name} beside {min(self.file_of.values())}"
                 remedy = "they may be of two models; take one of them away"
                 raise UserError(f"--from={directory}: {why}, and {remedy}")
 
@@ -63,36 +60,30 @@ class Tensors:
             named = weight_map.get(name)
             if named is None:
                 raise self._error(file, f"holds {name}, which {INDEX} does not name")
-            if named != file and not same_bits(self._get(file, name), self._get(named, name)):
+            if named != file and not same_bits(self.read(name, file), self.read(name, named)):
                 why = f"holds another {name} than {named}, which {INDEX} names for it"
                 raise self._error(file, why)
         return weight_map
 
     def passed_over(self) -> list[str]:
         """Names of files of weights in other formats, which are not read."""
-        return [name for name in self._others() if name not in self._file_of.values()]
+        return [name for name in self._others() if name not in self.file_of.values()]
 
     def _others(self) -> list[str]:
         suffixes = (".safetensors", *_OTHER_FORMATS)
         return sorted(p.name for p in self._place.iterdir() if p.suffix.lower() in suffixes)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def names(self) -> list[str]:
-        return list(self._file_of)
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
-        return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+        return tuple(self._open(self.file_of[name]).get_slice(name).get_shape())
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, file: str | None = None) -> np.ndarray:
         """A tensor in the dtype of its file."""
-        return self._get(self._file_of[name], name)
+        return self._open(file or self.file_of[name]).get_tensor(name)
 
     def read_float32(self, name: str) -> np.ndarray:
         """A tensor of floats as float32; UserError where it is none, not finite or too large."""
-        file = self._file_of[name]
+        file = self.file_of[name]
         stored = self._open(file).get_slice(name).get_dtype()
         if stored not in ("F64", "F32", "F16", "BF16"):
             why = f"holds {name} as {stored}, and F64, F32, F16 and BF16 are read"
@@ -104,9 +95,6 @@ class Tensors:
         if len(lost):
             raise self._error(file, f"holds {lost[0]:.6g} in {name}, which float32 cannot hold")
         return held
-
-    def _get(self, file: str, name: str) -> np.ndarray:
-        return self._open(file).get_tensor(name)
 
     def _open(self, file: str) -> Any:
         # Opened for every read: closing gives back the memory of the mapped file.
@@ -140,18 +128,12 @@ def write(
 ) -> int:
     """Writes tensors into files of at most `shard_bytes` (or of one tensor); reads every file back.
 
-    lossy: write numbers that overflow or underflow in `dtype` as infinity or 0.
-
-    Returns:
-      How many numbers did so.
-
-    Raises:
-      UserError: there is such a number, and not `lossy`.
-      RunError: what was read is not what was written.
+    Returns how many numbers overflow or underflow in `dtype`. They become infinity or 0 if `lossy`,
+    else a UserError. RunError where what was read is not what was written.
     """
-    kind, by_name, n_lost = np.dtype(dtype), {t.name: t for t in tensors}, 0
+    kind, named, n_lost = np.dtype(dtype), {t.name: t for t in tensors}, 0
     split = split_state_dict_into_shards_factory(
-        by_name,
+        named,
         get_storage_size=lambda t: int(np.prod(t.shape)) * kind.itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
@@ -159,7 +141,7 @@ def write(
     for file, names in split.filename_to_tensors.items():
         path, held = directory / file, {}
         for name in ticking(names):
-            held[name], lost = cast(by_name[name].make(), kind)
+            held[name], lost = cast(named[name].make(), kind)
             if len(lost) and not lossy:
                 becomes = f"{lost[0]:.6g}, which becomes {cast(lost[:1], kind)[0][0]} in it"
                 why = f"{name} holds {becomes} ({len(lost)} such numbers there)"
@@ -203,6 +185,32 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
 
 
-def dotted(path: tuple[Any, ...]) -> str:
-    """The name of a leaf of a tree of parameters, such as `layers.mlp.w_up`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of parameters by their dotted names, such as `layers.mlp.w_up`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
+    """An empty directory to write in, renamed to `path` at the end; removed where anything fails.
+
+    Missing directories around it are made, and stay. UserError where `path` exists or cannot be
+    written.
+    """
+    out = LiteralPath(os.path.abspath(locate(path, option)))
+    if is_remote(path):
+        why = "a directory must be renamed, which gs:// cannot"
+        raise UserError(f"{option}={path}: {why}; give a local one, and copy that")
+    if os.path.lexists(out):
+        raise UserError(f"{option}={path}: exists already; remove it, or give another directory")
+    temporary = out.parent / f".{out.name}.{os.getpid()}"
+    problem, remedy = f"{option}={path}: cannot be written", "fix that, or give another directory"
+    try:
+        with os_error_as(UserError, problem, remedy):
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(out)
+    finally:
+        if temporary.exists():
+            temporary.rmtree()

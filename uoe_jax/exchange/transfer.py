@@ -6,23 +6,11 @@ import sys
 from typing import Mapping
 
 from uoe_jax.config.schema import Config
-from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
 
 FORMATS = ("safetensors", "hf", "stablehlo")
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _tokenizer(config: Config, workdir: str) -> Tokenizer | None:
-    """The run's tokenizer; None of an imported model that came without one."""
-    from uoe_jax.data.tokenizers.workdir import read_tokenizer, tokenizer_of_run
-    from uoe_jax.exchange.importing import SOURCE
-    from uoe_jax.workdir import locate
-
-    if (locate(workdir) / SOURCE).is_dir() and read_tokenizer(workdir) is None:
-        return None
-    return tokenizer_of_run(config, workdir)
 
 
 def _check_alone(what: str) -> None:
@@ -31,7 +19,7 @@ def _check_alone(what: str) -> None:
 
 
 def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
-    """Raises UserError for what cannot be imported."""
+    """UserError for what cannot be imported."""
     from uoe_jax.distributed import setup
     from uoe_jax.exchange.plan_import import plan
 
@@ -47,11 +35,7 @@ def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> Non
 
 
 def run_export(options: argparse.Namespace, config: Config) -> None:
-    """Writes the directory `options.out`.
-
-    Raises:
-      UserError: what cannot be exported. RunError: what was written is not what it should be.
-    """
+    """Writes `options.out`. UserError: it cannot be exported. RunError: it was not written well."""
     form, dtype = options.format, options.dtype
     if options.routed and form != "hf":
         why = f"is for --format=hf; --format={form} has the routed model as it is"
@@ -63,10 +47,11 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
 
     setup.start(config)
     _check_alone(f"--out={options.out}: a model is exported")
+    from uoe_jax.data.tokenizers.workdir import read_tokenizer, tokenizer_of_run
     from uoe_jax.exchange import exporting
     from uoe_jax.exchange.importing import SOURCE
     from uoe_jax.exchange.stablehlo import export_stablehlo
-    from uoe_jax.exchange.whole import whole_directory
+    from uoe_jax.exchange.tensors import whole_directory
     from uoe_jax.train.restore import restored
     from uoe_jax.workdir import locate
 
@@ -78,10 +63,13 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
         if form == "stablehlo":
             export_stablehlo(config, run.params, locate(options.out, "--out"))
         else:
-            tokenizer = _tokenizer(config, options.workdir) if m.task == "language" else None
+            has_tokenizer = m.task == "language"
+            if has_tokenizer and source.is_dir():  # it may have been imported without one
+                has_tokenizer = read_tokenizer(options.workdir) is not None
+            tokenizer = tokenizer_of_run(config, options.workdir) if has_tokenizer else None
             with whole_directory(options.out, "--out") as out:
-                target = exporting.Target(out, dtype, options.lossy, source)
-                export(config, run.params, tokenizer, target)
+                how = out, dtype, options.lossy, source
+                export(exporting.Export(config, run.params, tokenizer, *how))
     routed = {name: r for name, r in m.unions().items() if r.k < r.n_experts}
     chosen = ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in routed.items())
     if form == "hf" and not options.routed and chosen:

@@ -64,10 +64,6 @@ class Collective(NamedTuple):
         """Whether it is of the backward pass, recomputation included."""
         return "transpose(" in self.op_name
 
-    @property
-    def recomputed(self) -> bool:
-        return "rematted_computation" in self.op_name
-
 
 class _Instruction(NamedTuple):
     name: str
@@ -78,20 +74,15 @@ class _Instruction(NamedTuple):
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
-_CALLED = re.compile(
-    r"\b(calls|to_apply|body|condition|(?:called|branch|true|false)_computations?)="
-    r"(\{[^}]*\}|%?[\w.-]+)"
-)
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]")
 
 
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """The collectives of a compiled module, in the order of the text.
+    """The collectives of a compiled module, in the order of the text, `compiled.as_text()`.
 
-    Args:
-      text: `compiled.as_text()`.
-      mesh_shape: axis name -> size, in the order the mesh was made with.
+    mesh_shape: axis name -> size, in the order the mesh was made with.
     """
     computations, entry = _computations(text)
     types = {i.name: i.type for body in computations.values() for i in body}
@@ -109,7 +100,9 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
             if kind == "all-to-all" and n > 1:  # as a tuple: one part for each device
                 firsts = operands[0], results[0]
                 operands, results = ([a._replace(shape=(n, *a.shape))] for a in firsts)
-            axes, group = _axes(i.rest, tuple(mesh_shape.items()))
+            pairs = re.search(r"source_target_pairs=(\{\{.*?\}\}|\{\})", i.rest)
+            groups = pairs or re.search(r"replica_groups=(.*?)(?:, [a-z_]+=(?!\()|$)", i.rest)
+            axes, group = _axes(groups[1] if groups else "{}", tuple(mesh_shape.items()))
             op_name = re.search(r'op_name="([^"]*)"', i.rest)
             rest = *runs, op_name[1] if op_name else "", i.name
             for operand, result in zip(operands, results, strict=True):
@@ -176,15 +169,9 @@ def _arrays(type_text: str) -> list[Array]:
     return [Array(dtype, tuple(_numbers(dims))) for dtype, dims in _ARRAY.findall(type_text)]
 
 
-def _axes(rest: str, mesh: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], int]:
-    """(axes that vary within a group, devices in a group)."""
-    found = re.search(r"source_target_pairs=(\{\{.*?\}\}|\{\})", rest)
-    found = found or re.search(r"replica_groups=(.*?)(?:, [a-z_]+=(?!\()|$)", rest)
-    return _varying(found[1] if found else "{}", mesh)
-
-
 @functools.lru_cache(maxsize=1024)
-def _varying(written: str, mesh: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], int]:
+def _axes(written: str, mesh: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], int]:
+    """(axes that vary within a group, devices in a group)."""
     groups, sizes = _groups(written), [size for _, size in mesh]
     if not groups.size:  # all devices
         groups = np.arange(math.prod(sizes))[None]

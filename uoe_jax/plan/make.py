@@ -8,11 +8,11 @@ from typing import Iterator, NamedTuple
 from uoe_jax.config.schema import Config, MeshConfig
 from uoe_jax.config.validate import check_sizes
 from uoe_jax.errors import ConfigError
+from uoe_jax.plan import predict as time
 from uoe_jax.plan.compiled import Compiled, compile_step
 from uoe_jax.plan.hardware import Hardware, Range, find
-from uoe_jax.plan.network import network_seconds, ring, sent_bytes
 from uoe_jax.plan.peak import Peak, peak
-from uoe_jax.plan.predict import Prediction, expected_collectives, predict
+from uoe_jax.plan.predict import Prediction, predict
 
 USABLE = 0.92  # of the memory; runtime, network buffers and gaps take the rest (assumed)
 WORTH = 0.03  # of the step's time that another mesh must save to be suggested
@@ -57,11 +57,7 @@ class Plan(NamedTuple):
 
 
 def make(config: Config, hardware_name: str) -> Plan:
-    """Plans a configuration whose mesh and vocabulary are settled.
-
-    Raises:
-      UserError: what the configuration is refused for on this mesh.
-    """
+    """Plans a configuration of settled mesh and vocabulary; UserError where it is refused."""
     hardware, shape = find(hardware_name), config.mesh.shape
     check_sizes(config, shape)
     as_compiled = config
@@ -89,9 +85,9 @@ def _traffic(config: Config, hardware: Hardware | None, compiled: Compiled) -> I
         group, seconds, slow = list(same), None, False
         sent = sum(c.sent * c.times for c in group)
         if hardware is not None:
-            sent = sum(sent_bytes(c, m) for c in group)
-            seconds = network_seconds(group, shape, hardware, m)
-            slow = ring(axes, shape, hardware).bandwidth < hardware.fast
+            sent = sum(time.sent_bytes(c, m) for c in group)
+            seconds = time.network_seconds(group, shape, hardware, m)
+            slow = time.ring(axes, shape, hardware).bandwidth < hardware.fast
         runs = sum({c.name: c.times for c in group}.values())
         yield Traffic(kind, axes, runs, sent, seconds, slow)
 
@@ -102,7 +98,7 @@ def _with_suggestion(plan: Plan, hardware: Hardware) -> Plan:
     def judged(mesh: MeshConfig) -> tuple[MeshConfig, Range, float]:
         c, shape = dataclasses.replace(plan.config, mesh=mesh), mesh.shape
         found = peak(c, shape, flash=True)
-        step = predict(c, shape, hardware, expected_collectives(c, shape)).step
+        step = predict(c, shape, hardware, time.expected_collectives(c, shape)).step
         return mesh, step, found.arguments + plan.factor * found.temporary
 
     own = plan.config.mesh

@@ -13,18 +13,17 @@ MAX_DEVICES = 512  # host devices that one process compiles for
 def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshConfig:
     """The mesh of `--mesh=data=8,fsdp=4` (other axes are 1), or the configuration's; all sizes set.
 
-    Raises:
-      UserError: what cannot be read, a size that is left open, or too many devices to compile for.
+    UserError where a size cannot be read or is left open, and for too many devices to compile for.
     """
     sizes: dict[str, Any] = given.shape if text is None else _sizes(text)
     source = "config.mesh" if text is None else f"--mesh={text}"
     open_axes = [f"{axis}=-1" for axis, size in sizes.items() if size == -1]
-    if open_axes and (devices is None or len(open_axes) > 1):
+    if len(open_axes) > 1:
+        why = "only one axis can take what is left of the devices; give the others a size"
+        raise UserError(f"{source}: {' and '.join(open_axes)}: {why}")
+    if open_axes and devices is None:
         why = "takes what is left of the devices; say how many with --devices=N, or give a size"
-        if len(open_axes) > 1:
-            why = "only one axis can take what is left of the devices; give the others a size"
-            open_axes[-1] += ":"
-        raise UserError(f"{source}: {' and '.join(open_axes)} {why}")
+        raise UserError(f"{source}: {open_axes[0]} {why}")
     total = devices or math.prod(sizes.values())
     if total > MAX_DEVICES:
         why = f"{total} devices; the step is compiled here for at most {MAX_DEVICES}"

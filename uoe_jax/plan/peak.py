@@ -15,8 +15,7 @@ from uoe_jax.config.schema import Config
 from uoe_jax.costs.memory import ITEM_SIZE, kept_bytes
 from uoe_jax.layers.tiles import chunk, tile
 from uoe_jax.models.count import parameters_per_device, vocabulary_parameters
-from uoe_jax.plan.network import Shape
-from uoe_jax.plan.predict import examples, rows, scored_here, vocabulary_shards
+from uoe_jax.plan.predict import Shape, examples, rows, scored_here, vocabulary_shards
 
 
 class Peak(NamedTuple):

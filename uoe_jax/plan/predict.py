@@ -4,8 +4,9 @@ Letters as in `layers.common`. All figures are of one device and one optimizer s
 kernel launches are not counted, so small models are predicted too fast.
 """
 
+import itertools
 import math
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, Mapping, NamedTuple
 
 from uoe_jax.config.schema import Config, ModelConfig
 from uoe_jax.costs import flops
@@ -15,7 +16,8 @@ from uoe_jax.models import count
 from uoe_jax.models.count import layer_parameters, parameters
 from uoe_jax.plan.hardware import Hardware, Range
 from uoe_jax.plan.hlo import Array, Collective
-from uoe_jax.plan.network import Shape, devices, network_seconds
+
+Shape = Mapping[str, int]  # sizes of the mesh axes, in the mesh's order
 
 
 class Reduction(NamedTuple):
@@ -37,6 +39,10 @@ class Prediction(NamedTuple):
     flops: float  # of the model, as training logs them
     executed: float  # with recomputation
     reductions: tuple[Reduction, ...]  # one for each kind of block; none without an `expert` axis
+
+
+def devices(shape: Shape) -> int:
+    return math.prod(shape.values())
 
 
 def examples(c: Config, shape: Shape) -> int:
@@ -64,11 +70,8 @@ def scoring_replicas(c: Config, expert: int) -> int:
 
 
 def scored_here(c: Config, shape: Shape, tokens: float) -> list[tuple[float, float, float, int]]:
-    """What a device scores of `tokens`, for every piece of the vocabulary.
-
-    Returns:
-      (tokens, vocabulary entries, share of the tokens that is scored, width) of each piece.
-    """
+    """What a device scores of `tokens`, for every piece of the vocabulary: (tokens, entries, share
+    of the tokens that is scored, width)."""
     m, e = c.model, shape["expert"]
     if vocabulary_shards(m, e) > 1:  # its shard of the entries, for all tokens of its rows
         return [(tokens, m.vocab_size / e, 1, m.d_model)]
@@ -83,12 +86,13 @@ def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collect
     moved = [m for m in moved if m.axes]
     experts = [m for m in moved if m.axes == ("expert",)]
     others = [m for m in moved if m.axes != ("expert",)]
-    parts = {
-        "products": _reached(products / n / peak, hardware.products),
-        "attention": _reached(core / n / peak, hardware.attention),
-        "memory": _reached(moved_bytes(c, shape) / hardware.bandwidth, hardware.streams),
-        "experts": network_seconds(experts, shape, hardware, c.model),
+    work = {
+        "products": (products / n / peak, hardware.products),
+        "attention": (core / n / peak, hardware.attention),
+        "memory": (moved_bytes(c, shape) / hardware.bandwidth, hardware.streams),
     }
+    parts = {name: (at / share[1], at / share[0]) for name, (at, share) in work.items()}
+    parts["experts"] = network_seconds(experts, shape, hardware, c.model)
     best, worst = (sum(times) for times in zip(*parts.values()))
     parts["weights"] = weights = network_seconds(others, shape, hardware, c.model)
     step = max(best, weights[0]), worst + weights[1]
@@ -98,19 +102,13 @@ def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collect
     return Prediction(parts, step, mfu, model_flops, executed, reductions(c, shape, hardware))
 
 
-def _reached(seconds: float, share: Range) -> Range:
-    return seconds / share[1], seconds / share[0]
-
-
 def executed_flops(c: Config, expert: int) -> tuple[float, float]:
-    """FLOPs of a step on all devices, with recomputation and what several devices compute alike.
+    """FLOPs of a step on all devices, with recomputation and what several devices compute alike:
+    (matrix products, attention core).
 
     Flash attention's backward pass takes 2.5 times its forward pass, as it makes the scores again,
     and a remat policy that drops the forward's results one forward more. The backward pass of a
     vocabulary makes its scores again, too.
-
-    Returns:
-      (matrix products, attention core).
     """
     m, length = c.model, c.model.block_length
     core: float = m.n_layers * flops.core_flops(m, length, True)
@@ -229,3 +227,57 @@ def _moves(c: Config, shape: Shape) -> Iterator[tuple[str, float, tuple[str, ...
         yield "reduce-scatter", elements, ("fsdp",), gradients
         yield "all-reduce", elements / shape["fsdp"], ("replica", "data", *over), gradients
     yield "all-reduce", count.classifier_parameters(m), ("replica", "data", "fsdp"), 1
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+def sent_bytes(moved: Collective, m: ModelConfig) -> float:
+    """Bytes a device sends in a step for a collective of the float32 step, at the dtype of `m`.
+
+    Activations over `expert` and gathered weights are in the compute dtype, gradients and sums in
+    float32. (Where the vocabulary's gradient of an adaptive softmax crosses `expert` alone, it is
+    taken for activations.)
+    """
+    narrow = moved.axes == ("expert",) or moved.kind == "all-gather"
+    return moved.sent * moved.times * (ITEM_SIZE[m.dtype] / 4 if narrow else 1)
+
+
+def network_seconds(moved: list[Collective], shape: Shape, hw: Hardware, m: ModelConfig) -> Range:
+    """(best, worst) seconds of collectives one after the other; at best no hop costs time."""
+    best = worst = 0.0
+    latency = {}
+    for c in moved:
+        r = ring(c.axes, shape, hw)
+        sent = sent_bytes(c, m) / r.bandwidth
+        best, worst = best + sent / hw.network[1], worst + sent / hw.network[0]
+        latency[c.name] = c.times * (r.tree if c.kind == "all-reduce" else r.once)
+    return best, worst + sum(latency.values())
+
+
+class Ring(NamedTuple):
+    bandwidth: float  # bytes/s a device sends
+    once: float  # seconds of an empty message around it
+    tree: float  # and up and down a tree
+
+
+def ring(axes: tuple[str, ...], shape: Shape, hardware: Hardware) -> Ring:
+    """The ring over mesh axes; devices are numbered with `expert` innermost.
+
+    A ring leaves a fast domain once, over the slow links of all its members there. `replica` is for
+    the slow network, so no domain spans it.
+    """
+    domain = min(hardware.domain, devices(shape) // shape["replica"])
+    names, offsets = list(shape), []
+    for axis in axes:
+        stride = math.prod(shape[a] for a in names[names.index(axis) + 1 :])
+        offsets.append(range(0, stride * shape[axis], stride))
+    members = [sum(place) for place in itertools.product(*offsets)]
+    local = sum(member < domain for member in members)
+    domains = math.ceil(len(members) / local)
+    fast, slow = hardware.hops
+    return Ring(
+        bandwidth=hardware.fast if domains == 1 else min(hardware.fast, hardware.slow * local),
+        once=(len(members) - domains) * fast + (domains > 1) * domains * slow,
+        tree=2 * (math.log2(local) * fast + math.log2(domains) * slow),
+    )

@@ -60,10 +60,10 @@ def text(plan: Plan, name: str) -> str:
     """The plan for the user; `name` is the configuration's."""
     c, m, shape = plan.config, plan.config.model, plan.config.mesh.shape
     n, hardware = math.prod(shape.values()), HARDWARE.get(plan.hardware)
-    batch, tokens = f"{c.train.accumulation} x {rows(c, shape)} rows a device", _tokens(plan)
-    size = f"{_count(parameters(m))} parameters, {m.dtype}, remat={m.remat}"
+    batch, held = f"{c.train.accumulation} x {rows(c, shape)} rows a device", parameters(m)
+    size = f"{held / 1e9:.3g} B" if held >= 1e9 else f"{held / 1e6:.3g} M"
     lines = [
-        f"{name}: {size}, {tokens:,} tokens a step",
+        f"{name}: {size} parameters, {m.dtype}, remat={m.remat}, {_tokens(plan):,} tokens a step",
         f"{n} x {plan.hardware}, mesh {_mesh(shape)}: {batch}",
         *("", "Memory of one device", *_memory(plan, n, hardware)),
         *("", "Sent by one device in a step", *_sent(plan)),
@@ -147,10 +147,6 @@ def _table(*pairs: tuple[str, str]) -> list[str]:
 def _mesh(shape: dict[str, int]) -> str:
     sizes = ", ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1)
     return sizes or "of one device"
-
-
-def _count(n: float) -> str:
-    return f"{n / 1e9:.3g} B" if n >= 1e9 else f"{n / 1e6:.3g} M"
 
 
 def _gb(n: float) -> str:
