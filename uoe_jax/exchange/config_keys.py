@@ -213,10 +213,8 @@ _VIT_PROCESSORS += ["ViTFeatureExtractor"]
 
 
 def generation_notes(place: epath.Path, theirs: Mapping[str, Any]) -> list[str]:
-    """Sentences on settings of generation that `uoe generate` does not follow.
-
-    UserError where generation_config.json has a key that is not known.
-    """
+    """Sentences on settings of generation that `uoe generate` does not follow; UserError where
+    generation_config.json has a key that is not known."""
     beside = read_json(place / GENERATION_FILE, AGAIN) or {}
     Keys(GENERATION_FILE, beside).close({*IGNORED_IN_GENERATION, *GENERATION}, {})
     notes = []

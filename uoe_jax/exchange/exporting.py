@@ -74,10 +74,8 @@ def export_safetensors(export: Export) -> None:
 
 
 def export_dense(export: Export) -> None:
-    """The dense model of all experts, in its family's layout, for `AutoModel…from_pretrained`.
-
-    UserError or ConfigError where no family has such blocks.
-    """
+    """The dense model of all experts, in its family's layout, for `AutoModel…from_pretrained`;
+    UserError where no family has such blocks."""
     m, flat = export.config.model, by_name(export.params)
     remedy = "is no dense block cut in experts, so no model of Hugging Face's own loads it"
     known = dict.fromkeys(("attention", "mlp"), ("dense", *UNIONS))
@@ -102,10 +100,8 @@ def export_dense(export: Export) -> None:
 
 
 def export_routed(export: Export) -> None:
-    """The routed model for PyTorch: `modeling_uoe.py` beside the weights (`trust_remote_code`).
-
-    ConfigError unless it is a causal language model of dense blocks and unions.
-    """
+    """The routed model for PyTorch: `modeling_uoe.py` beside the weights (`trust_remote_code`);
+    ConfigError unless it is a causal language model of dense blocks and unions."""
     m = export.config.model
     known: Values = dict(task=("language",), causal=(True,), cutoffs=("",))
     known |= dict(attention=("dense", "smha"), mlp=("dense", "uome"))
@@ -154,10 +150,8 @@ def _as_imported(theirs: Values, source: epath.Path, m: ModelConfig) -> Values:
 
 
 def _with_end(values: Values, tokenizer: Tokenizer | None) -> Values:
-    """A config.json or generation_config.json in which the separator ends a text.
-
-    A list of ends that has it stays as it is.
-    """
+    """A config.json or generation_config.json in which the separator ends a text, alone or in a
+    list of ends."""
     if tokenizer is None:
         return values
     found = values.get("eos_token_id")
@@ -183,11 +177,8 @@ def _write_image_processor(image: ImageConfig, out: epath.Path) -> None:
 
 
 def _write_tokenizer(export: Export) -> None:
-    """The files of the imported model, or those made of the run's tokenizer.
-
-    The tokenizer puts the start token in front. The model's vocabulary may be larger than the
-    tokenizer's; the tokens between are suppressed, as in `uoe generate`.
-    """
+    """The files of the imported model, or those made of the run's tokenizer, which puts the start
+    token in front. Tokens of the model that the tokenizer lacks are suppressed."""
     tokenizer, source, out = export.tokenizer, export.source, export.out
     for name in (GENERATION_FILE, PROCESSOR_FILE, *_BESIDE):
         if (source / name).is_file():

@@ -39,9 +39,7 @@ N_BATCHES = 8  # of text, for fitting the routers and for the loss
 
 def import_model(plan: ImportPlan, workdir: str) -> None:
     """Writes a workdir with the checkpoint of step 0; prints the loss with K and with N experts.
-
-    UserError where the directory does not fit its config.json or cannot be read, or one exists.
-    """
+    UserError where the model cannot be read or does not fit its config.json."""
     config, mesh = plan.config, mesh_lib.make_mesh(plan.config.mesh)
     with jax.set_mesh(mesh), whole_directory(workdir, "--workdir") as place:
         source = Tensors(plan.source)

@@ -126,9 +126,7 @@ def read_tokenizer(
     place: epath.Path, data: Mapping[str, Any], overrides: Mapping[str, str]
 ) -> HFTokenizer | None:
     """The tokenizer of a directory; None where it has none. UserError if it cannot be used.
-
-    data, overrides: may name the ends of documents (data.separator, data.start).
-    """
+    data, overrides: may name the ends of documents (data.separator, data.start)."""
     content = read_json(place / TOKENIZER, AGAIN)
     if content is None:
         for name in ("tokenizer.model", "vocab.json", "spiece.model"):
@@ -152,10 +150,8 @@ def read_tokenizer(
 
 
 def _check_prefix_space(settings: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-    """UserError where tokenizer_config.json and tokenizer.json differ on a leading space.
-
-    Some versions of transformers rebuild the tokenizer from the former.
-    """
+    """UserError where tokenizer_config.json, from which some versions of transformers rebuild the
+    tokenizer, and tokenizer.json differ on a leading space."""
     asked, found = settings.get("add_prefix_space"), None
     for step in (*steps_of(content.get("pre_tokenizer")), *steps_of(content.get("normalizer"))):
         if step.get("type") == "ByteLevel":

@@ -152,7 +152,13 @@ def write(
         mode = os.stat(path).st_mode
         safetensors.numpy.save_file(held, str(path), metadata={"format": "pt"})
         os.chmod(path, mode)  # safetensors lets the owner alone read it
-        _compare(path, held)
+        remedy = "write it again, on another disk perhaps"
+        with safe_open(str(path), "numpy") as there:
+            if set(there.keys()) != set(held):
+                raise RunError(f"{path}: does not hold the tensors that were written; {remedy}")
+            for name, array in ticking(held.items()):
+                if not same_bits(there.get_tensor(name), array):
+                    raise RunError(f"{path}: {name} is not what was written; {remedy}")
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(directory / INDEX, index)
@@ -170,17 +176,6 @@ def cast(array: np.ndarray, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     return held, array[(np.isfinite(array) & ~np.isfinite(held)) | ((held == 0) & (array != 0))]
 
 
-def _compare(file: epath.Path, held: dict[str, np.ndarray]) -> None:
-    """RunError unless a file holds exactly these."""
-    remedy = "write it again, on another disk perhaps"
-    with safe_open(str(file), "numpy") as there:
-        if set(there.keys()) != set(held):
-            raise RunError(f"{file}: does not hold the tensors that were written; {remedy}")
-        for name, array in ticking(held.items()):
-            if not same_bits(there.get_tensor(name), array):
-                raise RunError(f"{file}: {name} is not what was written; {remedy}")
-
-
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
 
@@ -194,10 +189,7 @@ def by_name(tree: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
     """An empty directory to write in, renamed to `path` at the end; removed where anything fails.
-
-    Missing directories around it are made, and stay. UserError where `path` exists or cannot be
-    written.
-    """
+    Missing directories around it stay. UserError where `path` exists or cannot be written."""
     out = LiteralPath(os.path.abspath(locate(path, option)))
     if is_remote(path):
         why = "a directory must be renamed, which gs:// cannot"

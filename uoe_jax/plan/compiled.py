@@ -42,9 +42,7 @@ class Compiled(NamedTuple):
 
 def compile_step(config: Config) -> Compiled:
     """Compiles the train step for `config.mesh`, all sizes given, on as many host devices.
-
-    UserError where the configuration is refused, RuntimeError with its log where XLA fails.
-    """
+    UserError where the configuration is refused, RuntimeError with its log where XLA fails."""
     devices = math.prod(config.mesh.shape.values())
     mine = {k: v for k, v in os.environ.items() if not k.startswith(("UOE_", "JAX_", "XLA_"))}
     flags = f"--xla_force_host_platform_device_count={devices} {FLAGS}"

@@ -75,22 +75,21 @@ class _Instruction(NamedTuple):
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
+_EXCHANGE = re.compile(r"(?:source_target_pairs|replica_groups)=(.*?)(?:, [a-z_]+=(?!\()|$)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]")
 
 
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """The collectives of a compiled module, in the order of the text, `compiled.as_text()`.
-
-    mesh_shape: axis name -> size, in the order the mesh was made with.
-    """
+    mesh_shape: axis name -> size, in the order the mesh was made with."""
     computations, entry = _computations(text)
     types = {i.name: i.type for body in computations.values() for i in body}
-    found = []
-    for computation, runs in _runs(computations, entry).items():
-        for i in computations[computation]:
+    found, runs = [], _runs(computations, entry)
+    for computation, body in computations.items():
+        for i in body:
             kind = i.opcode.removesuffix("-start")
-            if kind not in KINDS:
+            if kind not in KINDS or computation not in runs:
                 continue
             operands = [_arrays(types.get(n, ""))[0] for n in _operand_names(i.rest)]
             results, n = _arrays(i.type), len(operands)
@@ -100,11 +99,10 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
             if kind == "all-to-all" and n > 1:  # as a tuple: one part for each device
                 firsts = operands[0], results[0]
                 operands, results = ([a._replace(shape=(n, *a.shape))] for a in firsts)
-            pairs = re.search(r"source_target_pairs=(\{\{.*?\}\}|\{\})", i.rest)
-            groups = pairs or re.search(r"replica_groups=(.*?)(?:, [a-z_]+=(?!\()|$)", i.rest)
+            groups = _EXCHANGE.search(i.rest)
             axes, group = _axes(groups[1] if groups else "{}", tuple(mesh_shape.items()))
             op_name = re.search(r'op_name="([^"]*)"', i.rest)
-            rest = *runs, op_name[1] if op_name else "", i.name
+            rest = *runs[computation], op_name[1] if op_name else "", i.name
             for operand, result in zip(operands, results, strict=True):
                 found.append(Collective(kind, operand, result, axes, group, *rest))
     return found
@@ -127,27 +125,17 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 def _runs(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, tuple[int, bool]]:
     """Runs of each computation in a run of the module, and whether they are known."""
-    callers: dict[str, list[tuple[str, int, bool]]] = {}
-    for caller, body in computations.items():
-        for i in body:
+    runs = {entry: (1, True)}
+    for caller in reversed(computations):  # the text has every computation before its callers
+        for i in computations[caller] if caller in runs else ():
             trips = _TRIPS.search(i.rest) if i.opcode == "while" else None
-            known = i.opcode != "while" or trips is not None
+            known = runs[caller][1] and (i.opcode != "while" or trips is not None)
             for role, called in _CALLED.findall(i.rest):
                 n = int(trips[1]) if trips and role == "body" else 1
                 for name in re.findall(r"[\w.-]+", called):
-                    callers.setdefault(name, []).append((caller, n, known))
-
-    @functools.cache
-    def count(name: str) -> tuple[int, bool]:
-        if name == entry:
-            return 1, True
-        times, counted = 0, True
-        for caller, trips, known in callers.get(name, ()):
-            outer, outer_known = count(caller)
-            times, counted = times + outer * trips, counted and known and outer_known
-        return times, counted
-
-    return {name: found for name in computations if (found := count(name))[0]}
+                    times, counted = runs.get(name, (0, True))
+                    runs[name] = times + runs[caller][0] * n, counted and known
+    return runs
 
 
 def _operand_names(rest: str) -> list[str]:

@@ -12,9 +12,7 @@ MAX_DEVICES = 512  # host devices that one process compiles for
 
 def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshConfig:
     """The mesh of `--mesh=data=8,fsdp=4` (other axes are 1), or the configuration's; all sizes set.
-
-    UserError where a size cannot be read or is left open, and for too many devices to compile for.
-    """
+    UserError where a size cannot be read or is left open, and for too many devices."""
     sizes: dict[str, Any] = given.shape if text is None else _sizes(text)
     source = "config.mesh" if text is None else f"--mesh={text}"
     open_axes = [f"{axis}=-1" for axis, size in sizes.items() if size == -1]

@@ -6,7 +6,7 @@ kernel launches are not counted, so small models are predicted too fast.
 
 import itertools
 import math
-from typing import Iterable, Iterator, Mapping, NamedTuple
+from typing import Iterable, Mapping, NamedTuple
 
 from uoe_jax.config.schema import Config, ModelConfig
 from uoe_jax.costs import flops
@@ -41,13 +41,9 @@ class Prediction(NamedTuple):
     reductions: tuple[Reduction, ...]  # one for each kind of block; none without an `expert` axis
 
 
-def devices(shape: Shape) -> int:
-    return math.prod(shape.values())
-
-
 def examples(c: Config, shape: Shape) -> int:
     """Examples (a language model's rows) of one device's microbatch."""
-    return c.train.batch_size // c.train.accumulation * shape["expert"] // devices(shape)
+    return c.train.batch_size // c.train.accumulation * shape["expert"] // math.prod(shape.values())
 
 
 def rows(c: Config, shape: Shape) -> int:
@@ -82,7 +78,7 @@ def scored_here(c: Config, shape: Shape, tokens: float) -> list[tuple[float, flo
 def predict(c: Config, shape: Shape, hardware: Hardware, moved: Iterable[Collective]) -> Prediction:
     """moved: the collectives of the compiled step, or `expected_collectives`."""
     products, core = executed_flops(c, shape["expert"])
-    n, peak = devices(shape), hardware.flops
+    n, peak = math.prod(shape.values()), hardware.flops
     moved = [m for m in moved if m.axes]
     experts = [m for m in moved if m.axes == ("expert",)]
     others = [m for m in moved if m.axes != ("expert",)]
@@ -184,7 +180,9 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
     predicted from its compiled collectives.
     """
     found: list[Collective] = []
-    for kind, elements, axes, runs in _moves(c, shape):
+
+    def add(kind: str, elements: float, axes: tuple[str, ...], runs: int) -> None:
+        """elements: of the whole array. runs: in a microbatch."""
         axes = tuple(axis for axis in axes if shape[axis] > 1)
         group, times = math.prod(shape[a] for a in axes), runs * c.train.accumulation
         if axes and times:
@@ -193,11 +191,7 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
             after = part if kind == "reduce-scatter" else whole
             name = str(len(found))
             found.append(Collective(kind, before, after, axes, group, times, True, "", name))
-    return found
 
-
-def _moves(c: Config, shape: Shape) -> Iterator[tuple[str, float, tuple[str, ...], int]]:
-    """(kind, elements of the whole array, axes, runs in a microbatch)."""
     m, e, sequence_parallel = c.model, shape["expert"], c.mesh.sequence_parallel
     # Looked up, and (language) scored. A classifier's stem for images and its head are replicated.
     uses = (m.stem == "tokens") + (m.task == "language")
@@ -207,15 +201,15 @@ def _moves(c: Config, shape: Shape) -> Iterator[tuple[str, float, tuple[str, ...
     sums = m.n_layers * (4 + again) + uses * (shards > 1)
     if sequence_parallel:  # a sum is a scatter and, before the next block, a gather, also backward
         gathers = m.n_layers * (4 + 2 * (m.remat != "none")) + uses * (shards > 1)
-        yield "all-gather", stream, ("expert",), gathers
-        yield "reduce-scatter", stream, ("expert",), sums
+        add("all-gather", stream, ("expert",), gathers)
+        add("reduce-scatter", stream, ("expert",), sums)
     else:
-        yield "all-reduce", stream, ("expert",), sums
+        add("all-reduce", stream, ("expert",), sums)
     own = ("expert",) if sequence_parallel else ()  # gradients of a device's own tokens are summed
     read = own if shards == 1 else ()
     scored = ("expert",) if m.cutoffs and scoring_replicas(c, e) == 1 else read
     if scored and not sequence_parallel:
-        yield "all-gather", stream, ("expert",), 1  # of the gradient
+        add("all-gather", stream, ("expert",), 1)  # of the gradient
     entries, learned = count.vocabulary_parameters(m) / shards, m.position == "learned"
     for elements, gathers, gradients, over in (
         (layer, (1 if m.remat == "none" else 2) * m.n_layers, m.n_layers, ()),
@@ -223,10 +217,11 @@ def _moves(c: Config, shape: Shape) -> Iterator[tuple[str, float, tuple[str, ...
         (entries, 0, m.task == "language", scored),
         (m.block_length * m.d_model, learned, learned, own),
     ):
-        yield "all-gather", elements, ("fsdp",), gathers
-        yield "reduce-scatter", elements, ("fsdp",), gradients
-        yield "all-reduce", elements / shape["fsdp"], ("replica", "data", *over), gradients
-    yield "all-reduce", count.classifier_parameters(m), ("replica", "data", "fsdp"), 1
+        add("all-gather", elements, ("fsdp",), gathers)
+        add("reduce-scatter", elements, ("fsdp",), gradients)
+        add("all-reduce", elements / shape["fsdp"], ("replica", "data", *over), gradients)
+    add("all-reduce", count.classifier_parameters(m), ("replica", "data", "fsdp"), 1)
+    return found
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -267,7 +262,7 @@ def ring(axes: tuple[str, ...], shape: Shape, hardware: Hardware) -> Ring:
     A ring leaves a fast domain once, over the slow links of all its members there. `replica` is for
     the slow network, so no domain spans it.
     """
-    domain = min(hardware.domain, devices(shape) // shape["replica"])
+    domain = min(hardware.domain, math.prod(shape.values()) // shape["replica"])
     names, offsets = list(shape), []
     for axis in axes:
         stride = math.prod(shape[a] for a in names[names.index(axis) + 1 :])

@@ -61,15 +61,16 @@ def text(plan: Plan, name: str) -> str:
     c, m, shape = plan.config, plan.config.model, plan.config.mesh.shape
     n, hardware = math.prod(shape.values()), HARDWARE.get(plan.hardware)
     batch, held = f"{c.train.accumulation} x {rows(c, shape)} rows a device", parameters(m)
+    tokens = c.train.batch_size * m.rows_per_example * m.context_length
     size = f"{held / 1e9:.3g} B" if held >= 1e9 else f"{held / 1e6:.3g} M"
     lines = [
-        f"{name}: {size} parameters, {m.dtype}, remat={m.remat}, {_tokens(plan):,} tokens a step",
+        f"{name}: {size} parameters, {m.dtype}, remat={m.remat}, {tokens:,} tokens a step",
         f"{n} x {plan.hardware}, mesh {_mesh(shape)}: {batch}",
         *("", "Memory of one device", *_memory(plan, n, hardware)),
         *("", "Sent by one device in a step", *_sent(plan)),
     ]
     if hardware is not None:
-        lines += ["", "A step, best to worst", *_step(plan, hardware)]
+        lines += ["", "A step, best to worst", *_step(plan, hardware, tokens)]
     lines.append("")
     if plan.suggestion is not None:
         s = plan.suggestion
@@ -79,11 +80,6 @@ def text(plan: Plan, name: str) -> str:
     elif hardware is not None and plan.least is None:
         lines.append("No other mesh of these devices is counted to be faster and to fit.")
     return "\n".join([*lines, *(f"warning: {sentence}" for sentence in warnings(plan))]).rstrip()
-
-
-def _tokens(plan: Plan) -> int:
-    m = plan.config.model
-    return plan.config.train.batch_size * m.rows_per_example * m.context_length
 
 
 def _memory(plan: Plan, n: int, hardware: Hardware | None) -> Iterator[str]:
@@ -120,8 +116,8 @@ def _sent(plan: Plan) -> list[str]:
     return _table(*found) or ["  nothing"]
 
 
-def _step(plan: Plan, hardware: Hardware) -> list[str]:
-    p, tokens = plan.prediction, _tokens(plan)
+def _step(plan: Plan, hardware: Hardware, tokens: int) -> list[str]:
+    p = plan.prediction
     assert p is not None  # as for every accelerator
     executed = "recomputation included, attention as a flash kernel does it"
     speed = f"{tokens / p.step[1]:.3g} to {tokens / p.step[0]:.3g} tokens/s"
