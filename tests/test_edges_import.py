@@ -106,7 +106,7 @@ UNKNOWN = dict(
 
 def planned(place, values, **overrides):
     (place / "config.json").write_text(json.dumps(values))
-    return plan(str(place), None, "2", "1", None, overrides, str(place / "run"))
+    return plan(str(place), None, dict(n_experts="2", k="1"), overrides, str(place / "run"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -184,7 +184,7 @@ def test_a_key_that_stands_twice(tmp_path):
     with pytest.raises(
         UserError, match="config.json: cannot be read .the key 'vocab_size' stands there twice"
     ):
-        plan(str(tmp_path), None, "2", "1", None, {}, str(tmp_path / "run"))
+        plan(str(tmp_path), None, dict(n_experts="2", k="1"), {}, str(tmp_path / "run"))
 
 
 PIXELS = {  # preprocessor_config.json: the bound that scales pixels as it does, or what is said

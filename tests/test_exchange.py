@@ -378,7 +378,9 @@ PUBLISHED = {
 def test_published_configurations_are_read(name, tmp_path):
     theirs, wanted = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(theirs))
-    found = plan(str(tmp_path), None, "2", "1", None, {}, str(tmp_path / "run")).config.model
+    found = plan(
+        str(tmp_path), None, dict(n_experts="2", k="1"), {}, str(tmp_path / "run")
+    ).config.model
     assert (found.kv_heads, found.context_length, found.rope_theta, found.rope_scaling) == tuple(
         wanted.values()
     )
@@ -395,9 +397,7 @@ def test_published_configurations_are_read(name, tmp_path):
             plan(
                 str(tmp_path),
                 None,
-                "2",
-                "1",
-                None,
+                dict(n_experts="2", k="1"),
                 {"model.context_length": "2048"},
                 str(tmp_path / "run"),
             )
@@ -420,7 +420,7 @@ def test_pixels_are_scaled_as_the_model_was_used_to(tmp_path):
 
     def planned(**overrides):
         return plan(
-            str(tmp_path), None, "2", "1", None, overrides, str(tmp_path / "run")
+            str(tmp_path), None, dict(n_experts="2", k="1"), overrides, str(tmp_path / "run")
         ).config.model
 
     assert planned().image.bound == 1.0 and planned().classifier.n_classes == 2

@@ -198,8 +198,6 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-# --- the files beside config.json ------------------------------------------------------------
-
 GENERATION_FILE, PROCESSOR_FILE = "generation_config.json", "preprocessor_config.json"
 AGAIN = "download the model again"
 # Of preprocessor_config.json: names and formats. Images are RGB and of the model's size here.
@@ -232,9 +230,8 @@ def image_bound(place: epath.Path, image: Mapping[str, Any], is_overridden: bool
     """`model.image.bound` that scales pixels as preprocessor_config.json does; 1 without it.
 
     There a pixel v of 0 to 255 becomes (v * rescale_factor - mean) / std; here it lies between
-    -bound and bound. transformers 5 reads `image_processor` of processor_config.json first.
-
-    image: section of `model`. UserError where the two differ, and the bound is not overridden.
+    -bound and bound. transformers 5 reads `image_processor` of processor_config.json first. image:
+    section of `model`. UserError where the two differ, and the bound is not overridden.
     """
     given = {PROCESSOR_FILE: read_json(place / PROCESSOR_FILE, AGAIN)}
     nested = read_json(place / "processor_config.json", AGAIN) or {}

@@ -146,9 +146,6 @@ def _as_imported(theirs: Values, source: epath.Path, m: ModelConfig) -> Values:
     return {key: value for key, value in before.items() if key not in other_names} | ours
 
 
-# --- the files beside the weights ----------------------------------------------------------------
-
-
 def _with_end(values: Values, tokenizer: Tokenizer | None) -> Values:
     """A config.json or generation_config.json in which the separator ends a text, alone or in a
     list of ends."""

@@ -85,10 +85,8 @@ class _Llama(Family):
     }
     sizes = SIZES | {"vocab_size": "vocab_size"}
     activation, norm_eps = ("hidden_act", layouts.GATED), "rms_norm_eps"
-    fixed = dict(
-        **dict(norm="rmsnorm", qk_norm=False, position="rope", bias=False, cutoffs=""),
-        **dict(task="language", stem="tokens", causal=True),
-    )
+    fixed = dict(norm="rmsnorm", qk_norm=False, position="rope", bias=False, cutoffs="")
+    fixed |= dict(task="language", stem="tokens", causal=True)
     needs = "norm='rmsnorm', position='rope', activation='swiglu' and bias=False (Llama, as in "
     needs += "--config=uoe_1b)"
 
@@ -107,21 +105,24 @@ class _Llama(Family):
             kv_heads = kv_heads if "num_key_value_heads" in keys else 8
         elif kind == "qwen2":
             keys.get("sliding_window")  # use_sliding_window turns it off
-        theta, scaling = _rope(keys)
-        return dict(
-            n_kv_heads=kv_heads,
-            context_length=context,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            qkv_bias=kind == "qwen2",
-            tie_embeddings=keys.flag("tie_word_embeddings", False),
-        )
+        # transformers 5 writes `rope_parameters`, 4 `rope_theta` and `rope_scaling`.
+        top = {name: keys.number(name) for name in ("rope_theta", LENGTH) if keys.has(name)}
+        sections = (keys.section(name) for name in ("rope_parameters", "rope_scaling"))
+        found = {_rope(section, top) for section in sections if section}
+        if len(found) > 1:
+            both = "rope_parameters and rope_scaling that differ"
+            raise UserError(f"{keys.file} has {both}; make them one")
+        theta, scaling = found.pop() if found else (top.get("rope_theta", THETA), "")
+        tied = keys.flag("tie_word_embeddings", False)
+        more = dict(rope_theta=theta, rope_scaling=scaling, qkv_bias=kind == "qwen2")
+        return dict(n_kv_heads=kv_heads, context_length=context, tie_embeddings=tied, **more)
 
     def config(self, m: ModelConfig) -> Values:
         scaling: Values | None = None
         if m.rope_stretch:
             scaling = {"rope_type": "llama3", **dict(zip(SCALING, m.rope_stretch))}
             scaling[LENGTH] = int(m.rope_stretch[-1])
+        rope = {"rope_theta": m.rope_theta, **(scaling or {"rope_type": "default"})}
         return {
             "model_type": "qwen2" if m.qkv_bias else "llama",
             "num_key_value_heads": m.kv_heads,
@@ -130,10 +131,7 @@ class _Llama(Family):
             # The same for transformers 4 and for 5, which each read only their own keys.
             "rope_theta": m.rope_theta,
             "rope_scaling": scaling,
-            "rope_parameters": {
-                "rope_theta": m.rope_theta,
-                **(scaling or {"rope_type": "default"}),
-            },
+            "rope_parameters": rope,
         }
 
     def entries(self, m: ModelConfig) -> Iterator[Entry]:
@@ -153,20 +151,8 @@ class _Llama(Family):
             yield entry(layer + f"mlp.{x}_proj.weight", f"layers.mlp.w_{x}", linear())
 
 
-def _rope(keys: Keys) -> tuple[float, str]:
-    """(theta, `model.rope_scaling`) of `rope_parameters`, which transformers 5 writes, or of
-    `rope_theta` and `rope_scaling` of 4; UserError where they differ."""
-    top = {name: keys.number(name) for name in ("rope_theta", LENGTH) if keys.has(name)}
-    sections = (keys.section(name) for name in ("rope_parameters", "rope_scaling"))
-    found = {_rope_section(section, top) for section in sections if section}
-    if len(found) > 1:
-        both = "rope_parameters and rope_scaling that differ"
-        raise UserError(f"{keys.file} has {both}; make them one")
-    return found.pop() if found else (top.get("rope_theta", THETA), "")
-
-
-def _rope_section(keys: Keys, top: Mapping[str, float]) -> tuple[float, str]:
-    """top: numbers of config.json itself, which the section may repeat."""
+def _rope(keys: Keys, top: Mapping[str, float]) -> tuple[float, str]:
+    """(theta, `model.rope_scaling`). top: numbers of config.json itself, which may be repeated."""
     name = "rope_type" if keys.has("rope_type") else "type"
     kind = keys.only(name, "default", "llama3", None) or "default"
     if (keys.get("type") or kind) != kind:
@@ -202,11 +188,9 @@ class _GPT2(Family):
         keys.only("scale_attn_weights", True)
         keys.only("scale_attn_by_inverse_layer_idx", False, None)
         keys.only("reorder_and_upcast_attn", False, None)
-        return dict(
-            n_kv_heads=sizes["n_heads"],
-            d_hidden=keys.whole("n_inner", 4 * sizes["d_model"]),
-            tie_embeddings=keys.flag("tie_word_embeddings", True),
-        )
+        width = keys.whole("n_inner", 4 * sizes["d_model"])
+        tied = keys.flag("tie_word_embeddings", True)
+        return dict(n_kv_heads=sizes["n_heads"], d_hidden=width, tie_embeddings=tied)
 
     def config(self, m: ModelConfig) -> Values:
         tied = {"tie_word_embeddings": m.tie_embeddings}
@@ -248,13 +232,10 @@ class _ViT(Family):
         if n_labels and n_classes != n_labels:
             why = f"and {n_labels} names in id2label; make them one"
             raise keys.wrong("num_labels", n_classes, why)
-        channels = keys.whole("num_channels")
-        return dict(
-            n_kv_heads=sizes["n_heads"],
-            context_length=(size // patch) ** 2,
-            classifier=dict(n_classes=n_classes, pooling="cls", n_inputs=1, d_head=0),
-            image=dict(height=size, width=size, channels=channels, patch=patch),
-        )
+        classifier = dict(n_classes=n_classes, pooling="cls", n_inputs=1, d_head=0)
+        image = dict(height=size, width=size, channels=keys.whole("num_channels"), patch=patch)
+        sizes = dict(n_kv_heads=sizes["n_heads"], context_length=(size // patch) ** 2)
+        return dict(**sizes, classifier=classifier, image=image)
 
     def config(self, m: ModelConfig) -> Values:
         labels = {str(i): f"LABEL_{i}" for i in range(m.classifier.n_classes)}
@@ -323,12 +304,10 @@ def family_for(m: ModelConfig) -> tuple[Family, Values]:
     raise UserError(f"config.model.{key}={value!r}: {why} weights; {remedy}")
 
 
-def differences(
-    own: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
+def differences(own: Values, wanted: Values, at: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, own value, the one wanted) wherever these differ."""
     for key, value in wanted.items():
-        if isinstance(value, Mapping):
-            yield from differences(own[key], value, f"{prefix}{key}.")
+        if isinstance(value, dict):
+            yield from differences(own[key], value, f"{at}{key}.")
         elif own[key] != value:
-            yield f"{prefix}{key}", own[key], value
+            yield f"{at}{key}", own[key], value

@@ -10,7 +10,6 @@ import sys
 from typing import Any, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.config.load import to_dict
@@ -133,7 +132,7 @@ def _tensors(plan: ImportPlan, source: Tensors) -> Iterator[tuple[Entry, int | N
 def dense_shapes(m: ModelConfig) -> dict[str, Shape]:
     """{dotted path: shape} of the dense model."""
     leaves = functional(decompose.dense_config(m))[2]
-    tree = declared(leaves, lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32))
+    tree = declared(leaves, lambda _, shape: jax.ShapeDtypeStruct(shape, np.float32))
     return {name: leaf.shape for name, leaf in by_name(tree).items()}
 
 

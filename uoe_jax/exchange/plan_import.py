@@ -36,22 +36,12 @@ class ImportPlan(NamedTuple):
 
 
 def plan(
-    source: str,
-    base: str | None,
-    experts: str,
-    k: str,
-    capacity: str | None,
-    overrides: Mapping[str, str],
-    workdir: str,
+    source: str, base: str | None, routing: Values, overrides: Mapping[str, str], workdir: str
 ) -> ImportPlan:
-    """Reads config.json and tokenizer of a directory in Hugging Face's layout.
+    """Reads config.json and tokenizer of a directory in Hugging Face's layout, or UserError.
 
-    Args:
-      base: a config file, of which all but `model`, and the routing, are taken; None: the defaults
-        for fine-tuning.
-      experts, k, capacity: N, K and capacity_factor of both blocks; `overrides` win.
-
-    UserError where the directory cannot be imported, or the numbers do not fit it.
+    base: a config file, of which all but `model` and the routing are taken; None: the defaults for
+    fine-tuning. routing: keys of both blocks as text; `overrides` win.
     """
     target = checkpoint_path(workdir)
     try:
@@ -67,7 +57,9 @@ def plan(
             overridden = "model.image.bound" in overrides
             model["image"]["bound"] = image_bound(place, model["image"], overridden)
         values = evaluate(base) if base else config_lib.to_dict(Config())
-        tokenizer = read_tokenizer(place, values.get("data", {}), overrides)
+        data, ends = values.get("data", {}), ("separator", "start")
+        named = {key: overrides.get(f"data.{key}", data.get(key, "")) for key in ends}
+        tokenizer = read_tokenizer(place, named)
         size = model["vocab_size"]
         if tokenizer is not None and tokenizer.vocab_size > size:
             both = f"{tokenizer.vocab_size} tokens and {CONFIG} vocab_size={size}"
@@ -82,8 +74,6 @@ def plan(
         values["data"] |= {"tokenizer": tokenizer.kind, "tokenizer_file": file}
     longest = model["context_length"]
     _set_model(values, model, bool(base))
-    routing = {"n_experts": experts, "k": k}
-    routing |= {} if capacity is None else {"capacity_factor": capacity}
     given = {f"model.{name}.{key}": routing[key] for name in ("smha", "uome") for key in routing}
     for key, text in {**given, **overrides}.items():
         put(values, key, config_lib.parse_value(key, text))
@@ -122,11 +112,9 @@ def _check(config: Config, model: Values, longest: int, theirs: Values) -> None:
         raise UserError(f"{option}: the model has {longest} {why}; give at most that")
 
 
-def read_tokenizer(
-    place: epath.Path, data: Mapping[str, Any], overrides: Mapping[str, str]
-) -> HFTokenizer | None:
+def read_tokenizer(place: epath.Path, named: Values) -> HFTokenizer | None:
     """The tokenizer of a directory; None where it has none. UserError if it cannot be used.
-    data, overrides: may name the ends of documents (data.separator, data.start)."""
+    named: data.separator and data.start, the ends of documents; "" where they are not given."""
     content = read_json(place / TOKENIZER, AGAIN)
     if content is None:
         for name in ("tokenizer.model", "vocab.json", "spiece.model"):
@@ -138,7 +126,6 @@ def read_tokenizer(
     _check_vocabularies(place, content)
     files = files_beside(place)
     _check_prefix_space(files.get("tokenizer_config.json", {}), content)
-    named = {key: overrides.get(f"data.{key}", data.get(key, "")) for key in ("separator", "start")}
     ends = functools.partial(find_ends, files=files, **named)
     for kind in ("bpe", "library"):  # SentencePiece's and those with a normalizer are not exact
         try:

@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 from jax import export
+from jax.sharding import Mesh
 
 import uoe_jax
 from uoe_jax.config.schema import Config, MeshConfig
@@ -58,53 +59,43 @@ print("logits", forward(weights, *inputs).shape)
 def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
     """Writes the directory `out`, whole or not at all; reads it back and compares.
 
-    That takes host memory for some four times the weights, which may lie on any mesh.
+    Takes host memory for some four times the weights, which may lie on any mesh. UserError if `out`
+    exists or cannot be written, RunError if what is there does not compute what the model does.
 
     The program takes tokens int32 [b,L] of a language model and gives logits float32 [b,L,V]. Of a
     classifier it takes inputs, token ids int32 [b,L] or images float32 [b,height,width,channels]
     (bytes through `augment.as_floats`), and segments int32 [b,L], 1 at tokens and 0 at padding, and
     gives [b,n_classes]; of two inputs, [b,2,…] each.
-
-    Raises:
-      UserError: `out` exists, or cannot be written.
-      RunError: what is there is not what was written, or does not compute what the model does.
     """
-    with whole_directory(str(out), "--out") as place:
-        # On one device nothing is sharded. On the CPU, as elsewhere equal programs may round apart.
-        with jax.set_mesh(make_mesh(MeshConfig(), devices=_one_device())):
-            leaves = by_name(params)
-            # By name, as jax orders them, and in C order: safetensors writes bytes as they lie.
-            on_host = {name: jax.device_get(leaves[name]) for name in sorted(leaves)}
-            weights = {name: np.asarray(a, order="C") for name, a in on_host.items()}
-            forward = _forward(config, params)
-            program, data = _program(config, forward, weights), safetensors.numpy.save(weights)
-            files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
-            for name, content in ticking(files.items()):
-                _write(place / name, content)
-            other = [name for name in files if (place / name).read_bytes() != files[name]]
-            damage = f"{other[0]} is not what was written" if other else ""
-            if damage := damage or _damage(config, files, weights, forward):
-                remedy = "nothing is left there: try again, and report it if it stays so"
-                raise RunError(f"--out={out}: {damage}; {remedy}")
+    with whole_directory(str(out), "--out") as place, jax.set_mesh(_one_device()):
+        leaves, tree = by_name(params), jax.tree.structure(params)
+        # Sorted, as jax takes dicts, and in C order: safetensors writes the bytes as they lie.
+        on_host = {name: jax.device_get(leaves[name]) for name in sorted(leaves)}
+        weights = {name: np.asarray(a, order="C") for name, a in on_host.items()}
+        names, rebuild = list(leaves), functional(config.model)[1]
+
+        def forward(weights: dict[str, jax.Array], *inputs: jax.Array) -> jax.Array:
+            ours = jax.tree.unflatten(tree, [weights[name] for name in names])
+            return rebuild(ours)(*inputs)[0]
+
+        program, data = _program(config, forward, weights), safetensors.numpy.save(weights)
+        files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
+        for name, content in ticking(files.items()):
+            _write(place / name, content)
+        other = [name for name in files if (place / name).read_bytes() != files[name]]
+        damage = f"{other[0]} is not what was written" if other else ""
+        if damage := damage or _damage(config, files, weights, forward):
+            remedy = "nothing is left there: try again, and report it if it stays so"
+            raise RunError(f"--out={out}: {damage}; {remedy}")
 
 
-def _one_device() -> list[jax.Device]:
-    """The CPU, or the first device where jax was started without it."""
+def _one_device() -> Mesh:
+    """Nothing is sharded. The CPU, as elsewhere equal programs may round apart, if jax has it."""
     try:
-        return jax.local_devices(backend="cpu")[:1]
+        devices = jax.local_devices(backend="cpu")
     except RuntimeError:
-        return jax.local_devices()[:1]
-
-
-def _forward(config: Config, params: Params) -> Any:
-    """(weights by dotted name, *inputs) -> logits."""
-    rebuild, names = functional(config.model)[1], list(by_name(params))
-    tree = jax.tree.structure(params)
-
-    def forward(weights: dict[str, jax.Array], *inputs: jax.Array) -> jax.Array:
-        return rebuild(jax.tree.unflatten(tree, [weights[name] for name in names]))(*inputs)[0]
-
-    return forward
+        devices = jax.local_devices()
+    return make_mesh(MeshConfig(), devices=devices[:1])
 
 
 def _inputs(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -31,7 +31,9 @@ class Tensors:
     """The tensors of a directory, by name; UserError where files are missing, damaged or differ."""
 
     def __init__(self, directory: epath.Path) -> None:
-        self._place = directory
+        self._place, suffixes = directory, (".safetensors", *_OTHER_FORMATS)
+        there = (path.name for path in directory.iterdir() if path.suffix.lower() in suffixes)
+        self._files = sorted(there)  # of weights
         index = read_json(directory / INDEX, _DOWNLOAD)
         self.file_of: dict[str, str]  # {tensor: file}
         if index is None:
@@ -67,11 +69,7 @@ class Tensors:
 
     def passed_over(self) -> list[str]:
         """Names of files of weights in other formats, which are not read."""
-        return [name for name in self._others() if name not in self.file_of.values()]
-
-    def _others(self) -> list[str]:
-        suffixes = (".safetensors", *_OTHER_FORMATS)
-        return sorted(p.name for p in self._place.iterdir() if p.suffix.lower() in suffixes)
+        return [name for name in self._files if name not in self.file_of.values()]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
@@ -99,7 +97,7 @@ class Tensors:
     def _open(self, file: str) -> Any:
         # Opened for every read: closing gives back the memory of the mapped file.
         if not (self._place / file).is_file():
-            others = [name for name in self._others() if not name.endswith(".safetensors")]
+            others = [name for name in self._files if not name.endswith(".safetensors")]
             why = f" ({others[0]} is there, which is not read)" if others else ""
             raise self._error(file, f"is missing{why}")
         try:

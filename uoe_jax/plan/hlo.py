@@ -139,12 +139,8 @@ def _runs(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, 
 
 
 def _operand_names(rest: str) -> list[str]:
-    """Names in `%a, f32[2]{0} %b), attributes…`; a type before a name may have parentheses."""
-    depth, end = 1, 0
-    while depth and end < len(rest):
-        depth += {"(": 1, ")": -1}.get(rest[end], 0)
-        end += 1
-    operands = rest[: end - 1]
+    """Names in `%a, f32[2]{0:T(8)} %b), attributes…`."""
+    operands = re.split(r"\)(?:,|$)", rest)[0]
     return re.findall(r"%([\w.-]+)", operands) or re.findall(r"([\w.-]+)(?:,|$)", operands)
 
 

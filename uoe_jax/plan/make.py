@@ -12,7 +12,6 @@ from uoe_jax.plan import predict as time
 from uoe_jax.plan.compiled import Compiled, compile_step
 from uoe_jax.plan.hardware import Hardware, Range, find
 from uoe_jax.plan.peak import Peak, peak
-from uoe_jax.plan.predict import Prediction, predict
 
 USABLE = 0.92  # of the memory; runtime, network buffers and gaps take the rest (assumed)
 WORTH = 0.03  # of the step's time that another mesh must save to be suggested
@@ -51,7 +50,7 @@ class Plan(NamedTuple):
     scores: float  # what the peak would grow by with attention scores held in memory
     traffic: tuple[Traffic, ...]
     fits: bool | None = None
-    prediction: Prediction | None = None
+    prediction: time.Prediction | None = None
     suggestion: Suggestion | None = None  # a mesh that is faster, or fits where this does not
     least: tuple[dict[str, int], float] | None = None  # none fits: which needs least, and its peak
 
@@ -73,7 +72,7 @@ def make(config: Config, hardware_name: str) -> Plan:
     plan = Plan(config, hardware_name, compiled, counted, expected, factor, total, scores, traffic)
     if hardware is None:
         return plan
-    predicted = predict(config, shape, hardware, compiled.collectives)
+    predicted = time.predict(config, shape, hardware, compiled.collectives)
     plan = plan._replace(fits=total <= USABLE * hardware.memory, prediction=predicted)
     return _with_suggestion(plan, hardware)
 
@@ -98,7 +97,7 @@ def _with_suggestion(plan: Plan, hardware: Hardware) -> Plan:
     def judged(mesh: MeshConfig) -> tuple[MeshConfig, Range, float]:
         c, shape = dataclasses.replace(plan.config, mesh=mesh), mesh.shape
         found = peak(c, shape, flash=True)
-        step = predict(c, shape, hardware, time.expected_collectives(c, shape)).step
+        step = time.predict(c, shape, hardware, time.expected_collectives(c, shape)).step
         return mesh, step, found.arguments + plan.factor * found.temporary
 
     own = plan.config.mesh

@@ -13,7 +13,6 @@ from uoe_jax.costs import flops
 from uoe_jax.costs.memory import ITEM_SIZE
 from uoe_jax.layers.tiles import chunk
 from uoe_jax.models import count
-from uoe_jax.models.count import layer_parameters, parameters
 from uoe_jax.plan.hardware import Hardware, Range
 from uoe_jax.plan.hlo import Array, Collective
 
@@ -136,8 +135,11 @@ def moved_bytes(c: Config, shape: Shape) -> float:
         total += m.n_layers * item * passes
     total += m.n_layers * item * at["uome"] * m.d_hidden / e * (4 * m.n_into + 3)
     total += _ends_moved(c, tokens, shape)
-    total += c.train.accumulation * m.n_layers * layer_parameters(m) / e * (3 * item + 4)
-    return total + 4 * (4 + ITEM_SIZE[c.optimizer.moment_dtype]) * parameters(m) / e / shape["fsdp"]
+    total += c.train.accumulation * m.n_layers * count.layer_parameters(m) / e * (3 * item + 4)
+    return (
+        total
+        + 4 * (4 + ITEM_SIZE[c.optimizer.moment_dtype]) * count.parameters(m) / e / shape["fsdp"]
+    )
 
 
 def _ends_moved(c: Config, tokens: float, shape: Shape) -> float:
@@ -196,7 +198,7 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
     # Looked up, and (language) scored. A classifier's stem for images and its head are replicated.
     uses = (m.stem == "tokens") + (m.task == "language")
     shards = vocabulary_shards(m, e) if uses else 1
-    stream, layer = rows(c, shape) * m.block_length * m.d_model, layer_parameters(m) / e
+    stream, layer = rows(c, shape) * m.block_length * m.d_model, count.layer_parameters(m) / e
     again = m.remat in ("dots", "block")  # the state between attention and MLP is recomputed
     sums = m.n_layers * (4 + again) + uses * (shards > 1)
     if sequence_parallel:  # a sum is a scatter and, before the next block, a gather, also backward
@@ -222,9 +224,6 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
         add("all-reduce", elements / shape["fsdp"], ("replica", "data", *over), gradients)
     add("all-reduce", count.classifier_parameters(m), ("replica", "data", "fsdp"), 1)
     return found
-
-
-# --- networks ------------------------------------------------------------------------------------
 
 
 def sent_bytes(moved: Collective, m: ModelConfig) -> float:

@@ -28,8 +28,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     left_out, c = ("config", "collectives"), plan.config
     found = plain(plan)
     found["compiled"]["peak"] = plan.compiled.peak
-    first = {"mesh": c.mesh.shape, "parameters": parameters(c.model)}
-    return {**first, "warnings": list(warnings(plan)), **found}
+    found |= {"mesh": c.mesh.shape, "parameters": parameters(c.model)}
+    return found | {"warnings": list(warnings(plan))}
 
 
 def warnings(plan: Plan) -> Iterator[str]:
@@ -111,8 +111,8 @@ def _sent(plan: Plan) -> list[str]:
     found = []
     for t in plan.traffic:
         time = f", {_range(t.seconds)}{', slow network' * t.slow}" if t.seconds else ""
-        what = f"{t.kind} over {', '.join(t.axes)}"
-        found.append((what, f"{_gb(t.sent)} in {t.runs} runs{time}"))
+        sent = f"{_gb(t.sent)} in {t.runs} runs{time}"
+        found.append((f"{t.kind} over {', '.join(t.axes)}", sent))
     return _table(*found) or ["  nothing"]
 
 
