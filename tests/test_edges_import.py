@@ -306,7 +306,7 @@ def test_files_of_weights_that_the_index_does_not_name(tmp_path):
         ):
             Tensors(epath.Path(tmp_path))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert Tensors(epath.Path(tmp_path)).passed_over() == [
+    assert Tensors(epath.Path(tmp_path)).passed_over == [
         "consolidated.safetensors",
         "pytorch_model.bin",
     ]

@@ -89,12 +89,10 @@ def calibrated(
 ) -> Params:
     """The parameters with routers of patches fitted to batches of text. model: of parameters."""
     step = jax.jit(lambda p, *batch: moments(model(p), *batch))
-    total = None
+    total: Any = None
     for batch in ticking(batches):
         found = step(params, batch["tokens"], batch["segments"], batch["positions"])
         total = found if total is None else jax.tree.map(jnp.add, total, found)
-    if total is None:
-        return params
     layers = dict(params["layers"])
     for name, routing in config.unions().items():
         if routing.unit != "sequence":

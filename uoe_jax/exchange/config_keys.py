@@ -94,12 +94,6 @@ class Keys:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def has(self, key: str) -> bool:
-        return self._values.get(key) is not None
-
     def get(self, key: str, default: Any = None) -> Any:
         """A value of any type."""
         self._read.add(key)
@@ -167,8 +161,7 @@ class Keys:
         self, names: Sequence[str], default: Any, fits: Callable[[Any], bool], what: str
     ) -> Any:
         """The value of a key of these names; the default where all are missing or null."""
-        self._read.update(names)
-        found = {name: self._values[name] for name in names if self.has(name)}
+        found = {name: self._values[name] for name in names if self.get(name) is not None}
         if not found and default is not REQUIRED:
             return default
         if not found:
@@ -217,10 +210,9 @@ def generation_notes(place: epath.Path, theirs: Mapping[str, Any]) -> list[str]:
     Keys(GENERATION_FILE, beside).close({*IGNORED_IN_GENERATION, *GENERATION}, {})
     notes = []
     for file, values in (("config.json", theirs), (GENERATION_FILE, beside)):
-        found = {key: values[key] for key in GENERATION if values.get(key) is not None}
-        found = {key: v for key, v in found.items() if not _among(v, [GENERATION[key]])}
+        found = [k for k in GENERATION if not _among(values.get(k), (None, GENERATION[k]))]
         if found:
-            settings = ", ".join(f"{key}={_shown(value)}" for key, value in found.items())
+            settings = ", ".join(f"{key}={_shown(values[key])}" for key in found)
             why = "for generation, which uoe generate does not follow; it takes generate.*"
             notes.append(f"{file} has {settings} {why}")
     return notes
@@ -236,11 +228,8 @@ def image_bound(place: epath.Path, image: Mapping[str, Any], is_overridden: bool
     given = {PROCESSOR_FILE: read_json(place / PROCESSOR_FILE, AGAIN)}
     nested = read_json(place / "processor_config.json", AGAIN) or {}
     given["processor_config.json"] = nested.get("image_processor")
-    found = {
-        file: _bound(Keys(file, values), image, is_overridden)
-        for file, values in given.items()
-        if isinstance(values, dict)
-    }
+    there = {file: values for file, values in given.items() if isinstance(values, dict)}
+    found = {f: _bound(Keys(f, values), image, is_overridden) for f, values in there.items()}
     if len({*found.values()}) > 1:
         raise UserError(f"{' and '.join(found)} scale pixels differently; take one of them away")
     return next(iter(found.values()), 1.0)

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import shutil
-import sys
 from importlib import resources
 from typing import Any, Iterable, Iterator, NamedTuple
 
@@ -25,6 +24,7 @@ from uoe_jax.exchange.importing import dense_shapes
 from uoe_jax.exchange.layouts import ALIASES, Entry, Values
 from uoe_jax.exchange.tensors import Tensor, by_name, write
 from uoe_jax.moe import decompose
+from uoe_jax.runtime_env import notice
 from uoe_jax.train.step import Params
 from uoe_jax.workdir import CONFIG, read_json
 
@@ -55,7 +55,7 @@ class Export(NamedTuple):
             tensors = (Tensor(name, a.shape, functools.partial(get, a)) for name, a in leaves)
         n_lost = write(self.out, tensors, self.dtype, lossy=self.lossy)
         if n_lost:
-            print(f"uoe: {n_lost:,} numbers became infinity or 0 in {self.dtype}", file=sys.stderr)
+            notice(f"{n_lost:,} numbers became infinity or 0 in {self.dtype}")
 
     def describe(self, theirs: Values) -> None:
         """Writes config.json for `transformers`, and the tokenizer."""
@@ -164,8 +164,8 @@ def _write_image_processor(image: ImageConfig, out: epath.Path) -> None:
         with contextlib.suppress(UserError):
             if image_bound(out, {"height": image.height, "channels": n}, False) == image.bound:
                 return
-        scaled = f"scales pixels from -{image.bound:g} to {image.bound:g} now, as here"
-        print(f"uoe: {PROCESSOR_FILE} {scaled}", file=sys.stderr)
+        bound = f"{image.bound:g}"
+        notice(f"{PROCESSOR_FILE} scales pixels from -{bound} to {bound} now, as here")
     steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
     scale = {"image_mean": [0.5] * n, "image_std": [0.5 / image.bound] * n}
     size = {"height": image.height, "width": image.width}
@@ -189,9 +189,8 @@ def _write_tokenizer(export: Export) -> None:
     write_checked(out / GENERATION_FILE, _with_end(generation, tokenizer))
     content = _tokenizer_file(tokenizer)
     if content is None:
-        why = "a vocabulary of words has no form that transformers reads"
-        print(f"uoe: {why}; the tokenizer was left out", file=sys.stderr)
-        return
+        no_form = "a vocabulary of words has no form that transformers reads"
+        return notice(f"{no_form}; the tokenizer was left out")
     named = {token["id"]: token["content"] for token in content["added_tokens"]}
     start, end = named[tokenizer.start], named[tokenizer.separator]
     settings = read_json(out / "tokenizer_config.json", "remove it") or {}
@@ -202,8 +201,8 @@ def _write_tokenizer(export: Export) -> None:
             write_checked(out / "tokenizer_config.json", settings | {"tokenizer_class": _CLASS})
         return
     if source.is_dir():
-        what = f"tokenizer.json puts {start!r} alone in front of a text now"
-        print(f"uoe: {what}, as training and uoe generate do", file=sys.stderr)
+        now = f"tokenizer.json puts {start!r} alone in front of a text now"
+        notice(f"{now}, as training and uoe generate do")
     piece = {"SpecialToken": {"id": start, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     ids = {"id": start, "ids": [tokenizer.start], "tokens": [start]}

@@ -5,8 +5,7 @@ mapping it to a config.json and back gives the same model. Layouts: the `modelin
 `transformers` 5.24.
 """
 
-import abc
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 from uoe_jax.config.load import to_dict
 from uoe_jax.config.schema import ModelConfig
@@ -22,7 +21,7 @@ SCALING = ("factor", "low_freq_factor", "high_freq_factor", LENGTH)  # of llama3
 THETA, MISTRAL_WINDOW = 10000.0, 4096  # of their classes, where config.json has none
 
 
-class Family(abc.ABC):
+class Family:
     """One layout."""
 
     kind: str  # its name in errors
@@ -33,31 +32,17 @@ class Family(abc.ABC):
     fixed: Values  # keys of `model` that are the same in all of its models
     needs: str  # the keys of `model` that a model of it has, for errors
     prefix = ""  # of names of tensors, which old files leave out
-
-    @abc.abstractmethod
-    def model(self, keys: Keys, sizes: Values) -> Values:
-        """The other keys of `model`."""
-
-    @abc.abstractmethod
-    def config(self, m: ModelConfig) -> Values:
-        """The inverse of `model`, with model_type."""
-
-    @abc.abstractmethod
-    def entries(self, m: ModelConfig) -> Iterator[Entry]:
-        """All tensors."""
+    model: Callable[[Keys, Values], Values]  # the other keys of `model`
+    config: Callable[[ModelConfig], Values]  # the inverse, with model_type
+    entries: Callable[[ModelConfig], Iterator[Entry]]  # all tensors
 
     def read(self, theirs: Mapping[str, Any]) -> Values:
         """Our `model` section of a config.json; UserError for what is not supported or known."""
         keys, (activation, names) = Keys("config.json", theirs), self.activation
         also, names_of = layouts.ALIASES, self.sizes.items()
         sizes = {ours: keys.whole(name, also=also.get(name, ())) for name, ours in names_of}
-        model = {
-            **sizes,
-            "activation": keys.name(activation, names),
-            "norm_eps": keys.number(self.norm_eps),
-            **self.fixed,
-            **self.model(keys, sizes),
-        }
+        own = {"activation": keys.name(activation, names), "norm_eps": keys.number(self.norm_eps)}
+        model = sizes | own | self.fixed | self.model(keys, sizes)
         keys.names("architectures", self.classes[theirs["model_type"]])
         keys.close({*IGNORED, *GENERATION}, DEFAULTS)
         return model
@@ -67,13 +52,9 @@ class Family(abc.ABC):
         theirs, (activation, names) = self.config(m), self.activation
         # An activation without a name there keeps ours, which is not read back.
         named = next((name for name, own in names.items() if own == m.activation), m.activation)
-        return {
-            **theirs,
-            "architectures": [self.classes[theirs["model_type"]][0]],
-            **{name: getattr(m, ours) for name, ours in self.sizes.items()},
-            activation: named,
-            self.norm_eps: m.norm_eps,
-        }
+        theirs["architectures"] = [self.classes[theirs["model_type"]][0]]
+        theirs |= {name: getattr(m, ours) for name, ours in self.sizes.items()}
+        return theirs | {activation: named, self.norm_eps: m.norm_eps}
 
 
 class _Llama(Family):
@@ -106,7 +87,9 @@ class _Llama(Family):
         elif kind == "qwen2":
             keys.get("sliding_window")  # use_sliding_window turns it off
         # transformers 5 writes `rope_parameters`, 4 `rope_theta` and `rope_scaling`.
-        top = {name: keys.number(name) for name in ("rope_theta", LENGTH) if keys.has(name)}
+        top = {
+            name: keys.number(name) for name in ("rope_theta", LENGTH) if keys.get(name) is not None
+        }
         sections = (keys.section(name) for name in ("rope_parameters", "rope_scaling"))
         found = {_rope(section, top) for section in sections if section}
         if len(found) > 1:
@@ -153,7 +136,7 @@ class _Llama(Family):
 
 def _rope(keys: Keys, top: Mapping[str, float]) -> tuple[float, str]:
     """(theta, `model.rope_scaling`). top: numbers of config.json itself, which may be repeated."""
-    name = "rope_type" if keys.has("rope_type") else "type"
+    name = "type" if keys.get("rope_type") is None else "rope_type"
     kind = keys.only(name, "default", "llama3", None) or "default"
     if (keys.get("type") or kind) != kind:
         raise keys.wrong("rope_type", kind, f"and type={keys.get('type')!r}; make them one")
@@ -227,7 +210,8 @@ class _ViT(Family):
         if size % patch:
             why = f"which patch_size={patch} does not divide; only whole squares work"
             raise keys.wrong("image_size", size, why)
-        n_labels = len(keys.section("id2label") or ())
+        keys.section("id2label")  # an object, or null
+        n_labels = len(keys.get("id2label") or ())
         n_classes = keys.whole("num_labels", n_labels or 2)
         if n_labels and n_classes != n_labels:
             why = f"and {n_labels} names in id2label; make them one"
@@ -272,15 +256,6 @@ class _ViT(Family):
 
 LLAMA, GPT2, VIT = _Llama(), _GPT2(), _ViT()
 FAMILIES: dict[str, Family] = {**dict.fromkeys(LLAMA.classes, LLAMA), "gpt2": GPT2, "vit": VIT}
-
-
-def family_of(theirs: Mapping[str, Any]) -> Family:
-    """The family of a config.json; UserError where it is of none."""
-    kind = theirs.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        remedy = f"models of the types {', '.join(FAMILIES)} can be imported"
-        raise UserError(f"config.json has model_type={kind!r}; {remedy}")
-    return FAMILIES[kind]
 
 
 def family_for(m: ModelConfig) -> tuple[Family, Values]:

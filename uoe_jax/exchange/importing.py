@@ -26,6 +26,7 @@ from uoe_jax.exchange.plan_import import ImportPlan
 from uoe_jax.exchange.tensors import INDEX, Tensors, by_name, whole_directory
 from uoe_jax.infer.experts import all_experts
 from uoe_jax.moe import decompose
+from uoe_jax.runtime_env import notice
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.step import Params, build, declared, functional
@@ -60,13 +61,13 @@ def import_model(plan: ImportPlan, workdir: str) -> None:
                 (place / SOURCE).mkdir(exist_ok=True)
                 shutil.copyfile(file, place / SOURCE / file.name)
         write_json(place / CONFIG, to_dict(config))
-        where, others = f"uoe: --from={plan.source}", source.passed_over()
-        lines = [f"{where}: {note}" for note in plan.notes]
+        where, others = f"--from={plan.source}", source.passed_over
         if others:
             files = f"{len(others)} other files of weights were passed over"
-            lines.insert(0, f"{where}: {files} ({', '.join(others)})")
-        for line in (*lines, *_losses(config, params, data, mesh)):
-            print(line, file=sys.stderr, flush=True)
+            notice(f"{where}: {files} ({', '.join(others)})")
+        for note in plan.notes:
+            notice(f"{where}: {note}")
+        _print_losses(config, params, data, mesh)
 
 
 def _check_names(plan: ImportPlan, source: Tensors) -> None:
@@ -180,11 +181,10 @@ def _data(plan: ImportPlan) -> DataBundle | str:
     return bundle
 
 
-def _losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -> Iterator[str]:
-    """Lines with the validation loss of all experts and of those configured."""
+def _print_losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -> None:
+    """The validation loss of all experts and of those configured."""
     if isinstance(data, str):
-        yield f"the loss was not measured, and routers are random: {data}"
-        return
+        return notice(f"the loss was not measured, and routers are random: {data}")
     limit = config.eval.batches or N_BATCHES
     unions = config.model.unions().items()
     chosen = ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in unions)
@@ -192,4 +192,4 @@ def _losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -
     for c, what in ((all_experts(config), every), (config, chosen or "dense blocks")):
         found, _ = evaluate(build(c, mesh), params, data.validation, c, limit, whole=False)
         rows = f"{int(found['eval/rows'])} rows of validation"
-        yield f"loss {found['eval/loss']:.4f} on {rows} with {what}"
+        print(f"loss {found['eval/loss']:.4f} on {rows} with {what}", file=sys.stderr, flush=True)

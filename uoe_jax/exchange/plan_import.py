@@ -14,7 +14,7 @@ from uoe_jax.data.tokenizers.hf import HFTokenizer, steps_of
 from uoe_jax.data.tokenizers.load import files_beside
 from uoe_jax.errors import UserError
 from uoe_jax.exchange.config_keys import AGAIN, generation_notes, image_bound
-from uoe_jax.exchange.families import MISTRAL_WINDOW, Family, differences, family_of
+from uoe_jax.exchange.families import FAMILIES, MISTRAL_WINDOW, Family, differences
 from uoe_jax.exchange.layouts import Values
 from uoe_jax.workdir import CONFIG, checkpoint_path, locate, read_json
 
@@ -48,10 +48,12 @@ def plan(
         place = locate(source, "--from").resolve()
         theirs = read_json(place / CONFIG, AGAIN)
         if theirs is None:
-            remedy = "give the directory of a model that save_pretrained wrote"
-            raise UserError(f"has no {CONFIG}; {remedy}")
-        family = family_of(theirs)
-        model = family.read(theirs)
+            raise UserError(f"has no {CONFIG}; give the directory that save_pretrained wrote")
+        kind = theirs.get("model_type")
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            remedy = f"models of the types {', '.join(FAMILIES)} can be imported"
+            raise UserError(f"{CONFIG} has model_type={kind!r}; {remedy}")
+        family, model = FAMILIES[kind], FAMILIES[kind].read(theirs)
         notes = generation_notes(place, theirs)
         if model["stem"] == "image":
             overridden = "model.image.bound" in overrides

@@ -40,7 +40,8 @@ class Tensors:
             self.file_of = dict.fromkeys(self._open(FILE).keys(), FILE)
         else:
             self.file_of = self._read_index(index.get("weight_map"))
-        for name in self.passed_over():  # either may be the right ones
+        self.passed_over = [name for name in self._files if name not in self.file_of.values()]
+        for name in self.passed_over:  # either may be the right ones
             if name.endswith(".safetensors") and not name.startswith(_COPIES):
                 why = f"holds {name} beside {min(self.file_of.values())}"
                 remedy = "they may be of two models; take one of them away"
@@ -66,10 +67,6 @@ class Tensors:
                 why = f"holds another {name} than {named}, which {INDEX} names for it"
                 raise self._error(file, why)
         return weight_map
-
-    def passed_over(self) -> list[str]:
-        """Names of files of weights in other formats, which are not read."""
-        return [name for name in self._files if name not in self.file_of.values()]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""

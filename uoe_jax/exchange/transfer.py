@@ -2,12 +2,12 @@
 
 import argparse
 import shlex
-import sys
 from typing import Mapping
 
 from uoe_jax.config.schema import Config
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
+from uoe_jax.runtime_env import notice
 
 FORMATS = ("safetensors", "hf", "stablehlo")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,11 +40,11 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
     """Writes `options.out`. UserError: it cannot be exported. RunError: it was not written well."""
     form, dtype = options.format, options.dtype
     if options.routed and form != "hf":
-        why = f"is for --format=hf; --format={form} has the routed model as it is"
-        raise UserError(f"--routed: {why}")
+        raise UserError(
+            f"--routed: is for --format=hf; --format={form} has the routed model anyway"
+        )
     if dtype != "float32" and form == "stablehlo":
-        why = "is for safetensors and hf; StableHLO has the weights as they are"
-        raise UserError(f"--dtype={dtype}: {why}")
+        raise UserError(f"--dtype={dtype}: is for safetensors and hf; stablehlo keeps the weights")
     from uoe_jax.distributed import setup
 
     setup.start(config)
@@ -76,5 +76,5 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
     chosen = ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in routed.items())
     if form == "hf" and not options.routed and chosen:
         merged = "merged into a dense model of all experts, where the run chooses"
-        print(f"uoe: {merged} {chosen}; --routed keeps that", file=sys.stderr)
+        notice(f"{merged} {chosen}; --routed keeps that")
     print(f"{options.out}: step {run.step}, written and compared")

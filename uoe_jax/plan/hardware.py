@@ -37,7 +37,6 @@ class Hardware:
         return PEAK_FLOPS[self.kind]
 
 
-GIB = 2**30
 HOPS = (3.4e-6, 14e-6)  # NCCL's tables of latency: ring, protocol Simple (src/graph/tuning.cc)
 
 # Products: 0.80 was measured on H200; 0.66 is the best grouped product of tokamax's H100 timings.
@@ -67,7 +66,7 @@ B200 = Hardware(
 # Products: whole dense models reach 0.65 (v5p) and 0.44 (v6e) of the peak (MaxText). Hops: assumed.
 V5P = Hardware(
     kind="TPU v5p",
-    memory=95 * GIB, bandwidth=2.765e12, fast=200e9, domain=6144, slow=6.25e9,
+    memory=95 * 2**30, bandwidth=2.765e12, fast=200e9, domain=6144, slow=6.25e9,
     hops=(1e-6, 30e-6), products=(0.70, 0.90), attention=(0.30, 0.60),
     source="Google Cloud TPU v5p page (95 GiB, 2765 GB/s, ICI 1200 GB/s both ways in a 3D torus, "
     "DCN 50 Gb/s, slices of 6144)",

@@ -44,7 +44,7 @@ class Collective(NamedTuple):
     group: int  # devices that exchange (of a collective-permute: 2)
     times: int  # runs in a step: the product of the trip counts of the loops around it
     counted: bool  # False where a loop around it has no known trip count, which is taken as 1
-    op_name: str  # its place in the program, such as 'jit(f)/transpose(jvp())/while/body/psum'
+    op_name: str  # its place, such as 'jit(f)/transpose(jvp())/while/body/psum' (the backward pass)
     name: str  # of the instruction; the arrays of one tuple share it
 
     @property
@@ -58,11 +58,6 @@ class Collective(NamedTuple):
         if self.kind == "collective-permute":
             return self.bytes
         return (2 if self.kind == "all-reduce" else 1) * self.bytes * (self.group - 1) / self.group
-
-    @property
-    def backward(self) -> bool:
-        """Whether it is of the backward pass, recomputation included."""
-        return "transpose(" in self.op_name
 
 
 class _Instruction(NamedTuple):

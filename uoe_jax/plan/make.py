@@ -118,8 +118,8 @@ def _meshes(config: Config) -> Iterator[MeshConfig]:
     total = config.mesh.data * config.mesh.fsdp * config.mesh.expert
     divisors = [n for n in range(1, total + 1) if total % n == 0]
     for fsdp, expert in itertools.product(divisors, divisors):
-        if total % (fsdp * expert) == 0:
-            data = total // fsdp // expert
+        data, rest = divmod(total, fsdp * expert)
+        if not rest:
             mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, expert=expert)
             with contextlib.suppress(ConfigError):
                 check_sizes(config, mesh.shape)

@@ -229,9 +229,8 @@ def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
 def sent_bytes(moved: Collective, m: ModelConfig) -> float:
     """Bytes a device sends in a step for a collective of the float32 step, at the dtype of `m`.
 
-    Activations over `expert` and gathered weights are in the compute dtype, gradients and sums in
-    float32. (Where the vocabulary's gradient of an adaptive softmax crosses `expert` alone, it is
-    taken for activations.)
+    Activations over `expert` (also the gradient of an adaptive softmax that crosses it alone) and
+    gathered weights are in the compute dtype, gradients and sums in float32.
     """
     narrow = moved.axes == ("expert",) or moved.kind == "all-gather"
     return moved.sent * moved.times * (ITEM_SIZE[m.dtype] / 4 if narrow else 1)
