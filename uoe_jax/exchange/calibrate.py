@@ -98,7 +98,6 @@ def calibrated(
         if routing.unit != "sequence":
             place = config.place_of(name)
             router = layers[place]["router"]
-            kernel = fitted(total[place], routing.gate)
-            kernel = jax.device_put(kernel, router["kernel"].sharding)
+            kernel = jax.device_put(fitted(total[place], routing.gate), router["kernel"].sharding)
             layers[place] = layers[place] | {"router": router | {"kernel": kernel}}
     return {**params, "layers": layers}

@@ -82,11 +82,8 @@ IGNORED_IN_GENERATION = """
 
 
 class Keys:
-    """The values of one JSON file, read by key and type.
-
-    Every reader raises UserError with file, key, value and remedy for a value of another type, and
-    where a key without default is missing. `close` refuses the keys that were not read.
-    """
+    """The values of one JSON file, read by key and type; UserError for a value of another type and
+    a missing key without default. `close` refuses the keys that were not read."""
 
     def __init__(self, file: str, values: Mapping[str, Any]) -> None:
         self.file, self._values, self._read = file, values, set[str]()
@@ -199,8 +196,7 @@ _IGNORED_IN_PROCESSOR = """
     do_convert_rgb data_format input_data_format device disable_grouping return_tensors
     default_to_square size crop_size pad_size
 """.split()
-_VIT_PROCESSORS = [f"ViTImageProcessor{kind}" for kind in ("", "Fast", "Pil")]
-_VIT_PROCESSORS += ["ViTFeatureExtractor"]
+_OF_VIT = "ViTFeatureExtractor ViTImageProcessor ViTImageProcessorFast ViTImageProcessorPil".split()
 
 
 def generation_notes(place: epath.Path, theirs: Mapping[str, Any]) -> list[str]:
@@ -244,8 +240,7 @@ def _bound(keys: Keys, image: Mapping[str, Any], is_overridden: bool) -> float:
     keys.close(_IGNORED_IN_PROCESSOR, {"do_pad": False})
     if is_overridden:
         return 1.0  # replaced by the override
-    known = kind is None or kind in _VIT_PROCESSORS
-    if not known and not ("image_mean" in keys and "image_std" in keys):
+    if kind not in (None, *_OF_VIT) and not ("image_mean" in keys and "image_std" in keys):
         remedy = "whose image_mean and image_std are not known here; write them into it"
         raise keys.wrong("image_processor_type", kind, remedy)
     scale = factor if rescaled else 1.0

@@ -225,8 +225,7 @@ def _tokenizer_file(tokenizer: Tokenizer) -> dict[str, Any] | None:
         return None
     end, name = tokenizer.separator, SEPARATORS[0]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    by_byte = {"type": "ByteLevel", "add_prefix_space": False}
-    by_byte |= {"trim_offsets": True, "use_regex": False}
+    by_byte = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     return {
         "version": "1.0",
         **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),

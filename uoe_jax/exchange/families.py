@@ -87,9 +87,8 @@ class _Llama(Family):
         elif kind == "qwen2":
             keys.get("sliding_window")  # use_sliding_window turns it off
         # transformers 5 writes `rope_parameters`, 4 `rope_theta` and `rope_scaling`.
-        top = {
-            name: keys.number(name) for name in ("rope_theta", LENGTH) if keys.get(name) is not None
-        }
+        own = ("rope_theta", LENGTH)
+        top = {name: keys.number(name) for name in own if keys.get(name) is not None}
         sections = (keys.section(name) for name in ("rope_parameters", "rope_scaling"))
         found = {_rope(section, top) for section in sections if section}
         if len(found) > 1:

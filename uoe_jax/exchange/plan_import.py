@@ -41,7 +41,7 @@ def plan(
     """Reads config.json and tokenizer of a directory in Hugging Face's layout, or UserError.
 
     base: a config file, of which all but `model` and the routing are taken; None: the defaults for
-    fine-tuning. routing: keys of both blocks as text; `overrides` win.
+    fine-tuning. routing: keys of both blocks as text, or None; `overrides` win.
     """
     target = checkpoint_path(workdir)
     try:
@@ -76,6 +76,7 @@ def plan(
         values["data"] |= {"tokenizer": tokenizer.kind, "tokenizer_file": file}
     longest = model["context_length"]
     _set_model(values, model, bool(base))
+    routing = {key: text for key, text in routing.items() if text is not None}
     given = {f"model.{name}.{key}": routing[key] for name in ("smha", "uome") for key in routing}
     for key, text in {**given, **overrides}.items():
         put(values, key, config_lib.parse_value(key, text))
@@ -125,7 +126,12 @@ def read_tokenizer(place: epath.Path, named: Values) -> HFTokenizer | None:
                 remedy = f"write a tokenizer.json beside it with {how}"
                 raise UserError(f"{name} is of a format that is not read here; {remedy}")
         return None
-    _check_vocabularies(place, content)
+    model, other = content.get("model"), read_json(place / "vocab.json", AGAIN) or {}
+    own = model.get("vocab") if isinstance(model, dict) else None
+    for token, i in own.items() if isinstance(own, dict) else ():
+        if other.get(token, i) != i:  # older programs read that file
+            ids = f"the id {i} and vocab.json {other[token]}"
+            raise UserError(f"{TOKENIZER} gives {token!r} {ids}; remove one of the two")
     files = files_beside(place)
     _check_prefix_space(files.get("tokenizer_config.json", {}), content)
     ends = functools.partial(find_ends, files=files, **named)
@@ -151,14 +157,3 @@ def _check_prefix_space(settings: Mapping[str, Any], content: Mapping[str, Any])
     if isinstance(asked, bool) and found is not None and asked != found:
         both = f"add_prefix_space={asked} and {TOKENIZER} {found}"
         raise UserError(f"tokenizer_config.json has {both}; make them one")
-
-
-def _check_vocabularies(place: epath.Path, content: Mapping[str, Any]) -> None:
-    """UserError where vocab.json, which older programs read, gives a token another id."""
-    model = content.get("model")
-    own = model.get("vocab") if isinstance(model, dict) else None
-    other = read_json(place / "vocab.json", AGAIN) or {}
-    for token, i in own.items() if isinstance(own, dict) else ():
-        if other.get(token, i) != i:
-            ids = f"the id {i} and vocab.json {other[token]}"
-            raise UserError(f"{TOKENIZER} gives {token!r} {ids}; remove one of the two")

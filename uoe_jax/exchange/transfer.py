@@ -23,10 +23,9 @@ def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> Non
     from uoe_jax.distributed import setup
     from uoe_jax.exchange.plan_import import plan
 
-    workdir, routing = options.workdir, {"n_experts": options.experts, "k": options.k}
-    if options.capacity is not None:
-        routing["capacity_factor"] = options.capacity
-    found = plan(options.source, options.config, routing, overrides, workdir)
+    o, workdir = options, options.workdir
+    routing = {"n_experts": o.experts, "k": o.k, "capacity_factor": o.capacity}
+    found = plan(o.source, o.config, routing, overrides, workdir)
     setup.start(found.config)
     _check_alone(f"--workdir={workdir}: a model is imported")
     from uoe_jax.exchange.importing import import_model

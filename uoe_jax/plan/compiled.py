@@ -80,8 +80,7 @@ def _compiled_here(config: Config) -> Compiled:
         program = build(config, mesh)
         compiled = program.train_step.lower(program.abstract, program.abstract_batch).compile()
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    # Every program of a CPU has them.
-    assert memory is not None and cost is not None and text is not None
+    assert memory is not None and cost is not None and text is not None  # as on every CPU
 
     def held(tree: Any) -> int:
         arrays = jax.tree.leaves(tree)

@@ -30,10 +30,8 @@ class Reduction(NamedTuple):
 class Prediction(NamedTuple):
     """Seconds are (best, worst)."""
 
-    # By kind of work; `experts` and `weights` are collectives over `expert` and the batch axes.
-    parts: dict[str, Range]
-    # Best: collectives of the batch axes overlap with everything else. Worst: nothing overlaps.
-    step: Range
+    parts: dict[str, Range]  # `experts`, `weights`: collectives over `expert`, the batch axes
+    step: Range  # best: collectives of the batch axes overlap with the rest; worst: nothing does
     mfu: Range  # (worst, best) model FLOP/s over the peak
     flops: float  # of the model, as training logs them
     executed: float  # with recomputation
@@ -177,10 +175,7 @@ def reductions(c: Config, shape: Shape, hardware: Hardware) -> tuple[Reduction, 
 
 def expected_collectives(c: Config, shape: Shape) -> list[Collective]:
     """The collectives that a step needs on a mesh, counted from sizes; small arrays are left out.
-
-    For comparing meshes, as compiling each would take minutes. The planned mesh's own time is
-    predicted from its compiled collectives.
-    """
+    For comparing meshes, as compiling each takes minutes; the planned mesh's own are compiled."""
     found: list[Collective] = []
 
     def add(kind: str, elements: float, axes: tuple[str, ...], runs: int) -> None:
@@ -255,11 +250,8 @@ class Ring(NamedTuple):
 
 
 def ring(axes: tuple[str, ...], shape: Shape, hardware: Hardware) -> Ring:
-    """The ring over mesh axes; devices are numbered with `expert` innermost.
-
-    A ring leaves a fast domain once, over the slow links of all its members there. `replica` is for
-    the slow network, so no domain spans it.
-    """
+    """The ring over mesh axes, devices numbered with `expert` innermost. It leaves a fast domain
+    once, over the slow links of all its members there; no domain spans `replica`."""
     domain = min(hardware.domain, math.prod(shape.values()) // shape["replica"])
     names, offsets = list(shape), []
     for axis in axes:

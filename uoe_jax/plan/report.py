@@ -8,13 +8,8 @@ from uoe_jax.plan.hardware import CPU, HARDWARE, Hardware, Range
 from uoe_jax.plan.make import Plan
 from uoe_jax.plan.predict import rows
 
-PARTS = {
-    "products": "matrix products",
-    "attention": "attention",
-    "memory": "memory traffic",
-    "experts": "reductions over expert",
-    "weights": "weights and gradients",
-}
+PARTS = dict(products="matrix products", attention="attention", memory="memory traffic")
+PARTS |= dict(experts="reductions over expert", weights="weights and gradients")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
