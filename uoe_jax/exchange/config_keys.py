@@ -142,8 +142,8 @@ class Keys:
             is_default = key in defaults and _among(value, [defaults[key]])
             if value is None or is_default or key in self._read or key in ignored:
                 continue
-            what = "may change what the model computes, and is not known here"
-            what = "is not supported here" if key in defaults else what
+            unknown = "may change what the model computes, and is not known here"
+            what = "is not supported here" if key in defaults else unknown
             raise self.wrong(key, value, f"which {what}; take it out if the weights do without it")
 
     def wrong(self, key: str, value: object, remedy: str) -> UserError:
@@ -218,8 +218,8 @@ def image_bound(place: epath.Path, image: Mapping[str, Any], is_overridden: bool
     """`model.image.bound` that scales pixels as preprocessor_config.json does; 1 without it.
 
     There a pixel v of 0 to 255 becomes (v * rescale_factor - mean) / std; here it lies between
-    -bound and bound. transformers 5 reads `image_processor` of processor_config.json first. image:
-    section of `model`. UserError where the two differ, and the bound is not overridden.
+    -bound and bound. transformers 5 reads `image_processor` of processor_config.json first.
+    image: the section of `model`. UserError where no bound scales so, unless it is overridden.
     """
     given = {PROCESSOR_FILE: read_json(place / PROCESSOR_FILE, AGAIN)}
     nested = read_json(place / "processor_config.json", AGAIN) or {}
