@@ -106,7 +106,7 @@ UNKNOWN = dict(
 
 def planned(place, values, **overrides):
     (place / "config.json").write_text(json.dumps(values))
-    return plan(str(place), None, "2", "1", None, overrides, str(place / "run"))
+    return plan(str(place), None, dict(n_experts="2", k="1"), overrides, str(place / "run"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -146,7 +146,7 @@ WRONG = {
     "another class": (dict(architectures=["LlamaForSequenceClassification"]), "architectures="),
     "a family that is none": (dict(model_type=["llama"]), "model_type="),
     "theta below nothing": (dict(rope_theta=-1.0), "rope_theta=-1.0; give a number above 0"),
-    "scores that are not scaled": (dict(GPT2, scale_attn_weights=None), "scale_attn_weights=None"),
+    "scores that are not scaled": (dict(GPT2, scale_attn_weights=None, hidden_size=None, num_hidden_layers=None, num_attention_heads=None, max_position_embeddings=None), "scale_attn_weights=None"),
     "a window in llama": (dict(sliding_window=512), "sliding_window=512"),
 }  # fmt: skip
 
@@ -165,6 +165,13 @@ def test_a_window_that_config_json_leaves_to_its_class(tmp_path):
         planned(tmp_path, values, **{"model.context_length": "8192"})
 
 
+def test_sections_of_the_weights_cannot_be_overridden(tmp_path):
+    with pytest.raises(
+        UserError, match="classifier.pooling='mean': the weights are of a model with 'cls'"
+    ):
+        planned(tmp_path, VIT, **{"model.classifier.pooling": "mean"})
+
+
 def test_two_names_of_one_key_that_differ(tmp_path):
     with pytest.raises(UserError, match="n_positions=64 and n_ctx=128; make them one"):
         planned(tmp_path, dict(GPT2, n_ctx=128))
@@ -177,7 +184,7 @@ def test_a_key_that_stands_twice(tmp_path):
     with pytest.raises(
         UserError, match="config.json: cannot be read .the key 'vocab_size' stands there twice"
     ):
-        plan(str(tmp_path), None, "2", "1", None, {}, str(tmp_path / "run"))
+        plan(str(tmp_path), None, dict(n_experts="2", k="1"), {}, str(tmp_path / "run"))
 
 
 PIXELS = {  # preprocessor_config.json: the bound that scales pixels as it does, or what is said
@@ -259,7 +266,7 @@ BESIDE = {  # tensors beside the weights: taken, or what is said
     "the same head": (lambda w: {"lm_head.weight": w["model.embed_tokens.weight"]}, None),
     "another head": (lambda w: {"lm_head.weight": 2 * w["model.embed_tokens.weight"]}, "lm_head.weight differs from model.embed_tokens.weight"),
     "frequencies": (lambda w: {"model.layers.0.self_attn.rotary_emb.inv_freq": _inv_freq(1e4)}, None),
-    "other frequencies": (lambda w: {"model.layers.0.self_attn.rotary_emb.inv_freq": _inv_freq(5e5)}, "rotary_emb.inv_freq: inv_freq is not the one"),
+    "other frequencies": (lambda w: {"model.layers.0.self_attn.rotary_emb.inv_freq": _inv_freq(5e5)}, "rotary_emb.inv_freq differs from the one"),
     "numbers that are none": (lambda w: {"model.norm.weight": w["model.norm.weight"] * np.nan}, "numbers in model.norm.weight that are not finite"),
     "whole numbers": (lambda w: {"model.norm.weight": w["model.norm.weight"].astype(np.int8)}, "model.norm.weight as I8"),
     "numbers too large": (lambda w: {"model.norm.weight": w["model.norm.weight"].astype(np.float64) * 1e300}, "which float32 cannot hold"),
@@ -299,7 +306,7 @@ def test_files_of_weights_that_the_index_does_not_name(tmp_path):
         ):
             Tensors(epath.Path(tmp_path))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert Tensors(epath.Path(tmp_path)).passed_over() == [
+    assert Tensors(epath.Path(tmp_path)).passed_over == [
         "consolidated.safetensors",
         "pytorch_model.bin",
     ]

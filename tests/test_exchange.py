@@ -28,10 +28,9 @@ from uoe_jax.errors import RunError, UserError
 from uoe_jax.exchange import tensors
 from uoe_jax.exchange.calibrate import calibrated
 from uoe_jax.exchange.families import family_for
-from uoe_jax.exchange.importing import _dense_shapes
-from uoe_jax.exchange.layouts import their_shape
+from uoe_jax.exchange.importing import dense_shapes
 from uoe_jax.exchange.plan_import import plan
-from uoe_jax.exchange.tensors import Tensor, Tensors, dotted, write
+from uoe_jax.exchange.tensors import Tensor, Tensors, by_name, write
 from uoe_jax.infer.experts import all_experts
 from uoe_jax.train.restore import restored
 from uoe_jax.train.step import build
@@ -144,7 +143,7 @@ def test_safetensors_have_every_weight_by_name(hf, tmp_path):
         == 0
     )
     there = load_file(tmp_path / "out" / "model.safetensors")
-    flat = {dotted(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    flat = {name: np.asarray(leaf) for name, leaf in by_name(params).items()}
     assert there.keys() == flat.keys() and all(
         there[name].tobytes() == flat[name].tobytes() for name in flat
     )
@@ -285,10 +284,10 @@ def test_a_model_is_never_held_twice(tmp_path):
     }.items():
         m = config_of(**{**LLAMA, "tie_embeddings": True, **model}).model
         family, theirs = family_for(m)
-        shapes, rng, drawn = _dense_shapes(m), np.random.default_rng(0), []
+        shapes, rng, drawn = dense_shapes(m), np.random.default_rng(0), []
         for entry in family.entries(m):
-            for i in range(m.n_layers) if "{i}" in entry.theirs else (None,):
-                shape = their_shape(entry, [shapes[path][i is not None :] for path in entry.ours])
+            shape = entry.shape(shapes)
+            for i in entry.layers(m):
                 drawn.append(
                     Tensor(
                         entry.theirs.format(i=i),
@@ -349,7 +348,9 @@ PUBLISHED = {
 def test_published_configurations_are_read(name, tmp_path):
     theirs, wanted = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(theirs))
-    found = plan(str(tmp_path), None, "2", "1", None, {}, str(tmp_path / "run")).config.model
+    found = plan(
+        str(tmp_path), None, dict(n_experts="2", k="1"), {}, str(tmp_path / "run")
+    ).config.model
     assert (found.kv_heads, found.context_length, found.rope_theta, found.rope_scaling) == tuple(
         wanted.values()
     )
@@ -366,9 +367,7 @@ def test_published_configurations_are_read(name, tmp_path):
             plan(
                 str(tmp_path),
                 None,
-                "2",
-                "1",
-                None,
+                dict(n_experts="2", k="1"),
                 {"model.context_length": "2048"},
                 str(tmp_path / "run"),
             )
@@ -391,7 +390,7 @@ def test_pixels_are_scaled_as_the_model_was_used_to(tmp_path):
 
     def planned(**overrides):
         return plan(
-            str(tmp_path), None, "2", "1", None, overrides, str(tmp_path / "run")
+            str(tmp_path), None, dict(n_experts="2", k="1"), overrides, str(tmp_path / "run")
         ).config.model
 
     assert planned().image.bound == 1.0 and planned().classifier.n_classes == 2

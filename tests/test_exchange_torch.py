@@ -15,7 +15,7 @@ from etils import epath
 
 from uoe_jax import config as config_lib
 from uoe_jax.errors import ConfigError
-from uoe_jax.exchange.exporting import Target, export_routed
+from uoe_jax.exchange.exporting import Export, export_routed
 from uoe_jax.train.step import functional
 
 pytestmark = pytest.mark.parity
@@ -115,8 +115,8 @@ def named(params: dict) -> dict[str, np.ndarray]:
 def write(folder: pathlib.Path, config: config_lib.Config, params: dict) -> pathlib.Path:
     """A directory that transformers loads."""
     folder.mkdir()
-    target = Target(epath.Path(folder), "float32", False, epath.Path("none"))
-    export_routed(config, params, None, target)
+    how = epath.Path(folder), "float32", False, epath.Path("none")
+    export_routed(Export(config, params, None, *how))
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps(written | {"bos_token_id": 0, "eos_token_id": 0})

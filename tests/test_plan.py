@@ -23,9 +23,8 @@ from uoe_jax.plan.compiled import Compiled, compile_step
 from uoe_jax.plan.hardware import HARDWARE
 from uoe_jax.plan.make import make
 from uoe_jax.plan.mesh_option import read_mesh
-from uoe_jax.plan.network import ring
 from uoe_jax.plan.peak import peak
-from uoe_jax.plan.predict import executed_flops, expected_collectives, predict
+from uoe_jax.plan.predict import executed_flops, expected_collectives, predict, ring
 from uoe_jax.plan.report import as_json, text
 from uoe_jax.train.step import build
 from uoe_jax.train.task import task_of

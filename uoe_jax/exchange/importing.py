@@ -7,10 +7,9 @@ one at a time and put on the device before the next, so the host never holds the
 import itertools
 import shutil
 import sys
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from uoe_jax.config.load import to_dict
@@ -18,17 +17,16 @@ from uoe_jax.config.schema import Config, ModelConfig
 from uoe_jax.config.validate import check_source
 from uoe_jax.data.pipeline import DataBundle, TrainBatches, default_cache_dir, load
 from uoe_jax.data.tokenizers.load import keep_tokenizer
-from uoe_jax.distributed import coordination
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import ConfigError, UserError
 from uoe_jax.exchange.calibrate import calibrated
-from uoe_jax.exchange.layouts import Entry, into_ours, their_shape
+from uoe_jax.exchange.layouts import Entry, Shape
 from uoe_jax.exchange.plan_import import ImportPlan
-from uoe_jax.exchange.tensors import INDEX, Tensors, dotted
-from uoe_jax.exchange.whole import whole_directory
+from uoe_jax.exchange.tensors import INDEX, Tensors, by_name, whole_directory
 from uoe_jax.infer.experts import all_experts
 from uoe_jax.moe import decompose
+from uoe_jax.runtime_env import notice
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.train.evaluate import evaluate
 from uoe_jax.train.step import Params, build, declared, functional
@@ -41,13 +39,7 @@ N_BATCHES = 8  # of text, for fitting the routers and for the loss
 
 def import_model(plan: ImportPlan, workdir: str) -> None:
     """Writes a workdir with the checkpoint of step 0; prints the loss with K and with N experts.
-
-    Raises:
-      UserError: the directory does not fit its config.json or cannot be read; the workdir exists.
-    """
-    if coordination.are_several():
-        remedy = "start this once, and not by srun or its like"
-        raise UserError(f"--workdir={workdir}: a model is imported by one process; {remedy}")
+    UserError where the model cannot be read or does not fit its config.json."""
     config, mesh = plan.config, mesh_lib.make_mesh(plan.config.mesh)
     with jax.set_mesh(mesh), whole_directory(workdir, "--workdir") as place:
         source = Tensors(plan.source)
@@ -56,7 +48,9 @@ def import_model(plan: ImportPlan, workdir: str) -> None:
         program = build(config, mesh)
         params = _parameters(plan, source, program.abstract.params)
         if isinstance(data, DataBundle) and config.model.task == "language":
-            params = calibrated(config.model, program.model, params, _batches(config, data, mesh))
+            rows = TrainBatches(data.train, config.train.batch_size, config.train.seed)
+            batches = (mesh_lib.put_batch(mesh, rows[i]) for i in range(N_BATCHES))
+            params = calibrated(config.model, program.model, params, batches)
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params)) + 1
         origin = {"config": to_dict(config), "imported": plan.theirs.get("_name_or_path", "")}
         with CheckpointStore(place, write_bytes=largest) as store:
@@ -67,37 +61,31 @@ def import_model(plan: ImportPlan, workdir: str) -> None:
                 (place / SOURCE).mkdir(exist_ok=True)
                 shutil.copyfile(file, place / SOURCE / file.name)
         write_json(place / CONFIG, to_dict(config))
-        for line in (*_notes(plan, source), *_losses(config, params, data, mesh)):
-            print(line, file=sys.stderr, flush=True)
-
-
-def _notes(plan: ImportPlan, source: Tensors) -> Iterator[str]:
-    """What the directory holds that the import does not follow or read."""
-    where, others = f"uoe: --from={plan.source}", source.passed_over()
-    if others:
-        files = f"{len(others)} other files of weights"
-        yield f"{where}: {files} were passed over ({', '.join(others)})"
-    for note in plan.notes:
-        yield f"{where}: {note}"
+        where, others = f"--from={plan.source}", source.passed_over
+        if others:
+            files = f"{len(others)} other files of weights were passed over"
+            notice(f"{where}: {files} ({', '.join(others)})")
+        for note in plan.notes:
+            notice(f"{where}: {note}")
+        _print_losses(config, params, data, mesh)
 
 
 def _check_names(plan: ImportPlan, source: Tensors) -> None:
     """UserError where a tensor is missing, of another shape than config.json says, or unknown."""
-    where, shapes, used = f"--from={plan.source}", _dense_shapes(plan.config.model), set[str]()
-    for entry, layer, name in ticking(_tensors(plan, source)):
+    where, shapes, used = f"--from={plan.source}", dense_shapes(plan.config.model), set[str]()
+    for entry, _, name in ticking(_tensors(plan, source)):
         used.add(name)
-        wanted = their_shape(entry, [shapes[path][layer is not None :] for path in entry.ours])
-        if name not in source:
+        if name not in source.file_of:
             why = f"{name} is missing in its weights, and config.json asks for it"
             raise UserError(f"{where}: {why}; download the model again")
-        found = source.shape(name)
+        found, wanted = source.shape(name), entry.shape(shapes)
         fits = found == wanted
         if entry.ours == ("positions",) and len(found) == len(wanted):  # longer ones are cut
             fits = found[-2] >= wanted[-2] and found[-1] == wanted[-1]
         if not fits:
             shape = f"has shape {list(found)} where config.json asks for {list(wanted)}"
             raise UserError(f"{where}: {name} {shape}; they are not of one model")
-    left = [name for name in source.names() if name not in used]
+    left = [name for name in source.file_of if name not in used]
     left = [name for name in left if not _is_known_buffer(plan, source, name)]
     if left:
         which = f"{left[0]} (and {len(left) - 1} more)"
@@ -106,23 +94,17 @@ def _check_names(plan: ImportPlan, source: Tensors) -> None:
 
 
 def _is_known_buffer(plan: ImportPlan, source: Tensors, name: str) -> bool:
-    """Whether a tensor is one that old files have and that follows from the others.
-
-    Raises:
-      UserError: it has such a name and other values.
-    """
-    m, last = plan.config.model, name.rpartition(".")[2]
+    """Whether a tensor is one of old files that follows from the others; UserError if it does not
+    though it has such a name."""
+    m, what = plan.config.model, "the one that config.json asks for"
     if name.startswith("vit.pooler."):
         return True  # a classifier does not use it
     if name == "lm_head.weight" and m.tie_embeddings:
         tensors = _tensors(plan, source)
         embedding = next(x for entry, _, x in tensors if entry.ours == ("embedding",))
-        if not np.array_equal(source.read(name), source.read(embedding)):
-            why = f"differs from {embedding}, and config.json has tie_word_embeddings=true"
-            remedy = "set that to false to keep both, or take one out of the weights"
-            raise UserError(f"--from={plan.source}: {name} {why}; {remedy}")
-        return True
-    if name.endswith(".rotary_emb.inv_freq"):
+        what = f"{embedding}, and config.json has tie_word_embeddings=true"
+        same = np.array_equal(source.read(name), source.read(embedding))
+    elif name.endswith(".rotary_emb.inv_freq"):
         wanted = m.rope_theta ** -(np.arange(0, m.head_dim, 2) / m.head_dim)
         same = source.shape(name) == wanted.shape
         same = same and np.allclose(source.read(name).astype(np.float64), wanted, 1e-2, 1e-4)
@@ -134,35 +116,34 @@ def _is_known_buffer(plan: ImportPlan, source: Tensors, name: str) -> bool:
     else:
         return False
     if not same:
-        why = f"{last} is not the one that config.json asks for"
         remedy = "take it out of the weights, or correct config.json"
-        raise UserError(f"--from={plan.source}: {name}: {why}; {remedy}")
+        raise UserError(f"--from={plan.source}: {name} differs from {what}; {remedy}")
     return True
 
 
 def _tensors(plan: ImportPlan, source: Tensors) -> Iterator[tuple[Entry, int | None, str]]:
     """(entry, layer, name in the files) of every tensor."""
     for entry in plan.family.entries(plan.config.model):
-        for layer in range(plan.config.model.n_layers) if "{i}" in entry.theirs else (None,):
+        for layer in entry.layers(plan.config.model):
             name = entry.theirs.format(i=layer)
-            short = name.removeprefix(plan.family.prefix)
-            yield entry, layer, name if name in source or short not in source else short
+            short, names = name.removeprefix(plan.family.prefix), source.file_of
+            yield entry, layer, name if name in names or short not in names else short
 
 
-def _dense_shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
+def dense_shapes(m: ModelConfig) -> dict[str, Shape]:
     """{dotted path: shape} of the dense model."""
     leaves = functional(decompose.dense_config(m))[2]
-    tree = declared(leaves, lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32))
-    return {dotted(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+    tree = declared(leaves, lambda _, shape: jax.ShapeDtypeStruct(shape, np.float32))
+    return {name: leaf.shape for name, leaf in by_name(tree).items()}
 
 
 def _parameters(plan: ImportPlan, source: Tensors, abstract: Params) -> Params:
     """The parameters on their shardings, with random routers."""
-    m, shapes, found = plan.config.model, _dense_shapes(plan.config.model), {}
-    where = {dotted(path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(abstract)}
+    m, shapes, found = plan.config.model, dense_shapes(plan.config.model), {}
+    leaves, structure = by_name(abstract), jax.tree.structure(abstract)
 
     def keep(path: str, dense: np.ndarray) -> None:
-        found[path] = jax.device_put(decompose.cut_leaf(path, dense, m), where[path])
+        found[path] = jax.device_put(decompose.cut_leaf(path, dense, m), leaves[path].sharding)
 
     for entry, layers in itertools.groupby(_tensors(plan, source), key=lambda item: item[0]):
         arrays = [np.empty(shapes[path], np.float32) for path in entry.ours]
@@ -171,8 +152,8 @@ def _parameters(plan: ImportPlan, source: Tensors, abstract: Params) -> Params:
             theirs = source.read_float32(name)
             if entry.ours == ("positions",):
                 theirs = theirs[..., : arrays[0].shape[0], :]
-            for array, part in zip(arrays, into_ours(entry, theirs, [a[at].shape for a in arrays])):
-                array[at] = part
+            for a, part in zip(arrays, entry.into_ours(theirs, [a[at].shape for a in arrays])):
+                a[at] = part
         for path in entry.ours:
             keep(path, arrays.pop(0))
     rng = np.random.default_rng(plan.config.train.seed)
@@ -181,36 +162,29 @@ def _parameters(plan: ImportPlan, source: Tensors, abstract: Params) -> Params:
             std = 0.3 * m.d_model**-0.5
             value = rng.normal(0, std, shape) if "kernel" in leaf else np.zeros(shape)
             keep(f"layers.{m.place_of(name)}.router.{leaf}", value.astype(np.float32))
-    return jax.tree.map_with_path(lambda path, _: found[dotted(path)], abstract)
+    return jax.tree.unflatten(structure, [found[path] for path in leaves])
 
 
 def _data(plan: ImportPlan) -> DataBundle | str:
     """The data for fitting and losses, or why there are none."""
-    c = plan.config
-    language = c.model.task == "language"
+    c, tokenizer = plan.config, plan.tokenizer
     try:
         check_source(c)
     except ConfigError as error:
         return str(error)
-    if language and plan.tokenizer is None:
+    if c.model.task == "language" and tokenizer is None:
         return "there is no tokenizer.json, so no text can be given to it"
-    bundle = load(c, default_cache_dir(), plan.tokenizer)
-    if bundle.vocab_size > c.model.vocab_size and language:
+    bundle = load(c, default_cache_dir(), tokenizer)
+    if c.model.task == "language" and bundle.vocab_size > c.model.vocab_size:
         sizes = f"has {bundle.vocab_size} tokens and the model {c.model.vocab_size}"
         raise UserError(f"config.data.tokenizer={c.data.tokenizer!r}: {sizes}; leave it out")
     return bundle
 
 
-def _batches(config: Config, data: DataBundle, mesh: Any) -> Iterator[Mapping[str, Any]]:
-    batches = TrainBatches(data.train, config.train.batch_size, config.train.seed)
-    return (mesh_lib.put_batch(mesh, batches[i]) for i in range(N_BATCHES))
-
-
-def _losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -> Iterator[str]:
-    """Lines with the validation loss of all experts and of those configured."""
+def _print_losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -> None:
+    """The validation loss of all experts and of those configured."""
     if isinstance(data, str):
-        yield f"the loss was not measured, and routers are random: {data}"
-        return
+        return notice(f"the loss was not measured, and routers are random: {data}")
     limit = config.eval.batches or N_BATCHES
     unions = config.model.unions().items()
     chosen = ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in unions)
@@ -218,4 +192,4 @@ def _losses(config: Config, params: Params, data: DataBundle | str, mesh: Any) -
     for c, what in ((all_experts(config), every), (config, chosen or "dense blocks")):
         found, _ = evaluate(build(c, mesh), params, data.validation, c, limit, whole=False)
         rows = f"{int(found['eval/rows'])} rows of validation"
-        yield f"loss {found['eval/loss']:.4f} on {rows} with {what}"
+        print(f"loss {found['eval/loss']:.4f} on {rows} with {what}", file=sys.stderr, flush=True)

@@ -5,55 +5,58 @@ one layer of them where a name has `{i}`.
 """
 
 import math
-from typing import Any, Callable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 import numpy as np
 
 from uoe_jax.config.schema import ModelConfig
-from uoe_jax.exchange.config_keys import Keys
 
 Values = dict[str, Any]
+Shape = tuple[int, ...]
 
 
 class Form(NamedTuple):
-    """A lossless reshape or transpose between the two layouts.
+    """A lossless reshape of our array, and transpose, into theirs."""
 
-    into: (theirs, our shape) -> ours. back: ours -> theirs.
-    """
+    reshaped: Callable[[Shape], Shape]
+    axes: tuple[int, ...] | None = None  # of the transpose; None: without
 
-    into: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-    back: Callable[[np.ndarray], np.ndarray]
+    def into(self, theirs: np.ndarray, shape: Shape) -> np.ndarray:
+        """Ours, of this shape."""
+        theirs = theirs if self.axes is None else theirs.transpose(np.argsort(self.axes))
+        return theirs.reshape(shape)
+
+    def back(self, ours: np.ndarray) -> np.ndarray:
+        a = ours.reshape(self.reshaped(ours.shape))
+        return a if self.axes is None else a.transpose(self.axes)
+
+    def shape(self, ours: Shape) -> Shape:
+        """Theirs, of ours; nothing is allocated."""
+        return self.back(np.broadcast_to(np.False_, ours)).shape
 
 
-def _reshaped(t: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return t.reshape(shape)
-
-
-SAME = Form(_reshaped, lambda a: a)
-FLAT = Form(_reshaped, lambda a: a.reshape(-1))
+SAME = Form(lambda shape: shape)
+FLAT = Form(lambda shape: (math.prod(shape),))
 
 
 def kernel(n_in: int = 1) -> Form:
     """GPT-2's Conv1D [in,out]; the first `n_in` axes of ours are the input's."""
-    return Form(_reshaped, lambda a: a.reshape(math.prod(a.shape[:n_in]), -1))
+    return Form(lambda shape: (math.prod(shape[:n_in]), math.prod(shape[n_in:])))
 
 
 def linear(n_in: int = 1) -> Form:
     """A torch Linear [out,in]; the first `n_in` axes of ours are the input's."""
-    return Form(lambda t, shape: t.T.reshape(shape), lambda a: kernel(n_in).back(a).T)
+    return kernel(n_in)._replace(axes=(1, 0))
 
 
 def under(n: int) -> Form:
     """Ours below `n` axes of size 1."""
-    return Form(_reshaped, lambda a: a.reshape((1,) * n + a.shape))
+    return Form(lambda shape: (1,) * n + shape)
 
 
 def pixels(patch: int, channels: int) -> Form:
     """A convolution [D,channels,patch,patch] as a projection [patch·patch·channels,D] of pixels."""
-    return Form(
-        lambda t, shape: t.transpose(2, 3, 1, 0).reshape(shape),
-        lambda a: a.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1),
-    )
+    return Form(lambda shape: (patch, patch, channels, shape[-1]), axes=(3, 2, 0, 1))
 
 
 class Entry(NamedTuple):
@@ -62,6 +65,26 @@ class Entry(NamedTuple):
     theirs: str
     ours: tuple[str, ...]
     form: Form
+
+    def layers(self, m: ModelConfig) -> Iterable[int | None]:
+        """The layers that have it; None where it is outside them."""
+        return range(m.n_layers) if "{i}" in self.theirs else (None,)
+
+    def shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """Of the tensor of one layer, given those of our leaves with all layers."""
+        lead = int("{i}" in self.theirs)
+        parts = [self.form.shape(shapes[path][lead:]) for path in self.ours]
+        return (*parts[0][:-1], sum(part[-1] for part in parts))
+
+    def into_ours(self, theirs: np.ndarray, shapes: list[Shape]) -> list[np.ndarray]:
+        """Our leaves in a tensor of theirs."""
+        widths = [self.form.shape(shape)[-1] for shape in shapes]
+        parts = np.split(theirs, np.cumsum(widths)[:-1], axis=-1)
+        return [self.form.into(part, shape) for part, shape in zip(parts, shapes)]
+
+    def into_theirs(self, ours: list[np.ndarray]) -> np.ndarray:
+        parts = [self.form.back(a) for a in ours]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
 def entry(theirs: str, ours: str, form: Form = SAME) -> Entry:
@@ -78,75 +101,9 @@ def layer_norm(theirs: str, ours: str) -> Iterator[Entry]:
     return affine(theirs, SAME, ours + ".scale", ours + ".bias")
 
 
-def into_ours(entry: Entry, theirs: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """Our leaves in a tensor of theirs."""
-    lead = math.prod(theirs.shape[:-1])
-    widths = [math.prod(shape) // lead for shape in shapes]
-    parts = [theirs] if len(shapes) == 1 else np.split(theirs, np.cumsum(widths)[:-1], axis=-1)
-    return [entry.form.into(part, shape) for part, shape in zip(parts, shapes)]
-
-
-def into_theirs(entry: Entry, ours: list[np.ndarray]) -> np.ndarray:
-    """The inverse of `into_ours`."""
-    parts = [entry.form.back(a) for a in ours]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-
-
-def their_shape(entry: Entry, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Of the tensor that holds leaves of these shapes; nothing is allocated."""
-
-    def empty(shape: tuple[int, ...]) -> np.ndarray:
-        return np.lib.stride_tricks.as_strided(np.zeros(1, np.bool_), shape, (0,) * len(shape))
-
-    parts = [entry.form.back(empty(shape)).shape for shape in shapes]
-    return (*parts[0][:-1], sum(part[-1] for part in parts))
-
-
-class Family(NamedTuple):
-    """One layout.
-
-    Attributes:
-      kind: its name in errors.
-      model: config.json -> our `model` section. config: the inverse.
-      entries: all tensors.
-      needs: the keys of `model` that a model of it has, for errors.
-      prefix: of names, which old files leave out.
-    """
-
-    kind: str
-    model: Callable[[Keys], Values]
-    config: Callable[[ModelConfig], Values]
-    entries: Callable[[ModelConfig], Iterator[Entry]]
-    needs: str
-    prefix: str = ""
-
-
-ALIASES = {  # other names of keys in published files
-    "n_embd": ("hidden_size",),
-    "n_head": ("num_attention_heads",),
-    "n_layer": ("num_hidden_layers",),
-    "n_positions": ("max_position_embeddings", "n_ctx"),
-}
-
-
-def read_sizes(keys: Keys, names: Mapping[str, str]) -> Values:
-    """{our key: size}. names: {their key: our key}."""
-    return {ours: keys.whole(name, also=ALIASES.get(name, ())) for name, ours in names.items()}
-
-
-def write_sizes(m: ModelConfig, names: Mapping[str, str]) -> Values:
-    """The inverse of `read_sizes`."""
-    return {theirs: getattr(m, ours) for theirs, ours in names.items()}
-
-
-PLAIN = {
-    "gelu": "gelu",
-    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh"),
-    "relu": "relu",
-}
+# Other names of keys in published files.
+ALIASES = dict(n_embd=["hidden_size"], n_head=["num_attention_heads"])
+ALIASES |= dict(n_layer=["num_hidden_layers"], n_positions=["max_position_embeddings", "n_ctx"])
+PLAIN = {"gelu": "gelu", "relu": "relu"}
+PLAIN |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
-
-
-def activation_name(names: Mapping[str, str], ours: str) -> str:
-    """The first of their names for an activation; ours, which is not read back, without one."""
-    return next((theirs for theirs, own in names.items() if own == ours), ours)

@@ -18,20 +18,21 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 from jax import export
+from jax.sharding import Mesh
 
 import uoe_jax
 from uoe_jax.config.schema import Config, MeshConfig
 from uoe_jax.distributed.mesh import make_mesh
 from uoe_jax.distributed.watchdog import ticking
 from uoe_jax.errors import RunError
-from uoe_jax.exchange.tensors import dotted
-from uoe_jax.exchange.whole import whole_directory
+from uoe_jax.exchange.tensors import by_name, same_bits, whole_directory
 from uoe_jax.train.step import Params, functional
 from uoe_jax.train.task import task_of
 
 MAGIC = b"UOESHLO1"
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, WEIGHTS, EXAMPLE = "model.stablehlo", "model.safetensors", "load.py"
+Weights = dict[str, np.ndarray]  # by dotted name
 _TOLERANCE = 1e-5  # of max|a-b| / max|b|
 
 _LOAD = f'''\
@@ -58,61 +59,43 @@ print("logits", forward(weights, *inputs).shape)
 def export_stablehlo(config: Config, params: Params, out: epath.Path) -> None:
     """Writes the directory `out`, whole or not at all; reads it back and compares.
 
-    That takes host memory for some four times the weights.
+    Takes host memory for some four times the weights, which may lie on any mesh. UserError if `out`
+    exists or cannot be written, RunError if what is there does not compute what the model does.
 
     The program takes tokens int32 [b,L] of a language model and gives logits float32 [b,L,V]. Of a
     classifier it takes inputs, token ids int32 [b,L] or images float32 [b,height,width,channels]
     (bytes through `augment.as_floats`), and segments int32 [b,L], 1 at tokens and 0 at padding, and
     gives [b,n_classes]; of two inputs, [b,2,…] each.
-
-    Args:
-      params: as `Program.model` takes them; the weights may lie on any mesh of this process.
-
-    Raises:
-      UserError: `out` exists, or cannot be written.
-      RunError: what is there is not what was written, or does not compute what the model does.
     """
-    with whole_directory(str(out), "--out") as place:
-        # On one device nothing is sharded. On the CPU, as elsewhere equal programs may round apart.
-        with jax.set_mesh(make_mesh(MeshConfig(), devices=_one_device())):
-            weights, forward = by_name(params), _forward(config, params)
-            program, data = _program(config, forward, weights), safetensors.numpy.save(weights)
-            files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
-            for name, content in ticking(files.items()):
-                _write(place / name, content)
-            found = {name: (place / name).read_bytes() for name in files}
-            if damage := _damage(found, files, config, weights, forward):
-                remedy = "nothing is left there: try again, and report it if it stays so"
-                raise RunError(f"--out={out}: {damage}; {remedy}")
+    with whole_directory(str(out), "--out") as place, jax.set_mesh(_one_device()):
+        leaves, tree = by_name(params), jax.tree.structure(params)
+        # Sorted, as jax takes dicts, and in C order: safetensors writes the bytes as they lie.
+        on_host = {name: jax.device_get(leaves[name]) for name in sorted(leaves)}
+        weights = {name: np.asarray(a, order="C") for name, a in on_host.items()}
+        names, rebuild = list(leaves), functional(config.model)[1]
+
+        def forward(weights: dict[str, jax.Array], *inputs: jax.Array) -> jax.Array:
+            ours = jax.tree.unflatten(tree, [weights[name] for name in names])
+            return rebuild(ours)(*inputs)[0]
+
+        program, data = _program(config, forward, weights), safetensors.numpy.save(weights)
+        files = {PROGRAM: program, WEIGHTS: data, EXAMPLE: _LOAD.encode()}
+        for name, content in ticking(files.items()):
+            _write(place / name, content)
+        other = [name for name in files if (place / name).read_bytes() != files[name]]
+        damage = f"{other[0]} is not what was written" if other else ""
+        if damage := damage or _damage(config, files, weights, forward):
+            remedy = "nothing is left there: try again, and report it if it stays so"
+            raise RunError(f"--out={out}: {damage}; {remedy}")
 
 
-def by_name(params: Params) -> dict[str, np.ndarray]:
-    """The weights on the host by dotted name, in the order of their names, as jax orders them."""
-    # In C order: safetensors writes the bytes as they lie, whatever the strides.
-    weights = {
-        dotted(path): np.asarray(jax.device_get(leaf), order="C")
-        for path, leaf in jax.tree.leaves_with_path(params)
-    }
-    return dict(sorted(weights.items()))
-
-
-def _one_device() -> list[jax.Device]:
-    """The CPU, or the first device where jax was started without it."""
+def _one_device() -> Mesh:
+    """Nothing is sharded. The CPU, as elsewhere equal programs may round apart, if jax has it."""
     try:
-        return jax.local_devices(backend="cpu")[:1]
+        devices = jax.local_devices(backend="cpu")
     except RuntimeError:
-        return jax.local_devices()[:1]
-
-
-def _forward(config: Config, params: Params) -> Any:
-    """(weights by dotted name, *inputs) -> logits."""
-    rebuild = functional(config.model)[1]
-    names = jax.tree.map_with_path(lambda path, _: dotted(path), params)
-
-    def forward(weights: dict[str, jax.Array], *inputs: jax.Array) -> jax.Array:
-        return rebuild(jax.tree.map(weights.get, names))(*inputs)[0]
-
-    return forward
+        devices = jax.local_devices()
+    return make_mesh(MeshConfig(), devices=devices[:1])
 
 
 def _inputs(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -128,12 +111,11 @@ def _inputs(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return found
 
 
-def _program(config: Config, forward: Any, weights: dict[str, np.ndarray]) -> bytes:
+def _program(config: Config, forward: Any, weights: Weights) -> bytes:
     """The content of `model.stablehlo`."""
     inputs = _inputs(config)
-    parameters = {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()}
     jitted = jax.jit(forward, keep_unused=True)
-    exported = export.export(jitted, platforms=PLATFORMS)(parameters, *inputs.values())
+    exported = export.export(jitted, platforms=PLATFORMS)(weights, *inputs.values())
     blob = bytes(exported.serialize())
 
     def described(name: str, a: Any) -> dict[str, Any]:
@@ -146,7 +128,7 @@ def _program(config: Config, forward: Any, weights: dict[str, np.ndarray]) -> by
         "platforms": list(exported.platforms),
         "inputs": [described(name, a) for name, a in inputs.items()],
         "outputs": [described("logits", a) for a in exported.out_avals],
-        "parameters": [described(name, a) for name, a in parameters.items()],
+        "parameters": [described(name, a) for name, a in weights.items()],
     }
     text = json.dumps(header).encode()
     return MAGIC + len(text).to_bytes(8, "little") + text + blob
@@ -159,25 +141,13 @@ def _write(path: epath.Path, content: bytes) -> None:
         os.fsync(file.fileno())  # or a power cut may leave an empty file under the final name
 
 
-def _damage(
-    found: dict[str, bytes],
-    files: dict[str, bytes],
-    config: Config,
-    weights: dict[str, np.ndarray],
-    forward: Any,
-) -> str:
-    """How the files found differ from those written, or from the model; empty where they do not."""
-    for name, content in files.items():
-        if found[name] != content:
-            return f"{name} is not what was written"
-    there = safetensors.numpy.load(found[WEIGHTS])
+def _damage(config: Config, files: dict[str, bytes], weights: Weights, forward: Any) -> str:
+    """How the files differ from the model; empty where they do not."""
+    there, none = safetensors.numpy.load(files[WEIGHTS]), np.array(None)
     for name in ticking({**weights, **there}):
-        a, b = weights.get(name), there.get(name)
-        if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+        if not same_bits(weights.get(name, none), there.get(name, none)):
             return f"{name} in {WEIGHTS} is not the model's"
-        if a.tobytes() != b.tobytes():
-            return f"{name} in {WEIGHTS} is not the model's"
-    inputs, program = _example(config), found[PROGRAM]
+    inputs, program = _example(config), files[PROGRAM]
     wanted = np.asarray(jax.jit(forward)(weights, *inputs))
     blob = bytearray(program[16 + int.from_bytes(program[8:16], "little") :])
     got = np.asarray(export.deserialize(blob).call(there, *inputs))

@@ -3,9 +3,11 @@
 Tensors are read one at a time and written one shard at a time, so a model is never held twice.
 """
 
+import contextlib
 import os
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
+import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 import safetensors.numpy
@@ -14,9 +16,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from uoe_jax.distributed.watchdog import ticking
-from uoe_jax.errors import RunError, UserError
-from uoe_jax.train.fingerprint import leaf_name
-from uoe_jax.workdir import read_json, write_json
+from uoe_jax.errors import RunError, UserError, os_error_as
+from uoe_jax.workdir import LiteralPath, is_remote, locate, read_json, write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -27,21 +28,24 @@ _DOWNLOAD = "download the whole model again, or save it with save_pretrained"
 
 
 class Tensors:
-    """The tensors of a directory, by name.
+    """The tensors of a directory, by name; UserError where files are missing, damaged or differ."""
 
-    Raises:
-      UserError: there are none, a shard is missing, or a file is truncated or no safetensors.
-    """
-
-    def __init__(self, directory: epath.Path, option: str = "--from") -> None:
-        self._place, self._option = directory, option
+    def __init__(self, directory: epath.Path) -> None:
+        self._place, suffixes = directory, (".safetensors", *_OTHER_FORMATS)
+        there = (path.name for path in directory.iterdir() if path.suffix.lower() in suffixes)
+        self._files = sorted(there)  # of weights
         index = read_json(directory / INDEX, _DOWNLOAD)
-        self._file_of: dict[str, str]
+        self.file_of: dict[str, str]  # {tensor: file}
         if index is None:
-            self._file_of = dict.fromkeys(self._open(FILE).keys(), FILE)
+            self.file_of = dict.fromkeys(self._open(FILE).keys(), FILE)
         else:
-            self._file_of = self._read_index(index.get("weight_map"))
-        self._check_other_files()
+            self.file_of = self._read_index(index.get("weight_map"))
+        self.passed_over = [name for name in self._files if name not in self.file_of.values()]
+        for name in self.passed_over:  # either may be the right ones
+            if name.endswith(".safetensors") and not name.startswith(_COPIES):
+                why = f"holds {name} beside {min(self.file_of.values())}"
+                remedy = "they may be of two models; take one of them away"
+                raise UserError(f"--from={directory}: {why}, and {remedy}")
 
     def _read_index(self, weight_map: Any) -> dict[str, str]:
         """The index, checked against its files."""
@@ -51,56 +55,30 @@ class Tensors:
             if not isinstance(file, str) or os.path.basename(file) != file:
                 why = f"says that {name} is in {file!r}, which is no file of this directory"
                 raise self._error(INDEX, why)
-        held = {file: set(self._open(file).keys()) for file in sorted(set(weight_map.values()))}
+        held = {file: set(self._open(file).keys()) for file in sorted({*weight_map.values()})}
         for name, file in weight_map.items():
             if name not in held[file]:
                 raise self._error(file, f"lacks {name}, which {INDEX} says it holds")
-        for file, names in held.items():
-            for name in names:
-                named = weight_map.get(name)
-                if named is None:
-                    raise self._error(file, f"holds {name}, which {INDEX} does not name")
-                if named != file and self._bytes(file, name) != self._bytes(named, name):
-                    why = f"holds another {name} than {named}, which {INDEX} names for it"
-                    raise self._error(file, why)
+        for file, name in ((file, name) for file, names in held.items() for name in names):
+            named = weight_map.get(name)
+            if named is None:
+                raise self._error(file, f"holds {name}, which {INDEX} does not name")
+            if named != file and not same_bits(self.read(name, file), self.read(name, named)):
+                why = f"holds another {name} than {named}, which {INDEX} names for it"
+                raise self._error(file, why)
         return weight_map
-
-    def _bytes(self, file: str, name: str) -> bytes:
-        return self._open(file).get_tensor(name).tobytes()
-
-    def _check_other_files(self) -> None:
-        """UserError where other safetensors lie in the directory: either may be the right ones."""
-        named = set(self._file_of.values())
-        for name in self._others():
-            if name not in named and name.endswith(".safetensors") and not name.startswith(_COPIES):
-                why = f"holds {name} beside {min(named)}, and they may be of two models"
-                raise UserError(f"{self._option}={self._place}: {why}; take one of them away")
-
-    def passed_over(self) -> list[str]:
-        """Names of files of weights in other formats, which are not read."""
-        return [name for name in self._others() if name not in self._file_of.values()]
-
-    def _others(self) -> list[str]:
-        suffixes = (".safetensors", *_OTHER_FORMATS)
-        return sorted(p.name for p in self._place.iterdir() if p.suffix.lower() in suffixes)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def names(self) -> list[str]:
-        return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
-        return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+        return tuple(self._open(self.file_of[name]).get_slice(name).get_shape())
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, file: str | None = None) -> np.ndarray:
         """A tensor in the dtype of its file."""
-        return self._open(self._file_of[name]).get_tensor(name)
+        return self._open(file or self.file_of[name]).get_tensor(name)
 
     def read_float32(self, name: str) -> np.ndarray:
         """A tensor of floats as float32; UserError where it is none, not finite or too large."""
-        file = self._file_of[name]
+        file = self.file_of[name]
         stored = self._open(file).get_slice(name).get_dtype()
         if stored not in ("F64", "F32", "F16", "BF16"):
             why = f"holds {name} as {stored}, and F64, F32, F16 and BF16 are read"
@@ -116,7 +94,7 @@ class Tensors:
     def _open(self, file: str) -> Any:
         # Opened for every read: closing gives back the memory of the mapped file.
         if not (self._place / file).is_file():
-            others = [name for name in self._others() if not name.endswith(".safetensors")]
+            others = [name for name in self._files if not name.endswith(".safetensors")]
             why = f" ({others[0]} is there, which is not read)" if others else ""
             raise self._error(file, f"is missing{why}")
         try:
@@ -125,7 +103,7 @@ class Tensors:
             raise self._error(file, f"cannot be read, cut off perhaps ({error})") from error
 
     def _error(self, file: str, why: str) -> UserError:
-        return UserError(f"{self._option}={self._place}: {file} {why}; {_DOWNLOAD}")
+        return UserError(f"--from={self._place}: {file} {why}; {_DOWNLOAD}")
 
 
 class Tensor(NamedTuple):
@@ -145,35 +123,37 @@ def write(
 ) -> int:
     """Writes tensors into files of at most `shard_bytes` (or of one tensor); reads every file back.
 
-    lossy: write numbers that overflow or underflow in `dtype` as infinity or 0.
-
-    Returns:
-      How many numbers did so.
-
-    Raises:
-      UserError: there is such a number, and not `lossy`.
-      RunError: what was read is not what was written.
+    Returns how many numbers overflow or underflow in `dtype`. They become infinity or 0 if `lossy`,
+    else a UserError. RunError where what was read is not what was written.
     """
-    kind, by_name, n_lost = np.dtype(dtype), {t.name: t for t in tensors}, 0
+    kind, named, n_lost = np.dtype(dtype), {t.name: t for t in tensors}, 0
     split = split_state_dict_into_shards_factory(
-        by_name,
+        named,
         get_storage_size=lambda t: int(np.prod(t.shape)) * kind.itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        held = {}
+        path, held = directory / file, {}
         for name in ticking(names):
-            held[name], lost = cast(by_name[name].make(), kind)
+            held[name], lost = cast(named[name].make(), kind)
             if len(lost) and not lossy:
                 becomes = f"{lost[0]:.6g}, which becomes {cast(lost[:1], kind)[0][0]} in it"
                 why = f"{name} holds {becomes} ({len(lost)} such numbers there)"
                 remedy = "give --dtype=float32, or --lossy to go on"
                 raise UserError(f"--dtype={kind}: {why}; {remedy}")
             n_lost += len(lost)
-        safetensors.numpy.save_file(held, str(directory / file), metadata={"format": "pt"})
-        os.chmod(directory / file, 0o666 & ~_umask())  # safetensors lets the owner alone read it
-        _compare(directory / file, held)
+        path.touch()
+        mode = os.stat(path).st_mode
+        safetensors.numpy.save_file(held, str(path), metadata={"format": "pt"})
+        os.chmod(path, mode)  # safetensors lets the owner alone read it
+        remedy = "write it again, on another disk perhaps"
+        with safe_open(str(path), "numpy") as there:
+            if set(there.keys()) != set(held):
+                raise RunError(f"{path}: does not hold the tensors that were written; {remedy}")
+            for name, array in ticking(held.items()):
+                if not same_bits(there.get_tensor(name), array):
+                    raise RunError(f"{path}: {name} is not what was written; {remedy}")
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(directory / INDEX, index)
@@ -191,25 +171,33 @@ def cast(array: np.ndarray, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     return held, array[(np.isfinite(array) & ~np.isfinite(held)) | ((held == 0) & (array != 0))]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
 
 
-def _compare(file: epath.Path, held: dict[str, np.ndarray]) -> None:
-    """RunError unless a file holds exactly these."""
-    remedy = "write it again, on another disk perhaps"
-    with safe_open(str(file), "numpy") as there:
-        if set(there.keys()) != set(held):
-            raise RunError(f"{file}: does not hold the tensors that were written; {remedy}")
-        for name, array in ticking(held.items()):
-            found = there.get_tensor(name)
-            same = found.shape == array.shape and found.dtype == array.dtype
-            if not same or found.tobytes() != array.tobytes():
-                raise RunError(f"{file}: {name} is not what was written; {remedy}")
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of parameters by their dotted names, such as `layers.mlp.w_up`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def dotted(path: tuple[Any, ...]) -> str:
-    """The name of a leaf of a tree of parameters, such as `layers.mlp.w_up`."""
-    return leaf_name(path).replace("/", ".")
+@contextlib.contextmanager
+def whole_directory(path: str, option: str) -> Iterator[epath.Path]:
+    """An empty directory to write in, renamed to `path` at the end; removed where anything fails.
+    Missing directories around it stay. UserError where `path` exists or cannot be written."""
+    out = LiteralPath(os.path.abspath(locate(path, option)))
+    if is_remote(path):
+        why = "a directory must be renamed, which gs:// cannot"
+        raise UserError(f"{option}={path}: {why}; give a local one, and copy that")
+    if os.path.lexists(out):
+        raise UserError(f"{option}={path}: exists already; remove it, or give another directory")
+    temporary = out.parent / f".{out.name}.{os.getpid()}"
+    problem, remedy = f"{option}={path}: cannot be written", "fix that, or give another directory"
+    try:
+        with os_error_as(UserError, problem, remedy):
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(out)
+    finally:
+        if temporary.exists():
+            temporary.rmtree()

@@ -2,37 +2,32 @@
 
 import argparse
 import shlex
-import sys
 from typing import Mapping
 
 from uoe_jax.config.schema import Config
-from uoe_jax.data.tokenizers.base import Tokenizer
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import UserError
+from uoe_jax.runtime_env import notice
 
 FORMATS = ("safetensors", "hf", "stablehlo")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _tokenizer(config: Config, workdir: str) -> Tokenizer | None:
-    """The run's tokenizer; None of an imported model that came without one."""
-    from uoe_jax.data.tokenizers.load import read_tokenizer, tokenizer_of_run
-    from uoe_jax.exchange.importing import SOURCE
-    from uoe_jax.workdir import locate
-
-    if (locate(workdir) / SOURCE).is_dir() and read_tokenizer(workdir) is None:
-        return None
-    return tokenizer_of_run(config, workdir)
+def _check_alone(what: str) -> None:
+    if coordination.are_several():
+        raise UserError(f"{what} by one process; start this once, and not by srun or its like")
 
 
 def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
-    """Raises UserError for what cannot be imported."""
+    """UserError for what cannot be imported."""
     from uoe_jax.distributed import setup
     from uoe_jax.exchange.plan_import import plan
 
     o, workdir = options, options.workdir
-    found = plan(o.source, o.config, o.experts, o.k, o.capacity, overrides, workdir)
+    routing = {"n_experts": o.experts, "k": o.k, "capacity_factor": o.capacity}
+    found = plan(o.source, o.config, routing, overrides, workdir)
     setup.start(found.config)
+    _check_alone(f"--workdir={workdir}: a model is imported")
     from uoe_jax.exchange.importing import import_model
 
     import_model(found, workdir)
@@ -41,31 +36,26 @@ def run_import(options: argparse.Namespace, overrides: Mapping[str, str]) -> Non
 
 
 def run_export(options: argparse.Namespace, config: Config) -> None:
-    """Writes the directory `options.out`.
-
-    Raises:
-      UserError: what cannot be exported. RunError: what was written is not what it should be.
-    """
+    """Writes `options.out`. UserError: it cannot be exported. RunError: it was not written well."""
     form, dtype = options.format, options.dtype
     if options.routed and form != "hf":
-        why = f"is for --format=hf; --format={form} has the routed model as it is"
-        raise UserError(f"--routed: {why}")
+        raise UserError(
+            f"--routed: is for --format=hf; --format={form} has the routed model anyway"
+        )
     if dtype != "float32" and form == "stablehlo":
-        why = "is for safetensors and hf; StableHLO has the weights as they are"
-        raise UserError(f"--dtype={dtype}: {why}")
+        raise UserError(f"--dtype={dtype}: is for safetensors and hf; stablehlo keeps the weights")
     from uoe_jax.distributed import setup
 
     setup.start(config)
+    _check_alone(f"--out={options.out}: a model is exported")
+    from uoe_jax.data.tokenizers.load import read_tokenizer, tokenizer_of_run
     from uoe_jax.exchange import exporting
     from uoe_jax.exchange.importing import SOURCE
     from uoe_jax.exchange.stablehlo import export_stablehlo
-    from uoe_jax.exchange.whole import whole_directory
+    from uoe_jax.exchange.tensors import whole_directory
     from uoe_jax.train.restore import restored
     from uoe_jax.workdir import locate
 
-    if coordination.are_several():
-        remedy = "start this once, and not by srun or its like"
-        raise UserError(f"--out={options.out}: a model is exported by one process; {remedy}")
     m, source = config.model, locate(options.workdir) / SOURCE
     export = exporting.export_routed if options.routed else exporting.export_dense
     if form == "safetensors":
@@ -74,13 +64,16 @@ def run_export(options: argparse.Namespace, config: Config) -> None:
         if form == "stablehlo":
             export_stablehlo(config, run.params, locate(options.out, "--out"))
         else:
-            tokenizer = _tokenizer(config, options.workdir) if m.task == "language" else None
+            has_tokenizer = m.task == "language"
+            if has_tokenizer and source.is_dir():  # it may have been imported without one
+                has_tokenizer = read_tokenizer(options.workdir) is not None
+            tokenizer = tokenizer_of_run(config, options.workdir) if has_tokenizer else None
             with whole_directory(options.out, "--out") as out:
-                target = exporting.Target(out, dtype, options.lossy, source)
-                export(config, run.params, tokenizer, target)
+                how = out, dtype, options.lossy, source
+                export(exporting.Export(config, run.params, tokenizer, *how))
     routed = {name: r for name, r in m.unions().items() if r.k < r.n_experts}
     chosen = ", ".join(f"{r.k} of {r.n_experts} experts in {name}" for name, r in routed.items())
     if form == "hf" and not options.routed and chosen:
         merged = "merged into a dense model of all experts, where the run chooses"
-        print(f"uoe: {merged} {chosen}; --routed keeps that", file=sys.stderr)
+        notice(f"{merged} {chosen}; --routed keeps that")
     print(f"{options.out}: step {run.step}, written and compared")

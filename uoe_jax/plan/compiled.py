@@ -1,47 +1,37 @@
-"""Compiles the train step for forced host devices, in a process of its own, and says what XLA says.
+"""Compiles the train step for forced host devices and says what XLA says of it.
 
-`compile_step` is for the caller; `python -m uoe_jax.plan.compiled` is the process: a configuration
-in (JSON), a `Compiled` out. Nothing of the model is allocated: the step is lowered from shapes. A
-process of its own, because the number of devices is settled when jax starts.
+In a process of its own, as the number of devices is settled when jax starts. Nothing of the model
+is allocated: the step is lowered from shapes.
 """
 
-import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
 
-from uoe_jax.config.load import from_dict, to_dict
 from uoe_jax.config.schema import Config
-from uoe_jax.errors import EXIT_BAD_INPUT, UserError
-from uoe_jax.plan.hlo import Array, Collective, collectives
+from uoe_jax.errors import UserError
+from uoe_jax.plan.hlo import Collective, collectives
 
 # The code is never run, so LLVM need not optimise; memory and collectives are decided before it.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Compiled(NamedTuple):
-    """What XLA says of the compiled step.
+    """What XLA says of the compiled step; sizes are bytes of one device."""
 
-    Attributes:
-      arguments, outputs, alias, temporary: bytes of one device: state and batch, outputs, outputs
-        written over arguments, and everything in between.
-      flops: of one device; the body of a loop counts once.
-      parameters, optimizer: bytes of one device, of the arguments.
-      seconds, process_bytes: of the compilation; the latter its largest resident size.
-    """
-
-    arguments: int
+    arguments: int  # state and batch
     outputs: int
-    alias: int
-    temporary: int
-    flops: float
-    parameters: int
+    alias: int  # outputs written over arguments
+    temporary: int  # everything in between
+    flops: float  # of one device; the body of a loop counts once
+    parameters: int  # of the arguments, as optimizer
     optimizer: int
     collectives: tuple[Collective, ...]
-    seconds: float
+    seconds: float  # of the compilation, as process_bytes, its largest resident size
     process_bytes: int
     jax: str
 
@@ -52,49 +42,45 @@ class Compiled(NamedTuple):
 
 def compile_step(config: Config) -> Compiled:
     """Compiles the train step for `config.mesh`, all sizes given, on as many host devices.
-
-    Raises:
-      UserError: what the configuration is refused for.
-      RuntimeError: the compilation failed; with what it wrote.
-    """
+    UserError where the configuration is refused, RuntimeError with its log where XLA fails."""
     devices = math.prod(config.mesh.shape.values())
     mine = {k: v for k, v in os.environ.items() if not k.startswith(("UOE_", "JAX_", "XLA_"))}
     flags = f"--xla_force_host_platform_device_count={devices} {FLAGS}"
     env = {**mine, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    command = [sys.executable, "-m", "uoe_jax.plan.compiled"]
-    given = json.dumps(to_dict(config)).encode()
-    done = subprocess.run(command, input=given, capture_output=True, env=env)
-    if done.returncode == EXIT_BAD_INPUT and done.stdout:
-        raise UserError(json.loads(done.stdout)["error"])
+    command = [sys.executable, "-c", "from uoe_jax.plan.compiled import main; main()"]
+    done = subprocess.run(command, input=pickle.dumps(config), capture_output=True, env=env)
     if done.returncode:
         log = done.stderr[-4000:].decode("utf-8", "replace")
         what = f"the compilation for {devices} host devices ended with {done.returncode}"
         raise RuntimeError(f"{what}: {log}")
-    found = json.loads(done.stdout)
-    moved = []
-    for kind, *arrays, axes, group, times, counted, op_name, name in found.pop("collectives"):
-        before, after = (Array(dtype, tuple(shape)) for dtype, shape in arrays)
-        rest = group, times, counted, op_name, name
-        moved.append(Collective(kind, before, after, tuple(axes), *rest))
-    return Compiled(**found, collectives=tuple(moved))
+    found: Compiled | str = pickle.loads(done.stdout)
+    if isinstance(found, str):
+        raise UserError(found)
+    return found
 
 
-def describe(config: Config) -> Compiled:
-    """The same in this process, which must have the devices."""
+def main() -> None:
+    """The process: a pickled configuration in, a `Compiled` or what a UserError says out."""
+    try:
+        found: Compiled | str = _compiled_here(pickle.load(sys.stdin.buffer))
+    except UserError as error:
+        found = str(error)
+    sys.stdout.buffer.write(pickle.dumps(found))
+
+
+def _compiled_here(config: Config) -> Compiled:
     import jax
 
     from uoe_jax.distributed import mesh as mesh_lib
     from uoe_jax.distributed.setup import host_peak_bytes
     from uoe_jax.train.step import build
 
-    begun = time.monotonic()
-    mesh = mesh_lib.make_mesh(config.mesh)
+    begun, mesh = time.monotonic(), mesh_lib.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         program = build(config, mesh)
         compiled = program.train_step.lower(program.abstract, program.abstract_batch).compile()
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    # Every program of a CPU has them.
-    assert memory is not None and cost is not None and text is not None
+    assert memory is not None and cost is not None and text is not None  # as on every CPU
 
     def held(tree: Any) -> int:
         arrays = jax.tree.leaves(tree)
@@ -113,16 +99,3 @@ def describe(config: Config) -> Compiled:
         process_bytes=host_peak_bytes(),
         jax=jax.__version__,
     )
-
-
-def main() -> int:
-    try:
-        print(json.dumps(describe(from_dict(json.load(sys.stdin)))._asdict()))
-        return 0
-    except UserError as error:
-        print(json.dumps({"error": str(error)}))
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

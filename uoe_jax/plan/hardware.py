@@ -15,40 +15,28 @@ Range = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One kind of device.
+    """One kind of device."""
 
-    Attributes:
-      kind: its `device_kind` in JAX, the key of its peak 16-bit FLOP/s in `flops.PEAK_FLOPS`.
-      memory: bytes of HBM. bandwidth: of HBM, bytes/s.
-      fast: bytes/s sent inside a domain by a collective along one mesh axis.
-      domain: devices that the fast network connects. slow: bytes/s sent between domains.
-      hops: seconds from a device to the next, inside a domain and out of it.
-      products, attention: share of the peak that matrix products and flash attention reach.
-      streams: share of HBM's bandwidth that kernels reach which only move data.
-      network: share of a network's bandwidth that a collective reaches.
-      source: of the figures.
-    """
-
-    kind: str
-    memory: float
-    bandwidth: float
-    fast: float
-    domain: int
-    slow: float
-    hops: Range
-    products: Range
-    attention: Range
-    source: str
-    # Gathers 0.76-0.79 on H100 (FBGEMM issue 3993); a copy 0.90 on H200 (measured).
+    kind: str  # its `device_kind` in JAX, the key of its peak 16-bit FLOP/s in `flops.PEAK_FLOPS`
+    memory: float  # bytes of HBM
+    bandwidth: float  # of HBM, bytes/s
+    fast: float  # bytes/s sent inside a domain by a collective along one mesh axis
+    domain: int  # devices that the fast network connects
+    slow: float  # bytes/s sent between domains
+    hops: Range  # seconds from a device to the next, inside a domain and out of it
+    products: Range  # share of the peak that matrix products reach
+    attention: Range  # the same of flash attention
+    source: str  # of the figures
+    # Share of HBM's bandwidth that kernels reach which only move data: gathers 0.76-0.79 on H100
+    # (FBGEMM issue 3993); a copy 0.90 on H200 (measured).
     streams: Range = (0.75, 0.90)
-    network: Range = (0.70, 0.90)  # assumed
+    network: Range = (0.70, 0.90)  # share of a network's bandwidth (assumed)
 
     @property
     def flops(self) -> float:
         return PEAK_FLOPS[self.kind]
 
 
-GIB = 2**30
 HOPS = (3.4e-6, 14e-6)  # NCCL's tables of latency: ring, protocol Simple (src/graph/tuning.cc)
 
 # Products: 0.80 was measured on H200; 0.66 is the best grouped product of tokamax's H100 timings.
@@ -78,7 +66,7 @@ B200 = Hardware(
 # Products: whole dense models reach 0.65 (v5p) and 0.44 (v6e) of the peak (MaxText). Hops: assumed.
 V5P = Hardware(
     kind="TPU v5p",
-    memory=95 * GIB, bandwidth=2.765e12, fast=200e9, domain=6144, slow=6.25e9,
+    memory=95 * 2**30, bandwidth=2.765e12, fast=200e9, domain=6144, slow=6.25e9,
     hops=(1e-6, 30e-6), products=(0.70, 0.90), attention=(0.30, 0.60),
     source="Google Cloud TPU v5p page (95 GiB, 2765 GB/s, ICI 1200 GB/s both ways in a 3D torus, "
     "DCN 50 Gb/s, slices of 6144)",
@@ -95,11 +83,7 @@ CPU = "cpu"  # the compiler's own figures; time is not predicted
 
 
 def find(name: str) -> Hardware | None:
-    """The named hardware; None for the CPU devices that the plan itself compiles for.
-
-    Raises:
-      UserError: an unknown name.
-    """
+    """The named hardware; None for the CPU devices of the plan's own. UserError if unknown."""
     if name != CPU and name not in HARDWARE:
         known = f"{', '.join(HARDWARE)}, or {CPU}"
         raise UserError(f"--hardware={name}: is not known; choose one of {known}")

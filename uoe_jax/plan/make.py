@@ -1,5 +1,6 @@
 """A plan: the compiled step, the counted memory, the predicted time, and a better mesh."""
 
+import contextlib
 import dataclasses
 import itertools
 from typing import Iterator, NamedTuple
@@ -7,74 +8,55 @@ from typing import Iterator, NamedTuple
 from uoe_jax.config.schema import Config, MeshConfig
 from uoe_jax.config.validate import check_sizes
 from uoe_jax.errors import ConfigError
+from uoe_jax.plan import predict as time
 from uoe_jax.plan.compiled import Compiled, compile_step
 from uoe_jax.plan.hardware import Hardware, Range, find
-from uoe_jax.plan.network import network_seconds, ring, sent_bytes
 from uoe_jax.plan.peak import Peak, peak
-from uoe_jax.plan.predict import Prediction, expected_collectives, predict
 
 USABLE = 0.92  # of the memory; runtime, network buffers and gaps take the rest (assumed)
 WORTH = 0.03  # of the step's time that another mesh must save to be suggested
 
 
 class Traffic(NamedTuple):
-    """All collectives of one kind over the same mesh axes in a step.
-
-    sent: bytes that a device sends. seconds: (best, worst), None for `cpu`. slow: whether they
-    leave the fast network.
-    """
+    """All collectives of one kind over the same mesh axes in a step."""
 
     kind: str
     axes: tuple[str, ...]
     runs: int
-    sent: float
-    seconds: Range | None
-    slow: bool
+    sent: float  # bytes that a device sends
+    seconds: Range | None  # (best, worst); None for `cpu`
+    slow: bool  # whether they leave the fast network
 
 
 class Suggestion(NamedTuple):
-    """Another mesh of as many devices: its peak in bytes, its step and, counted alike, that of the
-    given mesh."""
+    """Another mesh of as many devices."""
 
     mesh: dict[str, int]
-    peak: float
-    step: Range
+    peak: float  # bytes
+    step: Range  # seconds, as is given_step, that of the given mesh, counted alike
     given_step: Range
 
 
 class Plan(NamedTuple):
-    """Bytes are of one device.
-
-    Attributes:
-      counted: the memory model under the compiler's assumptions. expected: under the hardware's.
-      factor: compiled over counted temporary memory; `peak` has the expected times that.
-      scores: what the peak would grow by with attention scores held in memory.
-      fits, prediction: None for `cpu`, the devices that the step is compiled for.
-      suggestion: a mesh that is faster, or that fits where this does not.
-      least: where no mesh fits, the one that needs least, and its peak.
-    """
+    """Bytes are of one device. What is None for `cpu` is about accelerators."""
 
     config: Config
     hardware: str
     compiled: Compiled
-    counted: Peak
-    expected: Peak
-    factor: float
+    counted: Peak  # the memory model under the compiler's assumptions
+    expected: Peak  # under the hardware's
+    factor: float  # compiled over counted temporary memory; `peak` has the expected times that
     peak: float
-    scores: float
-    fits: bool | None
+    scores: float  # what the peak would grow by with attention scores held in memory
     traffic: tuple[Traffic, ...]
-    prediction: Prediction | None
-    suggestion: Suggestion | None
-    least: tuple[dict[str, int], float] | None
+    fits: bool | None = None
+    prediction: time.Prediction | None = None
+    suggestion: Suggestion | None = None  # a mesh that is faster, or fits where this does not
+    least: tuple[dict[str, int], float] | None = None  # none fits: which needs least, and its peak
 
 
 def make(config: Config, hardware_name: str) -> Plan:
-    """Plans a configuration whose mesh and vocabulary are settled.
-
-    Raises:
-      UserError: what the configuration is refused for on this mesh.
-    """
+    """Plans a configuration of settled mesh and vocabulary; UserError where it is refused."""
     hardware, shape = find(hardware_name), config.mesh.shape
     check_sizes(config, shape)
     as_compiled = config
@@ -86,13 +68,11 @@ def make(config: Config, hardware_name: str) -> Plan:
     expected = counted if hardware is None else peak(config, shape, flash=True)
     total = compiled.peak - compiled.temporary + factor * expected.temporary
     scores = factor * (peak(config, shape, flash=False).temporary - expected.temporary)
-    plan = Plan(
-        config, hardware_name, compiled, counted, expected, factor, total, scores, None,
-        tuple(_traffic(config, hardware, compiled)), None, None, None,
-    )  # fmt: skip
+    traffic = tuple(_traffic(config, hardware, compiled))
+    plan = Plan(config, hardware_name, compiled, counted, expected, factor, total, scores, traffic)
     if hardware is None:
         return plan
-    predicted = predict(config, shape, hardware, compiled.collectives)
+    predicted = time.predict(config, shape, hardware, compiled.collectives)
     plan = plan._replace(fits=total <= USABLE * hardware.memory, prediction=predicted)
     return _with_suggestion(plan, hardware)
 
@@ -101,14 +81,14 @@ def _traffic(config: Config, hardware: Hardware | None, compiled: Compiled) -> I
     m, shape = config.model, config.mesh.shape
     moved = sorted((c for c in compiled.collectives if c.axes), key=lambda c: (c.axes, c.kind))
     for (axes, kind), same in itertools.groupby(moved, key=lambda c: (c.axes, c.kind)):
-        group = list(same)
+        group, seconds, slow = list(same), None, False
+        sent = sum(c.sent * c.times for c in group)
+        if hardware is not None:
+            sent = sum(time.sent_bytes(c, m) for c in group)
+            seconds = time.network_seconds(group, shape, hardware, m)
+            slow = time.ring(axes, shape, hardware).bandwidth < hardware.fast
         runs = sum({c.name: c.times for c in group}.values())
-        if hardware is None:
-            yield Traffic(kind, axes, runs, sum(c.sent * c.times for c in group), None, False)
-            continue
-        slow = ring(axes, shape, hardware).bandwidth < hardware.fast
-        seconds = network_seconds(group, shape, hardware, m)
-        yield Traffic(kind, axes, runs, sum(sent_bytes(c, m) for c in group), seconds, slow)
+        yield Traffic(kind, axes, runs, sent, seconds, slow)
 
 
 def _with_suggestion(plan: Plan, hardware: Hardware) -> Plan:
@@ -117,7 +97,7 @@ def _with_suggestion(plan: Plan, hardware: Hardware) -> Plan:
     def judged(mesh: MeshConfig) -> tuple[MeshConfig, Range, float]:
         c, shape = dataclasses.replace(plan.config, mesh=mesh), mesh.shape
         found = peak(c, shape, flash=True)
-        step = predict(c, shape, hardware, expected_collectives(c, shape)).step
+        step = time.predict(c, shape, hardware, time.expected_collectives(c, shape)).step
         return mesh, step, found.arguments + plan.factor * found.temporary
 
     own = plan.config.mesh
@@ -138,11 +118,9 @@ def _meshes(config: Config) -> Iterator[MeshConfig]:
     total = config.mesh.data * config.mesh.fsdp * config.mesh.expert
     divisors = [n for n in range(1, total + 1) if total % n == 0]
     for fsdp, expert in itertools.product(divisors, divisors):
-        if total % (fsdp * expert) == 0:
-            data = total // fsdp // expert
+        data, rest = divmod(total, fsdp * expert)
+        if not rest:
             mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, expert=expert)
-            try:
+            with contextlib.suppress(ConfigError):
                 check_sizes(config, mesh.shape)
-            except ConfigError:
-                continue
-            yield mesh
+                yield mesh

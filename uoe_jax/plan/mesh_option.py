@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from uoe_jax.config.schema import MESH_AXES, MeshConfig
@@ -13,30 +12,28 @@ MAX_DEVICES = 512  # host devices that one process compiles for
 
 def read_mesh(text: str | None, devices: int | None, given: MeshConfig) -> MeshConfig:
     """The mesh of `--mesh=data=8,fsdp=4` (other axes are 1), or the configuration's; all sizes set.
-
-    Raises:
-      UserError: what cannot be read, a size that is left open, or too many devices to compile for.
-    """
-    sizes = given.shape if text is None else _sizes(text)
+    UserError where a size cannot be read or is left open, and for too many devices."""
+    sizes: dict[str, Any] = given.shape if text is None else _sizes(text)
     source = "config.mesh" if text is None else f"--mesh={text}"
     open_axes = [f"{axis}=-1" for axis, size in sizes.items() if size == -1]
-    if open_axes and (devices is None or len(open_axes) > 1):
+    if len(open_axes) > 1:
+        why = "only one axis can take what is left of the devices; give the others a size"
+        raise UserError(f"{source}: {' and '.join(open_axes)}: {why}")
+    if open_axes and devices is None:
         why = "takes what is left of the devices; say how many with --devices=N, or give a size"
-        if len(open_axes) > 1:
-            why = "only one axis can take what is left of the devices; give the others a size"
-            open_axes[-1] += ":"
-        raise UserError(f"{source}: {' and '.join(open_axes)} {why}")
+        raise UserError(f"{source}: {open_axes[0]} {why}")
     total = devices or math.prod(sizes.values())
     if total > MAX_DEVICES:
         why = f"{total} devices; the step is compiled here for at most {MAX_DEVICES}"
         remedy = "plan fewer along data, with as many rows for each device"
         raise UserError(f"{f'--devices={devices}' if devices else source}: {why}; {remedy}")
-    mesh = resized(given, sizes)
+    mesh = dataclasses.replace(given, **sizes)
     if devices is None:
         return mesh
     from uoe_jax.distributed import mesh as mesh_lib
 
-    return resized(mesh, mesh_lib.sizes(mesh, devices))
+    filled: dict[str, Any] = mesh_lib.sizes(mesh, devices)
+    return dataclasses.replace(mesh, **filled)
 
 
 def _sizes(text: str) -> dict[str, int]:
@@ -55,8 +52,3 @@ def _sizes(text: str) -> dict[str, int]:
             raise UserError(f"--mesh={text}: {why}")
         sizes[axis] = int(size)
     return dict.fromkeys(MESH_AXES, 1) | sizes
-
-
-def resized(mesh: MeshConfig, sizes: Mapping[str, int]) -> MeshConfig:
-    changes: dict[str, Any] = {axis: sizes[axis] for axis in MESH_AXES}
-    return dataclasses.replace(mesh, **changes)

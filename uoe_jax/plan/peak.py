@@ -15,28 +15,19 @@ from uoe_jax.config.schema import Config
 from uoe_jax.costs.memory import ITEM_SIZE, kept_bytes
 from uoe_jax.layers.tiles import chunk, tile
 from uoe_jax.models.count import parameters_per_device, vocabulary_parameters
-from uoe_jax.plan.network import Shape
-from uoe_jax.plan.predict import examples, rows, scored_here, vocabulary_shards
+from uoe_jax.plan.predict import Shape, examples, rows, scored_here, vocabulary_shards
 
 
 class Peak(NamedTuple):
-    """Bytes of one device.
-
-    Attributes:
-      parameters, optimizer, batch: the arguments of a step.
-      gradients: with those that microbatches are added to.
-      kept: by all layers for the backward pass.
-      layer: the working set of one layer's backward pass, with its gathered weights.
-      ends: the working set outside the layers: the vocabulary's scores, or a classifier's inputs.
-    """
+    """Bytes of one device."""
 
     parameters: float
     optimizer: float
     batch: float
-    gradients: float
-    kept: float
-    layer: float
-    ends: float
+    gradients: float  # with those that microbatches are added to
+    kept: float  # by all layers for the backward pass
+    layer: float  # the working set of one layer's backward pass, with its gathered weights
+    ends: float  # that outside the layers: the vocabulary's scores, or a classifier's inputs
 
     @property
     def arguments(self) -> float:

@@ -8,13 +8,8 @@ from uoe_jax.plan.hardware import CPU, HARDWARE, Hardware, Range
 from uoe_jax.plan.make import Plan
 from uoe_jax.plan.predict import rows
 
-PARTS = {
-    "products": "matrix products",
-    "attention": "attention",
-    "memory": "memory traffic",
-    "experts": "reductions over expert",
-    "weights": "weights and gradients",
-}
+PARTS = dict(products="matrix products", attention="attention", memory="memory traffic")
+PARTS |= dict(experts="reductions over expert", weights="weights and gradients")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -22,16 +17,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if hasattr(value, "_asdict"):
-            return {name: plain(v) for name, v in value._asdict().items()}
+            return {name: plain(v) for name, v in value._asdict().items() if name not in left_out}
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
-    shown = plan._replace(compiled=plan.compiled._replace(collectives=()))._asdict()
-    found = {name: plain(value) for name, value in shown.items() if name != "config"}
-    del found["compiled"]["collectives"]
+    left_out, c = ("config", "collectives"), plan.config
+    found = plain(plan)
     found["compiled"]["peak"] = plan.compiled.peak
-    c = plan.config
-    first = {"mesh": c.mesh.shape, "parameters": parameters(c.model)}
-    return {**first, "warnings": list(warnings(plan)), **found}
+    found |= {"mesh": c.mesh.shape, "parameters": parameters(c.model)}
+    return found | {"warnings": list(warnings(plan))}
 
 
 def warnings(plan: Plan) -> Iterator[str]:
@@ -39,8 +32,7 @@ def warnings(plan: Plan) -> Iterator[str]:
     m, shape, accelerator = plan.config.model, plan.config.mesh.shape, plan.hardware != CPU
     for block, reduction, compute in plan.prediction.reductions if plan.prediction else ():
         if reduction > compute:
-            longer = f"longer than the {_time(compute)} of the work it follows"
-            why = f"takes {_time(reduction)}, {longer}"
+            why = f"takes {_time(reduction)}, longer than {_time(compute)} of work before it"
             remedy = "make mesh.expert smaller and data or fsdp larger"
             yield f"the reduction over expert={shape['expert']} after {block} {why}: {remedy}"
     if plan.least is not None:
@@ -63,16 +55,17 @@ def text(plan: Plan, name: str) -> str:
     """The plan for the user; `name` is the configuration's."""
     c, m, shape = plan.config, plan.config.model, plan.config.mesh.shape
     n, hardware = math.prod(shape.values()), HARDWARE.get(plan.hardware)
-    batch, tokens = f"{c.train.accumulation} x {rows(c, shape)} rows a device", _tokens(plan)
-    size = f"{_count(parameters(m))} parameters, {m.dtype}, remat={m.remat}"
+    batch, held = f"{c.train.accumulation} x {rows(c, shape)} rows a device", parameters(m)
+    tokens = c.train.batch_size * m.rows_per_example * m.context_length
+    size = f"{held / 1e9:.3g} B" if held >= 1e9 else f"{held / 1e6:.3g} M"
     lines = [
-        f"{name}: {size}, {tokens:,} tokens a step",
+        f"{name}: {size} parameters, {m.dtype}, remat={m.remat}, {tokens:,} tokens a step",
         f"{n} x {plan.hardware}, mesh {_mesh(shape)}: {batch}",
         *("", "Memory of one device", *_memory(plan, n, hardware)),
         *("", "Sent by one device in a step", *_sent(plan)),
     ]
     if hardware is not None:
-        lines += ["", "A step, best to worst", *_step(plan, hardware)]
+        lines += ["", "A step, best to worst", *_step(plan, hardware, tokens)]
     lines.append("")
     if plan.suggestion is not None:
         s = plan.suggestion
@@ -84,19 +77,14 @@ def text(plan: Plan, name: str) -> str:
     return "\n".join([*lines, *(f"warning: {sentence}" for sentence in warnings(plan))]).rstrip()
 
 
-def _tokens(plan: Plan) -> int:
-    m = plan.config.model
-    return plan.config.train.batch_size * m.rows_per_example * m.context_length
-
-
 def _memory(plan: Plan, n: int, hardware: Hardware | None) -> Iterator[str]:
     m, compiled, e = plan.config.model, plan.compiled, plan.expected
     ends = "the vocabulary scores" if m.task == "language" else "the inputs"
-    room, dtype = "", ""
+    working = f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}"
+    room = dtype = ""
     if hardware is not None:
         room = f" of {_gb(hardware.memory)}: {'fits' if plan.fits else 'does not fit'}"
         dtype = "float32 "
-    working = f"{_gb(max(e.layer, e.ends))} of {'a layer' if e.layer > e.ends else ends}"
     yield from _table(
         ("parameters", _gb(compiled.parameters)),
         ("optimizer", _gb(compiled.optimizer)),
@@ -118,13 +106,13 @@ def _sent(plan: Plan) -> list[str]:
     found = []
     for t in plan.traffic:
         time = f", {_range(t.seconds)}{', slow network' * t.slow}" if t.seconds else ""
-        what = f"{t.kind} over {', '.join(t.axes)}"
-        found.append((what, f"{_gb(t.sent)} in {t.runs} runs{time}"))
+        sent = f"{_gb(t.sent)} in {t.runs} runs{time}"
+        found.append((f"{t.kind} over {', '.join(t.axes)}", sent))
     return _table(*found) or ["  nothing"]
 
 
-def _step(plan: Plan, hardware: Hardware) -> list[str]:
-    p, tokens = plan.prediction, _tokens(plan)
+def _step(plan: Plan, hardware: Hardware, tokens: int) -> list[str]:
+    p = plan.prediction
     assert p is not None  # as for every accelerator
     executed = "recomputation included, attention as a flash kernel does it"
     speed = f"{tokens / p.step[1]:.3g} to {tokens / p.step[0]:.3g} tokens/s"
@@ -150,10 +138,6 @@ def _table(*pairs: tuple[str, str]) -> list[str]:
 def _mesh(shape: dict[str, int]) -> str:
     sizes = ", ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1)
     return sizes or "of one device"
-
-
-def _count(n: float) -> str:
-    return f"{n / 1e9:.3g} B" if n >= 1e9 else f"{n / 1e6:.3g} M"
 
 
 def _gb(n: float) -> str:
