@@ -77,7 +77,8 @@ def _read(kind: str, shown: str, file: epath.Path, separator: str, start: str) -
         )
         return HFTokenizer(content, kind, ends)
     except UserError as error:
-        raise ConfigError(_KEY, shown, f"{error}; give another file, {_OTHER}") from error
+        other = "read it by data.tokenizer=library, " if kind == "bpe" else ""
+        raise ConfigError(_KEY, shown, f"{error}; {other}give another file, {_OTHER}") from error
 
 
 def files_beside(directory: Any) -> dict[str, dict[str, Any]]:
