@@ -189,7 +189,7 @@ def test_an_experiment_is_no_table_and_a_table_no_experiment(capsys):
     assert cli.main(["compare", "--config=digits", "--workdir=/proc/never"]) == 2
     assert "is no table of rows" in capsys.readouterr().err
     assert cli.main(["train", "--config=compare/digits", "--workdir=/proc/never"]) == 2
-    assert "unknown key" in capsys.readouterr().err
+    assert "use uoe compare" in capsys.readouterr().err
 
 
 def a_run(place, config, value: float, seed_lines: int = 2) -> None:

@@ -85,7 +85,7 @@ class DataConfig:
         "bytes", "byte, BPE or word tokenizer, or any tokenizer.json (library)", choices=TOKENIZERS
     )
     tokenizer_file: str = free_key(
-        "", "file of tokenizer='bpe' or 'library', as `uoe tokenizer` writes it"
+        "", "file tokenizer.json of 'bpe' or 'library': of `uoe tokenizer` or of Hugging Face"
     )
     separator: str = key("", "end-of-document token ('bpe', 'library'); empty: the tokenizer's own")
     start: str = key("", "beginning-of-document token; empty: the tokenizer's own")

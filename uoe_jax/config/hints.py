@@ -29,7 +29,7 @@ ALIASES = {
     "model.activation": "act act_fn activation_function hidden_act mlp_activations nonlinearity",
     "model.attention_dropout": "attn_dropout attention_probs_dropout_prob",
     "model.context_length": "seq_len max_seq_len sequence_length seq_length block_size n_ctx"
-    " max_length max_target_length max_position_embeddings context",
+    " max_length max_target_length max_position_embeddings max_seq_length context",
     "model.d_hidden": "d_ff dim_ff ffn_dim ffn_hidden_size hidden_dim intermediate_size mlp_dim",
     "model.d_model": "hidden_size dim emb_dim embed_dim embedding_dim model_dim n_embd width",
     "model.dtype": "precision compute_dtype mixed_precision param_dtype",
@@ -51,6 +51,7 @@ ALIASES = {
     "model.*.n_experts": "n_experts experts num_experts num_local_experts n_routed_experts",
     "model.*.router_noise": "jitter jitter_noise",
     "model.*.z_weight": "z_loss z_loss_weight router_z_loss router_z_loss_coef",
+    "model.moe.d_expert": "expert_dim moe_intermediate_size",
     "model.moe.n_shared": "n_shared_experts num_shared_experts shared_experts",
     "optimizer.b1": "adam_b1 adam_beta1 beta1",
     "optimizer.b2": "adam_b2 adam_beta2 beta2",

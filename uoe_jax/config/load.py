@@ -143,6 +143,8 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 def resolve(name: str | None, overrides: Mapping[str, str]) -> Config:
     """The configuration of `--config` (None: the defaults) with overrides. Raises UserError."""
     values = to_dict(Config()) if name is None else evaluate(name)
+    if "base" in values and "rows" in values:
+        raise UserError(f"--config={name}: is a table of architectures; use uoe compare")
     for key, text in overrides.items():
         put(values, key, parse_value(key, text))
     return from_dict(values)

@@ -41,7 +41,8 @@ def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -
             return _opened(kind, text, json.dumps(files_beside(path.parent)), separator, start)
         except (OSError, ValueError, UserError) as error:
             why = error if isinstance(error, UserError) else f"cannot be read ({reason(error)})"
-            raise ConfigError(_KEY, file, f"{why}; give another file, {_OTHER}") from error
+            other = "read it by data.tokenizer=library, " if kind == "bpe" else ""
+            raise ConfigError(_KEY, file, f"{why}; {other}give another file, {_OTHER}") from error
     for key, value in (("tokenizer_file", file), ("separator", separator), ("start", start)):
         if value:
             remedy = f"is of no use with data.tokenizer={kind!r}; give 'bpe' or 'library' there"
