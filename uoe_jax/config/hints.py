@@ -22,9 +22,12 @@ ALIASES = {
     "eval.every": "eval_every eval_freq eval_interval",
     "generate.max_tokens": "max_new_tokens n_tokens",
     "generate.temperature": "temp",
-    "mesh.data": "dp data_parallel data_parallelism ici_data_parallelism",
-    "mesh.expert": "ep tp tensor expert_parallel tensor_parallel ici_tensor_parallelism",
-    "mesh.fsdp": "fully_sharded ici_fsdp_parallelism shard",
+    "mesh.data": "dp data_parallel data_parallelism ici_data_parallelism"
+    " data_parallel_replicate_degree",
+    "mesh.expert": "ep tp tensor expert_parallel tensor_parallel ici_tensor_parallelism"
+    " ici_expert_parallelism tensor_parallel_degree expert_parallel_degree",
+    "mesh.fsdp": "fully_sharded ici_fsdp_parallelism shard data_parallel_shard_degree",
+    "mesh.replica": "dcn dcn_data_parallelism",
     "mesh.sequence_parallel": "sp sequence",
     "model.activation": "act act_fn activation_function hidden_act mlp_activations nonlinearity",
     "model.attention_dropout": "attn_dropout attention_probs_dropout_prob",
