@@ -108,7 +108,11 @@ def test_all_keys_that_differ_are_named_with_a_way_to_go_on(tmp_path):
     text = str(raised.value)
     assert "config.optimizer.decay_steps=450" in text and "config.train.steps=450" in text
     assert f"--config.train.init_from={tmp_path}/run" in text and "give the old values" in text
-    assert "optimizer.decay_steps may change train.steps" in text and "log_every" not in text
+    assert "with --config.optimizer.decay_steps=20 the schedule stays" in text
+    assert "log_every" not in text
+    longer["optimizer"]["decay_steps"] = 20  # as the message says
+    assert workdir.open_workdir(str(tmp_path / "run"), from_dict(longer)) == tmp_path / "run"
+    workdir.release(tmp_path / "run")
     with pytest.raises(UserError, match="config.train.seed=1: .* was started with 0; give the old"):
         seed = {"train": {"steps": 20, "seed": 1}}
         workdir.open_workdir(str(tmp_path / "run"), from_dict(seed))

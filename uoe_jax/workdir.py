@@ -178,7 +178,8 @@ def _refuse_other_run(path: str, old: Config, new: Config) -> None:
     before = ", ".join(repr(value) for _, value, _ in changed)
     remedy = _elsewhere(path)
     if "train.steps" in (key for key, *_ in changed):
-        remedy += "; a run started with optimizer.decay_steps may change train.steps"
+        same = f"--config.optimizer.decay_steps={old.decay_steps}"
+        remedy += f"; with {same} the schedule stays, and train.steps may change"
     values = "the old value" if len(changed) == 1 else "the old values"
     problem = f"the run in {path} was started with {before}"
     raise UserError(f"{given}: {problem}; give {values}, or {remedy}")

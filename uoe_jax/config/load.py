@@ -73,12 +73,12 @@ def with_vocabulary(config: Config, size: int) -> Config:
 def changed_keys(old: Config, new: Config, more: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of every changed key that would change the run.
 
-    These are the keys not declared `free`, and those in `more`. train.steps counts as free where
-    optimizer.decay_steps fixes the learning-rate schedule, unless it is in `more`.
+    These are the keys not declared `free`, and those in `more`. train.steps and
+    optimizer.decay_steps are free where the schedule ends at the same step, unless in `more`.
     """
     free = {name for name, meta in DECLARED.items() if meta["free"]}
-    if old.optimizer.decay_steps == new.optimizer.decay_steps > 0:
-        free.add("train.steps")
+    if old.decay_steps == new.decay_steps:
+        free |= {"train.steps", "optimizer.decay_steps"}
     free -= {*more}
     both = zip(leaves(old), leaves(new))
     changed = [(name, before, now) for (name, before, _), (_, now, _) in both if before != now]
