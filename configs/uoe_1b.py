@@ -6,11 +6,11 @@ Command:   uoe tokenizer train --config=uoe_1b --config.data.path=DIR --vocab=32
            DIR: where TensorFlow Datasets prepared c4/en (uoe says how).
            Small: uoe train --config=uoe_1b:tiny …
 Hardware:  one node of 8 GPUs of 80 GB.
-Time:      planned only: 0.65 to 0.95 s a step of 0.52 million tokens, thus 7 to 10 hours for the
+Time:      planned only: 0.69 to 1.0 s a step of 0.52 million tokens, thus 7 to 11 hours for the
            38,000 steps, with attention that holds no scores. (uoe plan --config=uoe_1b
-           --mesh=fsdp=8 --hardware=h100, 2026-11-25, Python 3.11.7, jax 0.10.2; the plan itself
-           took 9 s on 2 CPU cores. Nothing was measured on an accelerator.)
-Expected:  planned only: 39.9 GB of the 80 GB of an H100, 35 to 51 % of its peak. No loss is known:
+           --mesh=fsdp=8 --hardware=h100, 2026-11-30, Python 3.11.7, jax 0.10.2. Nothing was
+           measured on an accelerator.)
+Expected:  planned only: 31.9 GB of the 80 GB of an H100, 32 to 47 % of its peak. No loss is known:
            it was never trained.
 """
 

@@ -287,7 +287,10 @@ def gate(name: str, logits, chosen, k: int):
         return k * s / jnp.maximum(jnp.where(chosen, s, 0).sum(-1, keepdims=True), 1e-30)
     if name == "score":
         return s.shape[-1] * s
-    return 1 + s - jax.lax.stop_gradient(s) if name == "straight_through" else jnp.ones_like(s)
+    if name == "straight_through":
+        return 1 + s - jax.lax.stop_gradient(s)
+    assert name == "none", name
+    return jnp.ones_like(s)
 
 
 def union(

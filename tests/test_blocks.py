@@ -17,6 +17,7 @@ from helpers import slow
 
 from uoe_jax import SMHA, RoutingConfig, UoME
 from uoe_jax.config import ModelConfig
+from uoe_jax.config.routing import GATES
 from uoe_jax.errors import UserError
 from uoe_jax.layers import union
 from uoe_jax.layers.attention import Attention
@@ -26,7 +27,6 @@ from uoe_jax.models.decoder import Transformer
 
 B, L, D, F, H, N = 2, 16, 32, 32, 8, 4
 ALL = RoutingConfig(n_experts=N, k=N, capacity_factor=1.0, capacity_window=5, gate="none")
-GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
 # Two documents and padding in the first row (the second document and the padding end inside a patch of 4), one in the
 # second; position counts inside the document.
 SEGMENTS = np.array([[1] * 8 + [2] * 6 + [0] * 2, [1] * 16], np.int32)

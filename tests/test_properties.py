@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from uoe_jax import SMHA, RoutingConfig, UoME
+from uoe_jax.config.routing import GATES
 from uoe_jax.layers.attention import Attention
 from uoe_jax.layers.common import Tokens, rotary_tables
 from uoe_jax.layers.mlp import MLP
 
-GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
 # Every example compiles a block of its own, so shrinking a failure is not worth its hour: the failing case is printed.
 examples = functools.partial(
     settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),

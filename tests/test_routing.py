@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from uoe_jax import config
 from uoe_jax.config import RoutingConfig
+from uoe_jax.config.routing import GATES
 from uoe_jax.errors import ConfigError
 from uoe_jax.moe import dispatch, routing
 from uoe_jax.moe.dispatch import Selection, all_sequences
 
 B, M, N, C = 3, 13, 4, 5
-GATES = ("sigmoid", "normalized", "score", "straight_through", "none")
 few = functools.partial(
     settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

@@ -109,7 +109,7 @@ def rescaled(scores: Array, chosen: Array, total: float = 1.0) -> Array:
 
 
 def gate(name: str, logits_BMN: Array, scores_BMN: Array, chosen_BMN: Array, k: int) -> Array:
-    """Combine weights float32 [B,M,N]; each gate gives 1 where the router is undecided."""
+    """Combine weights float32 [B,M,N]; every gate is 1 where all logits are 0."""
     if name == "sigmoid":
         return 2 * jax.nn.sigmoid(logits_BMN)
     if name == "normalized":

@@ -240,7 +240,7 @@ def route(w: Weights, x_BLD: Tensor, r: dict[str, Any]) -> tuple[Tensor, Tensor]
 
 
 def gate(r: dict[str, Any], logits: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
-    """Combine weights [B,M,N]; 1 where the router is undecided."""
+    """Combine weights [B,M,N]; 1 where all logits are 0."""
     if r["gate"] == "sigmoid":
         return 2 * logits.sigmoid()
     if r["gate"] == "normalized":
