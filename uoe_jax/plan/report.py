@@ -120,7 +120,7 @@ def _step(plan: Plan, hardware: Hardware, tokens: int) -> list[str]:
         *_table(
             ("model FLOPs", f"{p.flops:.3g}"),
             ("executed FLOPs", f"{p.executed:.3g}, {executed}"),
-            *((PARTS[part], _range(seconds)) for part, seconds in p.parts.items()),
+            *((PARTS[part], _range(seconds)) for part, seconds in p.parts.items() if seconds[1]),
             ("time", f"{_range(p.step)}; {speed}"),
             ("MFU", f"{p.mfu[0]:.0%} to {p.mfu[1]:.0%} of {hardware.flops / 1e12:.0f} TFLOP/s"),
         ),
