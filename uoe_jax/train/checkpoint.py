@@ -8,16 +8,18 @@ displace the best checkpoint.
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import logging
 import math
 import os
 import shutil
 import time
-from typing import Any, Callable, Mapping, Self
+from typing import Any, Callable, Iterator, Mapping, Self
 
 import jax
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 
 from uoe_jax.distributed.coordination import is_process_zero, on_all, on_process_zero
 from uoe_jax.errors import AGAIN, BadNumbers, ConfigError, RunError, UserError, os_error_as
@@ -25,11 +27,11 @@ from uoe_jax.train import metadata as metadata_lib
 from uoe_jax.train import saved, verify
 from uoe_jax.train.fingerprint import fingerprints
 from uoe_jax.train.metadata import CheckpointDamaged, first_line
-from uoe_jax.train.orbax_writer import is_no_space, open_writer
 from uoe_jax.workdir import checkpoint_path, is_remote
 
 log = logging.getLogger(__name__)
 SPACE_MARGIN = 1.1  # file metadata and chunk padding; the state itself hardly compresses
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointStore:
@@ -63,7 +65,7 @@ class CheckpointStore:
         self._deleter = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._deletions: list[concurrent.futures.Future[None]] = []
         on_all(self._open_directory)
-        self._orbax = open_writer(self.directory, read_only, write_bytes)
+        self._orbax = _open_writer(self.directory, read_only, write_bytes)
         self._read_list()
 
     def _read_list(self) -> None:
@@ -312,7 +314,7 @@ class CheckpointStore:
             for left in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):
                     left.rmtree()
-        if is_no_space(error):
+        if _is_no_space(error):
             return self._no_space(step, nbytes)
         problem = f"the checkpoint of step {step} could not be written ({first_line(error)})"
         return RunError(f"{self.directory}: {problem}; {AGAIN} ({self._resumes_from()})")
@@ -320,3 +322,49 @@ class CheckpointStore:
 
 def _free_bytes(directory: epath.Path) -> int:
     return shutil.disk_usage(os.fspath(directory)).free
+
+
+def _drop_orbax_tracebacks(record: logging.LogRecord) -> bool:
+    """Drops the thousand log lines of a failed save, which Orbax then raises as well."""
+    from_orbax = record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname
+    return log.isEnabledFor(logging.DEBUG) or not from_orbax
+
+
+class _Unlisted:
+    """Step names for Orbax that find nothing on the disk."""
+
+    build_name = staticmethod(str)
+
+    def find_all(self, _: object) -> Iterator[Any]:
+        return iter(())
+
+    def find_step(self, _: object, step: int) -> Any:
+        raise ValueError(f"no step {step} is looked for")
+
+
+def _open_writer(path: epath.Path, read_only: bool, limit: int | None) -> ocp.training.Checkpointer:
+    """Orbax's writer for a directory; it deletes nothing. limit: bytes of host memory."""
+    logging.getLogger("absl").addFilter(_drop_orbax_tracebacks)
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = limit
+    with context:
+        writer = ocp.training.Checkpointer(
+            path,
+            preservation_policy=ocp.training.preservation_policies.PreserveAll(),
+            step_name_format=_Unlisted(),
+            cleanup_tmp_directories=not read_only,  # left where a process was killed in a save
+        )
+    # In every save Orbax asks JAX, with the step, whether to stop. JAX expects ascending numbers in
+    # such calls, so that `coordination.preempted`, which has its own, missed a SIGTERM in a save.
+    writer._manager.reached_preemption = lambda step: False
+    return writer
+
+
+def _is_no_space(error: BaseException) -> bool:
+    """Whether an error or its cause says that disk, quota or file size limit is used up."""
+    # TensorStore, which writes the arrays, has the reason as text only.
+    texts = [os.strerror(code) for code in _NO_SPACE]
+    if getattr(error, "errno", None) in _NO_SPACE or any(text in str(error) for text in texts):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and _is_no_space(cause)
