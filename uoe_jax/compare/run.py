@@ -52,11 +52,7 @@ class Ended(Exception):
 
 
 def compare(table: Table, workdir_name: str) -> int:
-    """Trains and measures what is missing of a table; returns the exit code.
-
-    75 when asked to stop (the same command goes on), 2 when a run refused its input. Raises
-    UserError for the workdir of another table or several processes, RunError where a run failed.
-    """
+    """Trains and measures what is missing of a table; the exit code is 75 when asked to stop."""
     if coordination.are_several():
         why = "one process makes a table, on all devices of one machine"
         raise UserError(f"--workdir={workdir_name}: {why}; start this once, and not by srun")

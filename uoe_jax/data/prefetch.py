@@ -12,10 +12,9 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Computes fetch(start), fetch(start + 1), … stop - 1 in a daemon thread, up to `depth` ahead.
 
-    Use it as a context manager, or call `close`: else a thread stays behind that holds batches on
-    the device. grain's prefetch iterators do not fit here. Their `close` (or the exit of the
-    process) waits without limit for a fetch under way; after an error they go on with the next
-    step, or repeat it but lose a SystemExit and wait for ever; and they hold one batch more.
+    Close it, or the thread stays behind with batches on the device. grain's prefetch iterators do
+    not fit: they wait without limit for a fetch under way, also at exit; after an error they go on
+    with the next step, or lose a SystemExit and wait for ever; and they hold one batch more.
     """
 
     def __init__(self, fetch: Callable[[int], T], start: int, stop: int, depth: int = 2) -> None:

@@ -42,10 +42,7 @@ def colours(runs: Sequence[RunLog]) -> list[str]:
 
 
 def curves(runs: Sequence[RunLog]) -> list[figure]:
-    """One figure for every measure that a run has.
-
-    Training is drawn as lines with their range, evaluations as dots on a dashed line.
-    """
+    """A figure for every measure of a run: lines with a range of training, dots of evaluations."""
     charts = []
     for title, keys, factor, shown in TRAIN:
         chart = _figure(title)

@@ -25,8 +25,7 @@ from uoe_jax.distributed.coordination import is_process_zero, on_all, on_process
 from uoe_jax.errors import AGAIN, BadNumbers, ConfigError, RunError, UserError, os_error_as
 from uoe_jax.train import metadata as metadata_lib
 from uoe_jax.train import saved, verify
-from uoe_jax.train.fingerprint import fingerprints
-from uoe_jax.train.metadata import CheckpointDamaged, first_line
+from uoe_jax.train.metadata import CheckpointDamaged, fingerprints, first_line
 from uoe_jax.workdir import checkpoint_path, is_remote
 
 log = logging.getLogger(__name__)
@@ -138,7 +137,7 @@ class CheckpointStore:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the save in flight is committed and verified; RunError where it failed.
+        """Waits until the save in flight is verified; RunError if it failed.
 
         Makes no call that waits for other processes: with `check`, steps at which they call differ.
         """

@@ -17,7 +17,6 @@ from orbax.checkpoint import v1 as ocp
 from uoe_jax.distributed.coordination import RemoteProcessError, on_all, on_process_zero
 from uoe_jax.errors import ConfigError, RunError, UserError
 from uoe_jax.train import metadata as metadata_lib
-from uoe_jax.train.fingerprint import fingerprints
 from uoe_jax.train.metadata import STATE, CheckpointDamaged, describe, kind, read_metadata
 from uoe_jax.workdir import checkpoint_path, locate
 
@@ -117,7 +116,7 @@ def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: b
     _in_each(path, check_there)
     tree = _in_each(path, read)
     # Without its file `_sharding` Orbax returns the data of a typed key instead of the key.
-    read_as, words = describe(tree), fingerprints(tree).words
+    read_as, words = describe(tree), metadata_lib.fingerprints(tree).words
     wrong = [name for name, word in words.items() if leaves[name]["fingerprint"] != word]
     wrong += [name for name, leaf in read_as.items() if kind(leaf) != kind(leaves[name])]
     if wrong:
@@ -128,21 +127,19 @@ def _load(path: epath.Path, abstract: Any, leaves: Mapping[str, Any], partial: b
 
 def _in_each(path: epath.Path, do: Callable[[], T]) -> T:
     """The result of `do` here, once it worked in all; else CheckpointDamaged or RunError in all."""
-    failure: list[RunError] = []
 
-    def attempt() -> T | None:
+    def attempt() -> tuple[T | None, str]:
         try:
-            return do()
+            return do(), ""
         except Exception as error:
             metadata_lib.raise_if_transient(path, error)
-            failure.append(RunError(f"it cannot be read: {metadata_lib.first_line(error)}"))
-            return None
+            return None, f"it cannot be read: {metadata_lib.first_line(error)}"
 
     def agree() -> None:
         if failure:
-            raise failure[0]
+            raise RunError(failure)
 
-    value = on_all(attempt)
+    value, failure = on_all(attempt)
     try:
         on_all(agree)
     except (RunError, RemoteProcessError) as error:

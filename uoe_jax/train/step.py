@@ -199,10 +199,7 @@ def fresh_guard() -> Guard:
 def judge(
     c: GuardConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array
 ) -> tuple[jax.Array, Guard]:
-    """(Whether a step is bad, the guard after it), by the global values.
-
-    It is where one is not finite or (guard.spike_sigmas) far above the recent ones.
-    """
+    """(Whether a step is bad, the guard after it): not finite, or a spike (guard.spike_sigmas)."""
     found = jnp.stack([loss, grad_norm]).astype(jnp.float32)
     bad = ~jnp.isfinite(found).all()
     if c.spike_sigmas:
@@ -266,8 +263,7 @@ def accumulated_gradients(
 ) -> tuple[Params, Sums]:
     """Gradient of the mean loss plus routing losses of the batch, over `accumulation` microbatches.
 
-    Every microbatch divides by the global number of targets and rows, so that the sum of their
-    gradients is the gradient of the whole batch.
+    Each divides by the global number of targets and rows, so that gradients add up to the batch's.
     """
     task = task_of(config)
     scale = HALF_SCALE if config.model.dtype == "float16" else 1.0

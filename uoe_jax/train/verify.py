@@ -20,8 +20,7 @@ from etils import epath
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import RunError, UserError
 from uoe_jax.train import metadata as metadata_lib
-from uoe_jax.train.fingerprint import leaf_name
-from uoe_jax.train.metadata import COMMITTED, STATE
+from uoe_jax.train.metadata import COMMITTED, STATE, leaf_name
 from uoe_jax.workdir import SHOWS_UP_S, is_remote
 
 MANIFEST = "manifest.ocdbt"

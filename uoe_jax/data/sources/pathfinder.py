@@ -41,9 +41,6 @@ def read_pathfinder(path: str) -> LabelledSource:
     As in LRA, the first 80 % are for training, 10 % each for validation and test, and then images
     of 0 bytes are dropped (lra_benchmarks/image/input_pipeline.py). LRA's order is a shuffle of
     TensorFlow Datasets; ours is metadata/0.npy, 1.npy, … line by line: labels are independent.
-
-    Raises UserError without an archive, for unreadable metadata or a missing image; later, for an
-    image that is damaged or of another size.
     """
     given = Path(expanded(path, "config.data.path"))
     root = next((given / i for i in INSIDE if (given / i / "metadata").is_dir()), None)
@@ -216,10 +213,7 @@ def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _S
 
 
 def _pair(rng: np.random.Generator, first: np.ndarray, seconds: np.ndarray) -> np.ndarray | None:
-    """Two paths, float [2, 2·length, 2], whose dots' distance does not tell the label, or None.
-
-    seconds: float [n, 2·length, 2], the candidates for the second path.
-    """
+    """Two paths [2, 2·length, 2] whose dots' distance does not tell the label, or None."""
     # Longer paths curl: the distances of their ends spread more, and nearness tells less.
     match = max(0.25, MATCH * (first.shape[0] // 2) ** 2)
     to_second, to_first = _nearest(first[[0, -1]], seconds), _nearest(seconds[:, [0, -1]], first)
