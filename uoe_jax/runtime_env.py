@@ -168,10 +168,7 @@ def default_cache_dir() -> Path:
 
 
 def _temporary_cache() -> Path:
-    """A directory of this user in the system's temporary one, for child processes too.
-
-    It holds native code, so one that others could have written to is not used: a new one is made.
-    """
+    """This user's directory in the temporary one, or a new one where others could have written."""
     problem = f"is not set, and no directory can be made for it in {tempfile.gettempdir()}"
     remedy = "set it to one that can be written"
     with os_error_as(UserError, f"UOE_CACHE: {problem}", remedy):

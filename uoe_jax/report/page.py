@@ -34,6 +34,8 @@ def page(runs: Sequence[RunLog], samples: Sequence[RoutingSample]) -> str:
     own = importlib.resources.files("uoe_jax.report")
     kinds = ("html", "css", "js")
     part = {kind: (own / f"page.{kind}").read_text(encoding="utf-8") for kind in kinds}
+    data = json.dumps([*map(_run, runs, samples)], ensure_ascii=False)
+    # In a <script> element, nothing in the data may begin a tag or a comment, or end a line.
     text = string.Template(part["html"]).substitute(
         title=html.escape(" · ".join(run.name for run in runs)),
         made=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
@@ -43,17 +45,11 @@ def page(runs: Sequence[RunLog], samples: Sequence[RoutingSample]) -> str:
         summary=_summary(runs),
         curves="".join(divs[: len(curves)]),
         routing="".join(divs[len(curves) :]),
-        data=_in_script([_run(run, sample) for run, sample in zip(runs, samples)]),
+        data=data.translate({ord(c): f"\\u{ord(c):04x}" for c in "<\u2028\u2029"}),
         script=part["js"],
     )
     # A directory's name may have bytes that are no text.
     return text.encode("utf-8", "replace").decode()
-
-
-def _in_script(data: Any) -> str:
-    """JSON in a <script> element: nothing in it begins a tag or a comment, or ends a line."""
-    text = json.dumps(data, ensure_ascii=False)
-    return text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<\u2028\u2029"})
 
 
 def _summary(runs: Sequence[RunLog]) -> str:

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from uoe_jax.distributed.coordination import is_process_zero, on_all, on_process_zero
 from uoe_jax.errors import AGAIN, BadNumbers, ConfigError, RunError, UserError, os_error_as
 from uoe_jax.train import metadata as metadata_lib
-from uoe_jax.train import saved, verify
+from uoe_jax.train import saved
 from uoe_jax.train.metadata import CheckpointDamaged, fingerprints, first_line
 from uoe_jax.workdir import checkpoint_path, is_remote
 
@@ -36,10 +36,9 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class CheckpointStore:
     """The checkpoints of one workdir. One writer a directory; all processes make every call.
 
-    Args:
-      keep_latest, keep_best: how many stay of the newest, and of those with the lowest loss.
-      read_only: for evaluation and export: changes nothing, also not what a run is writing.
-      write_bytes: host memory for writing, more than the largest leaf's; None: no limit.
+    keep_latest, keep_best: how many stay of the newest, and of those with the lowest loss.
+    read_only: changes nothing, also not what a run is writing. write_bytes: host memory for
+    writing, more than the largest leaf's; None: no limit.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class CheckpointStore:
         metadata = dict(metadata or {})
         if reserved := sorted(set(metadata) & set(metadata_lib.RESERVED)):
             raise ValueError(f"metadata keys {reserved} are this module's own")
-        nbytes = verify.check_storable(state)
+        nbytes = saved.check_storable(state)
         leaves = metadata_lib.describe(state)
         self.wait()
         if step in self.steps():
@@ -149,7 +148,7 @@ class CheckpointStore:
             raise self._save_failed(error) from error
         (step, loss, _), self._in_flight = self._in_flight, None
         if is_process_zero():
-            verify.check(self.directory / str(step), self._damaged, self.latest_step())
+            saved.check(self.directory / str(step), self._damaged, self.latest_step())
         self._losses[step] = loss
         latest, best = self.steps()[-self._keep_latest :], self._by_loss()[: self._keep_best]
         for old in self._losses.keys() - {*latest, *best, self.pinned}:

@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uoe_jax.distributed.coordination import on_process_zero
-from uoe_jax.errors import AGAIN, RunError, UserError
+from uoe_jax.errors import AGAIN, RunError, UserError, os_error_as
 from uoe_jax.workdir import is_remote, write_json
 
 FORMAT_VERSION = 2  # of what this module adds to a checkpoint
@@ -148,17 +148,15 @@ def quarantine(path: epath.Path, directory: epath.Path) -> str:
     """Moves a damaged checkpoint into `directory`, under a free name; called in process 0."""
     names = itertools.chain([path.name], (f"{path.name}.{i}" for i in itertools.count(2)))
     target = next(directory / name for name in names if not (directory / name).exists())
-    try:
+    problem = f"{path}: this checkpoint is damaged and cannot be moved to {target}"
+    remedy = "move it away by hand and run the same command again"
+    with os_error_as(RunError, problem, remedy):
         directory.mkdir(exist_ok=True)
         if is_remote(path):  # no rename there; if interrupted, the original is still whole
             _copy_tree(path, target)
             path.rmtree()
         else:
             path.rename(target)
-    except OSError as error:
-        problem = f"this checkpoint is damaged and cannot be moved to {target}"
-        remedy = "move it away by hand and run the same command again"
-        raise RunError(f"{path}: {problem} ({first_line(error)}); {remedy}") from error
     return os.fspath(target)
 
 

@@ -19,12 +19,10 @@ from uoe_jax.config.data import PathfinderConfig
 from uoe_jax.data.examples import SPLITS, Example, Indexed, LabelledSource
 from uoe_jax.data.prepared import ARENA
 from uoe_jax.distributed.watchdog import ticking
-from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.errors import ConfigError, UserError, os_error_as
 from uoe_jax.runtime_env import expanded
 
 VERSION = 1  # of the drawing: raise it when a (seed, split, index) means another image
-
-# ---- the released archive -----------------------------------------------------------------------
 
 TASK = "curv_contour_length_14"  # LRA's "hard", which is its Pathfinder task
 INSIDE = ("", TASK, *(f"{folder}pathfinder32/{TASK}" for folder in ARENA))
@@ -51,11 +49,9 @@ def read_pathfinder(path: str) -> LabelledSource:
     names, labels = _read_metadata(root, content)
     sizes = np.zeros(len(names), "<i8")
     for i, name in enumerate(ticking(names)):
-        try:
+        problem = f"{root / name}: image {i} of the metadata cannot be read"
+        with os_error_as(UserError, problem, REMEDY):
             sizes[i] = (root / name).stat().st_size
-        except OSError as error:
-            what = f"image {i} of the metadata cannot be read ({error.strerror})"
-            raise UserError(f"{root / name}: {what}: {REMEDY}") from error
     content.update(sizes.tobytes())
     n = len(names)
     every = dict(zip(SPLITS, np.split(np.arange(n), [n * 8 // 10, n * 9 // 10])))
@@ -124,8 +120,6 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
             labels.append(int(columns[3]))
     return names, np.array(labels, np.int8)
 
-
-# ---- drawn --------------------------------------------------------------------------------------
 
 # Lengths are in units: 4 are an eighth of the image, or what lets a path of `length` dashes be 1.5
 # sides of the image long, but never less than 3 pixels, as in LRA's images of 32 x 32.
