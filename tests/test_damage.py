@@ -25,11 +25,10 @@ from saved_states import abstract, assert_same_bits, bits_state
 
 from uoe_jax.config import Config
 from uoe_jax.errors import BadNumbers, ConfigError, RunError, UserError
-from uoe_jax.train import fingerprint, restore, saved
 from uoe_jax.train import metadata as metadata_lib
+from uoe_jax.train import restore, saved
 from uoe_jax.train.checkpoint import CheckpointStore
-from uoe_jax.train.fingerprint import fingerprints
-from uoe_jax.train.metadata import CheckpointDamaged
+from uoe_jax.train.metadata import CheckpointDamaged, fingerprints
 from uoe_jax.train.saved import load_params
 
 # Orbax's reading leaves coroutines behind where it fails.
@@ -125,7 +124,7 @@ def test_the_fingerprint_does_not_depend_on_the_mesh():
         with jax.transfer_guard("disallow"), jax.set_mesh(mesh):
             assert fingerprints(placed) == want
     compiled = (
-        jax.jit(fingerprint._all_words, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        jax.jit(metadata_lib._all_words, out_shardings=NamedSharding(mesh, PartitionSpec()))
         .lower(jax.tree.leaves(placed))
         .compile()
     )

@@ -19,7 +19,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 from uoe_jax import cli
 from uoe_jax.data.sources import stdlib, text
 from uoe_jax.errors import ConfigError, RunError, UserError
-from uoe_jax.train import restore, verify
+from uoe_jax.train import restore, saved
 from uoe_jax.train.checkpoint import CheckpointStore
 from uoe_jax.workdir import checkpoint_path, locate
 
@@ -465,13 +465,13 @@ def test_a_part_that_was_not_merged(tmp_path):
     with CheckpointStore(tmp_path) as store:
         store.save(1, state())
     step = locate(tmp_path / "checkpoints" / "1")
-    assert verify.fault(step) == ""
+    assert saved.fault(step) == ""
     with CheckpointStore(tmp_path / "other") as store:
         store.save(1, {"v": jnp.ones(3)})
     shutil.copytree(
         tmp_path / "other/checkpoints/1/state/ocdbt.process_0", step / "state" / "ocdbt.process_1"
     )
-    assert verify.fault(step) == "v/c/0 of ocdbt.process_1 is missing in state/manifest.ocdbt"
+    assert saved.fault(step) == "v/c/0 of ocdbt.process_1 is missing in state/manifest.ocdbt"
     for name in ("state/manifest.ocdbt", "state/d"):
         shutil.rmtree(step / name) if "." not in name else (step / name).unlink()
         copied = tmp_path / "other" / "checkpoints" / "1" / name
@@ -481,7 +481,7 @@ def test_a_part_that_was_not_merged(tmp_path):
     shutil.rmtree(step / "state" / "ocdbt.process_0")
     shutil.move(step / "state" / "ocdbt.process_1", step / "state" / "ocdbt.process_0")
     assert re.fullmatch(
-        "(a/b.c/..|key|step|w) is missing in state/manifest.ocdbt", verify.fault(step)
+        "(a/b.c/..|key|step|w) is missing in state/manifest.ocdbt", saved.fault(step)
     )
 
 
@@ -507,7 +507,7 @@ def test_what_cannot_be_looked_at_now_is_not_moved(tmp_path, monkeypatch):
 
     with pytest.raises(RunError, match="cannot be read now"), CheckpointStore(tmp_path) as store:
         store.save(1, state())
-        monkeypatch.setattr(verify, "_fault", refuse)
+        monkeypatch.setattr(saved, "_fault", refuse)
         store.wait()
     assert not (tmp_path / "damaged").exists() and json.loads(
         (tmp_path / "checkpoints/1/_CHECKPOINT_METADATA").read_bytes()

@@ -24,7 +24,7 @@ from helpers import (
 
 from uoe_jax.config import GuardConfig, from_dict
 from uoe_jax.distributed import mesh as mesh_lib
-from uoe_jax.train import guard, step
+from uoe_jax.train import step
 
 PEER_TIMEOUT = 5  # seconds, for the tests' patience; the default is 10
 
@@ -255,9 +255,9 @@ def test_a_bad_step_changes_nothing_but_the_count(monkeypatch):
 
 
 def test_a_spike_is_bad_and_a_slope_is_not():
-    c, state = GuardConfig(spike_sigmas=6.0), guard.fresh()
+    c, state = GuardConfig(spike_sigmas=6.0), step.fresh_guard()
     rng = np.random.default_rng(0)
-    judge = jax.jit(lambda g, loss, norm: guard.judge(c, g, loss, norm))
+    judge = jax.jit(lambda g, loss, norm: step.judge(c, g, loss, norm))
     for i in range(300):  # a loss that falls and a norm that wanders
         bad, state = judge(
             state,
@@ -272,7 +272,7 @@ def test_a_spike_is_bad_and_a_slope_is_not():
             after.variance, state.variance
         )
     assert not judge(state, jnp.float32(2.0), jnp.float32(1.0))[0]
-    steady = guard.fresh()
+    steady = step.fresh_guard()
     for _ in range(
         1000
     ):  # a spread of a thousandth of the mean, where the mean of squares has no digits left
@@ -280,9 +280,9 @@ def test_a_spike_is_bad_and_a_slope_is_not():
             steady, jnp.float32(10 + rng.normal() * 0.01), jnp.float32(10 + rng.normal() * 0.01)
         )
         assert not bad
-    early, _ = guard.judge(c, guard.fresh(), jnp.float32(1e9), jnp.float32(1e9))
+    early, _ = step.judge(c, step.fresh_guard(), jnp.float32(1e9), jnp.float32(1e9))
     assert not early  # nothing is known yet
-    off, _ = guard.judge(GuardConfig(), state, jnp.float32(1e9), jnp.float32(1e9))
+    off, _ = step.judge(GuardConfig(), state, jnp.float32(1e9), jnp.float32(1e9))
     assert not off
 
 

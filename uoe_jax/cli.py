@@ -45,9 +45,7 @@ class _Command:
 
 
 COMMANDS = {
-    "train": _Command(
-        commands.train, "train; resumes if the workdir holds a checkpoint", WORKDIR, CONFIG
-    ),
+    "train": _Command(commands.train, "train, or resume the run of the workdir", WORKDIR, CONFIG),
     "config": _Command(
         commands.show_config,
         "list the keys of a configuration: value, default, range and meaning",

@@ -95,10 +95,7 @@ class Output(io.TextIOWrapper):
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Error handler of `Output`: undecodable bytes of arguments are written as they came in.
-
-    Other characters that the encoding lacks are escaped as in Python; a notice says so once.
-    """
+    """Error handler of `Output`: undecodable bytes as they came in, others escaped, with notice."""
     if isinstance(error, UnicodeEncodeError):
         error.end = error.start + 1  # one character at a time
     try:
@@ -149,10 +146,7 @@ def expanded(path: str | os.PathLike[str], option: str) -> str:
 
 
 def default_cache_dir() -> Path:
-    """$UOE_CACHE, else ~/.cache/uoe_jax, else `_temporary_cache`; UserError if none can be written.
-
-    It is created readable by its owner alone.
-    """
+    """$UOE_CACHE, ~/.cache/uoe_jax or `_temporary_cache`; UserError where none can be written."""
     given = os.environ.get("UOE_CACHE")
     remedy = "set UOE_CACHE to a directory that can be written"
     try:
@@ -174,10 +168,7 @@ def default_cache_dir() -> Path:
 
 
 def _temporary_cache() -> Path:
-    """A directory of this user in the system's temporary one, for child processes too.
-
-    It holds native code, so one that others could have written to is not used: a new one is made.
-    """
+    """This user's directory in the temporary one, or a new one where others could have written."""
     problem = f"is not set, and no directory can be made for it in {tempfile.gettempdir()}"
     remedy = "set it to one that can be written"
     with os_error_as(UserError, f"UOE_CACHE: {problem}", remedy):

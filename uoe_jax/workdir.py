@@ -56,10 +56,7 @@ class LiteralPath(gpath.PosixGPath):
 
 
 def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPath:
-    """The path of a workdir; touches nothing. option: where it was given, for errors.
-
-    UserError for an address that is not gs://, or without the package for gs://.
-    """
+    """The path of a workdir, as `option` gave it; touches nothing. UserError if it is none."""
     name = os.fspath(path)
     if is_remote(name):
         if not re.match(r"gs://[^/]", name):
@@ -82,8 +79,7 @@ def locate(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPa
 def checkpoint_path(path: str | os.PathLike[str], option: str = "--workdir") -> LiteralPath:
     """The absolute path of a directory for checkpoints; touches nothing.
 
-    Symbolic links are resolved where only the resolved path can be used. UserError as `locate`, or
-    where the path contains what Orbax does not take literally.
+    Links are resolved where only that can be used. UserError where Orbax would misread the path.
     """
     name = os.fspath(locate(path, option))
     try:
@@ -120,10 +116,7 @@ def _unusable_in(name: str) -> str:
 
 
 def open_workdir(path: str, config: Config) -> epath.Path:
-    """Creates or enters a workdir, locks it and stores the configuration; returns the path.
-
-    UserError where it holds other files or another run, is being written to or cannot be written.
-    """
+    """Creates or enters a workdir, locks it, stores the configuration; UserError if impossible."""
     workdir, remedy = checkpoint_path(path), "give a directory you may write to"
     with os_error_as(UserError, f"--workdir={path}: cannot be written", remedy), os_errors(path):
         if not is_remote(path):  # there, it would create a bucket of a mistyped name
@@ -191,10 +184,7 @@ def _elsewhere(path: str) -> str:
 
 
 def check_record(workdir: epath.PathLike, record: dict[str, Any], store: bool = True) -> None:
-    """Compares the record of the data with the run's; if `store`, writes it where there is none.
-
-    UserError where content hash or tokenizer differ, or the file cannot be read or written.
-    """
+    """Refuses data that are not those of the run's record; `store`: writes a missing record."""
     path = locate(workdir) / RECORD
     remedy = "remove it, where you are sure of the run's data, or start in another --workdir"
     found = read_json(path, remedy)

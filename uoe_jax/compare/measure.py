@@ -55,10 +55,7 @@ def drawn_batch(config: Config) -> dict[str, np.ndarray]:
 
 
 class Step:
-    """A compiled training step with a state and a batch of its own.
-
-    temporary, bytes: on one device, the step's temporary buffers, without and with its arguments.
-    """
+    """A compiled training step with its state and batch; `bytes` of a device, with `temporary`."""
 
     def __init__(self, config: Config) -> None:
         mesh = mesh_lib.make_mesh(config.mesh)
@@ -97,8 +94,7 @@ def against(own: Sequence[float], reference: Sequence[float]) -> dict[str, float
 def side_by_side(configs: Configs, reference: str, rounds: int) -> tuple[Measured, list[Refused]]:
     """Step time and memory of every row, measured in turn with the reference, where they fit.
 
-    Two at a time, so that a device's memory need not hold all rows: a row's seconds are its ratio
-    times the reference's.
+    Two at a time, so that memory need not hold all: seconds are the ratio times the reference's.
     """
     first, failed = Step(configs[reference]), []
     out: Measured = {}

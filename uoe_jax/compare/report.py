@@ -150,9 +150,6 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-# --- plots ---
-
-
 Lengths = list[dict[str, Any]]  # those of measured.json
 
 

@@ -2,7 +2,10 @@
 
 Every run is an ordinary `uoe train` in a process of its own, with a workdir of its own: it resumes
 where it was stopped, and can be evaluated or exported like any other. A finished run is not
-started again. `workspace` lists the files.
+started again. `workspace` lists the files. Two more processes leave the devices to the runs:
+
+    python -m uoe_jax.compare.run check CONFIG       whether a run can start; CONFIG is JSON
+    python -m uoe_jax.compare.run measure WORKDIR    after the runs; writes WORKDIR/measured.json
 """
 
 import ctypes
@@ -18,14 +21,13 @@ from typing import Iterator, NamedTuple, Self, Sequence
 
 from etils import epath
 
-from uoe_jax import errors
+from uoe_jax import errors, runtime_env
 from uoe_jax.compare import workspace as files
 from uoe_jax.compare.table import Row, Table
 from uoe_jax.config.load import changed_keys, from_dict, to_dict
 from uoe_jax.config.schema import Config
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import ConfigError, RunError, UserError
-from uoe_jax.runtime_env import default_cache_dir
 from uoe_jax.train.metrics import read_metrics
 from uoe_jax.workdir import locate, lock, os_errors, release, wait_for_writer, write_json
 
@@ -50,11 +52,7 @@ class Ended(Exception):
 
 
 def compare(table: Table, workdir_name: str) -> int:
-    """Trains and measures what is missing of a table; returns the exit code.
-
-    75 when asked to stop (the same command goes on), 2 when a run refused its input. Raises
-    UserError for the workdir of another table or several processes, RunError where a run failed.
-    """
+    """Trains and measures what is missing of a table; the exit code is 75 when asked to stop."""
     if coordination.are_several():
         why = "one process makes a table, on all devices of one machine"
         raise UserError(f"--workdir={workdir_name}: {why}; start this once, and not by srun")
@@ -79,9 +77,9 @@ def _prepare(table: Table, name: str, workdir: epath.Path, children: "Children")
     with errors.os_error_as(UserError, problem, "give a directory you may write to"):
         with os_errors(name):
             is_new = not (workdir / files.TABLE).exists()
-        default_cache_dir()  # puts it in the environment of the runs, where it is not the usual one
+        runtime_env.default_cache_dir()  # an unusual one goes into the environment of the runs
         if is_new:
-            check = ["uoe_jax.compare.child", "check", json.dumps(to_dict(table.reference.config))]
+            check = ["uoe_jax.compare.run", "check", json.dumps(to_dict(table.reference.config))]
             children.run(check, "looking at devices and data")
         with os_errors(name):
             workdir.mkdir(parents=True, exist_ok=True)
@@ -174,7 +172,7 @@ def measure(table: Table, workdir: epath.Path, children: "Children") -> None:
         why = f"row {row!r}: every learning rate diverged, and others are measured by it"
         raise RunError(f"{why}; give another --workdir, other config.learning_rates than {tried!r}")
     (workdir / files.MEASURED).unlink(missing_ok=True)
-    command = ["uoe_jax.compare.child", "measure", str(workdir)]
+    command = ["uoe_jax.compare.run", "measure", str(workdir)]
     children.run(command, "measuring the rows side by side")
 
 
@@ -230,3 +228,29 @@ def _end_with_parent() -> None:
     """In a child before its program starts: SIGTERM when this process is killed (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def main(job: str, given: str) -> int:
+    """The program of the two other processes; returns the exit code."""
+    runtime_env.prepare_process()
+    try:
+        with runtime_env.jax_import_errors():
+            if job == "check":
+                from uoe_jax.distributed import setup
+                from uoe_jax.train.main import agreed_data
+
+                config = from_dict(json.loads(given))
+                setup.start(config)
+                agreed_data(config, None)
+            else:
+                from uoe_jax.compare import measure
+
+                measure.measure(given)
+    except UserError as error:
+        runtime_env.notice(str(error))
+        return error.exit_code
+    return errors.EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

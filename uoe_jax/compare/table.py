@@ -111,10 +111,7 @@ def experiment(name: str, variant: str = "") -> Any:
 
 
 def load_table(name: str, overrides: Mapping[str, str]) -> Table:
-    """Reads a table's config file; UserError where it, a row or an override cannot be used.
-
-    overrides: `base.KEY`, `rows=NAME,NAME` (some of them), and keys of `TableConfig`.
-    """
+    """Reads a table's config file. overrides: `base.KEY`, `rows=NAME,…`, keys of `TableConfig`."""
     must = "it must define get_config() that returns uoe_jax.compare.table.table(base, rows)"
     values = evaluate(name, must)
     if not isinstance(values.get("rows"), list) or not isinstance(values.get("base"), Mapping):

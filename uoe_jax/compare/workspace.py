@@ -82,9 +82,6 @@ def best_rates(losses: Losses) -> Rates:
     return out
 
 
-# --- results ---
-
-
 class Measure(NamedTuple):
     """What rows are ranked by."""
 

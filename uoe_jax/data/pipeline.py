@@ -167,10 +167,7 @@ class TrainBatches:
 def eval_batches(
     rows: Rows, batch_size: int, limit: int = 0, local_rows: LocalRows = None
 ) -> Iterator[Batch]:
-    """Every row once, in order; padding rows, which count for nothing, fill the last batch.
-
-    limit: at most this many batches; 0: all. All processes yield as many.
-    """
+    """Every row once, in order, in at most `limit` batches (0: all); padding fills the last."""
     local, padding = _checked_rows(local_rows, batch_size), Row()
     if len(rows) % batch_size:
         padding = {name: np.zeros_like(a) for name, a in rows[0].items()}

@@ -20,11 +20,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, NoReturn, Protocol
 
 import numpy as np
+from etils import epath
 
 from uoe_jax.distributed.watchdog import tick, ticking
 from uoe_jax.errors import RunError, UserError, os_error_as, reason
 from uoe_jax.runtime_env import expanded
-from uoe_jax.workdir import write_json
+from uoe_jax.workdir import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +116,7 @@ def dataset_directory(
 def new_directory(home: Path, what: str) -> Iterator[Path]:
     """A directory to fill, which becomes `home` at the end, unless another process was first.
 
-    Any number of processes may do this at once, with equal results. `home` is complete or absent,
-    also after a kill. Raises an OSError as RunError, which says `what` for.
+    `home` is complete or absent, also after a kill. Raises an OSError as RunError: cannot `what`.
     """
     remedy = "free space there or set UOE_CACHE elsewhere"
     with os_error_as(RunError, f"{home}: cannot {what}", remedy):
@@ -189,7 +189,7 @@ class RawFiles:
 
     def __init__(self, cache_dir: Path) -> None:
         # Each hash with path, size and times: reading 100 GB at every start would take minutes.
-        self._memo = Path(cache_dir) / "hashes.json"
+        self._memo = epath.Path(cache_dir) / "hashes.json"
 
     def sha256(self, files: Sequence[Path]) -> list[str]:
         """Of each file. Raises UserError for one that is unreadable or changes."""
@@ -232,14 +232,11 @@ class RawFiles:
             raise changed(file)
 
     def _remembered(self) -> dict[str, Any]:
-        if not os.path.exists(self._memo):
+        try:
+            return read_json(self._memo, "files are hashed again") or {}
+        except UserError as error:
+            log.warning("%s", error)
             return {}
-        with contextlib.suppress(OSError, ValueError):
-            memo = json.loads(self._memo.read_text(encoding="utf-8"))
-            if isinstance(memo, dict):
-                return memo
-        log.warning("%s: is damaged; files are hashed again", self._memo)
-        return {}
 
     def _remember(self, new: dict[str, Any]) -> None:
         memo = self._remembered() | new  # what others write meanwhile is hashed once more

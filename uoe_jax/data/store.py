@@ -142,10 +142,9 @@ class _GrowingArray:
 def open_or_build(
     read: Callable[[], Iterable[bytes]], tokenizer: Tokenizer, cache_dir: Path, key: str, split: str
 ) -> TokenStore:
-    """The store of one split from the cache, or built into it.
+    """The store of one split from the cache, or built into it from the documents that `read` gives.
 
-    read: gives the documents, where the store must be built. key: names the source's content.
-    Raises RunError as `new_directory`, and where what was written does not read back.
+    key: names the source's content. Raises RunError where it cannot be written or read back.
     """
     kind = "-sized" if tokenizer.bytes_per_token is None else ""  # with bytes.npy
     home = cache_dir / "tokens" / f"{key}-{tokenizer.fingerprint}{kind}-{split}"

@@ -47,10 +47,7 @@ class LostPeer(UserError):
 
 
 def cluster_from_env(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
-    """(coordinator, number of processes, this one's id); None for one process.
-
-    UserError for incomplete or invalid variables, or several tasks without them.
-    """
+    """(coordinator, number of processes, this one's id); None for one. UserError if invalid."""
     given = {name: environ[name] for name in NAMES if environ.get(name)}
     names = ", ".join(NAMES)
     if not given:
@@ -81,7 +78,6 @@ def join(stops_itself: bool) -> tuple[str, int, int] | None:
     """Connects to the other processes, if there are any; before the first use of a device.
 
     stops_itself: the command calls `preempted` at every step; others end by SIGTERM at once.
-    UserError where process 0 has no such address or port, LostPeer where others do not find it.
     """
     cluster = cluster_from_env()
     if cluster is None:

@@ -137,10 +137,7 @@ def weight_sharding(mesh: AnyMesh, axes: Axes, shape: tuple[int, ...]) -> NamedS
 
 
 def weight_spec(mesh: AnyMesh, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
-    """The sharding of a weight, by `RULES`. A leading axis beyond `axes` is that of layers: whole.
-
-    ValueError where two axes of the weight have one mesh axis, or the mesh does not divide one.
-    """
+    """The sharding of a weight, by `RULES`; an axis before `axes` is that of layers: whole."""
     spec: list[str | None] = [None] * (len(shape) - len(axes))
     for logical, size in zip(axes, shape[len(spec) :]):
         axis = RULES.get(logical or "")

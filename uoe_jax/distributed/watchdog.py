@@ -225,8 +225,7 @@ def start(cluster: tuple[str, int, int], guard: GuardConfig) -> None:
 def at(phase: str, step: int | None = None, slow: bool = False) -> None:
     """Enters a phase, in all processes alike; without progress there in time, all stop.
 
-    slow: something is compiled, read or written first, so that guard.compile_timeout_s applies and
-    not guard.hang_timeout_s.
+    slow: something is compiled, read or written first: guard.compile_timeout_s applies.
     """
     if _watchdog is not None:
         guard = _watchdog.guard

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from uoe_jax import config as config_lib
 from uoe_jax.config.schema import Config
-from uoe_jax.data.sources.formats import JSON_LINES, json_of, keys_of, other_format
+from uoe_jax.data.sources.text import JSON_LINES, json_of, keys_of, other_format
 from uoe_jax.distributed import coordination
 from uoe_jax.errors import ConfigError, UserError, reason
 from uoe_jax.infer.experts import choices

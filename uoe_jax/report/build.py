@@ -24,10 +24,7 @@ REPORT = "report.html"
 
 
 def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
-    """Writes the file; returns its path. configs: of the runs, as their workdirs have them.
-
-    Raises UserError where a run is missing or unreadable, or the report cannot be written.
-    """
+    """Writes the file; returns its path. configs: of the runs, as their workdirs have them."""
     from uoe_jax.report.page import page
 
     if coordination.are_several():
@@ -45,10 +42,7 @@ def run_report(options: argparse.Namespace, configs: Sequence[Config]) -> str:
 def at_end(
     config: Config, program: Program, params: Params, data: DataBundle, workdir: Path, step: int
 ) -> str:
-    """Writes the report of a run that has just ended; returns its path.
-
-    A failure is logged and "" returned: it must not fail the run.
-    """
+    """Writes the report of a run that just ended; returns its path. A failure is only logged."""
     try:
         from uoe_jax.report.page import page
 

@@ -96,9 +96,7 @@ def pieces(ids: np.ndarray, tokenizer: Tokenizer | None, m: ModelConfig) -> list
     return [text(int(i)) for i in ids]
 
 
-def routes(
-    program: Program, params: Params, sample: Sample, config: Config
-) -> dict[str, np.ndarray]:
+def routes(program: Program, params: Params, sample: Sample, c: Config) -> dict[str, np.ndarray]:
     """Combine weights by block, float32 [layers,rows,M,N]; -1 where an expert did not take a patch.
 
     The same in every process. Patches of padding, and what exceeds `CELLS`, are left out.
@@ -108,8 +106,8 @@ def routes(
     def found(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         model = program.model(params)
         inputs = [batch[name] for name in sample.batch]  # jax sorts the keys of `batch`
-        if config.model.stem == "image":
-            inputs[0] = as_floats(inputs[0], config.model.image.bound)
+        if c.model.stem == "image":
+            inputs[0] = as_floats(inputs[0], c.model.image.bound)
         return jax.tree.map(everywhere, model.routes(*model.embed_inputs(*inputs)))
 
     with by_partitioner():
@@ -117,6 +115,6 @@ def routes(
     shown = max(map(len, sample.texts)) if sample.texts else math.prod(sample.grid)
     for block, weights in host.items():
         layers, rows, _, n = weights.shape
-        patches = math.ceil((sample.before + shown) / config.model.routed()[block].patch_size)
+        patches = math.ceil((sample.before + shown) / c.model.routed()[block].patch_size)
         host[block] = weights[:, :, : min(patches, max(1, CELLS // (layers * rows * n)))]
     return host

@@ -8,37 +8,37 @@ displace the best checkpoint.
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import logging
 import math
 import os
 import shutil
 import time
-from typing import Any, Callable, Mapping, Self
+from typing import Any, Callable, Iterator, Mapping, Self
 
 import jax
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 
 from uoe_jax.distributed.coordination import is_process_zero, on_all, on_process_zero
 from uoe_jax.errors import AGAIN, BadNumbers, ConfigError, RunError, UserError, os_error_as
 from uoe_jax.train import metadata as metadata_lib
-from uoe_jax.train import saved, verify
-from uoe_jax.train.fingerprint import fingerprints
-from uoe_jax.train.metadata import CheckpointDamaged, first_line
-from uoe_jax.train.orbax_writer import is_no_space, open_writer
+from uoe_jax.train import saved
+from uoe_jax.train.metadata import CheckpointDamaged, fingerprints, first_line
 from uoe_jax.workdir import checkpoint_path, is_remote
 
 log = logging.getLogger(__name__)
 SPACE_MARGIN = 1.1  # file metadata and chunk padding; the state itself hardly compresses
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointStore:
     """The checkpoints of one workdir. One writer a directory; all processes make every call.
 
-    Args:
-      keep_latest, keep_best: how many stay of the newest, and of those with the lowest loss.
-      read_only: for evaluation and export: changes nothing, also not what a run is writing.
-      write_bytes: host memory for writing, more than the largest leaf's; None: no limit.
+    keep_latest, keep_best: how many stay of the newest, and of those with the lowest loss.
+    read_only: changes nothing, also not what a run is writing. write_bytes: host memory for
+    writing, more than the largest leaf's; None: no limit.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class CheckpointStore:
         self._deleter = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._deletions: list[concurrent.futures.Future[None]] = []
         on_all(self._open_directory)
-        self._orbax = open_writer(self.directory, read_only, write_bytes)
+        self._orbax = _open_writer(self.directory, read_only, write_bytes)
         self._read_list()
 
     def _read_list(self) -> None:
@@ -103,7 +103,7 @@ class CheckpointStore:
         metadata = dict(metadata or {})
         if reserved := sorted(set(metadata) & set(metadata_lib.RESERVED)):
             raise ValueError(f"metadata keys {reserved} are this module's own")
-        nbytes = verify.check_storable(state)
+        nbytes = saved.check_storable(state)
         leaves = metadata_lib.describe(state)
         self.wait()
         if step in self.steps():
@@ -136,7 +136,7 @@ class CheckpointStore:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the save in flight is committed and verified; RunError where it failed.
+        """Waits until the save in flight is verified; RunError if it failed.
 
         Makes no call that waits for other processes: with `check`, steps at which they call differ.
         """
@@ -148,7 +148,7 @@ class CheckpointStore:
             raise self._save_failed(error) from error
         (step, loss, _), self._in_flight = self._in_flight, None
         if is_process_zero():
-            verify.check(self.directory / str(step), self._damaged, self.latest_step())
+            saved.check(self.directory / str(step), self._damaged, self.latest_step())
         self._losses[step] = loss
         latest, best = self.steps()[-self._keep_latest :], self._by_loss()[: self._keep_best]
         for old in self._losses.keys() - {*latest, *best, self.pinned}:
@@ -312,7 +312,7 @@ class CheckpointStore:
             for left in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):
                     left.rmtree()
-        if is_no_space(error):
+        if _is_no_space(error):
             return self._no_space(step, nbytes)
         problem = f"the checkpoint of step {step} could not be written ({first_line(error)})"
         return RunError(f"{self.directory}: {problem}; {AGAIN} ({self._resumes_from()})")
@@ -320,3 +320,49 @@ class CheckpointStore:
 
 def _free_bytes(directory: epath.Path) -> int:
     return shutil.disk_usage(os.fspath(directory)).free
+
+
+def _drop_orbax_tracebacks(record: logging.LogRecord) -> bool:
+    """Drops the thousand log lines of a failed save, which Orbax then raises as well."""
+    from_orbax = record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname
+    return log.isEnabledFor(logging.DEBUG) or not from_orbax
+
+
+class _Unlisted:
+    """Step names for Orbax that find nothing on the disk."""
+
+    build_name = staticmethod(str)
+
+    def find_all(self, _: object) -> Iterator[Any]:
+        return iter(())
+
+    def find_step(self, _: object, step: int) -> Any:
+        raise ValueError(f"no step {step} is looked for")
+
+
+def _open_writer(path: epath.Path, read_only: bool, limit: int | None) -> ocp.training.Checkpointer:
+    """Orbax's writer for a directory; it deletes nothing. limit: bytes of host memory."""
+    logging.getLogger("absl").addFilter(_drop_orbax_tracebacks)
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = limit
+    with context:
+        writer = ocp.training.Checkpointer(
+            path,
+            preservation_policy=ocp.training.preservation_policies.PreserveAll(),
+            step_name_format=_Unlisted(),
+            cleanup_tmp_directories=not read_only,  # left where a process was killed in a save
+        )
+    # In every save Orbax asks JAX, with the step, whether to stop. JAX expects ascending numbers in
+    # such calls, so that `coordination.preempted`, which has its own, missed a SIGTERM in a save.
+    writer._manager.reached_preemption = lambda step: False
+    return writer
+
+
+def _is_no_space(error: BaseException) -> bool:
+    """Whether an error or its cause says that disk, quota or file size limit is used up."""
+    # TensorStore, which writes the arrays, has the reason as text only.
+    texts = [os.strerror(code) for code in _NO_SPACE]
+    if getattr(error, "errno", None) in _NO_SPACE or any(text in str(error) for text in texts):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and _is_no_space(cause)

@@ -36,10 +36,9 @@ def evaluate(
 ) -> tuple[dict[str, Any], float]:
     """Measures a split, all of it or (`whole=False`) its first `limit` batches.
 
-    Returns (`<name>/…` measures, the loss that ranks checkpoints). The latter is of the first
-    `limit` batches, so of the same rows at every evaluation. step, seen: of the run, and the shapes
-    that this process has compiled for; for the watchdog. stop: called before every batch, the same
-    in all processes; Interrupted where it is True.
+    Returns (`<name>/…` measures, the loss that ranks checkpoints): that of the first `limit`
+    batches, the same rows every time. step, seen: of the run, for the watchdog. stop: called before
+    every batch, alike in all processes; raises Interrupted where it is True.
     """
     size = config.eval_batch_size
     local_rows = mesh_lib.local_rows(program.mesh, size)

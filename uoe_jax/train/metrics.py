@@ -31,10 +31,9 @@ class MetricsWriter:
     checkpoint of step s is saved, the metrics up to s must have been written and flushed: a resume
     never writes them again.
 
-    Args:
-      resume_step: the step of the checkpoint the run goes on from; lines of later steps and a torn
-        last line are cut off (atomically). None for a fresh run: the file is emptied.
-      owed: the evaluation of `resume_step` is cut off as well, as it is done again.
+    resume_step: of the checkpoint the run goes on from; lines of later steps and a torn last line
+    are cut off (atomically). None: a fresh run, whose file is emptied. owed: the evaluation of
+    `resume_step` is cut off as well, as it is done again.
     """
 
     def __init__(

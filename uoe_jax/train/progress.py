@@ -13,10 +13,8 @@ _BAR = "step {n_fmt}/{total_fmt} |{bar}|{postfix}"
 class Progress:
     """Step, loss, the task's other measures, tokens a second and time left.
 
-    Args:
-      total, start: the last step (0: there is no training, and no bar), and steps done before.
-      stream: sys.stderr by default. Only a terminal gets carriage returns.
-      silent: shows nothing; for all processes but process 0.
+    total, start: the last step (0: no training, and no bar), and steps done before. Only a terminal
+    as stream gets carriage returns. silent: shows nothing; for all processes but process 0.
     """
 
     def __init__(

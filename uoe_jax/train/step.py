@@ -12,18 +12,35 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import AbstractMesh, Mesh
 
 from uoe_jax.config.baselines import MoEConfig
-from uoe_jax.config.schema import Config, ModelConfig, OptimizerConfig
+from uoe_jax.config.schema import Config, GuardConfig, ModelConfig, OptimizerConfig
 from uoe_jax.config.validate import check_sizes
 from uoe_jax.distributed import mesh as mesh_lib
 from uoe_jax.models.decoder import Stack, Stats
 from uoe_jax.moe.routing import RoutingStats, rebalanced
-from uoe_jax.train import guard as guard_lib
 from uoe_jax.train.task import TASKS, Batch, Sums, task_of
 
 Params = dict[str, Any]  # nested, by module and weight name
 Rebuild = Callable[[Params], Stack]  # the module of these parameters
 Optimizer: TypeAlias = optax.GradientTransformation
 HALF_SCALE = 4096.0  # of the loss in float16, where a token's share of a mean underflows
+
+WINDOW = 128  # good steps in the running moments; after as many, a step can be a spike
+
+
+class Guard(NamedTuple):
+    """What is known of the bad steps so far; checkpointed. Counts are int32.
+
+    Bad steps are found inside the compiled step, so that all processes agree, and skipped: they
+    change only these counts. Parameters, optimizer state and load-balancing biases stay.
+    """
+
+    skipped: jax.Array  # bad steps of the whole run, without those that a rollback took back
+    in_a_row: jax.Array  # bad steps since the last good one
+    seen: jax.Array  # good steps
+    mean: jax.Array  # running mean of (loss, gradient norm) over good steps, float32 [2]
+    variance: jax.Array  # and their variance
+    offset: jax.Array  # batches skipped by rollbacks; step s takes batch s + offset
+    rollbacks: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -32,7 +49,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Params
     opt: optax.OptState
-    guard: guard_lib.Guard
+    guard: Guard
 
 
 class Program(NamedTuple):
@@ -120,7 +137,7 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
 
     def init(key: jax.Array) -> TrainState:
         params, step = init_params(key), jnp.zeros((), jnp.int32)
-        return TrainState(step, params, optimizer.init(params), guard_lib.fresh())
+        return TrainState(step, params, optimizer.init(params), fresh_guard())
 
     def eval_step(params: Params, batch: Batch) -> Sums:
         return task.sums(rebuild(params), batch, config)
@@ -160,7 +177,7 @@ def _train_step(config: Config, rebuild: Rebuild, optimizer: Optimizer) -> Calla
         grads, sums = accumulated_gradients(config, rebuild, state.params, batch)
         grad_norm = optax.global_norm(grads)
         mean_nll = sums.nll / jnp.maximum(sums.count, 1)
-        bad, guard = guard_lib.judge(config.guard, state.guard, mean_nll, grad_norm)
+        bad, guard = judge(config.guard, state.guard, mean_nll, grad_norm)
         # optax mixes float constants with integer counts.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt = optimizer.update(grads, state.opt, state.params)
@@ -171,6 +188,33 @@ def _train_step(config: Config, rebuild: Rebuild, optimizer: Optimizer) -> Calla
         return TrainState(state.step + 1, params, opt, guard), found
 
     return train_step
+
+
+def fresh_guard() -> Guard:
+    """The guard of a new run."""
+    zero, moments = jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.float32)
+    return Guard(zero, zero, zero, moments, moments, zero, zero)
+
+
+def judge(
+    c: GuardConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array
+) -> tuple[jax.Array, Guard]:
+    """(Whether a step is bad, the guard after it): not finite, or a spike (guard.spike_sigmas)."""
+    found = jnp.stack([loss, grad_norm]).astype(jnp.float32)
+    bad = ~jnp.isfinite(found).all()
+    if c.spike_sigmas:
+        bound = guard.mean + c.spike_sigmas * jnp.sqrt(guard.variance)
+        bad |= (guard.seen >= WINDOW) & (found > bound).any()
+    # A plain mean at first, then an exponential one. The square of `delta` must be finite, as even
+    # 0 times an infinity would spoil the moments.
+    weight = 1 / jnp.minimum(guard.seen + 1, WINDOW).astype(jnp.float32)
+    delta = jnp.where(bad, 0, jnp.minimum(found, 1e18) - guard.mean)
+    mean = guard.mean + weight * delta
+    variance = (1 - weight) * (guard.variance + weight * delta**2)
+    none = jnp.zeros_like(guard.in_a_row)
+    good = guard._replace(in_a_row=none, seen=guard.seen + 1, mean=mean, variance=variance)
+    skipped = guard._replace(skipped=guard.skipped + 1, in_a_row=guard.in_a_row + 1)
+    return bad, optax.tree_utils.tree_where(bad, skipped, good)
 
 
 def row_keys(config: Config, step: jax.Array) -> jax.Array:
@@ -219,8 +263,7 @@ def accumulated_gradients(
 ) -> tuple[Params, Sums]:
     """Gradient of the mean loss plus routing losses of the batch, over `accumulation` microbatches.
 
-    Every microbatch divides by the global number of targets and rows, so that the sum of their
-    gradients is the gradient of the whole batch.
+    Each divides by the global number of targets and rows, so that gradients add up to the batch's.
     """
     task = task_of(config)
     scale = HALF_SCALE if config.model.dtype == "float16" else 1.0

@@ -32,8 +32,7 @@ def open_aan(path: str, cache_dir: Path) -> LabelledSource:
     """Prepares the pairs once, from the directory `path` or the release unpacked below it.
 
     Inputs are (text1, text2) as bytes, in the order of the files; labels are 0 or 1. The release
-    has 147,086, 18,090 and 17,437 pairs. Raises UserError where a file is missing or unreadable, or
-    a line is no pair (with file and line).
+    has 147,086, 18,090 and 17,437 pairs.
     """
     root = prepared.manual_dir(path)
     origin = min((root / below for below in BELOW), key=lambda folder: len(_missing(folder)))

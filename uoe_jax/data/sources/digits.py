@@ -11,10 +11,9 @@ CUTS = (0.70, 0.85, 1.0)  # where train, validation and test end in every class
 
 
 def open_digits() -> LabelledSource:
-    """Images uint8 [8,8,1] in 10 classes.
+    """Images uint8 [8,8,1] in 10 classes, in the file's order within a split.
 
     Each class, ordered by SHA-256 of 'digits/<index in the package's file>', is cut at `CUTS`.
-    Inside a split the images keep the file's order.
     """
     from sklearn.datasets import load_digits  # a second
 

@@ -34,10 +34,7 @@ RAREST = 1e-3  # allowed share of trees within the limits: below, an example tak
 
 
 def open_listops(c: ListopsConfig) -> LabelledSource:
-    """Inputs uint8 ids [T] of `SYMBOLS`, labels 0 … 9; by default about 1 ms an example.
-
-    Raises ConfigError where the grammar never, or too rarely, keeps the limits of length.
-    """
+    """Inputs uint8 ids [T] of `SYMBOLS`, labels 0 … 9; by default about 1 ms an example."""
     low, high = c.min_length, c.max_length
     if high > LONGEST:
         raise ConfigError("data.listops.max_length", high, f"give at most {LONGEST}.")

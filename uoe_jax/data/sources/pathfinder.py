@@ -19,12 +19,10 @@ from uoe_jax.config.data import PathfinderConfig
 from uoe_jax.data.examples import SPLITS, Example, Indexed, LabelledSource
 from uoe_jax.data.prepared import ARENA
 from uoe_jax.distributed.watchdog import ticking
-from uoe_jax.errors import ConfigError, UserError
+from uoe_jax.errors import ConfigError, UserError, os_error_as
 from uoe_jax.runtime_env import expanded
 
 VERSION = 1  # of the drawing: raise it when a (seed, split, index) means another image
-
-# ---- the released archive -----------------------------------------------------------------------
 
 TASK = "curv_contour_length_14"  # LRA's "hard", which is its Pathfinder task
 INSIDE = ("", TASK, *(f"{folder}pathfinder32/{TASK}" for folder in ARENA))
@@ -41,9 +39,6 @@ def read_pathfinder(path: str) -> LabelledSource:
     As in LRA, the first 80 % are for training, 10 % each for validation and test, and then images
     of 0 bytes are dropped (lra_benchmarks/image/input_pipeline.py). LRA's order is a shuffle of
     TensorFlow Datasets; ours is metadata/0.npy, 1.npy, … line by line: labels are independent.
-
-    Raises UserError without an archive, for unreadable metadata or a missing image; later, for an
-    image that is damaged or of another size.
     """
     given = Path(expanded(path, "config.data.path"))
     root = next((given / i for i in INSIDE if (given / i / "metadata").is_dir()), None)
@@ -54,11 +49,9 @@ def read_pathfinder(path: str) -> LabelledSource:
     names, labels = _read_metadata(root, content)
     sizes = np.zeros(len(names), "<i8")
     for i, name in enumerate(ticking(names)):
-        try:
+        problem = f"{root / name}: image {i} of the metadata cannot be read"
+        with os_error_as(UserError, problem, REMEDY):
             sizes[i] = (root / name).stat().st_size
-        except OSError as error:
-            what = f"image {i} of the metadata cannot be read ({error.strerror})"
-            raise UserError(f"{root / name}: {what}: {REMEDY}") from error
     content.update(sizes.tobytes())
     n = len(names)
     every = dict(zip(SPLITS, np.split(np.arange(n), [n * 8 // 10, n * 9 // 10])))
@@ -127,8 +120,6 @@ def _read_metadata(root: Path, content: Any) -> tuple[list[str], np.ndarray]:
             labels.append(int(columns[3]))
     return names, np.array(labels, np.int8)
 
-
-# ---- drawn --------------------------------------------------------------------------------------
 
 # Lengths are in units: 4 are an eighth of the image, or what lets a path of `length` dashes be 1.5
 # sides of the image long, but never less than 3 pixels, as in LRA's images of 32 x 32.
@@ -216,10 +207,7 @@ def _draw_scene(c: PathfinderConfig, rng: np.random.Generator, tries: int) -> _S
 
 
 def _pair(rng: np.random.Generator, first: np.ndarray, seconds: np.ndarray) -> np.ndarray | None:
-    """Two paths, float [2, 2·length, 2], whose dots' distance does not tell the label, or None.
-
-    seconds: float [n, 2·length, 2], the candidates for the second path.
-    """
+    """Two paths [2, 2·length, 2] whose dots' distance does not tell the label, or None."""
     # Longer paths curl: the distances of their ends spread more, and nearness tells less.
     match = max(0.25, MATCH * (first.shape[0] // 2) ** 2)
     to_second, to_first = _nearest(first[[0, -1]], seconds), _nearest(seconds[:, [0, -1]], first)

@@ -46,7 +46,6 @@ def open_stdlib(path: str, cache_dir: Path) -> Documents:
     """Prepares the .py files under `path` (empty: this interpreter's standard library) once.
 
     The key is a hash of the content (some 50 ms for 11 MB): an edited source is prepared anew.
-    Raises UserError where `path` is no readable directory or has too few files for three splits.
     """
     root = Path(expanded(path, "config.data.path")) if path else Path(sysconfig.get_path("stdlib"))
     files = scan(root, path)

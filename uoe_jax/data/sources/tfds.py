@@ -48,11 +48,7 @@ LABELLED = {
 
 
 def open_named(source: str, path: str) -> LabelledSource:
-    """The labelled dataset of data.source, a key of `LABELLED`.
-
-    path: where TensorFlow Datasets keeps its data; empty: its default. Raises UserError where the
-    dataset is not there as array_record, lacks a split or a feature, or is damaged.
-    """
+    """The labelled dataset of data.source, in the directory `path` or (empty) tfds's default."""
     spec = LABELLED[source]
     dataset = NamedDataset("data.source", source, spec.name, path, spec.manual)
     name = dataset.full_name
@@ -89,7 +85,7 @@ def open_tfds_text(name: str, path: str) -> Documents:
     They are the feature 'text', or else the only feature of text. The test is the split 'test', or
     else 'validation' (as results on datasets without a test split are reported). A split that is
     missing then is held out of 'train': 1 % of it, at most 100,000 documents. The key is a hash of
-    name, version, sizes and these rules, not of the content. Path and errors: `open_named`.
+    name, version, sizes and these rules, not of the content. Path: as of `open_named`.
     """
     if not name:
         remedy = "data.source='tfds_text' needs the name of a dataset, such as 'lm1b'."
@@ -147,10 +143,9 @@ def _all_but(excluded: np.ndarray, n: int) -> Iterator[np.ndarray]:
 
 
 def hash_order(salt: str, n: int, k: int) -> np.ndarray:
-    """int64 [k]: the first k of the indices 0 … n-1 in an order of `salt` and the index alone.
+    """int64 [k]: the first of the indices 0 … n-1 in an order of `salt` and the index alone.
 
-    The order is that of splitmix64(i + the first 64 bits of SHA-256 of the salt). Memory is O(k),
-    where n may be hundreds of millions.
+    The order is that of splitmix64(i + the first 64 bits of SHA-256 of the salt); memory is O(k).
     """
     offset = np.uint64(int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big"))
     kept, hashes = np.zeros(0, np.int64), np.zeros(0, np.uint64)

@@ -22,8 +22,7 @@ MEMBERS = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "w
 def open_wikitext103(path: str, cache_dir: Path) -> Documents:
     """The articles of the archive in the directory `path`, or of its unpacked files there.
 
-    Those of a split put together are its file (the paper counts 28,475, 60 and 60). Raises
-    UserError where a file is missing, unreadable, changed or damaged, or has no article.
+    Those of a split put together are its file (the paper counts 28,475, 60 and 60).
     """
     origin, raw = _locate(path), RawFiles(cache_dir)
     is_archive = origin.is_file()

@@ -56,9 +56,8 @@ def find_ends_by_name(content: Json) -> Ends:
 def find_ends(content: Json, files: Files, separator: str = "", start: str = "") -> Ends:
     """The ends for one tokenizer. content: the object in its tokenizer.json. files: see `FILES`.
 
-    separator, start: data.separator and data.start, which come first; "": not set. Raises UserError
-    where nothing says what ends a document, several tokens are prepended, or a given token is not
-    in the vocabulary.
+    separator, start: data.separator and data.start, which come first; "": not set. UserError where
+    nothing names the end, several tokens are prepended, or a given one is not in the vocabulary.
     """
     search = _Search(content, files)
     for key, name in (("separator", separator), ("start", start)):

@@ -26,11 +26,7 @@ _OTHER = "or make one with uoe tokenizer train --config=… --vocab=4096 --out=t
 
 
 def load_tokenizer(kind: str, file: str, separator: str = "", start: str = "") -> Tokenizer | None:
-    """The tokenizer of `data.tokenizer`; None for words, which are counted in the data.
-
-    The arguments are data.tokenizer, .tokenizer_file, .separator and .start. Raises ConfigError
-    for a missing or unusable file, and for a key that this kind ignores.
-    """
+    """The tokenizer of data.tokenizer, .tokenizer_file, .separator and .start; None for words."""
     if kind in FROM_FILE:
         if not file:
             raise ConfigError(_KEY, file, f"{kind!r} takes a file; give one, {_OTHER}")
@@ -70,10 +66,7 @@ def files_beside(directory: Any) -> dict[str, dict[str, Any]]:
 def tokenizer_of(
     c: DataConfig, documents: Callable[[], Iterable[bytes]], cached: Path | None = None
 ) -> Tokenizer:
-    """The tokenizer of the `data` section.
-
-    documents: the training split, to count words. cached: where that vocabulary is kept.
-    """
+    """The configured tokenizer. `documents` are read to count words, unless `cached` has them."""
     found = load_tokenizer(c.tokenizer, c.tokenizer_file, c.separator, c.start)
     if found is not None:
         return found
@@ -102,11 +95,8 @@ def stored(text: str) -> Tokenizer:
     raise UserError("is no tokenizer that this version of uoe_jax knows")
 
 
-# ---- the copy in a run's workdir: its file or data may have changed since the run began ----
-
-
 def read_tokenizer(workdir: str) -> Tokenizer | None:
-    """The kept tokenizer; None without one, as for bytes. Raises UserError for a damaged file."""
+    """The copy that a run keeps, as file or data may change; None without one, as for bytes."""
     file = locate(workdir) / TOKENIZER
     try:
         with os_errors(file):

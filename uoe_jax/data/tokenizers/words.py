@@ -63,9 +63,7 @@ class WordTokenizer(Tokenizer):
         unknown = counts.pop(UNKNOWN, 0)
         kept = {word: n for word, n in counts.items() if n >= min_count}
         if not kept:
-            remedy = (
-                "no word of the training split occurs that often; give less, or other data.path"
-            )
+            remedy = "no word of the training split occurs that often; give less, or other data"
             raise ConfigError("config.data.min_count", min_count, remedy)
         unknown += counts.total() - sum(kept.values())
         kept |= {NEWLINE: newlines, SEPARATOR: n_documents, UNKNOWN: unknown}
