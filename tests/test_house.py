@@ -12,7 +12,7 @@ from helpers import ROOT, environment
 
 FILES = sorted((ROOT / "uoe_jax").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-FILE_LINES, FUNCTION_LINES, LIBRARY_LINES = 400, 60, 25_000
+FILE_LINES, FUNCTION_LINES, LIBRARY_LINES = 400, 60, 19_000
 DEFINING = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
@@ -51,7 +51,8 @@ def test_importing_only_defines(path):
 def test_sizes():
     lines = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert not {path: n for path, n in lines.items() if n > FILE_LINES}
-    assert sum(lines.values()) <= LIBRARY_LINES
+    exported = "uoe_jax/exchange/hf-code/"  # what `uoe export` copies is data
+    assert sum(n for path, n in lines.items() if not path.startswith(exported)) <= LIBRARY_LINES
     long = {
         f"{name(path)}:{node.name}": n
         for path, tree in TREES.items()
