@@ -70,7 +70,7 @@ def hf(tmp_path_factory):
     return place, params
 
 
-@pytest.mark.parametrize("model", [LLAMA, slow(QWEN2), GPT2], ids=["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("model", [LLAMA, slow(QWEN2), slow(GPT2)], ids=["llama", "qwen2", "gpt2"])
 def test_out_in_and_out_again(model, tmp_path):
     run_of(config_of(**model), tmp_path / "run")
     assert exported(tmp_path / "run", tmp_path / "hf") == 0
@@ -458,6 +458,7 @@ def test_what_cannot_be_imported_is_refused_and_nothing_is_left(name, hf, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_missing_or_emptied(hf, tmp_path, capsys):
     held = load_file(hf[0] / "hf" / "model.safetensors")
     shutil.copytree(hf[0] / "hf", tmp_path / "hf")

@@ -15,7 +15,6 @@ from helpers import (
     assert_same_run,
     finish,
     metric_lines,
-    slow,
     uoe,
     uoe_process,
     uoe_together,
@@ -159,10 +158,10 @@ LOST = {
     "stop@training@8@1": ([77, None], "process 1 was lost at step"),
     "kill@saving@10@1": ([77, -9], "process 1 was lost at step"),
 }
-QUICK = ("kill@training@8@0",)
 
 
-@pytest.mark.parametrize("fault", [f if f in QUICK else slow(f) for f in LOST])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", LOST)
 def test_no_process_waits_for_one_that_is_gone(fault, source, tmp_path):
     """In time, with a sentence that says which process, where and why; and with a good checkpoint to go on from."""
     codes, sentence = LOST[fault]

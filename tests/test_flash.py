@@ -207,6 +207,7 @@ def test_key_heads_that_are_shared_are_packed_where_jax_knows_where_they_begin(
     assert (fused_lib._packed_form.__wrapped__(True) is Packed) == (version >= (0, 11, 1))
 
 
+@pytest.mark.slow
 def test_nan_in_empty_slots_reaches_nothing(monkeypatch):
     """Not causal, rows of one token and of none: attention that leaves NaN behind a row's length gives finite gradients."""
     whole = smha.attend

@@ -50,7 +50,7 @@ SHAPES = [(d, f, e) for d, f, e in itertools.product((1, 2, 4, 8), repeat=3) if 
 on_one_device = functools.cache(lambda: train_on(ONE, 20))
 EVERY = [sized(1, *shape, sequence_parallel=sp) for shape in SHAPES for sp in (False, True)]
 EVERY += [sized(2, 1, 2, 2), sized(2, 2, 1, 2, True), sized(8)]
-QUICK_ONES = (sized(2, 1, 2, 2), sized(1, 2, 2, 2, True))
+QUICK_ONES = (sized(2, 1, 2, 2),)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,7 @@ def test_initialisation_never_holds_the_whole_model():
     assert found.temp_size_in_bytes < weights / 3, (found, weights)
 
 
+@pytest.mark.slow
 def test_text_is_the_same_on_a_mesh():
     """Decoding is left to the partitioner: its few rows need not fit the batch axes."""
     texts = []

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from helpers import slow
 from small_models import MODEL, batch, program
 
 from uoe_jax.config import Config, from_dict
@@ -36,7 +37,7 @@ def gradient(c: Config):
     return optax.tree_utils.tree_get(state.opt, "mu"), metrics
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+@pytest.mark.parametrize("remat", [slow("none"), slow("dots"), "block"])
 def test_remat_changes_nothing(remat):
     kept, _ = gradient(config(optimizer={"clip_norm": 0.0}))
     other, _ = gradient(config(optimizer={"clip_norm": 0.0}, remat=remat))

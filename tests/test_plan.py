@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, sentence, slow, uoe
+from helpers import ROOT, sentence, uoe
 from small_models import batch
 
 from uoe_jax import cli
@@ -109,9 +109,8 @@ def really_run(config: Config) -> tuple[int, int]:
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["routed, fsdp", *(slow(name) for name in (*SMALL, *TASKS) if name != "routed, fsdp")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", (*SMALL, *TASKS))
 def test_peak_memory_is_what_a_run_takes(name):
     """Within 15 %: from the compilation in a process of its own, and from the counted sizes alone."""
     config = from_dict({**SMALL, **TASKS}[name])

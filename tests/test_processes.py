@@ -141,6 +141,7 @@ def trained(n, devices, source, folder, *more):
     return ended[0][1]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_and_stop_together(source, tmp_path):
     """Every logged number; and SIGTERM to the process that is not the coordinator stops both at one step, everything
     saved, from where a single process goes on to the same end."""

@@ -136,7 +136,8 @@ def test_where_sequences_choose_the_noise_is_the_sequence_s():
     assert (kept != np.asarray(quiet.kept_BMN)).any()
 
 
-@pytest.mark.parametrize("order", [slow("gather"), "project"])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["gather", "project"])
 def test_attention_dropout_against_masks_by_hand(order):
     """Two experts of one head take everything: softmax weights, some of them zeroed, times the values."""
     r = RoutingConfig(n_experts=2, k=2, gate="none", order=order)
@@ -274,7 +275,11 @@ def test_the_number_of_sequences_is_exact():
 
 @pytest.mark.parametrize(
     "kind, order, dispatch",
-    [("uome", "gather", "inverse"), ("smha", "project", "scatter"), ("smha", "gather", "inverse")],
+    [
+        slow("uome", "gather", "inverse"),
+        ("smha", "project", "scatter"),
+        slow("smha", "gather", "inverse"),
+    ],
 )
 @pytest.mark.parametrize("unit", ["sequence", slow("hierarchical")])
 def test_bounded_blocks(kind, order, dispatch, unit):

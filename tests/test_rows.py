@@ -121,6 +121,7 @@ def test_text_is_padded_to_the_bucket_of_the_longest_row():
     assert row["segments"].sum() == 32 and (row["inputs"] == 65).all()
 
 
+@pytest.mark.slow
 def test_what_is_measured_depends_neither_on_buckets_nor_on_the_batch():
     """Every example once: the same sums as one by one."""
     plain = from_dict({**_dict(TEXT), "data": {"source": "imdb", "buckets": 1}})

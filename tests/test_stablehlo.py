@@ -110,6 +110,7 @@ def outside(tmp_path_factory):
     return root, ran.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_program_computes_what_the_model_does_without_this_package(outside, name):
     config = config_of(name)

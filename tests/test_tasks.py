@@ -13,7 +13,7 @@ import named_data
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from helpers import ROOT, metric_lines, slow, uoe, write_source
+from helpers import ROOT, metric_lines, uoe, write_source
 
 from uoe_jax import cli
 from uoe_jax.data.tokenizers.hf import HFTokenizer
@@ -127,9 +127,6 @@ def test_every_config_is_here():
     assert sorted(NEEDS) == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
-QUICK = ("cifar10",)
-
-
 ALIKE = (
     "quickstart",
     "lm1b",
@@ -140,7 +137,8 @@ ALIKE = (
 )  # other tests or other names train these
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in NEEDS if n not in ALIKE])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in NEEDS if n not in ALIKE])
 def test_tiny_trains_five_steps_and_evaluates(name, tmp_path, capsys, as_commands_run):
     overrides = NEEDS[name](tmp_path / "data")
     workdir = tmp_path / "run"
