@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import statistics
+import sys
 import time
 
 import jax
@@ -31,8 +32,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=40, help="made in a round")
     parser.add_argument("--steps", type=int, default=4, help="trained in a round")
     parser.add_argument("--out", type=pathlib.Path, default=timing.OUT)
-    options, rest = parser.parse_known_args()
-    overrides = cli._overrides(rest, argparse.Namespace(takes_config=True))
+    overrides, rest = cli._overrides(sys.argv[1:])
+    options = parser.parse_args(rest)
     config = cli.load_config(options.config, overrides)
     setup.start(config)
     config, data = load_data(config)
