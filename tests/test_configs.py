@@ -62,7 +62,11 @@ def lowers(config, n_devices: int) -> None:
             )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [p if p.stem in ("quickstart", "uoe_1b", "cifar10") else slow(p) for p in FILES],
+    ids=lambda p: p.stem,
+)
 def test_the_train_step_lowers_for_every_platform(path):
     """On the mesh of the file; an axis of -1 has two devices."""
     config = loaded(path, {})

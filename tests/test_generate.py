@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from exchange_runs import run_of
-from helpers import write_source
+from helpers import slow, write_source
 
 from uoe_jax import cli
 from uoe_jax.config import Config, from_dict
@@ -65,7 +65,7 @@ def uoe(*args: str) -> int:
     return cli.main(["generate", *args])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("temperature", [slow(0.0), 0.9], ids=["greedy", "sampled"])
 def test_two_hundred_tokens_by_cache_are_those_of_the_full_pass(temperature, run):
     """The draw is the same; the logits come from the whole row every time. Seven capacity windows are crossed."""
     found = sampler(run, temperature=temperature, max_tokens=200, seed=3, top_p=0.9)

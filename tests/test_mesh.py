@@ -87,10 +87,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, slow(True)])
-@pytest.mark.parametrize(
-    "name", [name if name.startswith("dense,") else slow(name) for name in OTHERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_models_too(name, sequence_parallel):
     changes = OTHERS[name]
     assert_same_training(

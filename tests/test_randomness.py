@@ -277,7 +277,7 @@ def test_the_number_of_sequences_is_exact():
     "kind, order, dispatch",
     [
         slow("uome", "gather", "inverse"),
-        ("smha", "project", "scatter"),
+        slow("smha", "project", "scatter"),
         slow("smha", "gather", "inverse"),
     ],
 )
@@ -337,6 +337,7 @@ def test_bounded_blocks(kind, order, dispatch, unit):
     assert reference.error(evaluated, wanted(w, x, kept)) < 1e-5
 
 
+@pytest.mark.slow
 def test_groups_do_not_see_each_other_and_must_fit():
     graphdef, state = reference.build(lambda: UoME(D, 32, BOUND, rngs=nnx.Rngs(0)))
     x = reference.normal(1, B, L, D)

@@ -15,6 +15,7 @@ from helpers import (
     TINY,
     environment,
     metric_lines,
+    slow,
     uoe,
     uoe_process,
     wait_for_step,
@@ -70,7 +71,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", [n if n == "uoe" else slow(n) for n in BLOCKS])
 def test_routes_are_those_of_the_forward_pass(name):
     """By block and layer as many patches at every expert as the statistics count, none of padding, with weights >= 0."""
     config, mesh, program, params = program_of(BLOCKS[name])

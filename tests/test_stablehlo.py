@@ -127,6 +127,7 @@ def test_the_program_computes_what_the_model_does_without_this_package(outside, 
     assert outside[1][list(MODELS).index(name)] == f"logits {(2, *wanted.shape[1:])}"
 
 
+@pytest.mark.slow
 def test_the_example_refuses_a_damaged_program(outside):
     assert outside[1][len(MODELS) :] == [
         "refused: model.stablehlo is damaged: it does not have the checksum it was written with; copy it again"

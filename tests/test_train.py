@@ -171,6 +171,7 @@ def test_two_sittings_and_accumulation(source, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(finished, source, tmp_path):
     code, _, err = uoe(
         "train",
