@@ -117,7 +117,8 @@ class Nystromformer(EncoderAttention):
         v = v * valid_BL[..., None, None].astype(v.dtype)
         rows = v.transpose(0, 3, 1, 2).reshape(b * dh, length, h)
         kernel = self.w_conv[...].T[:, None].astype(v.dtype)  # [width,1,h]
-        form = dict(dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=jnp.float32)
+        form: Any = dict(dimension_numbers=("NWC", "WIO", "NWC"))
+        form |= dict(preferred_element_type=jnp.float32)
         y = jax.lax.conv_general_dilated(rows, kernel, (1,), "SAME", feature_group_count=h, **form)
         return y_BLhk + y.reshape(b, dh, length, h).transpose(0, 2, 3, 1)
 

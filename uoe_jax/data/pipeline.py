@@ -157,7 +157,9 @@ class TrainBatches:
         if self._group[0] != group:
             first = group * w * b
             rows = (self._rows[int(self._order[first + i])] for i in range(w * b))
-            lengths = [row["segments"].sum(axis=-1).max() for row in rows]  # of a pair, the longer
+            lengths = [
+                np.sum(row["segments"], axis=-1).max() for row in rows
+            ]  # of a pair, the longer
             by_length = first + np.argsort(lengths, kind="stable").reshape(w, b)
             drawn = np.random.default_rng((self._seed, group)).permutation(w)
             self._group = (group, by_length[drawn].tolist())

@@ -80,7 +80,7 @@ def _forward(q, k, v, masks, tiling):
 def _backward(tiling, kept, d_o):
     q, k, v, masks, o, log_total = kept
     # As a product: a sum over so few values was 12 times as slow on CPUs.
-    exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    exact: Any = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     shift = jnp.einsum("aqte,aqte->aqt", d_o, o, **exact)
 
     def add(sums: tuple[Array, ...], pair: Pair) -> tuple[Array, ...]:
