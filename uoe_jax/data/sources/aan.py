@@ -19,7 +19,6 @@ FILES = {
     "validation": "new_aan_pairs.eval.tsv",
     "test": "new_aan_pairs.test.tsv",
 }
-LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
 BELOW = ("", *(folder + "tsv_data" for folder in prepared.ARENA))
 REMEDY = (
     "download lra_release.gz of Long Range Arena (7.7 GB, a tar archive), unpack it, and set "
@@ -69,7 +68,7 @@ def _records(file: Path, sha256: str, raw: prepared.RawFiles) -> Iterator[dict[s
     with raw.open(file, sha256) as reader:
         for number, line in prepared.lines(reader, file):
             fields = line.removesuffix(b"\n").removesuffix(b"\r").split(b"\t")
-            label = LABELS.get(fields[0])
+            label = _label(fields[0])
             if len(fields) != 5:
                 wrong = f"has {len(fields)} fields between tabs instead of 5"
             elif label is None:
@@ -83,3 +82,11 @@ def _records(file: Path, sha256: str, raw: prepared.RawFiles) -> Iterator[dict[s
             raise ConfigError("data.path", f"{file}, line {number}", f"{wrong} {remedy}")
     if not number:
         raise ConfigError("data.path", str(file), f"is empty: {UNPACK}")
+
+
+def _label(text: bytes) -> int | None:
+    """0 or 1; None for anything else."""
+    try:
+        return {0.0: 0, 1.0: 1}.get(float(text))
+    except ValueError:
+        return None
